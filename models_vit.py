@@ -1,0 +1,102 @@
+"""Vision transformer for fine-tuning and probing: the encoder of `models_mae` with every patch visible, and a head."""
+
+from functools import partial
+
+import torch
+from timm.layers import PatchEmbed, trunc_normal_
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from util.architectures import ENCODERS, check_geometry, look_up
+
+
+class VisionTransformer(nn.Module):
+    """ViT (Dosovitskiy et al. 2021) whose feature is the [cls] token or, with `global_pool`, the mean of the patches.
+
+    With `global_pool` the patches of the last block are averaged un-normed and `fc_norm` follows; without, `norm` is
+    applied first, as in the encoder. `drop_path_rate` grows linearly with depth (Huang et al. 2016).
+    Positions are trainable here. `num_classes=0` leaves out the head.
+    """
+
+    def __init__(
+        self,
+        global_pool=False,
+        img_size=224,
+        patch_size=16,
+        in_chans=3,
+        num_classes=1000,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4.0,
+        qkv_bias=True,
+        norm_layer=nn.LayerNorm,
+        drop_path_rate=0.0,
+    ):
+        super().__init__()
+        self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.embed_dim = embed_dim
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
+        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        block = partial(Block, embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm_layer)
+        self.blocks = nn.ModuleList([block(drop_path=rate) for rate in rates])
+        if global_pool:
+            self.fc_norm = norm_layer(embed_dim)
+        else:
+            self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """Truncated normal (0.02) for positions, [cls] and linear layers; biases zero."""
+        trunc_normal_(self.pos_embed, std=0.02)
+        trunc_normal_(self.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def no_weight_decay(self):
+        """Names that layer-wise decay groups leave undecayed."""
+        return {"pos_embed", "cls_token"}
+
+    def forward_features(self, x):
+        """(N, C, H, W) -> (N, D), the feature in front of the head."""
+        x = self.patch_embed(x)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.fc_norm(x[:, 1:].mean(dim=1)) if self.global_pool else self.norm(x)[:, 0]
+
+    def forward(self, x):
+        """(N, C, H, W) -> logits (N, num_classes)."""
+        return self.head(self.forward_features(x))
+
+
+def _builder(name: str, config: dict):
+    def build(**overrides) -> VisionTransformer:
+        merged = {**config, **overrides}
+        check_geometry(merged)
+        return VisionTransformer(norm_layer=partial(nn.LayerNorm, eps=1e-6), **merged)
+
+    build.__name__ = name
+    build.config = config
+    return build
+
+
+# Every name is also an attribute of this module, as in the official repository: `models_vit.vit_base_patch16()`.
+MODELS = {name: _builder(name, config) for name, config in ENCODERS.items()}
+globals().update(MODELS)
+
+
+def build_model(name: str, **overrides) -> VisionTransformer:
+    """The named transformer with some constructor arguments replaced (None leaves the model's own).
+
+    Takes the name of an autoencoder too (`mae_vit_base_patch16` means its encoder). Raises UserError for an unknown
+    name (listing the known ones) and for sizes that do not fit together.
+    """
+    name = name.removeprefix("mae_").removesuffix("_dec512d8b")
+    return look_up(MODELS, name)(**{key: value for key, value in overrides.items() if value is not None})

@@ -1,0 +1,62 @@
+"""Widths and depths of the encoders by name, shared by `models_mae` (`mae_<name>`) and `models_vit` (`<name>`)."""
+
+from util.errors import UserError
+
+# ViT-Ti/S/B/L/H after Dosovitskiy et al. 2021 (Table 1) and Touvron et al. 2021; `micro` is ours, for a laptop.
+_WIDTHS = {
+    "micro": dict(embed_dim=128, depth=4, num_heads=4),
+    "tiny": dict(embed_dim=192, depth=12, num_heads=3),
+    "small": dict(embed_dim=384, depth=12, num_heads=6),
+    "base": dict(embed_dim=768, depth=12, num_heads=12),
+    "large": dict(embed_dim=1024, depth=24, num_heads=16),
+    "huge": dict(embed_dim=1280, depth=32, num_heads=16),
+}
+
+
+def _encoder(size: str, patch_size: int, img_size: int = 224) -> dict:
+    return dict(img_size=img_size, patch_size=patch_size, **_WIDTHS[size])
+
+
+ENCODERS: dict[str, dict] = {
+    "vit_tiny_patch16": _encoder("tiny", 16),
+    "vit_small_patch16": _encoder("small", 16),
+    "vit_base_patch16": _encoder("base", 16),
+    "vit_large_patch16": _encoder("large", 16),
+    "vit_huge_patch14": _encoder("huge", 14),
+    "vit_base_patch8": _encoder("base", 8, 64),  # Tiny ImageNet
+    "vit_base_patch2": _encoder("base", 2, 32),  # CIFAR, as in MLO-MAE
+    "deit_tiny_patch4": _encoder("tiny", 4, 32),  # CIFAR, as in MAE-K / EMA-MAE
+    "vit_small_patch4": _encoder("small", 4, 32),
+    "vit_micro_patch4": _encoder("micro", 4, 32),
+}
+
+# The paper's decoder, whatever the encoder (He et al. 2022, Section 4.1); the small models have their own.
+DEFAULT_DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
+DECODERS: dict[str, dict] = {
+    "deit_tiny_patch4": dict(decoder_embed_dim=192, decoder_depth=8, decoder_num_heads=3),
+    "vit_micro_patch4": dict(decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=4),
+}
+
+
+def look_up(models: dict, name: str):
+    """`models[name]`, or a `UserError` that lists the known names."""
+    if name not in models:
+        raise UserError(f"--model {name!r} is not known; the known names are: {', '.join(models)}")
+    return models[name]
+
+
+def check_geometry(config: dict) -> None:
+    """Refuse sizes that do not fit together. `config` holds constructor arguments by name (absent ones are skipped)."""
+    img_size, patch = config["img_size"], config["patch_size"]
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if patch < 1 or height < patch or width < patch or height % patch or width % patch:
+        raise UserError(f"--input_size {height} {width} must be a multiple of the patch size {patch} (--patch_size)")
+    for prefix in ("", "decoder_"):
+        dim, heads = config.get(f"{prefix}embed_dim"), config.get(f"{prefix}num_heads")
+        if dim is None:
+            continue
+        if dim < 1 or heads < 1 or dim % heads or dim % 4:
+            raise UserError(
+                f"--{prefix}embed_dim {dim} must be a multiple of 4 (sine-cosine positions) "
+                f"and of --{prefix}num_heads {heads}"
+            )

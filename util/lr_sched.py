@@ -1,0 +1,19 @@
+"""Learning rate of a fractional epoch: linear warm-up, then half a cosine down to `min_lr` (He et al. 2022, Table 8)."""
+
+import math
+
+
+def learning_rate(epoch: float, args) -> float:
+    """`args` holds lr, min_lr, warmup_epochs and epochs; `epoch` counts from 0 and has a fraction inside an epoch."""
+    if epoch < args.warmup_epochs:
+        return args.lr * epoch / args.warmup_epochs
+    progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def adjust_learning_rate(optimizer, epoch: float, args) -> float:
+    """Set every group's rate, times its `lr_scale` where it has one; returns the unscaled rate."""
+    lr = learning_rate(epoch, args)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
