@@ -107,7 +107,7 @@ class MaskedAutoencoderViT(nn.Module):
         return ids_shuffle[:, :visible], mask, ids_restore
 
     def random_masking(self, x, mask_ratio, noise=None):
-        """Drop patches of x (N, L, D) by sorting `noise` (N, L; drawn when None) -> kept (N, V, D), mask, ids_restore."""
+        """Drop patches of x (N, L, D) by sorting `noise` (N, L); -> kept (N, V, D), mask, ids_restore."""
         if noise is None:
             noise = torch.rand(x.shape[:2], device=x.device)
         ids_keep, mask, ids_restore = self.choose_visible(noise, mask_ratio)

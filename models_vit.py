@@ -63,12 +63,17 @@ class VisionTransformer(nn.Module):
         """Names that layer-wise decay groups leave undecayed."""
         return {"pos_embed", "cls_token"}
 
-    def forward_features(self, x):
-        """(N, C, H, W) -> (N, D), the feature in front of the head."""
+    def forward_tokens(self, x):
+        """(N, C, H, W) -> (N, 1 + L, D), the last block's output before any norm, [cls] first."""
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         for block in self.blocks:
             x = block(x)
+        return x
+
+    def forward_features(self, x):
+        """(N, C, H, W) -> (N, D), the feature in front of the head."""
+        x = self.forward_tokens(x)
         return self.fc_norm(x[:, 1:].mean(dim=1)) if self.global_pool else self.norm(x)[:, 0]
 
     def forward(self, x):

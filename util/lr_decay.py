@@ -2,7 +2,7 @@
 
 
 def get_layer_id_for_vit(name: str, num_layers: int) -> int:
-    """Depth of a ViT parameter: 0 for everything in front of the blocks, i + 1 for block i, `num_layers` behind them."""
+    """Depth of a ViT parameter: 0 in front of the blocks, i + 1 for block i, `num_layers` behind them."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
         return 0
     if name.startswith("blocks."):

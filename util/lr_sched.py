@@ -1,4 +1,4 @@
-"""Learning rate of a fractional epoch: linear warm-up, then half a cosine down to `min_lr` (He et al. 2022, Table 8)."""
+"""Learning rate of a fractional epoch: linear warm-up, then half a cosine to `min_lr` (He et al. 2022, Table 8)."""
 
 import math
 

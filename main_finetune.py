@@ -1,0 +1,193 @@
+"""Fine-tune a pretrained encoder for classification, train one from scratch, or evaluate one."""
+
+from pathlib import Path
+
+import torch
+from timm.data import Mixup
+from timm.layers import trunc_normal_
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+from engine_finetune import evaluate, train_one_epoch
+from util import arguments, checkpoint
+from util.datasets import build_transform, read_images
+from util.distributed import is_main_process, shut_down
+from util.encoder import build_encoder, count_classes, settle_model
+from util.errors import UserError, user_errors
+from util.loading import build_loader
+from util.lr_decay import param_groups_lrd
+from util.misc import save_on_master
+from util.run import Run, start
+from util.transforms import check_channels
+
+# The two regularization regimes of Garcia, Senel and Frantzolas ("Exploring: Masked Autoencoders Are Scalable Vision
+# Learners", Section 3): `full` is the recipe of He et al. 2022 (Table 9), `small` leaves out what mixes labels.
+PRESETS = {
+    "small": dict(mixup=0.0, cutmix=0.0, smoothing=0.0),
+    "full": dict(mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, aa="rand-m9-mstd0.5-inc1", drop_path=0.1),
+}
+
+
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser("Fine-tune a ViT for classification.")
+    arguments.add_model_arguments(parser, default_model=None, decoder=False)
+    parser.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth of the last block")
+    arguments.add_finetuning_arguments(parser, pooled=True)
+    arguments.add_data_arguments(parser)
+    arguments.add_optimizer_arguments(parser, batch_size=64, epochs=50, warmup=5, blr=1e-3, wd=0.05, min_lr=1e-6)
+    parser.add_argument("--layer_decay", type=float, default=0.75, help="learning rate of a block over the next one's")
+    group = parser.add_argument_group("augmentation")
+    group.add_argument(
+        "--aug_preset", choices=list(PRESETS), help="small: no mixing of labels; full: all of the paper's"
+    )
+    group.add_argument(
+        "--aug", choices=["rrc", "crop"], help="random resized crop, or pad and crop (default for CIFAR and digits)"
+    )
+    group.add_argument("--color_jitter", type=float, help="strength; only without --aa")
+    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, e.g. rand-m9-mstd0.5")
+    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
+    group.add_argument("--remode", default="pixel", help="random erasing: what fills the hole")
+    group.add_argument("--recount", type=int, default=1, help="random erasing: holes")
+    group.add_argument("--resplit", action="store_true", help="accepted as upstream, where it has no effect either")
+    group.add_argument("--mixup", type=float, default=0.0, help="mixup alpha; 0 is off")
+    group.add_argument("--cutmix", type=float, default=0.0, help="cutmix alpha; 0 is off")
+    group.add_argument("--cutmix_minmax", type=float, nargs="+", help="side of the cut; turns cutmix on")
+    group.add_argument("--mixup_prob", type=float, default=1.0, help="probability of mixing a batch at all")
+    group.add_argument("--mixup_switch_prob", type=float, default=0.5, help="probability of cutmix when both are on")
+    group.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"])
+    arguments.add_run_arguments(parser, save_freq=1, keep=1)
+    arguments.add_distributed_arguments(parser)
+    return parser
+
+
+def parse(argv=None):
+    """Flags; a preset changes defaults, so that a flag given beside it wins."""
+    parser = get_args_parser()
+    preset = parser.parse_known_args(argv)[0].aug_preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
+    return parser.parse_args(argv)
+
+
+def check(args) -> None:
+    arguments.check_values(args)
+    for name in ("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} {getattr(args, name)} must lie in [0, 1]")
+    if not 0 < args.layer_decay <= 1:
+        raise UserError(f"--layer_decay {args.layer_decay} must lie in (0, 1]")
+    if mixes(args) and args.batch_size % 2:
+        raise UserError(f"--batch_size {args.batch_size} must be even with --mixup or --cutmix, which pair images")
+    if args.eval and not (args.resume or args.finetune):
+        raise UserError("--eval needs weights: give --resume or --finetune")
+
+
+def mixes(args) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def criterion_of(args):
+    """Loss on the targets that these flags produce (soft ones when images are mixed)."""
+    if mixes(args):
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else torch.nn.CrossEntropyLoss()
+
+
+def mixup_of(args, classes: int):
+    if not mixes(args):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=classes,
+    )
+
+
+def report(stats: dict, count: int) -> None:
+    skipped = f", {int(stats['skipped'])} unreadable ones left out" if stats["skipped"] else ""
+    print(
+        f"top-1 {stats['acc1']:.2f} %  top-5 {stats['acc5']:.2f} %  loss {stats['loss']:.4f} on {count} images{skipped}"
+    )
+
+
+def prepare(args, resume: Path | None):
+    """Model flags, data and model, in the order in which they depend on each other."""
+    source = str(resume or args.resume) if args.eval and args.resume else args.finetune
+    weights = settle_model(args, source if args.eval or resume is None else "")
+    check_channels(args.in_chans)
+    if args.aug is None:
+        args.aug = "crop" if args.dataset in ("cifar10", "cifar100", "digits") else "rrc"
+    splits = None if args.eval else read_images(args, train=True), read_images(args, train=False)
+    classes = count_classes(args, splits[1])
+    args.nb_classes = classes
+    return weights, splits, classes
+
+
+def main(args) -> dict[str, float]:
+    """One fine-tuning run or evaluation; returns the last evaluation. UserError for mistakes in flags and files."""
+    check(args)
+    args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
+    resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None
+    if resume is not None and not args.eval:
+        _take_model_flags(args, resume)
+    weights, (images, held_out), classes = prepare(args, resume)
+    torch.manual_seed(args.seed)
+    model = build_encoder(args, weights, classes, args.drop_path, ignore_head=not args.eval)
+    if weights is not None and not args.eval:
+        trunc_normal_(model.head.weight, std=2e-5)  # near zero, so that the first steps do not shake the encoder
+    device = start(args)
+    model.to(device)
+    val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
+    if args.eval:
+        stats = evaluate(val_loader, model, device)
+        report(stats, len(held_out))
+        shut_down()
+        return stats
+    loader = build_loader(images, build_transform(True, args), args, args.batch_size, train=True)
+    arguments.settle_learning_rate(args)
+    groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
+    run = Run(args, device, loader, model, torch.optim.AdamW(groups, lr=args.lr, fused=True), resume=resume)
+    return train(args, run, val_loader, criterion_of(args), mixup_of(args, classes))
+
+
+def _take_model_flags(args, path: Path) -> None:
+    """A resumed run has the model of its checkpoint, unless flags say otherwise (and are then compared)."""
+    stored = checkpoint.stored_args(path)
+    for name in ("model", "patch_size", "in_chans", "input_size"):
+        if getattr(args, name) is None:
+            setattr(args, name, stored.get(name))
+    if isinstance(args.input_size, int):
+        args.input_size = [args.input_size]
+
+
+def train(args, run: Run, val_loader, criterion, mixup_fn=None) -> dict[str, float]:
+    """All epochs, each followed by an evaluation; the best weights are kept in `checkpoint-best.pth`."""
+    stats = {}
+    while run.epoch < args.epochs and not run.stopped:
+        train_one_epoch(run.module, criterion, run, mixup_fn)
+        if run.stopped:
+            break
+        stats = evaluate(val_loader, run.module, run.device, run.amp_dtype)
+        report(stats, len(val_loader.dataset))
+        if stats["acc1"] > run.best:
+            run.best = stats["acc1"]
+            if args.output_dir:
+                best = {key: run.content()[key] for key in ("model", "epoch", "args")}
+                save_on_master(best, Path(args.output_dir) / "checkpoint-best.pth")
+        run.finish_epoch({f"test_{name}": value for name, value in stats.items()} | {"best_acc1": run.best})
+    if run.stopped:
+        run.announce_stop()
+    elif is_main_process():
+        run.board.hparams(vars(args), {**run.last_means, **stats})
+    run.board.close()
+    shut_down()
+    return stats
+
+
+if __name__ == "__main__":
+    with user_errors("main_finetune.py"):
+        main(parse())

@@ -1,0 +1,214 @@
+"""Linear probing: a frozen encoder, BatchNorm without affine, one linear layer, LARS (He et al. 2022, Appendix A.1).
+
+`--cache_features` encodes every image once and trains one head per learning rate in a single pass; the rate is chosen
+on a held-out part of the training set and the test accuracy is reported for that one.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import nn
+
+from main_finetune import evaluate, report, train
+from util import arguments, checkpoint
+from util.datasets import input_size, mean_std, read_images
+from util.distributed import is_main_process, shut_down
+from util.encoder import build_encoder, count_classes, settle_model
+from util.errors import UserError, user_errors
+from util.features import extract
+from util.lars import LARS
+from util.loading import build_loader
+from util.log import append_log
+from util.lr_sched import adjust_learning_rate
+from util.run import Run, start
+from util.transforms import check_channels, eval_transform, probe_transform
+
+
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser("Probe a frozen encoder with a linear classifier.")
+    arguments.add_model_arguments(parser, default_model=None, decoder=False)
+    arguments.add_finetuning_arguments(parser, pooled=False)
+    arguments.add_data_arguments(parser)
+    arguments.add_optimizer_arguments(parser, batch_size=512, epochs=90, warmup=10, blr=0.1, wd=0.0, min_lr=0.0)
+    parser.add_argument(
+        "--aug", choices=["rrc", "crop", "none"], help="random resized crop, or pad and crop (CIFAR and digits)"
+    )
+    group = parser.add_argument_group("cached features")
+    group.add_argument(
+        "--cache_features", action="store_true", help="encode once, without augmentation; then only heads"
+    )
+    group.add_argument(
+        "--probe_blrs",
+        type=float,
+        nargs="+",
+        default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0],
+        help="base rates, one head each",
+    )
+    group.add_argument("--probe_holdout", type=float, default=0.1, help="share of train that chooses the rate")
+    arguments.add_run_arguments(parser, save_freq=10, keep=1)
+    arguments.add_distributed_arguments(parser)
+    return parser
+
+
+def check(args) -> None:
+    arguments.check_values(args)
+    if args.eval and not args.resume:
+        raise UserError("--eval needs --resume, a checkpoint of a finished probe")
+    if args.eval and args.cache_features:
+        raise UserError("--eval evaluates a checkpoint, and --cache_features writes none: give one of them")
+    if not 0 < args.probe_holdout < 1:
+        raise UserError(f"--probe_holdout {args.probe_holdout} must lie between 0 and 1, both excluded")
+    if min(args.probe_blrs) <= 0:
+        raise UserError("--probe_blrs must be positive")
+
+
+def probe_head(linear: nn.Linear) -> nn.Sequential:
+    """The linear layer behind a BatchNorm that only standardises the features."""
+    return nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6), linear)
+
+
+class Probe(nn.Module):
+    """A `VisionTransformer` of which only the head learns; the encoder stays in eval mode."""
+
+    def __init__(self, vit):
+        super().__init__()
+        self.vit = vit.requires_grad_(False)
+        trunc_normal_(vit.head.weight, std=0.01)
+        vit.head = probe_head(vit.head).requires_grad_(True)
+
+    def train(self, mode: bool = True):
+        self.vit.eval()
+        self.vit.head.train(mode)
+        self.training = mode
+        return self
+
+    def forward(self, imgs):
+        """(N, C, H, W) -> logits (N, classes)."""
+        with torch.no_grad():
+            features = self.vit.forward_features(imgs)
+        with torch.autocast(imgs.device.type, enabled=False):
+            return self.vit.head(features.float())
+
+
+def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices (rest, held out), drawn class by class; at least one image of a class stays in the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    rest, held = [], []
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        members = members[torch.randperm(len(members), generator=generator)]
+        count = min(len(members) - 1, max(1, round(share * len(members))))
+        held.append(members[:count])
+        rest.append(members[count:])
+    return torch.cat(rest), torch.cat(held)
+
+
+def train_heads(features, labels, classes: int, args, device) -> tuple[nn.BatchNorm1d, list[nn.Linear]]:
+    """One head per rate of `--probe_blrs` on features (M, D), all on the same batches, by LARS."""
+    generator = torch.Generator().manual_seed(args.seed)
+    norm = nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6).to(device)
+    heads = [nn.Linear(features.shape[1], classes).to(device) for _ in args.probe_blrs]
+    for head in heads:
+        nn.init.normal_(head.weight, std=0.01, generator=torch.Generator(device).manual_seed(args.seed))
+        nn.init.zeros_(head.bias)
+    batch_size = min(args.batch_size, len(features))
+    args.lr = batch_size / 256
+    groups = [{"params": head.parameters(), "lr_scale": blr} for head, blr in zip(heads, args.probe_blrs)]
+    optimizer = LARS(groups, weight_decay=args.weight_decay)
+    features, labels = features.to(device), labels.to(device)
+    batches = len(features) // batch_size
+    for epoch in range(args.epochs):
+        order = torch.randperm(len(features), generator=generator).to(device)
+        for i in range(batches):
+            adjust_learning_rate(optimizer, epoch + i / batches, args)
+            picked = order[i * batch_size : (i + 1) * batch_size]
+            x = norm(features[picked])
+            loss = sum(F.cross_entropy(head(x), labels[picked]) for head in heads)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    return norm.eval(), heads
+
+
+@torch.no_grad()
+def accuracy(norm, head, features, labels) -> tuple[float, float]:
+    """Top-1 and top-5 in percent."""
+    ranked = head(norm(features)).topk(min(5, head.out_features), dim=1).indices == labels[:, None]
+    return 100 * ranked[:, 0].float().mean().item(), 100 * ranked.any(dim=1).float().mean().item()
+
+
+def probe_cached(model, loaders, classes: int, args, device, amp_dtype) -> dict:
+    """Encode both splits, train the heads, choose on the held-out part, report the test accuracy of that head."""
+    model.to(device).eval()
+    train_split, test = (extract(model.forward_features, loader, device, amp_dtype) for loader in loaders)
+    rest, held = hold_out(train_split[1], args.probe_holdout, args.seed)
+    norm, heads = train_heads(train_split[0][rest], train_split[1][rest], classes, args, device)
+    held_x, held_y = train_split[0][held].to(device), train_split[1][held].to(device)
+    chosen_by = [accuracy(norm, head, held_x, held_y)[0] for head in heads]
+    best = max(range(len(heads)), key=chosen_by.__getitem__)
+    top1, top5 = accuracy(norm, heads[best], test[0].to(device), test[1].to(device))
+    for blr, value in zip(args.probe_blrs, chosen_by):
+        print(f"blr {blr:g}: {value:.2f} % of the held-out {len(held)} training images")
+    if len(heads) > 1 and best in (0, len(heads) - 1):
+        print(f"note: the best rate, {args.probe_blrs[best]:g}, is at the end of --probe_blrs; try a wider list")
+    return {"test_acc1": top1, "test_acc5": top5, "holdout_acc1": chosen_by[best], "blr": args.probe_blrs[best],
+            "train_images": len(rest), "test_images": len(test[0])}  # fmt: skip
+
+
+def main(args) -> dict:
+    """One probe; returns its test accuracy. UserError for mistakes in flags and files."""
+    check(args)
+    args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
+    resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None
+    weights = settle_model(args, args.finetune)
+    check_channels(args.in_chans)
+    args.aug = args.aug or ("crop" if args.dataset in ("cifar10", "cifar100", "digits") else "rrc")
+    images, held_out = read_images(args, train=True), read_images(args, train=False)
+    args.nb_classes = count_classes(args, images)
+    torch.manual_seed(args.seed)
+    model = build_encoder(args, weights, args.nb_classes)
+    device = start(args)
+    mean, std = mean_std(args)
+    plain = eval_transform(input_size(args), mean, std, args.crop_pct)
+    test_loader = build_loader(held_out, plain, args, args.batch_size, train=False)
+    if args.cache_features:
+        return _cached(args, model, build_loader(images, plain, args, args.batch_size, False), test_loader, device)
+    probe = Probe(model).to(device)
+    if args.eval:
+        probe.vit.load_state_dict(checkpoint.read_file(resume)["model"])
+        stats = evaluate(test_loader, probe, device)
+        report(stats, len(held_out))
+        shut_down()
+        return stats
+    loader = build_loader(images, probe_transform(args.aug, input_size(args), mean, std), args, args.batch_size, True)
+    arguments.settle_learning_rate(args)
+    optimizer = LARS(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    run = Run(args, device, loader, model, optimizer, probe, resume)
+    return train(args, run, test_loader, nn.CrossEntropyLoss())
+
+
+def _cached(args, model, train_loader, test_loader, device) -> dict:
+    from util.amp import choose_amp_dtype
+
+    checkpoint.make_output_dir(args)
+    result = probe_cached(model, (train_loader, test_loader), args.nb_classes, args, device,
+                          choose_amp_dtype(args.amp_dtype, device))  # fmt: skip
+    print(
+        f"linear probe: top-1 {result['test_acc1']:.2f} %  top-5 {result['test_acc5']:.2f} %  (blr {result['blr']:g})"
+    )
+    assert math.isfinite(result["test_acc1"])
+    append_log(args.output_dir, result)
+    if args.output_dir and is_main_process():
+        flags = {**vars(args), "result": result}
+        (Path(args.output_dir) / "probe.json").write_text(json.dumps(flags, indent=2, default=str) + "\n")
+    shut_down()
+    return result
+
+
+if __name__ == "__main__":
+    with user_errors("main_linprobe.py"):
+        main(get_args_parser().parse_args())

@@ -1,0 +1,191 @@
+"""Pretrain a masked autoencoder: flags in, run out. The loop is in `engine_pretrain`, the methods are in `methods/`."""
+
+import copy
+from pathlib import Path
+
+import torch
+from timm.optim import param_groups_weight_decay
+
+import models_mae
+from engine_pretrain import evaluate_reconstruction, train_one_epoch
+from methods import METHODS, Pretrainer, add_method_arguments, enabled_methods
+from util import arguments, checkpoint
+from util.datasets import input_size, mean_std, read_images
+from util.distributed import barrier, is_main_process, shut_down
+from util.errors import UserError, user_errors
+from util.features import extract, knn_accuracy, mae_features
+from util.loading import build_loader
+from util.run import Run, start
+from util.transforms import check_channels, eval_transform, pretrain_transform
+from util.visual import fixed_noise, grid, reconstruct
+from util.weights import encoder_state, load_into, read_weights, save_encoder
+
+
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser("Pretrain a masked autoencoder (He et al. 2022).")
+    arguments.add_model_arguments(parser, default_model="mae_vit_large_patch16", decoder=True)
+    group = parser.add_argument_group("masked autoencoder")
+    group.add_argument("--mask_ratio", default=0.75, type=float, help="share of the patches that is removed")
+    group.add_argument(
+        "--norm_pix_loss", action="store_true", help="compare patches normalised by their own statistics"
+    )
+    group.add_argument("--init_from", default="", help="start from the weights of this file (any MAE or ViT encoder)")
+    arguments.add_data_arguments(parser)
+    parser.add_argument(
+        "--aug", default="mae", choices=["mae", "crop", "three", "none"],
+        help="mae: resized crop and flip; crop: pad, crop and flip (CIFAR); three: 3-Augment; none: the whole image",
+    )  # fmt: skip
+    arguments.add_optimizer_arguments(parser, batch_size=64, epochs=400, warmup=40, blr=1e-3, wd=0.05, min_lr=0.0)
+    arguments.add_run_arguments(parser, save_freq=20, keep=0)
+    group = parser.add_argument_group("looking while it trains")
+    group.add_argument("--vis_freq", default=20, type=int, help="epochs between reconstruction pictures (0: none)")
+    group.add_argument("--knn_freq", default=0, type=int, help="epochs between kNN accuracies on validation (0: none)")
+    group.add_argument("--knn_images", default=20000, type=int, help="training images the kNN looks at, evenly spaced")
+    arguments.add_distributed_arguments(parser)
+    add_method_arguments(parser, METHODS)
+    return parser
+
+
+def check(args) -> list:
+    """Refuse what can be refused before anything is read or written; returns the enabled methods' classes."""
+    arguments.check_values(args)
+    check_channels(args.in_chans)
+    for name in ("vis_freq", "knn_freq"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)} must not be negative")
+    if args.knn_images < 1:
+        raise UserError(f"--knn_images {args.knn_images} must be positive")
+    if not 0 < args.mask_ratio < 1:
+        raise UserError(f"--mask_ratio {args.mask_ratio} must lie between 0 and 1, both excluded")
+    if args.init_from and args.resume and args.resume != "auto":
+        raise UserError("--init_from and --resume contradict each other: weights only, or the whole run")
+    return enabled_methods(args, METHODS)
+
+
+def build(args) -> models_mae.MaskedAutoencoderViT:
+    """The model of these flags; UserError when the mask ratio leaves it nothing to see."""
+    overrides = ("patch_size", "in_chans", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
+    model = models_mae.build_model(
+        args.model, img_size=input_size(args), **{name: getattr(args, name) for name in overrides}
+    )
+    patches = model.patch_embed.num_patches
+    if int(patches * (1 - args.mask_ratio)) < 1:
+        raise UserError(f"--mask_ratio {args.mask_ratio} leaves no visible patch of {patches}: lower it")
+    return model
+
+
+class Watch:
+    """Reconstruction pictures and kNN accuracy of fixed images, between epochs."""
+
+    COUNT = 8
+
+    def __init__(self, args, run: Run, pretrainer: Pretrainer, images):
+        self.args, self.run, self.pretrainer = args, run, pretrainer
+        self.mean, self.std = mean_std(args)
+        self.transform = eval_transform(input_size(args), self.mean, self.std, args.crop_pct)
+        self.images, self.held_out = images, None
+        try:
+            self.held_out = read_images(args, train=False)
+        except UserError as error:  # pretraining needs no validation images, looking at them is a courtesy
+            if args.knn_freq:
+                raise
+            print(f"note: {error}; reconstructions are shown on training images")
+        if args.knn_freq and images.classes is None:
+            raise UserError("--knn_freq needs labels, and this data set has none")
+        self._loaders = None
+        self.fixed = self._fixed_images() if args.vis_freq else None
+
+    def _fixed_images(self):
+        images = self.held_out or self.images
+        if not hasattr(images, "load"):
+            return None  # a stream
+        loader = build_loader(self._spread(images, self.COUNT), self.transform, self._here(), self.COUNT, train=False)
+        batch = next(iter(loader.begin(0)))
+        imgs = batch.image[batch.bad == 0].to(self.run.device)
+        return (imgs, fixed_noise(self.pretrainer.model, len(imgs), 0, self.run.device)) if len(imgs) else None
+
+    def _here(self):
+        """The flags with reading in this process: not worth starting workers for."""
+        here = copy.copy(self.args)
+        here.num_workers = 0
+        return here
+
+    @staticmethod
+    def _spread(images, count: int):
+        """`count` images, evenly spaced over the set (which is usually sorted by class)."""
+        if len(images) <= count:
+            return images
+        few = copy.copy(images)
+        places = torch.linspace(0, len(images) - 1, count).long().tolist()
+        few.targets = [images.targets[place] for place in places]
+        few.load, few.name = (lambda i: images.load(places[i])), (lambda i: images.name(places[i]))
+        return few
+
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        """What there is to report after `epoch`, by name."""
+        row = {}
+        last = epoch + 1 == self.args.epochs
+        if self.fixed and is_main_process() and (last or epoch % self.args.vis_freq == 0):
+            imgs, noise = self.fixed
+            ratio = self.args.mask_ratio
+            pictures = reconstruct(self.pretrainer.model, imgs, ratio, noise, self.mean, self.std)
+            self.run.board.image("reconstruction", grid(pictures.cpu()), epoch + 1)
+            row["fixed_images_loss"] = evaluate_reconstruction(self.pretrainer, imgs, noise, ratio)
+        if self.args.knn_freq and (last or (epoch + 1) % self.args.knn_freq == 0):
+            row["knn_top1"] = self._knn()
+        barrier()
+        return row
+
+    def _knn(self) -> float:
+        if self._loaders is None:
+            few = self._spread(self.images, self.args.knn_images)
+            size = self.args.batch_size
+            self._loaders = [build_loader(i, self.transform, self._here(), size, False) for i in (few, self.held_out)]
+        model = self.pretrainer.model.eval()
+        device, dtype = self.run.device, self.run.amp_dtype
+        splits = [extract(lambda x: mae_features(model, x, "avg"), loader, device, dtype) for loader in self._loaders]
+        model.train()
+        return knn_accuracy(*splits[0], *splits[1])
+
+
+def main(args) -> None:
+    """One pretraining run. UserError for mistakes in flags and files."""
+    chosen = check(args)
+    args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
+    arguments.settle_input_size(args, models_mae.look_up(models_mae.MODELS, args.model).config)
+    torch.manual_seed(args.seed)
+    model = build(args)
+    device = start(args)
+    mean, std = mean_std(args)
+    images = read_images(args, train=True)
+    transform = pretrain_transform(args.aug, input_size(args), mean, std)
+    loader = build_loader(images, transform, args, args.batch_size, train=True)
+    resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None
+    if args.init_from and resume is None:
+        print(load_into(model, read_weights(args.init_from)))
+    arguments.settle_learning_rate(args)
+
+    pretrainer = Pretrainer(model, [method(args, model) for method in chosen]).to(device)
+    groups = param_groups_weight_decay(pretrainer, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    run = Run(args, device, loader, model, optimizer, pretrainer, resume)
+    watch = Watch(args, run, pretrainer, images)
+    row = {}
+    while run.epoch < args.epochs and not run.stopped:
+        train_one_epoch(pretrainer, run, args)
+        if not run.stopped:
+            row = watch.after_epoch(run.epoch)
+            run.finish_epoch(row)
+    if run.stopped:
+        run.announce_stop()
+    elif args.output_dir and is_main_process():
+        metadata = {"model": args.model, "input_size": str(args.input_size), "epochs": str(args.epochs)}
+        save_encoder(encoder_state(model.state_dict()), Path(args.output_dir) / "encoder.safetensors", metadata)
+        run.board.hparams(vars(args), {**run.last_means, **row})
+    run.board.close()
+    shut_down()
+
+
+if __name__ == "__main__":
+    with user_errors("main_pretrain.py"):
+        main(get_args_parser().parse_args())

@@ -1,0 +1,673 @@
+"""Weights of every origin: recognised, converted to values that compute the same, reported, or refused in a sentence."""
+
+import argparse
+import os
+import pathlib
+import pickle
+import re
+from functools import partial
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+from torch import nn
+
+from models_mae import MaskedAutoencoderViT
+from models_vit import VisionTransformer
+from util.errors import UserError
+from util.pos_embed import get_2d_sincos_pos_embed, interpolate_grid
+from util.weights import Weights, encoder_state, load_into, read_file, read_weights, save_encoder
+
+SIZES = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=32, depth=2, num_heads=4)
+DECODER = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=4)
+
+
+def scrambled(model):
+    """All values but the fixed positions random, so that no two tensors are equal by chance (biases, norms)."""
+    for name, parameter in model.named_parameters():
+        if not (name.endswith("pos_embed") and isinstance(model, MaskedAutoencoderViT)):
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def mae(**overrides):
+    return scrambled(MaskedAutoencoderViT(**{**SIZES, **DECODER, **overrides}))
+
+
+def vit(num_classes=7, **overrides):
+    return scrambled(VisionTransformer(num_classes=num_classes, **{**SIZES, **overrides}))
+
+
+def saved(tmp_path, content, name="file.pth"):
+    torch.save(content, tmp_path / name)
+    return tmp_path / name
+
+
+def weights_of(model, **args):
+    return Weights("file.pth", "test", {name: value.clone() for name, value in model.state_dict().items()}, args)
+
+
+def assert_same(state, expected):
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(state[name], value), name
+
+
+def refusal(function, *args, **kwargs):
+    """The message of the UserError, which must be one sentence on one line."""
+    with pytest.raises(UserError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400, message
+    return message
+
+
+# --- reading
+
+
+def test_official_layout_with_a_namespace_and_a_path(tmp_path):
+    model = mae()
+    args = argparse.Namespace(input_size=16, norm_pix_loss=True, output_dir=pathlib.PosixPath("/data/x"))
+    weights = read_weights(saved(tmp_path, {"model": model.state_dict(), "optimizer": {}, "epoch": 3, "args": args}))
+    assert_same(weights.state, model.state_dict())
+    assert weights.args == {"input_size": 16, "norm_pix_loss": True, "output_dir": pathlib.PosixPath("/data/x")}
+    assert weights.origin == "MAE (encoder and decoder)" and weights.has_decoder and not weights.dropped
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_a_path_pickled_by_another_python(tmp_path, module):
+    foreign = type("PosixPath", (), {"__reduce__": lambda self: (type(self), ("/data", "x")), "__module__": module})
+    # The pickle holds the class by name alone, so the bytes are those of the other version.
+    raw = saved(tmp_path, {"args": argparse.Namespace(p=pathlib.PosixPath("/data/x"))}).read_bytes()
+    assert foreign.__module__ == module
+    own_module = pathlib.PosixPath.__module__
+    if module != own_module:
+        path = rewritten_pickle(tmp_path, raw, own_module.encode(), module.encode())
+    else:
+        path = tmp_path / "file.pth"
+    assert read_file(path)["args"].p == pathlib.PosixPath("/data/x")
+
+
+def rewritten_pickle(tmp_path, raw, old, new):
+    """The checkpoint `raw` with the module `old` named `new` in the pickle inside it."""
+    import io
+    import zipfile
+
+    source, target = zipfile.ZipFile(io.BytesIO(raw)), tmp_path / "rewritten.pth"
+    with zipfile.ZipFile(target, "w") as archive:
+        for name in source.namelist():
+            content = source.read(name)
+            if name.endswith("data.pkl"):
+                assert b"c" + old + b"\n" in content
+                content = content.replace(b"c" + old + b"\n", b"c" + new + b"\n")
+            archive.writestr(name, content)
+    return target
+
+
+def test_kinds_are_told_apart(tmp_path):
+    model = mae()
+    assert read_weights(saved(tmp_path, {"model": encoder_state(model.state_dict())})).origin == "MAE encoder"
+    classifier = vit(global_pool=True)
+    weights = read_weights(saved(tmp_path, {"model": classifier.state_dict(), "args": {"nb_classes": 7}}))
+    assert weights.origin == "ViT classifier" and not weights.has_decoder and weights.args == {"nb_classes": 7}
+    assert read_weights(saved(tmp_path, vit(0).state_dict())).origin == "ViT encoder"
+    rectangle = {"model": encoder_state(mae(img_size=(8, 32)).state_dict()), "args": {"input_size": [8, 32]}}
+    assert read_weights(saved(tmp_path, rectangle)).origin == "MAE encoder"
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "mae.", "module._orig_mod.mae.", "mae.mae._orig_mod."])
+def test_prefixes_are_removed(tmp_path, prefix):
+    model = mae()
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    assert_same(read_weights(saved(tmp_path, state)).state, model.state_dict())
+    assert_same(read_weights(saved(tmp_path, {"model": state})).state, model.state_dict())
+
+
+def test_prefixes_inside_and_beside_other_modules(tmp_path):
+    """A compiled block, and a pretrainer whose methods have tensors of their own: those are dropped and reported."""
+    model = mae()
+    state = {
+        f"module.mae.{name}".replace("blocks.0.", "blocks.0._orig_mod."): value
+        for name, value in model.state_dict().items()
+    }
+    state |= {"module.methods.0.teacher.blocks.0.attn.qkv.weight": torch.ones(3), "n_averaged": torch.tensor(5)}
+    weights = read_weights(saved(tmp_path, state))
+    assert_same(weights.state, model.state_dict())
+    report = load_into(mae(), weights)
+    assert report.unexpected == ["methods.0.teacher.blocks.0.attn.qkv.weight", "n_averaged"]
+    assert "not used: methods (1 tensor), n_averaged (no part of" in str(report)
+
+
+def test_two_models_in_one_state_are_refused(tmp_path):
+    state = mae().state_dict()
+    message = refusal(read_weights, saved(tmp_path, {**state, **{f"module.{name}": state[name] for name in state}}))
+    assert "holds cls_token twice" in message and "file.pth" in message
+
+
+def test_keys(tmp_path):
+    first, second = mae(), mae()
+    path = saved(tmp_path, {"model": first.state_dict(), "model_ema": second.state_dict(), "args": {}, "epoch": 1})
+    assert_same(read_weights(path, "model_ema").state, second.state_dict())
+    message = refusal(read_weights, path, "ema")
+    assert "'ema'" in message and "--checkpoint_key" in message and "(model, model_ema)" in message
+    assert "a int under 'epoch'" in refusal(read_weights, path, "epoch")
+    assert "(state_dict)" in refusal(read_weights, saved(tmp_path, {"state_dict": first.state_dict()}))
+    assert "bare state dict" in refusal(read_weights, saved(tmp_path, first.state_dict()), "model_ema")
+    assert "only the keys epoch" in refusal(read_weights, saved(tmp_path, {"epoch": 1}))
+
+
+def test_safetensors_by_content_and_metadata(tmp_path):
+    model = mae(img_size=(8, 32))
+    path = tmp_path / "w.safetensors"
+    save_encoder(model.state_dict(), path, {"input_size": "[8, 32]", "patch_size": "4", "method": "mae"})
+    weights = read_weights(path)
+    assert weights.args == {"input_size": [8, 32], "patch_size": 4, "method": "mae"}
+    assert_same(weights.state, encoder_state(model.state_dict()))
+    os.rename(path, tmp_path / "renamed.bin")
+    assert_same(read_weights(tmp_path / "renamed.bin").state, weights.state)
+
+
+# --- refused files
+
+
+class Payload:
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, legacy):
+    path, target = tmp_path / "evil.pth", tmp_path / "pwned"
+    content = {"model": mae().state_dict(), "args": argparse.Namespace(x=Payload(target))}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    message = refusal(read_weights, path)
+    assert "evil.pth is refused" in message and "mkdir" in message and not target.exists()
+    torch.load(path, weights_only=False)  # the payload would have run
+    assert target.exists()
+
+
+def test_a_plain_malicious_pickle_is_not_run(tmp_path):
+    for protocol in (2, 5):
+        (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "pwned"), protocol))
+        assert "evil.pkl" in refusal(read_weights, tmp_path / "evil.pkl")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_whole_module_is_refused_by_name(tmp_path):
+    message = refusal(read_weights, saved(tmp_path, {"model": nn.Linear(2, 2)}))
+    assert "torch.nn.modules.linear.Linear" in message
+    # The allow-list is open only while reading.
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def broken_files(folder):
+    (folder / "zero.pth").write_bytes(b"")
+    (folder / "zero.safetensors").write_bytes(b"")
+    (folder / "text.pth").write_text("hello world\n" * 10)
+    (folder / "page.pth").write_text("<!DOCTYPE html><html></html>")
+    (folder / "text.safetensors").write_text("hello world\n" * 10)
+    (folder / "brace.pth").write_text("12345678{ no header")
+    Image.new("RGB", (8, 8)).save(folder / "image.png")
+    (folder / "list2.pth").write_bytes(pickle.dumps([1, 2], 2))
+    (folder / "list5.pth").write_bytes(pickle.dumps([1, 2], 5))
+    torch.save([1, 2], folder / "saved_list.pth")
+    torch.save(torch.zeros(2), folder / "tensor.pth")
+    torch.save({"model": {"a": torch.zeros(2000)}}, folder / "whole.pth")
+    whole = (folder / "whole.pth").read_bytes()
+    (folder / "half.pth").write_bytes(whole[: len(whole) // 2])
+    (folder / "almost.pth").write_bytes(whole[:-100])
+    torch.save({"model": {"a": torch.zeros(2000)}}, folder / "old.pth", _use_new_zipfile_serialization=False)
+    (folder / "half_old.pth").write_bytes((folder / "old.pth").read_bytes()[:4000])
+    save_file({"a": torch.zeros(2000)}, folder / "good.safetensors")
+    (folder / "half.safetensors").write_bytes((folder / "good.safetensors").read_bytes()[:1000])
+    (folder / "folder").mkdir()
+    (folder / "folder" / "model.safetensors").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "name, right",
+    [
+        ("missing.pth", "does not exist"),
+        ("folder", "name a file in it (model.safetensors)"),
+        ("zero.pth", "empty"),
+        ("zero.safetensors", "empty"),
+        ("text.pth", "written by torch.save"),
+        ("page.pth", "written by torch.save"),
+        ("image.png", "written by torch.save"),
+        ("list2.pth", "written by torch.save"),
+        ("list5.pth", "written by torch.save"),
+        ("half_old.pth", "damaged"),
+        ("half.pth", "truncated or damaged"),
+        ("almost.pth", "truncated or damaged"),
+        ("text.safetensors", "not a safetensors file"),
+        ("brace.pth", "not a safetensors file"),
+        ("half.safetensors", "damaged"),
+        ("saved_list.pth", "holds a list"),
+        ("tensor.pth", "holds a Tensor"),
+        ("whole.pth", "no ViT weights (its tensors: a)"),
+        ("good.safetensors", "no ViT weights (its tensors: a)"),
+    ],
+)
+def test_files_that_are_no_checkpoint(tmp_path, name, right):
+    broken_files(tmp_path)
+    message = refusal(read_weights, tmp_path / name)
+    assert message.startswith(str(tmp_path / name)) and right in message, message
+
+
+def test_networks_that_are_no_plain_vit(tmp_path):
+    resnet = {"conv1.weight": torch.zeros(8, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(8, 8, 3, 3)}
+    assert "conv1 (1 tensor), layer1" in refusal(read_weights, saved(tmp_path, resnet))
+    assert "its tensors: none" in refusal(read_weights, saved(tmp_path, {"model": {}}))
+    video = {**vit().state_dict(), "patch_embed.proj.weight": torch.zeros(32, 3, 2, 4, 4)}
+    assert "(32, 3, 2, 4, 4)" in refusal(read_weights, saved(tmp_path, video))
+    quantised = {name: value.to(torch.int8) for name, value in vit().state_dict().items()}
+    assert "int8" in refusal(read_weights, saved(tmp_path, quantised))
+
+
+# --- timm
+
+
+def timm_vit(**overrides):
+    return TimmViT(**{**SIZES, "num_classes": 7, **overrides})
+
+
+def test_timm_weights_give_the_same_logits(tmp_path):
+    for pool in ("token", "avg"):
+        theirs = scrambled(timm_vit(global_pool=pool))
+        ours = vit(global_pool=pool == "avg", norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        weights = read_weights(saved(tmp_path, theirs.state_dict()))
+        assert weights.origin == "ViT classifier"
+        report = load_into(ours, weights)
+        assert not report.missing and not report.unexpected and not report.skipped
+        imgs = torch.randn(2, 3, 16, 16)
+        torch.testing.assert_close(ours(imgs), theirs(imgs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "overrides, culprit",
+    [
+        (dict(init_values=1e-5), "blocks.0.ls1.gamma"),
+        (dict(qk_norm=True), "blocks.0.attn.q_norm.weight"),
+        (dict(reg_tokens=4), "reg_token"),
+        (dict(pre_norm=True), "norm_pre.weight"),
+    ],
+)
+def test_timm_models_that_compute_something_else(tmp_path, overrides, culprit):
+    message = refusal(read_weights, saved(tmp_path, timm_vit(**overrides).state_dict()))
+    assert culprit in message and "not a plain ViT" in message
+
+
+def test_timm_models_without_a_cls_position(tmp_path):
+    weights = read_weights(saved(tmp_path, timm_vit(no_embed_class=True).state_dict()))
+    assert "16 positions, which are not one for [cls]" in refusal(load_into, vit(), weights)
+    weights = read_weights(saved(tmp_path, timm_vit(class_token=False, global_pool="avg").state_dict()))
+    assert "[cls]" in refusal(load_into, vit(), weights)
+    bias_free = read_weights(saved(tmp_path, timm_vit(qkv_bias=False).state_dict()))
+    assert "blocks.0.attn.qkv.bias" in refusal(load_into, vit(), bias_free)
+
+
+# --- Hugging Face
+
+HF = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=16, patch_size=4
+)
+HF_MAE = dict(
+    decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=4, decoder_intermediate_size=64
+)
+HF_NORM = partial(nn.LayerNorm, eps=1e-12)  # the default of their configurations
+
+
+def hub_names(state):
+    """Names of the hub's files, whatever the installed transformers calls them in memory."""
+    renames = [
+        (r"(?<!encoder\.)\b(?:encoder\.layer|layers)\.(\d+)", r"encoder.layer.\1"),
+        (r"attention\.(?:attention\.)?(?:query|q_proj)\.", "attention.attention.query."),
+        (r"attention\.(?:attention\.)?(?:key|k_proj)\.", "attention.attention.key."),
+        (r"attention\.(?:attention\.)?(?:value|v_proj)\.", "attention.attention.value."),
+        (r"attention\.(?:output\.dense|o_proj)\.", "attention.output.dense."),
+        (r"mlp\.fc1\.", "intermediate.dense."),
+        (r"mlp\.fc2\.", "output.dense."),
+    ]
+
+    def rename(name):
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    renamed = {rename(name): value for name, value in state.items()}
+    assert any(name.endswith("encoder.layer.0.attention.attention.query.weight") for name in renamed)
+    return renamed
+
+
+def hf_files(model, folder):
+    """The same model as in memory, as on the hub, as `save_pretrained` writes it, and as a bare state with prefixes."""
+    state = model.state_dict()
+    model.save_pretrained(folder / "saved")
+    return [
+        saved(folder, state, "memory.pth"),
+        saved(folder, hub_names(state), "hub.pth"),
+        folder / "saved" / "model.safetensors",
+        saved(folder, {"state_dict": {f"module.{name}": value for name, value in state.items()}}, "wrapped.pth"),
+    ]
+
+
+def hf_model(kind, seed=0, **config):
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.disable_progress_bar()
+    configuration = transformers.ViTMAEConfig if "MAE" in kind else transformers.ViTConfig
+    torch.manual_seed(seed)
+    model = getattr(transformers, kind)(configuration(**HF, **config)).eval()
+    for name, parameter in model.named_parameters():
+        if "MAE" not in kind or not name.endswith(("position_embeddings", "pos_embed")):
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_hugging_face_mae_has_the_same_loss_and_prediction(tmp_path, norm_pix_loss):
+    theirs = hf_model("ViTMAEForPreTraining", **HF_MAE, norm_pix_loss=norm_pix_loss)
+    imgs, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    expected = theirs(imgs, noise=noise)
+    for path in hf_files(theirs, tmp_path):
+        weights = read_weights(path, "state_dict" if path.name == "wrapped.pth" else "model")
+        assert weights.origin == "MAE (encoder and decoder), Hugging Face names"
+        ours = mae(norm_layer=HF_NORM, norm_pix_loss=norm_pix_loss)
+        report = load_into(ours, weights)
+        assert len(report.taken) == len(ours.state_dict()) and not report.unexpected
+        loss, pred, mask = ours(imgs, 0.75, noise)
+        torch.testing.assert_close(mask, expected.mask)
+        torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(pred, expected.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_hugging_face_classifier_has_the_same_logits(tmp_path):
+    theirs = hf_model("ViTForImageClassification", num_labels=7)
+    imgs = torch.randn(2, 3, 16, 16)
+    for path in hf_files(theirs, tmp_path):
+        weights = read_weights(path, "state_dict" if path.name == "wrapped.pth" else "model")
+        assert weights.origin == "ViT classifier, Hugging Face names"
+        ours = vit(norm_layer=HF_NORM)
+        assert not load_into(ours, weights).missing
+        torch.testing.assert_close(ours(imgs), theirs(imgs).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, origin, dropped",
+    [
+        ("ViTMAEModel", "MAE encoder", set()),
+        ("ViTModel", "ViT encoder", {"pooler.dense.weight", "pooler.dense.bias"}),
+        ("ViTForMaskedImageModeling", "ViT encoder", {"embeddings.mask_token", "decoder.0.weight", "decoder.0.bias"}),
+    ],
+)
+def test_hugging_face_encoders_have_the_same_features(tmp_path, kind, origin, dropped):
+    theirs = hf_model(kind, **({"encoder_stride": 4} if "Masked" in kind else {}))
+    imgs, noise = torch.randn(2, 3, 16, 16), torch.arange(16.0).expand(2, -1)
+    encoder = getattr(theirs, "vit", theirs)
+    if kind == "ViTMAEModel":
+        theirs.config.mask_ratio = 0.0
+        encoder = partial(theirs, noise=noise)
+    expected = encoder(imgs).last_hidden_state
+    for path in hf_files(theirs, tmp_path):
+        weights = read_weights(path, "state_dict" if path.name == "wrapped.pth" else "model")
+        assert weights.origin == origin + ", Hugging Face names" and set(weights.dropped) == dropped
+        ours = mae(norm_layer=HF_NORM)
+        report = load_into(ours, weights)
+        assert set(report.unexpected) == dropped
+        assert set(report.missing) == {
+            name for name in ours.state_dict() if name.startswith(("decoder_", "mask_token"))
+        }
+        latent, _, _ = ours.forward_encoder(imgs, 0.0, noise)
+        torch.testing.assert_close(latent, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_hugging_face_leftovers_are_refused(tmp_path):
+    state = {
+        "vit.embeddings.patch_embeddings.projection.weight": torch.zeros(32, 3, 4, 4),
+        "vit.encoder.layer.0.layernorm_before.weight": torch.zeros(32),
+        "vit.encoder.layer.0.attention.attention.query.weight": torch.zeros(32, 32),
+    }
+    assert "blocks.0.attn.q.weight" in refusal(read_weights, saved(tmp_path, state))
+    state = {**state, "vit.embeddings.distillation_token": torch.zeros(1, 1, 32)}
+    assert "embeddings.distillation_token" in refusal(read_weights, saved(tmp_path, state))
+
+
+# --- loading
+
+
+def test_mae_into_mae(tmp_path):
+    source, model = mae(), mae()
+    report = load_into(model, weights_of(source))
+    assert_same(model.state_dict(), source.state_dict())
+    assert set(report.taken) == set(model.state_dict())
+    assert not (report.interpolated or report.missing or report.unexpected or report.skipped)
+    assert "blocks.0-1 (24 tensors)" in str(report) and len(str(report).splitlines()) == 2
+
+
+def test_encoder_into_mae_keeps_the_decoder():
+    source, model = mae(), mae()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = load_into(model, Weights("e.pth", "MAE encoder", encoder_state(source.state_dict()), {}))
+    expected = {**before, **encoder_state(source.state_dict())}
+    assert_same(model.state_dict(), expected)
+    assert set(report.missing) == before.keys() - encoder_state(before).keys()
+    assert "kept at their initial value" in str(report) and "decoder_blocks.0 (12 tensors)" in str(report)
+
+
+@pytest.mark.parametrize("global_pool", [False, True])
+def test_mae_into_vit(global_pool):
+    source, model = mae(), vit(global_pool=global_pool)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = load_into(model, weights_of(source))
+    taken = {name: value for name, value in encoder_state(source.state_dict()).items() if name in before}
+    assert_same(model.state_dict(), {**before, **taken})
+    assert ("norm.weight" in report.unexpected) == global_pool
+    assert report.missing == (["fc_norm.weight", "fc_norm.bias"] if global_pool else []) + ["head.weight", "head.bias"]
+    assert {"mask_token", "decoder_pred.weight", "decoder_blocks.0.norm1.bias"} <= set(report.unexpected)
+    assert "(decoder, not needed)" in str(report)
+    assert ("norm (2 tensors) (this model reads pooled patches (fc_norm))" in str(report)) == global_pool
+
+
+def test_half_precision_weights_fill_a_float_model(tmp_path):
+    source, model = mae().bfloat16(), mae(img_size=32)
+    weights = read_weights(saved(tmp_path, source.state_dict()))
+    report = load_into(model, weights)
+    assert report.interpolated == ["pos_embed", "decoder_pos_embed"]
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+    assert torch.equal(model.cls_token, source.cls_token.float())
+
+
+def test_head_of_the_same_size_is_taken():
+    source, model = vit(global_pool=True), vit(global_pool=True)
+    report = load_into(model, weights_of(source))
+    assert_same(model.state_dict(), source.state_dict())
+    assert not report.skipped and not report.missing
+
+
+def test_head_left_out_when_asked():
+    source, model = vit(), vit()
+    head = model.head.weight.clone()
+    report = load_into(model, weights_of(source), ignore_head=True)
+    assert torch.equal(model.head.weight, head) and torch.equal(model.norm.weight, source.norm.weight)
+    assert report.skipped == report.missing == ["head.weight", "head.bias"]
+    assert "skipped: head: left out, as asked" in str(report)
+
+
+def test_head_of_another_size_or_feature_is_skipped():
+    model = vit()
+    head = model.head.weight.clone()
+    report = load_into(model, weights_of(vit(num_classes=10)))
+    assert report.skipped == ["head.weight", "head.bias"]
+    assert "skipped: head: 10 classes in the file, 7 here: new" in str(report)
+    report = load_into(model, weights_of(vit(global_pool=True)))
+    assert "reads pooled patches (fc_norm) in the file, the [cls] token (norm) here: new" in str(report)
+    assert "norm.weight" in report.missing and "fc_norm.weight" in report.unexpected
+    assert torch.equal(model.head.weight, head)
+
+
+def test_linear_probe_head():
+    """The probe's batch norm has buffers, and no affine parameters: both come back, or the head is left out."""
+
+    def probe():
+        model = vit()
+        model.head = nn.Sequential(nn.BatchNorm1d(32, affine=False), model.head)
+        model.head[0].running_mean.normal_()
+        return model
+
+    source, model = probe(), probe()
+    load_into(model, weights_of(source))
+    assert_same(model.state_dict(), source.state_dict())
+    report = load_into(vit(), weights_of(source))
+    assert "head.0.running_mean" in report.skipped and "head.0.running_mean" in str(report)
+
+
+def test_a_head_is_not_used_by_an_autoencoder():
+    report = load_into(mae(), weights_of(vit()))
+    assert report.unexpected == ["head.weight", "head.bias"] and "this model has no head" in str(report)
+
+
+# --- positions
+
+
+def test_positions_are_interpolated_from_a_square():
+    source, model = mae(), mae(img_size=(8, 24))
+    report = load_into(model, weights_of(source))
+    assert report.interpolated == ["pos_embed", "decoder_pos_embed"] and "4x4 -> 2x6" in str(report)
+    assert "pos_embed" not in report.taken
+    for name in report.interpolated:
+        expected = interpolate_grid(source.state_dict()[name], (4, 4), (2, 6))
+        torch.testing.assert_close(model.state_dict()[name], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("input_size", [[8, 32], (8, 32)])
+def test_the_stored_size_tells_the_grid(input_size):
+    """2x8 patches are as many as 4x4: without the flag, trained positions would be taken for a square."""
+    source, model = vit(img_size=(8, 32)), vit()
+    load_into(model, weights_of(source, input_size=input_size, patch_size=None))
+    assert torch.equal(model.pos_embed, interpolate_grid(source.pos_embed, (2, 8), (4, 4)))
+    load_into(model, weights_of(source))
+    assert torch.equal(model.pos_embed, source.pos_embed)
+
+
+def test_a_stored_size_that_does_not_fit_is_passed_over():
+    # The official pretraining stores --input_size although it never reaches the model.
+    source, model = vit(), vit(img_size=8)
+    for input_size in (224, [224], "16", None, [1, 2, 3], []):
+        load_into(model, weights_of(source, input_size=input_size))
+        assert torch.equal(model.pos_embed, interpolate_grid(source.pos_embed, (4, 4), (2, 2)))
+
+
+def test_sine_cosine_positions_tell_their_own_grid():
+    model, source = mae(img_size=(8, 32)), mae(img_size=(8, 32))
+    report = load_into(model, weights_of(source))
+    assert not report.interpolated
+    table = get_2d_sincos_pos_embed(32, (2, 8), cls_token=True)
+    torch.testing.assert_close(model.pos_embed[0], torch.from_numpy(table).float())
+
+
+def test_rectangles_without_a_stored_size():
+    source = vit(img_size=(8, 24))
+    model = vit(img_size=(8, 24))
+    load_into(model, weights_of(source))
+    assert torch.equal(model.pos_embed, source.pos_embed)
+    message = refusal(load_into, vit(), weights_of(source))
+    assert "13 positions" in message and "input_size" in message and "file.pth" in message
+
+
+# --- refused pairs
+
+
+def test_another_encoder_is_refused_and_the_fitting_name_given():
+    base = {"embed_dim": 192, "depth": 12, "num_heads": 3}
+    message = refusal(load_into, mae(), weights_of(vit(**base)))
+    assert "a ViT of width 192, depth 12, patch 4, 3 channels" in message
+    assert "width 32, depth 2, patch 4, 3 channels" in message and "--model mae_deit_tiny_patch4 fits" in message
+    assert "--model deit_tiny_patch4 fits" in refusal(load_into, vit(), weights_of(vit(**base)))
+    message = refusal(load_into, vit(), weights_of(vit(**base, in_chans=4)))
+    assert message.endswith("--model deit_tiny_patch4 fits the file with --in_chans 4")
+
+
+def test_each_kind_of_misfit_leaves_the_model_as_it_was():
+    model = mae()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    deeper, shallower = mae(depth=3), mae(depth=1)
+    for other, difference in [
+        (deeper, "depth 3"),
+        (shallower, "depth 1"),
+        (mae(embed_dim=48), "width 48"),
+        (mae(patch_size=8), "patch 8"),
+        (mae(in_chans=1), "--in_chans 1 is needed"),
+        (mae(mlp_ratio=2), "blocks.0.mlp.fc1.weight is (64, 32) in the file and (128, 32) in the model"),
+        (mae(decoder_depth=2), "a decoder of width 16, depth 2"),
+        (mae(decoder_embed_dim=32), "(--decoder_embed_dim, --decoder_depth)"),
+    ]:
+        message = refusal(load_into, model, weights_of(other))
+        assert difference in message and "file.pth" in message
+        assert_same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", ["cls_token", "pos_embed", "patch_embed.proj.bias", "blocks.1.attn.proj.weight"])
+def test_nothing_of_the_encoder_may_be_missing(name):
+    weights = weights_of(mae())
+    del weights.state[name]
+    for model in (mae(), vit()):
+        assert f"lacks {name} of the encoder" in refusal(load_into, model, weights)
+
+
+@pytest.mark.parametrize("name", ["mask_token", "decoder_blocks.0.norm1.bias", "decoder_pos_embed"])
+def test_a_decoder_comes_whole_or_not_at_all(name):
+    weights = weights_of(mae())
+    del weights.state[name]
+    assert name in refusal(load_into, mae(), weights)
+    load_into(vit(), weights)  # where no decoder is needed it does not matter
+    weights = weights_of(mae())
+    weights.state["decoder_blocks.extra.gamma"] = torch.ones(1)
+    assert "decoder_blocks.extra.gamma" in refusal(load_into, mae(), weights)
+
+
+def test_another_number_of_attention_heads_is_refused_where_it_is_known():
+    source = vit(embed_dim=128, depth=4)
+    load_into(vit(embed_dim=128, depth=4, num_heads=4), weights_of(source, model="mae_vit_micro_patch4"))
+    message = refusal(
+        load_into, vit(embed_dim=128, depth=4, num_heads=8), weights_of(source, model="mae_vit_micro_patch4")
+    )
+    assert "4 attention heads, but the model has 8" in message
+    message = refusal(load_into, mae(), weights_of(mae(), decoder_num_heads=2))
+    assert "--decoder_num_heads" in message
+    load_into(vit(), weights_of(mae(), decoder_num_heads=None, model="unknown"))
+
+
+# --- writing
+
+
+def test_encoder_state_and_save_encoder(tmp_path):
+    model = mae()
+    state = encoder_state(model.state_dict())
+    names = {name.split(".")[0] for name in state}
+    assert names == {"cls_token", "pos_embed", "patch_embed", "blocks", "norm"} and len(state) == 2 + 2 + 24 + 2
+    assert names == {name.split(".")[0] for name in encoder_state(vit().state_dict())}  # without head
+
+    state["norm.bias"] = state["norm.weight"]  # shared memory, which safetensors alone refuses
+    save_encoder(state, tmp_path / "e.safetensors", {"source": "x"})
+    assert_same(load_file(tmp_path / "e.safetensors"), state)
+    assert os.listdir(tmp_path) == ["e.safetensors"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "e.safetensors"
+    state = mae().state_dict()
+    save_encoder(state, path, {})
+    before = path.read_bytes()
+
+    def fail(tensors, filename, metadata=None):
+        pathlib.Path(filename).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("util.weights.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_encoder({name: value + 1 for name, value in state.items()}, path, {})
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["e.safetensors"]

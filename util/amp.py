@@ -1,0 +1,90 @@
+"""Mixed precision, and the one place where a gradient becomes an optimizer step (or does not)."""
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """AVX512-BF16 or AMX: without them a CPU emulates bf16, several times slower than fp32."""
+    try:
+        flags = open("/proc/cpuinfo").read()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def choose_amp_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the hardware multiplies it fast, fp16 (with a scaler) on older GPUs, else fp32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Context in which matrix products run in `dtype`; does nothing for fp32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+
+
+def get_grad_norm_(parameters, norm_type: float = 2.0) -> torch.Tensor:
+    """Norm of all gradients together, a device scalar."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients, norm_type)
+
+
+class NativeScalerWithGradNormCount:
+    """Backward pass and optimizer step: loss scaling for fp16, gradient clipping, gradient norm, and the guard.
+
+    The guard: a step whose gradient is not finite never changes a weight, and (except under fp16 scaling, where
+    overflow is normal and the scaler deals with it) neither does any later one, until the host reads `broken` and
+    stops. So the weights are those before the bad step, without the host waiting for the device in every step. Under
+    DDP gradients are averaged before they get here, so all ranks see the same and agree without a further message.
+    Needs an optimizer that honours `found_inf` on the device: torch's fused ones and our LARS.
+    """
+
+    state_dict_key = "amp_scaler"
+
+    def __init__(self, enabled: bool = False, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
+        self.broken = torch.zeros((), device=self.device)  # 1 from the first non-finite gradient on
+        self.applied = torch.ones((), device=self.device)  # 0 where the last step was skipped
+
+    def __call__(self, loss, optimizer, clip_grad=None, parameters=None, create_graph=False, update_grad=True):
+        """Back-propagate; with `update_grad` also step. Returns the gradient norm (a device scalar) of a step."""
+        self._scaler.scale(loss).backward(create_graph=create_graph)
+        if not update_grad:
+            return None
+        parameters = [p for p in parameters if p.grad is not None]
+        self._scaler.unscale_(optimizer)
+        norm = get_grad_norm_(parameters)
+        if clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+        bad = (~torch.isfinite(norm)).to(torch.float32)
+        if self.enabled:
+            self._scaler.step(optimizer)
+            self._scaler.update()
+            self.applied = 1 - bad
+        else:
+            self.broken = torch.maximum(self.broken, bad)
+            self.applied = 1 - self.broken
+            self._guarded_step(optimizer)
+        return norm
+
+    def _guarded_step(self, optimizer):
+        optimizer.grad_scale, optimizer.found_inf = None, self.broken
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+
+    @property
+    def enabled(self) -> bool:
+        """Whether losses are scaled (fp16)."""
+        return self._scaler.is_enabled()
+
+    def state_dict(self):
+        return self._scaler.state_dict()
+
+    def load_state_dict(self, state):
+        self._scaler.load_state_dict(state)

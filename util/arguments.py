@@ -1,0 +1,178 @@
+"""Flags that the mains share, in titled groups. Names and defaults are the official MAE's wherever it has the flag."""
+
+import argparse
+import os
+import sys
+
+from util.datasets import READERS
+from util.distributed import get_world_size
+from util.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line instead of printing the usage of eighty flags; once, not once per rank."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def error(self, message):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def add_model_arguments(parser, default_model: str, decoder: bool) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", default=default_model,
+        help="an unknown name lists the known ones" + ("" if decoder else "; the checkpoint's by default"),
+    )  # fmt: skip
+    group.add_argument(
+        "--input_size", type=int, nargs="+", metavar=("H", "W"), help="image size in pixels; the model's own by default"
+    )
+    group.add_argument("--patch_size", type=int, help="instead of the model's own")
+    group.add_argument(
+        "--in_chans", type=int, default=3 if decoder else None, help="1 grey, 2 grey and alpha, 3 RGB, 4 RGBA"
+    )
+    if decoder:
+        group.add_argument("--decoder_embed_dim", type=int, help="decoder width instead of the model's own")
+        group.add_argument("--decoder_depth", type=int, help="decoder blocks instead of the model's own")
+        group.add_argument("--decoder_num_heads", type=int, help="decoder heads instead of the model's own")
+
+
+def add_data_arguments(parser) -> None:
+    group = parser.add_argument_group("data")
+    known = ", ".join(READERS)
+    group.add_argument(
+        "--dataset", default="imagefolder", help=f"{known}, or a name of timm's factory: hfds/..., wds/..., tfds/..."
+    )
+    group.add_argument("--data_path", default="", help="folder of the data set; with train/ and val/ for imagefolder")
+    group.add_argument("--train_list", default="", help="filelist: text file, path or path<TAB>label per line")
+    group.add_argument("--val_list", default="", help="filelist: the same for validation")
+    group.add_argument("--download", action="store_true", help="fetch the data set where its reader can")
+    group.add_argument("--mean", type=float, nargs="+", help="channel means in [0, 1]; the data set's own by default")
+    group.add_argument("--std", type=float, nargs="+", help="channel deviations; see tools/mean_std.py")
+    group.add_argument(
+        "--crop_pct", type=float, help="evaluation: share of the resized side that is kept; 0.875 at 160-224 px, else 1"
+    )
+    group.add_argument(
+        "--num_workers", default=10, type=int, help="processes that read images; 0 reads in the main one"
+    )
+    group.add_argument("--pin_mem", action="store_true", help="pin memory for faster copies to the GPU")
+    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+    group.set_defaults(pin_mem=True)
+    group.add_argument(
+        "--max_bad_fraction", type=float, default=0.01, help="end the run when more images than this are unreadable"
+    )
+
+
+def add_optimizer_arguments(parser, batch_size: int, epochs: int, warmup: int, blr: float, wd: float, min_lr: float):
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--batch_size", default=batch_size, type=int, help="images per process and forward pass")
+    group.add_argument("--epochs", default=epochs, type=int)
+    group.add_argument(
+        "--accum_iter", default=1, type=int, help="forward passes per step; the gradient is the exact mean over them"
+    )
+    group.add_argument("--weight_decay", type=float, default=wd)
+    group.add_argument("--lr", type=float, help="absolute learning rate; overrides --blr")
+    group.add_argument(
+        "--blr", type=float, default=blr, help="lr = blr * effective batch / 256 (batch_size * accum_iter * processes)"
+    )
+    group.add_argument("--min_lr", type=float, default=min_lr, help="lower bound of the cosine")
+    group.add_argument("--warmup_epochs", type=int, default=warmup)
+    group.add_argument("--clip_grad", type=float, help="largest gradient norm; helps against spikes, try 1 to 3")
+
+
+def add_run_arguments(parser, save_freq: int, keep: int) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="./output_dir", help="checkpoints and log.txt; empty writes nothing")
+    group.add_argument("--log_dir", help="TensorBoard events; the output folder by default")
+    group.add_argument("--device", default="auto", help="auto (CUDA if there is one), cuda, cuda:N or cpu")
+    group.add_argument("--seed", default=0, type=int)
+    group.add_argument(
+        "--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
+        help="auto: bf16 where the hardware multiplies it fast, fp16 with loss scaling on older GPUs, else fp32",
+    )  # fmt: skip
+    group.add_argument(
+        "--resume", default="", help="continue a run exactly: a checkpoint, or 'auto' for the newest whole one"
+    )
+    group.add_argument("--overwrite", action="store_true", help="delete the run that --output_dir holds")
+    group.add_argument("--start_epoch", default=0, type=int, help="first epoch, when not resuming")
+    group.add_argument("--save_freq", default=save_freq, type=int, help="epochs between checkpoints")
+    group.add_argument("--save_steps", default=0, type=int, help="steps between checkpoints inside an epoch (0: none)")
+    group.add_argument("--keep", default=keep, type=int, help="epoch checkpoints to keep, the newest ones (0: all)")
+    group.add_argument("--print_freq", default=20, type=int, help="steps between lines, and TensorBoard points")
+
+
+def add_distributed_arguments(parser) -> None:
+    group = parser.add_argument_group("several processes (set by torchrun)")
+    group.add_argument("--world_size", default=1, type=int, help="taken from the launcher")
+    group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="taken from the launcher")
+    group.add_argument("--dist_on_itp", action="store_true", help="read Open MPI's environment")
+    group.add_argument("--dist_url", default="env://")
+    group.add_argument("--dist_backend", default="auto", choices=["auto", "nccl", "gloo"])
+    group.add_argument("--dist_timeout", default=30.0, type=float, help="minutes to wait for another rank")
+
+
+def add_finetuning_arguments(parser, pooled: bool) -> None:
+    """What fine-tuning and probing share: which weights, which feature, how many classes."""
+    group = parser.add_argument_group("transfer")
+    group.add_argument("--finetune", default="", help="checkpoint of the encoder; without it the encoder is random")
+    group.add_argument("--checkpoint_key", default="model", help="which weights of that file")
+    group.add_argument("--global_pool", action="store_true", help="feature: mean of the patch tokens")
+    group.add_argument("--cls_token", action="store_false", dest="global_pool", help="feature: the [cls] token")
+    group.set_defaults(global_pool=pooled)
+    group.add_argument("--nb_classes", type=int, help="classes of the data set, which is the default")
+    group.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune), do not train")
+    group.add_argument("--dist_eval", action="store_true", help="accepted; evaluation is always spread and exact")
+
+
+def check_values(args) -> None:
+    """Refuse numbers out of range, and settle what follows from other flags."""
+    positive = ("batch_size", "epochs", "accum_iter", "save_freq", "print_freq", "dist_timeout")
+    for name in positive:
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name} {getattr(args, name)} must be positive")
+    not_negative = (
+        "warmup_epochs",
+        "num_workers",
+        "save_steps",
+        "keep",
+        "start_epoch",
+        "weight_decay",
+        "min_lr",
+        "blr",
+    )
+    for name in not_negative:
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)} must not be negative")
+    if args.lr is not None and args.lr < 0:
+        raise UserError(f"--lr {args.lr} must not be negative")
+    if args.clip_grad is not None and args.clip_grad <= 0:
+        raise UserError(f"--clip_grad {args.clip_grad} must be positive; leave it out to clip nothing")
+    if not 0 <= args.max_bad_fraction <= 1:
+        raise UserError(f"--max_bad_fraction {args.max_bad_fraction} must lie in [0, 1]")
+    if args.input_size is not None and len(args.input_size) > 2:
+        raise UserError("--input_size takes one number, or height and width")
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite contradict each other: give one of them")
+
+
+def settle_input_size(args, config: dict) -> None:
+    """Write the image size that the model will have into the flags: an int, or [H, W] where they differ."""
+    size = args.input_size or [config["img_size"]]
+    args.input_size = size[0] if len(size) == 1 or size[0] == size[1] else list(size)
+
+
+def settle_learning_rate(args) -> None:
+    """args.lr from --blr and the effective batch, as upstream; prints both."""
+    effective = args.batch_size * args.accum_iter * get_world_size()
+    if args.lr is None:
+        args.lr = args.blr * effective / 256
+    print(f"learning rate {args.lr:.3g} (base {args.lr * 256 / effective:.3g}), effective batch {effective}")
+    if args.warmup_epochs >= args.epochs:
+        print(
+            f"note: --warmup_epochs {args.warmup_epochs} fills all {args.epochs} epochs; the rate never reaches its peak"
+        )

@@ -1,0 +1,166 @@
+"""Checkpoints: written whole or not at all, found again after a crash, read without running what is in them.
+
+`checkpoint-E.pth` is the state after epoch E (from 0), `checkpoint-E-B.pth` inside epoch E after batch B.
+"""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from util.distributed import barrier, is_main_process
+from util.errors import UserError
+from util.weights import read_file
+
+_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
+
+
+def checkpoint_name(epoch: int, batch: int = 0) -> str:
+    return f"checkpoint-{epoch}-{batch}.pth" if batch else f"checkpoint-{epoch}.pth"
+
+
+def _position(path: Path) -> tuple[int, int] | None:
+    """(epoch, batch) at which a run continues from this file."""
+    match = _NAME.fullmatch(path.name)
+    if not match:
+        return None
+    epoch, batch = int(match[1]), int(match[2] or 0)
+    return (epoch, batch) if batch else (epoch + 1, 0)
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Checkpoints of a run, the furthest first."""
+    found = [(position, path) for path in Path(output_dir).glob("checkpoint-*.pth") if (position := _position(path))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def write_atomically(path: Path, write) -> None:
+    """`write(file)` into a temporary file beside `path`, synced, then renamed: `path` is old or new, never half."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_checkpoint(output_dir: str | Path, epoch: int, batch: int, content: dict, keep: int = 0) -> Path:
+    """Write one checkpoint (main process only), then delete what `keep` and progress have made superfluous.
+
+    Files inside an epoch are kept only until a later one is whole; of the epoch files the newest `keep` (0: all).
+    """
+    path = Path(output_dir) / checkpoint_name(epoch, batch)
+    if is_main_process():
+        write_atomically(path, lambda file: torch.save(content, file))
+        epoch_files = 0
+        for old in list_checkpoints(output_dir):
+            inside = _NAME.fullmatch(old.name)[2] is not None
+            epoch_files += not inside
+            superfluous = inside or (keep and epoch_files > keep)
+            if old != path and superfluous and _position(old) < _position(path):
+                old.unlink()
+    barrier()
+    return path
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the file is a zip archive (what torch.save writes) all of whose checksums hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError):
+        return False
+
+
+def find_resume(resume: str, output_dir: str) -> Path | None:
+    """The file that `--resume` means. `auto`: the furthest whole one of `output_dir`, or None; says what it skips."""
+    if resume != "auto":
+        return Path(resume)
+    if not output_dir:
+        raise UserError("--resume auto looks into --output_dir, which is empty")
+    for path in list_checkpoints(output_dir):
+        if is_whole(path):
+            return path
+        print(f"skipping {path}: the file is damaged")
+    print(f"nothing to resume in {output_dir}: starting afresh")
+    return None
+
+
+def stored_args(path: Path) -> dict:
+    """Flags of the run that wrote this checkpoint, {} when it does not say. UserError when it is no checkpoint."""
+    args = read_file(path).get("args", {})
+    return args if isinstance(args, dict) else vars(args)
+
+
+# Flags that decide which tensors there are or what they mean; a run cannot go on with others.
+_MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "norm_pix_loss", "decoder_embed_dim", "decoder_depth")
+_MODEL_FLAGS += ("decoder_num_heads", "nb_classes", "global_pool")
+# Flags that may differ between the two parts of a run without a word.
+_FREE_FLAGS = {"resume", "overwrite", "output_dir", "log_dir", "num_workers", "pin_mem", "device", "data_path", "rank"}
+_FREE_FLAGS |= {"gpu", "local_rank", "world_size", "distributed", "dist_url", "dist_backend", "dist_timeout"}
+_FREE_FLAGS |= {"print_freq", "save_freq", "save_steps", "keep", "vis_freq", "knn_freq", "start_epoch", "finetune"}
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_same_run(path: Path, stored: dict, args: dict) -> None:
+    """UserError when a model flag differs from the checkpoint's, a printed note for other differences."""
+    changed = {
+        name: (_plain(stored[name]), _plain(args[name]))
+        for name in stored.keys() & args.keys() - _FREE_FLAGS
+        if _plain(stored[name]) != _plain(args[name])
+    }
+    for name in _MODEL_FLAGS:
+        if name in changed:
+            before, now = changed[name]
+            raise UserError(
+                f"--resume {path} was written with --{name} {before}, this run has {now}: give the same, "
+                f"or start a new run from its weights with --init_from or --finetune"
+            )
+    for name, (before, now) in sorted(changed.items()):
+        print(f"note: --{name} was {before} when {path.name} was written, now it is {now}")
+
+
+def _files_of_a_run(folder: Path) -> list[Path]:
+    old = [folder / "log.txt", folder / "args.json", folder / "encoder.safetensors", folder / "checkpoint-best.pth"]
+    old += [*list_checkpoints(folder), *folder.glob("events.out.tfevents.*"), *folder.glob(".checkpoint-*.tmp")]
+    return [path for path in old if path.is_file()]
+
+
+def check_output_dir(args) -> None:
+    """UserError when `--output_dir` holds another run and neither `--resume` nor `--overwrite` was given."""
+    folder = Path(args.output_dir)
+    if not args.output_dir:
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file, not a folder")
+    old = _files_of_a_run(folder)
+    if old and not args.resume and not args.overwrite:
+        raise UserError(
+            f"--output_dir {folder} holds another run ({old[0].name}): choose another folder, "
+            f"continue it with --resume auto, or delete it with --overwrite"
+        )
+
+
+def make_output_dir(args) -> None:
+    """Make the folder and, with `--overwrite`, delete the run in it: called when nothing is left that could fail."""
+    if not args.output_dir or not is_main_process():
+        return
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in _files_of_a_run(folder) if args.overwrite else []:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output_dir {folder} is not writable")

@@ -1,0 +1,315 @@
+"""Data sets by name (`--dataset`), each an indexable list of images that says where every image comes from."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision import datasets as tv
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from util import transforms
+from util.errors import UserError
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Channel mean and deviation of the training sets, computed with tools/mean_std.py; ImageNet's for unknown folders.
+MEAN_STD = {
+    "cifar10": ((0.49140, 0.48216, 0.44653), (0.24703, 0.24349, 0.26159)),
+    "cifar100": ((0.50707, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615)),
+    "tiny_imagenet": ((0.48024, 0.44807, 0.39755), (0.27699, 0.26906, 0.28208)),
+    "digits": ((0.30526,) * 3, (0.37605,) * 3),
+}
+
+
+class Images:
+    """A list of images with integer labels (-1 where there are none): what every reader below returns.
+
+    `classes` is the list of label names, None without labels. `load(i)` may raise what pillow raises; `name(i)` says
+    which file or record that was.
+    """
+
+    classes: list[str] | None = None
+    targets: list[int]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int) -> Image.Image:
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+
+class Files(Images):
+    """Images in files."""
+
+    def __init__(self, paths: list[str], targets: list[int], classes: list[str] | None):
+        self.paths, self.targets, self.classes = np.array(paths), targets, classes
+
+    def load(self, index):
+        with open(self.paths[index], "rb") as file:
+            img = Image.open(file)
+            img.load()
+            return img
+
+    def name(self, index):
+        return str(self.paths[index])
+
+
+class Arrays(Images):
+    """Images in memory: (N, H, W) or (N, H, W, C) uint8."""
+
+    def __init__(self, arrays: np.ndarray, targets, classes: list[str]):
+        self.arrays, self.targets, self.classes = arrays, [int(t) for t in targets], list(classes)
+
+    def load(self, index):
+        return Image.fromarray(self.arrays[index])
+
+
+class TimmImages(Images):
+    """A map-style set of timm's factory."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.targets = [-1] * len(dataset)
+        mapping = getattr(dataset.reader, "class_to_idx", None)
+        self.classes = list(mapping) if mapping else None
+
+    def load(self, index):
+        img, target = self.dataset[index]
+        self.targets[index] = -1 if target is None else int(target)
+        return img
+
+
+def _need_path(args) -> Path:
+    if not args.data_path:
+        raise UserError(f"--dataset {args.dataset} needs --data_path, the folder that holds it")
+    path = Path(args.data_path).expanduser()
+    if not path.is_dir():
+        raise UserError(f"--data_path {path} is not a folder")
+    return path
+
+
+def _images_below(folder: Path) -> list[str]:
+    found = []
+    for parent, _, files in os.walk(folder, followlinks=True):
+        found += [os.path.join(parent, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+    return sorted(found)
+
+
+def _class_folder(folder: Path, classes: list[str] | None = None) -> Files:
+    """`folder/<class>/...`; with `classes` the labels are places in that list, and other folders are refused."""
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not found:
+        raise UserError(f"{folder} has no class folders; for images without labels use --dataset folder")
+    unknown = [name for name in found if classes is not None and name not in classes]
+    if unknown:
+        raise UserError(f"{folder} has the class folder {unknown[0]!r}, which the training folder has not")
+    classes = classes or found
+    samples = [(path, classes.index(name)) for name in found for path in _images_below(folder / name)]
+    if not samples:
+        raise UserError(f"{folder} holds no images; known endings are {' '.join(IMG_EXTENSIONS)}")
+    return Files([path for path, _ in samples], [target for _, target in samples], classes)
+
+
+def _imagefolder(args, train: bool) -> Files:
+    root = _need_path(args)
+    if not (root / "train").is_dir():
+        raise UserError(f"--data_path {root} has no train/ folder; use --dataset folder for images without that layout")
+    if train:
+        return _class_folder(root / "train")
+    if not (root / "val").is_dir():
+        raise UserError(f"--data_path {root} has no val/ folder")
+    classes = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+    return _class_folder(root / "val", classes)
+
+
+def _folder(args, train: bool) -> Files:
+    root = _need_path(args)
+    split = root / ("train" if train else "val")
+    if not train and not split.is_dir():
+        raise UserError(f"--data_path {root} has no val/ folder, so there is nothing to validate on")
+    folder = split if split.is_dir() else root
+    paths = _images_below(folder)
+    if not paths:
+        raise UserError(f"--data_path {folder} holds no images; known endings are {' '.join(IMG_EXTENSIONS)}")
+    return Files(paths, [-1] * len(paths), None)
+
+
+def _read_list(path: str, root: Path) -> tuple[list[str], list[str] | None]:
+    """Paths and labels (None when no line has one) of a list file: path, or path<TAB>label, one per line."""
+    if not path or not Path(path).is_file():
+        raise UserError(
+            f"--dataset filelist needs --train_list and --val_list, text files; {path or 'none'} is no file"
+        )
+    lines = [line.rstrip("\r\n") for line in open(path, encoding="utf-8")]
+    rows = [line.split("\t") for line in lines if line.strip()]
+    if not rows:
+        raise UserError(f"the list file {path} is empty; it wants a path, or path<TAB>label, on every line")
+    widths = {len(row) for row in rows}
+    if len(widths) > 1 or max(widths) > 2:
+        raise UserError(f"the list file {path} mixes lines with and without a label, or has lines with several tabs")
+    return [str(root / row[0]) for row in rows], [row[1].strip() for row in rows] if widths == {2} else None
+
+
+def _filelist(args, train: bool) -> Files:
+    root = _need_path(args)
+    paths, labels = _read_list(args.train_list if train else args.val_list, root)
+    if labels is None:
+        return Files(paths, [-1] * len(paths), None)
+    vocabulary = labels if train else _read_list(args.train_list, root)[1] or []
+    # Numbers sort as numbers: class 10 comes after class 9.
+    classes = sorted(set(vocabulary), key=lambda label: (0, int(label), "") if label.isdigit() else (1, 0, label))
+    index = {label: place for place, label in enumerate(classes)}
+    unknown = next((label for label in labels if label not in index), None)
+    if unknown is not None:
+        raise UserError(f"the list file {args.val_list} has the label {unknown!r}, which {args.train_list} has not")
+    return Files(paths, [index[label] for label in labels], classes)
+
+
+def _cifar(args, train: bool) -> Arrays:
+    reader = tv.CIFAR10 if args.dataset == "cifar10" else tv.CIFAR100
+    root = args.data_path or "data"
+    try:
+        data = reader(root, train=train, download=args.download)
+    except RuntimeError as error:
+        raise UserError(
+            f"--data_path {root} does not hold {reader.base_folder} (the python version of {args.dataset}); "
+            f"--download fetches it"
+        ) from error
+    return Arrays(data.data, data.targets, data.classes)
+
+
+def _tiny_imagenet(args, train: bool) -> Files:
+    """train/<wnid>/images/*.JPEG and val/images/*.JPEG with val/val_annotations.txt (file, wnid, box)."""
+    root = _need_path(args)
+    if not (root / "train").is_dir():
+        raise UserError(
+            f"--data_path {root} has no train/ folder; tiny_imagenet is what tiny-imagenet-200.zip unpacks to"
+        )
+    if train:
+        return _class_folder(root / "train")
+    classes = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+    annotations = root / "val" / "val_annotations.txt"
+    if not annotations.is_file():
+        if (root / "val").is_dir():  # a copy sorted into class folders
+            return _class_folder(root / "val", classes)
+        raise UserError(f"{annotations} is missing; tiny_imagenet is what tiny-imagenet-200.zip unpacks to")
+    rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
+    index = {wnid: place for place, wnid in enumerate(classes)}
+    unknown = next((row for row in rows if len(row) < 2 or row[1] not in index), None)
+    if unknown is not None:
+        raise UserError(f"{annotations} names {unknown}, which is no class folder of {root / 'train'}")
+    return Files([str(root / "val" / "images" / name) for name, _ in rows], [index[wnid] for _, wnid in rows], classes)
+
+
+def _digits(args, train: bool) -> Arrays:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, split 80/20, stratified, always the same."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    images = (data.images * (255 / 16)).round().astype(np.uint8)
+    split = train_test_split(images, data.target, test_size=0.2, random_state=0, stratify=data.target)
+    return Arrays(split[0 if train else 1], split[2 if train else 3], [str(digit) for digit in range(10)])
+
+
+READERS = {
+    "imagefolder": _imagefolder,
+    "folder": _folder,
+    "filelist": _filelist,
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "tiny_imagenet": _tiny_imagenet,
+    "digits": _digits,
+}
+
+
+def read_images(args, train: bool):
+    """The images of one split: an `Images`, or timm's iterable set for the streaming names of its factory.
+
+    Raises UserError for an unknown name and for whatever is missing on disk.
+    """
+    if args.dataset in READERS:
+        return READERS[args.dataset](args, train)
+    if "/" not in args.dataset:
+        raise UserError(
+            f"--dataset {args.dataset!r} is not known; the known ones are {', '.join(READERS)}, "
+            f"and the names of timm's data-set factory (hfds/..., wds/..., tfds/..., torch/...)"
+        )
+    from timm.data import create_dataset
+
+    try:
+        dataset = create_dataset(
+            args.dataset,
+            root=args.data_path or None,
+            split="train" if train else "validation",
+            is_training=train,
+            download=args.download,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+    except (ImportError, AssertionError, FileNotFoundError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--dataset {args.dataset} could not be opened by timm's data-set factory: {reason}") from error
+    if not hasattr(dataset, "__getitem__"):
+        return dataset
+    return TimmImages(dataset) if hasattr(dataset, "reader") else _torchvision(dataset)
+
+
+def _torchvision(dataset) -> Images:
+    """A plain torchvision set, as timm's factory returns for `torch/...`."""
+    images = TorchvisionImages()
+    images.dataset = dataset
+    images.targets = [int(t) for t in dataset.targets] if hasattr(dataset, "targets") else [-1] * len(dataset)
+    images.classes = list(dataset.classes) if hasattr(dataset, "classes") else None
+    return images
+
+
+class TorchvisionImages(Images):
+    """A torchvision set."""
+
+    def load(self, index):
+        img, self.targets[index] = self.dataset[index]
+        return img
+
+
+def mean_std(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per-channel mean and deviation: `--mean/--std`, else the data set's own, for `--in_chans` channels.
+
+    Raises UserError when only one is given or their number is not the number of channels.
+    """
+    mean, std = args.mean, args.std
+    if (mean is None) != (std is None):
+        raise UserError("--mean and --std go together: give both (tools/mean_std.py computes them) or neither")
+    if mean is None:
+        mean, std = MEAN_STD.get(args.dataset, IMAGENET)
+        if args.in_chans != 3:  # grey, or grey and alpha: the average channel; alpha counts like a colour
+            mean, std = ([sum(values) / 3] * args.in_chans for values in (mean, std))
+    if len(mean) != args.in_chans or len(std) != args.in_chans:
+        raise UserError(f"--mean and --std need one number per channel: --in_chans is {args.in_chans}")
+    if min(std) <= 0:
+        raise UserError("--std must be positive")
+    return tuple(mean), tuple(std)
+
+
+def input_size(args) -> tuple[int, int]:
+    """(H, W) of `args.input_size`, which the mains have set to the model's own where the flag was absent."""
+    size = args.input_size
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
+
+
+def build_transform(is_train: bool, args):
+    """The fine-tuning transform (`is_train`) or the evaluation transform of these flags."""
+    mean, std = mean_std(args)
+    if is_train:
+        return transforms.finetune_transform(args, input_size(args), mean, std)
+    return transforms.eval_transform(input_size(args), mean, std, args.crop_pct)
+
+
+def build_dataset(is_train: bool, args):
+    """Images of one split with `build_transform`'s transform, ready for a loader (`util.loading`)."""
+    from util.loading import KeyedDataset
+
+    return KeyedDataset(read_images(args, is_train), build_transform(is_train, args), args)

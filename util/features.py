@@ -1,0 +1,55 @@
+"""Frozen features of a data set, and what they are worth to a nearest-neighbour classifier."""
+
+import torch
+import torch.nn.functional as F
+
+from util.amp import autocast
+from util.distributed import get_world_size
+
+
+@torch.no_grad()
+def mae_features(model, imgs: torch.Tensor, pool: str) -> torch.Tensor:
+    """(N, C, H, W) -> (N, D) from the encoder with every patch visible, after its norm; `pool` is cls or avg."""
+    latent, _ = model.encode(model.embed(imgs))
+    return latent[:, 0] if pool == "cls" else latent[:, 1:].mean(dim=1)
+
+
+@torch.no_grad()
+def extract(encode, loader, device, amp_dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encode(imgs)` over a loader made with `train=False` -> features (M, D) float32 and labels (M,), on the CPU, of
+    all ranks, in the order of the data set. Unreadable images are left out."""
+    features, targets, indices = [], [], []
+    for batch in loader.begin(0):
+        with autocast(device, amp_dtype):
+            output = encode(batch.image.to(device, non_blocking=True))
+        good = batch.bad == 0
+        features.append(output.float().cpu()[good])
+        targets.append(batch.target[good])
+        indices.append(batch.index[good])
+    found = torch.cat(features), torch.cat(targets), torch.cat(indices)
+    if get_world_size() > 1:
+        parts: list = [None] * get_world_size()
+        torch.distributed.all_gather_object(parts, found)
+        found = tuple(torch.cat(column) for column in zip(*parts))
+    order = torch.argsort(found[2], stable=True)
+    return found[0][order], found[1][order]
+
+
+def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, classes: int, k=20, temperature=0.07):
+    """Weighted k-nearest-neighbour scores (M, classes): cosine similarity, votes of weight exp(similarity / 0.07), the
+    protocol of Wu et al. 2018 and Caron et al. 2021 (DINO, Section 4.1)."""
+    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    scores = []
+    for part in test.split(1024):
+        similarity, nearest = (part @ train.T).topk(min(k, len(train)), dim=1)  # (m, k)
+        votes = torch.zeros(len(part), classes)
+        votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+        scores.append(votes)
+    return torch.cat(scores)
+
+
+def knn_accuracy(train, train_labels, test, test_labels, k: int = 20) -> float:
+    """Top-1 in percent of `knn_predict`. Features (M, D), labels (M,)."""
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    predicted = knn_predict(train, train_labels, test, classes, k).argmax(dim=1)
+    return 100.0 * (predicted == test_labels).float().mean().item()

@@ -1,0 +1,249 @@
+"""What a run says: progress on the terminal, TensorBoard, `log.txt`. Metrics stay on the device until they are read."""
+
+import json
+import os
+import sys
+import time
+from collections import defaultdict, deque
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from util.distributed import all_reduce_sum, get_world_size, is_main_process
+
+
+class SmoothedValue:
+    """A series with its mean over everything and over a window. Tensors are kept as they are: reading a property is
+    what waits for the device."""
+
+    def __init__(self, window_size: int = 20, fmt: str | None = None):
+        self.deque = deque(maxlen=window_size)
+        self.total, self.count = 0.0, 0
+        self.fmt = fmt or "{median:.4f} ({global_avg:.4f})"
+
+    def update(self, value, n: int = 1) -> None:
+        if isinstance(value, torch.Tensor):
+            value = value.detach()
+        self.deque.append(value)
+        self.count += n
+        self.total = self.total + value * n
+
+    def synchronize_between_processes(self) -> None:
+        """Make `global_avg` the mean over all ranks."""
+        if get_world_size() > 1:
+            total = torch.as_tensor(self.total, dtype=torch.float64, device=_reduce_device())
+            pair = all_reduce_sum(torch.stack([total, torch.full_like(total, self.count)]))
+            self.total, self.count = pair[0].item(), int(pair[1].item())
+
+    def _window(self) -> torch.Tensor:
+        return torch.tensor([float(value) for value in self.deque])
+
+    @property
+    def median(self) -> float:
+        return self._window().median().item()
+
+    @property
+    def avg(self) -> float:
+        return self._window().mean().item()
+
+    @property
+    def global_avg(self) -> float:
+        return float(self.total) / max(self.count, 1)
+
+    @property
+    def max(self) -> float:
+        return self._window().max().item()
+
+    @property
+    def value(self) -> float:
+        return float(self.deque[-1])
+
+    def __str__(self) -> str:
+        names = ("median", "avg", "global_avg", "max", "value")
+        return self.fmt.format(**{name: getattr(self, name) for name in names if "{" + name in self.fmt})
+
+
+def _reduce_device() -> str:
+    return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+
+
+class MetricLogger:
+    """Named series, and a loop that prints them every so often."""
+
+    def __init__(self, delimiter: str = "\t"):
+        self.meters: dict[str, SmoothedValue] = defaultdict(SmoothedValue)
+        self.delimiter = delimiter
+
+    def add_meter(self, name: str, meter: SmoothedValue) -> None:
+        self.meters[name] = meter
+
+    def update(self, **values) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self.meters[name].update(value)
+
+    def __getattr__(self, name):
+        if name in self.__dict__.get("meters", {}):
+            return self.meters[name]
+        raise AttributeError(name)
+
+    def __str__(self) -> str:
+        return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
+
+    def synchronize_between_processes(self) -> None:
+        for meter in self.meters.values():
+            meter.synchronize_between_processes()
+
+    def log_every(self, iterable, print_freq: int, header: str = ""):
+        """Yield from `iterable`, printing all series every `print_freq` items."""
+        began = time.monotonic()
+        total = len(iterable)
+        for i, item in enumerate(iterable):
+            yield item
+            if i % print_freq == 0 or i == total - 1:
+                seconds = time.monotonic() - began
+                print(self.delimiter.join([f"{header} [{i}/{total}]", str(self), f"time: {seconds / (i + 1):.4f}"]))
+        print(f"{header} Total time: {time.monotonic() - began:.1f} s")
+
+
+class EpochMeter:
+    """Means over an epoch and since the last reading, accumulated on the device without waiting for it.
+
+    The state is a dict of python floats, kept in checkpoints, so that an epoch's means survive a resume.
+    """
+
+    def __init__(self, device: torch.device, state: dict | None = None):
+        self.device = device
+        self.epoch: dict[str, list[float]] = {name: list(pair) for name, pair in (state or {}).items()}  # [sum, count]
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, float] = defaultdict(float)
+
+    def add(self, count: float = 1, **values) -> None:
+        for name, value in values.items():
+            if value is None:
+                continue
+            value = torch.as_tensor(value, device=self.device).detach().to(torch.float64) * count
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] += count
+
+    def read(self) -> dict[str, float]:
+        """Means over all ranks since the last reading, one reduction; this is where the host waits for the device."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        counts = torch.tensor([self.counts[name] for name in names], dtype=torch.float64, device=self.device)
+        pairs = all_reduce_sum(torch.stack([torch.stack([self.sums[name] for name in names]), counts])).tolist()
+        self.sums.clear()
+        self.counts.clear()
+        for name, total, count in zip(names, *pairs):
+            kept = self.epoch.setdefault(name, [0.0, 0.0])
+            kept[0] += total
+            kept[1] += count
+        return {name: total / count for name, total, count in zip(names, *pairs)}
+
+    def means(self) -> dict[str, float]:
+        """Means over the epoch so far, of what has been read."""
+        return {name: total / count for name, (total, count) in self.epoch.items()}
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere; silent on the other ranks."""
+
+    def __init__(self, header: str, total: int, start: int = 0):
+        self.header, self.total, self.position = header, total, start
+        self.bar = None
+        if is_main_process() and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=start, desc=header, unit="batch", dynamic_ncols=True, leave=False)
+
+    def advance(self, position: int) -> None:
+        if self.bar is not None:
+            self.bar.update(position - self.position)
+        self.position = position
+
+    def say(self, values: dict[str, float], seconds_left: float) -> None:
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        elif is_main_process():
+            width = len(str(self.total))
+            left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
+            print(f"{self.header} [{self.position:{width}d}/{self.total}]  {text}  left {left}", flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Board:
+    """TensorBoard on the main process, nothing on the others. The x axis is epoch * 1000, so that runs with different
+    batch sizes lie over each other; several values on one x are never written."""
+
+    def __init__(self, log_dir: str | None, purge_step: int | None = None):
+        self.writer = None
+        self.last: dict[str, int] = {}
+        if log_dir and is_main_process():
+            os.makedirs(log_dir, exist_ok=True)
+            self.writer = SummaryWriter(log_dir, purge_step=purge_step)
+
+    def scalars(self, values: dict[str, float], epoch: float) -> None:
+        x = int(epoch * 1000)
+        for name, value in values.items():
+            if self.writer is not None and x > self.last.get(name, -1):
+                self.writer.add_scalar(name, value, x)
+                self.last[name] = x
+
+    def image(self, name: str, image, epoch: float) -> None:
+        """`image` is (3, H, W) in [0, 1]."""
+        if self.writer is not None:
+            self.writer.add_image(name, image, int(epoch * 1000))
+
+    def flags(self, args: dict) -> None:
+        if self.writer is not None:
+            rows = "\n".join(f"| {name} | `{value}` |" for name, value in sorted(args.items()))
+            self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{rows}")
+
+    def hparams(self, args: dict, metrics: dict[str, float]) -> None:
+        """Flags and final metrics for the HPARAMS tab, in the run's own event file."""
+        if self.writer is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        simple = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in args.items()}
+        for summary in hparams(simple, {f"final/{name}": value for name, value in metrics.items()}):
+            self.writer.file_writer.add_summary(summary)
+        for name, value in metrics.items():
+            self.writer.add_scalar(f"final/{name}", value)
+
+    def flush(self) -> None:
+        if self.writer is not None:
+            self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def append_log(output_dir: str | None, row: dict) -> None:
+    """One JSON object per line in `log.txt`, as upstream."""
+    if output_dir and is_main_process():
+        with open(Path(output_dir) / "log.txt", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def trim_log(output_dir: str, epoch: int) -> None:
+    """Drop the lines of `epoch` and later: a resumed run writes them again."""
+    path = Path(output_dir) / "log.txt"
+    if not is_main_process() or not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line).get("epoch", -1) < epoch:
+                kept.append(line)
+        except json.JSONDecodeError:
+            continue  # the line that was being written when the run died
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,68 @@
+"""The names under which the official repository's users import these helpers; each lives in a file of its own."""
+
+from pathlib import Path
+
+import torch
+
+from util.amp import NativeScalerWithGradNormCount, get_grad_norm_
+from util.checkpoint import checkpoint_name, write_atomically
+from util.distributed import (
+    all_reduce_mean,
+    get_rank,
+    get_world_size,
+    init_distributed_mode,
+    is_dist_avail_and_initialized,
+    is_main_process,
+    setup_for_distributed,
+)
+from util.log import MetricLogger, SmoothedValue
+from util.weights import read_file
+
+
+def save_on_master(content, path) -> None:
+    """torch.save on the main process, whole or not at all."""
+    if is_main_process():
+        write_atomically(Path(path), lambda file: torch.save(content, file))
+
+
+def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler) -> None:
+    """A checkpoint with the official keys, for training loops of one's own; `util.run.Run` saves more."""
+    content = {
+        "model": model_without_ddp.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        "scaler": loss_scaler.state_dict(),
+        "args": {key: value if isinstance(value, (bool, int, float, list)) else str(value) for key, value in vars(args).items()},
+    }  # fmt: skip
+    save_on_master(content, Path(args.output_dir) / checkpoint_name(epoch))
+
+
+def load_model(args, model_without_ddp, optimizer, loss_scaler) -> None:
+    """Undo `save_model` from `args.resume`; sets `args.start_epoch`."""
+    if not args.resume:
+        return
+    state = read_file(args.resume)
+    model_without_ddp.load_state_dict(state["model"])
+    if "optimizer" in state and "epoch" in state and not getattr(args, "eval", False):
+        optimizer.load_state_dict(state["optimizer"])
+        args.start_epoch = state["epoch"] + 1
+        if state.get("scaler"):
+            loss_scaler.load_state_dict(state["scaler"])
+
+
+__all__ = [
+    "MetricLogger",
+    "NativeScalerWithGradNormCount",
+    "SmoothedValue",
+    "all_reduce_mean",
+    "get_grad_norm_",
+    "get_rank",
+    "get_world_size",
+    "init_distributed_mode",
+    "is_dist_avail_and_initialized",
+    "is_main_process",
+    "load_model",
+    "save_model",
+    "save_on_master",
+    "setup_for_distributed",
+]

@@ -1,0 +1,356 @@
+"""What every training run shares: start, the rhythm of micro-batches and steps, logging, stopping, saving, resuming."""
+
+import contextlib
+import json
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from util import checkpoint
+from util.amp import NativeScalerWithGradNormCount, autocast, choose_amp_dtype
+from util.distributed import (
+    all_reduce_sum,
+    check_same_flags,
+    gather_objects,
+    get_rank,
+    get_world_size,
+    init_distributed_mode,
+    is_main_process,
+)
+from util.errors import RunFailed, UserError
+from util.loading import Loader, Sample
+from util.log import Board, EpochMeter, Progress, append_log, trim_log
+from util.lr_sched import adjust_learning_rate
+from util.rng import get_rng_state, set_rng_state
+from util.signals import StopRequest
+from util.weights import read_file
+
+
+@dataclass
+class Micro:
+    """One micro-batch of an accumulation window."""
+
+    batch: Sample
+    size: int  # micro-batches in this window; the last window of an epoch may be shorter
+    closes: bool  # the optimizer steps after this one
+
+
+def accumulation_window(position: int, total: int, accum_iter: int) -> tuple[int, bool, bool]:
+    """(micro-batches in its window, is it the first, is it the last) of micro-batch `position` of `total`."""
+    first = position - position % accum_iter
+    size = min(accum_iter, total - first)
+    return size, position == first, position == first + size - 1
+
+
+def start(args) -> torch.device:
+    """Processes, device, seeds, output folder. UserError when the ranks disagree on their flags."""
+    device = init_distributed_mode(args)
+    check_same_flags(args)
+    checkpoint.check_output_dir(args)
+    torch.manual_seed(args.seed + get_rank())
+    np.random.seed(args.seed + get_rank())
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked
+    return device
+
+
+def revision() -> str:
+    """Git revision of the code, with a plus when it has changes; empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+class Run:
+    """A training run: `model` (upstream tensor names), `module` (what is called: the model, or the model with its
+    methods), the optimizer, and everything that a checkpoint must hold to continue bit for bit."""
+
+    def __init__(self, args, device, loader: Loader, model: nn.Module, optimizer, module=None, resume=None):
+        self.args, self.device, self.loader, self.model, self.optimizer = args, device, loader, model, optimizer
+        self.module = module or model
+        self.methods = getattr(self.module, "methods", None)
+        self.wrapped = self._wrap(self.module) if get_world_size() > 1 else self.module
+        self.amp_dtype = choose_amp_dtype(args.amp_dtype, device)
+        self.scaler = NativeScalerWithGradNormCount(self.amp_dtype is torch.float16, device)
+        self.stop = StopRequest(device)
+        self.stopped = False
+        self.step = 0  # optimizer steps of the whole run
+        self.epoch, self.position = args.start_epoch, 0  # next micro-batch
+        self.meter = EpochMeter(device)
+        self.best = 0.0
+        self.last_means: dict[str, float] = {}  # of the last finished epoch
+        self._first_bad: dict[str, torch.Tensor] = {}
+        if resume is not None:
+            self._resume(resume)
+        checkpoint.make_output_dir(args)
+        first = self.epoch + self.position / len(loader)
+        self.board = Board(args.log_dir, purge_step=None if resume is None else int(first * 1000) + 1)
+        self._describe()
+
+    def _wrap(self, module):
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        # Buffers are equal on all ranks by construction (teachers get the same updates), so they are not sent around.
+        return DistributedDataParallel(
+            module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def _describe(self):
+        args = self.args
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        print(f"{args.model}: {millions:.1f} M parameters on {self.device}, {str(self.amp_dtype).split('.')[-1]}")
+        flags = {**vars(args), "revision": revision(), "torch": torch.__version__}
+        self.board.flags(flags)
+        if args.output_dir and is_main_process():
+            (Path(args.output_dir) / "args.json").write_text(json.dumps(flags, indent=2, default=str) + "\n")
+
+    # One epoch -----------------------------------------------------------------------------------------------------
+
+    def micro_batches(self, header: str):
+        """Yield the rest of this epoch's micro-batches; keeps the learning rate, logs, saves, and ends early after a
+        signal (`stopped`). UserError when too many images are unreadable, RunFailed when the loss is not finite."""
+        args, total = self.args, len(self.loader)
+        progress = Progress(f"{header} {self.epoch}", total, self.position)
+        self._clock = _Clock()
+        batches = iter(self.loader.begin(self.epoch, self.position))
+        try:
+            for position in range(self.position, total):
+                batch = self._next(batches)
+                size, opens, closes = accumulation_window(position, total, args.accum_iter)
+                if opens:
+                    self.lr = adjust_learning_rate(self.optimizer, self.epoch + position / total, args)
+                yield Micro(batch, size, closes)
+                self.meter.add(len(batch.target), bad_images=batch.bad.to(torch.float64).mean())
+                self.position = position + 1
+                progress.advance(self.position)
+                if closes:
+                    self._after_step(progress)
+                    if self.stopped:
+                        return
+        finally:
+            progress.close()
+
+    def _next(self, batches):
+        began = time.perf_counter()
+        batch = next(batches)
+        self._clock.waited += time.perf_counter() - began
+        self._clock.images += len(batch.target) * get_world_size()
+        return batch
+
+    def forward_context(self, micro: Micro):
+        """Autocast, and under DDP no communication before the window closes."""
+        stack = contextlib.ExitStack()
+        if not micro.closes and self.wrapped is not self.module:
+            stack.enter_context(self.wrapped.no_sync())
+        stack.enter_context(autocast(self.device, self.amp_dtype))
+        return stack
+
+    def backward(self, micro: Micro, loss: torch.Tensor, **parts: torch.Tensor) -> None:
+        """Back-propagate this micro-batch's share and, where the window closes, step. Call it inside
+        `forward_context`; `parts` are logged beside `loss`."""
+        named = {"loss": loss.detach(), **parts}
+        with torch.autocast(self.device.type, enabled=False):
+            norm = self.scaler(
+                loss / micro.size,
+                self.optimizer,
+                clip_grad=self.args.clip_grad,
+                parameters=self.module.parameters(),
+                update_grad=micro.closes,
+            )
+        self.meter.add(len(micro.batch.target), **named)
+        self._watch({**named, "gradient": norm} if norm is not None and not self.scaler.enabled else named)
+        if micro.closes:
+            self.meter.add(grad_norm=norm)
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _watch(self, values: dict[str, torch.Tensor]) -> None:
+        """Remember, on the device, the first step at which each value was not finite."""
+        for name, value in values.items():
+            first = self._first_bad.get(name)
+            if first is None:
+                first = torch.full((), torch.inf, device=self.device, dtype=torch.float64)
+            bad = ~torch.isfinite(value)
+            self._first_bad[name] = torch.where(bad, first.clamp(max=self.step), first)
+
+    # Between steps -------------------------------------------------------------------------------------------------
+
+    def _after_step(self, progress: Progress) -> None:
+        self.step += 1
+        args, total = self.args, len(self.loader)
+        ends = self.position == total
+        due = self.step % args.print_freq == 0 or ends
+        save = bool(args.save_steps) and self.step % args.save_steps == 0 and not ends
+        seconds = self._clock.seconds_per_step()
+        stop = self.stop.poll(self.step, seconds, args.print_freq)
+        if due or save or stop:
+            self._read(progress, total)
+        if stop and not ends:  # at the end of an epoch, `finish_epoch` saves and stops
+            self.stopped = True
+        if save or self.stopped:
+            self.save()
+
+    def _read(self, progress: Progress, total: int) -> None:
+        """Where the host waits for the device: read the metrics, look for trouble, log."""
+        values = self.meter.read()
+        self._check_finite()
+        self._check_images(total)
+        bad = values.pop("bad_images", 0.0)
+        rates = self._clock.read()
+        self.meter.epoch["seconds"] = [self.meter.epoch.get("seconds", [0.0])[0] + rates.pop("seconds"), 1]
+        shown = {"loss": values["loss"], "lr": self.lr, **rates}
+        per_batch = self.meter.epoch["seconds"][0] / max(1, self.position)
+        progress.say(shown, per_batch * (total - self.position))
+        if self.device.type == "cuda":
+            rates["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        points = {f"train/{name}": value for name, value in values.items()}
+        points |= {"train/lr": self.lr, **{f"speed/{name}": value for name, value in rates.items()}}
+        if bad:
+            points["data/bad_images"] = bad
+        self.board.scalars(points, self.epoch + self.position / total)
+
+    def _check_finite(self) -> None:
+        names = sorted(self._first_bad)
+        firsts = torch.stack([-self._first_bad[name] for name in names]) if names else torch.empty(0)
+        if get_world_size() > 1 and names:
+            torch.distributed.all_reduce(firsts, op=torch.distributed.ReduceOp.MAX)
+        firsts = dict(zip(names, (-firsts).tolist()))
+        step = min(firsts.values(), default=torch.inf)
+        if step == torch.inf:
+            return
+        parts = [name for name in names if firsts[name] == step and name not in ("loss", "gradient")]
+        culprit = parts or [name for name in ("loss", "gradient") if firsts.get(name) == step][:1]
+        raise RunFailed(
+            f"{' and '.join(culprit)} became non-finite at step {int(step)} (epoch {self.epoch}); the weights were "
+            f"not changed by it and the last checkpoint is good: try --clip_grad 1, a lower --blr or --amp_dtype fp32"
+        )
+
+    def _check_images(self, total: int) -> None:
+        count = self.meter.epoch.get("bad_images", [0.0])[0]
+        images = total * self.args.batch_size * get_world_size()
+        if count > self.args.max_bad_fraction * images:
+            raise UserError(
+                f"{int(count)} of {images} images of this epoch are unreadable, more than --max_bad_fraction "
+                f"{self.args.max_bad_fraction:g} allows; their names are above"
+            )
+
+    def finish_epoch(self, row: dict) -> None:
+        """Log the epoch that has just ended (`row` on top of the means), save when due, and go to the next."""
+        args = self.args
+        means = self.meter.means()
+        seconds, bad = means.pop("seconds"), self.meter.epoch.get("bad_images", [0.0])[0]
+        means.pop("bad_images", None)
+        stats = {f"train_{name}": value for name, value in {**means, "lr": self.lr}.items()}
+        self.last_means = stats
+        append_log(args.output_dir, {**stats, **row, "epoch": self.epoch, "step": self.step, "seconds": seconds,
+                                     "bad_images": int(bad)})  # fmt: skip
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in {**stats, **row}.items())
+        print(f"epoch {self.epoch}: {shown}  {seconds:.1f} s" + (f"  unreadable images {int(bad)}" if bad else ""))
+        self.board.scalars(row, self.epoch + 1)
+        self.board.flush()
+        ended = self.epoch
+        self.epoch, self.position, self.meter = self.epoch + 1, 0, EpochMeter(self.device)
+        stop = self.stop.received is not None
+        if get_world_size() > 1:
+            stop = bool(all_reduce_sum(torch.tensor(float(stop), device=self.device)).item())
+        self.stopped = stop and self.epoch < args.epochs
+        if ended % args.save_freq == 0 or self.epoch >= args.epochs or self.stopped:
+            self.save()
+
+    def announce_stop(self) -> None:
+        where = f"epoch {self.epoch}, batch {self.position}"
+        print(f"stopped by {self.stop.received} at {where}; --resume auto continues exactly there")
+
+    # Checkpoints ---------------------------------------------------------------------------------------------------
+
+    def content(self) -> dict:
+        """What a checkpoint holds. `epoch` is the last one that was finished or, inside an epoch, that one."""
+        samples = self.position * self.args.batch_size * get_world_size()
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch if self.position else self.epoch - 1,
+            "step": self.step,
+            "scaler": self.scaler.state_dict(),
+            "args": {name: _plain(value) for name, value in vars(self.args).items()},
+            "methods": self.methods.state_dict() if self.methods is not None else {},
+            "rng": gather_objects(get_rng_state(self.device)),
+            "data": {"epoch": self.epoch, "samples": samples, "meter": self.meter.epoch, "best": self.best},
+        }
+
+    def save(self) -> None:
+        if not self.args.output_dir:
+            return
+        content = self.content()
+        checkpoint.save_checkpoint(self.args.output_dir, content["epoch"], self.position, content, self.args.keep)
+
+    def _resume(self, path: Path) -> None:
+        args = self.args
+        state = read_file(path)
+        missing = [key for key in ("model", "optimizer", "epoch") if key not in state]
+        if missing:
+            raise UserError(f"--resume {path} has no {missing[0]!r}: for weights alone use --init_from or --finetune")
+        stored = state.get("args", {})
+        checkpoint.check_same_run(path, stored if isinstance(stored, dict) else vars(stored), vars(args))
+        self._load(path, state)
+        data = state.get("data", {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}})
+        self.epoch, self.step = data["epoch"], state.get("step", 0)
+        self.position = data["samples"] // (args.batch_size * get_world_size())
+        self.meter = EpochMeter(self.device, data["meter"])
+        self.best = data.get("best", 0.0)
+        rng = state.get("rng", [])
+        if len(rng) == get_world_size():
+            set_rng_state(rng[get_rank()], self.device)
+        elif rng:
+            print(f"note: {path.name} was written by {len(rng)} processes, so random numbers outside the data differ")
+        if args.output_dir:
+            trim_log(args.output_dir, self.epoch)
+        print(f"resumed {path}: epoch {self.epoch}, batch {self.position}")
+
+    def _load(self, path: Path, state: dict) -> None:
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.methods is not None:
+                self.methods.load_state_dict(state.get("methods", {}))
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(f"--resume {path} does not fit these flags: {reason}") from error
+        if state.get("scaler") and self.scaler.enabled:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def _plain(value):
+    return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)
+
+
+class _Clock:
+    """Wall time, images and time spent waiting for data since the last reading."""
+
+    def __init__(self):
+        self.began = self.started = time.perf_counter()
+        self.images, self.waited, self.steps = 0, 0.0, 0
+
+    def seconds_per_step(self) -> float:
+        self.steps += 1
+        return (time.perf_counter() - self.started) / self.steps
+
+    def read(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        rates = {
+            "images_per_s": self.images / seconds,
+            "data_wait_percent": 100 * self.waited / seconds,
+            "seconds": seconds,
+        }
+        self.began, self.images, self.waited = time.perf_counter(), 0, 0.0
+        return rates
+
+
+__all__ = ["Micro", "Run", "accumulation_window", "start"]

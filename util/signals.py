@@ -1,0 +1,37 @@
+"""SIGTERM and SIGUSR1 (a scheduler's warning): finish the step, save, exit 0."""
+
+import signal
+
+import torch
+
+from util.distributed import all_reduce_max, get_world_size
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Remembers that a signal came. All ranks stop after the same step: they compare notes every few steps, about
+    every two seconds, at steps that follow from numbers they share."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.received: str | None = None
+        self.next_poll = 1
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, _frame):
+        self.received = signal.Signals(number).name
+
+    def poll(self, step: int, seconds_per_step: float, most: int) -> bool:
+        """Whether to stop now. One process looks at its own note; several ask each other every `most` steps or more."""
+        if get_world_size() == 1:
+            return self.received is not None
+        if step < self.next_poll:
+            return False
+        note = torch.tensor([float(self.received is not None), seconds_per_step], device=self.device)
+        wanted, seconds = all_reduce_max(note).tolist()
+        self.next_poll = step + max(1, min(most, int(2.0 / max(seconds, 1e-6))))
+        if wanted:
+            self.received = self.received or "a signal to another rank"
+        return bool(wanted)

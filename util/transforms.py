@@ -1,0 +1,153 @@
+"""What happens to an image between the file and the batch: channels, augmentation, normalisation."""
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+from timm.data import create_transform
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from util.crop import RandomResizedCrop
+from util.errors import UserError
+
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+BICUBIC = InterpolationMode.BICUBIC
+
+
+def to_channels(img: Image.Image, in_chans: int) -> Image.Image:
+    """Greyscale, palette, CMYK, 16-bit and alpha images as an 8-bit image of `in_chans` channels.
+
+    16-bit values are scaled to 8 bits by 257 (pillow would clip them), alpha is dropped unless asked for.
+    """
+    mode = _MODES[in_chans]
+    if img.mode.startswith("I") or img.mode == "F":
+        img = Image.fromarray(_to_8_bits(np.asarray(img)))
+    if img.mode == "P" and mode in ("RGB", "L"):
+        img = img.convert("RGBA" if "transparency" in img.info else "RGB")
+    if img.mode == "LA" and mode == "RGB":
+        img = img.convert("L")
+    return img if img.mode == mode else img.convert(mode)
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Integers above 255 are read as 16-bit; floats are taken as 0..1 when they fit, else as 0..255."""
+    top = 1.0 if values.dtype.kind == "f" and values.max() <= 1 else 255.0 if values.max() <= 255 else 65535.0
+    return (values.astype(np.float64) * (255.0 / top)).clip(0, 255).round().astype(np.uint8)
+
+
+def check_channels(in_chans: int) -> None:
+    if in_chans not in _MODES:
+        raise UserError(f"--in_chans {in_chans}: images have 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels")
+
+
+class GaussianBlur:
+    """Blur with a radius drawn from [0.1, 2] (pillow's filter, as in DeiT III)."""
+
+    def __init__(self, radius=(0.1, 2.0)):
+        self.low, self.high = radius
+
+    def __call__(self, img):
+        radius = float(np.random.uniform(self.low, self.high))
+        return img.filter(ImageFilter.GaussianBlur(radius=radius))
+
+
+class Solarization:
+    """Invert every pixel above the middle."""
+
+    def __call__(self, img):
+        return ImageOps.solarize(img)
+
+
+def three_augment(channels: int) -> list:
+    """3-Augment (Touvron et al. 2022, DeiT III, Section 3.2): one of three per image, then colour jitter 0.3."""
+    return [
+        transforms.RandomChoice([transforms.Grayscale(channels), Solarization(), GaussianBlur()]),
+        transforms.ColorJitter(0.3, 0.3, 0.3),
+    ]
+
+
+def pad_and_crop(size: tuple[int, int]) -> list:
+    """The CIFAR habit: pad by an eighth of the side, crop back (4 pixels at 32)."""
+    return [Resize(size), transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8))]
+
+
+class Resize(transforms.Resize):
+    """Bicubic resize to exactly (H, W), free of charge where the image has that size already."""
+
+    def __init__(self, size):
+        super().__init__(size, interpolation=BICUBIC)
+
+    def forward(self, img):
+        return img if (img.height, img.width) == tuple(self.size) else super().forward(img)
+
+
+def _to_tensor(mean, std) -> list:
+    return [transforms.ToTensor(), transforms.Normalize(mean, std)]
+
+
+def pretrain_transform(aug: str, size: tuple[int, int], mean, std) -> transforms.Compose:
+    """`mae`: random resized crop and flip; `crop`: pad-and-crop and flip; `three`: 3-Augment on top of `mae`'s crop
+    and flip; `none`: the evaluation transform."""
+    flip = transforms.RandomHorizontalFlip()
+    if aug == "none":
+        return eval_transform(size, mean, std)
+    if aug == "crop":
+        steps = [*pad_and_crop(size), flip]
+    else:
+        steps = [RandomResizedCrop(size), flip]
+    if aug == "three":
+        steps += three_augment(len(mean))
+    return transforms.Compose([*steps, *_to_tensor(mean, std)])
+
+
+def probe_transform(aug: str, size: tuple[int, int], mean, std) -> transforms.Compose:
+    """`rrc`: random resized crop of 8-100 % of the area and flip; `crop`: pad-and-crop and flip; `none`: neither."""
+    if aug == "none":
+        return eval_transform(size, mean, std)
+    crop = pad_and_crop(size) if aug == "crop" else [RandomResizedCrop(size, scale=(0.08, 1.0))]
+    return transforms.Compose([*crop, transforms.RandomHorizontalFlip(), *_to_tensor(mean, std)])
+
+
+def default_crop_pct(size: tuple[int, int]) -> float:
+    """The official recipe's 224/256 for inputs of 160 to 224 pixels; larger ones and the small data sets whole."""
+    return 224 / 256 if 160 <= min(size) <= 224 else 1.0
+
+
+def eval_transform(size: tuple[int, int], mean, std, crop_pct: float | None = None) -> transforms.Compose:
+    """Bicubic resize to size / crop_pct, centre crop to `size`."""
+    crop_pct = crop_pct or default_crop_pct(size)
+    if crop_pct == 1.0 and size[0] == size[1]:
+        steps = [ResizeShortSide(size[0]), transforms.CenterCrop(size)]
+    elif size[0] == size[1]:
+        steps = [ResizeShortSide(int(size[0] / crop_pct)), transforms.CenterCrop(size)]
+    else:  # a rectangle was asked for: keep the whole image
+        steps = [Resize(size)]
+    return transforms.Compose([*steps, *_to_tensor(mean, std)])
+
+
+class ResizeShortSide(transforms.Resize):
+    """Bicubic resize of the shorter side, free of charge where it has that length already."""
+
+    def __init__(self, side: int):
+        super().__init__(side, interpolation=BICUBIC)
+
+    def forward(self, img):
+        return img if min(img.size) == self.size else super().forward(img)
+
+
+def finetune_transform(args, size: tuple[int, int], mean, std):
+    """timm's training transform: random resized crop (or pad-and-crop), flip, RandAugment or jitter, random erasing."""
+    transform = create_transform(
+        input_size=(len(mean), *size),
+        is_training=True,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation="bicubic",
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+    if args.aug == "crop":  # the first step is the random resized crop
+        transform.transforms[:1] = pad_and_crop(size)
+    return transform

@@ -1,0 +1,527 @@
+"""The one loader for weights of any origin: MAE, fine-tuned and timm ViT checkpoints, Hugging Face ViT and ViTMAE.
+
+`read_weights` recognises a file and brings its tensors to our names, which are those of the released MAE checkpoints;
+`load_into` fills a model and reports what became of every tensor. Nothing is dropped or left out without a line there.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+from dataclasses import dataclass, field
+from math import isqrt, prod
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from util.architectures import ENCODERS
+from util.errors import UserError
+from util.pos_embed import get_2d_sincos_pos_embed, interpolate_grid
+
+# Official checkpoints hold their flags as a Namespace, some with a path in it. Python 3.13 pickles a path under another
+# module than the versions around it, and torch allows globals by name: one stand-in for each name.
+_SAFE_GLOBALS = [argparse.Namespace] + [
+    type("PosixPath", (pathlib.PosixPath,), {"__module__": module}) for module in ("pathlib", "pathlib._local")
+]
+
+# Wrappers put their own name in front of a module's tensors, at any depth: none of them is a name of ours.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+# Hugging Face names, in order: those of the hub files, of transformers 5, and what transformers 5 writes to disk.
+_HUGGING_FACE = [
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    (r"^decoder\.decoder_(?:encoder\.)?layers?\.(\d+)\.", r"decoder_blocks.\1."),
+    (r"^decoder\.(mask_token|decoder_)", r"\1"),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(?:attention\.query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(?:attention\.key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(?:attention\.value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+]
+
+_ENCODER = re.compile(r"(cls_token|pos_embed)$|patch_embed\.|blocks\.|norm\.")
+_KNOWN = re.compile(
+    r"(cls_token|pos_embed|mask_token)$|(patch_embed\.proj|norm|fc_norm)\.(weight|bias)$|head\.|decoder_"
+    r"|blocks\.\d+\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2)\.(weight|bias)$"
+)
+# Where an unknown tensor means that the file's encoder computes something ours does not.
+_ENCODER_AREA = re.compile(r"(blocks|patch_embed|pos_embed|embeddings|encoder|layers?|norm_pre|rope|rel_pos_bias)\.")
+_HF_MASK_TOKEN = "embeddings.mask_token"  # masked image modelling on pixels: no encoder of whole images uses it
+
+
+class _Geometry(NamedTuple):
+    width: int
+    depth: int
+    patch: tuple[int, int]
+    channels: int
+
+    def __str__(self):
+        rows, columns = self.patch
+        patch = rows if rows == columns else f"{rows}x{columns}"
+        return f"width {self.width}, depth {self.depth}, patch {patch}, {self.channels} channels"
+
+
+@dataclass
+class Weights:
+    """A file, read and recognised; `state` is in our names."""
+
+    path: str
+    origin: str
+    state: dict[str, Tensor]
+    args: dict = field(default_factory=dict)  # flags stored in the file
+    dropped: list[str] = field(default_factory=list)  # entries of the file that are no part of an encoder, MAE or head
+
+    @property
+    def has_decoder(self) -> bool:
+        return any(name.startswith("decoder_") for name in self.state)
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor: the first three lists together are the model's, the last two the file's leftovers.
+
+    A head of the file that was left out is in `skipped`, the model's own then in `missing`.
+    """
+
+    path: str
+    origin: str
+    taken: list[str] = field(default_factory=list)
+    interpolated: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    grids: str = ""  # "14x14 -> 16x16" when positions were interpolated
+    head: str = ""  # why the head was skipped
+    reasons: dict[str, list[str]] = field(default_factory=dict)  # of `unexpected`
+
+    def __str__(self):
+        lines = [f"{self.path}: {self.origin}", f"taken: {_summary(self.taken)}"]
+        if self.interpolated:
+            lines.append(f"interpolated: {_summary(self.interpolated)}, {self.grids}")
+        if self.missing:
+            lines.append(f"missing in the file, kept at their initial value: {_summary(self.missing)}")
+        lines += [f"not used: {_summary(names)} ({reason})" for reason, names in self.reasons.items()]
+        if self.skipped:
+            lines.append(f"skipped: {self.head}")
+        return "\n  ".join(lines)
+
+
+def read_file(path) -> dict:
+    """The raw content of a checkpoint, on the CPU. Never unpickles more than tensors, plain containers and flags.
+
+    Raises UserError when the file cannot be read, is damaged, is no checkpoint, or its pickle asks for anything else.
+    """
+    path = os.fspath(path)
+    head = _first_bytes(path)
+    try:
+        # A safetensors file is the length of its header, 8 bytes, and a JSON object.
+        if path.endswith(".safetensors") or head[8:9] == b"{":
+            return load_file(path)
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files fail with anything, down to a KeyError inside the unpickler
+        raise UserError(_unreadable(path, head, str(error))) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint: a dict of tensors is needed")
+    return content
+
+
+def _first_bytes(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: a checkpoint (.pth or .safetensors) is needed") from None
+    except IsADirectoryError:
+        files = sorted(name for name in os.listdir(path) if name.endswith((".pth", ".pt", ".safetensors", ".bin")))
+        raise UserError(f"{path} is a directory: name a file in it ({', '.join(files) or 'it has no .pth'})") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): a checkpoint is needed") from error
+    if not head:
+        raise UserError(f"{path} is empty (0 bytes): copy or download the checkpoint again")
+    return head
+
+
+def _unreadable(path: str, head: bytes, message: str) -> str:
+    forbidden = re.search(r"GLOBAL (\S+)", message)
+    if forbidden:
+        return (
+            f"{path} is refused because its pickle asks for {forbidden[1]}, which may run code: save it again with "
+            "only tensors, plain containers, argparse.Namespace and paths"
+        )
+    if "TorchScript" in message:
+        return f"{path} is a TorchScript program: save its state_dict() with torch.save instead"
+    if path.endswith(".safetensors") or head[8:9] == b"{":
+        return f"{path} is not a safetensors file or is damaged: copy or download it again"
+    if head.startswith(b"PK"):
+        return f"{path} is truncated or damaged, or not written by torch.save: copy or download it again"
+    return f"{path} is not a checkpoint or is damaged: a file written by torch.save, or .safetensors, is needed"
+
+
+def read_weights(path, key: str = "model") -> Weights:
+    """Read and recognise a file. `key` is where the weights lie in it; a bare state dict has none and needs none.
+
+    Raises UserError for whatever `read_file` refuses, for a key that the file lacks (listing those it has), for a file
+    without ViT weights, and for a ViT with parts that ours lacks (layer scale, register tokens, ...).
+    """
+    path = os.fspath(path)
+    raw = read_file(path)
+    named, others = _split(_select(raw, key, path))
+    state = {}
+    for name, tensor in named.items():
+        plain = _without_wrappers(name)
+        if plain in state:
+            raise UserError(f"{path} holds {plain} twice, with and without a prefix: keep one of the two models in it")
+        state[plain] = tensor
+    state, converted = _from_hugging_face(state)
+    if not {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= state.keys():
+        raise UserError(
+            f"{path} holds no ViT weights (its tensors: {_summary(list(named), 6) or 'none'}): "
+            "a MAE, timm ViT or Hugging Face ViT checkpoint is needed"
+        )
+    _refuse_other_encoders(state, path)
+    others += [name for name in state if not _KNOWN.match(name)]
+    state = {name: tensor for name, tensor in state.items() if _KNOWN.match(name)}
+    weights = Weights(path, "", state, _stored_args(raw, path), others)
+    weights.origin = _origin(weights) + ", Hugging Face names" * converted
+    return weights
+
+
+def _select(raw: dict, key: str, path: str) -> dict:
+    if isinstance(raw.get(key), dict):
+        return raw[key]
+    bare = any(isinstance(value, Tensor) for value in raw.values())
+    if bare and key == "model":
+        return raw
+    if key in raw:
+        raise UserError(f"{path} holds a {type(raw[key]).__name__} under {key!r}, not weights: {_keys(raw)}")
+    if bare:
+        raise UserError(f"{path} has no key {key!r}: it is a bare state dict, leave --checkpoint_key at its default")
+    raise UserError(f"{path} has no key {key!r}: {_keys(raw)}")
+
+
+def _keys(raw: dict) -> str:
+    keys = [str(key) for key, value in raw.items() if isinstance(value, dict) and _split(value)[0]]
+    if keys:
+        return f"--checkpoint_key must be one of its keys with weights ({', '.join(keys)})"
+    return f"it holds no weights, only the keys {_some([str(key) for key in raw], 8) or '(none)'}"
+
+
+def _split(content: dict) -> tuple[dict[str, Tensor], list[str]]:
+    """-> the named tensors, the names of everything else."""
+    named = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    return named, [str(key) for key in content if key not in named]
+
+
+def _without_wrappers(name: str) -> str:
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] == "mae":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def _from_hugging_face(state: dict) -> tuple[dict, bool]:
+    """-> the state in our names, whether it came in those of Hugging Face."""
+    plain = {name.removeprefix("vit."): tensor for name, tensor in state.items()}
+    if "embeddings.patch_embeddings.projection.weight" not in plain:
+        return state, False
+    renamed = {}
+    for name, tensor in plain.items():
+        for pattern, ours in _HUGGING_FACE:
+            name = re.sub(pattern, ours, name)
+        renamed[name] = tensor
+    for name in [name for name in renamed if ".attn.q." in name]:
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(part in renamed for part in parts):
+            renamed[name.replace(".q.", ".qkv.")] = torch.cat([renamed.pop(part) for part in parts])
+    return renamed, True
+
+
+def _refuse_other_encoders(state: dict, path: str) -> None:
+    """An unknown tensor inside the encoder, or a token next to it, would change every feature if it were dropped."""
+
+    def matters(name):
+        is_token = "." not in name and state[name].ndim >= 2
+        return not _KNOWN.match(name) and name != _HF_MASK_TOKEN and (is_token or _ENCODER_AREA.match(name))
+
+    extra = [name for name in state if matters(name)]
+    if extra:
+        raise UserError(
+            f"{path} is not a plain ViT: it has {_some(extra)}, which our encoder lacks and cannot leave out; a ViT "
+            "without layer scale, query-key norms, register or distillation tokens is needed"
+        )
+    kernel = state["patch_embed.proj.weight"]
+    if kernel.ndim != 4 or not all(tensor.is_floating_point() for tensor in encoder_state(state).values()):
+        raise UserError(
+            f"{path} has patch kernels of shape {tuple(kernel.shape)} and type {kernel.dtype}: "
+            "a ViT for images (D, C, p, p) with floating-point weights is needed"
+        )
+
+
+def _origin(weights: Weights) -> str:
+    if weights.has_decoder:
+        return "MAE (encoder and decoder)"
+    if any(name.startswith("head.") for name in weights.state):
+        return "ViT classifier"
+    # Only MAE keeps its positions at the sine-cosine table; other encoders of these names train them.
+    table = weights.state.get("pos_embed")
+    fixed = any(_is_sincos(table, grid) for grid in _grids(weights))
+    return "MAE encoder" if fixed and "fc_norm.weight" not in weights.state else "ViT encoder"
+
+
+def _stored_args(raw: dict, path: str) -> dict:
+    """Flags of the file; in a safetensors file they are its metadata, numbers and lists written as JSON."""
+    args = raw.get("args")
+    if isinstance(args, argparse.Namespace):
+        return vars(args)
+    if isinstance(args, dict):
+        return args
+    if _first_bytes(path)[8:] != b"{":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return {key: _parsed(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+
+
+def _parsed(value: str):
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False) -> LoadReport:
+    """Fill `model` (MaskedAutoencoderViT or VisionTransformer) and say what became of every tensor.
+
+    The encoder must be complete and of the model's shape; positions are interpolated to its patch grid. A decoder is
+    taken as a whole or, when the file has none, not at all. A head is taken when it fits and `ignore_head` is not set.
+    Raises UserError, with the model unchanged, when encoder or decoder do not fit.
+    """
+    own = model.state_dict()
+    _check_geometry(own, weights)
+    _check_heads(model, weights)
+    report = LoadReport(weights.path, weights.origin)
+    report.head = _why_no_head(own, weights.state, ignore_head)
+    chosen = {name: tensor for name, tensor in weights.state.items() if name in own}
+    if report.head:
+        report.skipped = [name for name in weights.state if name.startswith("head.")]
+        chosen = {name: tensor for name, tensor in chosen.items() if name not in report.skipped}
+    if not weights.has_decoder:
+        chosen.pop("mask_token", None)  # of masked image modelling in the encoder, another thing
+    _interpolate(model, chosen, weights, report)
+    _check_complete(own, chosen, weights)
+
+    report.taken = [name for name in own if name in chosen and name not in report.interpolated]
+    report.missing = [name for name in own if name not in chosen]
+    left = [name for name in weights.state if name not in chosen and name not in report.skipped]
+    report.unexpected = left + weights.dropped
+    for name in report.unexpected:
+        report.reasons.setdefault(_why_unused(name, own), []).append(name)
+    model.load_state_dict({**own, **chosen})
+    return report
+
+
+def _geometry(state: dict) -> _Geometry:
+    kernel = state["patch_embed.proj.weight"]
+    return _Geometry(kernel.shape[0], _depth(state, "blocks"), tuple(kernel.shape[-2:]), kernel.shape[1])
+
+
+def _depth(state: dict, blocks: str) -> int:
+    indices = [name.split(".")[1] for name in state if name.startswith(f"{blocks}.")]
+    return 1 + max((int(index) for index in indices if index.isdecimal()), default=-1)
+
+
+def _check_geometry(own: dict, weights: Weights) -> None:
+    found, wanted = _geometry(weights.state), _geometry(own)
+    if found == wanted:
+        return
+    fitting = [
+        name
+        for name, config in ENCODERS.items()
+        if (config["embed_dim"], config["depth"], (config["patch_size"],) * 2) == found[:3]
+    ]
+    advice = ""
+    if len(fitting) == 1:
+        advice = f"; --model {'mae_' if 'mask_token' in own else ''}{fitting[0]} fits the file"
+    if found.channels != wanted.channels:
+        advice += f"; --in_chans {found.channels} is needed" if not advice else f" with --in_chans {found.channels}"
+    raise UserError(f"{weights.path} is a ViT of {found}, but the model (--model) has {wanted}{advice}")
+
+
+def _check_heads(model: nn.Module, weights: Weights) -> None:
+    """Shapes do not show the number of attention heads: where the file's flags tell it, the model must have it."""
+    name = str(weights.args.get("model")).removeprefix("mae_").removesuffix("_dec512d8b")
+    stored = {"num_heads": ENCODERS.get(name, {}).get("num_heads"), **weights.args}
+    for prefix in ("", "decoder_"):
+        heads, blocks = stored.get(f"{prefix}num_heads"), getattr(model, f"{prefix}blocks", ())
+        if not isinstance(heads, int) or not len(blocks) or (prefix and not weights.has_decoder):
+            continue
+        if blocks[0].attn.num_heads != heads:
+            raise UserError(
+                f"{weights.path} was trained with {heads} attention heads, but the model has "
+                f"{blocks[0].attn.num_heads} (--{prefix}num_heads or --model)"
+            )
+
+
+def _why_no_head(own: dict, state: dict, ignore_head: bool) -> str:
+    """The reason not to take the file's head into the model's, empty when it fits or either has none."""
+    theirs, ours = ({name: t.shape for name, t in s.items() if name.startswith("head.")} for s in (state, own))
+    if not theirs:
+        return ""
+    if ignore_head:
+        return "head: left out, as asked"
+    if not ours or (theirs == ours and _feature_norm(state) == _feature_norm(own)):
+        return ""
+    if theirs.keys() != ours.keys():
+        return f"head: {_some(list(theirs))} in the file, {_some(list(ours))} here: new"
+    if theirs != ours:
+        classes = [shapes[max(shapes)][0] for shapes in (theirs, ours)]  # of the last layer's weight
+        return f"head: {classes[0]} classes in the file, {classes[1]} here: new"
+    # The shapes fit, but a head trained on one feature says nothing about the other.
+    return f"head: reads {_feature_norm(state)} in the file, {_feature_norm(own)} here: new"
+
+
+def _feature_norm(state: dict) -> str:
+    return "pooled patches (fc_norm)" if "fc_norm.weight" in state else "the [cls] token (norm)"
+
+
+def _interpolate(model: nn.Module, chosen: dict, weights: Weights, report: LoadReport) -> None:
+    """Bring the positions in `chosen` to the model's patch grid, and say so in the report."""
+    target = tuple(model.patch_embed.grid_size)
+    source = _source_grid(weights, target)
+    if source == target:
+        return
+    report.grids = " -> ".join(f"{rows}x{columns}" for rows, columns in (source, target))
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if name in chosen and chosen[name].ndim == 3 and chosen[name].shape[1] == prod(source) + 1:
+            chosen[name] = interpolate_grid(chosen[name].float(), source, target)
+            report.interpolated.append(name)
+
+
+def _source_grid(weights: Weights, target: tuple[int, int]) -> tuple[int, int]:
+    """The patch grid of the file: from its flags, else a square, else the model's own when the count is the same.
+
+    A table that is the sine-cosine one of a candidate settles it. Raises UserError when no grid has that many patches.
+    """
+    table = weights.state.get("pos_embed")
+    if table is None or table.ndim != 3:
+        return target  # refused as missing or misshapen a moment later
+    candidates = [grid for grid in [*_grids(weights), target] if 1 < prod(grid) + 1 == table.shape[1]]
+    if not candidates:
+        raise UserError(
+            f"{weights.path} has {table.shape[1]} positions, which are not one for [cls] and a square grid of patches: "
+            "a table with [cls], or flags in the file with its input_size, is needed"
+        )
+    return next((grid for grid in candidates if _is_sincos(table, grid)), candidates[0])
+
+
+def _grids(weights: Weights) -> list[tuple[int, int]]:
+    """Grids the positions may have, whether or not their number fits: by the flags of the file, and the square."""
+    (rows, columns), size = _geometry(weights.state).patch, weights.args.get("input_size")
+    size = list(size) if isinstance(size, (list, tuple)) else [size]
+    stored = []
+    if len(size) in (1, 2) and all(isinstance(side, int) for side in size):
+        stored = [(size[0] // rows, size[-1] // columns)]
+    table = weights.state.get("pos_embed")
+    side = isqrt(table.shape[1] - 1) if table is not None and table.ndim == 3 and table.shape[1] else 0
+    return [*stored, (side, side)]
+
+
+def _is_sincos(table: Tensor | None, grid: tuple[int, int]) -> bool:
+    if table is None or table.ndim != 3 or table.shape[-1] % 4 or table.shape[1] != prod(grid) + 1:
+        return False
+    values = torch.from_numpy(get_2d_sincos_pos_embed(table.shape[-1], grid, cls_token=True))
+    return torch.allclose(table[0].double(), values, atol=1e-2)  # bfloat16 files are only that exact
+
+
+def _check_complete(own: dict, chosen: dict, weights: Weights) -> None:
+    """Refuse an encoder, or a decoder if the file has one, that is not complete or not of the model's shapes."""
+    wrong = [name for name in own if name in chosen and chosen[name].shape != own[name].shape]
+    missing = [name for name in own if name not in chosen]
+    decoder = [name for name in weights.state if name.startswith("decoder_") and name not in own]
+    if "mask_token" in own and weights.has_decoder:
+        decoder += [name for name in wrong + missing if _is_decoder(name)]
+        if decoder:
+            raise UserError(
+                f"{weights.path} has a decoder of {_decoder(weights.state)}, but the model has one of {_decoder(own)}, "
+                f"and they differ in {_some(decoder)} (--decoder_embed_dim, --decoder_depth)"
+            )
+    lost = [name for name in missing if _ENCODER.match(name) and not name.startswith("norm.")]
+    if lost:
+        raise UserError(f"{weights.path} lacks {_some(lost)} of the encoder: a complete ViT with [cls] is needed")
+    if wrong:
+        shapes = f"{tuple(chosen[wrong[0]].shape)} in the file and {tuple(own[wrong[0]].shape)} in the model"
+        raise UserError(f"{weights.path} does not fit the model (--model): {wrong[0]} is {shapes}")
+
+
+def _is_decoder(name: str) -> bool:
+    return name.startswith("decoder_") or name == "mask_token"
+
+
+def _decoder(state: dict) -> str:
+    embed = state.get("decoder_embed.weight")
+    width = "unknown width" if embed is None else f"width {embed.shape[0]}"
+    return f"{width}, depth {_depth(state, 'decoder_blocks')}"
+
+
+def _why_unused(name: str, own: dict) -> str:
+    if _is_decoder(name):
+        return "decoder, not needed"
+    if name.startswith(("norm.", "fc_norm.")):
+        return f"this model reads {_feature_norm(own)}"
+    if name.startswith("head."):
+        return "this model has no head"
+    return "no part of a ViT's encoder, MAE decoder or head"
+
+
+def _summary(names: list[str], most: int | None = None) -> str:
+    """Names by group: `blocks.0-11 (144 tensors), norm (2 tensors), cls_token`, at most so many groups."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        group = re.match(r"\w*blocks(?=\.\d+\.)|[^.]*", name)[0]
+        groups.setdefault(group, []).append(name)
+    texts = [_group_text(group, members) for group, members in groups.items()]
+    return ", ".join(texts[:most]) + ", ..." * (most is not None and len(texts) > most)
+
+
+def _group_text(group: str, members: list[str]) -> str:
+    if len(members) == 1:
+        return members[0]
+    depths = sorted({int(name.split(".")[1]) for name in members}) if group.endswith("blocks") else []
+    if depths:
+        group += f".{depths[0]}-{depths[-1]}" if len(depths) > 1 else f".{depths[0]}"
+    return f"{group} ({len(members)} tensors)"
+
+
+def _some(names: list[str], most: int = 2) -> str:
+    """The first names in full, where a user must recognise them: `a, b and 3 more`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Only the encoder of a state in our names: [cls], positions, patch embedding, blocks and norm."""
+    return {name: tensor for name, tensor in state.items() if _ENCODER.match(name)}
+
+
+def save_encoder(state: dict[str, Tensor], path, metadata: dict[str, str]) -> None:
+    """Write the encoder of `state` as safetensors, whole or not at all. `metadata` comes back as `Weights.args`."""
+    # Clones: safetensors refuses tensors that share memory, and views of a larger one.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in encoder_state(state).items()}
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
