@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import warnings
 from dataclasses import dataclass, field
 from math import isqrt, prod
 from typing import NamedTuple
@@ -129,7 +130,8 @@ def read_file(path) -> dict:
         # A safetensors file is the length of its header, 8 bytes, and a JSON object.
         if path.endswith(".safetensors") or head[8:9] == b"{":
             return load_file(path)
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch muses on odd pickles before it refuses them: ours is the one line
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files fail with anything, down to a KeyError inside the unpickler
         raise UserError(_unreadable(path, head, str(error))) from error
@@ -318,7 +320,7 @@ def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False) -> 
         report.skipped = [name for name in weights.state if name.startswith("head.")]
         chosen = {name: tensor for name, tensor in chosen.items() if name not in report.skipped}
     if not weights.has_decoder:
-        chosen.pop("mask_token", None)  # of masked image modelling in the encoder, another thing
+        chosen.pop("mask_token", None)  # masked image modelling inside the encoder: another thing
     _interpolate(model, chosen, weights, report)
     _check_complete(own, chosen, weights)
 
@@ -477,7 +479,7 @@ def _decoder(state: dict) -> str:
 
 def _why_unused(name: str, own: dict) -> str:
     if _is_decoder(name):
-        return "decoder, not needed"
+        return "of masked image modelling in the encoder" if "mask_token" in own else "decoder, not needed"
     if name.startswith(("norm.", "fc_norm.")):
         return f"this model reads {_feature_norm(own)}"
     if name.startswith("head."):
