@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # MAE on CIFAR-10 with a laptop's means: three seeds of pretraining, each probed linearly beside a random encoder of the
-# same architecture and seed. About 10 minutes a seed on two cores. Finished parts are skipped when started again.
+# same architecture and seed. About 9 minutes a seed on two cores. Finished parts are skipped when started again.
 #
 #   bash scripts/mae/cifar10_study.sh DATA OUT        DATA holds train/<class>/ and val/<class>/
 set -euo pipefail
@@ -20,10 +20,10 @@ for seed in 0 1 2; do
     run="$out/mae-seed$seed"
     if [ ! -f "$run/encoder.safetensors" ]; then
         "$python" "$here/main_pretrain.py" --data_path "$data" "${stats[@]}" --model mae_vit_micro_patch4 \
-            --norm_pix_loss --aug crop --batch_size 128 --lr 1.5e-3 --epochs 4 --warmup_epochs 1 \
+            --norm_pix_loss --aug crop --batch_size 128 --lr 1.5e-3 --epochs 3 --warmup_epochs 1 \
             --seed "$seed" --num_workers 1 --vis_freq 1 --save_freq 1 --keep 1 --output_dir "$run" --resume auto
     fi
-    probe "probe-mae-seed$seed" "$run/checkpoint-3.pth" "$seed"
+    probe "probe-mae-seed$seed" "$run/checkpoint-2.pth" "$seed"
     probe "probe-random-seed$seed" "" "$seed"
 done
 "$python" "$here/tools/table.py" "$out"/probe-*
