@@ -139,6 +139,8 @@ def main(args) -> dict[str, float]:
     model = build_encoder(args, weights, classes, args.drop_path, ignore_head=not args.eval)
     if weights is not None and not args.eval:
         trunc_normal_(model.head.weight, std=2e-5)  # near zero, so that the first steps do not shake the encoder
+    if weights is None and resume is None:
+        print("no --finetune: training from scratch")
     device = start(args)
     model.to(device)
     val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)

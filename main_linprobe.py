@@ -164,13 +164,15 @@ def main(args) -> dict:
     check(args)
     args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
     resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None
-    weights = settle_model(args, args.finetune)
+    weights = settle_model(args, str(resume) if args.eval else args.finetune)
     check_channels(args.in_chans)
     args.aug = args.aug or ("crop" if args.dataset in ("cifar10", "cifar100", "digits") else "rrc")
     images, held_out = read_images(args, train=True), read_images(args, train=False)
     args.nb_classes = count_classes(args, images)
     torch.manual_seed(args.seed)
-    model = build_encoder(args, weights, args.nb_classes)
+    model = build_encoder(args, None if args.eval else weights, args.nb_classes)
+    if weights is None:
+        print("no --finetune: the encoder is random")
     device = start(args)
     mean, std = mean_std(args)
     plain = eval_transform(input_size(args), mean, std, args.crop_pct)

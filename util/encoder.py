@@ -43,9 +43,11 @@ def build_encoder(args, weights: Weights | None, num_classes: int = 0, drop_path
         global_pool=args.global_pool,
     )
     if weights is not None:
-        print(load_into(model, weights, ignore_head=ignore_head))
+        report = load_into(model, weights, ignore_head=ignore_head)
+        print(report)
+        if not ignore_head and "head.weight" in report.missing:
+            raise UserError(f"{weights.path} has no classifier for this model: {report.head or 'no head in the file'}")
     else:
-        print("no --finetune: the encoder is random")
         _like_an_untrained_autoencoder(model, args)
     return model
 

@@ -8,6 +8,7 @@ import math
 import signal
 import struct
 import sys
+import weakref
 import zlib
 from typing import NamedTuple
 
@@ -36,6 +37,10 @@ BROKEN_IMAGE = (
 _DRAWS = 20  # replacements tried for one sample before the data set counts as unreadable
 
 
+class UnreadableData(UserError):
+    """Image after image cannot be read. Raised in a data worker, which turns it into a RuntimeError of that text."""
+
+
 class Sample(NamedTuple):
     """One image, or after collation one batch."""
 
@@ -62,21 +67,21 @@ class KeyedDataset(torch.utils.data.Dataset):
     def __getitem__(self, key) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         with seeded(self.seed, epoch, index):
-            bad = 0
-            place = index
-            while True:
-                try:
-                    image = to_channels(self.images.load(place), self.in_chans)
-                    return Sample(self.transform(image), self.images.targets[place], index, bad)
-                except BROKEN_IMAGE as error:
-                    print(f"unreadable image {self.images.name(place)}: {error}", file=sys.stderr, flush=True)
-                    bad += 1
-                    if not self.replace:
-                        blank = Image.new("RGB", (32, 32))
-                        return Sample(self.transform(to_channels(blank, self.in_chans)), -1, index, bad)
-                    if bad == _DRAWS:
-                        raise UserError(f"{_DRAWS} images in a row could not be read, the last {error}") from error
-                    place = int(torch.randint(len(self.images), ()))
+            image, place, bad = self._read(index)
+            return Sample(self.transform(image), self.images.targets[place], index, bad)
+
+    def _read(self, index: int) -> tuple[Image.Image, int, int]:
+        """(image, its place, unreadable ones before it), for `index` or what was drawn instead."""
+        place = index
+        for bad in range(_DRAWS):
+            try:
+                return to_channels(self.images.load(place), self.in_chans), place, bad
+            except BROKEN_IMAGE as error:
+                print(f"unreadable image {self.images.name(place)}: {error}", file=sys.stderr, flush=True)
+            if not self.replace:
+                return to_channels(Image.new("RGB", (32, 32)), self.in_chans), place, 1
+            place = int(torch.randint(len(self.images), ()))
+        raise UnreadableData(f"{_DRAWS} images in a row could not be read, the last one {self.images.name(place)}")
 
 
 class StreamDataset(IterableDataset):
@@ -134,10 +139,18 @@ class EpochBatches(Sampler):
             yield [(self.epoch, index) for index in indices]
 
 
-def _ignore_signals(_worker_id: int) -> None:
-    """A signal to the whole process group is the main process's to answer; workers end when it tells them."""
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+def _outlive_signals(_worker_id: int) -> None:
+    """A scheduler signals every process of a job; only the main one answers, and it needs its workers to finish the
+    step. So a worker survives a SIGTERM, for half a minute: whoever wants to end it for good does not wait forever."""
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+
+
+def _end_workers(loader: DataLoader) -> None:
+    """Persistent workers live as long as the loader's iterator; at exit it is dropped before python ends its children
+    by SIGTERM, which they would survive."""
+    loader._iterator = None
 
 
 class Loader:
@@ -151,7 +164,7 @@ class Loader:
             num_workers=args.num_workers,
             pin_memory=args.pin_mem and torch.cuda.is_available(),
             persistent_workers=args.num_workers > 0 and not self.stream,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_outlive_signals,
             generator=torch.Generator().manual_seed(args.seed),  # so that a loader never draws from the global one
         )
         if self.stream:
@@ -159,6 +172,7 @@ class Loader:
         else:
             self.batches = EpochBatches(len(dataset), batch_size, args.seed, shuffle)
             self.loader = DataLoader(dataset, batch_sampler=self.batches, **common)
+        weakref.finalize(self, _end_workers, self.loader)
 
     def begin(self, epoch: int, start: int = 0) -> "Loader":
         self.start = start

@@ -24,7 +24,7 @@ from util.distributed import (
     is_main_process,
 )
 from util.errors import RunFailed, UserError
-from util.loading import Loader, Sample
+from util.loading import Loader, Sample, UnreadableData
 from util.log import Board, EpochMeter, Progress, append_log, trim_log
 from util.lr_sched import adjust_learning_rate
 from util.rng import get_rng_state, set_rng_state
@@ -120,10 +120,10 @@ class Run:
         args, total = self.args, len(self.loader)
         progress = Progress(f"{header} {self.epoch}", total, self.position)
         self._clock = _Clock()
-        batches = iter(self.loader.begin(self.epoch, self.position))
+        self._batches = iter(self.loader.begin(self.epoch, self.position))
         try:
             for position in range(self.position, total):
-                batch = self._next(batches)
+                batch = self._next()
                 size, opens, closes = accumulation_window(position, total, args.accum_iter)
                 if opens:
                     self.lr = adjust_learning_rate(self.optimizer, self.epoch + position / total, args)
@@ -136,11 +136,15 @@ class Run:
                     if self.stopped:
                         return
         finally:
+            self._batches = None  # a traceback must not keep the data workers alive
             progress.close()
 
-    def _next(self, batches):
+    def _next(self) -> Sample:
         began = time.perf_counter()
-        batch = next(batches)
+        try:
+            batch = next(self._batches)
+        except UnreadableData as error:  # from a data worker it comes with that worker's traceback in its text
+            raise UserError(str(error).strip().splitlines()[-1].split("UnreadableData: ")[-1]) from None
         self._clock.waited += time.perf_counter() - began
         self._clock.images += len(batch.target) * get_world_size()
         return batch
