@@ -1,5 +1,7 @@
 """Mixed precision, and the one place where a gradient becomes an optimizer step (or does not)."""
 
+from pathlib import Path
+
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -8,7 +10,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def _cpu_multiplies_bf16() -> bool:
     """AVX512-BF16 or AMX: without them a CPU emulates bf16, several times slower than fp32."""
     try:
-        flags = open("/proc/cpuinfo").read()
+        flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags

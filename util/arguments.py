@@ -173,6 +173,4 @@ def settle_learning_rate(args) -> None:
         args.lr = args.blr * effective / 256
     print(f"learning rate {args.lr:.3g} (base {args.lr * 256 / effective:.3g}), effective batch {effective}")
     if args.warmup_epochs >= args.epochs:
-        print(
-            f"note: --warmup_epochs {args.warmup_epochs} fills all {args.epochs} epochs; the rate never reaches its peak"
-        )
+        print(f"note: --warmup_epochs {args.warmup_epochs} fills all {args.epochs} epochs: the rate never peaks")

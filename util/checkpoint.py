@@ -108,16 +108,19 @@ _FREE_FLAGS |= {"gpu", "local_rank", "world_size", "distributed", "dist_url", "d
 _FREE_FLAGS |= {"print_freq", "save_freq", "save_steps", "keep", "vis_freq", "knn_freq", "start_epoch", "finetune"}
 
 
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
+def plain(value):
+    """A flag in types that `torch.load(weights_only=True)` reads and that compare equal after a round trip."""
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str, dict, type(None))) else str(value)
 
 
 def check_same_run(path: Path, stored: dict, args: dict) -> None:
     """UserError when a model flag differs from the checkpoint's, a printed note for other differences."""
     changed = {
-        name: (_plain(stored[name]), _plain(args[name]))
+        name: (plain(stored[name]), plain(args[name]))
         for name in stored.keys() & args.keys() - _FREE_FLAGS
-        if _plain(stored[name]) != _plain(args[name])
+        if plain(stored[name]) != plain(args[name])
     }
     for name in _MODEL_FLAGS:
         if name in changed:

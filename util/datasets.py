@@ -143,8 +143,7 @@ def _read_list(path: str, root: Path) -> tuple[list[str], list[str] | None]:
         raise UserError(
             f"--dataset filelist needs --train_list and --val_list, text files; {path or 'none'} is no file"
         )
-    lines = [line.rstrip("\r\n") for line in open(path, encoding="utf-8")]
-    rows = [line.split("\t") for line in lines if line.strip()]
+    rows = [line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not rows:
         raise UserError(f"the list file {path} is empty; it wants a path, or path<TAB>label, on every line")
     widths = {len(row) for row in rows}

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from util.amp import NativeScalerWithGradNormCount, get_grad_norm_
-from util.checkpoint import checkpoint_name, write_atomically
+from util.checkpoint import checkpoint_name, plain, write_atomically
 from util.distributed import (
     all_reduce_mean,
     get_rank,
@@ -32,8 +32,8 @@ def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler) ->
         "optimizer": optimizer.state_dict(),
         "epoch": epoch,
         "scaler": loss_scaler.state_dict(),
-        "args": {key: value if isinstance(value, (bool, int, float, list)) else str(value) for key, value in vars(args).items()},
-    }  # fmt: skip
+        "args": {key: plain(value) for key, value in vars(args).items()},
+    }
     save_on_master(content, Path(args.output_dir) / checkpoint_name(epoch))
 
 

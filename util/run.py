@@ -283,7 +283,7 @@ class Run:
             "epoch": self.epoch if self.position else self.epoch - 1,
             "step": self.step,
             "scaler": self.scaler.state_dict(),
-            "args": {name: _plain(value) for name, value in vars(self.args).items()},
+            "args": {name: checkpoint.plain(value) for name, value in vars(self.args).items()},
             "methods": self.methods.state_dict() if self.methods is not None else {},
             "rng": gather_objects(get_rng_state(self.device)),
             "data": {"epoch": self.epoch, "samples": samples, "meter": self.meter.epoch, "best": self.best},
@@ -329,10 +329,6 @@ class Run:
             raise UserError(f"--resume {path} does not fit these flags: {reason}") from error
         if state.get("scaler") and self.scaler.enabled:
             self.scaler.load_state_dict(state["scaler"])
-
-
-def _plain(value):
-    return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)
 
 
 class _Clock:
