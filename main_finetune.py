@@ -73,6 +73,9 @@ def check(args) -> None:
     for name in ("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)} must lie in [0, 1]")
+    args.aa = None if args.aa in (None, "", "none", "None") else args.aa
+    if args.aa and not args.aa.startswith(("rand", "augmix", "original", "v0", "3a")):
+        raise UserError(f"--aa {args.aa!r} is no policy of timm's: rand-m9-mstd0.5-inc1, augmix-..., original, v0 or none")
     if not 0 < args.layer_decay <= 1:
         raise UserError(f"--layer_decay {args.layer_decay} must lie in (0, 1]")
     if mixes(args) and args.batch_size % 2:
@@ -181,12 +184,9 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None) -> dict[str, flo
                 best = {key: run.content()[key] for key in ("model", "epoch", "args")}
                 save_on_master(best, Path(args.output_dir) / "checkpoint-best.pth")
         run.finish_epoch({f"test_{name}": value for name, value in stats.items()} | {"best_acc1": run.best})
-    if run.stopped:
-        run.announce_stop()
-    elif is_main_process():
+    if not run.stopped and is_main_process():
         run.board.hparams(vars(args), {**run.last_means, **stats})
-    run.board.close()
-    shut_down()
+    run.close()
     return stats
 
 

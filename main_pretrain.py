@@ -11,7 +11,7 @@ from engine_pretrain import evaluate_reconstruction, train_one_epoch
 from methods import METHODS, Pretrainer, add_method_arguments, enabled_methods
 from util import arguments, checkpoint
 from util.datasets import input_size, mean_std, read_images
-from util.distributed import barrier, is_main_process, shut_down
+from util.distributed import barrier, is_main_process
 from util.errors import UserError, user_errors
 from util.features import extract, knn_accuracy, mae_features
 from util.loading import build_loader
@@ -176,14 +176,11 @@ def main(args) -> None:
         if not run.stopped:
             row = watch.after_epoch(run.epoch)
             run.finish_epoch(row)
-    if run.stopped:
-        run.announce_stop()
-    elif args.output_dir and is_main_process():
+    if not run.stopped and args.output_dir and is_main_process():
         metadata = {"model": args.model, "input_size": str(args.input_size), "epochs": str(args.epochs)}
         save_encoder(encoder_state(model.state_dict()), Path(args.output_dir) / "encoder.safetensors", metadata)
         run.board.hparams(vars(args), {**run.last_means, **row})
-    run.board.close()
-    shut_down()
+    run.close()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import subprocess
 import time
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from util.distributed import (
     get_world_size,
     init_distributed_mode,
     is_main_process,
+    shut_down,
 )
 from util.errors import RunFailed, UserError
 from util.loading import Loader, Sample, UnreadableData
@@ -53,6 +55,7 @@ def start(args) -> torch.device:
     device = init_distributed_mode(args)
     check_same_flags(args)
     checkpoint.check_output_dir(args)
+    random.seed(args.seed + get_rank())
     torch.manual_seed(args.seed + get_rank())
     np.random.seed(args.seed + get_rank())
     if device.type == "cuda":
@@ -268,7 +271,15 @@ class Run:
         if ended % args.save_freq == 0 or self.epoch >= args.epochs or self.stopped:
             self.save()
 
-    def announce_stop(self) -> None:
+    def close(self) -> None:
+        """Say why it ended early, if it did; close the event file, give back the signals, leave the process group."""
+        if self.stopped:
+            self._announce_stop()
+        self.board.close()
+        self.stop.close()
+        shut_down()
+
+    def _announce_stop(self) -> None:
         where = f"epoch {self.epoch}, batch {self.position}"
         print(f"stopped by {self.stop.received} at {where}; --resume auto continues exactly there")
 

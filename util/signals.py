@@ -17,11 +17,15 @@ class StopRequest:
         self.device = device
         self.received: str | None = None
         self.next_poll = 1
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def _handle(self, number, _frame):
         self.received = signal.Signals(number).name
+
+    def close(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def poll(self, step: int, seconds_per_step: float, most: int) -> bool:
         """Whether to stop now. One process looks at its own note; several ask each other every `most` steps or more."""
