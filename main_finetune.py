@@ -27,8 +27,17 @@ PRESETS = {
 }
 
 
+class PresetParser(arguments.Parser):
+    """`--aug_preset` changes defaults, so that a flag given beside it wins, wherever it stands."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        preset = super().parse_known_args(args, namespace)[0].aug_preset
+        self.set_defaults(**PRESETS.get(preset, {}))
+        return super().parse_known_args(args, namespace)
+
+
 def get_args_parser() -> arguments.Parser:
-    parser = arguments.Parser("Fine-tune a ViT for classification.")
+    parser = PresetParser("Fine-tune a ViT for classification.")
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     parser.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth of the last block")
     arguments.add_finetuning_arguments(parser, pooled=True)
@@ -60,14 +69,6 @@ def get_args_parser() -> arguments.Parser:
     return parser
 
 
-def parse(argv=None):
-    """Flags; a preset changes defaults, so that a flag given beside it wins."""
-    parser = get_args_parser()
-    preset = parser.parse_known_args(argv)[0].aug_preset
-    parser.set_defaults(**PRESETS.get(preset, {}))
-    return parser.parse_args(argv)
-
-
 def check(args) -> None:
     arguments.check_values(args)
     for name in ("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob"):
@@ -75,7 +76,7 @@ def check(args) -> None:
             raise UserError(f"--{name} {getattr(args, name)} must lie in [0, 1]")
     args.aa = None if args.aa in (None, "", "none", "None") else args.aa
     if args.aa and not args.aa.startswith(("rand", "augmix", "original", "v0", "3a")):
-        raise UserError(f"--aa {args.aa!r} is no policy of timm's: rand-m9-mstd0.5-inc1, augmix-..., original, v0 or none")
+        raise UserError(f"--aa {args.aa!r} is no policy of timm's: rand-m9-mstd0.5-inc1, augmix-m5, original, v0, none")
     if not 0 < args.layer_decay <= 1:
         raise UserError(f"--layer_decay {args.layer_decay} must lie in (0, 1]")
     if mixes(args) and args.batch_size % 2:
@@ -192,4 +193,4 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None) -> dict[str, flo
 
 if __name__ == "__main__":
     with user_errors("main_finetune.py"):
-        main(parse())
+        main(get_args_parser().parse_args())

@@ -100,7 +100,7 @@ def pretrain(flags):
 
 
 def finetune(flags):
-    return main_finetune.main(main_finetune.parse(flags.split()))
+    return main_finetune.main(main_finetune.get_args_parser().parse_args(flags.split()))
 
 
 @pytest.mark.parametrize("step", [1, 6, 8])  # six steps an epoch

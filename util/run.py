@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util import checkpoint
+from util import checkpoint, signals
 from util.amp import NativeScalerWithGradNormCount, autocast, choose_amp_dtype
 from util.distributed import (
     all_reduce_sum,
@@ -273,6 +273,7 @@ class Run:
 
     def close(self) -> None:
         """Say why it ended early, if it did; close the event file, give back the signals, leave the process group."""
+        signals.stopped_by = self.stop.received if self.stopped else None
         if self.stopped:
             self._announce_stop()
         self.board.close()

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 (a scheduler's warning): finish the step, save, exit 0."""
+"""SIGTERM, SIGUSR1 and SIGUSR2 (a scheduler's warning): finish the step, save, exit 0."""
 
 import signal
 
@@ -6,7 +6,10 @@ import torch
 
 from util.distributed import all_reduce_max, get_world_size
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+# What ended the last run of this process early, for whoever started it and may want to queue it again.
+stopped_by: str | None = None
 
 
 class StopRequest:

@@ -1,6 +1,7 @@
 """Pictures of what an autoencoder sees and makes of it."""
 
 import torch
+from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
 from util.rng import sample_noise
@@ -39,6 +40,23 @@ def grid(pictures: torch.Tensor, per_row: int = 2, scale_to: int = 96) -> torch.
     factor = max(1, scale_to // max(height, width))
     flat = flat.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     return make_grid(flat, nrow=columns * per_row, padding=4, pad_value=1.0)
+
+
+def captioned(picture: Image.Image, caption: str) -> Image.Image:
+    """The picture with a line of text below it, wrapped to its width."""
+    draw = ImageDraw.Draw(picture)
+    words, lines = caption.split(" "), [""]
+    for word in words:
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer) <= picture.width - 8 or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    height = 14 * len(lines) + 6
+    whole = Image.new("RGB", (picture.width, picture.height + height), "white")
+    whole.paste(picture)
+    ImageDraw.Draw(whole).multiline_text((4, picture.height + 2), "\n".join(lines), fill="black", spacing=3)
+    return whole
 
 
 def fixed_noise(model, count: int, seed: int, device) -> torch.Tensor:

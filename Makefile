@@ -1,0 +1,13 @@
+.PHONY: quickstart test lint format
+
+quickstart:
+	bash scripts/quickstart.sh
+
+test:
+	bash scripts/test.sh
+
+lint:
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+format:
+	.venv/bin/ruff check --fix . && .venv/bin/ruff format .

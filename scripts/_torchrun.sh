@@ -1,0 +1,23 @@
+# Sourced by the launchers: `torchrun_main MAIN FLAGS…` starts a main on one GPU, one node or several.
+#   GPUS    processes on this node (default: the GPUs there are, at least one process)
+#   NODES   nodes of the run (default 1); on each: NODE_RANK (0, 1, …) and MASTER (host[:port] of node 0)
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+[ -x "$python" ] || python=python
+
+torchrun_main() {
+    local main=$1 gpus=${GPUS:-} nodes=${NODES:-1}
+    shift
+    if [ -z "$gpus" ]; then
+        gpus=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+    fi
+    if [ "$nodes" -gt 1 ]; then
+        exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc_per_node="$gpus" \
+            --node_rank="${NODE_RANK:?NODE_RANK is the number of this node, from 0}" --rdzv_id=mae \
+            --rdzv_backend=c10d --rdzv_endpoint="${MASTER:?MASTER is host:port of node 0}" "$root/$main" "$@"
+    elif [ "$gpus" -gt 1 ]; then
+        exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" "$root/$main" "$@"
+    fi
+    exec "$python" "$root/$main" "$@"
+}

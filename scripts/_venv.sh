@@ -1,0 +1,41 @@
+# Sourced by the other scripts: makes the virtual environment if there is none and installs what a requirements file
+# names, once per content of that file. Sets `python`.
+#   VENV          where it is (default: .venv in the repository)
+#   REQUIREMENTS  what to install (default: requirements.txt)
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${VENV:-$root/.venv}
+requirements=${REQUIREMENTS:-$root/requirements.txt}
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3.12 python3.11 python3 python; do
+        [ -n "$candidate" ] || continue
+        if "$candidate" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: Python 3.11 or 3.12 is needed, with its venv module; set PYTHON to its path" >&2
+    exit 2
+}
+
+install_requirements() { # requirements files
+    local file stamp
+    for file in "$@"; do
+        stamp="$venv/.installed-$(basename "$file")"
+        if ! cmp -s "$file" "$stamp"; then
+            echo "installing $(basename "$file") into $venv"
+            "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file"
+            cp "$file" "$stamp"
+        fi
+    done
+}
+
+if [ ! -x "$venv/bin/python" ]; then
+    interpreter=$(find_python)
+    echo "making $venv with $($interpreter --version)"
+    "$interpreter" -m venv "$venv"
+fi
+install_requirements "$requirements"
+python="$venv/bin/python"

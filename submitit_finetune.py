@@ -1,0 +1,9 @@
+"""`main_finetune.py` as a SLURM job: see `util/slurm.py` and scripts/mae/slurm.sh."""
+
+import main_finetune
+from util.errors import user_errors
+from util.slurm import launch
+
+if __name__ == "__main__":
+    with user_errors("submitit_finetune.py"):
+        launch(main_finetune.main, main_finetune.get_args_parser())

@@ -1,0 +1,9 @@
+"""`main_linprobe.py` as a SLURM job: see `util/slurm.py` and scripts/mae/slurm.sh."""
+
+import main_linprobe
+from util.errors import user_errors
+from util.slurm import launch
+
+if __name__ == "__main__":
+    with user_errors("submitit_linprobe.py"):
+        launch(main_linprobe.main, main_linprobe.get_args_parser())

@@ -1,0 +1,9 @@
+"""`main_pretrain.py` as a SLURM job: see `util/slurm.py` and scripts/mae/slurm.sh."""
+
+import main_pretrain
+from util.errors import user_errors
+from util.slurm import launch
+
+if __name__ == "__main__":
+    with user_errors("submitit_pretrain.py"):
+        launch(main_pretrain.main, main_pretrain.get_args_parser())

@@ -1,0 +1,128 @@
+"""The commands for looking and comparing, the quickstart among them, on small checkpoints."""
+
+import json
+import sys
+
+import pytest
+import torch
+from launch import ROOT, SMALL
+from PIL import Image
+
+sys.path.insert(0, str(ROOT / "tools"))
+import knn
+import mean_std
+import table
+import visualize
+
+import main_pretrain
+from models_mae import build_model
+from util.errors import UserError
+from util.features import knn_accuracy
+from util.visual import reconstruct
+
+
+@pytest.fixture(scope="module")
+def run(image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    flags = f"{SMALL} --norm_pix_loss --data_path {image_folder} --batch_size 32 --epochs 1 --warmup_epochs 0 "
+    flags += f"--num_workers 0 --vis_freq 0 --device cpu --output_dir {folder}"
+    main_pretrain.main(main_pretrain.get_args_parser().parse_args(flags.split()))
+    return folder
+
+
+def test_reconstruct_pastes_and_denormalises():
+    """A right prediction gives the image back, with and without normalised patches; what was removed is grey."""
+    for norm in (False, True):
+        model = build_model("mae_vit_micro_patch4", img_size=16, norm_pix_loss=norm)
+        imgs, noise = torch.rand(2, 3, 16, 16), torch.rand(2, 16)
+        mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+        x = (imgs - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        forward = model.forward_pretrain
+
+        def perfect(*args, forward=forward, model=model, x=x, **kwargs):
+            out = forward(*args, **kwargs)
+            out.pred = model.pixel_target(x)
+            return out
+
+        model.forward_pretrain = perfect
+        original, masked, rebuilt = reconstruct(model, x, 0.5, noise, mean, std).unbind(1)
+        assert torch.allclose(original, imgs, atol=1e-5)
+        assert torch.allclose(rebuilt, imgs, atol=1e-4)
+        removed = model.unpatchify(model.choose_visible(noise, 0.5)[1][..., None].expand(-1, -1, 48)).bool()
+        assert torch.allclose(masked[removed], torch.full_like(masked[removed], 0.5), atol=1e-5)
+        assert torch.allclose(masked[~removed], imgs[~removed], atol=1e-5)
+
+
+def test_visualize(run, image_folder, tmp_path, capsys):
+    out = tmp_path / "pictures.png"
+    flags = [str(run / "checkpoint-0.pth"), "--data", str(image_folder / "val"), "--out", str(out), "--count", "4"]
+    visualize.main(visualize.get_args_parser().parse_args([*flags, "--mask_ratio", "0.5"]))
+    said = capsys.readouterr().out
+    assert "50% removed" in said and "de-normalised" in said  # it knows from the checkpoint
+    width, height = Image.open(out).size
+    assert width == 6 * (16 * 6 + 4) + 4 and height > 2 * (16 * 6 + 4)
+
+
+def test_visualize_refuses_an_encoder(run, image_folder, tmp_path):
+    flags = [str(run / "encoder.safetensors"), "--data", str(image_folder), "--out", str(tmp_path / "p.png")]
+    with pytest.raises(UserError, match=r"encoder\.safetensors holds an encoder without a decoder"):
+        visualize.main(visualize.get_args_parser().parse_args(flags))
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_knn_tool(run, image_folder, tmp_path):
+    """Both files of a run give the same; colours are easy."""
+    flags = f"--data_path {image_folder} --num_workers 0 --device cpu --k 1 5".split()
+    results = []
+    for name in ("checkpoint-0.pth", "encoder.safetensors"):
+        out = ["--finetune", str(run / name), "--out", str(tmp_path / "knn.json")]
+        results.append(knn.main(knn.get_args_parser().parse_args([*flags, *out])))
+    assert results[0] == results[1]
+    assert results[0]["knn1_acc1"] > 60
+    assert json.loads((tmp_path / "knn.json").read_text())["result"] == results[0]
+
+
+def test_knn_against_counting_by_hand():
+    """Two clusters and one stray vote: near neighbours of the wrong class lose to nearer ones of the right class."""
+    train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.5, 0.5]])
+    labels = torch.tensor([0, 0, 1, 1])
+    test = torch.tensor([[1.0, 0.05], [0.1, 1.0], [1.0, 0.9]])
+    assert knn_accuracy(train, labels, test, torch.tensor([0, 1, 1]), k=1) == 100.0
+    assert knn_accuracy(train, labels, test, torch.tensor([0, 1, 0]), k=3) == pytest.approx(200 / 3)
+
+
+def test_mean_std(image_folder):
+    args = mean_std.get_args_parser().parse_args(["--data_path", str(image_folder), "--num_workers", "0"])
+    mean, std = mean_std.main(args)
+    pictures = [Image.open(path) for path in (image_folder / "train").rglob("*.png")]
+    pixels = torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(-1, 3) for p in pictures])
+    values = pixels.double().view(-1, 3) / 255
+    assert mean == pytest.approx(values.mean(0).tolist(), rel=1e-9)
+    assert std == pytest.approx(values.std(0, unbiased=False).tolist(), rel=1e-9)
+
+
+def test_table(tmp_path):
+    for seed, value in ((0, 50.0), (1, 54.0)):
+        folder = tmp_path / f"mae-seed{seed}"
+        folder.mkdir()
+        (folder / "probe.json").write_text(json.dumps({"result": {"test_acc1": value, "blr": 3.0}}))
+    text = table.markdown(table.collect([str(path) for path in sorted(tmp_path.glob("*"))]))
+    assert "| mae | 2 | 52.00 ± 2.83 |" in text
+    with pytest.raises(UserError, match="holds no result"):
+        table.collect([str(tmp_path)])
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_quickstart_lists(image_folder, tmp_path, labelled):
+    """With classes in train/ and val/ these are used; a folder without them is split, nothing is in both parts."""
+    import quickstart
+
+    root = image_folder if labelled else image_folder / "train" / "class0"
+    flags, images, found = quickstart.write_lists(root, tmp_path)
+    train, val = ((tmp_path / f"{split}.txt").read_text().splitlines() for split in ("train", "val"))
+    assert found is labelled and len(train) == images and not set(train) & set(val)
+    assert (len(train), len(val)) == ((96, 20) if labelled else (21, 3))
+    args = main_pretrain.get_args_parser().parse_args(flags)
+    from util.datasets import read_images
+
+    assert len(read_images(args, True)) == images

@@ -1,0 +1,75 @@
+"""What the commands in this folder share: finding the project's modules, and which model a checkpoint holds."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import models_mae
+from util.arguments import Parser, add_data_arguments
+from util.datasets import input_size
+from util.errors import UserError
+from util.weights import load_into, read_weights
+
+
+def parser(description: str) -> Parser:
+    """A parser with the data flags of the mains; a tool looks once, so it starts few workers."""
+    made = Parser(description)
+    add_data_arguments(made)
+    made.add_argument("--seed", default=0, type=int)
+    made.set_defaults(num_workers=2)
+    return made
+
+
+def add_model_flags(made: Parser) -> None:
+    group = made.add_argument_group("model (from the checkpoint where it says)")
+    group.add_argument("--checkpoint_key", default="model", help="which weights of the file")
+    group.add_argument("--model", help="e.g. mae_vit_base_patch16")
+    group.add_argument("--input_size", type=int, nargs="+", metavar=("H", "W"))
+    group.add_argument("--patch_size", type=int)
+    group.add_argument("--in_chans", type=int)
+
+
+def load_autoencoder(path: str, args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
+    """The whole autoencoder in `path`, in eval mode; settles the model and data flags that the checkpoint knows.
+
+    UserError for a file without a decoder, and when neither the file nor the flags say which model it is.
+    """
+    weights = read_weights(path, args.checkpoint_key)
+    if not weights.has_decoder:
+        raise UserError(
+            f"{path} holds an encoder without a decoder ({weights.origin}), so there is nothing to reconstruct with: "
+            f"give a full pretraining checkpoint (checkpoint-*.pth, or the official mae_visualize_* files)"
+        )
+    stored = weights.args
+    name = args.model or stored.get("model")
+    if name is None:
+        raise UserError(f"{path} does not say which model it is: give --model")
+    name = name if name.startswith("mae_") else f"mae_{name}"
+    config = models_mae.look_up(models_mae.MODELS, name).config
+    size = args.input_size or stored.get("input_size") or config["img_size"]
+    args.input_size = [size] if isinstance(size, int) else list(size)
+    args.in_chans = args.in_chans or stored.get("in_chans") or 3
+    decoder = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+    model = models_mae.build_model(
+        name,
+        img_size=input_size(args),
+        patch_size=args.patch_size or stored.get("patch_size"),
+        in_chans=args.in_chans,
+        norm_pix_loss=stored.get("norm_pix_loss"),
+        **{flag: stored.get(flag) for flag in decoder},
+    )
+    load_into(model, weights)
+    take_data_flags(args, stored)
+    return model.eval()
+
+
+def take_data_flags(args: argparse.Namespace, stored: dict) -> None:
+    """The mean and deviation that the run was trained with, unless flags say otherwise."""
+    if args.mean is None and args.std is None:
+        args.mean, args.std = stored.get("mean"), stored.get("std")
+        if args.mean is None and stored.get("dataset") and args.dataset == "imagefolder":
+            from util.datasets import MEAN_STD
+
+            args.mean, args.std = MEAN_STD.get(stored["dataset"], (None, None))

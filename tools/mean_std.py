@@ -1,0 +1,58 @@
+"""Channel means and deviations of a training set, printed as the flags that the mains take.
+
+python tools/mean_std.py --data_path DIR
+python tools/mean_std.py --dataset folder --data_path DIR --in_chans 1
+"""
+
+import _common
+import torch
+from torchvision.transforms.functional import pil_to_tensor
+
+from util.datasets import Images, read_images
+from util.errors import UserError, user_errors
+from util.loading import KeyedDataset
+from util.transforms import check_channels
+
+
+def get_args_parser():
+    parser = _common.parser("Channel means and deviations of a training set.")
+    parser.add_argument("--in_chans", type=int, default=3)
+    parser.add_argument("--limit", type=int, default=0, help="look at this many images, evenly spaced (0: all)")
+    return parser
+
+
+def moments(img) -> torch.Tensor:
+    """One image -> (3, C) float64: sums of 1, x and x * x over its pixels, x in [0, 1]."""
+    x = pil_to_tensor(img).flatten(1).double() / 255
+    return torch.stack([torch.full((len(x),), x.shape[1], dtype=torch.float64), x.sum(1), (x * x).sum(1)])
+
+
+def main(args) -> tuple[list[float], list[float]]:
+    """Over all pixels of all images at their own size (a large image counts for more, as it does in training crops)."""
+    check_channels(args.in_chans)
+    images = read_images(args, train=True)
+    if not isinstance(images, Images):
+        raise UserError(f"--dataset {args.dataset} is a stream; compute its statistics on a folder of samples")
+    dataset = KeyedDataset(images, moments, args, replace=False)
+    count = min(args.limit or len(images), len(images))
+    places = torch.linspace(0, len(images) - 1, count).long().tolist()
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(dataset, places), batch_size=64, num_workers=args.num_workers
+    )
+    total, bad = torch.zeros(3, args.in_chans, dtype=torch.float64), 0
+    for batch in loader:
+        total += batch.image[batch.bad == 0].sum(dim=0)
+        bad += int(batch.bad.sum())
+    if total[0].min() == 0:
+        raise UserError("no image could be read; their names are above")
+    mean = total[1] / total[0]
+    std = (total[2] / total[0] - mean**2).clamp(min=0).sqrt()
+    print(f"{count - bad} images" + (f", {bad} unreadable" if bad else ""))
+    text = [" ".join(f"{value:.5f}" for value in values) for values in (mean, std)]
+    print(f"--mean {text[0]} --std {text[1]}")
+    return mean.tolist(), std.tolist()
+
+
+if __name__ == "__main__":
+    with user_errors("mean_std.py"):
+        main(get_args_parser().parse_args())
