@@ -30,6 +30,10 @@ def pretrain(flags: str):
     main_pretrain.main(main_pretrain.get_args_parser().parse_args(flags.split()))
 
 
+def finetune(flags: str):
+    return main_finetune.main(main_finetune.get_args_parser().parse_args(flags.split()))
+
+
 def final_weights(folder):
     return checkpoint(folder, "checkpoint-1.pth")["model"]
 
@@ -155,8 +159,7 @@ def test_evaluation_counts_every_image_once(image_folder, tmp_path):
     """20 images in batches of 3 on two ranks (10 each, the last batch of one) give what one process gives."""
     flags = f"--data_path {image_folder} --model vit_micro_patch4 --input_size 16 --batch_size 16 --num_workers 0 "
     flags += "--aa none --device cpu "
-    args = main_finetune.get_args_parser().parse_args(f"{flags} --epochs 1 --warmup_epochs 0 --output_dir {tmp_path}".split())
-    main_finetune.main(args)
+    finetune(f"{flags} --epochs 1 --warmup_epochs 0 --output_dir {tmp_path}")
     run = f"{flags.replace('--batch_size 16', '--batch_size 3')} --eval --resume {tmp_path}/checkpoint-0.pth"
     outputs = [finish(launch("main_finetune.py", run, processes)) for processes in (1, 2)]
     lines = [next(line for line in output.splitlines() if line.startswith("top-1")) for output in outputs]
@@ -164,7 +167,8 @@ def test_evaluation_counts_every_image_once(image_folder, tmp_path):
 
 
 def test_evaluate_against_counting_by_hand(image_folder):
-    args = main_finetune.get_args_parser().parse_args(f"--data_path {image_folder} --num_workers 0 --batch_size 7".split())
+    flags = f"--data_path {image_folder} --num_workers 0 --batch_size 7"
+    args = main_finetune.get_args_parser().parse_args(flags.split())
     args.input_size, args.in_chans = 16, 3
     loader = build_loader(read_images(args, False), main_finetune.build_transform(False, args), args, 7, train=False)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 4))

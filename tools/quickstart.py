@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DIGITS_EPOCHS = 25
 IMAGES_SEEN = 36_000  # about what 25 epochs of the digits are: minutes on two cores
 MOST_IMAGES = 20_000
+PROBE_BLRS = ("1", "3", "10", "30", "100")
 
 
 def get_args_parser():
@@ -91,8 +92,8 @@ def main(args) -> None:
     if labelled:
         for name, weights in (("random", ""), ("pretrained", checkpoint)):
             encoder = ["--model", "vit_micro_patch4", "--finetune", weights]
-            run("main_linprobe.py", *common, *encoder, "--global_pool", "--cache_features",
-                "--batch_size", str(batch), "--probe_blrs", "1", "3", "10", "30", "100", "--output_dir", str(out / name), "--overwrite")  # fmt: skip
+            probe = ["--global_pool", "--cache_features", "--batch_size", str(batch), "--probe_blrs", *PROBE_BLRS]
+            run("main_linprobe.py", *common, *encoder, *probe, "--output_dir", str(out / name), "--overwrite")
             run("tools/knn.py", *common, *encoder, "--out", str(out / name / "knn.json"))
     print(f"\nDone in {time.monotonic() - began:.0f} s.")
     if labelled:

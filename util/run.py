@@ -1,6 +1,7 @@
 """What every training run shares: start, the rhythm of micro-batches and steps, logging, stopping, saving, resuming."""
 
 import contextlib
+import inspect
 import json
 import random
 import subprocess
@@ -90,6 +91,7 @@ class Run:
         self.epoch, self.position = args.start_epoch, 0  # next micro-batch
         self.meter = EpochMeter(device)
         self.best = 0.0
+        self._bad = 0  # unreadable images since the last reading
         self.last_means: dict[str, float] = {}  # of the last finished epoch
         self._first_bad: dict[str, torch.Tensor] = {}
         if resume is not None:
@@ -102,9 +104,10 @@ class Run:
     def _wrap(self, module):
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         # Buffers are equal on all ranks by construction (teachers get the same updates), so they are not sent around.
-        return DistributedDataParallel(
-            module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        # torch 2.14 renamed the switch.
+        names = inspect.signature(DistributedDataParallel).parameters
+        switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **{switch: False})
 
     def _describe(self):
         args = self.args
@@ -131,7 +134,7 @@ class Run:
                 if opens:
                     self.lr = adjust_learning_rate(self.optimizer, self.epoch + position / total, args)
                 yield Micro(batch, size, closes)
-                self.meter.add(len(batch.target), bad_images=batch.bad.to(torch.float64).mean())
+                self._bad += int(batch.bad.sum())  # a number on the host: nothing waits
                 self.position = position + 1
                 progress.advance(self.position)
                 if closes:
@@ -206,10 +209,12 @@ class Run:
 
     def _read(self, progress: Progress, total: int) -> None:
         """Where the host waits for the device: read the metrics, look for trouble, log."""
+        self.meter.add(bad_images=self._bad)
+        self._bad = 0
         values = self.meter.read()
         self._check_finite()
         self._check_images(total)
-        bad = values.pop("bad_images", 0.0)
+        bad = values.pop("bad_images")
         rates = self._clock.read()
         self.meter.epoch["seconds"] = [self.meter.epoch.get("seconds", [0.0])[0] + rates.pop("seconds"), 1]
         shown = {"loss": values["loss"], "lr": self.lr, **rates}

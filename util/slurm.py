@@ -90,6 +90,9 @@ def launch(main, main_parser, argv: list[str] | None = None):
         **({"slurm_constraint": "volta32gb"} if job.use_volta32 else {}),
         **({"slurm_comment": job.comment} if job.comment else {}),
     )
+    # The job unpickles `Trainer` wherever it starts, so it must find this package.
+    root = str(Path(__file__).resolve().parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     submitted = executor.submit(Trainer(main, args))
     print(f"job {submitted.job_id}, logs and results in {folder.replace('%j', str(submitted.job_id))}")
     return submitted
