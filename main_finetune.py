@@ -10,12 +10,13 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from engine_finetune import evaluate, train_one_epoch
 from util import arguments, checkpoint
 from util.datasets import build_transform, read_images
-from util.distributed import is_main_process, shut_down
+from util.distributed import is_main_process, shut_down, sync_buffers
 from util.encoder import build_encoder, count_classes, settle_model
 from util.errors import UserError, user_errors
 from util.loading import build_loader
 from util.lr_decay import param_groups_lrd
 from util.misc import save_on_master
+from util.rng import seeded
 from util.run import Run, start
 from util.transforms import check_channels
 
@@ -135,18 +136,18 @@ def main(args) -> dict[str, float]:
     """One fine-tuning run or evaluation; returns the last evaluation. UserError for mistakes in flags and files."""
     check(args)
     args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
+    device = start(args)
     resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None
     if resume is not None and not args.eval:
         _take_model_flags(args, resume)
     weights, (images, held_out), classes = prepare(args, resume)
-    torch.manual_seed(args.seed)
-    model = build_encoder(args, weights, classes, args.drop_path, ignore_head=not args.eval)
-    if weights is not None and not args.eval:
-        trunc_normal_(model.head.weight, std=2e-5)  # near zero, so that the first steps do not shake the encoder
+    with seeded(args.seed):
+        model = build_encoder(args, weights, classes, args.drop_path, ignore_head=not args.eval)
+        if weights is not None and not args.eval:
+            trunc_normal_(model.head.weight, std=2e-5)  # near zero: the first steps must not shake the encoder
+    model.to(device)
     if weights is None and resume is None:
         print("no --finetune: training from scratch")
-    device = start(args)
-    model.to(device)
     val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
     if args.eval:
         stats = evaluate(val_loader, model, device)
@@ -177,12 +178,14 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None) -> dict[str, flo
         train_one_epoch(run.module, criterion, run, mixup_fn)
         if run.stopped:
             break
+        sync_buffers(run.module)
         stats = evaluate(val_loader, run.module, run.device, run.amp_dtype)
         report(stats, len(val_loader.dataset))
         if stats["acc1"] > run.best:
             run.best = stats["acc1"]
             if args.output_dir:
-                best = {key: run.content()[key] for key in ("model", "epoch", "args")}
+                content = run.content()
+                best = {key: content[key] for key in ("model", "epoch", "args")}
                 save_on_master(best, Path(args.output_dir) / "checkpoint-best.pth")
         run.finish_epoch({f"test_{name}": value for name, value in stats.items()} | {"best_acc1": run.best})
     if not run.stopped and is_main_process():

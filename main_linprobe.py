@@ -5,7 +5,6 @@ on a held-out part of the training set and the test accuracy is reported for tha
 """
 
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 
 from main_finetune import evaluate, report, train
 from util import arguments, checkpoint
+from util.amp import choose_amp_dtype
 from util.datasets import input_size, mean_std, read_images
 from util.distributed import is_main_process, shut_down
 from util.encoder import build_encoder, count_classes, settle_model
@@ -22,8 +22,9 @@ from util.errors import UserError, user_errors
 from util.features import extract
 from util.lars import LARS
 from util.loading import build_loader
-from util.log import append_log
+from util.log import Board, append_log
 from util.lr_sched import adjust_learning_rate
+from util.rng import seeded
 from util.run import Run, start
 from util.transforms import check_channels, eval_transform, probe_transform
 
@@ -163,17 +164,17 @@ def main(args) -> dict:
     """One probe; returns its test accuracy. UserError for mistakes in flags and files."""
     check(args)
     args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
+    device = start(args)
     resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None
     weights = settle_model(args, str(resume) if args.eval else args.finetune)
     check_channels(args.in_chans)
     args.aug = args.aug or ("crop" if args.dataset in ("cifar10", "cifar100", "digits") else "rrc")
     images, held_out = read_images(args, train=True), read_images(args, train=False)
     args.nb_classes = count_classes(args, images)
-    torch.manual_seed(args.seed)
-    model = build_encoder(args, None if args.eval else weights, args.nb_classes)
+    with seeded(args.seed):
+        model = build_encoder(args, None if args.eval else weights, args.nb_classes)
     if weights is None:
         print("no --finetune: the encoder is random")
-    device = start(args)
     mean, std = mean_std(args)
     plain = eval_transform(input_size(args), mean, std, args.crop_pct)
     test_loader = build_loader(held_out, plain, args, args.batch_size, train=False)
@@ -194,16 +195,16 @@ def main(args) -> dict:
 
 
 def _cached(args, model, train_loader, test_loader, device) -> dict:
-    from util.amp import choose_amp_dtype
-
     checkpoint.make_output_dir(args)
-    result = probe_cached(model, (train_loader, test_loader), args.nb_classes, args, device,
-                          choose_amp_dtype(args.amp_dtype, device))  # fmt: skip
+    amp_dtype = choose_amp_dtype(args.amp_dtype, device)
+    result = probe_cached(model, (train_loader, test_loader), args.nb_classes, args, device, amp_dtype)
     print(
         f"linear probe: top-1 {result['test_acc1']:.2f} %  top-5 {result['test_acc5']:.2f} %  (blr {result['blr']:g})"
     )
-    assert math.isfinite(result["test_acc1"])
     append_log(args.output_dir, result)
+    board = Board(args.log_dir)
+    board.hparams(vars(args), result)
+    board.close()
     if args.output_dir and is_main_process():
         flags = {**vars(args), "result": result}
         (Path(args.output_dir) / "probe.json").write_text(json.dumps(flags, indent=2, default=str) + "\n")

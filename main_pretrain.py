@@ -15,6 +15,7 @@ from util.distributed import barrier, is_main_process
 from util.errors import UserError, user_errors
 from util.features import extract, knn_accuracy, mae_features
 from util.loading import build_loader
+from util.rng import seeded
 from util.run import Run, start
 from util.transforms import check_channels, eval_transform, pretrain_transform
 from util.visual import fixed_noise, grid, reconstruct
@@ -153,8 +154,8 @@ def main(args) -> None:
     chosen = check(args)
     args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
     arguments.settle_input_size(args, models_mae.look_up(models_mae.MODELS, args.model).config)
-    torch.manual_seed(args.seed)
-    model = build(args)
+    with seeded(args.seed):
+        model = build(args)
     device = start(args)
     mean, std = mean_std(args)
     images = read_images(args, train=True)

@@ -19,7 +19,7 @@ from util.datasets import mean_std, read_images
 from util.errors import RunFailed, UserError
 from util.loading import build_loader
 from util.lr_sched import adjust_learning_rate
-from util.rng import sample_noise
+from util.rng import sample_noise, seeded
 from util.run import accumulation_window
 from util.transforms import pretrain_transform
 
@@ -90,8 +90,8 @@ def test_last_partial_window_is_a_mean_too(image_folder, tmp_path):
     pretrain(f"{flags} --output_dir {tmp_path}")
     args = main_pretrain.get_args_parser().parse_args(flags.split())
     args.input_size, args.lr = 16, args.blr * 40 / 256
-    torch.manual_seed(args.seed)
-    model = main_pretrain.build(args)
+    with seeded(args.seed):
+        model = main_pretrain.build(args)
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95))
     transform = pretrain_transform("mae", (16, 16), *mean_std(args))
     batches = list(build_loader(read_images(args, True), transform, args, 8, train=True).begin(0))

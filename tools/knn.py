@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import _common
-import torch
 
 from util.amp import choose_amp_dtype
 from util.arguments import add_finetuning_arguments
@@ -17,6 +16,7 @@ from util.encoder import build_encoder, count_classes, settle_model, token_featu
 from util.errors import UserError, user_errors
 from util.features import extract, knn_accuracy
 from util.loading import build_loader
+from util.rng import seeded
 from util.transforms import check_channels, eval_transform
 
 
@@ -46,9 +46,10 @@ def main(args) -> dict:
     count_classes(args, splits[0])
     pool = "avg" if args.global_pool else "cls"
     args.global_pool = False  # the encoder's own final norm, whichever tokens are read
-    torch.manual_seed(args.seed)
+    with seeded(args.seed):  # as main_linprobe does: the same random encoder
+        model = build_encoder(args, weights)
     device = choose_device(args.device)
-    model = build_encoder(args, weights).to(device).eval()
+    model.to(device).eval()
     transform = eval_transform(input_size(args), *mean_std(args), args.crop_pct)
     loaders = [build_loader(images, transform, args, args.batch_size, train=False) for images in splits]
     dtype = choose_amp_dtype(args.amp_dtype, device)

@@ -163,6 +163,13 @@ def all_reduce_mean(x: float) -> float:
     return all_reduce_sum(torch.tensor(float(x), dtype=torch.float64, device=device)).item() / get_world_size()
 
 
+def sync_buffers(module: torch.nn.Module) -> None:
+    """Rank 0's buffers (running statistics, which see only a rank's own images) on every rank."""
+    if get_world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def gather_objects(value) -> list:
     """Every rank's `value`, in rank order, on every rank."""
     if get_world_size() == 1:

@@ -55,7 +55,8 @@ def start(args) -> torch.device:
     """Processes, device, seeds, output folder. UserError when the ranks disagree on their flags."""
     device = init_distributed_mode(args)
     check_same_flags(args)
-    checkpoint.check_output_dir(args)
+    if not getattr(args, "eval", False):
+        checkpoint.check_output_dir(args)
     random.seed(args.seed + get_rank())
     torch.manual_seed(args.seed + get_rank())
     np.random.seed(args.seed + get_rank())
