@@ -1,10 +1,12 @@
 """Data sets by name (`--dataset`), each an indexable list of images that says where every image comes from."""
 
+import io
 import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import IterableDataset
 from torchvision import datasets as tv
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -17,8 +19,9 @@ MEAN_STD = {
     "cifar10": ((0.49140, 0.48216, 0.44653), (0.24703, 0.24349, 0.26159)),
     "cifar100": ((0.50707, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615)),
     "tiny_imagenet": ((0.48024, 0.44807, 0.39755), (0.27699, 0.26906, 0.28208)),
-    "digits": ((0.30526,) * 3, (0.37605,) * 3),
+    "digits": ((0.30543,) * 3, (0.37596,) * 3),
 }
+FACTORY = ("hfds", "hfids", "tfds", "torch", "wds")  # prefixes of timm's data-set factory
 
 
 class Images:
@@ -67,19 +70,25 @@ class Arrays(Images):
         return Image.fromarray(self.arrays[index])
 
 
-class TimmImages(Images):
-    """A map-style set of timm's factory."""
+class HuggingFaceImages(Images):
+    """`hfds/...` by the table of timm's reader. timm's own data set would skip what it cannot read, make everything
+    RGB, and want a label."""
 
-    def __init__(self, dataset):
-        self.dataset = dataset
-        self.targets = [-1] * len(dataset)
-        mapping = getattr(dataset.reader, "class_to_idx", None)
-        self.classes = list(mapping) if mapping else None
+    def __init__(self, reader):
+        self.table, self.column = reader.dataset, reader.image_key
+        labelled = reader.label_key in self.table.column_names
+        self.targets = [int(t) for t in self.table[reader.label_key]] if labelled else [-1] * len(self.table)
+        self.classes = sorted(reader.class_to_idx, key=reader.class_to_idx.get) or None
 
     def load(self, index):
-        img, target = self.dataset[index]
-        self.targets[index] = -1 if target is None else int(target)
-        return img
+        record = self.table[index][self.column]
+        with io.BytesIO(record["bytes"]) if record["bytes"] else open(record["path"], "rb") as file:
+            img = Image.open(file)
+            img.load()
+            return img
+
+    def name(self, index):
+        return f"{index}: {self.table[index][self.column]['path']}"
 
 
 def _need_path(args) -> Path:
@@ -107,7 +116,8 @@ def _class_folder(folder: Path, classes: list[str] | None = None) -> Files:
     if unknown:
         raise UserError(f"{folder} has the class folder {unknown[0]!r}, which the training folder has not")
     classes = classes or found
-    samples = [(path, classes.index(name)) for name in found for path in _images_below(folder / name)]
+    index = {name: place for place, name in enumerate(classes)}
+    samples = [(path, index[name]) for name in found for path in _images_below(folder / name)]
     if not samples:
         raise UserError(f"{folder} holds no images; known endings are {' '.join(IMG_EXTENSIONS)}")
     return Files([path for path, _ in samples], [target for _, target in samples], classes)
@@ -159,7 +169,7 @@ def _filelist(args, train: bool) -> Files:
         return Files(paths, [-1] * len(paths), None)
     vocabulary = labels if train else _read_list(args.train_list, root)[1] or []
     # Numbers sort as numbers: class 10 comes after class 9.
-    classes = sorted(set(vocabulary), key=lambda label: (0, int(label), "") if label.isdigit() else (1, 0, label))
+    classes = sorted(set(vocabulary), key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
     index = {label: place for place, label in enumerate(classes)}
     unknown = next((label for label in labels if label not in index), None)
     if unknown is not None:
@@ -232,42 +242,57 @@ def read_images(args, train: bool):
     """
     if args.dataset in READERS:
         return READERS[args.dataset](args, train)
-    if "/" not in args.dataset:
+    prefix, slash, _ = args.dataset.partition("/")
+    prefix = prefix.lower()
+    if not slash or prefix not in FACTORY:
         raise UserError(
             f"--dataset {args.dataset!r} is not known; the known ones are {', '.join(READERS)}, "
-            f"and the names of timm's data-set factory (hfds/..., wds/..., tfds/..., torch/...)"
+            f"and the names of timm's data-set factory ({', '.join(f'{name}/...' for name in FACTORY)})"
         )
+    if prefix in ("torch", "wds") and not args.data_path:
+        raise UserError(f"--dataset {args.dataset} needs --data_path, the folder that holds it")
     from timm.data import create_dataset
 
-    try:
+    try:  # without batch_size: timm would fill up the last batch of every worker with samples it has given already
         dataset = create_dataset(
             args.dataset,
             root=args.data_path or None,
             split="train" if train else "validation",
             is_training=train,
             download=args.download,
-            batch_size=args.batch_size,
             seed=args.seed,
+            **({"input_img_mode": ""} if prefix in ("hfids", "wds") else {}),  # images as they are, not made RGB
         )
-    except (ImportError, AssertionError, FileNotFoundError, RuntimeError, ValueError) as error:
+        if hasattr(dataset, "reader") and not isinstance(dataset, IterableDataset):
+            return HuggingFaceImages(dataset.reader)
+    except (ImportError, AssertionError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--dataset {args.dataset} could not be opened by timm's data-set factory: {reason}") from error
-    if not hasattr(dataset, "__getitem__"):
+    if isinstance(dataset, IterableDataset):
+        dataset.classes = None  # a stream does not count them
         return dataset
-    return TimmImages(dataset) if hasattr(dataset, "reader") else _torchvision(dataset)
+    return _torchvision(dataset, args, train)
 
 
-def _torchvision(dataset) -> Images:
+def _torchvision(dataset, args, train: bool) -> Images:
     """A plain torchvision set, as timm's factory returns for `torch/...`."""
-    images = TorchvisionImages()
-    images.dataset = dataset
-    images.targets = [int(t) for t in dataset.targets] if hasattr(dataset, "targets") else [-1] * len(dataset)
-    images.classes = list(dataset.classes) if hasattr(dataset, "classes") else None
-    return images
+    if type(dataset) is tv.ImageFolder:  # it numbers the folders of its own split
+        classes = dataset.classes if train else read_images(args, train=True).classes
+        unknown = [name for name in dataset.classes if name not in classes]
+        if unknown:
+            raise UserError(f"{dataset.root} has the class folder {unknown[0]!r}, which the training folder has not")
+        paths = [path for path, _ in dataset.samples]
+        return Files(paths, [classes.index(dataset.classes[target]) for target in dataset.targets], classes)
+    return TorchvisionImages(dataset)
 
 
 class TorchvisionImages(Images):
     """A torchvision set."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.targets = [int(t) for t in dataset.targets] if hasattr(dataset, "targets") else [-1] * len(dataset)
+        self.classes = list(dataset.classes) if hasattr(dataset, "classes") else None
 
     def load(self, index):
         img, self.targets[index] = self.dataset[index]

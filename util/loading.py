@@ -4,12 +4,15 @@ Everything is a function of (seed, epoch, sample index), so the number of worker
 resumed at any sample, and the union of the ranks' batches is the batch that one process would have had.
 """
 
+import atexit
+import copy
 import math
 import signal
 import struct
 import sys
 import weakref
 import zlib
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -72,37 +75,58 @@ class KeyedDataset(torch.utils.data.Dataset):
 
     def _read(self, index: int) -> tuple[Image.Image, int, int]:
         """(image, its place, unreadable ones before it), for `index` or what was drawn instead."""
-        place = index
         for bad in range(_DRAWS):
+            place = int(torch.randint(len(self.images), ())) if bad else index
             try:
                 return to_channels(self.images.load(place), self.in_chans), place, bad
-            except BROKEN_IMAGE as error:
-                print(f"unreadable image {self.images.name(place)}: {error}", file=sys.stderr, flush=True)
+            except BROKEN_IMAGE as error:  # not by `print`, which is silent on all ranks but one
+                sys.stderr.write(f"unreadable image {self.images.name(place)}: {error}\n")
+                sys.stderr.flush()
             if not self.replace:
                 return to_channels(Image.new("RGB", (32, 32)), self.in_chans), place, 1
-            place = int(torch.randint(len(self.images), ()))
         raise UnreadableData(f"{_DRAWS} images in a row could not be read, the last one {self.images.name(place)}")
 
 
 class StreamDataset(IterableDataset):
-    """An iterable set of timm's factory. Samples are numbered per rank and worker; order and shards are timm's."""
+    """An iterable set of timm's factory. Samples are numbered per rank and worker; order and shards are timm's: each
+    worker reads shards of its own, and where they are not equal it repeats or leaves out a few samples."""
 
     def __init__(self, stream, transform, args):
         self.stream, self.transform = stream, transform
         self.seed, self.in_chans, self.epoch = args.seed, args.in_chans, 0
+        if hasattr(stream.reader, "dist_rank"):  # timm's reader asked when it was made, perhaps before the ranks met
+            stream.reader.dist_rank, stream.reader.dist_num_replicas = get_rank(), get_world_size()
 
     def __len__(self) -> int:
-        return len(self.stream)
+        """Samples of all ranks (timm's own length is one rank's)."""
+        return getattr(self.stream.reader, "num_samples", None) or len(self.stream)
 
     def __iter__(self):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         first, stride = get_rank() * workers + worker, get_world_size() * workers
-        for count, (image, target) in enumerate(self.stream):
+        # A reader sets itself up at its first use, shuffling included: a fresh copy makes every epoch start alike.
+        stream = copy.copy(self.stream)
+        stream.reader = copy.copy(stream.reader)
+        stream.reader.worker_seed = self.seed * 1_000_003 + self.epoch  # replaced by torch's in a worker process
+        for count, (image, target) in enumerate(stream):
             index = first + count * stride
             with seeded(self.seed, self.epoch, index):
                 image = self.transform(to_channels(image, self.in_chans))
-            yield Sample(image, int(target), index, 0)
+            yield Sample(image, -1 if target is None else int(target), index, 0)
+
+
+def _regroup(batches, size: int, drop_last: bool):
+    """Batches of `size` from those of several workers of a stream, each of which ends with a smaller one."""
+    rest = None
+    for batch in batches:
+        rest = batch if rest is None else Sample(*(torch.cat(pair) for pair in zip(rest, batch)))
+        while len(rest.index) >= size:
+            yield Sample(*(column[:size] for column in rest))
+            rest = Sample(*(column[size:] for column in rest))
+        rest = rest if len(rest.index) else None
+    if rest is not None and not drop_last:
+        yield rest
 
 
 class EpochBatches(Sampler):
@@ -142,15 +166,20 @@ class EpochBatches(Sampler):
 def _outlive_signals(_worker_id: int) -> None:
     """A scheduler signals every process of a job; only the main one answers, and it needs its workers to finish the
     step. So a worker survives a SIGTERM, for half a minute: whoever wants to end it for good does not wait forever."""
-    for number in (signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
-def _end_workers(loader: DataLoader) -> None:
-    """Persistent workers live as long as the loader's iterator; at exit it is dropped before python ends its children
-    by SIGTERM, which they would survive."""
-    loader._iterator = None
+_working = weakref.WeakSet()  # iterators that have workers
+
+
+@atexit.register
+def _end_workers() -> None:
+    """At exit, whoever still holds an iterator (a traceback, say): before python ends its children by SIGTERM, which
+    they would survive."""
+    for iterator in list(_working):
+        iterator._shutdown_workers()
 
 
 class Loader:
@@ -158,26 +187,39 @@ class Loader:
 
     def __init__(self, dataset, args, batch_size: int, shuffle: bool):
         self.dataset, self.batch_size = dataset, batch_size
-        self.stream = isinstance(dataset, IterableDataset)
+        self.stream, self.shuffle = isinstance(dataset, IterableDataset), shuffle
         self.start = 0
+        workers = self._workers(args)
         common = dict(
-            num_workers=args.num_workers,
+            num_workers=workers,
             pin_memory=args.pin_mem and torch.cuda.is_available(),
-            persistent_workers=args.num_workers > 0 and not self.stream,
+            persistent_workers=workers > 0 and not self.stream,
             worker_init_fn=_outlive_signals,
             generator=torch.Generator().manual_seed(args.seed),  # so that a loader never draws from the global one
         )
         if self.stream:
-            self.loader = DataLoader(dataset, batch_size=batch_size, drop_last=shuffle, **common)
+            self.loader = DataLoader(dataset, batch_size=batch_size, **common)
         else:
             self.batches = EpochBatches(len(dataset), batch_size, args.seed, shuffle)
             self.loader = DataLoader(dataset, batch_sampler=self.batches, **common)
-        weakref.finalize(self, _end_workers, self.loader)
+
+    def _workers(self, args) -> int:
+        """`--num_workers`, or fewer so that each finds a shard of a WebDataset."""
+        if not self.stream or not args.dataset.lower().startswith("wds/"):
+            return args.num_workers
+        shards = len(self.dataset.stream.reader.split_info.filenames)
+        if shards < get_world_size():
+            raise UserError(
+                f"--dataset {args.dataset} has {shards} shards, too few for {get_world_size()} processes: each reads "
+                f"shards of its own"
+            )
+        return min(args.num_workers, shards // get_world_size())
 
     def begin(self, epoch: int, start: int = 0) -> "Loader":
         self.start = start
         if self.stream:
             self.dataset.epoch = epoch
+            self.loader.generator.manual_seed(self.dataset.seed * 1_000_003 + epoch)  # timm shuffles by worker seeds
             if hasattr(self.dataset.stream, "set_epoch"):
                 self.dataset.stream.set_epoch(epoch)
         else:
@@ -185,16 +227,20 @@ class Loader:
         return self
 
     def __len__(self) -> int:
-        if self.stream:
-            return len(self.dataset) // (self.batch_size * get_world_size())
-        return len(self.batches)
+        if not self.stream:
+            return len(self.batches)
+        size = self.batch_size * get_world_size()
+        return len(self.dataset) // size if self.shuffle else math.ceil(len(self.dataset) / size)
 
     def __iter__(self):
+        iterator = iter(self.loader)
+        if self.loader.num_workers:
+            _working.add(iterator)
         if not self.stream:
-            return iter(self.loader)
+            return iterator
         # A stream cannot be entered in the middle: what a resumed run has seen is read again and passed over.
-        batches = (batch for batch, _ in zip(self.loader, range(len(self))))
-        return (batch for position, batch in enumerate(batches) if position >= self.start)
+        batches = _regroup(iterator, self.batch_size, drop_last=self.shuffle)
+        return islice(batches, self.start, len(self) if self.shuffle else None)
 
 
 def build_loader(images, transform, args, batch_size: int, train: bool) -> Loader:

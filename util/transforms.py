@@ -29,8 +29,11 @@ def to_channels(img: Image.Image, in_chans: int) -> Image.Image:
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Integers above 255 are read as 16-bit; floats are taken as 0..1 when they fit, else as 0..255."""
-    top = 1.0 if values.dtype.kind == "f" and values.max() <= 1 else 255.0 if values.max() <= 255 else 65535.0
+    """16-bit integers are 0..65535, and so are 32-bit ones above 255; floats are 0..1 when they fit, else 0..255."""
+    if values.dtype.itemsize == 2:
+        top = 65535.0
+    else:
+        top = 1.0 if values.dtype.kind == "f" and values.max() <= 1 else 255.0 if values.max() <= 255 else 65535.0
     return (values.astype(np.float64) * (255.0 / top)).clip(0, 255).round().astype(np.uint8)
 
 
@@ -59,6 +62,8 @@ class Solarization:
 
 def three_augment(channels: int) -> list:
     """3-Augment (Touvron et al. 2022, DeiT III, Section 3.2): one of three per image, then colour jitter 0.3."""
+    if channels not in (1, 3):
+        raise UserError(f"--aug three is for 1 or 3 channels, not for --in_chans {channels}: solarizing knows no alpha")
     return [
         transforms.RandomChoice([transforms.Grayscale(channels), Solarization(), GaussianBlur()]),
         transforms.ColorJitter(0.3, 0.3, 0.3),
@@ -113,15 +118,14 @@ def default_crop_pct(size: tuple[int, int]) -> float:
 
 
 def eval_transform(size: tuple[int, int], mean, std, crop_pct: float | None = None) -> transforms.Compose:
-    """Bicubic resize to size / crop_pct, centre crop to `size`."""
-    crop_pct = crop_pct or default_crop_pct(size)
-    if crop_pct == 1.0 and size[0] == size[1]:
-        steps = [ResizeShortSide(size[0]), transforms.CenterCrop(size)]
-    elif size[0] == size[1]:
-        steps = [ResizeShortSide(int(size[0] / crop_pct)), transforms.CenterCrop(size)]
-    else:  # a rectangle was asked for: keep the whole image
-        steps = [Resize(size)]
-    return transforms.Compose([*steps, *_to_tensor(mean, std)])
+    """Bicubic resize to size / crop_pct, centre crop to `size`. A rectangle takes the whole image unless told."""
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise UserError(f"--crop_pct {crop_pct} must lie in (0, 1]")
+    if size[0] == size[1]:
+        resize = ResizeShortSide(int(size[0] / (crop_pct or default_crop_pct(size))))
+    else:
+        resize = Resize(tuple(int(side / (crop_pct or 1.0)) for side in size))
+    return transforms.Compose([resize, transforms.CenterCrop(size), *_to_tensor(mean, std)])
 
 
 class ResizeShortSide(transforms.Resize):
@@ -136,6 +140,8 @@ class ResizeShortSide(transforms.Resize):
 
 def finetune_transform(args, size: tuple[int, int], mean, std):
     """timm's training transform: random resized crop (or pad-and-crop), flip, RandAugment or jitter, random erasing."""
+    if args.aa and len(mean) not in (1, 3):
+        raise UserError(f"--aa {args.aa} is for 1 or 3 channels: with --in_chans {len(mean)} switch it off by --aa ''")
     transform = create_transform(
         input_size=(len(mean), *size),
         is_training=True,
