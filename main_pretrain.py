@@ -159,7 +159,7 @@ def main(args) -> None:
     device = start(args)
     mean, std = mean_std(args)
     images = read_images(args, train=True)
-    transform = pretrain_transform(args.aug, input_size(args), mean, std)
+    transform = pretrain_transform(args.aug, input_size(args), mean, std, args.crop_pct)
     loader = build_loader(images, transform, args, args.batch_size, train=True)
     resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None
     if args.init_from and resume is None:

@@ -135,16 +135,7 @@ def check_values(args) -> None:
     for name in positive:
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)} must be positive")
-    not_negative = (
-        "warmup_epochs",
-        "num_workers",
-        "save_steps",
-        "keep",
-        "start_epoch",
-        "weight_decay",
-        "min_lr",
-        "blr",
-    )
+    not_negative = "warmup_epochs num_workers save_steps keep start_epoch seed weight_decay min_lr blr".split()
     for name in not_negative:
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)} must not be negative")

@@ -89,12 +89,12 @@ def _to_tensor(mean, std) -> list:
     return [transforms.ToTensor(), transforms.Normalize(mean, std)]
 
 
-def pretrain_transform(aug: str, size: tuple[int, int], mean, std) -> transforms.Compose:
+def pretrain_transform(aug: str, size: tuple[int, int], mean, std, crop_pct: float | None = None):
     """`mae`: random resized crop and flip; `crop`: pad-and-crop and flip; `three`: 3-Augment on top of `mae`'s crop
     and flip; `none`: the evaluation transform."""
     flip = transforms.RandomHorizontalFlip()
     if aug == "none":
-        return eval_transform(size, mean, std)
+        return eval_transform(size, mean, std, crop_pct)
     if aug == "crop":
         steps = [*pad_and_crop(size), flip]
     else:
