@@ -22,44 +22,22 @@ from torch import Tensor, nn
 from util.architectures import ENCODERS
 from util.errors import UserError
 from util.pos_embed import get_2d_sincos_pos_embed, interpolate_grid
+from util.weights_names import (
+    ENCODER,
+    ENCODER_AREA,
+    HF_MASK_TOKEN,
+    KNOWN,
+    from_hugging_face,
+    is_decoder,
+    without_wrappers,
+)
+from util.weights_report import LoadReport, some, summary, why_no_head, why_unused
 
 # Official checkpoints hold their flags as a Namespace, some with a path in it. Python 3.13 pickles a path under another
 # module than the versions around it, and torch allows globals by name: one stand-in for each name.
 _SAFE_GLOBALS = [argparse.Namespace] + [
     type("PosixPath", (pathlib.PosixPath,), {"__module__": module}) for module in ("pathlib", "pathlib._local")
 ]
-
-# Wrappers put their own name in front of a module's tensors, at any depth: none of them is a name of ours.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-
-# Hugging Face names, in order: those of the hub files, of transformers 5, and what transformers 5 writes to disk.
-_HUGGING_FACE = [
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
-    (r"^decoder\.decoder_(?:encoder\.)?layers?\.(\d+)\.", r"decoder_blocks.\1."),
-    (r"^decoder\.(mask_token|decoder_)", r"\1"),
-    (r"^layernorm\.", "norm."),
-    (r"^classifier\.", "head."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.(?:attention\.query|q_proj)\.", ".attn.q."),
-    (r"\.attention\.(?:attention\.key|k_proj)\.", ".attn.k."),
-    (r"\.attention\.(?:attention\.value|v_proj)\.", ".attn.v."),
-    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-]
-
-_ENCODER = re.compile(r"(cls_token|pos_embed)$|patch_embed\.|blocks\.|norm\.")
-_KNOWN = re.compile(
-    r"(cls_token|pos_embed|mask_token)$|(patch_embed\.proj|norm|fc_norm)\.(weight|bias)$|head\.|decoder_"
-    r"|blocks\.\d+\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2)\.(weight|bias)$"
-)
-# Where an unknown tensor means that the file's encoder computes something ours does not.
-_ENCODER_AREA = re.compile(r"(blocks|patch_embed|pos_embed|embeddings|encoder|layers?|norm_pre|rope|rel_pos_bias)\.")
-_HF_MASK_TOKEN = "embeddings.mask_token"  # masked image modelling on pixels: no encoder of whole images uses it
 
 
 class _Geometry(NamedTuple):
@@ -87,36 +65,6 @@ class Weights:
     @property
     def has_decoder(self) -> bool:
         return any(name.startswith("decoder_") for name in self.state)
-
-
-@dataclass
-class LoadReport:
-    """What became of every tensor: the first three lists together are the model's, the last two the file's leftovers.
-
-    A head of the file that was left out is in `skipped`, the model's own then in `missing`.
-    """
-
-    path: str
-    origin: str
-    taken: list[str] = field(default_factory=list)
-    interpolated: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    grids: str = ""  # "14x14 -> 16x16" when positions were interpolated
-    head: str = ""  # why the head was skipped
-    reasons: dict[str, list[str]] = field(default_factory=dict)  # of `unexpected`
-
-    def __str__(self):
-        lines = [f"{self.path}: {self.origin}", f"taken: {_summary(self.taken)}"]
-        if self.interpolated:
-            lines.append(f"interpolated: {_summary(self.interpolated)}, {self.grids}")
-        if self.missing:
-            lines.append(f"missing in the file, kept at their initial value: {_summary(self.missing)}")
-        lines += [f"not used: {_summary(names)} ({reason})" for reason, names in self.reasons.items()]
-        if self.skipped:
-            lines.append(f"skipped: {self.head}")
-        return "\n  ".join(lines)
 
 
 def read_file(path) -> dict:
@@ -183,19 +131,19 @@ def read_weights(path, key: str = "model") -> Weights:
     named, others = _split(_select(raw, key, path))
     state = {}
     for name, tensor in named.items():
-        plain = _without_wrappers(name)
+        plain = without_wrappers(name)
         if plain in state:
             raise UserError(f"{path} holds {plain} twice, with and without a prefix: keep one of the two models in it")
         state[plain] = tensor
-    state, converted = _from_hugging_face(state)
+    state, converted = from_hugging_face(state)
     if not {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= state.keys():
         raise UserError(
-            f"{path} holds no ViT weights (its tensors: {_summary(list(named), 6) or 'none'}): "
+            f"{path} holds no ViT weights (its tensors: {summary(list(named), 6) or 'none'}): "
             "a MAE, timm ViT or Hugging Face ViT checkpoint is needed"
         )
     _refuse_other_encoders(state, path)
-    others += [name for name in state if not _KNOWN.match(name)]
-    state = {name: tensor for name, tensor in state.items() if _KNOWN.match(name)}
+    others += [name for name in state if not KNOWN.match(name)]
+    state = {name: tensor for name, tensor in state.items() if KNOWN.match(name)}
     weights = Weights(path, "", state, _stored_args(raw, path), others)
     weights.origin = _origin(weights) + ", Hugging Face names" * converted
     return weights
@@ -218,7 +166,7 @@ def _keys(raw: dict) -> str:
     keys = [str(key) for key, value in raw.items() if isinstance(value, dict) and _split(value)[0]]
     if keys:
         return f"--checkpoint_key must be one of its keys with weights ({', '.join(keys)})"
-    return f"it holds no weights, only the keys {_some([str(key) for key in raw], 8) or '(none)'}"
+    return f"it holds no weights, only the keys {some([str(key) for key in raw], 8) or '(none)'}"
 
 
 def _split(content: dict) -> tuple[dict[str, Tensor], list[str]]:
@@ -227,41 +175,17 @@ def _split(content: dict) -> tuple[dict[str, Tensor], list[str]]:
     return named, [str(key) for key in content if key not in named]
 
 
-def _without_wrappers(name: str) -> str:
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while len(parts) > 1 and parts[0] == "mae":
-        parts = parts[1:]
-    return ".".join(parts)
-
-
-def _from_hugging_face(state: dict) -> tuple[dict, bool]:
-    """-> the state in our names, whether it came in those of Hugging Face."""
-    plain = {name.removeprefix("vit."): tensor for name, tensor in state.items()}
-    if "embeddings.patch_embeddings.projection.weight" not in plain:
-        return state, False
-    renamed = {}
-    for name, tensor in plain.items():
-        for pattern, ours in _HUGGING_FACE:
-            name = re.sub(pattern, ours, name)
-        renamed[name] = tensor
-    for name in [name for name in renamed if ".attn.q." in name]:
-        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
-        if all(part in renamed for part in parts):
-            renamed[name.replace(".q.", ".qkv.")] = torch.cat([renamed.pop(part) for part in parts])
-    return renamed, True
-
-
 def _refuse_other_encoders(state: dict, path: str) -> None:
     """An unknown tensor inside the encoder, or a token next to it, would change every feature if it were dropped."""
 
     def matters(name):
         is_token = "." not in name and state[name].ndim >= 2
-        return not _KNOWN.match(name) and name != _HF_MASK_TOKEN and (is_token or _ENCODER_AREA.match(name))
+        return not KNOWN.match(name) and name != HF_MASK_TOKEN and (is_token or ENCODER_AREA.match(name))
 
     extra = [name for name in state if matters(name)]
     if extra:
         raise UserError(
-            f"{path} is not a plain ViT: it has {_some(extra)}, which our encoder lacks and cannot leave out; a ViT "
+            f"{path} is not a plain ViT: it has {some(extra)}, which our encoder lacks and cannot leave out; a ViT "
             "without layer scale, query-key norms, register or distillation tokens is needed"
         )
     kernel = state["patch_embed.proj.weight"]
@@ -314,7 +238,7 @@ def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False) -> 
     _check_geometry(own, weights)
     _check_heads(model, weights)
     report = LoadReport(weights.path, weights.origin)
-    report.head = _why_no_head(own, weights.state, ignore_head)
+    report.head = why_no_head(own, weights.state, ignore_head)
     chosen = {name: tensor for name, tensor in weights.state.items() if name in own}
     if report.head:
         report.skipped = [name for name in weights.state if name.startswith("head.")]
@@ -329,7 +253,7 @@ def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False) -> 
     left = [name for name in weights.state if name not in chosen and name not in report.skipped]
     report.unexpected = left + weights.dropped
     for name in report.unexpected:
-        report.reasons.setdefault(_why_unused(name, own), []).append(name)
+        report.reasons.setdefault(why_unused(name, own), []).append(name)
     model.load_state_dict({**own, **chosen})
     return report
 
@@ -374,28 +298,6 @@ def _check_heads(model: nn.Module, weights: Weights) -> None:
                 f"{weights.path} was trained with {heads} attention heads, but the model has "
                 f"{blocks[0].attn.num_heads} (--{prefix}num_heads or --model)"
             )
-
-
-def _why_no_head(own: dict, state: dict, ignore_head: bool) -> str:
-    """The reason not to take the file's head into the model's, empty when it fits or either has none."""
-    theirs, ours = ({name: t.shape for name, t in s.items() if name.startswith("head.")} for s in (state, own))
-    if not theirs:
-        return ""
-    if ignore_head:
-        return "head: left out, as asked"
-    if not ours or (theirs == ours and _feature_norm(state) == _feature_norm(own)):
-        return ""
-    if theirs.keys() != ours.keys():
-        return f"head: {_some(list(theirs))} in the file, {_some(list(ours))} here: new"
-    if theirs != ours:
-        classes = [shapes[max(shapes)][0] for shapes in (theirs, ours)]  # of the last layer's weight
-        return f"head: {classes[0]} classes in the file, {classes[1]} here: new"
-    # The shapes fit, but a head trained on one feature says nothing about the other.
-    return f"head: reads {_feature_norm(state)} in the file, {_feature_norm(own)} here: new"
-
-
-def _feature_norm(state: dict) -> str:
-    return "pooled patches (fc_norm)" if "fc_norm.weight" in state else "the [cls] token (norm)"
 
 
 def _interpolate(model: nn.Module, chosen: dict, weights: Weights, report: LoadReport) -> None:
@@ -453,22 +355,18 @@ def _check_complete(own: dict, chosen: dict, weights: Weights) -> None:
     missing = [name for name in own if name not in chosen]
     decoder = [name for name in weights.state if name.startswith("decoder_") and name not in own]
     if "mask_token" in own and weights.has_decoder:
-        decoder += [name for name in wrong + missing if _is_decoder(name)]
+        decoder += [name for name in wrong + missing if is_decoder(name)]
         if decoder:
             raise UserError(
                 f"{weights.path} has a decoder of {_decoder(weights.state)}, but the model has one of {_decoder(own)}, "
-                f"and they differ in {_some(decoder)} (--decoder_embed_dim, --decoder_depth)"
+                f"and they differ in {some(decoder)} (--decoder_embed_dim, --decoder_depth)"
             )
-    lost = [name for name in missing if _ENCODER.match(name) and not name.startswith("norm.")]
+    lost = [name for name in missing if ENCODER.match(name) and not name.startswith("norm.")]
     if lost:
-        raise UserError(f"{weights.path} lacks {_some(lost)} of the encoder: a complete ViT with [cls] is needed")
+        raise UserError(f"{weights.path} lacks {some(lost)} of the encoder: a complete ViT with [cls] is needed")
     if wrong:
         shapes = f"{tuple(chosen[wrong[0]].shape)} in the file and {tuple(own[wrong[0]].shape)} in the model"
         raise UserError(f"{weights.path} does not fit the model (--model): {wrong[0]} is {shapes}")
-
-
-def _is_decoder(name: str) -> bool:
-    return name.startswith("decoder_") or name == "mask_token"
 
 
 def _decoder(state: dict) -> str:
@@ -477,43 +375,9 @@ def _decoder(state: dict) -> str:
     return f"{width}, depth {_depth(state, 'decoder_blocks')}"
 
 
-def _why_unused(name: str, own: dict) -> str:
-    if _is_decoder(name):
-        return "of masked image modelling in the encoder" if "mask_token" in own else "decoder, not needed"
-    if name.startswith(("norm.", "fc_norm.")):
-        return f"this model reads {_feature_norm(own)}"
-    if name.startswith("head."):
-        return "this model has no head"
-    return "no part of a ViT's encoder, MAE decoder or head"
-
-
-def _summary(names: list[str], most: int | None = None) -> str:
-    """Names by group: `blocks.0-11 (144 tensors), norm (2 tensors), cls_token`, at most so many groups."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        group = re.match(r"\w*blocks(?=\.\d+\.)|[^.]*", name)[0]
-        groups.setdefault(group, []).append(name)
-    texts = [_group_text(group, members) for group, members in groups.items()]
-    return ", ".join(texts[:most]) + ", ..." * (most is not None and len(texts) > most)
-
-
-def _group_text(group: str, members: list[str]) -> str:
-    if len(members) == 1:
-        return members[0]
-    depths = sorted({int(name.split(".")[1]) for name in members}) if group.endswith("blocks") else []
-    if depths:
-        group += f".{depths[0]}-{depths[-1]}" if len(depths) > 1 else f".{depths[0]}"
-    return f"{group} ({len(members)} tensors)"
-
-
-def _some(names: list[str], most: int = 2) -> str:
-    """The first names in full, where a user must recognise them: `a, b and 3 more`."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Only the encoder of a state in our names: [cls], positions, patch embedding, blocks and norm."""
-    return {name: tensor for name, tensor in state.items() if _ENCODER.match(name)}
+    return {name: tensor for name, tensor in state.items() if ENCODER.match(name)}
 
 
 def save_encoder(state: dict[str, Tensor], path, metadata: dict[str, str]) -> None:

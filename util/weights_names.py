@@ -1,0 +1,65 @@
+"""Tensor names: ours are those of the released MAE checkpoints; wrappers and Hugging Face (ViT, ViTMAE) have others."""
+
+import re
+
+import torch
+
+# Wrappers put their own name in front of a module's tensors, at any depth: none of them is a name of ours.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+# Hugging Face names, in order: those of the hub files, of transformers 5, and what transformers 5 writes to disk.
+_HUGGING_FACE = [
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    (r"^decoder\.decoder_(?:encoder\.)?layers?\.(\d+)\.", r"decoder_blocks.\1."),
+    (r"^decoder\.(mask_token|decoder_)", r"\1"),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(?:attention\.query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(?:attention\.key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(?:attention\.value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+]
+
+ENCODER = re.compile(r"(cls_token|pos_embed)$|patch_embed\.|blocks\.|norm\.")
+KNOWN = re.compile(
+    r"(cls_token|pos_embed|mask_token)$|(patch_embed\.proj|norm|fc_norm)\.(weight|bias)$|head\.|decoder_"
+    r"|blocks\.\d+\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2)\.(weight|bias)$"
+)
+# Where an unknown tensor means that the file's encoder computes something ours does not.
+ENCODER_AREA = re.compile(r"(blocks|patch_embed|pos_embed|embeddings|encoder|layers?|norm_pre|rope|rel_pos_bias)\.")
+HF_MASK_TOKEN = "embeddings.mask_token"  # masked image modelling on pixels: no encoder of whole images uses it
+
+
+def without_wrappers(name: str) -> str:
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] == "mae":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def from_hugging_face(state: dict) -> tuple[dict, bool]:
+    """-> the state in our names, whether it came in those of Hugging Face."""
+    plain = {name.removeprefix("vit."): tensor for name, tensor in state.items()}
+    if "embeddings.patch_embeddings.projection.weight" not in plain:
+        return state, False
+    renamed = {}
+    for name, tensor in plain.items():
+        for pattern, ours in _HUGGING_FACE:
+            name = re.sub(pattern, ours, name)
+        renamed[name] = tensor
+    for name in [name for name in renamed if ".attn.q." in name]:
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(part in renamed for part in parts):
+            renamed[name.replace(".q.", ".qkv.")] = torch.cat([renamed.pop(part) for part in parts])
+    return renamed, True
+
+
+def is_decoder(name: str) -> bool:
+    return name.startswith("decoder_") or name == "mask_token"
