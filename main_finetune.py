@@ -56,7 +56,9 @@ def get_args_parser() -> arguments.Parser:
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, e.g. rand-m9-mstd0.5")
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
-    group.add_argument("--remode", default="pixel", help="random erasing: what fills the hole")
+    group.add_argument(
+        "--remode", default="pixel", choices=["pixel", "rand", "const"], help="random erasing: what fills the hole"
+    )
     group.add_argument("--recount", type=int, default=1, help="random erasing: holes")
     group.add_argument("--resplit", action="store_true", help="accepted as upstream, where it has no effect either")
     group.add_argument("--mixup", type=float, default=0.0, help="mixup alpha; 0 is off")
@@ -78,6 +80,14 @@ def check(args) -> None:
     args.aa = None if args.aa in (None, "", "none", "None") else args.aa
     if args.aa and not args.aa.startswith(("rand", "augmix", "original", "v0", "3a")):
         raise UserError(f"--aa {args.aa!r} is no policy of timm's: rand-m9-mstd0.5-inc1, augmix-m5, original, v0, none")
+    if args.recount < 1:
+        raise UserError(f"--recount {args.recount} must be positive; --reprob 0 turns random erasing off")
+    for name in ("mixup", "cutmix", "color_jitter"):
+        if (getattr(args, name) or 0) < 0:
+            raise UserError(f"--{name} {getattr(args, name)} must not be negative")
+    sides = args.cutmix_minmax
+    if sides is not None and not (len(sides) == 2 and 0 <= sides[0] < sides[1] <= 1):
+        raise UserError(f"--cutmix_minmax {' '.join(map(str, sides))} must be two rising numbers in [0, 1]")
     if not 0 < args.layer_decay <= 1:
         raise UserError(f"--layer_decay {args.layer_decay} must lie in (0, 1]")
     if mixes(args) and args.batch_size % 2:
@@ -121,13 +131,13 @@ def report(stats: dict, count: int) -> None:
 
 def prepare(args, resume: Path | None):
     """Model flags, data and model, in the order in which they depend on each other."""
-    source = str(resume or args.resume) if args.eval and args.resume else args.finetune
+    source = str(resume) if args.eval and resume else args.finetune
     weights = settle_model(args, source if args.eval or resume is None else "")
     check_channels(args.in_chans)
     if args.aug is None:
         args.aug = "crop" if args.dataset in ("cifar10", "cifar100", "digits") else "rrc"
     splits = None if args.eval else read_images(args, train=True), read_images(args, train=False)
-    classes = count_classes(args, splits[1])
+    classes = count_classes(args, *splits)
     args.nb_classes = classes
     return weights, splits, classes
 
@@ -137,7 +147,7 @@ def main(args) -> dict[str, float]:
     check(args)
     args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
     device = start(args)
-    resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None
+    resume = checkpoint.find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
     if resume is not None and not args.eval:
         _take_model_flags(args, resume)
     weights, (images, held_out), classes = prepare(args, resume)

@@ -6,6 +6,7 @@ on a held-out part of the training set and the test accuracy is reported for tha
 
 import json
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from util.lr_sched import adjust_learning_rate
 from util.rng import seeded
 from util.run import Run, start
 from util.transforms import check_channels, eval_transform, probe_transform
+from util.weights import read_file
 
 
 def get_args_parser() -> arguments.Parser:
@@ -61,6 +63,10 @@ def check(args) -> None:
         raise UserError("--eval needs --resume, a checkpoint of a finished probe")
     if args.eval and args.cache_features:
         raise UserError("--eval evaluates a checkpoint, and --cache_features writes none: give one of them")
+    if args.resume and args.cache_features:
+        raise UserError("--resume continues a checkpoint, and --cache_features writes none: give one of them")
+    if args.batch_size == 1 and not args.eval:
+        raise UserError("--batch_size 1 is too small for the probe's BatchNorm: give 2 or more")
     if not 0 < args.probe_holdout < 1:
         raise UserError(f"--probe_holdout {args.probe_holdout} must lie between 0 and 1, both excluded")
     if min(args.probe_blrs) <= 0:
@@ -93,6 +99,23 @@ class Probe(nn.Module):
             features = self.vit.forward_features(imgs)
         with torch.autocast(imgs.device.type, enabled=False):
             return self.vit.head(features.float())
+
+
+def load_probe(probe: Probe, path: Path) -> None:
+    """Fill `probe` from a checkpoint of this program; UserError when it is one of another."""
+    state = read_file(path)["model"]
+    head, classes = state.get("head.1.weight"), probe.vit.head[1].out_features
+    if head is None:
+        raise UserError(
+            f"--resume {path} has no probe's classifier (head.1): a checkpoint of main_linprobe.py is needed"
+        )
+    if len(head) != classes:
+        raise UserError(f"--resume {path} is a probe of {len(head)} classes, the data set has {classes}")
+    try:
+        probe.vit.load_state_dict(state)
+    except RuntimeError as error:
+        reason = shorten(str(error).strip().splitlines()[-1], 200)
+        raise UserError(f"--resume {path} does not fit these flags: {reason}") from error
 
 
 def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,10 +166,16 @@ def accuracy(norm, head, features, labels) -> tuple[float, float]:
 
 
 def probe_cached(model, loaders, classes: int, args, device, amp_dtype) -> dict:
-    """Encode both splits, train the heads, choose on the held-out part, report the test accuracy of that head."""
+    """Encode both splits, train the heads, choose on the held-out part, report the test accuracy of that head.
+    UserError when there are too few images to hold any out."""
     model.to(device).eval()
     train_split, test = (extract(model.forward_features, loader, device, amp_dtype) for loader in loaders)
     rest, held = hold_out(train_split[1], args.probe_holdout, args.seed)
+    if len(rest) < 2 or not len(held):
+        raise UserError(
+            f"--probe_holdout {args.probe_holdout} of {len(train_split[1])} training images leaves {len(held)} to "
+            f"choose the rate by and {len(rest)} to learn from: more images per class are needed"
+        )
     norm, heads = train_heads(train_split[0][rest], train_split[1][rest], classes, args, device)
     held_x, held_y = train_split[0][held].to(device), train_split[1][held].to(device)
     chosen_by = [accuracy(norm, head, held_x, held_y)[0] for head in heads]
@@ -165,12 +194,12 @@ def main(args) -> dict:
     check(args)
     args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
     device = start(args)
-    resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None
+    resume = checkpoint.find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
     weights = settle_model(args, str(resume) if args.eval else args.finetune)
     check_channels(args.in_chans)
     args.aug = args.aug or ("crop" if args.dataset in ("cifar10", "cifar100", "digits") else "rrc")
     images, held_out = read_images(args, train=True), read_images(args, train=False)
-    args.nb_classes = count_classes(args, images)
+    args.nb_classes = count_classes(args, images, held_out)
     with seeded(args.seed):
         model = build_encoder(args, None if args.eval else weights, args.nb_classes)
     if weights is None:
@@ -182,7 +211,7 @@ def main(args) -> dict:
         return _cached(args, model, build_loader(images, plain, args, args.batch_size, False), test_loader, device)
     probe = Probe(model).to(device)
     if args.eval:
-        probe.vit.load_state_dict(checkpoint.read_file(resume)["model"])
+        load_probe(probe, resume)
         stats = evaluate(test_loader, probe, device)
         report(stats, len(held_out))
         shut_down()
@@ -195,9 +224,9 @@ def main(args) -> dict:
 
 
 def _cached(args, model, train_loader, test_loader, device) -> dict:
-    checkpoint.make_output_dir(args)
     amp_dtype = choose_amp_dtype(args.amp_dtype, device)
     result = probe_cached(model, (train_loader, test_loader), args.nb_classes, args, device, amp_dtype)
+    checkpoint.make_output_dir(args)
     print(
         f"linear probe: top-1 {result['test_acc1']:.2f} %  top-5 {result['test_acc5']:.2f} %  (blr {result['blr']:g})"
     )

@@ -70,9 +70,29 @@ def build(args) -> models_mae.MaskedAutoencoderViT:
         args.model, img_size=input_size(args), **{name: getattr(args, name) for name in overrides}
     )
     patches = model.patch_embed.num_patches
-    if int(patches * (1 - args.mask_ratio)) < 1:
-        raise UserError(f"--mask_ratio {args.mask_ratio} leaves no visible patch of {patches}: lower it")
+    visible = int(patches * (1 - args.mask_ratio))
+    if not 0 < visible < patches:
+        what = "leaves no visible patch" if visible < 1 else "removes no patch"
+        raise UserError(f"--mask_ratio {args.mask_ratio} {what} of {patches}: {'lower' if visible < 1 else 'raise'} it")
     return model
+
+
+def validation_images(args, images):
+    """The images to look at while training, None where there are none; UserError when --knn_freq needs them."""
+    if args.knn_freq and getattr(images, "classes", None) is None:
+        raise UserError(f"--knn_freq needs labels, and --dataset {args.dataset} has none")
+    if not args.vis_freq and not args.knn_freq:
+        return None
+    try:
+        held_out = read_images(args, train=False)
+    except UserError as error:  # pretraining needs no validation images, looking at them is a courtesy
+        if args.knn_freq:
+            raise
+        print(f"note: {error}; reconstructions are shown on training images")
+        return None
+    if args.knn_freq and getattr(held_out, "classes", None) is None:
+        raise UserError("--knn_freq needs labels, and the validation images have none")
+    return held_out
 
 
 class Watch:
@@ -80,19 +100,11 @@ class Watch:
 
     COUNT = 8
 
-    def __init__(self, args, run: Run, pretrainer: Pretrainer, images):
+    def __init__(self, args, run: Run, pretrainer: Pretrainer, images, held_out):
         self.args, self.run, self.pretrainer = args, run, pretrainer
         self.mean, self.std = mean_std(args)
         self.transform = eval_transform(input_size(args), self.mean, self.std, args.crop_pct)
-        self.images, self.held_out = images, None
-        try:
-            self.held_out = read_images(args, train=False)
-        except UserError as error:  # pretraining needs no validation images, looking at them is a courtesy
-            if args.knn_freq:
-                raise
-            print(f"note: {error}; reconstructions are shown on training images")
-        if args.knn_freq and images.classes is None:
-            raise UserError("--knn_freq needs labels, and this data set has none")
+        self.images, self.held_out = images, held_out
         self._loaders = None
         self.fixed = self._fixed_images() if args.vis_freq else None
 
@@ -159,6 +171,7 @@ def main(args) -> None:
     device = start(args)
     mean, std = mean_std(args)
     images = read_images(args, train=True)
+    held_out = validation_images(args, images)
     transform = pretrain_transform(args.aug, input_size(args), mean, std, args.crop_pct)
     loader = build_loader(images, transform, args, args.batch_size, train=True)
     resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None
@@ -170,7 +183,7 @@ def main(args) -> None:
     groups = param_groups_weight_decay(pretrainer, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     run = Run(args, device, loader, model, optimizer, pretrainer, resume)
-    watch = Watch(args, run, pretrainer, images)
+    watch = Watch(args, run, pretrainer, images, held_out)
     row = {}
     while run.epoch < args.epochs and not run.stopped:
         train_one_epoch(pretrainer, run, args)

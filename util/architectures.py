@@ -38,6 +38,14 @@ DECODERS: dict[str, dict] = {
 }
 
 
+def own_config(name: str | None) -> dict:
+    """Sizes of the encoder and decoder of a model by either of its names, {} for an unknown one."""
+    name = str(name).removeprefix("mae_")
+    short = name.removesuffix("_dec512d8b")
+    decoder = DEFAULT_DECODER if short != name else DECODERS.get(name, DEFAULT_DECODER)
+    return {**ENCODERS[short], **decoder} if short in ENCODERS else {}
+
+
 def look_up(models: dict, name: str):
     """`models[name]`, or a `UserError` that lists the known names."""
     if name not in models:

@@ -1,6 +1,7 @@
 """Flags that the mains share, in titled groups. Names and defaults are the official MAE's wherever it has the flag."""
 
 import argparse
+import math
 import os
 import sys
 
@@ -130,25 +131,38 @@ def add_finetuning_arguments(parser, pooled: bool) -> None:
 
 
 def check_values(args) -> None:
-    """Refuse numbers out of range, and settle what follows from other flags."""
-    positive = ("batch_size", "epochs", "accum_iter", "save_freq", "print_freq", "dist_timeout")
-    for name in positive:
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name} {getattr(args, name)} must be positive")
-    not_negative = "warmup_epochs num_workers save_steps keep start_epoch seed weight_decay min_lr blr".split()
-    for name in not_negative:
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)} must not be negative")
-    if args.lr is not None and args.lr < 0:
-        raise UserError(f"--lr {args.lr} must not be negative")
-    if args.clip_grad is not None and args.clip_grad <= 0:
-        raise UserError(f"--clip_grad {args.clip_grad} must be positive; leave it out to clip nothing")
+    """Refuse numbers out of range, and flags that contradict each other."""
+    _check_finite(args)
+    positive = "batch_size epochs accum_iter save_freq print_freq dist_timeout clip_grad patch_size in_chans"
+    positive += " decoder_embed_dim decoder_num_heads nb_classes"
+    not_negative = "warmup_epochs num_workers save_steps keep start_epoch seed weight_decay min_lr blr lr decoder_depth"
+    for name in positive.split():
+        value = getattr(args, name, None)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} {value} must be positive; leave it out for the default")
+    for name in not_negative.split():
+        value = getattr(args, name, None)
+        if value is not None and value < 0:
+            raise UserError(f"--{name} {value} must not be negative")
+    if args.seed >= 2**31:  # numpy takes 32 bits, and every rank adds its number
+        raise UserError(f"--seed {args.seed} must be below {2**31}")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        raise UserError(f"--crop_pct {args.crop_pct} must lie in (0, 1]")
+    if args.start_epoch >= args.epochs and not args.resume and not getattr(args, "eval", False):
+        raise UserError(f"--start_epoch {args.start_epoch} leaves none of the --epochs {args.epochs} to train")
     if not 0 <= args.max_bad_fraction <= 1:
         raise UserError(f"--max_bad_fraction {args.max_bad_fraction} must lie in [0, 1]")
     if args.input_size is not None and len(args.input_size) > 2:
         raise UserError("--input_size takes one number, or height and width")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite contradict each other: give one of them")
+
+
+def _check_finite(args) -> None:
+    for name, value in vars(args).items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise UserError(f"--{name} {' '.join(str(number) for number in numbers)} is not finite")
 
 
 def settle_input_size(args, config: dict) -> None:

@@ -3,6 +3,7 @@
 `checkpoint-E.pth` is the state after epoch E (from 0), `checkpoint-E-B.pth` inside epoch E after batch B.
 """
 
+import argparse
 import os
 import re
 import zipfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from util.architectures import own_config
 from util.distributed import barrier, is_main_process
 from util.errors import UserError
 from util.weights import read_file
@@ -79,24 +81,32 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def find_resume(resume: str, output_dir: str) -> Path | None:
-    """The file that `--resume` means. `auto`: the furthest whole one of `output_dir`, or None; says what it skips."""
+def find_resume(resume: str, output_dir: str, needed: bool = False) -> Path | None:
+    """The file that `--resume` means. `auto`: the furthest whole one of `output_dir`, or None (UserError if `needed`);
+    says what it skips."""
     if resume != "auto":
         return Path(resume)
     if not output_dir:
         raise UserError("--resume auto looks into --output_dir, which is empty")
-    for path in list_checkpoints(output_dir):
+    for path in list_checkpoints(output_dir) if os.path.isdir(output_dir) else []:
         if is_whole(path):
             return path
         print(f"skipping {path}: the file is damaged")
+    if needed:
+        raise UserError(f"--resume auto finds no whole checkpoint in --output_dir {output_dir}: name a file")
     print(f"nothing to resume in {output_dir}: starting afresh")
     return None
 
 
+def flags_of(state: dict) -> dict:
+    """Flags of the run that wrote this checkpoint, {} when it does not say."""
+    args = state.get("args")
+    return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+
+
 def stored_args(path: Path) -> dict:
-    """Flags of the run that wrote this checkpoint, {} when it does not say. UserError when it is no checkpoint."""
-    args = read_file(path).get("args", {})
-    return args if isinstance(args, dict) else vars(args)
+    """`flags_of` the checkpoint at `path`. UserError when it is no checkpoint."""
+    return flags_of(read_file(path))
 
 
 # Flags that decide which tensors there are or what they mean; a run cannot go on with others.
@@ -115,8 +125,15 @@ def plain(value):
     return value if isinstance(value, (bool, int, float, str, dict, type(None))) else str(value)
 
 
+def _settled(flags: dict) -> dict:
+    """These flags with the model's own values in place of None."""
+    own = own_config(flags.get("model"))
+    return {name: own.get(name) if value is None else value for name, value in flags.items()}
+
+
 def check_same_run(path: Path, stored: dict, args: dict) -> None:
     """UserError when a model flag differs from the checkpoint's, a printed note for other differences."""
+    stored, args = _settled(stored), _settled(args)
     changed = {
         name: (plain(stored[name]), plain(args[name]))
         for name in stored.keys() & args.keys() - _FREE_FLAGS
@@ -134,18 +151,32 @@ def check_same_run(path: Path, stored: dict, args: dict) -> None:
 
 
 def _files_of_a_run(folder: Path) -> list[Path]:
-    old = [folder / "log.txt", folder / "args.json", folder / "encoder.safetensors", folder / "checkpoint-best.pth"]
+    if not os.path.isdir(folder):  # unlike pathlib's, it says False to a name that is too long
+        return []
+    names = ("log.txt", "args.json", "encoder.safetensors", "checkpoint-best.pth", "probe.json")
+    old = [folder / name for name in names]
     old += [*list_checkpoints(folder), *folder.glob("events.out.tfevents.*"), *folder.glob(".checkpoint-*.tmp")]
     return [path for path in old if path.is_file()]
 
 
+def _check_place(flag: str, folder: Path) -> None:
+    """UserError when `folder` cannot be a folder, or not one to write to."""
+    nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not os.path.isdir(nearest):
+        raise UserError(f"--{flag} {folder} cannot be a folder: {nearest} is a file")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"--{flag} {folder} is not writable")
+
+
 def check_output_dir(args) -> None:
-    """UserError when `--output_dir` holds another run and neither `--resume` nor `--overwrite` was given."""
-    folder = Path(args.output_dir)
+    """UserError when `--output_dir` or `--log_dir` cannot be written, or when `--output_dir` holds another run and
+    neither `--resume` nor `--overwrite` was given."""
+    for flag in ("output_dir", "log_dir"):
+        if getattr(args, flag):
+            _check_place(flag, Path(getattr(args, flag)))
     if not args.output_dir:
         return
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file, not a folder")
+    folder = Path(args.output_dir)
     old = _files_of_a_run(folder)
     if old and not args.resume and not args.overwrite:
         raise UserError(
@@ -155,15 +186,16 @@ def check_output_dir(args) -> None:
 
 
 def make_output_dir(args) -> None:
-    """Make the folder and, with `--overwrite`, delete the run in it: called when nothing is left that could fail."""
-    if not args.output_dir or not is_main_process():
+    """Make the folders and, with `--overwrite`, delete the run in them: called when nothing is left that could fail."""
+    if not is_main_process():
         return
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in _files_of_a_run(folder) if args.overwrite else []:
+    for flag in ("output_dir", "log_dir"):
+        folder = getattr(args, flag)
+        try:
+            if folder:
+                os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--{flag} {folder} cannot be written: {error.strerror}") from error
+    if args.output_dir and args.overwrite:
+        for path in _files_of_a_run(Path(args.output_dir)):
             path.unlink()
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--output_dir {folder} is not writable")

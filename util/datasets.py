@@ -95,7 +95,7 @@ def _need_path(args) -> Path:
     if not args.data_path:
         raise UserError(f"--dataset {args.dataset} needs --data_path, the folder that holds it")
     path = Path(args.data_path).expanduser()
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike pathlib's, it says False to a name that is too long
         raise UserError(f"--data_path {path} is not a folder")
     return path
 
@@ -149,16 +149,22 @@ def _folder(args, train: bool) -> Files:
 
 def _read_list(path: str, root: Path) -> tuple[list[str], list[str] | None]:
     """Paths and labels (None when no line has one) of a list file: path, or path<TAB>label, one per line."""
-    if not path or not Path(path).is_file():
+    if not path or not os.path.isfile(path):
         raise UserError(
             f"--dataset filelist needs --train_list and --val_list, text files; {path or 'none'} is no file"
         )
-    rows = [line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the list file {path} is not a text file in UTF-8") from error
+    rows = [line.split("\t") for line in text.splitlines() if line.strip()]
     if not rows:
         raise UserError(f"the list file {path} is empty; it wants a path, or path<TAB>label, on every line")
     widths = {len(row) for row in rows}
     if len(widths) > 1 or max(widths) > 2:
         raise UserError(f"the list file {path} mixes lines with and without a label, or has lines with several tabs")
+    if not any(os.path.isfile(root / row[0]) for row in rows[:20]):
+        raise UserError(f"the list file {path} names {rows[0][0]}, which is not below --data_path {root}")
     return [str(root / row[0]) for row in rows], [row[1].strip() for row in rows] if widths == {2} else None
 
 
@@ -182,6 +188,8 @@ def _cifar(args, train: bool) -> Arrays:
     root = args.data_path or "data"
     try:
         data = reader(root, train=train, download=args.download)
+    except OSError as error:  # of the network or the disk
+        raise UserError(f"--data_path {root}: {args.dataset} cannot be read or downloaded there: {error}") from error
     except RuntimeError as error:
         raise UserError(
             f"--data_path {root} does not hold {reader.base_folder} (the python version of {args.dataset}); "

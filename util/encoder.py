@@ -15,7 +15,7 @@ def settle_model(args, path: str) -> Weights | None:
     """Read the weights at `path` ("" means a random encoder) and fill in the model flags that were not given: from the
     file where it says, else the model's own. Sets args.model, patch_size, in_chans, input_size."""
     weights = read_weights(path, args.checkpoint_key) if path else None
-    stored = weights.args if weights else {}
+    stored = _stored_flags(args, weights) if weights else {}
     args.model = args.model or stored.get("model") or DEFAULT_MODEL
     args.model = args.model.removeprefix("mae_").removesuffix("_dec512d8b")
     config = models_vit.look_up(models_vit.MODELS, args.model).config
@@ -25,6 +25,16 @@ def settle_model(args, path: str) -> Weights | None:
     size = [size] if isinstance(size, int) else list(size)
     args.input_size = size[0] if len(size) == 1 or size[0] == size[1] else size
     return weights
+
+
+def _stored_flags(args, weights: Weights) -> dict:
+    """The model flags that the file was written with; UserError where one is needed and makes no sense."""
+    kinds = {"model": str, "patch_size": int, "in_chans": int, "input_size": (int, list)}
+    stored = {name: weights.args[name] for name in kinds if weights.args.get(name) is not None}
+    for name, value in stored.items():
+        if not getattr(args, name) and not isinstance(value, kinds[name]):
+            raise UserError(f"{weights.path} says that its --{name} was {value!r}, which makes no sense: give --{name}")
+    return stored
 
 
 def build_encoder(args, weights: Weights | None, num_classes: int = 0, drop_path: float = 0.0, ignore_head=True):
@@ -56,12 +66,20 @@ def _like_an_untrained_autoencoder(model, args) -> None:
     mae = models_mae.build_model(
         f"mae_{args.model}", img_size=input_size(args), patch_size=args.patch_size, in_chans=args.in_chans
     )
-    state = {key: value for key, value in mae.state_dict().items() if key in model.state_dict()}
+    own = model.state_dict()
+    state = {key: value for key, value in mae.state_dict().items() if key in own}
     model.load_state_dict(state, strict=False)  # head and fc_norm keep their initial values: the only missing ones
 
 
-def count_classes(args, images) -> int:
-    """Classes of the data set; UserError when there are none, or when --nb_classes says otherwise."""
+def count_classes(args, *splits) -> int:
+    """Classes of the data set; UserError when there are none, or when the splits or --nb_classes disagree."""
+    counts = [_classes_of(args, images) for images in splits if images is not None]
+    if len(set(counts)) > 1:
+        raise UserError(f"--dataset {args.dataset} has {counts[0]} classes in training and {counts[1]} in validation")
+    return counts[0]
+
+
+def _classes_of(args, images) -> int:
     classes = getattr(images, "classes", None)
     if classes is None:
         if args.nb_classes is None or getattr(images, "load", None) is not None:

@@ -8,6 +8,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -98,6 +99,8 @@ class Run:
         if resume is not None:
             self._resume(resume)
         checkpoint.make_output_dir(args)
+        if resume is not None and args.output_dir:
+            trim_log(args.output_dir, self.epoch)
         first = self.epoch + self.position / len(loader)
         self.board = Board(args.log_dir, purge_step=None if resume is None else int(first * 1000) + 1)
         self._describe()
@@ -316,13 +319,13 @@ class Run:
     def _resume(self, path: Path) -> None:
         args = self.args
         state = read_file(path)
-        missing = [key for key in ("model", "optimizer", "epoch") if key not in state]
+        needed = {"model": dict, "optimizer": dict, "epoch": int}
+        missing = [key for key, kind in needed.items() if not isinstance(state.get(key), kind)]
         if missing:
             raise UserError(f"--resume {path} has no {missing[0]!r}: for weights alone use --init_from or --finetune")
-        stored = state.get("args", {})
-        checkpoint.check_same_run(path, stored if isinstance(stored, dict) else vars(stored), vars(args))
+        checkpoint.check_same_run(path, checkpoint.flags_of(state), vars(args))
         self._load(path, state)
-        data = state.get("data", {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}})
+        data = state.get("data") or {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}}
         self.epoch, self.step = data["epoch"], state.get("step", 0)
         self.position = data["samples"] // (args.batch_size * get_world_size())
         self.meter = EpochMeter(self.device, data["meter"])
@@ -332,8 +335,6 @@ class Run:
             set_rng_state(rng[get_rank()], self.device)
         elif rng:
             print(f"note: {path.name} was written by {len(rng)} processes, so random numbers outside the data differ")
-        if args.output_dir:
-            trim_log(args.output_dir, self.epoch)
         print(f"resumed {path}: epoch {self.epoch}, batch {self.position}")
 
     def _load(self, path: Path, state: dict) -> None:
@@ -343,7 +344,7 @@ class Run:
                 self.methods.load_state_dict(state.get("methods", {}))
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
+            reason = shorten(str(error).strip().splitlines()[-1], 200)
             raise UserError(f"--resume {path} does not fit these flags: {reason}") from error
         if state.get("scaler") and self.scaler.enabled:
             self.scaler.load_state_dict(state["scaler"])

@@ -142,18 +142,21 @@ def finetune_transform(args, size: tuple[int, int], mean, std):
     """timm's training transform: random resized crop (or pad-and-crop), flip, RandAugment or jitter, random erasing."""
     if args.aa and len(mean) not in (1, 3):
         raise UserError(f"--aa {args.aa} is for 1 or 3 channels: with --in_chans {len(mean)} switch it off by --aa ''")
-    transform = create_transform(
-        input_size=(len(mean), *size),
-        is_training=True,
-        color_jitter=args.color_jitter,
-        auto_augment=args.aa,
-        interpolation="bicubic",
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        mean=tuple(mean),
-        std=tuple(std),
-    )
+    try:
+        transform = create_transform(
+            input_size=(len(mean), *size),
+            is_training=True,
+            color_jitter=args.color_jitter,
+            auto_augment=args.aa,
+            interpolation="bicubic",
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+            mean=tuple(mean),
+            std=tuple(std),
+        )
+    except (AssertionError, ValueError, KeyError) as error:  # the other flags were checked before
+        raise UserError(f"--aa {args.aa} is not a policy that timm knows: {error}") from error
     if args.aug == "crop":  # the first step is the random resized crop
         transform.transforms[:1] = pad_and_crop(size)
     return transform
