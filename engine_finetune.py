@@ -1,10 +1,13 @@
 """The supervised loop, for fine-tuning and linear probing, and an evaluation that counts every image once."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
 from util.amp import autocast
-from util.distributed import all_reduce_sum
+from util.distributed import all_reduce_sum, is_main_process, sync_buffers
+from util.misc import save_on_master
 from util.run import Run
 
 
@@ -42,3 +45,33 @@ def evaluate(loader, model, device, amp_dtype=torch.float32) -> dict[str, float]
     loss, top1, top5, count, skipped = all_reduce_sum(sums).tolist()
     count = max(count, 1.0)
     return {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "skipped": skipped}
+
+
+def report(stats: dict, count: int) -> None:
+    skipped = f", {int(stats['skipped'])} unreadable ones left out" if stats["skipped"] else ""
+    print(
+        f"top-1 {stats['acc1']:.2f} %  top-5 {stats['acc5']:.2f} %  loss {stats['loss']:.4f} on {count} images{skipped}"
+    )
+
+
+def train(args, run: Run, val_loader, criterion, mixup_fn=None) -> dict[str, float]:
+    """All epochs, each followed by an evaluation; the best weights are kept in `checkpoint-best.pth`."""
+    stats = {}
+    while run.epoch < args.epochs and not run.stopped:
+        train_one_epoch(run.module, criterion, run, mixup_fn)
+        if run.stopped:
+            break
+        sync_buffers(run.module)
+        stats = evaluate(val_loader, run.module, run.device, run.amp_dtype)
+        report(stats, len(val_loader.dataset))
+        if stats["acc1"] > run.best:
+            run.best = stats["acc1"]
+            if args.output_dir:
+                content = run.content()
+                best = {key: content[key] for key in ("model", "epoch", "args")}
+                save_on_master(best, Path(args.output_dir) / "checkpoint-best.pth")
+        run.finish_epoch({f"test_{name}": value for name, value in stats.items()} | {"best_acc1": run.best})
+    if not run.stopped and is_main_process():
+        run.board.hparams(vars(args), {**run.last_means, **stats})
+    run.close()
+    return stats

@@ -7,15 +7,15 @@ from timm.data import Mixup
 from timm.layers import trunc_normal_
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-from engine_finetune import evaluate, train_one_epoch
+from engine_finetune import evaluate, report, train
 from util import arguments, checkpoint
+from util.amp import choose_amp_dtype
 from util.datasets import build_transform, read_images
-from util.distributed import is_main_process, shut_down, sync_buffers
+from util.distributed import shut_down
 from util.encoder import build_encoder, count_classes, settle_model
 from util.errors import UserError, user_errors
 from util.loading import build_loader
 from util.lr_decay import param_groups_lrd
-from util.misc import save_on_master
 from util.rng import seeded
 from util.run import Run, start
 from util.transforms import check_channels
@@ -122,13 +122,6 @@ def mixup_of(args, classes: int):
     )
 
 
-def report(stats: dict, count: int) -> None:
-    skipped = f", {int(stats['skipped'])} unreadable ones left out" if stats["skipped"] else ""
-    print(
-        f"top-1 {stats['acc1']:.2f} %  top-5 {stats['acc5']:.2f} %  loss {stats['loss']:.4f} on {count} images{skipped}"
-    )
-
-
 def prepare(args, resume: Path | None):
     """Model flags, data and model, in the order in which they depend on each other."""
     source = str(resume) if args.eval and resume else args.finetune
@@ -152,7 +145,7 @@ def main(args) -> dict[str, float]:
         _take_model_flags(args, resume)
     weights, (images, held_out), classes = prepare(args, resume)
     with seeded(args.seed):
-        model = build_encoder(args, weights, classes, args.drop_path, ignore_head=not args.eval)
+        model = build_encoder(args, weights, classes, args.drop_path, ignore_head=not args.eval, like_mae=False)
         if weights is not None and not args.eval:
             trunc_normal_(model.head.weight, std=2e-5)  # near zero: the first steps must not shake the encoder
     model.to(device)
@@ -160,7 +153,7 @@ def main(args) -> dict[str, float]:
         print("no --finetune: training from scratch")
     val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
     if args.eval:
-        stats = evaluate(val_loader, model, device)
+        stats = evaluate(val_loader, model, device, choose_amp_dtype(args.amp_dtype, device))
         report(stats, len(held_out))
         shut_down()
         return stats
@@ -179,29 +172,6 @@ def _take_model_flags(args, path: Path) -> None:
             setattr(args, name, stored.get(name))
     if isinstance(args.input_size, int):
         args.input_size = [args.input_size]
-
-
-def train(args, run: Run, val_loader, criterion, mixup_fn=None) -> dict[str, float]:
-    """All epochs, each followed by an evaluation; the best weights are kept in `checkpoint-best.pth`."""
-    stats = {}
-    while run.epoch < args.epochs and not run.stopped:
-        train_one_epoch(run.module, criterion, run, mixup_fn)
-        if run.stopped:
-            break
-        sync_buffers(run.module)
-        stats = evaluate(val_loader, run.module, run.device, run.amp_dtype)
-        report(stats, len(val_loader.dataset))
-        if stats["acc1"] > run.best:
-            run.best = stats["acc1"]
-            if args.output_dir:
-                content = run.content()
-                best = {key: content[key] for key in ("model", "epoch", "args")}
-                save_on_master(best, Path(args.output_dir) / "checkpoint-best.pth")
-        run.finish_epoch({f"test_{name}": value for name, value in stats.items()} | {"best_acc1": run.best})
-    if not run.stopped and is_main_process():
-        run.board.hparams(vars(args), {**run.last_means, **stats})
-    run.close()
-    return stats
 
 
 if __name__ == "__main__":

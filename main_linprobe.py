@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import nn
 
-from main_finetune import evaluate, report, train
+from engine_finetune import evaluate, report, train
 from util import arguments, checkpoint
 from util.amp import choose_amp_dtype
 from util.datasets import input_size, mean_std, read_images
@@ -65,6 +65,8 @@ def check(args) -> None:
         raise UserError("--eval evaluates a checkpoint, and --cache_features writes none: give one of them")
     if args.resume and args.cache_features:
         raise UserError("--resume continues a checkpoint, and --cache_features writes none: give one of them")
+    if args.cache_features and (args.lr is not None or args.accum_iter > 1):
+        raise UserError("--lr and --accum_iter have no effect with --cache_features, which tries all of --probe_blrs")
     if args.batch_size == 1 and not args.eval:
         raise UserError("--batch_size 1 is too small for the probe's BatchNorm: give 2 or more")
     if not 0 < args.probe_holdout < 1:
@@ -202,7 +204,7 @@ def main(args) -> dict:
     args.nb_classes = count_classes(args, images, held_out)
     with seeded(args.seed):
         model = build_encoder(args, None if args.eval else weights, args.nb_classes)
-    if weights is None:
+    if weights is None and resume is None:
         print("no --finetune: the encoder is random")
     mean, std = mean_std(args)
     plain = eval_transform(input_size(args), mean, std, args.crop_pct)
@@ -212,7 +214,7 @@ def main(args) -> dict:
     probe = Probe(model).to(device)
     if args.eval:
         load_probe(probe, resume)
-        stats = evaluate(test_loader, probe, device)
+        stats = evaluate(test_loader, probe, device, choose_amp_dtype(args.amp_dtype, device))
         report(stats, len(held_out))
         shut_down()
         return stats

@@ -1,6 +1,7 @@
 """Pretrain a masked autoencoder: flags in, run out. The loop is in `engine_pretrain`, the methods are in `methods/`."""
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -41,7 +42,9 @@ def get_args_parser() -> arguments.Parser:
     group = parser.add_argument_group("looking while it trains")
     group.add_argument("--vis_freq", default=20, type=int, help="epochs between reconstruction pictures (0: none)")
     group.add_argument("--knn_freq", default=0, type=int, help="epochs between kNN accuracies on validation (0: none)")
-    group.add_argument("--knn_images", default=20000, type=int, help="training images the kNN looks at, evenly spaced")
+    group.add_argument(
+        "--knn_images", default=20000, type=int, help="images the kNN looks at, of each split, evenly spaced"
+    )
     arguments.add_distributed_arguments(parser)
     add_method_arguments(parser, METHODS)
     return parser
@@ -151,9 +154,8 @@ class Watch:
 
     def _knn(self) -> float:
         if self._loaders is None:
-            few = self._spread(self.images, self.args.knn_images)
-            size = self.args.batch_size
-            self._loaders = [build_loader(i, self.transform, self._here(), size, False) for i in (few, self.held_out)]
+            few = [self._spread(images, self.args.knn_images) for images in (self.images, self.held_out)]
+            self._loaders = [build_loader(i, self.transform, self.args, self.args.batch_size, False) for i in few]
         model = self.pretrainer.model.eval()
         device, dtype = self.run.device, self.run.amp_dtype
         splits = [extract(lambda x: mae_features(model, x, "avg"), loader, device, dtype) for loader in self._loaders]
@@ -191,7 +193,8 @@ def main(args) -> None:
             row = watch.after_epoch(run.epoch)
             run.finish_epoch(row)
     if not run.stopped and args.output_dir and is_main_process():
-        metadata = {"model": args.model, "input_size": str(args.input_size), "epochs": str(args.epochs)}
+        kept = ("model", "input_size", "patch_size", "in_chans", "dataset", "mean", "std", "epochs", "seed")
+        metadata = {name: json.dumps(getattr(args, name)) for name in kept}
         save_encoder(encoder_state(model.state_dict()), Path(args.output_dir) / "encoder.safetensors", metadata)
         run.board.hparams(vars(args), {**run.last_means, **row})
     run.close()

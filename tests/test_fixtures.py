@@ -109,6 +109,18 @@ def test_layer_decay_groups(golden, name):
         assert ours[key] == pytest.approx(value, rel=1e-12)
 
 
+def test_probe_crop_is_one_draw_cut_to_the_image():
+    """On a narrow image most draws do not fit: they are clamped to its width, where torchvision would draw again."""
+    from util.crop import RandomResizedCrop
+
+    img = torch.zeros(3, 100, 20)
+    boxes = [RandomResizedCrop.get_params(img, (0.5, 1.0), (3 / 4, 4 / 3)) for _ in range(200)]
+    assert all(top >= 0 and top + h <= 100 and left == 0 and w == 20 for top, left, h, w in boxes)
+    heights = torch.tensor([h for _, _, h, _ in boxes], dtype=torch.float)
+    # sqrt(area / aspect) with area in 1000..2000 and aspect in 3/4..4/3: from 27.4 to 51.6
+    assert heights.min() >= 27 and heights.max() <= 52 and heights.std() > 3
+
+
 def test_positions(golden):
     ref = golden("pos_embed")
     for dim, grid in ref.meta["sincos"]:

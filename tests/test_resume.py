@@ -1,5 +1,6 @@
 """A run that was killed or stopped ends like one that was not, bit for bit."""
 
+import argparse
 import os
 import random
 import signal
@@ -130,6 +131,51 @@ def test_auto_skips_damaged_files(tmp_path, capsys):
     assert find_resume("auto", str(tmp_path)) == tmp_path / "checkpoint-0.pth"
     said = capsys.readouterr().out
     assert "checkpoint-2.pth" in said and "checkpoint-1.pth" in said
+
+
+def test_other_batch_flags_after_a_stop(tmp_path, monkeypatch, image_folder):
+    """Stopped after micro-batch 5 of 12, resumed in windows of 4: back to where a window begins, exact windows."""
+    flags = f"{DIGITS.replace('--dataset digits', '')} --data_path {image_folder} --num_workers 0 --print_freq 1 "
+    flags = flags.replace("--batch_size 64", "--batch_size 8") + f"--output_dir {tmp_path} "
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        pretrain(flags)
+    pretrain(f"{flags} --accum_iter 4 --resume auto")
+    assert checkpoint(tmp_path, "checkpoint-1.pth")["step"] == 5 + 2 + 3
+    assert [row["epoch"] for row in log_rows(tmp_path)] == [0, 1]
+
+
+def test_resuming_an_earlier_file_abandons_the_later_ones(tmp_path, image_folder):
+    flags = f"{DIGITS.replace('--dataset digits', '')} --data_path {image_folder} --num_workers 0 --save_freq 1 "
+    flags = flags.replace("--epochs 2", "--epochs 3").replace("--batch_size 64", "--batch_size 32")
+    pretrain(f"{flags} --output_dir {tmp_path}")
+    before = checkpoint(tmp_path, "checkpoint-2.pth")
+    pretrain(f"{flags} --output_dir {tmp_path} --resume {tmp_path}/checkpoint-0.pth")
+    assert {path.name for path in tmp_path.glob("*.abandoned")} == {
+        "checkpoint-1.pth.abandoned",
+        "checkpoint-2.pth.abandoned",
+    }
+    assert same_tensors(checkpoint(tmp_path, "checkpoint-2.pth")["model"], before["model"])
+
+
+def test_an_official_checkpoint_can_be_resumed(tmp_path, image_folder):
+    """Its optimizer state comes from a torch that counted steps in python numbers and had no fused AdamW; its flags
+    are a Namespace; it knows no data position, random numbers or methods."""
+    flags = f"{DIGITS.replace('--dataset digits', '')} --data_path {image_folder} --num_workers 0 --save_freq 1 "
+    flags = flags.replace("--batch_size 64", "--batch_size 32")
+    pretrain(f"{flags} --output_dir {tmp_path}/ours")
+    state = checkpoint(tmp_path / "ours", "checkpoint-0.pth")
+    for group in state["optimizer"]["param_groups"]:
+        for name in ("fused", "foreach", "capturable", "maximize", "differentiable", "decoupled_weight_decay"):
+            group.pop(name, None)
+    for values in state["optimizer"]["state"].values():
+        values["step"] = int(values["step"])
+    official = {key: state[key] for key in ("model", "optimizer", "epoch", "scaler")}
+    official["args"] = argparse.Namespace(**state["args"])
+    torch.save(official, tmp_path / "official.pth")
+    pretrain(f"{flags} --output_dir {tmp_path}/on --resume {tmp_path}/official.pth")
+    on, whole = (checkpoint(tmp_path / name, "checkpoint-1.pth") for name in ("on", "ours"))
+    assert same_tensors(on["model"], whole["model"]) and same_tensors(on["optimizer"], whole["optimizer"])
 
 
 def test_auto_with_nothing_to_resume(tmp_path, capsys):

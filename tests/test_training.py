@@ -139,6 +139,26 @@ def test_guard_and_loss_scaling():
     assert scaler.state_dict()["scale"] == 2.0**15
 
 
+def test_a_loop_of_ones_own():
+    """The helper under its upstream name, with an optimizer that is not fused: steps, and refuses a bad one."""
+    from util.misc import NativeScalerWithGradNormCount as NativeScaler
+
+    model = torch.nn.Linear(4, 2)
+    scaler, optimizer = NativeScaler(), torch.optim.AdamW(model.parameters(), lr=0.1)
+    for factor, moved in ((1.0, True), (math.inf, False)):
+        before = model.weight.detach().clone()
+        scaler((model(torch.ones(3, 4)) * factor).sum(), optimizer, parameters=model.parameters(), update_grad=True)
+        optimizer.zero_grad()
+        assert torch.equal(model.weight, before) is not moved
+
+
+def test_skipped_steps_are_counted(image_folder, tmp_path):
+    """fp16: the first losses overflow at the initial scale or not, but the norm in the log is always a number."""
+    pretrain(f"{BASE} --data_path {image_folder} --batch_size 32 --amp_dtype fp16 --output_dir {tmp_path}")
+    rows = log_rows(tmp_path)
+    assert all(math.isfinite(row["train_grad_norm"]) and 0 <= row["train_skipped_steps"] <= 1 for row in rows)
+
+
 def test_clip_grad():
     model = torch.nn.Linear(4, 2, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)

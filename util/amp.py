@@ -43,13 +43,15 @@ class NativeScalerWithGradNormCount:
     overflow is normal and the scaler deals with it) neither does any later one, until the host reads `broken` and
     stops. So the weights are those before the bad step, without the host waiting for the device in every step. Under
     DDP gradients are averaged before they get here, so all ranks see the same and agree without a further message.
-    Needs an optimizer that honours `found_inf` on the device: torch's fused ones and our LARS.
+    Optimizers that honour `found_inf` on the device (torch's fused ones, our LARS) are not waited for, others are.
     """
 
     state_dict_key = "amp_scaler"
 
-    def __init__(self, enabled: bool = False, device: torch.device | str = "cpu"):
-        self.device = torch.device(device)
+    def __init__(self, enabled: bool | None = None, device: torch.device | str | None = None):
+        # Without arguments as upstream's: scaling, on CUDA where there is one.
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        enabled = self.device.type == "cuda" if enabled is None else enabled
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
         self.broken = torch.zeros((), device=self.device)  # 1 from the first non-finite gradient on
         self.applied = torch.ones((), device=self.device)  # 0 where the last step was skipped
@@ -76,6 +78,10 @@ class NativeScalerWithGradNormCount:
         return norm
 
     def _guarded_step(self, optimizer):
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):  # somebody's own optimizer: look, then step
+            if not self.broken.item():
+                optimizer.step()
+            return
         optimizer.grad_scale, optimizer.found_inf = None, self.broken
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
@@ -84,6 +90,11 @@ class NativeScalerWithGradNormCount:
     def enabled(self) -> bool:
         """Whether losses are scaled (fp16)."""
         return self._scaler.is_enabled()
+
+    @property
+    def scale(self) -> float:
+        """Factor of the loss, 1 without scaling. Waits for the device."""
+        return self._scaler.get_scale()
 
     def state_dict(self):
         return self._scaler.state_dict()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from util.architectures import own_config
-from util.distributed import barrier, is_main_process
+from util.distributed import barrier, from_main_process, is_main_process
 from util.errors import UserError
 from util.weights import read_file
 
@@ -88,6 +88,10 @@ def find_resume(resume: str, output_dir: str, needed: bool = False) -> Path | No
         return Path(resume)
     if not output_dir:
         raise UserError("--resume auto looks into --output_dir, which is empty")
+    return from_main_process(lambda: _newest_whole(output_dir, needed))
+
+
+def _newest_whole(output_dir: str, needed: bool) -> Path | None:
     for path in list_checkpoints(output_dir) if os.path.isdir(output_dir) else []:
         if is_whole(path):
             return path
@@ -107,6 +111,18 @@ def flags_of(state: dict) -> dict:
 def stored_args(path: Path) -> dict:
     """`flags_of` the checkpoint at `path`. UserError when it is no checkpoint."""
     return flags_of(read_file(path))
+
+
+def abandon_later(output_dir: str | Path, path: Path) -> None:
+    """After a resume from an earlier file of a run, its later ones belong to another future: they get the ending
+    `.abandoned`, so that `--resume auto` and `--keep` do not count them."""
+    start = _position(path)
+    if not is_main_process() or start is None or path.resolve().parent != Path(output_dir).resolve():
+        return
+    for later in list_checkpoints(output_dir):
+        if _position(later) > start:
+            print(f"{later.name} is of a later state of this run: renamed to {later.name}.abandoned")
+            later.rename(later.with_name(f"{later.name}.abandoned"))
 
 
 # Flags that decide which tensors there are or what they mean; a run cannot go on with others.

@@ -1,11 +1,27 @@
-"""Random resized crop of the MAE pretraining recipe."""
+"""The random resized crop of the official linear probe: one draw, clamped to the image, instead of rejected draws."""
 
+import math
+
+import torch
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 
 class RandomResizedCrop(transforms.RandomResizedCrop):
-    """torchvision's, with MAE's defaults: 20-100 % of the area, bicubic (He et al. 2022, Appendix A.1)."""
+    """Area and aspect ratio are drawn once and cut to the image's size; torchvision draws up to ten times until the
+    crop fits and then falls back to the centre. Same arguments and defaults as torchvision's."""
 
-    def __init__(self, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), interpolation=InterpolationMode.BICUBIC):
-        super().__init__(size, scale=scale, ratio=ratio, interpolation=interpolation)
+    def __init__(self, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation=InterpolationMode.BICUBIC, **rest):
+        super().__init__(size, scale=scale, ratio=ratio, interpolation=interpolation, **rest)
+
+    @staticmethod
+    def get_params(img, scale, ratio):
+        """(top, left, height, width) of a crop of `img`."""
+        _, height, width = transforms.functional.get_dimensions(img)
+        area = height * width * torch.empty(()).uniform_(*scale).item()
+        aspect = math.exp(torch.empty(()).uniform_(math.log(ratio[0]), math.log(ratio[1])).item())
+        w = min(max(round(math.sqrt(area * aspect)), 1), width)
+        h = min(max(round(math.sqrt(area / aspect)), 1), height)
+        top = int(torch.randint(height - h + 1, ()))
+        left = int(torch.randint(width - w + 1, ()))
+        return top, left, h, w

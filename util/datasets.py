@@ -2,6 +2,7 @@
 
 import io
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torchvision import datasets as tv
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import transforms
+from util.distributed import main_process_first
 from util.errors import UserError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -187,7 +189,8 @@ def _cifar(args, train: bool) -> Arrays:
     reader = tv.CIFAR10 if args.dataset == "cifar10" else tv.CIFAR100
     root = args.data_path or "data"
     try:
-        data = reader(root, train=train, download=args.download)
+        with main_process_first() if args.download else nullcontext():
+            data = reader(root, train=train, download=args.download)
     except OSError as error:  # of the network or the disk
         raise UserError(f"--data_path {root}: {args.dataset} cannot be read or downloaded there: {error}") from error
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -106,10 +107,9 @@ def init_distributed_mode(args) -> torch.device:
         dist.init_process_group(
             backend, init_method=args.dist_url, rank=args.rank, world_size=args.world_size, timeout=timeout
         )
-        if "gloo" in backend:
-            dist.monitored_barrier(timeout=timeout, wait_all_ranks=True)
-        else:
-            dist.barrier()
+        # Only gloo's barrier can name the ranks that are missing, and only in a group of its own.
+        hosts = dist.new_group(backend="gloo", timeout=timeout)
+        dist.monitored_barrier(hosts, timeout=timeout, wait_all_ranks=True)
     except (RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(
@@ -119,6 +119,31 @@ def init_distributed_mode(args) -> torch.device:
     setup_for_distributed(args.rank == 0)
     print(f"{args.world_size} processes on {device.type}, backend {backend}")
     return device
+
+
+def host_device() -> torch.device:
+    """Where a few numbers are compared between ranks: the CPU where the backend can, so that no GPU is waited for."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+@contextmanager
+def main_process_first():
+    """The main process goes through the block before the others enter it: for downloads."""
+    if not is_main_process():
+        barrier()
+    try:
+        yield
+    finally:
+        if is_main_process():
+            barrier()
+
+
+def from_main_process(function):
+    """`function()` of the main process, on every rank."""
+    box = [function() if is_main_process() else None]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0]
 
 
 def shut_down() -> None:
@@ -159,8 +184,7 @@ def all_reduce_mean(x: float) -> float:
     """Mean of a python number over ranks."""
     if get_world_size() == 1:
         return x
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return all_reduce_sum(torch.tensor(float(x), dtype=torch.float64, device=device)).item() / get_world_size()
+    return all_reduce_sum(torch.tensor(float(x), dtype=torch.float64, device=host_device())).item() / get_world_size()
 
 
 def sync_buffers(module: torch.nn.Module) -> None:

@@ -37,11 +37,11 @@ def _stored_flags(args, weights: Weights) -> dict:
     return stored
 
 
-def build_encoder(args, weights: Weights | None, num_classes: int = 0, drop_path: float = 0.0, ignore_head=True):
+def build_encoder(args, weights: Weights | None, num_classes: int = 0, drop_path=0.0, ignore_head=True, like_mae=True):
     """A `VisionTransformer` of these flags with `weights`.
 
-    Without weights it is what an untrained autoencoder of that name would be (sine-cosine positions, Xavier), so that
-    a random encoder differs from a pretrained one in nothing but the training.
+    Without weights it is, `like_mae`, what an untrained autoencoder of that name would be (sine-cosine positions,
+    Xavier), so that a random encoder differs from a pretrained one in nothing but the training; else a fresh ViT.
     """
     model = models_vit.build_model(
         args.model,
@@ -57,7 +57,7 @@ def build_encoder(args, weights: Weights | None, num_classes: int = 0, drop_path
         print(report)
         if not ignore_head and "head.weight" in report.missing:
             raise UserError(f"{weights.path} has no classifier for this model: {report.head or 'no head in the file'}")
-    else:
+    elif like_mae:
         _like_an_untrained_autoencoder(model, args)
     return model
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from util.distributed import all_reduce_sum, get_world_size, is_main_process
+from util.distributed import all_reduce_sum, get_world_size, host_device, is_main_process
 
 
 class SmoothedValue:
@@ -33,7 +33,7 @@ class SmoothedValue:
     def synchronize_between_processes(self) -> None:
         """Make `global_avg` the mean over all ranks."""
         if get_world_size() > 1:
-            total = torch.as_tensor(self.total, dtype=torch.float64, device=_reduce_device())
+            total = torch.as_tensor(self.total, dtype=torch.float64, device=host_device())
             pair = all_reduce_sum(torch.stack([total, torch.full_like(total, self.count)]))
             self.total, self.count = pair[0].item(), int(pair[1].item())
 
@@ -63,10 +63,6 @@ class SmoothedValue:
     def __str__(self) -> str:
         names = ("median", "avg", "global_avg", "max", "value")
         return self.fmt.format(**{name: getattr(self, name) for name in names if "{" + name in self.fmt})
-
-
-def _reduce_device() -> str:
-    return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
 
 
 class MetricLogger:

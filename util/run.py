@@ -84,10 +84,9 @@ class Run:
         self.args, self.device, self.loader, self.model, self.optimizer = args, device, loader, model, optimizer
         self.module = module or model
         self.methods = getattr(self.module, "methods", None)
-        self.wrapped = self._wrap(self.module) if get_world_size() > 1 else self.module
         self.amp_dtype = choose_amp_dtype(args.amp_dtype, device)
         self.scaler = NativeScalerWithGradNormCount(self.amp_dtype is torch.float16, device)
-        self.stop = StopRequest(device)
+        self.stop = StopRequest()
         self.stopped = False
         self.step = 0  # optimizer steps of the whole run
         self.epoch, self.position = args.start_epoch, 0  # next micro-batch
@@ -96,19 +95,23 @@ class Run:
         self._bad = 0  # unreadable images since the last reading
         self.last_means: dict[str, float] = {}  # of the last finished epoch
         self._first_bad: dict[str, torch.Tensor] = {}
+        self.lr = 0.0
         if resume is not None:
             self._resume(resume)
+        self._same_place_everywhere()
+        self.wrapped = self._wrap(self.module) if get_world_size() > 1 else self.module
         checkpoint.make_output_dir(args)
         if resume is not None and args.output_dir:
             trim_log(args.output_dir, self.epoch)
+            checkpoint.abandon_later(args.output_dir, resume)
         first = self.epoch + self.position / len(loader)
         self.board = Board(args.log_dir, purge_step=None if resume is None else int(first * 1000) + 1)
         self._describe()
 
     def _wrap(self, module):
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        # Buffers are equal on all ranks by construction (teachers get the same updates), so they are not sent around.
-        # torch 2.14 renamed the switch.
+        # Buffers are not sent around in every step: teachers get the same updates on every rank, and running statistics
+        # are taken from rank 0 before an evaluation (`sync_buffers`). torch 2.14 renamed the switch.
         names = inspect.signature(DistributedDataParallel).parameters
         switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **{switch: False})
@@ -121,6 +124,13 @@ class Run:
         self.board.flags(flags)
         if args.output_dir and is_main_process():
             (Path(args.output_dir) / "args.json").write_text(json.dumps(flags, indent=2, default=str) + "\n")
+
+    def _same_place_everywhere(self) -> None:
+        places = gather_objects((self.epoch, self.position, self.step))
+        if len(set(places)) > 1:
+            raise UserError(
+                f"the ranks resumed at different (epoch, batch, step) {places}: share --output_dir among nodes"
+            )
 
     # One epoch -----------------------------------------------------------------------------------------------------
 
@@ -153,6 +163,8 @@ class Run:
         began = time.perf_counter()
         try:
             batch = next(self._batches)
+        except StopIteration:
+            raise RunFailed(f"the data ended after {self.position} of {len(self.loader)} batches of an epoch") from None
         except UnreadableData as error:  # from a data worker it comes with that worker's traceback in its text
             raise UserError(str(error).strip().splitlines()[-1].split("UnreadableData: ")[-1]) from None
         self._clock.waited += time.perf_counter() - began
@@ -182,6 +194,9 @@ class Run:
         self.meter.add(len(micro.batch.target), **named)
         self._watch({**named, "gradient": norm} if norm is not None and not self.scaler.enabled else named)
         if micro.closes:
+            if self.scaler.enabled:  # a step that overflowed has no norm, and is counted instead
+                norm = torch.where(self.scaler.applied > 0, norm, torch.zeros_like(norm))
+                self.meter.add(skipped_steps=1 - self.scaler.applied)
             self.meter.add(grad_norm=norm)
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -233,6 +248,8 @@ class Run:
         self.board.scalars(points, self.epoch + self.position / total)
 
     def _check_finite(self) -> None:
+        if self.scaler.scale < 2.0**-14:  # 30 halvings: nothing has been learned for a long time
+            raise RunFailed("fp16 overflows at every scale of the loss: use --amp_dtype bf16 or fp32, or --clip_grad 1")
         names = sorted(self._first_bad)
         firsts = torch.stack([-self._first_bad[name] for name in names]) if names else torch.empty(0)
         if get_world_size() > 1 and names:
@@ -328,6 +345,9 @@ class Run:
         data = state.get("data") or {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}}
         self.epoch, self.step = data["epoch"], state.get("step", 0)
         self.position = data["samples"] // (args.batch_size * get_world_size())
+        self.position -= self.position % args.accum_iter  # with other batch flags: back to where a window begins
+        if self.position >= len(self.loader):
+            self.epoch, self.position = self.epoch + 1, 0
         self.meter = EpochMeter(self.device, data["meter"])
         self.best = data.get("best", 0.0)
         rng = state.get("rng", [])
@@ -338,6 +358,9 @@ class Run:
         print(f"resumed {path}: epoch {self.epoch}, batch {self.position}")
 
     def _load(self, path: Path, state: dict) -> None:
+        # Which implementation steps is this run's choice, whatever wrote the file (official ones do not say).
+        for theirs, ours in zip(state["optimizer"].get("param_groups", []), self.optimizer.param_groups):
+            theirs |= {name: ours[name] for name in ("fused", "foreach", "capturable") if name in ours}
         try:
             self.model.load_state_dict(state["model"])
             if self.methods is not None:

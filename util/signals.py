@@ -4,7 +4,7 @@ import signal
 
 import torch
 
-from util.distributed import all_reduce_max, get_world_size
+from util.distributed import all_reduce_max, get_world_size, host_device
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -16,8 +16,7 @@ class StopRequest:
     """Remembers that a signal came. All ranks stop after the same step: they compare notes every few steps, about
     every two seconds, at steps that follow from numbers they share."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self):
         self.received: str | None = None
         self.next_poll = 1
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -36,7 +35,7 @@ class StopRequest:
             return self.received is not None
         if step < self.next_poll:
             return False
-        note = torch.tensor([float(self.received is not None), seconds_per_step], device=self.device)
+        note = torch.tensor([float(self.received is not None), seconds_per_step], device=host_device())
         wanted, seconds = all_reduce_max(note).tolist()
         self.next_poll = step + max(1, min(most, int(2.0 / max(seconds, 1e-6))))
         if wanted:

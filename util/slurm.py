@@ -72,9 +72,10 @@ def launch(main, main_parser, argv: list[str] | None = None):
     folder = job.job_dir or str(Path("jobs") / "%j")
     if args.output_dir == main_parser.get_default("output_dir"):
         args.output_dir = folder
-    if args.resume not in ("", "auto"):
-        raise UserError("--resume of a job is always 'auto' (it may be requeued); start from a file with --init_from")
-    args.resume = "auto"
+    if not getattr(args, "eval", False):
+        if args.resume not in ("", "auto"):
+            raise UserError("--resume of a job is 'auto' (it may be requeued); start from a file with --init_from")
+        args.resume = "auto"
     executor = submitit.AutoExecutor(folder=folder, cluster=job.cluster, slurm_max_num_timeout=30)
     executor.update_parameters(
         name="mae",

@@ -98,14 +98,14 @@ def pretrain_transform(aug: str, size: tuple[int, int], mean, std, crop_pct: flo
     if aug == "crop":
         steps = [*pad_and_crop(size), flip]
     else:
-        steps = [RandomResizedCrop(size), flip]
+        steps = [transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=BICUBIC), flip]
     if aug == "three":
         steps += three_augment(len(mean))
     return transforms.Compose([*steps, *_to_tensor(mean, std)])
 
 
 def probe_transform(aug: str, size: tuple[int, int], mean, std) -> transforms.Compose:
-    """`rrc`: random resized crop of 8-100 % of the area and flip; `crop`: pad-and-crop and flip; `none`: neither."""
+    """`rrc`: the official crop of 8-100 % of the area, and flip; `crop`: pad-and-crop, and flip; `none`: neither."""
     if aug == "none":
         return eval_transform(size, mean, std)
     crop = pad_and_crop(size) if aug == "crop" else [RandomResizedCrop(size, scale=(0.08, 1.0))]
