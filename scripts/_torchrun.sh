@@ -1,23 +1,28 @@
 # Sourced by the launchers: `torchrun_main MAIN FLAGS…` starts a main on one GPU, one node or several.
 #   GPUS    processes on this node (default: the GPUs there are, at least one process)
-#   NODES   nodes of the run (default 1); on each: NODE_RANK (0, 1, …) and MASTER (host[:port] of node 0)
+#   NODES   nodes of the run (default 1); on each: NODE_RANK (0, 1, …) and MASTER (host:port of node 0)
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 [ -x "$python" ] || python=python
+NODES=${NODES:-1}
+GPUS=${GPUS:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+
+# accumulate EFFECTIVE BATCH: the --accum_iter with which these processes make up the effective batch size
+accumulate() {
+    local together=$(($2 * GPUS * NODES))
+    echo $((together < $1 ? $1 / together : 1))
+}
 
 torchrun_main() {
-    local main=$1 gpus=${GPUS:-} nodes=${NODES:-1}
+    local main=$1
     shift
-    if [ -z "$gpus" ]; then
-        gpus=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
-    fi
-    if [ "$nodes" -gt 1 ]; then
-        exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc_per_node="$gpus" \
+    if [ "$NODES" -gt 1 ]; then
+        exec "$python" -m torch.distributed.run --nnodes="$NODES" --nproc_per_node="$GPUS" \
             --node_rank="${NODE_RANK:?NODE_RANK is the number of this node, from 0}" --rdzv_id=mae \
             --rdzv_backend=c10d --rdzv_endpoint="${MASTER:?MASTER is host:port of node 0}" "$root/$main" "$@"
-    elif [ "$gpus" -gt 1 ]; then
-        exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" "$root/$main" "$@"
+    elif [ "$GPUS" -gt 1 ]; then
+        exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" "$root/$main" "$@"
     fi
     exec "$python" "$root/$main" "$@"
 }

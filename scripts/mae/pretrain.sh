@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Pretraining as in He et al. 2022 (Table 8): effective batch 4096, base rate 1.5e-4, 40 warm-up epochs.
+# Pretraining as in He et al. 2022 (Table 8): ViT-L, effective batch 4096, base rate 1.5e-4, 800 epochs.
 #
-#   bash scripts/mae/pretrain.sh --data_path IMAGENET --output_dir OUT                all GPUs of this machine
-#   GPUS=1 bash scripts/mae/pretrain.sh --accum_iter 64 --data_path … --output_dir …   one GPU, same effective batch
-#   NODES=8 NODE_RANK=0 MASTER=host0:29500 bash scripts/mae/pretrain.sh …             once on each node
+#   bash scripts/mae/pretrain.sh --data_path IMAGENET --output_dir OUT             all GPUs of this machine
+#   GPUS=1 bash scripts/mae/pretrain.sh …                                          one GPU
+#   NODES=8 NODE_RANK=0 MASTER=host0:29500 bash scripts/mae/pretrain.sh …          once on each node
 #
-# The paper's batch is 64 x 8 GPUs x 8 nodes; with fewer, raise --accum_iter. Later flags win over the ones below.
+# Gradients are accumulated up to the paper's batch. Your flags come last and win.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
-torchrun_main main_pretrain.py --model mae_vit_large_patch16 --norm_pix_loss --mask_ratio 0.75 --batch_size 64 \
-    --epochs 800 --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05 --resume auto "$@"
+. "$root/scripts/mae/_recipes.sh"
+torchrun_main main_pretrain.py "${pretrain[@]}" --accum_iter "$(accumulate "$pretrain_effective" "$pretrain_batch")" \
+    --resume auto "$@"

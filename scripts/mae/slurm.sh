@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# The same three mains as SLURM jobs through submitit: saved, requeued and resumed when their time is over.
+# The same three runs as SLURM jobs through submitit: saved, requeued and resumed when their time is over.
 #
 #   bash scripts/mae/slurm.sh pretrain --nodes 8 --ngpus 8 --timeout 4320 --partition gpu --job_dir OUT/%j \
-#       --data_path IMAGENET --model mae_vit_large_patch16 --norm_pix_loss --epochs 800 --blr 1.5e-4
+#       --data_path IMAGENET
+#   bash scripts/mae/slurm.sh finetune --nodes 4 --ngpus 8 --partition gpu --finetune CHECKPOINT --data_path IMAGENET
+#   bash scripts/mae/slurm.sh linprobe --nodes 4 --ngpus 8 --partition gpu --finetune CHECKPOINT --data_path IMAGENET
 #
-# The first word is pretrain, finetune or linprobe; job flags first or last, all others are the main's.
+# These numbers of GPUs make up the paper's batches; with others add --accum_iter. Your flags come last and win.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
+. "$root/scripts/mae/_recipes.sh"
 job=${1:?pretrain, finetune or linprobe}
 shift
-exec "$python" "$root/submitit_$job.py" "$@"
+declare -n recipe=$job
+exec "$python" "$root/submitit_$job.py" "${recipe[@]}" "$@"
