@@ -5,6 +5,7 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 [ -x "$python" ] || python=python
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # see _venv.sh
 NODES=${NODES:-1}
 GPUS=${GPUS:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 

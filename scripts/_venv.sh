@@ -38,4 +38,7 @@ if [ ! -x "$venv/bin/python" ]; then
     "$interpreter" -m venv "$venv"
 fi
 install_requirements "$requirements"
+# On a CPU whose cores others use too (data workers, a second run), threads that spin while they wait cost several times
+# what they save.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 python="$venv/bin/python"
