@@ -17,8 +17,8 @@ from util.datasets import _images_below
 from util.errors import UserError, user_errors
 
 ROOT = Path(__file__).resolve().parent.parent
-DIGITS_EPOCHS = 18
-IMAGES_SEEN = 26_000  # about what 18 epochs of the digits are: minutes on two cores
+DIGITS_EPOCHS = 22
+IMAGES_SEEN = 32_000  # about what 22 epochs of the digits are: minutes on two cores
 MOST_IMAGES = 20_000
 PROBE_BLRS = ("0.3", "1", "3", "10", "30", "100")
 
