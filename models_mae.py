@@ -28,9 +28,74 @@ class MaskedOutput:
     scores: torch.Tensor  # (N, L), what decided the mask: the highest were removed
     decoded: torch.Tensor  # (N, L, d), the decoder after its norm, before the prediction layer
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)  # encoder block -> (N, 1 + V, D), before any norm
+    # What the loss compares: `pred`, unless a method reconstructs something else (features) with a layer of its own.
+    prediction: torch.Tensor | None = None  # (N, L, F)
+    head: str = ""  # name of that method, "" for pixels
+
+    def __post_init__(self):
+        if self.prediction is None:
+            self.prediction = self.pred
 
 
-class MaskedAutoencoderViT(nn.Module):
+class PatchEncoder(nn.Module):
+    """The encoder of a masked autoencoder: patch embedding, [cls], fixed positions, blocks, norm."""
+
+    def __init__(
+        self,
+        img_size=224,
+        patch_size=16,
+        in_chans=3,
+        embed_dim=1024,
+        depth=24,
+        num_heads=16,
+        mlp_ratio=4.0,
+        norm_layer=nn.LayerNorm,
+    ):
+        super().__init__()
+        self._config = dict(
+            img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, num_heads=num_heads,
+            mlp_ratio=mlp_ratio, norm_layer=norm_layer,
+        )  # fmt: skip
+        self.in_chans = in_chans
+        block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        positions = self.patch_embed.num_patches + 1
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim), requires_grad=False)
+        self.blocks = nn.ModuleList([block(embed_dim, num_heads) for _ in range(depth)])
+        self.norm = norm_layer(embed_dim)
+
+    def embed(self, imgs):
+        """Patch tokens with their positions, without [cls]: (N, L, D)."""
+        return self.patch_embed(imgs) + self.pos_embed[:, 1:]
+
+    def encode(self, tokens, return_blocks=()):
+        """[cls], blocks and norm over tokens (N, M, D) -> latent (N, 1 + M, D), {block: its output before the norm}."""
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
+        x = torch.cat([cls_token, tokens], dim=1)
+        outputs = {}
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in return_blocks:
+                outputs[index] = x
+        return self.norm(x), outputs
+
+    def encoder_copy(self, depth=None, img_size=None, pos_embed=None):
+        """An encoder of its own with the same weights, cut after `depth` blocks (None: all of them); for images of
+        another size with the position table `pos_embed` (1, 1 + L, D) of their grid."""
+        config = self._config | {"depth": len(self.blocks) if depth is None else depth}
+        twin = PatchEncoder(**config | ({} if img_size is None else {"img_size": img_size}))
+        state = self.state_dict() | ({} if pos_embed is None else {"pos_embed": pos_embed})
+        twin.load_state_dict({name: state[name] for name in twin.state_dict()})
+        return twin.to(self.cls_token)
+
+    @staticmethod
+    def gather(x, ids):
+        """The tokens of x (N, L, D) at `ids` (N, V): (N, V, D)."""
+        return torch.gather(x, 1, ids[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class MaskedAutoencoderViT(PatchEncoder):
     """Encoder on visible patches, light decoder on all of them, loss on the removed ones.
 
     `img_size` is the side of a square or (H, W). The tensor names are those of the released MAE checkpoints.
@@ -51,17 +116,10 @@ class MaskedAutoencoderViT(nn.Module):
         norm_layer=nn.LayerNorm,
         norm_pix_loss=False,
     ):
-        super().__init__()
-        self.in_chans = in_chans
+        super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, norm_layer)
         self.norm_pix_loss = norm_pix_loss
         block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
-
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         positions = self.patch_embed.num_patches + 1
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim), requires_grad=False)
-        self.blocks = nn.ModuleList([block(embed_dim, num_heads) for _ in range(depth)])
-        self.norm = norm_layer(embed_dim)
 
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
@@ -111,26 +169,7 @@ class MaskedAutoencoderViT(nn.Module):
         if noise is None:
             noise = torch.rand(x.shape[:2], device=x.device)
         ids_keep, mask, ids_restore = self.choose_visible(noise, mask_ratio)
-        return self._gather(x, ids_keep), mask, ids_restore
-
-    @staticmethod
-    def _gather(x, ids):
-        return torch.gather(x, 1, ids[..., None].expand(-1, -1, x.shape[-1]))
-
-    def embed(self, imgs):
-        """Patch tokens with their positions, without [cls]: (N, L, D)."""
-        return self.patch_embed(imgs) + self.pos_embed[:, 1:]
-
-    def encode(self, tokens, return_blocks=()):
-        """[cls], blocks and norm over tokens (N, M, D) -> latent (N, 1 + M, D), {block: its output before the norm}."""
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
-        x = torch.cat([cls_token, tokens], dim=1)
-        outputs = {}
-        for index, block in enumerate(self.blocks):
-            x = block(x)
-            if index in return_blocks:
-                outputs[index] = x
-        return self.norm(x), outputs
+        return self.gather(x, ids_keep), mask, ids_restore
 
     def forward_encoder(self, imgs, mask_ratio, noise=None):
         """-> latent (N, 1 + V, D), mask (N, L), ids_restore (N, L)."""
@@ -142,7 +181,7 @@ class MaskedAutoencoderViT(nn.Module):
         x = self.decoder_embed(latent)
         removed = ids_restore.shape[1] + 1 - x.shape[1]
         mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], removed, -1)
-        patches = self._gather(torch.cat([x[:, 1:], mask_tokens], dim=1), ids_restore)
+        patches = self.gather(torch.cat([x[:, 1:], mask_tokens], dim=1), ids_restore)
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
@@ -170,7 +209,7 @@ class MaskedAutoencoderViT(nn.Module):
         if scores is None:
             scores = torch.rand(tokens.shape[:2], device=tokens.device)
         ids_keep, mask, ids_restore = self.choose_visible(scores, mask_ratio)
-        latent, blocks = self.encode(self._gather(tokens, ids_keep), return_blocks)
+        latent, blocks = self.encode(self.gather(tokens, ids_keep), return_blocks)
         decoded = self.decode(latent, ids_restore)
         pred = self.decoder_pred(decoded)
         return MaskedOutput(latent, pred, mask, ids_keep, ids_restore, scores, decoded, blocks)

@@ -30,6 +30,11 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
 
 
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """At least float32: what a loss is computed in, whatever autocast made of its arguments."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def get_grad_norm_(parameters, norm_type: float = 2.0) -> torch.Tensor:
     """Norm of all gradients together, a device scalar."""
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -113,14 +113,16 @@ class EpochMeter:
     def __init__(self, device: torch.device, state: dict | None = None):
         self.device = device
         self.epoch: dict[str, list[float]] = {name: list(pair) for name, pair in (state or {}).items()}  # [sum, count]
-        self.sums: dict[str, torch.Tensor] = {}
+        self.sums: dict[str, torch.Tensor | float] = {}
         self.counts: dict[str, float] = defaultdict(float)
 
     def add(self, count: float = 1, **values) -> None:
         for name, value in values.items():
             if value is None:
                 continue
-            value = torch.as_tensor(value, device=self.device).detach().to(torch.float64) * count
+            if isinstance(value, torch.Tensor):  # numbers stay on the host: a copy to the device would wait for it
+                value = value.detach().to(torch.float64)
+            value = value * count
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] += count
 
@@ -130,7 +132,8 @@ class EpochMeter:
         if not names:
             return {}
         counts = torch.tensor([self.counts[name] for name in names], dtype=torch.float64, device=self.device)
-        pairs = all_reduce_sum(torch.stack([torch.stack([self.sums[name] for name in names]), counts])).tolist()
+        sums = [torch.as_tensor(self.sums[name], dtype=torch.float64, device=self.device) for name in names]
+        pairs = all_reduce_sum(torch.stack([torch.stack(sums), counts])).tolist()
         self.sums.clear()
         self.counts.clear()
         for name, total, count in zip(names, *pairs):

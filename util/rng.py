@@ -35,6 +35,13 @@ def sample_noise(seed: int, epoch: int, indices: torch.Tensor, length: int, stre
     return (bits >> 8).to(torch.float32) * 2.0**-24
 
 
+def redrawn(noise: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers as if drawn anew, one for each of `noise` (float32, any shape), by hashing its bits: a second,
+    independent mask for the same samples."""
+    bits = noise.to(torch.float32).view(torch.int32).to(torch.int64) & _MASK32
+    return (_mix(_mix(bits) ^ 0x9E3779B9) >> 8).to(torch.float32) * 2.0**-24
+
+
 @contextmanager
 def seeded(*words: int):
     """Seed python's, numpy's and torch's CPU generator from `words` inside the block and put them back after it.

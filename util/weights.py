@@ -268,15 +268,21 @@ def _depth(state: dict, blocks: str) -> int:
     return 1 + max((int(index) for index in indices if index.isdecimal()), default=-1)
 
 
+def models_that_fit(weights: Weights) -> list[str]:
+    """Names of the known encoders with the width, depth and patch size of these weights."""
+    found = _geometry(weights.state)[:3]
+    return [
+        name
+        for name, config in ENCODERS.items()
+        if (config["embed_dim"], config["depth"], (config["patch_size"],) * 2) == found
+    ]
+
+
 def _check_geometry(own: dict, weights: Weights) -> None:
     found, wanted = _geometry(weights.state), _geometry(own)
     if found == wanted:
         return
-    fitting = [
-        name
-        for name, config in ENCODERS.items()
-        if (config["embed_dim"], config["depth"], (config["patch_size"],) * 2) == found[:3]
-    ]
+    fitting = models_that_fit(weights)
     advice = ""
     if len(fitting) == 1:
         advice = f"; --model {'mae_' if 'mask_token' in own else ''}{fitting[0]} fits the file"
