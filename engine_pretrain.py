@@ -22,6 +22,10 @@ def train_one_epoch(pretrainer: Pretrainer, run: Run, args) -> None:
             run.backward(micro, loss, **pretrainer.parts)
         if micro.closes:
             pretrainer.after_update(imgs, run.step, run.scaler.applied)
+            run.meter.add(**pretrainer.metrics())
+            for method in pretrainer.looking(run.step):
+                with run.untimed():
+                    run.meter.add(**method.look(pretrainer, imgs, run.step))
 
 
 @torch.no_grad()

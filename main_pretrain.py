@@ -2,6 +2,7 @@
 
 import copy
 import json
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -181,8 +182,10 @@ def main(args) -> None:
         print(load_into(model, read_weights(args.init_from)))
     arguments.settle_learning_rate(args)
 
-    pretrainer = Pretrainer(model, [method(args, model) for method in chosen]).to(device)
-    groups = param_groups_weight_decay(pretrainer, args.weight_decay)
+    with seeded(args.seed, 1):
+        methods = [method(args, model) for method in chosen]
+        pretrainer = Pretrainer(model, methods, args.epochs * ceil(len(loader) / args.accum_iter)).to(device)
+    groups = param_groups_weight_decay(pretrainer, args.weight_decay, pretrainer.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     run = Run(args, device, loader, model, optimizer, pretrainer, resume)
     watch = Watch(args, run, pretrainer, images, held_out)
@@ -195,7 +198,9 @@ def main(args) -> None:
     if not run.stopped and args.output_dir and is_main_process():
         kept = ("model", "input_size", "patch_size", "in_chans", "dataset", "mean", "std", "epochs", "seed")
         metadata = {name: json.dumps(getattr(args, name)) for name in kept}
-        save_encoder(encoder_state(model.state_dict()), Path(args.output_dir) / "encoder.safetensors", metadata)
+        for key, state in {"model": model.state_dict(), **run.exported()}.items():
+            path = Path(args.output_dir) / f"encoder{key.removeprefix('model')}.safetensors"
+            save_encoder(encoder_state(state), path, metadata)
         run.board.hparams(vars(args), {**run.last_means, **row})
     run.close()
 

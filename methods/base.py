@@ -1,6 +1,7 @@
 """The seam between the engine and a pretraining method: what a method may do, and the module that the engine calls."""
 
 import argparse
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -19,9 +20,14 @@ class Method(nn.Module):
 
     name: str
     title: str  # of its group of flags in --help, with the paper's name
+    summary = ""  # below the title: what it does, when to choose it
     flag: str
     slot: str | None = None
     excludes: tuple[str, ...] = ()  # names of methods it cannot run beside
+    # Its flags beside the switch, with their defaults: they are refused when no method that knows them is on.
+    options: ClassVar[dict[str, object]] = {}
+    part = "reconstruction"  # name, in the log, of what `patch_loss` returns
+    look_every = 0  # optimizer steps between two calls of `look` (0: never)
 
     @staticmethod
     def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -34,13 +40,24 @@ class Method(nn.Module):
 
     @staticmethod
     def check(args: argparse.Namespace) -> None:
-        """Called for every method, enabled or not; UserError for a bad value or a flag without effect."""
+        """When it is enabled; UserError for a bad value or a flag without effect."""
+
+    def begin(self, model: MaskedAutoencoderViT, others: "list[Method]", steps: int) -> None:
+        """Once, when all methods are made: the enabled ones, and the optimizer steps of the whole run."""
 
     def before_epoch(self, model: MaskedAutoencoderViT, epoch: int) -> None:
         """At the start of every epoch, once (a resume inside the epoch does not repeat it)."""
 
     def scores(self, model: MaskedAutoencoderViT, imgs: torch.Tensor) -> torch.Tensor | None:
         """(N, L) that decide the mask, the highest removed; None leaves it to chance. Slot "mask"."""
+
+    def prediction_head(self) -> nn.Module | None:
+        """The layer from decoder tokens (N, L, d) to what is reconstructed in place of pixels, if it has one. Slot
+        "target"; `heads_now` says whether the loss compares its output now."""
+
+    @property
+    def heads_now(self) -> bool:
+        return False
 
     def patch_loss(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, out: MaskedOutput) -> torch.Tensor | None:
         """Reconstruction loss in place of the pixels', a scalar; None leaves the pixels'. Slot "target" or "mask"."""
@@ -52,6 +69,22 @@ class Method(nn.Module):
     def after_update(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, step: int, applied: torch.Tensor) -> None:
         """After optimizer step number `step` (from 0). `applied` is a device scalar: 0 where the step was skipped
         (a non-finite gradient), so that an average can be gated without waiting for the device."""
+
+    def metrics(self) -> dict[str, torch.Tensor | float]:
+        """Cheap values to log after every step, beside the parts of the loss."""
+        return {}
+
+    def look(self, pretrainer: "Pretrainer", imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor | float]:
+        """Costly values to log, every `look_every` steps, outside the time that is measured."""
+        return {}
+
+    def exported(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Whole models that belong at the top of a checkpoint, beside `model`: state dicts in its tensor names."""
+        return {}
+
+    def no_weight_decay(self) -> set[str]:
+        """Its parameters, by name, that the optimizer must not let decay (as of timm's models)."""
+        return set()
 
     def blocks(self) -> tuple[int, ...]:
         """Encoder blocks (from 0) whose outputs `patch_loss` and `terms` read from `out.blocks`."""
@@ -65,26 +98,35 @@ class Pretrainer(nn.Module):
     detached, named parts of that loss.
     """
 
-    def __init__(self, model: MaskedAutoencoderViT, methods: list[Method] | tuple = ()):
+    def __init__(self, model: MaskedAutoencoderViT, methods: list[Method] | tuple = (), steps: int = 1):
         super().__init__()
         self.model = model
         self.methods = nn.ModuleDict({method.name: method for method in methods})
         self.parts: dict[str, torch.Tensor] = {}
+        for method in methods:
+            method.begin(model, list(methods), steps)
 
     def forward(self, imgs, mask_ratio=0.75, noise=None):
         """imgs (N, C, H, W), noise (N, L) or None -> loss (scalar), pred (N, L, p * p * C), mask (N, L)."""
+        parts, out = self.losses(imgs, mask_ratio, noise)
+        self.parts = {name: value.detach() for name, value in parts.items()}
+        return sum(parts.values()), out.pred, out.mask
+
+    def losses(self, imgs, mask_ratio=0.75, noise=None) -> tuple[dict[str, torch.Tensor], MaskedOutput]:
+        """The parts of the loss by name, what is reconstructed first, and everything they were made from."""
         methods = self.methods.values()
         scores = _first(method.scores(self.model, imgs) for method in methods)
         wanted = tuple({block for method in methods for block in method.blocks()})
         out = self.model.forward_pretrain(imgs, mask_ratio, noise if scores is None else scores, wanted)
-        reconstruction = _first(method.patch_loss(self.model, imgs, out) for method in methods)
-        if reconstruction is None:
-            reconstruction = self.model.forward_loss(imgs, out.pred, out.mask)
-        parts = {"reconstruction": reconstruction}
+        for method in methods:
+            if method.heads_now:
+                out.head, out.prediction = method.name, method.prediction_head()(out.decoded)
+        named = ((method.part, method.patch_loss(self.model, imgs, out)) for method in methods)
+        parts = {name: loss for name, loss in named if loss is not None}
+        parts = parts or {"reconstruction": self.model.forward_loss(imgs, out.pred, out.mask)}
         for method in methods:
             parts |= method.terms(self.model, imgs, out)
-        self.parts = {name: value.detach() for name, value in parts.items()}
-        return sum(parts.values()), out.pred, out.mask
+        return parts, out
 
     def before_epoch(self, epoch: int) -> None:
         for method in self.methods.values():
@@ -93,6 +135,16 @@ class Pretrainer(nn.Module):
     def after_update(self, imgs, step: int, applied: torch.Tensor) -> None:
         for method in self.methods.values():
             method.after_update(self.model, imgs, step, applied)
+
+    def metrics(self) -> dict[str, torch.Tensor | float]:
+        return {name: value for method in self.methods.values() for name, value in method.metrics().items()}
+
+    def looking(self, step: int) -> list[Method]:
+        """The methods that want a closer look after this step."""
+        return [m for m in self.methods.values() if m.look_every and step % m.look_every == 0]
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"methods.{key}.{name}" for key, method in self.methods.items() for name in method.no_weight_decay()}
 
 
 def _first(values):
@@ -103,14 +155,22 @@ def _first(values):
 def add_method_arguments(parser: argparse.ArgumentParser, known: list[type[Method]]) -> None:
     """One titled group of flags per method."""
     for method in known:
-        method.add_arguments(parser.add_argument_group(method.title))
+        method.add_arguments(parser.add_argument_group(method.title, method.summary or None))
 
 
 def enabled_methods(args: argparse.Namespace, known: list[type[Method]]) -> list[type[Method]]:
-    """The methods that the flags ask for; UserError when two of them cannot run together."""
-    for method in known:
-        method.check(args)
+    """The methods that the flags ask for; UserError when two of them cannot run together, or when a flag has no effect
+    because no method that knows it is on. Options that were not given get their defaults."""
     chosen = [method for method in known if method.enabled(args)]
+    for dest in [name for name in vars(args) if name not in {n for m in chosen for n in m.options}]:
+        owners = [method.flag for method in known if dest in method.options]
+        if owners:
+            raise UserError(f"--{dest} has no effect without {' or '.join(owners)}")
+    for method in chosen:
+        for name, default in method.options.items():
+            if not hasattr(args, name):
+                setattr(args, name, default)
+        method.check(args)
     for i, one in enumerate(chosen):
         for other in chosen[i + 1 :]:
             if one.slot is not None and one.slot == other.slot:
@@ -120,4 +180,12 @@ def enabled_methods(args: argparse.Namespace, known: list[type[Method]]) -> list
     return chosen
 
 
-__all__ = ["Method", "Pretrainer", "add_method_arguments", "enabled_methods", "masked_mean"]
+def add_option(group, known: dict, name: str, help: str, **kwargs) -> None:
+    """A flag that means something only with its method: absent from the flags unless given, so that
+    `enabled_methods` can tell. Its default is in `known`, the method's `options`."""
+    default = known[name]
+    shown = "off" if default is False else "none" if default is None else default
+    group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{help} (default: {shown})", **kwargs)
+
+
+__all__ = ["Method", "Pretrainer", "add_method_arguments", "add_option", "enabled_methods", "masked_mean"]

@@ -179,6 +179,17 @@ class Run:
         stack.enter_context(autocast(self.device, self.amp_dtype))
         return stack
 
+    @contextlib.contextmanager
+    def untimed(self):
+        """A look at the model, under autocast, whose time is not counted in the run's speed."""
+        synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        synchronize()
+        began = time.perf_counter()
+        with autocast(self.device, self.amp_dtype):
+            yield
+        synchronize()
+        self._clock.pause(time.perf_counter() - began)
+
     def backward(self, micro: Micro, loss: torch.Tensor, **parts: torch.Tensor) -> None:
         """Back-propagate this micro-batch's share and, where the window closes, step. Call it inside
         `forward_context`; `parts` are logged beside `loss`."""
@@ -323,9 +334,15 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "args": {name: checkpoint.plain(value) for name, value in vars(self.args).items()},
             "methods": self.methods.state_dict() if self.methods is not None else {},
+            **self.exported(),
             "rng": gather_objects(get_rng_state(self.device)),
             "data": {"epoch": self.epoch, "samples": samples, "meter": self.meter.epoch, "best": self.best},
         }
+
+    def exported(self) -> dict[str, dict]:
+        """Further whole models that the methods own (an EMA teacher), by their key in the checkpoint."""
+        methods = self.methods.values() if self.methods is not None else ()
+        return {key: state for method in methods for key, state in method.exported().items()}
 
     def save(self) -> None:
         if not self.args.output_dir:
@@ -358,6 +375,15 @@ class Run:
         print(f"resumed {path}: epoch {self.epoch}, batch {self.position}")
 
     def _load(self, path: Path, state: dict) -> None:
+        if self.methods is not None:
+            keys = state.get("methods", {}), self.methods.state_dict()
+            theirs, ours = ({key.split(".")[0] for key in names} for names in keys)
+            if theirs != ours:
+                before, now = (", ".join(sorted(names)) or "none" for names in (theirs, ours))
+                raise UserError(
+                    f"--resume {path} was written with other methods ({before}) than this run has ({now}): give the "
+                    f"same flags, or start a new run from its weights with --init_from"
+                )
         # Which implementation steps is this run's choice, whatever wrote the file (official ones do not say).
         for theirs, ours in zip(state["optimizer"].get("param_groups", []), self.optimizer.param_groups):
             theirs |= {name: ours[name] for name in ("fused", "foreach", "capturable") if name in ours}
@@ -383,6 +409,11 @@ class _Clock:
     def seconds_per_step(self) -> float:
         self.steps += 1
         return (time.perf_counter() - self.started) / self.steps
+
+    def pause(self, seconds: float) -> None:
+        """Do not count this much of the time that has passed."""
+        self.began += seconds
+        self.started += seconds
 
     def read(self) -> dict[str, float]:
         seconds = max(time.perf_counter() - self.began, 1e-9)
