@@ -1,0 +1,267 @@
+"""MAE-K and EMA-MAE: the student reconstructs the features of a target encoder that is an earlier version of itself.
+
+Source: Guanghe Li, "Bootstrap-MAE" (report), Sections 4 and 5. Both begin with pixels. MAE-K copies the student into
+the target every K epochs; EMA-MAE copies it once, after `--wse` epochs, and then lets the target follow slowly.
+
+Shapes: N images, L patches, D encoder width, d decoder width.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from methods.base import Method, add_option, masked_mean
+from models_mae import MaskedAutoencoderViT, MaskedOutput, PatchEncoder
+from util.amp import widened
+from util.ema import Frozen, copy_weights, ema_update
+from util.errors import UserError
+
+# The mathematics ----------------------------------------------------------------------------------------------------
+
+
+def target_features(encoder: PatchEncoder, imgs: torch.Tensor, layers: int = 1) -> torch.Tensor:
+    """What the target encoder makes of the whole, unmasked images, [cls] dropped: (N, C, H, W) -> (N, L, D).
+
+    The final norm of the last block's output or, with `layers` > 1, of each of the last blocks' outputs, averaged.
+    """
+    depth = len(encoder.blocks)
+    latent, blocks = encoder.encode(encoder.embed(imgs), range(depth - layers, depth - 1))
+    for output in blocks.values():
+        latent = latent + encoder.norm(output)
+    return latent[:, 1:] / layers
+
+
+def normalized(features: torch.Tensor) -> torch.Tensor:
+    """Each token (last axis) by its own mean and unbiased variance, as MAE normalises pixels."""
+    mean, var = features.mean(dim=-1, keepdim=True), features.var(dim=-1, keepdim=True)
+    return (features - mean) / (var + 1.0e-6) ** 0.5
+
+
+def feature_loss(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean squared error per patch, averaged over the removed patches: (N, L, D), (N, L, D), (N, L) -> scalar."""
+    return masked_mean(((prediction - target) ** 2).mean(dim=-1), mask)
+
+
+def collapse(features: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How much the features (..., D) still say: the deviation of a channel over tokens and images, averaged over the
+    channels, and the effective rank, exp of the entropy of the normalised spectrum (Roy and Vetterli 2007), from 1
+    (everything on a line) to D. Both fall when a bootstrap collapses."""
+    x = features.reshape(-1, features.shape[-1]).float()
+    x = x - x.mean(dim=0)
+    singular = torch.linalg.eigvalsh(x.T @ x).clamp(min=0).sqrt()
+    p = singular / singular.sum().clamp(min=1e-12)
+    return {"target_std": x.std(dim=0).mean(), "target_rank": torch.exp(torch.special.entr(p).sum())}
+
+
+def copied_at(epoch: int, every: int, first_copy: bool) -> bool:
+    """MAE-K: whether the target is copied at the start of `epoch` (from 0). Pixels until the first copy, at `every`.
+
+    `first_copy`: there is none yet, so one that was missed (a run that began later, with --start_epoch) is made up for.
+    """
+    return epoch >= every and (epoch % every == 0 or first_copy)
+
+
+# The methods --------------------------------------------------------------------------------------------------------
+
+
+class Bootstrap(Method):
+    """What MAE-K and EMA-MAE share. `age` is that of the target's weights in epochs (of an average, their mean)."""
+
+    slot = "target"
+    options = {"bootstrap_norm": "layernorm", "bootstrap_head": "linear", "bootstrap_layers": 1}  # noqa: RUF012
+
+    def __init__(self, args, model: MaskedAutoencoderViT):
+        super().__init__()
+        self.normalize, self.layers = args.bootstrap_norm == "layernorm", args.bootstrap_layers
+        self.epochs, self.epoch_steps = args.epochs, 1.0
+        self.ready, self.age = False, 0.0  # whether there is a target; kept in checkpoints
+        self.target = Frozen(model.encoder_copy())
+        width, decoder_width = model.norm.normalized_shape[0], model.decoder_norm.normalized_shape[0]
+        if not 1 <= self.layers <= len(model.blocks):
+            raise UserError(f"--bootstrap_layers {self.layers} must be between 1 and the encoder's {len(model.blocks)}")
+        if args.bootstrap_head == "none" and width != decoder_width:
+            raise UserError(
+                f"--bootstrap_head none needs a decoder as wide as the encoder: --decoder_embed_dim {width}, "
+                f"not {decoder_width} (or --bootstrap_head linear)"
+            )
+        self.head = nn.Identity() if args.bootstrap_head == "none" else nn.Linear(decoder_width, width)
+        for weight in self.head.parameters():
+            nn.init.xavier_uniform_(weight) if weight.ndim > 1 else nn.init.zeros_(weight)
+
+    @staticmethod
+    def add_shared_arguments(group):
+        add_option(
+            group, Bootstrap.options, "bootstrap_norm", choices=["layernorm", "none"],
+            help="target features, token by token: without their mean and scale, or as they are",
+        )  # fmt: skip
+        add_option(
+            group, Bootstrap.options, "bootstrap_head", choices=["linear", "none"],
+            help="layer from the decoder to features; none needs both of one width",
+        )  # fmt: skip
+        add_option(
+            group, Bootstrap.options, "bootstrap_layers", type=int, metavar="N",
+            help="the target is the average over the last N blocks; more is smoother",
+        )  # fmt: skip
+
+    # The target: pixels before there is one, features after.
+
+    @property
+    def heads_now(self) -> bool:
+        return self.ready
+
+    @property
+    def part(self) -> str:
+        return "features" if self.ready else "reconstruction"
+
+    def prediction_head(self) -> nn.Module:
+        return self.head
+
+    def patch_loss(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, out: MaskedOutput) -> torch.Tensor:
+        if not self.ready:
+            return model.forward_loss(imgs, out.pred, out.mask) + _idle(self.head)
+        with torch.no_grad():
+            target = widened(target_features(self.target.network, imgs, self.layers))
+            target = normalized(target) if self.normalize else target
+        return feature_loss(out.prediction, target, out.mask) + _idle(model.decoder_pred)
+
+    def copy_student(self, model: MaskedAutoencoderViT, epoch: int) -> None:
+        if not self.ready:
+            print(f"epoch {epoch}: from here on the target is features; the pixel head, and pictures, train no further")
+        copy_weights(self.target.network, model)
+        self.ready, self.age = True, 0.0
+
+    def after_update(self, model, imgs, step, applied) -> None:
+        self.age += 1 / self.epoch_steps
+
+    # Plumbing.
+
+    def begin(self, model, others, steps: int) -> None:
+        self.epoch_steps = steps / self.epochs
+        self.look_every = max(1, round(self.epoch_steps))
+
+    def metrics(self) -> dict[str, float]:
+        return {"feature_stage": float(self.ready), "target_age_epochs": self.age if self.ready else 0.0}
+
+    def look(self, pretrainer, imgs, step) -> dict[str, torch.Tensor]:
+        if not self.ready:
+            return {}
+        with torch.no_grad():
+            return collapse(target_features(self.target.network, imgs, self.layers))
+
+    def no_weight_decay(self) -> set[str]:
+        """The head waits for its stage with gradients of zero; decay would wear it down before it is used."""
+        return {f"head.{name}" for name, _ in self.head.named_parameters()}
+
+    def get_extra_state(self) -> dict:
+        return {"ready": self.ready, "age": self.age}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.ready, self.age = state["ready"], state["age"]
+
+
+def _idle(head: nn.Module) -> torch.Tensor | float:
+    """Zero, with gradients of zero for a head that the loss does not use now: DDP waits for every parameter's."""
+    return sum(0.0 * parameter.sum() for parameter in head.parameters())
+
+
+class MAEK(Bootstrap):
+    """The target is a copy of the student, made at the start of every K-th epoch from K on."""
+
+    name, flag = "mae_k", "--mae_k"
+    title = "MAE-K (Li, Bootstrap-MAE)"
+    summary = (
+        "After K epochs on pixels, reconstruct the features that a copy of the encoder computes from the whole image; "
+        "the copy is renewed every K epochs. Choose it for small models and data that are fine-tuned, where pixels "
+        "teach too little; each step also costs a forward pass of whole images."
+    )
+
+    @staticmethod
+    def add_arguments(group):
+        group.add_argument(
+            "--mae_k", type=int, metavar="K",
+            help="epochs between copies; the report: 10 best fine-tuned, 20 best linear, 1 and 2 too unsteady",
+        )  # fmt: skip
+        Bootstrap.add_shared_arguments(group)
+
+    @staticmethod
+    def enabled(args) -> bool:
+        return args.mae_k is not None
+
+    @staticmethod
+    def check(args) -> None:
+        if args.mae_k < 1:
+            raise UserError(f"--mae_k {args.mae_k} must be at least 1 epoch")
+        if args.mae_k >= args.epochs:
+            print(f"note: --mae_k {args.mae_k} is not below --epochs {args.epochs}: this is plain MAE, on pixels")
+        elif (args.epochs - 1) % args.mae_k == 0:
+            print(f"note: the last copy of --mae_k {args.mae_k} is made before the last epoch and serves only that one")
+
+    def __init__(self, args, model):
+        super().__init__(args, model)
+        self.every = args.mae_k
+
+    def before_epoch(self, model: MaskedAutoencoderViT, epoch: int) -> None:
+        if copied_at(epoch, self.every, first_copy=not self.ready):
+            self.copy_student(model, epoch)
+
+
+class EMAMAE(Bootstrap):
+    """The target is a copy of the student at epoch WSE, then their moving average."""
+
+    name, flag = "ema_mae", "--ema_mae"
+    title = "EMA-MAE (Li, Bootstrap-MAE)"
+    summary = (
+        "As MAE-K, but after WSE epochs on pixels the target follows the encoder as a slow moving average instead of "
+        "jumping. Choose it where features are used frozen (the report: better linear probes than MAE-K); watch "
+        "target_std and target_rank, a large tau can collapse. Takes --bootstrap_* too."
+    )
+    options = {**Bootstrap.options, "wse": 20, "tau": 0.005, "ema_update": "epoch"}  # noqa: RUF012
+
+    @staticmethod
+    def add_arguments(group):
+        group.add_argument("--ema_mae", action="store_true", help="turn it on")
+        add_option(
+            group, EMAMAE.options, "wse", type=int, metavar="N",
+            help="warm-up epochs on pixels; 0 bootstraps from a random encoder; the report: 5 and 20 best",
+        )  # fmt: skip
+        add_option(
+            group, EMAMAE.options, "tau", type=float,
+            help="share of the student in each update; the report: 0.005 far better linear, 0.1 to 0.3 fine-tuned",
+        )  # fmt: skip
+        add_option(
+            group, EMAMAE.options, "ema_update", choices=["epoch", "step"],
+            help="update the target once per epoch or after every step",
+        )  # fmt: skip
+
+    @staticmethod
+    def enabled(args) -> bool:
+        return args.ema_mae
+
+    @staticmethod
+    def check(args) -> None:
+        if args.wse < 0:
+            raise UserError(f"--wse {args.wse} must not be negative")
+        if not (math.isfinite(args.tau) and 0 <= args.tau <= 1):
+            raise UserError(f"--tau {args.tau} must lie between 0 (the target never moves) and 1 (it is the student)")
+        if args.wse >= args.epochs:
+            print(f"note: --wse {args.wse} is not below --epochs {args.epochs}: this is plain MAE, on pixels")
+
+    def __init__(self, args, model):
+        super().__init__(args, model)
+        self.warmup, self.tau, self.per_step = args.wse, args.tau, args.ema_update == "step"
+
+    def before_epoch(self, model: MaskedAutoencoderViT, epoch: int) -> None:
+        if not self.ready and epoch >= self.warmup:
+            self.copy_student(model, epoch)
+        elif self.ready and not self.per_step:
+            self._follow(model, 1.0)
+
+    def after_update(self, model, imgs, step, applied) -> None:
+        super().after_update(model, imgs, step, applied)
+        if self.ready and self.per_step:
+            self._follow(model, applied)
+
+    def _follow(self, model, applied) -> None:
+        ema_update(self.target.network, model, self.tau, applied)
+        self.age *= 1 - self.tau

@@ -1,0 +1,152 @@
+"""RC-MAE: beside the pixels, agree with what an average of your own past would reconstruct.
+
+Source: Lee, Hwang, Lee and others, "Exploring the Role of Mean Teachers in Self-supervised Masked Auto-Encoders" (ICLR
+2023). The teacher is a moving average of the whole student, encoder and decoder; it sees the same visible patches.
+
+Shapes: N images, L patches, V visible ones, F values per prediction.
+"""
+
+import math
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from methods.base import Method, add_option, masked_mean
+from models_mae import MaskedAutoencoderViT, MaskedOutput
+from util.distributed import all_reduce_sum, get_rank
+from util.ema import Frozen, ema_update
+from util.errors import UserError
+from util.rng import redrawn, sample_noise
+
+# The mathematics ----------------------------------------------------------------------------------------------------
+
+
+def consistency_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference per patch, averaged over the removed patches: (N, L, F), (N, L, F), (N, L) -> scalar."""
+    return masked_mean(((student - teacher.detach()) ** 2).mean(dim=-1), mask)
+
+
+def momentum_at(step: int, steps: int, base: float, schedule: str = "cosine") -> float:
+    """Momentum of the teacher after optimizer step `step` (from 0) of a run of `steps`: from `base` towards 1 on a
+    cosine over the whole run, or always `base`. It never starts again with an epoch."""
+    if schedule == "constant":
+        return base
+    return 1 + 0.5 * (base - 1) * (1 + math.cos(math.pi * min(step, steps) / steps))
+
+
+def predict(model: MaskedAutoencoderViT, head: nn.Module, imgs, ids_keep, ids_restore) -> torch.Tensor:
+    """The prediction of `model` for every patch from the visible ones `ids_keep` alone, through `head`: (N, L, F)."""
+    latent, _ = model.encode(model.gather(model.embed(imgs), ids_keep))
+    return head(model.decode(latent, ids_restore))
+
+
+def gradient_cosine(one: torch.Tensor, other: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
+    """Cosine between the gradients of two scalars of the same graph, averaged over all ranks before (Fig. 3b)."""
+    flat = []
+    for loss, keep in ((one, True), (other, False)):
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=keep, materialize_grads=True)
+        flat.append(all_reduce_sum(torch.cat([g.flatten().float() for g in gradients])))
+    return torch.nn.functional.cosine_similarity(*flat, dim=0)
+
+
+# The method ---------------------------------------------------------------------------------------------------------
+
+
+class RCMAE(Method):
+    """Adds `rc_gamma` times the consistency loss; `model_ema` in the checkpoint is the teacher, a full MAE, which the
+    paper fine-tunes."""
+
+    name, flag = "rc_mae", "--rc_mae"
+    title = "RC-MAE (Lee et al., ICLR 2023)"
+    summary = (
+        "Also agree with the reconstruction of an EMA teacher that sees the same patches. Choose it to get further in "
+        "fewer epochs, for dense tasks, or for weights that are an average: the paper evaluates the teacher, "
+        "--checkpoint_key model_ema. Costs one more forward pass of the visible patches."
+    )
+    options = {  # noqa: RUF012
+        "rc_gamma": 1.0, "rc_momentum": 0.996, "rc_schedule": "cosine", "rc_mask": "same", "log_grad_cosine": 0,
+    }  # fmt: skip
+
+    @staticmethod
+    def add_arguments(group):
+        group.add_argument("--rc_mae", action="store_true", help="turn it on")
+        add_option(group, RCMAE.options, "rc_gamma", type=float, help="weight of the consistency loss")
+        add_option(
+            group, RCMAE.options, "rc_momentum", type=float,
+            help="the teacher keeps this much of itself at every step, at the start; lower follows faster",
+        )  # fmt: skip
+        add_option(
+            group, RCMAE.options, "rc_schedule", choices=["cosine", "constant"],
+            help="momentum: to 1 over the whole run, or constant (what the released code amounts to)",
+        )  # fmt: skip
+        add_option(
+            group, RCMAE.options, "rc_mask", choices=["same", "different"],
+            help="the teacher sees the student's patches, or draws its own; the paper: same is better on detection",
+        )  # fmt: skip
+        add_option(
+            group, RCMAE.options, "log_grad_cosine", type=int, metavar="F",
+            help="every F steps, log the cosine between the gradients of both losses; costs an extra pass (0: never)",
+        )  # fmt: skip
+
+    @staticmethod
+    def enabled(args) -> bool:
+        return args.rc_mae
+
+    @staticmethod
+    def check(args) -> None:
+        if not (math.isfinite(args.rc_gamma) and args.rc_gamma >= 0):
+            raise UserError(f"--rc_gamma {args.rc_gamma} must be a number from 0 on")
+        if not (math.isfinite(args.rc_momentum) and 0 <= args.rc_momentum <= 1):
+            raise UserError(f"--rc_momentum {args.rc_momentum} must lie between 0 and 1, for example 0.996")
+        if args.log_grad_cosine < 0:
+            raise UserError(f"--log_grad_cosine {args.log_grad_cosine} must not be negative")
+        if args.log_grad_cosine and not args.rc_gamma:
+            raise UserError("--log_grad_cosine has no effect with --rc_gamma 0: there is no second gradient")
+
+    def __init__(self, args, model: MaskedAutoencoderViT):
+        super().__init__()
+        self.gamma, self.base, self.schedule = args.rc_gamma, args.rc_momentum, args.rc_schedule
+        self.own_mask, self.look_every, self.ratio = args.rc_mask == "different", args.log_grad_cosine, args.mask_ratio
+        self.steps, self.momentum = 1, args.rc_momentum
+        self.teacher = Frozen(deepcopy(model))
+        self.heads = nn.ModuleDict()  # of methods that reconstruct something else than pixels: name -> the teacher's
+
+    def begin(self, model, others, steps: int) -> None:
+        self.steps = steps
+        self._students = {m.name: m.prediction_head() for m in others if m.prediction_head() is not None}
+        self.heads.update({name: Frozen(deepcopy(head)) for name, head in self._students.items()})
+
+    def terms(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, out: MaskedOutput) -> dict[str, torch.Tensor]:
+        return {"consistency": self.gamma * self.consistency(imgs, out)}
+
+    def consistency(self, imgs: torch.Tensor, out: MaskedOutput) -> torch.Tensor:
+        teacher = self.teacher.network
+        ids_keep, ids_restore = out.ids_keep, out.ids_restore
+        if self.own_mask:
+            ids_keep, _, ids_restore = teacher.choose_visible(redrawn(out.scores), self.ratio)
+        head = self.heads[out.head].network if out.head else teacher.decoder_pred
+        with torch.no_grad():
+            prediction = predict(teacher, head, imgs, ids_keep, ids_restore)
+        return consistency_loss(out.prediction, prediction, out.mask)
+
+    def after_update(self, model, imgs, step: int, applied: torch.Tensor) -> None:
+        self.momentum = momentum_at(step, self.steps, self.base, self.schedule)
+        ema_update(self.teacher.network, model, 1 - self.momentum, applied)
+        for name, head in self.heads.items():
+            ema_update(head.network, self._students[name], 1 - self.momentum, applied)
+
+    def look(self, pretrainer, imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+        model = pretrainer.model
+        places = torch.arange(len(imgs), device=imgs.device) + get_rank() * len(imgs)
+        noise = sample_noise(step, 0, places, model.patch_embed.num_patches, stream=2)
+        parts = pretrainer.losses(imgs, self.ratio, noise)[0]
+        target = next(iter(parts.values()))  # what is reconstructed comes first
+        shared = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return {"grad_cosine": gradient_cosine(target, parts["consistency"], shared)}
+
+    def metrics(self) -> dict[str, float]:
+        return {"teacher_momentum": self.momentum}
+
+    def exported(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"model_ema": self.teacher.network.state_dict()}
