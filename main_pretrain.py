@@ -185,7 +185,7 @@ def main(args) -> None:
     with seeded(args.seed, 1):
         methods = [method(args, model) for method in chosen]
         pretrainer = Pretrainer(model, methods, args.epochs * ceil(len(loader) / args.accum_iter)).to(device)
-    groups = param_groups_weight_decay(pretrainer, args.weight_decay, pretrainer.no_weight_decay())
+    groups = param_groups_weight_decay(pretrainer, args.weight_decay, no_weight_decay_list=pretrainer.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     run = Run(args, device, loader, model, optimizer, pretrainer, resume)
     watch = Watch(args, run, pretrainer, images, held_out)
