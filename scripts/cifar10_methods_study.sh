@@ -5,8 +5,9 @@
 #   bash scripts/cifar10_methods_study.sh DATA OUT      DATA holds train/<class>/ and val/<class>/ of CIFAR-10
 #
 #   SEEDS, RUNS     what to do (default: all); finished parts are skipped when it is started again
-#   EPOCHS          of the runs with equal images (default 10)
-#   EQUAL_TIME      "method=epochs …" of the runs that get MAE's time, from the ratios of benchmarks/methods.py
+#   EPOCHS          of the runs with equal images (default 9)
+#   EQUAL_TIME      "method=epochs …": runs that stop when MAE's time is over, by the ratios of benchmarks/methods.py;
+#                   probed, not fine-tuned
 set -euo pipefail
 usage="usage: cifar10_methods_study.sh DATA OUT"
 source=$(cd "${1:?$usage}" && pwd)
@@ -16,7 +17,7 @@ python=${PYTHON:-python}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 SEEDS=${SEEDS:-0 1 2}
 RUNS=${RUNS:-random mae maek emamae rcmae dmae}
-EPOCHS=${EPOCHS:-10}
+EPOCHS=${EPOCHS:-9}
 EQUAL_TIME=${EQUAL_TIME:-}
 mkdir -p "$out"
 
@@ -35,8 +36,8 @@ teacher="$out/teacher"
 
 declare -A flags=(
     [mae]=""
-    [maek]="--mae_k 4"
-    [emamae]="--ema_mae --wse 4 --tau 0.005"
+    [maek]="--mae_k 3"
+    [emamae]="--ema_mae --wse 3 --tau 0.005"
     [rcmae]="--rc_mae"
     [dmae]="--dmae_teacher $teacher/checkpoint-39.pth --dmae_teacher_model mae_deit_tiny_patch4"
 )
@@ -49,14 +50,16 @@ pretrain() { # folder, epochs, flags
         --warmup_epochs 1 --epochs "$epochs" --save_freq 1 --keep 1 --output_dir "$folder" --resume auto "$@"
 }
 
-evaluate() { # name, checkpoint or "", seed
-    local encoder=("${common[@]}" --model vit_micro_patch4 --finetune "$2" --global_pool --seed "$3" --amp_dtype fp32)
+evaluate() { # name, checkpoint or "", seed, key in the checkpoint
+    local encoder=("${common[@]}" --model vit_micro_patch4 --finetune "$2" --checkpoint_key "${4:-model}" --global_pool
+        --seed "$3" --amp_dtype fp32)
     local probe="$out/probe-$1-seed$3" finetune="$out/finetune-$1-seed$3"
     [ -f "$probe/probe.json" ] || "$python" "$here/main_linprobe.py" "${encoder[@]}" --cache_features \
         --output_dir "$probe" --overwrite
     [ -f "$probe/knn.json" ] || "$python" "$here/tools/knn.py" "${encoder[@]}" --k 20 --out "$probe/knn.json"
+    case $1 in *-equaltime*) return ;; esac
     [ -f "$finetune/finished" ] || { "$python" "$here/main_finetune.py" "${encoder[@]}" --aug_preset small --aug crop \
-        --batch_size 100 --epochs 4 --warmup_epochs 1 --lr 1e-3 --layer_decay 0.75 --save_freq 10 --keep 1 \
+        --batch_size 100 --epochs 3 --warmup_epochs 1 --lr 1e-3 --layer_decay 0.75 --save_freq 10 --keep 1 \
         --output_dir "$finetune" --overwrite && touch "$finetune/finished"; }
 }
 
@@ -65,6 +68,7 @@ run() { # name, epochs, flags of the method, seed
     # shellcheck disable=SC2086
     pretrain "$folder" "$2" --model mae_vit_micro_patch4 --amp_dtype fp32 --vis_freq 5 --seed "$4" $3
     evaluate "$1" "$folder/checkpoint-$(($2 - 1)).pth" "$4"
+    case $1 in rcmae*) evaluate "$1-ema" "$folder/checkpoint-$(($2 - 1)).pth" "$4" model_ema ;; esac  # its teacher
 }
 
 # The teacher of DMAE: a larger encoder, on the same images, for four times as long.
@@ -86,4 +90,4 @@ for seed in $SEEDS; do
         run "${pair%=*}-equaltime" "${pair#*=}" "${flags[${pair%=*}]}" "$seed"
     done
 done
-"$python" "$here/tools/table.py" "$out"/probe-* "$out"/finetune-*
+"$python" "$here/tools/table.py" "$out"/probe-*-seed* "$out"/finetune-*-seed*
