@@ -6,8 +6,6 @@ the target every K epochs; EMA-MAE copies it once, after `--wse` epochs, and the
 Shapes: N images, L patches, D encoder width, d decoder width.
 """
 
-import math
-
 import torch
 from torch import nn
 
@@ -242,7 +240,7 @@ class EMAMAE(Bootstrap):
     def check(args) -> None:
         if args.wse < 0:
             raise UserError(f"--wse {args.wse} must not be negative")
-        if not (math.isfinite(args.tau) and 0 <= args.tau <= 1):
+        if not 0 <= args.tau <= 1:
             raise UserError(f"--tau {args.tau} must lie between 0 (the target never moves) and 1 (it is the student)")
         if args.wse >= args.epochs:
             print(f"note: --wse {args.wse} is not below --epochs {args.epochs}: this is plain MAE, on pixels")

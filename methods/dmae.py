@@ -8,7 +8,6 @@ Shapes: N images, V visible patches, D student width, T teacher width, R x C the
 """
 
 import hashlib
-import math
 from types import SimpleNamespace
 
 import torch
@@ -214,8 +213,8 @@ class DMAE(Method):
     def check(args) -> None:
         if not args.dmae_teacher:
             raise UserError("--dmae_teacher must name a checkpoint of the teacher")
-        if not (math.isfinite(args.dmae_alpha) and args.dmae_alpha > 0):
-            raise UserError(f"--dmae_alpha {args.dmae_alpha} must be a positive number")
+        if args.dmae_alpha <= 0:
+            raise UserError(f"--dmae_alpha {args.dmae_alpha} must be positive")
 
     def __init__(self, args, model: MaskedAutoencoderViT):
         super().__init__()

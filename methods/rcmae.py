@@ -95,9 +95,9 @@ class RCMAE(Method):
 
     @staticmethod
     def check(args) -> None:
-        if not (math.isfinite(args.rc_gamma) and args.rc_gamma >= 0):
-            raise UserError(f"--rc_gamma {args.rc_gamma} must be a number from 0 on")
-        if not (math.isfinite(args.rc_momentum) and 0 <= args.rc_momentum <= 1):
+        if args.rc_gamma < 0:
+            raise UserError(f"--rc_gamma {args.rc_gamma} must not be negative")
+        if not 0 <= args.rc_momentum <= 1:
             raise UserError(f"--rc_momentum {args.rc_momentum} must lie between 0 and 1, for example 0.996")
         if args.log_grad_cosine < 0:
             raise UserError(f"--log_grad_cosine {args.log_grad_cosine} must not be negative")

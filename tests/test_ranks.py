@@ -24,4 +24,4 @@ def test_one_communication_per_step(image_folder, tmp_path):
     """12 micro-batches on each rank in windows of 3: four steps, four times the first bucket."""
     flags = f"count {FLAGS} --data_path {image_folder} --output_dir {tmp_path}"
     lines = said(finish(launch("tests/rank_script.py", flags, processes=2)))
-    assert lines == ["rank 0: 4 first buckets", "rank 1: 4 first buckets"]
+    assert [line.split(",")[0] for line in lines] == ["rank 0: 4 first buckets", "rank 1: 4 first buckets"]
