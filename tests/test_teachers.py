@@ -475,7 +475,7 @@ def test_what_rc_mae_leaves_behind(image_folder, tmp_path):
     assert (tmp_path / "model.png").read_bytes() != (tmp_path / "model_ema.png").read_bytes()
     stored = [json.loads((tmp_path / f"p{key}" / "probe.json").read_text()) for key in ("model", "model_ema")]
     assert [run["checkpoint_key"] for run in stored] == ["model", "model_ema"]
-    with pytest.raises(UserError, match=r"no key 'teacher': --checkpoint_key must be one of .*model, model_ema"):
+    with pytest.raises(UserError, match=r"no key 'teacher': --checkpoint_key must be one of .*\(model, model_ema\)"):
         knn.main(knn.get_args_parser().parse_args(f"{data} --checkpoint_key teacher".split()))
 
 

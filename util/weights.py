@@ -163,10 +163,16 @@ def _select(raw: dict, key: str, path: str) -> dict:
 
 
 def _keys(raw: dict) -> str:
-    keys = [str(key) for key, value in raw.items() if isinstance(value, dict) and _split(value)[0]]
+    named = {str(key): _split(value)[0] for key, value in raw.items() if isinstance(value, dict)}
+    keys = [key for key in named if any(_is_patch_kernel(name) for name in named[key])]
+    keys = keys or [key for key in named if named[key]]
     if keys:
         return f"--checkpoint_key must be one of its keys with weights ({', '.join(keys)})"
     return f"it holds no weights, only the keys {some([str(key) for key in raw], 8) or '(none)'}"
+
+
+def _is_patch_kernel(name: str) -> bool:
+    return without_wrappers(name) == "patch_embed.proj.weight" or name.endswith("patch_embeddings.projection.weight")
 
 
 def _split(content: dict) -> tuple[dict[str, Tensor], list[str]]:
