@@ -59,7 +59,8 @@ evaluate() { # name, checkpoint or "", seed, key in the checkpoint
     [ -f "$probe/knn.json" ] || "$python" "$here/tools/knn.py" "${encoder[@]}" --k 20 --out "$probe/knn.json"
     case $1 in *-equaltime*) return ;; esac
     [ -f "$finetune/finished" ] || { "$python" "$here/main_finetune.py" "${encoder[@]}" --aug_preset small --aug crop \
-        --batch_size 100 --epochs 3 --warmup_epochs 1 --lr 1e-3 --layer_decay 0.75 --save_freq 10 --keep 1 \
+        --smoothing 0 --reprob 0 --drop_path 0 --batch_size 50 --epochs 4 --warmup_epochs 1 --lr 4e-3 \
+        --layer_decay 0.75 --save_freq 10 --keep 1 \
         --output_dir "$finetune" --overwrite && touch "$finetune/finished"; }
 }
 
