@@ -72,7 +72,7 @@ run() { # name, epochs, flags of the method, seed
     case $1 in rcmae*) evaluate "$1-ema" "$folder/checkpoint-$(($2 - 1)).pth" "$4" model_ema ;; esac  # its teacher
 }
 
-# The teacher of DMAE: a larger encoder, on the same images, for four times as long.
+# The teacher of DMAE: a larger encoder, on the same images, for 40 epochs.
 case " $RUNS " in *" dmae "* | *" teacher "*)
     pretrain "$teacher" 40 --model mae_deit_tiny_patch4 --decoder_embed_dim 96 --decoder_depth 2 \
         --decoder_num_heads 4 --vis_freq 10 --seed 100 ;;
@@ -91,4 +91,4 @@ for seed in $SEEDS; do
         run "${pair%=*}-equaltime" "${pair#*=}" "${flags[${pair%=*}]}" "$seed"
     done
 done
-"$python" "$here/tools/table.py" "$out"/probe-*-seed* "$out"/finetune-*-seed*
+"$python" "$here/tools/table.py" "$out"/probe-*-seed* "$out"/finetune-*-seed* --strip probe- finetune-

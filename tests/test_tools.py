@@ -11,6 +11,7 @@ from PIL import Image
 sys.path.insert(0, str(ROOT / "tools"))
 import knn
 import mean_std
+import rc_linear
 import table
 import visualize
 
@@ -110,6 +111,42 @@ def test_table(tmp_path):
     assert "| mae | 2 | 52.00 ± 2.83 |" in text
     with pytest.raises(UserError, match="holds no result"):
         table.collect([str(tmp_path)])
+
+
+def test_table_joins_probe_and_finetuning(tmp_path):
+    """By name and seed; of a fine-tuning the last epoch counts, not the best on the test set."""
+    for seed in (0, 1):
+        for kind in ("probe", "finetune"):
+            (tmp_path / f"{kind}-mae-seed{seed}").mkdir()
+        (tmp_path / f"probe-mae-seed{seed}" / "knn.json").write_text(
+            json.dumps({"result": {"knn20_acc1": 30.0 + seed}})
+        )
+        rows = [{"test_acc1": 90.0}, {"test_acc1": 60.0 + 2 * seed}]
+        (tmp_path / f"finetune-mae-seed{seed}" / "log.txt").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    folders = [str(path) for path in sorted(tmp_path.glob("*"))]
+    assert table.collect(folders, ["probe-", "finetune-"]) == {
+        "mae": [{"finetune_acc1": 60.0, "knn20_acc1": 30.0}, {"finetune_acc1": 62.0, "knn20_acc1": 31.0}]
+    }
+    assert set(table.collect(folders)) == {"finetune-mae", "probe-mae"}
+
+
+def test_proposition_of_rc_mae(tmp_path, capsys):
+    """The consistency gradient is the sum the proposition predicts; it takes back what similar inputs taught."""
+    traces = rc_linear.main(rc_linear.get_args_parser().parse_args(["--out", str(tmp_path / "figure.png")]))
+    for name in ("similar", "random"):
+        assert traces[name].error < 1e-12  # float64
+    similar, random, orthogonal = (sum(traces[name].measured) for name in ("similar", "random", "orthogonal"))
+    assert similar > 3 * random > 0 and orthogonal < 1e-12
+    for cosine in (-1.0, 0.0, 0.6):
+        assert rc_linear.taken_back(cosine, lr=0.2, momentum=0.7) == pytest.approx(-0.2 * 0.7 * cosine**2, abs=1e-12)
+    assert Image.open(tmp_path / "figure.png").size == (1200, 480)
+    assert "both vanish" in capsys.readouterr().out
+    # Another teacher, that is wrong for the proposition, is seen: one that forgets nothing.
+    wrong = rc_linear.simulate("similar", momentum=0.0)
+    assert max(wrong.measured) < 1e-12
+    for flags in ("--out /nowhere/a.png", "--steps 100", "--momentum 1", "--steps 1"):
+        with pytest.raises(UserError, match=flags.split()[0]):
+            rc_linear.main(rc_linear.get_args_parser().parse_args(flags.split()))
 
 
 @pytest.mark.parametrize("labelled", [True, False])

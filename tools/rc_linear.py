@@ -1,14 +1,15 @@
 """RC-MAE's Proposition 4.1, simulated: what the mean teacher's consistency gradient is made of in a linear model.
 
-A linear student S reconstructs x from a masked x and agrees with its EMA teacher T. The proposition: the gradient of the
-consistency loss at step t is the sum of the previous gradients g, weighted by the momentum a and by how similar their
-inputs are to the present one, u_t:   dL_c = -lr * sum_i a^i g_(t-i) u_t u_t^T.   So it takes back earlier directions where
-inputs are similar and leaves them alone where they are orthogonal.
+A linear student S reconstructs x from a masked x and agrees with its EMA teacher T. The proposition: the gradient of
+the consistency loss at step t is the sum of the previous gradients g, weighted by the momentum a and by how similar
+their inputs are to the present one, u_t:   dL_c = -lr * sum_i a^i g_(t-i) u_t u_t^T.   So it takes back earlier
+directions where inputs are similar and leaves them alone where they are orthogonal.
 
 python tools/rc_linear.py --out rc_linear.png
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import _common  # noqa: F401
 import torch
@@ -102,7 +103,7 @@ def draw(traces: dict[str, Trace], args) -> Figure:
     right.plot(cosines, [-args.lr * args.momentum * c**2 for c in cosines], label="-lr · momentum · cosine²")
     right.plot(cosines, [taken_back(c, args.width, args.lr, args.momentum, args.seed) for c in cosines], ".",
                label="measured")  # fmt: skip
-    right.set(xlabel="cosine of the present and the last input", ylabel="share of the last gradient in the consistency's",
+    right.set(xlabel="cosine of the present and the last input", ylabel="share of the last gradient in it",
               title="the last step is taken back as far as inputs agree")  # fmt: skip
     right.legend(fontsize="small")
     return figure
@@ -112,9 +113,12 @@ def main(args) -> dict[str, Trace]:
     if args.steps < 2 or args.width < 2:
         raise UserError("--steps and --width must be at least 2")
     if args.steps > args.width:
-        raise UserError(f"--steps {args.steps} must not exceed --width {args.width}: only so many inputs are orthogonal")
+        raise UserError(f"--steps {args.steps} must not exceed --width {args.width}: no more are orthogonal")
     if not 0 <= args.momentum < 1 or args.lr <= 0 or args.gamma < 0:
         raise UserError("--momentum must lie in [0, 1), --lr be positive and --gamma not negative")
+    out = Path(args.out)
+    if out.suffix.lower() not in (".png", ".pdf", ".svg") or not out.parent.is_dir():
+        raise UserError(f"--out {out} must be a .png, .pdf or .svg file in a folder that exists")
     traces = {
         name: simulate(name, args.steps, args.width, args.lr, args.momentum, args.gamma, args.seed) for name in REGIMES
     }

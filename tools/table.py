@@ -1,6 +1,7 @@
 """A table of results: folders named `<what>-seed<n>` are averaged over seeds, mean and deviation.
 
 python tools/table.py OUT/probe-*
+python tools/table.py OUT/probe-* OUT/finetune-* --strip probe- finetune-     one row for both
 """
 
 import argparse
@@ -15,8 +16,12 @@ from util.errors import UserError, user_errors
 
 
 def results_of(folder: Path) -> dict[str, float]:
-    """Every accuracy that a probe (probe.json) or a kNN run (knn.json) left in a folder."""
+    """Every accuracy that a probe (probe.json), a kNN run (knn.json) or a fine-tuning left in a folder; of the last one
+    that after the last epoch, not the best on the test set."""
     found = {}
+    if (folder / "log.txt").is_file():
+        last = json.loads((folder / "log.txt").read_text().splitlines()[-1])
+        found |= {f"finetune_{key.removeprefix('test_')}": last[key] for key in ("test_acc1",) if key in last}
     for name in ("probe.json", "knn.json"):
         if (folder / name).is_file():
             result = json.loads((folder / name).read_text())["result"]
@@ -24,14 +29,18 @@ def results_of(folder: Path) -> dict[str, float]:
     return found
 
 
-def collect(folders: list[str]) -> dict[str, list[dict]]:
-    groups: dict[str, list[dict]] = {}
+def collect(folders: list[str], strip: list[str] | tuple = ()) -> dict[str, list[dict]]:
+    """{name: results of each seed}. Names lose the prefixes `strip`; folders that then have one name are one."""
+    groups: dict[str, dict[str, dict]] = {}
     for folder in folders:
         found = results_of(Path(folder))
         if not found:
-            raise UserError(f"{folder} holds no result (probe.json or knn.json)")
-        groups.setdefault(re.sub(r"-seed\d+$", "", Path(folder).name), []).append(found)
-    return groups
+            raise UserError(f"{folder} holds no result (probe.json, knn.json or the log of a fine-tuning)")
+        name = Path(folder).name
+        for prefix in strip:
+            name = name.removeprefix(prefix)
+        groups.setdefault(re.sub(r"-seed\d+$", "", name), {}).setdefault(name, {}).update(found)
+    return {name: list(seeds.values()) for name, seeds in groups.items()}
 
 
 def markdown(groups: dict[str, list[dict]]) -> str:
@@ -59,12 +68,13 @@ def plain(groups: dict[str, list[dict]], columns: dict[str, str]) -> str:
 
 
 def main(args) -> None:
-    print(markdown(collect(args.folders)))
+    print(markdown(collect(args.folders, args.strip)))
 
 
 if __name__ == "__main__":
     parser = _common.Parser("A table of results, averaged over seeds.")
     parser.formatter_class = argparse.HelpFormatter
     parser.add_argument("folders", nargs="+")
+    parser.add_argument("--strip", nargs="*", default=[], help="beginnings of names that do not tell runs apart")
     with user_errors("table.py"):
         main(parser.parse_args())
