@@ -123,6 +123,7 @@ def test_table_joins_probe_and_finetuning(tmp_path):
         )
         rows = [{"test_acc1": 90.0}, {"test_acc1": 60.0 + 2 * seed}]
         (tmp_path / f"finetune-mae-seed{seed}" / "log.txt").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (tmp_path / f"finetune-mae-seed{seed}" / "args.json").write_text(json.dumps({"layer_decay": 0.75}))
     folders = [str(path) for path in sorted(tmp_path.glob("*"))]
     assert table.collect(folders, ["probe-", "finetune-"]) == {
         "mae": [{"finetune_acc1": 60.0, "knn20_acc1": 30.0}, {"finetune_acc1": 62.0, "knn20_acc1": 31.0}]

@@ -16,17 +16,28 @@ from util.errors import UserError, user_errors
 
 
 def results_of(folder: Path) -> dict[str, float]:
-    """Every accuracy that a probe (probe.json), a kNN run (knn.json) or a fine-tuning left in a folder; of the last one
-    that after the last epoch, not the best on the test set."""
+    """Every accuracy that a probe (probe.json), a kNN run (knn.json) or a training with labels (log.txt) left in a
+    folder; of a training that after the last epoch, not the best on the test set."""
     found = {}
-    if (folder / "log.txt").is_file():
+    if (folder / "log.txt").is_file() and not (folder / "probe.json").is_file():
         last = json.loads((folder / "log.txt").read_text().splitlines()[-1])
-        found |= {f"finetune_{key.removeprefix('test_')}": last[key] for key in ("test_acc1",) if key in last}
+        if "test_acc1" in last:
+            found[_training(folder)] = last["test_acc1"]
     for name in ("probe.json", "knn.json"):
         if (folder / name).is_file():
             result = json.loads((folder / name).read_text())["result"]
             found |= {key: value for key, value in result.items() if "acc" in key}
     return found
+
+
+def _training(folder: Path) -> str:
+    """A name for the accuracy of what was trained here: finetune_acc1, or with the folder's own word for it
+    (finetune_small-mask75-seed0: finetune_small_acc1); of a linear probe, test_acc1."""
+    args = json.loads((folder / "args.json").read_text())
+    if "layer_decay" not in args:
+        return "test_acc1"
+    kind = folder.name.split("-")[0]
+    return f"{kind if kind.startswith('finetune') else 'finetune'}_acc1"
 
 
 def collect(folders: list[str], strip: list[str] | tuple = ()) -> dict[str, list[dict]]:

@@ -1,0 +1,116 @@
+# shellcheck shell=bash disable=SC2154,SC2034,SC1091
+# Sourced by the sweeps of the papers. A sweep is a list of runs: each is pretrained, then fine-tuned, probed linearly and
+# by nearest neighbours. What is finished is skipped, what was interrupted goes on, when the sweep is started again.
+#
+#   OUT               where everything goes (first argument)
+#   --data DIR        the data set (the sweep says which and in what form); not needed with --cpu_small
+#   --cpu_small       a small model on scikit-learn's digits: the whole sweep in minutes on two cores
+#   --only "A B"      these runs only
+#   --list            print the names of the runs, with their flags
+#   anything else     goes to every pretraining
+#   SEEDS (default 0), GPUS (processes, default 1) and PYTHON come from the environment.
+#
+# The sweep sets arrays of flags: `data_flags`, `pretrain`, `finetune`, `linprobe` and `encoder` (the model of the last
+# two), and calls `run NAME FLAGS…`, then `table`.
+
+GPUS=${GPUS:-1}
+. "$(dirname "${BASH_SOURCE[0]}")/_torchrun.sh"
+SEEDS=${SEEDS:-0}
+out='' data='' only='' cpu_small='' list='' extra=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --data | --only)
+            [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
+            declare "${1#--}=$2"
+            shift ;;
+        --cpu_small) cpu_small=1 ;;
+        --list) list=1 ;;
+        -*) extra+=("$1") ;;
+        *) if [ -z "$out" ] && [ ${#extra[@]} -eq 0 ]; then out=$1; else extra+=("$1"); fi ;;
+    esac
+    shift
+done
+if [ -z "$list$out" ]; then
+    echo "usage: $0 OUT --data DIR [--only \"A B\"] [--list] [pretraining flags]   or   $0 OUT --cpu_small" >&2
+    exit 2
+fi
+if [ -z "$list$cpu_small$data" ]; then
+    echo "error: --data DIR is needed, the data set of the paper (or --cpu_small, which needs none)" >&2
+    exit 2
+fi
+for name in $only; do
+    if ! bash "$0" --list ${cpu_small:+--cpu_small} | cut -d: -f1 | grep -qxF -- "$name"; then
+        echo "error: --only $name is no run of this sweep; --list names them" >&2
+        exit 2
+    fi
+done
+extra_finetunes=()  # names of further arrays of fine-tuning flags, for papers that compare several
+
+small_recipe() { # what --cpu_small trains
+    data_flags=(--dataset digits --input_size 16 --num_workers 1)
+    pretrain=(--model mae_vit_micro_patch4 --batch_size 64 --epochs 24 --warmup_epochs 2 --lr 1e-3 --amp_dtype fp32)
+    finetune=(--batch_size 64 --epochs 5 --warmup_epochs 1 --lr 2e-3 --layer_decay 0.75 --amp_dtype fp32)
+    linprobe=(--cache_features --amp_dtype fp32)
+    encoder=(--model vit_micro_patch4 --global_pool)
+}
+
+imagefolder_or() { # READER: that reader's own format, or train/<class>/ and val/<class>/ of images
+    if [ -d "$data/train" ]; then echo imagefolder; else echo "$1"; fi
+}
+
+once() { # MARK COMMAND…: nothing when the mark is there; it is set when the command ends well
+    local mark=$1
+    shift
+    [ -e "$mark" ] || { "$@" && touch "$mark"; }
+}
+
+main() (torchrun_main "$@")  # in a subshell, which torchrun_main replaces
+
+epochs_of() { # the last --epochs among flags
+    local value='' previous=''
+    for word in "$@"; do
+        [ "$previous" = --epochs ] && value=$word
+        previous=$word
+    done
+    echo "$value"
+}
+
+wanted() {
+    [ -z "$only" ] || case " $only " in *" $1 "*) ;; *) return 1 ;; esac
+}
+
+run() { # NAME FLAGS…   (NAME scratch is not pretrained)
+    local name=$1
+    shift
+    wanted "$name" || return 0
+    [ -z "$list" ] || { echo "$name${*:+: $*}"; return; }
+    for seed in $SEEDS; do
+        local folder="$out/$name-seed$seed" checkpoint=''
+        if [ "$name" != scratch ]; then
+            checkpoint="$folder/checkpoint-$(($(epochs_of "${pretrain[@]}" "${extra[@]}" "$@") - 1)).pth"
+            once "$folder/finished" main main_pretrain.py "${data_flags[@]}" "${pretrain[@]}" --seed "$seed" \
+                --keep 1 --output_dir "$folder" --resume auto "${extra[@]}" "$@"
+        fi
+        evaluate "$name-seed$seed" "$checkpoint" "$seed" model
+        case " $* " in *" --rc_mae "*) evaluate "$name-ema-seed$seed" "$checkpoint" "$seed" model_ema ;; esac
+    done
+}
+
+evaluate() { # NAME CHECKPOINT SEED KEY
+    local common=("${data_flags[@]}" "${encoder[@]}" --seed "$3")
+    [ -z "$2" ] || common+=(--finetune "$2" --checkpoint_key "$4")
+    local probe="$out/probe-$1" folder
+    once "$probe/finished" main main_linprobe.py "${common[@]}" "${linprobe[@]}" --output_dir "$probe" --overwrite
+    once "$probe/knn.json" "$python" "$root/tools/knn.py" "${common[@]}" --out "$probe/knn.json"
+    for kind in finetune "${extra_finetunes[@]}"; do
+        local -n flags=$kind
+        folder="$out/$kind-$1"
+        once "$folder/finished" main main_finetune.py "${common[@]}" "${flags[@]}" --keep 1 --output_dir "$folder" \
+            --resume auto
+    done
+}
+
+table() {
+    [ -n "$list" ] || "$python" "$root/tools/table.py" "$out"/probe-*-seed* "$out"/finetune*-seed* \
+        --strip probe- finetune- finetune_small-
+}

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# RC-MAE as in Lee et al. (ICLR 2023): ViT-B on ImageNet, effective batch 4096, 1600 epochs, momentum 0.996 to 1; beside
+# MAE, with the teacher's mask the same or its own, and with the constant momentum that the released code amounts to. Both
+# the student and its teacher (`-ema`, what the paper reports) are fine-tuned as He et al. (Table 9) and probed (Table 10).
+#
+#   bash scripts/rc_mae/sweep.sh OUT --data IMAGENET              (train/<class>/ and val/<class>/)
+#   GPUS=8 bash scripts/rc_mae/sweep.sh OUT --data IMAGENET --only "mae same"
+#   bash scripts/rc_mae/sweep.sh OUT --cpu_small
+#
+# Gradients are accumulated up to the paper's batches. More in scripts/_sweep.sh.
+# shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../_sweep.sh"
+. "$root/scripts/mae/_recipes.sh"
+
+data_flags=(--data_path "$data")
+pretrain+=(--model mae_vit_base_patch16 --epochs 1600 --accum_iter "$(accumulate "$pretrain_effective" "$pretrain_batch")")
+finetune+=(--accum_iter "$(accumulate "$finetune_effective" "$finetune_batch")")
+linprobe+=(--accum_iter "$(accumulate "$linprobe_effective" "$linprobe_batch")")
+encoder=(--model vit_base_patch16)
+[ -z "$cpu_small" ] || small_recipe
+
+run mae
+run same --rc_mae --log_grad_cosine 1000
+run different --rc_mae --rc_mask different --log_grad_cosine 1000
+run constant --rc_mae --rc_schedule constant
+table
