@@ -6,8 +6,8 @@
 #
 #   SEEDS, RUNS     what to do (default: all); finished parts are skipped when it is started again
 #   EPOCHS          of the runs with equal images (default 9)
-#   EQUAL_TIME      "method=epochs …": runs that stop when MAE's time is over, by the ratios of benchmarks/methods.py;
-#                   probed, not fine-tuned
+#   LONGER          of `mae-equaltime`, MAE with at least the time that the dearest method takes, by the ratios of
+#                   benchmarks/methods.py (default 13)
 set -euo pipefail
 usage="usage: cifar10_methods_study.sh DATA OUT"
 source=$(cd "${1:?$usage}" && pwd)
@@ -16,9 +16,9 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 SEEDS=${SEEDS:-0 1 2}
-RUNS=${RUNS:-random mae maek emamae rcmae dmae}
+RUNS=${RUNS:-random mae maek emamae rcmae dmae mae-equaltime}
 EPOCHS=${EPOCHS:-9}
-EQUAL_TIME=${EQUAL_TIME:-}
+LONGER=${LONGER:-13}
 mkdir -p "$out"
 
 data="$out/data"
@@ -57,7 +57,6 @@ evaluate() { # name, checkpoint or "", seed, key in the checkpoint
     [ -f "$probe/probe.json" ] || "$python" "$here/main_linprobe.py" "${encoder[@]}" --cache_features \
         --output_dir "$probe" --overwrite
     [ -f "$probe/knn.json" ] || "$python" "$here/tools/knn.py" "${encoder[@]}" --k 20 --out "$probe/knn.json"
-    case $1 in *-equaltime*) return ;; esac
     [ -f "$finetune/finished" ] || { "$python" "$here/main_finetune.py" "${encoder[@]}" --aug_preset small --aug crop \
         --smoothing 0 --reprob 0 --drop_path 0 --batch_size 50 --epochs 4 --warmup_epochs 1 --lr 4e-3 \
         --layer_decay 0.75 --save_freq 10 --keep 1 \
@@ -82,13 +81,9 @@ for seed in $SEEDS; do
         case $name in
             random) evaluate random "" "$seed" ;;
             teacher) ;;
+            mae-equaltime) run mae-equaltime "$LONGER" "" "$seed" ;;
             *) run "$name" "$EPOCHS" "${flags[$name]}" "$seed" ;;
         esac
-    done
-done
-for seed in $SEEDS; do
-    for pair in $EQUAL_TIME; do
-        run "${pair%=*}-equaltime" "${pair#*=}" "${flags[${pair%=*}]}" "$seed"
     done
 done
 "$python" "$here/tools/table.py" "$out"/probe-*-seed* "$out"/finetune-*-seed* --strip probe- finetune-
