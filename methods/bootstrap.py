@@ -38,7 +38,7 @@ def normalized(features: torch.Tensor) -> torch.Tensor:
 
 def feature_loss(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean squared error per patch, averaged over the removed patches: (N, L, D), (N, L, D), (N, L) -> scalar."""
-    return masked_mean(((prediction - target) ** 2).mean(dim=-1), mask)
+    return masked_mean(((widened(prediction) - widened(target)) ** 2).mean(dim=-1), mask)
 
 
 def collapse(features: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from methods.base import Method, add_option, masked_mean
 from models_mae import MaskedAutoencoderViT, MaskedOutput
+from util.amp import widened
 from util.distributed import all_reduce_sum, get_rank
 from util.ema import Frozen, ema_update
 from util.errors import UserError
@@ -24,7 +25,7 @@ from util.rng import redrawn, sample_noise
 
 def consistency_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean squared difference per patch, averaged over the removed patches: (N, L, F), (N, L, F), (N, L) -> scalar."""
-    return masked_mean(((student - teacher.detach()) ** 2).mean(dim=-1), mask)
+    return masked_mean(((widened(student) - widened(teacher.detach())) ** 2).mean(dim=-1), mask)
 
 
 def momentum_at(step: int, steps: int, base: float, schedule: str = "cosine") -> float:

@@ -24,7 +24,7 @@ def parser(description: str) -> Parser:
 
 def add_model_flags(made: Parser) -> None:
     group = made.add_argument_group("model (from the checkpoint where it says)")
-    group.add_argument("--checkpoint_key", default="model", help="which weights of the file")
+    group.add_argument("--checkpoint_key", default="model", help="which weights of the file: model, or model_ema")
     group.add_argument("--model", help="e.g. mae_vit_base_patch16")
     group.add_argument("--input_size", type=int, nargs="+", metavar=("H", "W"))
     group.add_argument("--patch_size", type=int)

@@ -121,7 +121,9 @@ def add_finetuning_arguments(parser, pooled: bool) -> None:
     """What fine-tuning and probing share: which weights, which feature, how many classes."""
     group = parser.add_argument_group("transfer")
     group.add_argument("--finetune", default="", help="checkpoint of the encoder; without it the encoder is random")
-    group.add_argument("--checkpoint_key", default="model", help="which weights of that file")
+    group.add_argument(
+        "--checkpoint_key", default="model", help="which weights of that file: model, or model_ema (RC-MAE's teacher)"
+    )
     group.add_argument("--global_pool", action="store_true", help="feature: mean of the patch tokens")
     group.add_argument("--cls_token", action="store_false", dest="global_pool", help="feature: the [cls] token")
     group.set_defaults(global_pool=pooled)

@@ -15,10 +15,6 @@ class Frozen(nn.Module):
     def train(self, mode: bool = True):
         return super().train(False)
 
-    def forward(self, *args, **kwargs):
-        with torch.no_grad():
-            return self.network(*args, **kwargs)
-
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, rate: float, applied: torch.Tensor | float = 1.0) -> None:
