@@ -142,7 +142,8 @@ class Watch:
         """What there is to report after `epoch`, by name."""
         row = {}
         last = epoch + 1 == self.args.epochs
-        if self.fixed and is_main_process() and (last or epoch % self.args.vis_freq == 0):
+        shows = self.fixed and self.pretrainer.shows_pixels
+        if shows and is_main_process() and (last or epoch % self.args.vis_freq == 0):
             imgs, noise = self.fixed
             ratio = self.args.mask_ratio
             pictures = reconstruct(self.pretrainer.model, imgs, ratio, noise, self.mean, self.std)

@@ -5,8 +5,8 @@ python benchmarks/methods.py --model mae_vit_base_patch16 --batch_size 64 --teac
 
 Steps are forward, backward, AdamW and the methods' own updates on images that are already on the device, in rounds that
 visit every variant; the table shows ratios of medians to plain MAE and their spread (quartiles of the ratio per round).
-Bootstrapped methods are timed in their feature stage. Memory: on a GPU the allocator's peak, on a CPU the growth of the
-process's resident memory over its level before the first step, each variant in a process of its own.
+Bootstrapped methods are timed in their feature stage. Memory: on a GPU the allocator's peak, on a CPU that of the
+process's resident memory over its level before the model was made, each variant in a process of its own.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import contextlib
 import io
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -94,15 +93,23 @@ def make_teacher(options, folder: str) -> str:
 
 
 def peak_memory(name: str, options, teacher: str) -> float:
-    """MiB that two steps need at their peak beyond the state before them, in this process."""
+    """MiB at the peak of two steps, weights, gradients, optimizer and teachers included, in this process."""
+    before = _resident("VmRSS")
     variant = quietly(lambda: Variant(name, options, teacher))
+    quietly(variant.step)  # the first batch also introduces a pretrained teacher, as a whole
     if variant.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         quietly(lambda: [variant.step() for _ in range(2)])
         return torch.cuda.max_memory_allocated() / 2**20
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     quietly(lambda: [variant.step() for _ in range(2)])
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return _resident("VmHWM") - before
+
+
+def _resident(what: str) -> float:
+    """VmRSS, now, or VmHWM, the peak: MiB of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
 
 
 def quietly(call):
@@ -147,9 +154,10 @@ def report(options, names, times, memory) -> None:
             "memory_mib": memory[name],
             "memory": memory[name] / memory["mae"],
         }
+    dtype = str(choose_amp_dtype(options.amp_dtype, choose_device(options.device))).split(".")[-1]
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor() or "CPU"
     print(
-        f"{options.model}, batch {options.batch_size}, mask ratio {options.mask_ratio}, {options.amp_dtype},"
+        f"{options.model}, batch {options.batch_size}, mask ratio {options.mask_ratio}, {dtype},"
         f" {torch.get_num_threads()} threads, {device}, torch {torch.__version__}, {options.rounds} rounds\n"
     )
     print("| variant | images/s | time of MAE's | quartiles | peak memory, MiB | of MAE's |\n|---|---|---|---|---|---|")

@@ -45,6 +45,9 @@ class Method(nn.Module):
     def begin(self, model: MaskedAutoencoderViT, others: "list[Method]", steps: int) -> None:
         """Once, when all methods are made: the enabled ones, and the optimizer steps of the whole run."""
 
+    def first_batch(self, model: MaskedAutoencoderViT, imgs: torch.Tensor) -> None:
+        """Once in this process, before the first forward pass: a look at what was loaded, say."""
+
     def before_epoch(self, model: MaskedAutoencoderViT, epoch: int) -> None:
         """At the start of every epoch, once (a resume inside the epoch does not repeat it)."""
 
@@ -103,6 +106,7 @@ class Pretrainer(nn.Module):
         self.model = model
         self.methods = nn.ModuleDict({method.name: method for method in methods})
         self.parts: dict[str, torch.Tensor] = {}
+        self._seen_a_batch = False
         for method in methods:
             method.begin(model, list(methods), steps)
 
@@ -115,6 +119,10 @@ class Pretrainer(nn.Module):
     def losses(self, imgs, mask_ratio=0.75, noise=None) -> tuple[dict[str, torch.Tensor], MaskedOutput]:
         """The parts of the loss by name, what is reconstructed first, and everything they were made from."""
         methods = self.methods.values()
+        if not self._seen_a_batch:
+            self._seen_a_batch = True
+            for method in methods:
+                method.first_batch(self.model, imgs)
         scores = _first(method.scores(self.model, imgs) for method in methods)
         wanted = tuple({block for method in methods for block in method.blocks()})
         out = self.model.forward_pretrain(imgs, mask_ratio, noise if scores is None else scores, wanted)
@@ -135,6 +143,11 @@ class Pretrainer(nn.Module):
     def after_update(self, imgs, step: int, applied: torch.Tensor) -> None:
         for method in self.methods.values():
             method.after_update(self.model, imgs, step, applied)
+
+    @property
+    def shows_pixels(self) -> bool:
+        """Whether the decoder is trained to predict pixels now, so that pictures of them mean something."""
+        return not any(method.heads_now for method in self.methods.values())
 
     def metrics(self) -> dict[str, torch.Tensor | float]:
         return {name: value for method in self.methods.values() for name, value in method.metrics().items()}

@@ -44,10 +44,13 @@ def feature_loss(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Ten
 def collapse(features: torch.Tensor) -> dict[str, torch.Tensor]:
     """How much the features (..., D) still say: the deviation of a channel over tokens and images, averaged over the
     channels, and the effective rank, exp of the entropy of the normalised spectrum (Roy and Vetterli 2007), from 1
-    (everything on a line) to D. Both fall when a bootstrap collapses."""
-    x = features.reshape(-1, features.shape[-1]).float()
+    (everything on a line) to D. Both fall when a bootstrap collapses. NaN for features that are not finite."""
+    x = features.reshape(-1, features.shape[-1]).double()
+    if not torch.isfinite(x).all():
+        return {"target_std": x.new_tensor(torch.nan), "target_rank": x.new_tensor(torch.nan)}
     x = x - x.mean(dim=0)
-    singular = torch.linalg.eigvalsh(x.T @ x).clamp(min=0).sqrt()
+    with torch.autocast(x.device.type, enabled=False):  # in bf16 the rounding alone has a rank of ten
+        singular = torch.linalg.eigvalsh(x.T @ x).clamp(min=0).sqrt()
     p = singular / singular.sum().clamp(min=1e-12)
     return {"target_std": x.std(dim=0).mean(), "target_rank": torch.exp(torch.special.entr(p).sum())}
 
@@ -125,7 +128,7 @@ class Bootstrap(Method):
 
     def copy_student(self, model: MaskedAutoencoderViT, epoch: int) -> None:
         if not self.ready:
-            print(f"epoch {epoch}: from here on the target is features; the pixel head, and pictures, train no further")
+            print(f"epoch {epoch}: from here on the target is features; the pixel head trains no further, pictures end")
         copy_weights(self.target.network, model)
         self.ready, self.age = True, 0.0
 
@@ -148,7 +151,8 @@ class Bootstrap(Method):
             return collapse(target_features(self.target.network, imgs, self.layers))
 
     def no_weight_decay(self) -> set[str]:
-        """The head waits for its stage with gradients of zero; decay would wear it down before it is used."""
+        """The head waits for its stage with gradients of zero; decay would wear it down before it is used. (The pixel
+        head decays in the feature stage; nothing reads it again.)"""
         return {f"head.{name}" for name, _ in self.head.named_parameters()}
 
     def get_extra_state(self) -> dict:
@@ -192,7 +196,7 @@ class MAEK(Bootstrap):
             raise UserError(f"--mae_k {args.mae_k} must be at least 1 epoch")
         if args.mae_k >= args.epochs:
             print(f"note: --mae_k {args.mae_k} is not below --epochs {args.epochs}: this is plain MAE, on pixels")
-        elif (args.epochs - 1) % args.mae_k == 0:
+        elif args.mae_k > 1 and (args.epochs - 1) % args.mae_k == 0:
             print(f"note: the last copy of --mae_k {args.mae_k} is made before the last epoch and serves only that one")
 
     def __init__(self, args, model):
@@ -244,6 +248,8 @@ class EMAMAE(Bootstrap):
             raise UserError(f"--tau {args.tau} must lie between 0 (the target never moves) and 1 (it is the student)")
         if args.wse >= args.epochs:
             print(f"note: --wse {args.wse} is not below --epochs {args.epochs}: this is plain MAE, on pixels")
+        elif args.wse == args.epochs - 1 and args.ema_update == "epoch":
+            print(f"note: the only target is the copy made before the last epoch: --tau {args.tau} has nothing to do")
 
     def __init__(self, args, model):
         super().__init__(args, model)

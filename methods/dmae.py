@@ -8,6 +8,7 @@ Shapes: N images, V visible patches, D student width, T teacher width, R x C the
 """
 
 import hashlib
+import math
 from types import SimpleNamespace
 
 import torch
@@ -24,6 +25,7 @@ from util.errors import UserError
 from util.pos_embed import get_2d_sincos_pos_embed
 from util.rng import sample_noise
 from util.weights import Weights, load_into, models_that_fit, read_weights
+from util.weights_names import is_decoder
 
 # The mathematics ----------------------------------------------------------------------------------------------------
 
@@ -65,12 +67,14 @@ def margins(student: tuple[int, int], teacher: tuple[int, int], patch: int) -> t
     UserError, with sizes that fit, when the student's grid is larger or the middle is between two tokens.
     """
     shown = f"the student's {student[0]}x{student[1]} patches do not fit into the teacher's {teacher[0]}x{teacher[1]}"
+    if (student[0] - student[1]) % 2 and teacher[0] == teacher[1]:
+        raise UserError(
+            f"{shown}: rows and columns that are both even or both odd are needed (--input_size, --patch_size)"
+        )
     if student[0] > teacher[0] or student[1] > teacher[1]:
         raise UserError(f"{shown}: --dmae_teacher_size {max(student) * patch} resamples its positions to such a grid")
     if (teacher[0] - student[0]) % 2 or (teacher[1] - student[1]) % 2:
         fits = f"--dmae_teacher_size {(teacher[0] - 1) * patch} or {(teacher[0] + 1) * patch} does"
-        if (student[0] - student[1]) % 2:
-            fits = "a student with rows and columns both even or both odd is needed"
         raise UserError(f"{shown} with a whole number of tokens on each side: {fits}")
     return (teacher[0] - student[0]) // 2, (teacher[1] - student[1]) // 2
 
@@ -102,9 +106,14 @@ def load_teacher(args) -> tuple[MaskedAutoencoderViT, Weights]:
         known = ", ".join(f"mae_{fit}" for fit in fitting) or "no known model has its width, depth and patch size"
         raise UserError(f"{weights.path} does not say which model it is: give --dmae_teacher_model ({known})")
     name = f"mae_{str(name).removeprefix('mae_')}"
-    decoder = {key: stored.get(key) for key in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")}
+    channels = weights.state["patch_embed.proj.weight"].shape[1]
+    if channels != args.in_chans:
+        raise UserError(
+            f"{weights.path} sees {channels} channels, the student {args.in_chans}: give a teacher that fits"
+        )
     try:
         config = models_mae.look_up(models_mae.MODELS, name).config
+        decoder = _decoder_of(weights, config)
         patch, size = stored.get("patch_size") or config["patch_size"], args.dmae_teacher_size
         if size is not None and (size < patch or size % patch):
             fits = max(1, size // patch) * patch
@@ -113,7 +122,8 @@ def load_teacher(args) -> tuple[MaskedAutoencoderViT, Weights]:
                 f"{fits + patch} would fit"
             )
         teacher = models_mae.build_model(
-            name, img_size=size or stored.get("input_size"), patch_size=patch, in_chans=args.in_chans,
+            name, img_size=size or stored.get("input_size") or _own_size(weights, patch), patch_size=patch,
+            in_chans=args.in_chans,
             norm_pix_loss=bool(stored.get("norm_pix_loss")), **decoder,
         )  # fmt: skip
         report = load_into(teacher, weights)
@@ -121,6 +131,27 @@ def load_teacher(args) -> tuple[MaskedAutoencoderViT, Weights]:
         raise UserError(str(error).replace("--model", "--dmae_teacher_model")) from None
     print(f"teacher {name}: {report}")
     return teacher, weights
+
+
+def _decoder_of(weights: Weights, config: dict) -> dict:
+    """Sizes of the decoder. One of the file whose number of heads nobody knows is left out: it is only looked at."""
+    names = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+    sizes = {name: weights.args.get(name) or config[name] for name in names}
+    if not weights.has_decoder:
+        return sizes
+    blocks = {name.split(".")[1] for name in weights.state if name.startswith("decoder_blocks.")}
+    found = weights.state["decoder_embed.weight"].shape[0], len(blocks)
+    if found != (sizes["decoder_embed_dim"], sizes["decoder_depth"]):
+        print(f"note: the decoder in {weights.path} (width {found[0]}, depth {found[1]}) is not its model's: left out")
+        weights.state = {name: tensor for name, tensor in weights.state.items() if not is_decoder(name)}
+    return sizes
+
+
+def _own_size(weights: Weights, patch: int) -> int | None:
+    """Side of a square image with as many patches as the file has positions; None leaves it to the model."""
+    table = weights.state.get("pos_embed")
+    side = math.isqrt(table.shape[1] - 1) if table is not None and table.ndim == 3 else 0
+    return side * patch if side and side * side == table.shape[1] - 1 else None
 
 
 def warn_about_pixels(args, weights: Weights) -> None:
@@ -145,11 +176,13 @@ def _shown(values) -> str:
 
 @torch.no_grad()
 def introduction(teacher: MaskedAutoencoderViT, imgs: torch.Tensor, mask_ratio: float) -> str:
-    """The teacher's own reconstruction loss on these images, at its own size, beside that of predicting nothing."""
-    teacher = teacher.to(imgs.device).eval()
-    imgs = resized(imgs, tuple(teacher.patch_embed.img_size))
+    """The teacher's own reconstruction loss on these images (64 of them are enough), at its own size and in float32,
+    beside that of predicting nothing."""
+    teacher = teacher.requires_grad_(False).to(imgs.device).eval()
+    imgs = resized(imgs[:64], tuple(teacher.patch_embed.img_size))
     noise = sample_noise(0, 0, torch.arange(len(imgs), device=imgs.device), teacher.patch_embed.num_patches, stream=1)
-    loss, _, mask = teacher(imgs, mask_ratio, noise)
+    with torch.autocast(imgs.device.type, enabled=False):
+        loss, _, mask = teacher(imgs, mask_ratio, noise)
     nothing = masked_mean((teacher.pixel_target(imgs) ** 2).mean(dim=-1), mask)
     verdict = "" if loss < 0.9 * nothing else " (WARNING: hardly better: is it the right file, with the right pixels?)"
     return f"teacher: reconstruction loss {loss:.4f} on the first batch, {nothing:.4f} if it predicted zeros{verdict}"
@@ -259,10 +292,15 @@ class DMAE(Method):
             tokens = teacher.gather(teacher.embed(resized(imgs, self.size)), ids_keep)
             return teacher.encode(tokens, [block for _, block in self.pairs])[1]
 
+    def first_batch(self, model: MaskedAutoencoderViT, imgs: torch.Tensor) -> None:
+        if self._whole is None:
+            return
+        print(introduction(self._whole[0], imgs, self.ratio))
+        self._whole = None
+        if imgs.is_cuda:  # the peak that is logged is that of training
+            torch.cuda.reset_peak_memory_stats(imgs.device)
+
     def terms(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, out: MaskedOutput) -> dict[str, torch.Tensor]:
-        if self._whole is not None:
-            print(introduction(self._whole[0], imgs, self.ratio))
-            self._whole = None
         features = self.teacher_features(imgs, out.ids_keep)
         losses = {}
         for (student, teacher), project in zip(self.pairs, self.projections):

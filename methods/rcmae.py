@@ -43,12 +43,13 @@ def predict(model: MaskedAutoencoderViT, head: nn.Module, imgs, ids_keep, ids_re
 
 
 def gradient_cosine(one: torch.Tensor, other: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
-    """Cosine between the gradients of two scalars of the same graph, averaged over all ranks before (Fig. 3b)."""
+    """Cosine between the gradients of two scalars of the same graph, averaged over all ranks before (Fig. 3b); NaN when
+    one of them vanishes."""
     flat = []
     for loss, keep in ((one, True), (other, False)):
         gradients = torch.autograd.grad(loss, parameters, retain_graph=keep, materialize_grads=True)
         flat.append(all_reduce_sum(torch.cat([g.flatten().float() for g in gradients])))
-    return torch.nn.functional.cosine_similarity(*flat, dim=0)
+    return flat[0] @ flat[1] / (flat[0].norm() * flat[1].norm())
 
 
 # The method ---------------------------------------------------------------------------------------------------------
@@ -102,8 +103,9 @@ class RCMAE(Method):
             raise UserError(f"--rc_momentum {args.rc_momentum} must lie between 0 and 1, for example 0.996")
         if args.log_grad_cosine < 0:
             raise UserError(f"--log_grad_cosine {args.log_grad_cosine} must not be negative")
-        if args.log_grad_cosine and not args.rc_gamma:
-            raise UserError("--log_grad_cosine has no effect with --rc_gamma 0: there is no second gradient")
+        for name, used in (("log_grad_cosine", args.log_grad_cosine), ("rc_mask", args.rc_mask == "different")):
+            if used and not args.rc_gamma:
+                raise UserError(f"--{name} has no effect with --rc_gamma 0: there is no consistency loss")
 
     def __init__(self, args, model: MaskedAutoencoderViT):
         super().__init__()
@@ -141,10 +143,14 @@ class RCMAE(Method):
         model = pretrainer.model
         places = torch.arange(len(imgs), device=imgs.device) + get_rank() * len(imgs)
         noise = sample_noise(step, 0, places, model.patch_embed.num_patches, stream=2)
-        parts = pretrainer.losses(imgs, self.ratio, noise)[0]
+        parts, out = pretrainer.losses(imgs, self.ratio, noise)
         target = next(iter(parts.values()))  # what is reconstructed comes first
         shared = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return {"grad_cosine": gradient_cosine(target, parts["consistency"], shared)}
+        scale = out.prediction.numel()  # sums instead of means: under fp16 the gradients of means are zeros
+        with torch.autocast(imgs.device.type, enabled=False):
+            cosine = gradient_cosine(target * scale, parts["consistency"] * scale, shared)
+        # While the teacher is still the student (a learning rate of 0 in the first step) there is no second gradient.
+        return {"grad_cosine": cosine} if torch.isfinite(cosine) else {}
 
     def metrics(self) -> dict[str, float]:
         return {"teacher_momentum": self.momentum}

@@ -46,6 +46,10 @@ for name in $only; do
 done
 extra_finetunes=()  # names of further arrays of fine-tuning flags, for papers that compare several
 
+per_process() { # EFFECTIVE BATCH: the --batch_size of each of these processes
+    echo $(($1 / (GPUS * NODES)))
+}
+
 small_recipe() { # what --cpu_small trains
     data_flags=(--dataset digits --input_size 16 --num_workers 1)
     pretrain=(--model mae_vit_micro_patch4 --batch_size 64 --epochs 24 --warmup_epochs 2 --lr 1e-3 --amp_dtype fp32)
@@ -58,10 +62,12 @@ imagefolder_or() { # READER: that reader's own format, or train/<class>/ and val
     if [ -d "$data/train" ]; then echo imagefolder; else echo "$1"; fi
 }
 
-once() { # MARK COMMAND…: nothing when the mark is there; it is set when the command ends well
-    local mark=$1
+once() { # FILE COMMAND…: nothing when the file is there, which the command writes last
+    local file=$1
     shift
-    [ -e "$mark" ] || { "$@" && touch "$mark"; }
+    [ ! -e "$file" ] || return 0
+    "$@"
+    [ -e "$file" ] || { echo "stopped before $file was written: start the sweep again to go on" >&2; exit 1; }
 }
 
 main() (torchrun_main "$@")  # in a subshell, which torchrun_main replaces
@@ -69,6 +75,7 @@ main() (torchrun_main "$@")  # in a subshell, which torchrun_main replaces
 epochs_of() { # the last --epochs among flags
     local value='' previous=''
     for word in "$@"; do
+        case $word in --epochs=*) value=${word#*=} ;; esac
         [ "$previous" = --epochs ] && value=$word
         previous=$word
     done
@@ -88,7 +95,7 @@ run() { # NAME FLAGS…   (NAME scratch is not pretrained)
         local folder="$out/$name-seed$seed" checkpoint=''
         if [ "$name" != scratch ]; then
             checkpoint="$folder/checkpoint-$(($(epochs_of "${pretrain[@]}" "${extra[@]}" "$@") - 1)).pth"
-            once "$folder/finished" main main_pretrain.py "${data_flags[@]}" "${pretrain[@]}" --seed "$seed" \
+            once "$folder/encoder.safetensors" main main_pretrain.py "${data_flags[@]}" "${pretrain[@]}" --seed "$seed" \
                 --keep 1 --output_dir "$folder" --resume auto "${extra[@]}" "$@"
         fi
         evaluate "$name-seed$seed" "$checkpoint" "$seed" model
@@ -99,13 +106,18 @@ run() { # NAME FLAGS…   (NAME scratch is not pretrained)
 evaluate() { # NAME CHECKPOINT SEED KEY
     local common=("${data_flags[@]}" "${encoder[@]}" --seed "$3")
     [ -z "$2" ] || common+=(--finetune "$2" --checkpoint_key "$4")
-    local probe="$out/probe-$1" folder
-    once "$probe/finished" main main_linprobe.py "${common[@]}" "${linprobe[@]}" --output_dir "$probe" --overwrite
+    local probe="$out/probe-$1" folder last kind
+    last=probe.json
+    case " ${linprobe[*]} " in
+        *" --cache_features "*) ;;
+        *) last=checkpoint-$(($(epochs_of "${linprobe[@]}") - 1)).pth ;;
+    esac
+    once "$probe/$last" main main_linprobe.py "${common[@]}" "${linprobe[@]}" --output_dir "$probe" --resume auto
     once "$probe/knn.json" "$python" "$root/tools/knn.py" "${common[@]}" --out "$probe/knn.json"
     for kind in finetune "${extra_finetunes[@]}"; do
         local -n flags=$kind
         folder="$out/$kind-$1"
-        once "$folder/finished" main main_finetune.py "${common[@]}" "${flags[@]}" --keep 1 --output_dir "$folder" \
+        once "$folder/checkpoint-$(($(epochs_of "${flags[@]}") - 1)).pth" main main_finetune.py "${common[@]}" "${flags[@]}" --keep 1 --output_dir "$folder" \
             --resume auto
     done
 }

@@ -23,6 +23,7 @@ mkdir -p "$out"
 
 data="$out/data"
 if [ ! -d "$data" ]; then
+    rm -rf "$data.tmp"
     for class in "$source"/train/*/; do
         mkdir -p "$data.tmp/train/$(basename "$class")"
         find "$class" -type f | sort | sed -n 1,500p | xargs -d '\n' ln -s -t "$data.tmp/train/$(basename "$class")"
@@ -57,10 +58,10 @@ evaluate() { # name, checkpoint or "", seed, key in the checkpoint
     [ -f "$probe/probe.json" ] || "$python" "$here/main_linprobe.py" "${encoder[@]}" --cache_features \
         --output_dir "$probe" --overwrite
     [ -f "$probe/knn.json" ] || "$python" "$here/tools/knn.py" "${encoder[@]}" --k 20 --out "$probe/knn.json"
-    [ -f "$finetune/finished" ] || { "$python" "$here/main_finetune.py" "${encoder[@]}" --aug_preset small --aug crop \
+    [ -f "$finetune/checkpoint-3.pth" ] || "$python" "$here/main_finetune.py" "${encoder[@]}" --aug_preset small --aug crop \
         --smoothing 0 --reprob 0 --drop_path 0 --batch_size 50 --epochs 4 --warmup_epochs 1 --lr 4e-3 \
         --layer_decay 0.75 --save_freq 10 --keep 1 \
-        --output_dir "$finetune" --overwrite && touch "$finetune/finished"; }
+        --output_dir "$finetune" --resume auto
 }
 
 run() { # name, epochs, flags of the method, seed

@@ -114,7 +114,7 @@ def main(args) -> dict[str, Trace]:
         raise UserError("--steps and --width must be at least 2")
     if args.steps > args.width:
         raise UserError(f"--steps {args.steps} must not exceed --width {args.width}: no more are orthogonal")
-    if not 0 <= args.momentum < 1 or args.lr <= 0 or args.gamma < 0:
+    if not 0 <= args.momentum < 1 or not args.lr > 0 or not args.gamma >= 0:
         raise UserError("--momentum must lie in [0, 1), --lr be positive and --gamma not negative")
     out = Path(args.out)
     if out.suffix.lower() not in (".png", ".pdf", ".svg") or not out.parent.is_dir():

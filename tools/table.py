@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
 
 import _common
@@ -20,9 +21,7 @@ def results_of(folder: Path) -> dict[str, float]:
     folder; of a training that after the last epoch, not the best on the test set."""
     found = {}
     if (folder / "log.txt").is_file() and not (folder / "probe.json").is_file():
-        last = json.loads((folder / "log.txt").read_text().splitlines()[-1])
-        if "test_acc1" in last:
-            found[_training(folder)] = last["test_acc1"]
+        found |= _training(folder)
     for name in ("probe.json", "knn.json"):
         if (folder / name).is_file():
             result = json.loads((folder / name).read_text())["result"]
@@ -30,14 +29,20 @@ def results_of(folder: Path) -> dict[str, float]:
     return found
 
 
-def _training(folder: Path) -> str:
-    """A name for the accuracy of what was trained here: finetune_acc1, or with the folder's own word for it
-    (finetune_small-mask75-seed0: finetune_small_acc1); of a linear probe, test_acc1."""
-    args = json.loads((folder / "args.json").read_text())
-    if "layer_decay" not in args:
-        return "test_acc1"
+def _training(folder: Path) -> dict[str, float]:
+    """Accuracy after the last epoch of what was trained here: finetune_acc1, or with the folder's own word for it
+    (finetune_small-mask75-seed0: finetune_small_acc1); of a linear probe, test_acc1. Nothing where that epoch is still
+    to come, and for a run without labels."""
+    try:
+        args = json.loads((folder / "args.json").read_text())
+        last = json.loads((folder / "log.txt").read_text().splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return {}
+    if "test_acc1" not in last or last.get("epoch") != args.get("epochs", 0) - 1:
+        return {}
     kind = folder.name.split("-")[0]
-    return f"{kind if kind.startswith('finetune') else 'finetune'}_acc1"
+    kind = kind if kind.startswith("finetune") else "finetune"
+    return {f"{kind}_acc1" if "layer_decay" in args else "test_acc1": last["test_acc1"]}
 
 
 def collect(folders: list[str], strip: list[str] | tuple = ()) -> dict[str, list[dict]]:
@@ -46,11 +51,15 @@ def collect(folders: list[str], strip: list[str] | tuple = ()) -> dict[str, list
     for folder in folders:
         found = results_of(Path(folder))
         if not found:
-            raise UserError(f"{folder} holds no result (probe.json, knn.json or the log of a fine-tuning)")
+            print(f"note: {folder} holds no result yet, it is left out", file=sys.stderr)
+            continue
         name = Path(folder).name
         for prefix in strip:
             name = name.removeprefix(prefix)
         groups.setdefault(re.sub(r"-seed\d+$", "", name), {}).setdefault(name, {}).update(found)
+    if not groups:
+        some = " ".join(folders[:3])
+        raise UserError(f"{some}: no result (probe.json, knn.json, or the log of a finished fine-tuning)")
     return {name: list(seeds.values()) for name, seeds in groups.items()}
 
 

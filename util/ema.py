@@ -28,8 +28,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, rate: float, applied: tor
         return
     ours, others = (list(tensors) for tensors in zip(*pairs))
     difference = torch._foreach_sub(others, ours)
-    # A scalar on the device, in double: it takes the type of what it multiplies.
-    weight = torch.as_tensor(applied, dtype=torch.float64, device=ours[0].device) * rate
+    # A scalar on the device, of their type: others leave the fast path of the multiplication.
+    weight = torch.as_tensor(applied, device=ours[0].device).to(ours[0].dtype) * rate
     torch._foreach_mul_(difference, weight)
     torch._foreach_add_(ours, difference)
 

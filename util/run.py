@@ -7,6 +7,7 @@ import random
 import subprocess
 import time
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from textwrap import shorten
 
@@ -88,7 +89,7 @@ class Run:
         self.scaler = NativeScalerWithGradNormCount(self.amp_dtype is torch.float16, device)
         self.stop = StopRequest()
         self.stopped = False
-        self.step = 0  # optimizer steps of the whole run
+        self.step = 0  # optimizer steps since the beginning of the run
         self.epoch, self.position = args.start_epoch, 0  # next micro-batch
         self.meter = EpochMeter(device)
         self.best = 0.0
@@ -98,6 +99,8 @@ class Run:
         self.lr = 0.0
         if resume is not None:
             self._resume(resume)
+        # From the place in the run, not from the file: right also with --start_epoch or with other batch flags.
+        self.step = self.epoch * ceil(len(loader) / args.accum_iter) + self.position // args.accum_iter
         self._same_place_everywhere()
         self.wrapped = self._wrap(self.module) if get_world_size() > 1 else self.module
         checkpoint.make_output_dir(args)
@@ -360,7 +363,7 @@ class Run:
         checkpoint.check_same_run(path, checkpoint.flags_of(state), vars(args))
         self._load(path, state)
         data = state.get("data") or {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}}
-        self.epoch, self.step = data["epoch"], state.get("step", 0)
+        self.epoch = data["epoch"]
         self.position = data["samples"] // (args.batch_size * get_world_size())
         self.position -= self.position % args.accum_iter  # with other batch flags: back to where a window begins
         if self.position >= len(self.loader):

@@ -14,9 +14,10 @@ set -euo pipefail
 
 data_flags=(--dataset "$(imagefolder_or cifar10)" --data_path "$data" --num_workers 12
     --mean 0.49140 0.48216 0.44653 --std 0.24703 0.24349 0.26159)
-pretrain=(--model mae_deit_tiny_patch4 --batch_size 512 --epochs 200 --warmup_epochs 40 --blr 1e-3 --mask_ratio 0.75)
-finetune=(--batch_size 512 --epochs 100 --warmup_epochs 5 --blr 5e-4 --layer_decay 0.75 --drop_path 0.1)
-linprobe=(--batch_size 512 --epochs 90 --blr 0.1)
+batch=$(per_process 512)
+pretrain=(--model mae_deit_tiny_patch4 --batch_size "$batch" --epochs 200 --warmup_epochs 40 --blr 1e-3 --mask_ratio 0.75)
+finetune=(--batch_size "$batch" --epochs 100 --warmup_epochs 5 --blr 5e-4 --layer_decay 0.75 --drop_path 0.1)
+linprobe=(--batch_size "$batch" --epochs 90 --blr 0.1)
 encoder=(--model deit_tiny_patch4 --global_pool)
 [ -z "$cpu_small" ] || small_recipe
 

@@ -16,8 +16,9 @@ set -euo pipefail
 
 imagenet=(--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225)
 data_flags=(--dataset "$(imagefolder_or tiny_imagenet)" --data_path "$data" "${imagenet[@]}" --num_workers 12)
-pretrain=(--model mae_vit_base_patch8 --norm_pix_loss --batch_size 128 --epochs 500 --warmup_epochs 50 --blr 1.5e-4)
-finetune=(--batch_size 128 --epochs 300 --warmup_epochs 10 --blr 5e-4 --layer_decay 0.65 --drop_path 0.1
+batch=$(per_process 128)
+pretrain=(--model mae_vit_base_patch8 --norm_pix_loss --batch_size "$batch" --epochs 500 --warmup_epochs 50 --blr 1.5e-4)
+finetune=(--batch_size "$batch" --epochs 300 --warmup_epochs 10 --blr 5e-4 --layer_decay 0.65 --drop_path 0.1
     --aug_preset full)
 finetune_small=("${finetune[@]}" --aug_preset small)
 extra_finetunes=(finetune_small)
@@ -29,7 +30,7 @@ if [ -n "$cpu_small" ]; then
     extra_finetunes=()
     TEACHER="$out/teacher/checkpoint-29.pth"
     teacher=(--dmae_teacher "$TEACHER")
-    [ -n "$list" ] || once "$out/teacher/finished" main main_pretrain.py "${data_flags[@]}" "${pretrain[@]}" \
+    [ -n "$list" ] || once "$out/teacher/encoder.safetensors" main main_pretrain.py "${data_flags[@]}" "${pretrain[@]}" \
         --model mae_deit_tiny_patch4 --decoder_embed_dim 96 --decoder_depth 2 --decoder_num_heads 4 --norm_pix_loss \
         --epochs 30 --keep 1 --output_dir "$out/teacher" --resume auto
 fi

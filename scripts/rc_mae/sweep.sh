@@ -18,10 +18,11 @@ pretrain+=(--model mae_vit_base_patch16 --epochs 1600 --accum_iter "$(accumulate
 finetune+=(--accum_iter "$(accumulate "$finetune_effective" "$finetune_batch")")
 linprobe+=(--accum_iter "$(accumulate "$linprobe_effective" "$linprobe_batch")")
 encoder=(--model vit_base_patch16)
-[ -z "$cpu_small" ] || small_recipe
+cosine=1000  # steps between two looks at the gradients
+[ -z "$cpu_small" ] || { small_recipe; cosine=50; }
 
 run mae
-run same --rc_mae --log_grad_cosine 1000
-run different --rc_mae --rc_mask different --log_grad_cosine 1000
+run same --rc_mae --log_grad_cosine "$cosine"
+run different --rc_mae --rc_mask different --log_grad_cosine "$cosine"
 run constant --rc_mae --rc_schedule constant
 table
