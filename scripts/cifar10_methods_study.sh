@@ -7,7 +7,7 @@
 #   SEEDS, RUNS     what to do (default: all); finished parts are skipped when it is started again
 #   EPOCHS          of the runs with equal images (default 9)
 #   LONGER          of `mae-equaltime`, MAE with at least the time that the dearest method takes, by the ratios of
-#                   benchmarks/methods.py (default 13)
+#                   benchmarks/methods.py (default 16)
 set -euo pipefail
 usage="usage: cifar10_methods_study.sh DATA OUT"
 source=$(cd "${1:?$usage}" && pwd)
@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 SEEDS=${SEEDS:-0 1 2}
 RUNS=${RUNS:-random mae maek emamae rcmae dmae mae-equaltime}
 EPOCHS=${EPOCHS:-9}
-LONGER=${LONGER:-13}
+LONGER=${LONGER:-16}
 mkdir -p "$out"
 
 data="$out/data"
