@@ -56,10 +56,11 @@ class Method(nn.Module):
 
     def prediction_head(self) -> nn.Module | None:
         """The layer from decoder tokens (N, L, d) to what is reconstructed in place of pixels, if it has one. Slot
-        "target"; `heads_now` says whether the loss compares its output now."""
+        "target"."""
 
     @property
-    def heads_now(self) -> bool:
+    def head_in_use(self) -> bool:
+        """Whether the loss compares the output of `prediction_head` now, and not pixels."""
         return False
 
     def patch_loss(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, out: MaskedOutput) -> torch.Tensor | None:
@@ -127,7 +128,7 @@ class Pretrainer(nn.Module):
         wanted = tuple({block for method in methods for block in method.blocks()})
         out = self.model.forward_pretrain(imgs, mask_ratio, noise if scores is None else scores, wanted)
         for method in methods:
-            if method.heads_now:
+            if method.head_in_use:
                 out.head, out.prediction = method.name, method.prediction_head()(out.decoded)
         named = ((method.part, method.patch_loss(self.model, imgs, out)) for method in methods)
         parts = {name: loss for name, loss in named if loss is not None}
@@ -147,7 +148,7 @@ class Pretrainer(nn.Module):
     @property
     def shows_pixels(self) -> bool:
         """Whether the decoder is trained to predict pixels now, so that pictures of them mean something."""
-        return not any(method.heads_now for method in self.methods.values())
+        return not any(method.head_in_use for method in self.methods.values())
 
     def metrics(self) -> dict[str, torch.Tensor | float]:
         return {name: value for method in self.methods.values() for name, value in method.metrics().items()}

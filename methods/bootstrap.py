@@ -108,7 +108,7 @@ class Bootstrap(Method):
     # The target: pixels before there is one, features after.
 
     @property
-    def heads_now(self) -> bool:
+    def head_in_use(self) -> bool:
         return self.ready
 
     @property

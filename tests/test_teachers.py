@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from launch import ROOT, SMALL, checkpoint, finish, launch, log_rows, same_tensors, scalars
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_fixtures import close
 from test_method_fixtures import mae
 from test_resume import stop_at
@@ -279,6 +280,16 @@ def test_average_after_real_steps_only(image_folder, tmp_path, monkeypatch):
 
 
 # MAE-K and EMA-MAE --------------------------------------------------------------------------------------------------
+
+
+def test_pictures_end_with_the_pixels(image_folder, tmp_path, capsys):
+    flags = f"{BASE.replace('--vis_freq 0', '--vis_freq 1')} --data_path {image_folder} --epochs 3 --batch_size 32"
+    pretrain(f"{flags} --mae_k 2 --output_dir {tmp_path}")
+    assert ["fixed_images_loss" in row for row in log_rows(tmp_path)] == [True, True, False]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert len(events.Images("reconstruction")) == 2
+    assert "epoch 2: from here on the target is features" in capsys.readouterr().out
 
 
 def test_when_the_target_is_copied():
