@@ -55,12 +55,16 @@ def report(stats: dict, count: int) -> None:
 
 
 def train(args, run: Run, val_loader, criterion, mixup_fn=None) -> dict[str, float]:
-    """All epochs, each followed by an evaluation; the best weights are kept in `checkpoint-best.pth`."""
+    """All epochs; every `--eval_freq` of them and the last are followed by an evaluation, and the best weights among
+    those are kept in `checkpoint-best.pth`."""
     stats = {}
     while run.epoch < args.epochs and not run.stopped:
         train_one_epoch(run.module, criterion, run, mixup_fn)
         if run.stopped:
             break
+        if (run.epoch + 1) % args.eval_freq and run.epoch + 1 < args.epochs:
+            run.finish_epoch({})
+            continue
         sync_buffers(run.module)
         stats = evaluate(val_loader, run.module, run.device, run.amp_dtype)
         report(stats, len(val_loader.dataset))

@@ -106,13 +106,12 @@ run() { # NAME FLAGS…   (NAME scratch is not pretrained)
 evaluate() { # NAME CHECKPOINT SEED KEY
     local common=("${data_flags[@]}" "${encoder[@]}" --seed "$3")
     [ -z "$2" ] || common+=(--finetune "$2" --checkpoint_key "$4")
-    local probe="$out/probe-$1" folder last kind
-    last=probe.json
+    local probe="$out/probe-$1" folder last kind again
     case " ${linprobe[*]} " in
-        *" --cache_features "*) ;;
-        *) last=checkpoint-$(($(epochs_of "${linprobe[@]}") - 1)).pth ;;
+        *" --cache_features "*) last=probe.json again=(--overwrite) ;;  # seconds: from the beginning
+        *) last=checkpoint-$(($(epochs_of "${linprobe[@]}") - 1)).pth again=(--resume auto) ;;
     esac
-    once "$probe/$last" main main_linprobe.py "${common[@]}" "${linprobe[@]}" --output_dir "$probe" --resume auto
+    once "$probe/$last" main main_linprobe.py "${common[@]}" "${linprobe[@]}" --output_dir "$probe" "${again[@]}"
     once "$probe/knn.json" "$python" "$root/tools/knn.py" "${common[@]}" --out "$probe/knn.json"
     for kind in finetune "${extra_finetunes[@]}"; do
         local -n flags=$kind

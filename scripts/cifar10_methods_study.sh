@@ -60,7 +60,7 @@ evaluate() { # name, checkpoint or "", seed, key in the checkpoint
     [ -f "$probe/knn.json" ] || "$python" "$here/tools/knn.py" "${encoder[@]}" --k 20 --out "$probe/knn.json"
     [ -f "$finetune/checkpoint-3.pth" ] || "$python" "$here/main_finetune.py" "${encoder[@]}" --aug_preset small --aug crop \
         --smoothing 0 --reprob 0 --drop_path 0 --batch_size 50 --epochs 4 --warmup_epochs 1 --lr 4e-3 \
-        --layer_decay 0.75 --save_freq 10 --keep 1 \
+        --layer_decay 0.75 --save_freq 10 --keep 1 --eval_freq 4 \
         --output_dir "$finetune" --resume auto
 }
 

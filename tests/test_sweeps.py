@@ -100,6 +100,7 @@ def test_every_command_is_legal(sweep, tmp_path, name, small):
         args = parsers[main].get_args_parser().parse_args(flags)
         run = args.output_dir.split("/")[-1].removesuffix("-seed0")
         seen.add(run)
+        assert not (getattr(args, "cache_features", False) and args.resume)  # which the probe refuses
         if main == "main_pretrain.py" and run != "teacher":
             pretrained.add(run)
             enabled_methods(args, METHODS)

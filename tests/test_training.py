@@ -204,6 +204,18 @@ def test_evaluate_against_counting_by_hand(image_folder):
     assert stats["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-6)
 
 
+def test_evaluation_every_so_often(image_folder, tmp_path):
+    """Every second epoch and the last; it changes nothing about what is learned."""
+    flags = f"--data_path {image_folder} --model vit_micro_patch4 --input_size 16 --batch_size 32 --num_workers 0 "
+    flags += "--epochs 5 --warmup_epochs 1 --device cpu --amp_dtype fp32 --save_freq 5 --keep 0 "
+    finetune(f"{flags} --output_dir {tmp_path}/every")
+    finetune(f"{flags} --eval_freq 2 --output_dir {tmp_path}/second")
+    rows = log_rows(tmp_path / "second")
+    assert ["test_acc1" in row for row in rows] == [False, True, False, True, True]
+    every, second = (checkpoint(tmp_path / name, "checkpoint-4.pth")["model"] for name in ("every", "second"))
+    assert same_tensors(every, second)
+
+
 def test_unreadable_images_are_counted_and_limited(tmp_path, image_folder):
     import shutil
 

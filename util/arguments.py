@@ -129,6 +129,9 @@ def add_finetuning_arguments(parser, pooled: bool) -> None:
     group.set_defaults(global_pool=pooled)
     group.add_argument("--nb_classes", type=int, help="classes of the data set, which is the default")
     group.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune), do not train")
+    group.add_argument(
+        "--eval_freq", type=int, default=1, help="epochs between evaluations; the last epoch always has one"
+    )
     group.add_argument("--dist_eval", action="store_true", help="accepted; evaluation is always spread and exact")
 
 
@@ -136,7 +139,7 @@ def check_values(args) -> None:
     """Refuse numbers out of range, and flags that contradict each other."""
     _check_finite(args)
     positive = "batch_size epochs accum_iter save_freq print_freq dist_timeout clip_grad patch_size in_chans"
-    positive += " decoder_embed_dim decoder_num_heads nb_classes"
+    positive += " decoder_embed_dim decoder_num_heads nb_classes eval_freq"
     not_negative = "warmup_epochs num_workers save_steps keep start_epoch seed weight_decay min_lr blr lr decoder_depth"
     for name in positive.split():
         value = getattr(args, name, None)

@@ -131,7 +131,8 @@ _MODEL_FLAGS += ("decoder_num_heads", "nb_classes", "global_pool")
 # Flags that may differ between the two parts of a run without a word.
 _FREE_FLAGS = {"resume", "overwrite", "output_dir", "log_dir", "num_workers", "pin_mem", "device", "data_path", "rank"}
 _FREE_FLAGS |= {"gpu", "local_rank", "world_size", "distributed", "dist_url", "dist_backend", "dist_timeout"}
-_FREE_FLAGS |= {"print_freq", "save_freq", "save_steps", "keep", "vis_freq", "knn_freq", "start_epoch", "finetune"}
+_FREE_FLAGS |= {"print_freq", "save_freq", "save_steps", "keep", "vis_freq", "knn_freq", "eval_freq", "start_epoch"}
+_FREE_FLAGS |= {"finetune"}
 
 
 def plain(value):
