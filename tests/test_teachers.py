@@ -88,10 +88,11 @@ def stepped(pretrainer, count=1, applied=1.0, first=0):
 # What may be combined -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pixels", ["", "--norm_pix_loss"], ids=["", "norm_pix"])
 @pytest.mark.parametrize("names", LEGAL, ids=["+".join(filter(None, names)) or "mae" for names in LEGAL])
-def test_every_legal_combination(names, teacher):
+def test_every_legal_combination(names, pixels, teacher):
     """Two steps each, in the pixel stage and in the feature stage: parts as named, gradients for the student alone."""
-    pretrainer, _ = made(switches(names, teacher))
+    pretrainer, _ = made(f"{switches(names, teacher)} {pixels}")
     expected = {"rc_mae": "consistency", "dmae": "distillation"}
     for epoch in (0, 1):
         pretrainer.before_epoch(epoch)
