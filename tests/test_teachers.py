@@ -481,7 +481,7 @@ def test_gradient_cosine():
     assert gradient_cosine(one, other, [a, b, unused]).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_rc_mae_leaves_behind(image_folder, tmp_path):
+def test_what_rc_mae_leaves_behind(image_folder, tmp_path, capsys):
     """TensorBoard, `model_ema`, and every consumer of `--checkpoint_key`."""
     flags = f"{BASE} --data_path {image_folder} --epochs 2 --batch_size 32 --rc_mae --rc_momentum 0.5"
     pretrain(f"{flags} --log_grad_cosine 2 --mae_k 1 --output_dir {tmp_path}")
@@ -513,6 +513,7 @@ def test_what_rc_mae_leaves_behind(image_folder, tmp_path):
         arguments = f"{path} --checkpoint_key {key} --data_path {image_folder} --out {tmp_path}/{key}.png"
         visualize.main(visualize.get_args_parser().parse_args(arguments.split()))
     assert (tmp_path / "model.png").read_bytes() != (tmp_path / "model_ema.png").read_bytes()
+    assert "has not trained its pixel head since" in capsys.readouterr().out
     stored = [json.loads((tmp_path / f"p{key}" / "probe.json").read_text()) for key in ("model", "model_ema")]
     assert [run["checkpoint_key"] for run in stored] == ["model", "model_ema"]
     with pytest.raises(UserError, match=r"no key 'teacher': --checkpoint_key must be one of .*\(model, model_ema\)"):

@@ -16,6 +16,7 @@ from util.errors import UserError, user_errors
 from util.loading import KeyedDataset
 from util.transforms import check_channels, eval_transform
 from util.visual import CAPTION, captioned, fixed_noise, grid, reconstruct
+from util.weights import read_file
 
 
 def get_args_parser():
@@ -71,6 +72,9 @@ def main(args) -> None:
     imgs = torch.stack([sample.image for sample in samples])
     pictures = reconstruct(model, imgs, ratio, fixed_noise(model, len(imgs), args.seed, imgs.device), mean, std)
     norm = "; patches de-normalised with the original's mean and deviation" if model.norm_pix_loss else ""
+    run = read_file(args.checkpoint).get("data")
+    if isinstance(run, dict) and not run.get("shows_pixels", True):
+        norm += "; this run went on to features and has not trained its pixel head since"
     caption = f"{Path(args.checkpoint).name}, {ratio:.0%} removed; {CAPTION}{norm}"
     picture: Image.Image = captioned(to_pil_image(grid(pictures, per_row=2 if len(imgs) > 1 else 1)), caption)
     picture.save(out)

@@ -339,7 +339,13 @@ class Run:
             "methods": self.methods.state_dict() if self.methods is not None else {},
             **self.exported(),
             "rng": gather_objects(get_rng_state(self.device)),
-            "data": {"epoch": self.epoch, "samples": samples, "meter": self.meter.epoch, "best": self.best},
+            "data": {
+                "epoch": self.epoch,
+                "samples": samples,
+                "meter": self.meter.epoch,
+                "best": self.best,
+                "shows_pixels": getattr(self.module, "shows_pixels", True),
+            },
         }
 
     def exported(self) -> dict[str, dict]:
