@@ -134,14 +134,18 @@ def test_auto_skips_damaged_files(tmp_path, capsys):
 
 
 def test_other_batch_flags_after_a_stop(tmp_path, monkeypatch, image_folder):
-    """Stopped after micro-batch 5 of 12, resumed in windows of 4: back to where a window begins, exact windows."""
+    """Stopped after micro-batch 5 of 12, resumed in windows of 4: back to where a window begins, exact windows. The
+    number of a step is its place in the run, three windows an epoch, whatever was done before the stop."""
     flags = f"{DIGITS.replace('--dataset digits', '')} --data_path {image_folder} --num_workers 0 --print_freq 1 "
     flags = flags.replace("--batch_size 64", "--batch_size 8") + f"--output_dir {tmp_path} "
     with monkeypatch.context() as patch:
         stop_at(patch, 5)
         pretrain(flags)
+    windows, adjust = [], util.run.adjust_learning_rate
+    monkeypatch.setattr(util.run, "adjust_learning_rate", lambda *args: windows.append(1) or adjust(*args))
     pretrain(f"{flags} --accum_iter 4 --resume auto")
-    assert checkpoint(tmp_path, "checkpoint-1.pth")["step"] == 5 + 2 + 3
+    assert len(windows) == 2 + 3
+    assert checkpoint(tmp_path, "checkpoint-1.pth")["step"] == 2 * 3
     assert [row["epoch"] for row in log_rows(tmp_path)] == [0, 1]
 
 
