@@ -11,7 +11,7 @@
 #   SEEDS (default 0), GPUS (processes, default 1) and PYTHON come from the environment.
 #
 # The sweep sets arrays of flags: `data_flags`, `pretrain`, `finetune`, `linprobe` and `encoder` (the model of the last
-# two), and calls `run NAME FLAGS…`, then `table`.
+# two), and calls `run NAME FLAGS…` and `scratch NAME`, then `table`.
 
 GPUS=${GPUS:-1}
 . "$(dirname "${BASH_SOURCE[0]}")/_torchrun.sh"
@@ -86,18 +86,29 @@ wanted() {
     [ -z "$only" ] || case " $only " in *" $1 "*) ;; *) return 1 ;; esac
 }
 
-run() { # NAME FLAGS…   (NAME scratch is not pretrained)
+chosen() { # NAME FLAGS…: whether this run is to be done now; with --list it is only named
     local name=$1
     shift
-    wanted "$name" || return 0
-    [ -z "$list" ] || { echo "$name${*:+: $*}"; return; }
+    wanted "$name" || return 1
+    [ -z "$list" ] || { echo "$name${*:+: $*}"; return 1; }
+}
+
+scratch() { # NAME: an encoder that is not pretrained
+    chosen "$1" || return 0
     for seed in $SEEDS; do
-        local folder="$out/$name-seed$seed" checkpoint=''
-        if [ "$name" != scratch ]; then
-            checkpoint="$folder/checkpoint-$(($(epochs_of "${pretrain[@]}" "${extra[@]}" "$@") - 1)).pth"
-            once "$folder/encoder.safetensors" main main_pretrain.py "${data_flags[@]}" "${pretrain[@]}" --seed "$seed" \
-                --keep 1 --output_dir "$folder" --resume auto "${extra[@]}" "$@"
-        fi
+        evaluate "$1-seed$seed" "" "$seed" model
+    done
+}
+
+run() { # NAME FLAGS…
+    local name=$1 folder checkpoint
+    shift
+    chosen "$name" "$@" || return 0
+    for seed in $SEEDS; do
+        folder="$out/$name-seed$seed"
+        checkpoint="$folder/checkpoint-$(($(epochs_of "${pretrain[@]}" "${extra[@]}" "$@") - 1)).pth"
+        once "$folder/encoder.safetensors" main main_pretrain.py "${data_flags[@]}" "${pretrain[@]}" --seed "$seed" \
+            --keep 1 --output_dir "$folder" --resume auto "${extra[@]}" "$@"
         evaluate "$name-seed$seed" "$checkpoint" "$seed" model
         case " $* " in *" --rc_mae "*) evaluate "$name-ema-seed$seed" "$checkpoint" "$seed" model_ema ;; esac
     done

@@ -22,7 +22,7 @@ encoder=(--model deit_tiny_patch4 --global_pool)
 [ -z "$cpu_small" ] || small_recipe
 
 run mae
-run scratch
+scratch scratch
 for k in 1 2 4 5 10 20; do
     run "k$k" --mae_k "$k"
 done

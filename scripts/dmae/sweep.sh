@@ -35,7 +35,7 @@ if [ -n "$cpu_small" ]; then
         --epochs 30 --keep 1 --output_dir "$out/teacher" --resume auto
 fi
 
-run scratch
+scratch scratch
 run mask75
 run mask50 --mask_ratio 0.5
 run mask90 --mask_ratio 0.9
