@@ -15,7 +15,7 @@ import main_pretrain
 import util.run
 import util.signals
 from models_mae import MaskedAutoencoderViT
-from util.errors import RunFailed
+from util.errors import RunFailed, leave
 
 RANK = int(os.environ["RANK"])
 
@@ -92,3 +92,4 @@ if __name__ == "__main__":
         say(f"{sent.count(0)} first buckets, methods {methods[0]}, {len(reductions) - len(sent)} reductions")
     except RunFailed as error:
         say(str(error))
+        leave(0)

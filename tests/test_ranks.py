@@ -3,6 +3,7 @@
 import re
 
 from launch import SMALL, finish, launch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 FLAGS = f"{SMALL} --batch_size 4 --accum_iter 3 --epochs 1 --warmup_epochs 0 --num_workers 0 --vis_freq 0 --device cpu"
 
@@ -18,6 +19,9 @@ def test_non_finite_on_one_rank_stops_both(image_folder, tmp_path):
     assert len(lines) == 2
     assert all("reconstruction became non-finite at step 1" in line for line in lines)
     assert not list(tmp_path.glob("*.pth"))
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert "flags/text_summary" in events.Tags()["tensors"]  # what waited in the event file's queue was written
 
 
 def test_one_communication_per_step(image_folder, tmp_path):

@@ -1,5 +1,6 @@
 """What a user did wrong, said in one sentence on stderr, with exit code 2 and no traceback."""
 
+import atexit
 import os
 import sys
 from contextlib import contextmanager
@@ -23,4 +24,20 @@ def user_errors(program: str):
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"[rank {rank}] "
         print(f"{where}{program}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        leave(2 if isinstance(error, UserError) else 1)
+
+
+def leave(code: int) -> None:
+    """End the process with this exit code after a failure, whatever the other ranks are doing.
+
+    A rank that fails cannot take leave of its process group, since the others may be waiting inside a collective;
+    and a group that lives until the interpreter is torn down can abort there (`std::terminate`, exit code -6).
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        sys.exit(code)
+    atexit._run_exitfuncs()  # closes the event file, ends the loader's workers
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

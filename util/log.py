@@ -1,5 +1,6 @@
 """What a run says: progress on the terminal, TensorBoard, `log.txt`. Metrics stay on the device until they are read."""
 
+import atexit
 import json
 import os
 import sys
@@ -185,6 +186,7 @@ class Board:
         if log_dir and is_main_process():
             os.makedirs(log_dir, exist_ok=True)
             self.writer = SummaryWriter(log_dir, purge_step=purge_step)
+            atexit.register(self.writer.close)  # a run that fails shows its last points too
 
     def scalars(self, values: dict[str, float], epoch: float) -> None:
         x = int(epoch * 1000)
@@ -222,6 +224,7 @@ class Board:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+            atexit.unregister(self.writer.close)
 
 
 def append_log(output_dir: str | None, row: dict) -> None:
