@@ -41,6 +41,17 @@ def get_grad_norm_(parameters, norm_type: float = 2.0) -> torch.Tensor:
     return torch.nn.utils.get_total_norm(gradients, norm_type)
 
 
+def guarded_step(optimizer, broken: torch.Tensor) -> None:
+    """Step where `broken`, a float scalar on the device, is 0; where it is 1 nothing changes."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):  # somebody's own optimizer: look, then step
+        if not broken.item():
+            optimizer.step()
+        return
+    optimizer.grad_scale, optimizer.found_inf = None, broken
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
+
+
 class NativeScalerWithGradNormCount:
     """Backward pass and optimizer step: loss scaling for fp16, gradient clipping, gradient norm, and the guard.
 
@@ -79,17 +90,8 @@ class NativeScalerWithGradNormCount:
         else:
             self.broken = torch.maximum(self.broken, bad)
             self.applied = 1 - self.broken
-            self._guarded_step(optimizer)
+            guarded_step(optimizer, self.broken)
         return norm
-
-    def _guarded_step(self, optimizer):
-        if not getattr(optimizer, "_step_supports_amp_scaling", False):  # somebody's own optimizer: look, then step
-            if not self.broken.item():
-                optimizer.step()
-            return
-        optimizer.grad_scale, optimizer.found_inf = None, self.broken
-        optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf
 
     @property
     def enabled(self) -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import os
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,7 +27,7 @@ MEAN_STD = {
 FACTORY = ("hfds", "hfids", "tfds", "torch", "wds")  # prefixes of timm's data-set factory
 
 
-class Images:
+class Images(ABC):
     """A list of images with integer labels (-1 where there are none): what every reader below returns.
 
     `classes` is the list of label names, None without labels. `load(i)` may raise what pillow raises; `name(i)` says
@@ -39,8 +40,13 @@ class Images:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @abstractmethod
     def load(self, index: int) -> Image.Image:
-        raise NotImplementedError
+        """Image number `index`, in whatever mode it is stored."""
+
+    def target(self, index: int) -> int:
+        """The label of an image that was loaded (some sets learn it only then)."""
+        return self.targets[index]
 
     def name(self, index: int) -> str:
         return f"image {index}"
@@ -70,6 +76,23 @@ class Arrays(Images):
 
     def load(self, index):
         return Image.fromarray(self.arrays[index])
+
+
+class Part(Images):
+    """Some images of another list, by their places in it."""
+
+    def __init__(self, images: Images, places):
+        self.images, self.places, self.classes = images, [int(place) for place in places], images.classes
+        self.targets = [images.targets[place] for place in self.places]
+
+    def load(self, index):
+        return self.images.load(self.places[index])
+
+    def target(self, index):
+        return self.images.target(self.places[index])
+
+    def name(self, index):
+        return self.images.name(self.places[index])
 
 
 class HuggingFaceImages(Images):

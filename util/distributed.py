@@ -187,6 +187,14 @@ def all_reduce_mean(x: float) -> float:
     return all_reduce_sum(torch.tensor(float(x), dtype=torch.float64, device=host_device())).item() / get_world_size()
 
 
+def average(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The mean of each tensor over ranks, in one message; all of one type and device."""
+    if get_world_size() == 1 or not tensors:
+        return tensors
+    flat = all_reduce_sum(torch.cat([tensor.flatten() for tensor in tensors])) / get_world_size()
+    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+
+
 def sync_buffers(module: torch.nn.Module) -> None:
     """Rank 0's buffers (running statistics, which see only a rank's own images) on every rank."""
     if get_world_size() > 1:

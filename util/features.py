@@ -3,15 +3,21 @@
 import torch
 import torch.nn.functional as F
 
-from util.amp import autocast
+from util.amp import autocast, widened
 from util.distributed import get_world_size
+
+
+def encoder_features(model, imgs: torch.Tensor, pool: str) -> torch.Tensor:
+    """(N, C, H, W) -> (N, D), at least float32, from an autoencoder's encoder with every patch visible, after its norm;
+    `pool` is cls or avg. Differentiable."""
+    latent = widened(model.encode(model.embed(imgs))[0])
+    return latent[:, 0] if pool == "cls" else latent[:, 1:].mean(dim=1)
 
 
 @torch.no_grad()
 def mae_features(model, imgs: torch.Tensor, pool: str) -> torch.Tensor:
-    """(N, C, H, W) -> (N, D) from the encoder with every patch visible, after its norm; `pool` is cls or avg."""
-    latent, _ = model.encode(model.embed(imgs))
-    return latent[:, 0] if pool == "cls" else latent[:, 1:].mean(dim=1)
+    """The same, without a graph."""
+    return encoder_features(model, imgs, pool)
 
 
 @torch.no_grad()

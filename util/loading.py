@@ -71,7 +71,7 @@ class KeyedDataset(torch.utils.data.Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         with seeded(self.seed, epoch, index):
             image, place, bad = self._read(index)
-            return Sample(self.transform(image), self.images.targets[place], index, bad)
+            return Sample(self.transform(image), self.images.target(place), index, bad)
 
     def _read(self, index: int) -> tuple[Image.Image, int, int]:
         """(image, its place, unreadable ones before it), for `index` or what was drawn instead."""
@@ -241,6 +241,21 @@ class Loader:
         # A stream cannot be entered in the middle: what a resumed run has seen is read again and passed over.
         batches = _regroup(iterator, self.batch_size, drop_last=self.shuffle)
         return islice(batches, self.start, len(self) if self.shuffle else None)
+
+
+class Endless:
+    """Batches of a training loader one after the other, epoch after epoch, from any number on."""
+
+    def __init__(self, loader: Loader):
+        self.loader, self._next, self._batches = loader, -1, None
+
+    def batch(self, number: int) -> Sample:
+        """Batch `number`, counted from 0 over all epochs; asking for them in order reads ahead."""
+        epoch, start = divmod(number, len(self.loader))
+        if number != self._next or not start:
+            self._batches = iter(self.loader.begin(epoch, start))
+        self._next = number + 1
+        return next(self._batches)
 
 
 def build_loader(images, transform, args, batch_size: int, train: bool) -> Loader:

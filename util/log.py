@@ -200,6 +200,10 @@ class Board:
         if self.writer is not None:
             self.writer.add_image(name, image, int(epoch * 1000))
 
+    def histogram(self, name: str, values: torch.Tensor, epoch: float) -> None:
+        if self.writer is not None:
+            self.writer.add_histogram(name, values.detach().float().cpu(), int(epoch * 1000))
+
     def flags(self, args: dict) -> None:
         if self.writer is not None:
             rows = "\n".join(f"| {name} | `{value}` |" for name, value in sorted(args.items()))

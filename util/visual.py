@@ -9,6 +9,12 @@ from util.rng import sample_noise
 CAPTION = "columns: original, masked, reconstruction with the visible patches pasted"
 
 
+def denormalized(imgs, mean, std) -> torch.Tensor:
+    """Colours in [0, 1] of imgs (..., C, H, W) that were normalised by `mean` and `std`."""
+    mean, std = (torch.tensor(values, device=imgs.device)[:, None, None] for values in (mean, std))
+    return (imgs * std + mean).clamp(0, 1)
+
+
 @torch.no_grad()
 def reconstruct(model, imgs, mask_ratio: float, noise, mean, std) -> torch.Tensor:
     """imgs (N, C, H, W), normalised by `mean` and `std` -> (N, 3, C, H, W) in [0, 1]: original, masked (removed patches
@@ -24,12 +30,12 @@ def reconstruct(model, imgs, mask_ratio: float, noise, mean, std) -> torch.Tenso
     patches = model.patchify(imgs)
     if model.norm_pix_loss:
         pred = pred * (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5 + patches.mean(dim=-1, keepdim=True)
-    mean, std = (torch.tensor(values, device=imgs.device)[:, None, None] for values in (mean, std))
     mask = mask[..., None]
-    grey = model.patchify((torch.full_like(imgs, 0.5) - mean) / std)
+    means, stds = (torch.tensor(values, device=imgs.device)[:, None, None] for values in (mean, std))
+    grey = model.patchify((torch.full_like(imgs, 0.5) - means) / stds)
     columns = [patches, patches * (1 - mask) + grey * mask, patches * (1 - mask) + pred.to(patches.dtype) * mask]
     shown = torch.stack([model.unpatchify(column) for column in columns], dim=1)
-    return (shown * std + mean).clamp(0, 1)
+    return denormalized(shown, mean, std)
 
 
 def grid(pictures: torch.Tensor, per_row: int = 2, scale_to: int = 96) -> torch.Tensor:
@@ -40,6 +46,32 @@ def grid(pictures: torch.Tensor, per_row: int = 2, scale_to: int = 96) -> torch.
     factor = max(1, scale_to // max(height, width))
     flat = flat.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     return make_grid(flat, nrow=columns * per_row, padding=4, pad_value=1.0)
+
+
+def heat_map(values: torch.Tensor) -> torch.Tensor:
+    """(N, H, W) in [0, 1] -> colours (N, 3, H, W), dark (0) to bright (1)."""
+    from matplotlib import colormaps
+
+    return torch.from_numpy(colormaps["inferno"](values.cpu().numpy())[..., :3]).permute(0, 3, 1, 2).float()
+
+
+def mask_picture(shown, scores, mask_ratio: float, model, per_row: int = 2) -> torch.Tensor:
+    """Images (N, C, H, W) in [0, 1] and scores (N, L) of their patches, the highest to be removed -> one picture (3,
+    height, width): each image, what is left of it, the same with a random mask, and the scores as a heat map, from the
+    lowest (dark) to the highest (bright) of that image."""
+    noise = fixed_noise(model, len(shown), 0, shown.device)
+    masks = [model.choose_visible(values, mask_ratio)[1] for values in (scores, noise)]
+    size = model.patch_embed.patch_size
+    rows, columns = model.patch_embed.grid_size
+
+    def pixels(values):  # (N, L) -> (N, 1, H, W)
+        return values.view(-1, rows, columns).repeat_interleave(size[0], 1).repeat_interleave(size[1], 2)[:, None]
+
+    low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
+    heat = heat_map(pixels((scores - low) / (high - low).clamp_min(1e-12))[:, 0])
+    colours = (shown[:, :3] if shown.shape[1] >= 3 else shown[:, :1].expand(-1, 3, -1, -1)).cpu()
+    cut = [colours * (1 - mask) + 0.5 * mask for mask in (pixels(m).cpu() for m in masks)]
+    return grid(torch.stack([colours, *cut, heat], dim=1), per_row)
 
 
 def captioned(picture: Image.Image, caption: str) -> Image.Image:
