@@ -12,7 +12,7 @@ import models_mae
 from engine_pretrain import evaluate_reconstruction, train_one_epoch
 from methods import METHODS, Pretrainer, add_method_arguments, enabled_methods
 from util import arguments, checkpoint
-from util.datasets import input_size, mean_std, read_images
+from util.datasets import Part, input_size, mean_std, read_images
 from util.distributed import barrier, is_main_process
 from util.errors import UserError, user_errors
 from util.features import extract, knn_accuracy, mae_features
@@ -20,7 +20,7 @@ from util.loading import build_loader
 from util.rng import seeded
 from util.run import Run, start
 from util.transforms import check_channels, eval_transform, pretrain_transform
-from util.visual import fixed_noise, grid, reconstruct
+from util.visual import denormalized, fixed_noise, grid, reconstruct
 from util.weights import encoder_state, load_into, read_weights, save_encoder
 
 
@@ -29,6 +29,10 @@ def get_args_parser() -> arguments.Parser:
     arguments.add_model_arguments(parser, default_model="mae_vit_large_patch16", decoder=True)
     group = parser.add_argument_group("masked autoencoder")
     group.add_argument("--mask_ratio", default=0.75, type=float, help="share of the patches that is removed")
+    group.add_argument(
+        "--mask_ratio_end", default=None, type=float, metavar="RATIO",
+        help="curriculum: the share changes on a straight line from --mask_ratio to this (default: it stays)",
+    )  # fmt: skip
     group.add_argument(
         "--norm_pix_loss", action="store_true", help="compare patches normalised by their own statistics"
     )
@@ -60,8 +64,10 @@ def check(args) -> list:
             raise UserError(f"--{name} {getattr(args, name)} must not be negative")
     if args.knn_images < 1:
         raise UserError(f"--knn_images {args.knn_images} must be positive")
-    if not 0 < args.mask_ratio < 1:
-        raise UserError(f"--mask_ratio {args.mask_ratio} must lie between 0 and 1, both excluded")
+    for name in ("mask_ratio", "mask_ratio_end"):
+        ratio = getattr(args, name)
+        if ratio is not None and not 0 < ratio < 1:
+            raise UserError(f"--{name} {ratio} must lie between 0 and 1, both excluded")
     if args.init_from and args.resume and args.resume != "auto":
         raise UserError("--init_from and --resume contradict each other: weights only, or the whole run")
     return enabled_methods(args, METHODS)
@@ -74,10 +80,12 @@ def build(args) -> models_mae.MaskedAutoencoderViT:
         args.model, img_size=input_size(args), **{name: getattr(args, name) for name in overrides}
     )
     patches = model.patch_embed.num_patches
-    visible = int(patches * (1 - args.mask_ratio))
-    if not 0 < visible < patches:
-        what = "leaves no visible patch" if visible < 1 else "removes no patch"
-        raise UserError(f"--mask_ratio {args.mask_ratio} {what} of {patches}: {'lower' if visible < 1 else 'raise'} it")
+    for name in ("mask_ratio", "mask_ratio_end"):
+        ratio = getattr(args, name)
+        visible = 1 if ratio is None else int(patches * (1 - ratio))
+        if not 0 < visible < patches:
+            what = "leaves no visible patch" if visible < 1 else "removes no patch"
+            raise UserError(f"--{name} {ratio} {what} of {patches}: {'lower' if visible < 1 else 'raise'} it")
     return model
 
 
@@ -97,6 +105,12 @@ def validation_images(args, images):
     if args.knn_freq and getattr(held_out, "classes", None) is None:
         raise UserError("--knn_freq needs labels, and the validation images have none")
     return held_out
+
+
+def divide(methods, args, images):
+    """The images to pretrain on and those to look at: the methods' division of the training set, if one makes any."""
+    divided = next((d for d in (method.divide(images) for method in methods) if d is not None), None)
+    return divided or (images, validation_images(args, images))
 
 
 class Watch:
@@ -132,11 +146,7 @@ class Watch:
         """`count` images, evenly spaced over the set (which is usually sorted by class)."""
         if len(images) <= count:
             return images
-        few = copy.copy(images)
-        places = torch.linspace(0, len(images) - 1, count).long().tolist()
-        few.targets = [images.targets[place] for place in places]
-        few.load, few.name = (lambda i: images.load(places[i])), (lambda i: images.name(places[i]))
-        return few
+        return Part(images, torch.linspace(0, len(images) - 1, count).long().tolist())
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """What there is to report after `epoch`, by name."""
@@ -148,6 +158,11 @@ class Watch:
             ratio = self.args.mask_ratio
             pictures = reconstruct(self.pretrainer.model, imgs, ratio, noise, self.mean, self.std)
             self.run.board.image("reconstruction", grid(pictures.cpu()), epoch + 1)
+            pixels = denormalized(imgs, self.mean, self.std)
+            for name, picture in self.pretrainer.pictures(imgs, pixels).items():
+                self.run.board.image(name, picture.cpu(), epoch + 1)
+            for name, values in self.pretrainer.distributions(imgs).items():
+                self.run.board.histogram(name, values, epoch + 1)
             row["fixed_images_loss"] = evaluate_reconstruction(self.pretrainer, imgs, noise, ratio)
         if self.args.knn_freq and (last or (epoch + 1) % self.args.knn_freq == 0):
             row["knn_top1"] = self._knn()
@@ -175,9 +190,6 @@ def main(args) -> None:
     device = start(args)
     mean, std = mean_std(args)
     images = read_images(args, train=True)
-    held_out = validation_images(args, images)
-    transform = pretrain_transform(args.aug, input_size(args), mean, std, args.crop_pct)
-    loader = build_loader(images, transform, args, args.batch_size, train=True)
     resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None
     if args.init_from and resume is None:
         print(load_into(model, read_weights(args.init_from)))
@@ -185,9 +197,13 @@ def main(args) -> None:
 
     with seeded(args.seed, 1):
         methods = [method(args, model) for method in chosen]
+        images, held_out = divide(methods, args, images)
+        transform = pretrain_transform(args.aug, input_size(args), mean, std, args.crop_pct)
+        loader = build_loader(images, transform, args, args.batch_size, train=True)
         pretrainer = Pretrainer(model, methods, args.epochs * ceil(len(loader) / args.accum_iter)).to(device)
     groups = param_groups_weight_decay(pretrainer, args.weight_decay, no_weight_decay_list=pretrainer.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    pretrainer.attach(optimizer)
     run = Run(args, device, loader, model, optimizer, pretrainer, resume)
     watch = Watch(args, run, pretrainer, images, held_out)
     row = {}

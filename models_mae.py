@@ -27,6 +27,7 @@ class MaskedOutput:
     ids_restore: torch.Tensor  # (N, L), undoes the shuffle
     scores: torch.Tensor  # (N, L), what decided the mask: the highest were removed
     decoded: torch.Tensor  # (N, L, d), the decoder after its norm, before the prediction layer
+    mask_ratio: float  # what was asked for; V is what it comes to
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)  # encoder block -> (N, 1 + V, D), before any norm
     # What the loss compares: `pred`, unless a method reconstructs something else (features) with a layer of its own.
     prediction: torch.Tensor | None = None  # (N, L, F)
@@ -212,7 +213,7 @@ class MaskedAutoencoderViT(PatchEncoder):
         latent, blocks = self.encode(self.gather(tokens, ids_keep), return_blocks)
         decoded = self.decode(latent, ids_restore)
         pred = self.decoder_pred(decoded)
-        return MaskedOutput(latent, pred, mask, ids_keep, ids_restore, scores, decoded, blocks)
+        return MaskedOutput(latent, pred, mask, ids_keep, ids_restore, scores, decoded, mask_ratio, blocks)
 
     def forward(self, imgs, mask_ratio=0.75, noise=None):
         """(N, C, H, W) -> loss (scalar), pred (N, L, p * p * C), mask (N, L). `noise` (N, L) fixes the mask."""

@@ -3,8 +3,9 @@
 from methods.base import Method, Pretrainer, add_method_arguments, enabled_methods
 from methods.bootstrap import EMAMAE, MAEK
 from methods.dmae import DMAE
+from methods.mlomae import MLOMAE
 from methods.rcmae import RCMAE
 
-METHODS: list[type[Method]] = [MAEK, EMAMAE, RCMAE, DMAE]
+METHODS: list[type[Method]] = [MAEK, EMAMAE, RCMAE, DMAE, MLOMAE]
 
 __all__ = ["METHODS", "Method", "Pretrainer", "add_method_arguments", "enabled_methods"]

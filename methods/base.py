@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from models_mae import MaskedAutoencoderViT, MaskedOutput, masked_mean
+from util.datasets import Images
 from util.errors import UserError
 
 
@@ -42,8 +43,15 @@ class Method(nn.Module):
     def check(args: argparse.Namespace) -> None:
         """When it is enabled; UserError for a bad value or a flag without effect."""
 
-    def begin(self, model: MaskedAutoencoderViT, others: "list[Method]", steps: int) -> None:
+    def divide(self, images) -> "tuple[object, Images] | None":
+        """Once, before anything is made of the training images: those that may be pretrained on, and those to look at
+        in place of the validation set, which then is not opened. None: all of them, and the validation set."""
+
+    def begin(self, model: MaskedAutoencoderViT, methods: "list[Method]", steps: int) -> None:
         """Once, when all methods are made: the enabled ones, and the optimizer steps of the whole run."""
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Once: the optimizer of the autoencoder, for a method that needs to know what a step is."""
 
     def first_batch(self, model: MaskedAutoencoderViT, imgs: torch.Tensor) -> None:
         """Once in this process, before the first forward pass: a look at what was loaded, say."""
@@ -81,6 +89,22 @@ class Method(nn.Module):
     def look(self, pretrainer: "Pretrainer", imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor | float]:
         """Costly values to log, every `look_every` steps, outside the time that is measured."""
         return {}
+
+    def pictures(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, shown: torch.Tensor) -> dict[str, torch.Tensor]:
+        """RGB pictures (3, height, width) in [0, 1] of fixed images, whenever reconstructions are drawn. `shown` is
+        `imgs` as colours in [0, 1]."""
+        return {}
+
+    def distributions(self, model: MaskedAutoencoderViT, imgs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Numbers whose histogram is worth a look, of the same fixed images."""
+        return {}
+
+    def rank_state(self) -> object:
+        """What a checkpoint must hold of this process alone (its images, say): tensors on the CPU, in lists and
+        dicts. None: nothing. All that is the same on every rank is in `state_dict`."""
+
+    def load_rank_state(self, state: object) -> None:
+        """Undo `rank_state`; not called when the checkpoint was written by another number of processes."""
 
     def exported(self) -> dict[str, dict[str, torch.Tensor]]:
         """Whole models that belong at the top of a checkpoint, beside `model`: state dicts in its tensor names."""
@@ -137,6 +161,10 @@ class Pretrainer(nn.Module):
             parts |= method.terms(self.model, imgs, out)
         return parts, out
 
+    def attach(self, optimizer) -> None:
+        for method in self.methods.values():
+            method.attach(optimizer)
+
     def before_epoch(self, epoch: int) -> None:
         for method in self.methods.values():
             method.before_epoch(self.model, epoch)
@@ -152,6 +180,12 @@ class Pretrainer(nn.Module):
 
     def metrics(self) -> dict[str, torch.Tensor | float]:
         return {name: value for method in self.methods.values() for name, value in method.metrics().items()}
+
+    def pictures(self, imgs, shown) -> dict[str, torch.Tensor]:
+        return {k: v for method in self.methods.values() for k, v in method.pictures(self.model, imgs, shown).items()}
+
+    def distributions(self, imgs) -> dict[str, torch.Tensor]:
+        return {k: v for method in self.methods.values() for k, v in method.distributions(self.model, imgs).items()}
 
     def looking(self, step: int) -> list[Method]:
         """The methods that want a closer look after this step."""
@@ -176,8 +210,9 @@ def enabled_methods(args: argparse.Namespace, known: list[type[Method]]) -> list
     """The methods that the flags ask for; UserError when two of them cannot run together, or when a flag has no effect
     because no method that knows it is on. Options that were not given get their defaults."""
     chosen = [method for method in known if method.enabled(args)]
-    for dest in [name for name in vars(args) if name not in {n for m in chosen for n in m.options}]:
-        owners = [method.flag for method in known if dest in method.options]
+    in_use = {name for method in chosen for name in method.options}
+    for dest in vars(args):
+        owners = [method.flag for method in known if dest in method.options and dest not in in_use]
         if owners:
             raise UserError(f"--{dest} has no effect without {' or '.join(owners)}")
     for method in chosen:

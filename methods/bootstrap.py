@@ -137,7 +137,7 @@ class Bootstrap(Method):
 
     # Plumbing.
 
-    def begin(self, model, others, steps: int) -> None:
+    def begin(self, model, methods, steps: int) -> None:
         self.epoch_steps = steps / self.epochs
         self.look_every = max(1, round(self.epoch_steps))
 

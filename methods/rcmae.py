@@ -115,19 +115,19 @@ class RCMAE(Method):
         self.teacher = Frozen(deepcopy(model))
         self.heads = nn.ModuleDict()  # of methods that reconstruct something else than pixels: name -> the teacher's
 
-    def begin(self, model, others, steps: int) -> None:
+    def begin(self, model, methods, steps: int) -> None:
         self.steps = steps
-        self._students = {m.name: m.prediction_head() for m in others if m.prediction_head() is not None}
+        self._students = {m.name: m.prediction_head() for m in methods if m.prediction_head() is not None}
         self.heads.update({name: Frozen(deepcopy(head)) for name, head in self._students.items()})
 
     def terms(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, out: MaskedOutput) -> dict[str, torch.Tensor]:
         return {"consistency": self.gamma * self.consistency(imgs, out)}
 
     def consistency(self, imgs: torch.Tensor, out: MaskedOutput) -> torch.Tensor:
-        teacher = self.teacher.network
+        teacher, self.ratio = self.teacher.network, out.mask_ratio
         ids_keep, ids_restore = out.ids_keep, out.ids_restore
         if self.own_mask:
-            ids_keep, _, ids_restore = teacher.choose_visible(redrawn(out.scores), self.ratio)
+            ids_keep, _, ids_restore = teacher.choose_visible(redrawn(out.scores), out.mask_ratio)
         head = self.heads[out.head].network if out.head else teacher.decoder_pred
         with torch.no_grad():
             prediction = predict(teacher, head, imgs, ids_keep, ids_restore)

@@ -6,10 +6,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 import models_mae
 from util.arguments import Parser, add_data_arguments
-from util.datasets import input_size
+from util.datasets import Files, input_size, mean_std, read_images
 from util.errors import UserError
+from util.loading import KeyedDataset
+from util.transforms import check_channels, eval_transform
 from util.weights import load_into, read_weights
 
 
@@ -29,6 +33,58 @@ def add_model_flags(made: Parser) -> None:
     group.add_argument("--input_size", type=int, nargs="+", metavar=("H", "W"))
     group.add_argument("--patch_size", type=int)
     group.add_argument("--in_chans", type=int)
+
+
+def add_picture_flags(made: Parser) -> None:
+    """Which images to draw, where, and with how much removed."""
+    made.add_argument("--data", default="", help="an image, or a folder of images; instead of --dataset/--data_path")
+    made.add_argument("--out", required=True, help="PNG file to write")
+    made.add_argument("--mask_ratio", type=float, help="the run's own by default, else 0.75")
+    made.add_argument("--count", type=int, default=8, help="images, evenly spaced over the set")
+
+
+def check_picture_flags(args: argparse.Namespace, stored_ratio: float) -> float:
+    """The mask ratio; UserError for bad values of `add_picture_flags`."""
+    ratio, out = args.mask_ratio if args.mask_ratio is not None else stored_ratio, Path(args.out)
+    if not 0 < ratio < 1:
+        raise UserError(f"--mask_ratio {ratio} must lie between 0 and 1, both excluded")
+    if args.count < 1:
+        raise UserError(f"--count {args.count} must be positive")
+    if out.suffix.lower() != ".png" or not out.parent.is_dir():
+        raise UserError(f"--out {out} must be a .png file in a folder that exists")
+    return ratio
+
+
+def images_of(args: argparse.Namespace):
+    """`--data`, else the validation images of the data set, else its training images."""
+    if args.data:
+        path = Path(args.data)
+        if path.is_file():
+            return Files([str(path)], [-1], None)
+        args.dataset, args.data_path = "folder", str(path)
+        return read_images(args, train=True)
+    try:
+        return read_images(args, train=False)
+    except UserError:
+        return read_images(args, train=True)
+
+
+def chosen_images(args: argparse.Namespace, model, ratio: float) -> tuple[torch.Tensor, tuple, tuple]:
+    """`--count` images (N, C, H, W), evenly spaced over the set, with the mean and deviation they were normalised by.
+
+    UserError when none can be read, and when `ratio` leaves the model nothing to see.
+    """
+    check_channels(args.in_chans)
+    if int(model.patch_embed.num_patches * (1 - ratio)) < 1:
+        raise UserError(f"--mask_ratio {ratio} leaves no visible patch of {model.patch_embed.num_patches}: lower it")
+    mean, std = mean_std(args)
+    images = images_of(args)
+    dataset = KeyedDataset(images, eval_transform(input_size(args), mean, std, args.crop_pct), args, replace=False)
+    places = torch.linspace(0, len(images) - 1, min(args.count, len(images))).long().tolist()
+    samples = [sample for sample in (dataset[place] for place in places) if not sample.bad]
+    if not samples:
+        raise UserError("none of the chosen images could be read; their names are above")
+    return torch.stack([sample.image for sample in samples]), mean, std
 
 
 def load_autoencoder(path: str, args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:

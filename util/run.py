@@ -89,7 +89,7 @@ class Run:
         self.scaler = NativeScalerWithGradNormCount(self.amp_dtype is torch.float16, device)
         self.stop = StopRequest()
         self.stopped = False
-        self.step = 0  # optimizer steps since the beginning of the run
+        self.steps_per_epoch = ceil(len(loader) / args.accum_iter)
         self.epoch, self.position = args.start_epoch, 0  # next micro-batch
         self.meter = EpochMeter(device)
         self.best = 0.0
@@ -100,7 +100,8 @@ class Run:
         if resume is not None:
             self._resume(resume)
         # From the place in the run, not from the file: right also with --start_epoch or with other batch flags.
-        self.step = self.epoch * ceil(len(loader) / args.accum_iter) + self.position // args.accum_iter
+        # Optimizer steps since the beginning of the run.
+        self.step = self.epoch * self.steps_per_epoch + self.position // args.accum_iter
         self._same_place_everywhere()
         self.wrapped = self._wrap(self.module) if get_world_size() > 1 else self.module
         checkpoint.make_output_dir(args)
@@ -339,6 +340,7 @@ class Run:
             "methods": self.methods.state_dict() if self.methods is not None else {},
             **self.exported(),
             "rng": gather_objects(get_rng_state(self.device)),
+            "methods_by_rank": gather_objects(self._rank_states()),
             "data": {
                 "epoch": self.epoch,
                 "samples": samples,
@@ -352,6 +354,11 @@ class Run:
         """Further whole models that the methods own (an EMA teacher), by their key in the checkpoint."""
         methods = self.methods.values() if self.methods is not None else ()
         return {key: state for method in methods for key, state in method.exported().items()}
+
+    def _rank_states(self) -> dict[str, object]:
+        """What the methods must keep of this process alone."""
+        states = {name: method.rank_state() for name, method in (self.methods.items() if self.methods else ())}
+        return {name: state for name, state in states.items() if state is not None}
 
     def save(self) -> None:
         if not self.args.output_dir:
@@ -379,20 +386,26 @@ class Run:
         rng = state.get("rng", [])
         if len(rng) == get_world_size():
             set_rng_state(rng[get_rank()], self.device)
+            for name, own in (state.get("methods_by_rank") or [{}] * len(rng))[get_rank()].items():
+                self.methods[name].load_rank_state(own)
         elif rng:
             print(f"note: {path.name} was written by {len(rng)} processes, so random numbers outside the data differ")
         print(f"resumed {path}: epoch {self.epoch}, batch {self.position}")
 
+    def _check_methods(self, path: Path, state: dict) -> None:
+        if self.methods is None:
+            return
+        keys = state.get("methods", {}), self.methods.state_dict()
+        theirs, ours = ({key.split(".")[0] for key in names} for names in keys)
+        if theirs != ours:
+            before, now = (", ".join(sorted(names)) or "none" for names in (theirs, ours))
+            raise UserError(
+                f"--resume {path} was written with other methods ({before}) than this run has ({now}): give the "
+                f"same flags, or start a new run from its weights with --init_from"
+            )
+
     def _load(self, path: Path, state: dict) -> None:
-        if self.methods is not None:
-            keys = state.get("methods", {}), self.methods.state_dict()
-            theirs, ours = ({key.split(".")[0] for key in names} for names in keys)
-            if theirs != ours:
-                before, now = (", ".join(sorted(names)) or "none" for names in (theirs, ours))
-                raise UserError(
-                    f"--resume {path} was written with other methods ({before}) than this run has ({now}): give the "
-                    f"same flags, or start a new run from its weights with --init_from"
-                )
+        self._check_methods(path, state)
         # Which implementation steps is this run's choice, whatever wrote the file (official ones do not say).
         for theirs, ours in zip(state["optimizer"].get("param_groups", []), self.optimizer.param_groups):
             theirs |= {name: ours[name] for name in ("fused", "foreach", "capturable") if name in ours}

@@ -1,0 +1,126 @@
+"""The task that guides a masking network (stages II and III of MLO-MAE): its labelled images, its head, its loss.
+
+Another task (a label per patch, say) is another class with the methods of `Classification`.
+"""
+
+import copy
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+from util.datasets import Files, Images, Part, input_size, mean_std, read_images
+from util.distributed import get_world_size
+from util.errors import UserError
+from util.features import encoder_features
+from util.loading import Endless, build_loader
+from util.transforms import eval_transform, pretrain_transform
+
+
+def labelled_images(args, images) -> Images:
+    """The images of `--mlo_labels`: those that are pretrained on, or the train/ of another image folder."""
+    if args.mlo_labels == "same":
+        found, where = images, f"--dataset {args.dataset}"
+    else:
+        other = copy.copy(args)
+        other.dataset, other.data_path, where = "imagefolder", args.mlo_labels, f"--mlo_labels {args.mlo_labels}"
+        try:
+            found = read_images(other, train=True)
+        except UserError as error:
+            raise UserError(str(error).replace("--data_path", "--mlo_labels")) from None
+    if not isinstance(found, Images):
+        raise UserError(f"--mlo_labels same cannot use {where}, a stream: give a folder with train/<class>/")
+    if found.classes is None:
+        raise UserError(f"--mlo_labels needs labels, and {where} has none: give a folder with train/<class>/")
+    return found
+
+
+def stratified_split(images: Images, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Places (for training, held out), `fraction` of every class held out. UserError where a class would be empty."""
+    targets = np.asarray(images.targets)
+    labels, counts = np.unique(targets, return_counts=True)
+    names = [images.classes[label] for label in labels]
+    scarce = [name for name, count in zip(names, counts) if count < 2]
+    if scarce:
+        raise UserError(f"--mlo_labels: class {scarce[0]!r} has fewer than two images, so it cannot be split")
+    if len(labels) < 2:
+        raise UserError("--mlo_labels: there is only one class, so there is nothing to learn from")
+    held = max(len(labels), round(fraction * len(targets)))
+    if len(targets) - held >= len(labels):
+        train, val = train_test_split(np.arange(len(targets)), test_size=held, stratify=targets, random_state=seed)
+        left = [len(np.unique(targets[places])) for places in (train, val)]
+    if len(targets) - held < len(labels) or min(left) < len(labels):
+        fits = 1 / counts.min()
+        raise UserError(
+            f"--mlo_val_fraction {fraction:g} leaves class {names[counts.argmin()]!r} of {counts.min()} images empty "
+            f"on one side: a fraction between {min(fits, 0.5):.2g} and {max(1 - fits, 0.5):.2g} fits"
+        )
+    return sorted(train.tolist()), sorted(val.tolist())
+
+
+def without(images, others: Part):
+    """`images` less those that are the same files as `others`."""
+    if not isinstance(images, Files) or not isinstance(others.images, Files):
+        return images
+    taken = {os.path.realpath(others.name(place)) for place in range(len(others))}
+    places = [place for place in range(len(images)) if os.path.realpath(images.name(place)) not in taken]
+    return images if len(places) == len(images) else Part(images, places)
+
+
+class Classification:
+    """Classify the whole image from one feature vector, with a linear head."""
+
+    def __init__(self, args, images):
+        self.pool, self.args = args.mlo_feature, args
+        labelled = labelled_images(args, images)
+        self.classes = len(labelled.classes)
+        train, self.held_out = stratified_split(labelled, args.mlo_val_fraction, args.seed)
+        self.train_images, self.val_images = Part(labelled, train), Part(labelled, self.held_out)
+        # What stage I may see: nothing of stage III.
+        self.pretrain_images = self.train_images if labelled is images else without(images, self.val_images)
+
+    def batches(self, every: tuple[int, int]) -> tuple[Endless, Endless]:
+        """Of stage II (augmented like the pretraining) and of stage III (as images are evaluated), which are asked for
+        one batch in so many steps."""
+        args, size, (mean, std) = self.args, input_size(self.args), mean_std(self.args)
+        kinds = (
+            pretrain_transform(args.aug, size, mean, std, args.crop_pct),
+            eval_transform(size, mean, std, args.crop_pct),
+        )
+        batch_size = args.mlo_batch_size or args.batch_size
+        found = []
+        for stage, images, transform in zip((2, 3), (self.train_images, self.val_images), kinds):
+            if len(images) < batch_size * get_world_size():
+                raise UserError(
+                    f"--mlo_batch_size {batch_size} is more than the {len(images)} labelled images of stage "
+                    f"{'I' * stage} on {get_world_size()} process(es): lower it"
+                )
+            here = copy.copy(args)
+            here.seed += 1_000_003 * stage  # other crops than stage I's
+            here.num_workers = math.ceil(args.num_workers / every[stage - 2])
+            found.append(Endless(build_loader(images, transform, here, batch_size, train=True)))
+        return found[0], found[1]
+
+    def head(self, width: int) -> nn.Module:
+        """From features (N, width) to logits."""
+        head = nn.Linear(width, self.classes)
+        nn.init.trunc_normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def features(self, encoder, imgs: torch.Tensor) -> torch.Tensor:
+        """Of the whole image, every patch visible: (N, D) float32 or wider."""
+        return encoder_features(encoder, imgs, self.pool)
+
+    @staticmethod
+    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, targets)
+
+    @staticmethod
+    def score(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Top-1 in percent, on the device."""
+        return 100.0 * (logits.argmax(dim=-1) == targets).float().mean()

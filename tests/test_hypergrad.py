@@ -1,0 +1,672 @@
+"""MLO-MAE's hypergradient against the reference numbers, autograd through the whole chain, and finite differences.
+
+The method itself is driven, in float64 and with gradient descent in place of AdamW, so that one step of each problem is
+what the fixtures and the unrolled graph compute.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import main_pretrain
+from methods import Pretrainer, hypergrad
+from methods.guide import Classification
+from methods.hypergrad import PatchErrors, exact_arithmetic, weighted_loss
+from methods.mlomae import MLOMAE, trained
+from models_mae import MaskedAutoencoderViT
+
+EXACT = 1e-10  # float64: a chain of a few hundred operations, relative to the norm
+
+
+class TinyAutoencoder(nn.Module):
+    """The autoencoder of `mlo_tiny`, with the parts that a method uses: one hidden layer on the mean token."""
+
+    def __init__(self, weights):
+        super().__init__()
+        for name, value in weights.items():
+            setattr(self, name, nn.Parameter(value.double()))
+        patches = len(weights["pos"])
+        self.patch_embed, self.cls_token = SimpleNamespace(num_patches=patches), torch.zeros(1, 1, len(weights["be"]))
+
+    choose_visible, gather = MaskedAutoencoderViT.choose_visible, staticmethod(MaskedAutoencoderViT.gather)
+    forward_pretrain = MaskedAutoencoderViT.forward_pretrain
+
+    def embed(self, imgs):
+        return imgs @ self.We + self.be + self.pos
+
+    def encode(self, tokens, return_blocks=()):
+        return torch.tanh(tokens.mean(dim=1) @ self.W1 + self.b1), {}
+
+    def decode(self, latent, ids_restore):
+        return latent[:, None] + self.dpos
+
+    def decoder_pred(self, decoded):
+        return decoded @ self.Wd + self.bd
+
+    def forward_decoder(self, latent, ids_restore):
+        return self.decoder_pred(self.decode(latent, ids_restore))
+
+    def pixel_target(self, imgs):
+        return imgs
+
+
+class Task:
+    """A guiding task on given batches."""
+
+    held_out, loss, score = [0], staticmethod(F.cross_entropy), staticmethod(Classification.score)
+
+    def __init__(self, features, head, train, val):
+        self.features, self.made = features, head
+        self.given = [SimpleNamespace(batch=lambda i, b=b: b[i % len(b)]) for b in (train, val)]
+
+    def head(self, width):
+        return self.made
+
+    def batches(self, every):
+        return self.given
+
+
+class Labelled(SimpleNamespace):
+    def _replace(self, **changes):
+        return Labelled(**vars(self) | changes)
+
+
+def labelled(images, targets):
+    return [Labelled(image=x, target=y) for x, y in zip(images, targets)]
+
+
+def the_method(model, task, flags="", inner_lr=0.1, head_lr=0.2, net=None, steps=1000):
+    """MLOMAE with gradient descent for all three problems; the masking network moves by its gradient."""
+    argv = f"--mlo_mae --mlo_labels same --amp_dtype fp32 --mlo_mask_lr 1 --mlo_precondition none {flags}".split()
+    argv += ["--mlo_head_lr", str(head_lr)] if "--mlo_levels 2" not in flags else []
+    args = main_pretrain.get_args_parser().parse_args(argv)
+    main_pretrain.check(args)
+    method = MLOMAE(args, model)
+    method.use(task)
+    if net is not None:
+        method.net.load_state_dict(net)
+    method.to(next(model.parameters()).dtype)
+    method.optimizer = torch.optim.SGD(method.net.parameters(), lr=1)
+    if method.stage2.optimizer:
+        method.stage2.optimizer = torch.optim.SGD(method.stage2.parameters(), lr=head_lr)
+    pretrainer = Pretrainer(model, [method], steps)
+    method.head_lr = head_lr
+    pretrainer.attach(torch.optim.SGD(trained(model).values(), lr=inner_lr))
+    return pretrainer, method
+
+
+def train_step(pretrainer, method, imgs, ratio):
+    loss, _, _ = pretrainer(imgs, ratio)
+    loss.backward()
+    method.inner.step()
+    method.inner.zero_grad()
+    pretrainer.after_update(imgs, method.step, torch.ones(()))
+    return loss.detach()
+
+
+def move_of(pretrainer, method, batches, ratio) -> dict:
+    """The hypergradient that the masking network moves by after steps on `batches`."""
+    found, original = [], method.hypergradient
+    method.hypergradient = lambda *args: found.append(original(*args)) or found[-1]
+    for imgs in batches:
+        train_step(pretrainer, method, imgs, ratio)
+    return {name: sum(part[name] for part in found) for name in found[0]}
+
+
+def flat(gradients) -> torch.Tensor:
+    return torch.cat([g.detach().flatten() for g in (gradients.values() if isinstance(gradients, dict) else gradients)])
+
+
+def off(ours, theirs) -> float:
+    """Relative error in norm."""
+    ours, theirs = flat(ours), flat(theirs)
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def cosine(one, other) -> float:
+    return F.cosine_similarity(flat(one).double(), flat(other).double(), dim=0).item()
+
+
+@sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
+def unrolled(pretrainer, method, batches, ratio, attach=False, head_path=True):
+    """The hypergradient by autograd through every step, second derivatives and all: gradient descent on stage I for
+    each batch, one step of the head, stage III. Nothing is dropped: later probabilities follow earlier steps.
+
+    `attach`: as in the public code, stage I's gradient reaches the embedding through the masking network's input.
+    """
+    model, stage2 = pretrainer.model, method.stage2
+    theta, net, lr = leaves(trained(model), "model."), leaves(method.net), method.inner.param_groups[0]["lr"]
+    for imgs in batches:
+        here, loss = stage_one(pretrainer, method, theta, net, imgs, ratio, attach)
+        gradient = torch.autograd.grad(loss, list(here.values()), create_graph=True)
+        theta = {name: value - lr * g for (name, value), g in zip(theta.items(), gradient)}
+    head = leaves(stage2.head)
+    train, val = (given.batch(0) for given in method.batches)
+    gradient = torch.autograd.grad(task_loss(model, stage2, theta, head, train), list(head.values()), create_graph=True)
+    gradient = gradient if head_path else [g.detach() for g in gradient]
+    head = {name: value - method.head_lr * g for (name, value), g in zip(head.items(), gradient)}
+    return list(torch.autograd.grad(task_loss(model, stage2, theta, head, val), list(net.values())))
+
+
+def leaves(module, prefix=""):
+    """A copy of the parameters, at the root of a graph."""
+    parameters = module if isinstance(module, dict) else dict(module.named_parameters())
+    return {f"{prefix}{name}": p.detach().clone().requires_grad_() for name, p in parameters.items()}
+
+
+def stage_one(pretrainer, method, theta, net, imgs, ratio=0.75, attach=False):
+    """The weighted loss of stage I, and the copy of theta by which to differentiate it: without `attach`, the input of
+    the masking network is not part of that."""
+    model, here = pretrainer.model, {name: value * 1 for name, value in theta.items()}
+    tokens = functional_call(Embed(model), here if attach else theta, (imgs,))
+    logits = functional_call(method.net, net, (tokens,))
+    ids_keep, mask, ids_restore = model.choose_visible(logits.detach(), ratio)
+    errors = functional_call(PatchErrors(model), here, (imgs, ids_keep, ids_restore))
+    return here, weighted_loss(errors, logits.sigmoid(), mask)
+
+
+def task_loss(model, stage2, theta, head, batch):
+    features = functional_call(Features(model, stage2.guide), theta, (batch.image,))
+    return stage2.guide.loss(functional_call(stage2.head, head, (features,)), batch.target)
+
+
+class Features(nn.Module):
+    def __init__(self, model, guide):
+        super().__init__()
+        self.model, self.guide = model, guide
+
+    def forward(self, imgs):
+        return self.guide.features(self.model, imgs)
+
+
+class Embed(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, imgs):
+        return self.model.embed(imgs)
+
+
+# The fixture mlo_tiny ------------------------------------------------------------------------------------------------
+
+
+class LinearTask(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.Wc, self.bc = (nn.Parameter(weights[name].double(), requires_grad=False) for name in ("Wc", "bc"))
+
+    def forward(self, features):
+        return features @ self.Wc + self.bc
+
+
+def tiny(ref, flags):
+    meta = ref.json("meta")
+    model = TinyAutoencoder(ref.group("E0/"))
+    data = {name: ref[name].double() for name in ("xp", "xf", "xv")}
+    task = Task(
+        lambda m, x: m.encode(m.embed(x))[0], LinearTask(ref.group("C0/")), labelled(data["xf"], ref["yf"]),
+        labelled([data["xv"]], [ref["yv"]]),
+    )  # fmt: skip
+    mask = ref.group("T0/")
+    net = {"layers.0.weight": mask["V1"].T, "layers.0.bias": mask["c1"], "layers.2.weight": mask["V2"].T,
+           "layers.2.bias": mask["c2"]}  # fmt: skip
+    pretrainer, method = the_method(
+        model, task, f"--mlo_hidden {len(mask['c1'])} {flags}", meta["lrE"], meta["lrC"], net
+    )
+    return pretrainer, method, data["xp"], meta["ratio"]
+
+
+def tiny_reference(ref, name):
+    """An exact hypergradient of the fixture, in our layout."""
+    group = ref.group(f"{name}/")
+    return [group["V1"].T, group["c1"], group["V2"].T, group["c2"]]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The windows and directions that moves were made of."""
+    found, original = SimpleNamespace(), MLOMAE._move
+
+    def move(self, model, imgs, paths):
+        found.window, found.paths = list(self.window), paths
+        found.direction = {f"model.{n}": sum(path.get(n, 0) for path in paths.values()) for n in paths["direct"]}
+        original(self, model, imgs, paths)
+
+    monkeypatch.setattr(MLOMAE, "_move", move)
+    return found
+
+
+def one_batch(ref):
+    return [ref["xp"][0].double()], ref.json("meta")["ratio"]
+
+
+def net_gradient(method, tokens, rates, mask):
+    return hypergrad.mask_gradient(method.net, tokens, lambda p: weighted_loss(rates, p, mask))
+
+
+@pytest.mark.parametrize("name,flags", [
+    ("total", "--mlo_hypergrad jvp"),
+    ("pathE", "--mlo_hypergrad jvp --no_mlo_head_path"),
+])  # fmt: skip
+def test_tiny_one_step_is_exact(golden, name, flags):
+    """`det1`: the input of the masking network is detached, as ours always is."""
+    ref = golden("mlo_tiny")
+    pretrainer, method, xp, ratio = tiny(ref, f"--mlo_unroll 1 {flags}")
+    assert off(move_of(pretrainer, method, [xp[0]], ratio), tiny_reference(ref, f"det1/exact_k1_j1/{name}")) < EXACT
+
+
+def test_tiny_attached_input_is_the_only_difference(golden, seen):
+    """`det0` lets the loss of stage I, and so the hypergradient, pass through the masking network into the embedding.
+    At that run's weights, its exact gradient is ours plus the errors times how the probabilities change along v."""
+    ref = golden("mlo_tiny")
+    pretrainer, method, xp, ratio = tiny(ref, "--mlo_unroll 1 --mlo_hypergrad jvp")
+    before = {name: p.clone() for name, p in method.net.named_parameters()}
+    pretrainer(xp[0], ratio)
+    with torch.no_grad():
+        for name, value in ref.group("det0/exact_k1_j1/E_after/").items():
+            getattr(pretrainer.model, name).copy_(value)
+    pretrainer.after_update(xp[0], 0, torch.ones(()))
+    ours = [before[name] - p for name, p in method.net.named_parameters()]
+
+    (step,), batch = seen.window, seen.window[0].batches[0]
+    net = {name: value.requires_grad_() for name, value in before.items()}
+    errors = functional_call(PatchErrors(pretrainer.model), step.weights, vars_of(batch)).detach()
+
+    def probabilities(theta):
+        tokens = functional_call(Embed(pretrainer.model), step.weights | theta, (batch.imgs,))
+        return functional_call(method.net, net, (tokens,)).sigmoid()
+
+    at = {name: step.weights[name] for name in seen.direction}
+    changes = torch.func.jvp(probabilities, (at,), (seen.direction,))[1]
+    extra = torch.autograd.grad(-step.lr * weighted_loss(errors, changes, batch.mask), list(net.values()))
+    exact = tiny_reference(ref, "det0/exact_k1_j1/total")
+    assert off([one + other for one, other in zip(ours, extra)], exact) < EXACT
+    assert off(ours, exact) > 0.1  # so it matters
+
+
+def vars_of(batch):
+    return batch.imgs, batch.ids_keep, batch.ids_restore
+
+
+def test_tiny_two_steps_drop_one_factor(golden, seen):
+    """`sum` over two steps against the exact two-step unroll: what is missing is the factor I - xi H on the first of
+    them, H the derivative of stage I's gradient, and nothing else. `last` is further away."""
+    ref = golden("mlo_tiny")
+    exact = tiny_reference(ref, "det1/exact_k2_j1/total")
+    errors = {}
+    for kind in ("last", "sum"):
+        pretrainer, method, xp, ratio = tiny(ref, f"--mlo_unroll 2 --mlo_hypergrad jvp --mlo_unroll_grad {kind}")
+        ours = move_of(pretrainer, method, [xp[0], xp[1]], ratio)
+        errors[kind] = off(ours, exact)
+    assert errors["sum"] < 0.05 < errors["last"], errors
+
+    first, second = seen.window
+    theta = {name: value.clone().requires_grad_() for name, value in second.weights.items()}
+    net = {name: p.detach() for name, p in tiny(ref, "")[1].net.named_parameters()}
+    module, batch = PatchErrors(pretrainer.model), second.batches[0]
+    tokens = functional_call(Embed(pretrainer.model), theta, (batch.imgs,))
+    weights = functional_call(method.net, net, (tokens,)).sigmoid()
+    here = {name: value * 1 for name, value in theta.items()}  # stage I's gradient does not pass through the weights
+    loss = weighted_loss(functional_call(module, here, vars_of(batch)), weights, batch.mask)
+    gradient = dict(zip(theta, torch.autograd.grad(loss, list(here.values()), create_graph=True)))
+    product = sum((gradient[name] * v).sum() for name, v in seen.direction.items())
+    curved = dict(zip(theta, torch.autograd.grad(product, list(theta.values()))))  # H v
+    batch = first.batches[0]
+    with exact_arithmetic(module):
+        rates = hypergrad.rates_jvp(pretrainer.model, first.weights, curved, vars_of(batch))
+    method.net.load_state_dict(net)
+    tokens = functional_call(Embed(pretrainer.model), first.weights, (batch.imgs,))
+    dropped = [first.lr * second.lr * g for g in net_gradient(method, tokens, rates, batch.mask)]
+    assert off([a + b for a, b in zip(ours.values(), dropped)], exact) < EXACT
+    print("two steps of mlo_tiny, relative error:", errors)
+
+
+# A vision transformer: the fixture, and autograd through the whole chain ----------------------------------------------
+
+
+class NormHead(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.fc_norm, self.head = nn.LayerNorm(12, eps=1e-6), nn.Linear(12, 4)
+        self.load_state_dict(weights)
+        self.double().requires_grad_(False)
+
+    def forward(self, features):
+        return self.head(self.fc_norm(features))
+
+
+def vit_of_fixture(ref, flags):
+    meta = ref.json("meta")
+    model = MaskedAutoencoderViT(**meta["model"], norm_pix_loss=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    model.load_state_dict(ref.group("pretrain0/"))
+    model.requires_grad_(True).double()  # position tables are trained there
+    task = Task(
+        lambda m, x: m.encode(m.embed(x))[0][:, 0], NormHead(ref.group("finetune0/")),
+        labelled(ref["xf"].double(), ref["yf"]), labelled(ref["xv"].double(), ref["yv"]),
+    )  # fmt: skip
+    names = {"first_hidden_layer.fc": "layers.0", "output_layer": "layers.2"}
+    net = {new + key.removeprefix(old): value for key, value in ref.group("mask0/").items()
+           for old, new in names.items() if key.startswith(old)}  # fmt: skip
+    pretrainer, method = the_method(model, task, f"--mlo_hidden 6 {flags}", meta["lr_sgd"][0], meta["lr_sgd"][1], net)
+    return pretrainer, method, ref["xp"].double(), meta["ratio"]
+
+
+@pytest.mark.parametrize("name,flags,attach", [
+    ("det0/exact_k1_j1", "--mlo_unroll 1", True), ("det0/exact_k2_j1", "--mlo_unroll 2", True),
+    ("det1/exact_k1_j1", "--mlo_unroll 1", False), ("det1/exact_k2_j1", "--mlo_unroll 2", False),
+])  # fmt: skip
+def test_unrolled_reference_on_tiny(golden, name, flags, attach):
+    """The reference that the tests below compare with is the fixtures'."""
+    ref = golden("mlo_tiny")
+    pretrainer, method, xp, ratio = tiny(ref, flags)
+    found = unrolled(pretrainer, method, xp[: method.unroll], ratio, attach)
+    assert off(found, tiny_reference(ref, f"{name}/total")) < EXACT
+
+
+def test_vit_fixture(golden):
+    """The reference is `sgd/hypergrad_exact` (attached input, two steps). Ours, on the same networks and images, is
+    exact for one step with its detached input; for two it is much closer to the truth than the public gradient is to
+    its own."""
+    ref = golden("mlo_vit")
+    pretrainer, method, xp, ratio = vit_of_fixture(ref, "--mlo_unroll 2")
+    exact = list(ref.group("sgd/hypergrad_exact/").values())
+    assert off(unrolled(pretrainer, method, xp[:2], ratio, attach=True), exact) < EXACT
+    assert off(
+        unrolled(pretrainer, method, xp[:2], ratio, attach=True, head_path=False),
+        ref.group("sgd/hypergrad_exact_encpath/"),
+    ) < EXACT  # fmt: skip
+    detached = unrolled(pretrainer, method, xp[:2], ratio)
+    two = move_of(*vit_of_fixture(ref, "--mlo_unroll 2 --mlo_hypergrad jvp")[:2], xp[:2], ratio)
+    public = list(ref.group("sgd/hypergrad_betty/").values())
+    print("mlo_vit, two steps: error", off(two, detached), "cosine", cosine(two, detached))
+    assert off(two, detached) < 0.1 and cosine(public, exact) < 0.6
+    one = vit_of_fixture(ref, "--mlo_unroll 1 --mlo_hypergrad jvp")
+    reference = unrolled(*one[:2], xp[:1], ratio)
+    assert off(move_of(*one[:2], xp[:1], ratio), reference) < EXACT
+
+
+# Small vision transformers of ours -----------------------------------------------------------------------------------
+
+
+def small_vit(flags, dtype=torch.float64, depth=2, inner_lr=0.1, head_lr=0.3):
+    """An autoencoder with a made-up task of three classes, on noise."""
+    model = MaskedAutoencoderViT(16, 4, 3, 24, depth, 2, 16, 1, 2, mlp_ratio=2.0, norm_pix_loss=True).to(dtype)
+    draw = partial(torch.randn, dtype=dtype)
+    head = nn.Linear(24, 3).to(dtype).requires_grad_(False)
+    pool = 0 if "cls" in flags else slice(1, None)
+    task = Task(
+        lambda m, x: m.encode(m.embed(x))[0][:, pool].reshape(len(x), -1, 24).mean(dim=1), head,
+        labelled(draw(2, 6, 3, 16, 16), torch.randint(3, (2, 6))),
+        labelled(draw(2, 5, 3, 16, 16), torch.randint(3, (2, 5))),
+    )  # fmt: skip
+    pretrainer, method = the_method(model, task, f"--mlo_hidden 20 {flags}", inner_lr, head_lr)
+    return pretrainer, method, draw(4, 24, 3, 16, 16)
+
+
+def twice(make):
+    """The same thing made twice."""
+    state = torch.get_rng_state()
+    first = make()
+    torch.set_rng_state(state)
+    return first, make()
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, EXACT), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("flags", ["", "--no_mlo_head_path", "--mlo_feature cls"])
+@pytest.mark.parametrize("depth", [0, 2])
+def test_jvp_is_exact(flags, dtype, tolerance, depth):
+    """One unrolled step, against autograd through the whole chain in float64; a linear encoder and a transformer."""
+    make = partial(small_vit, f"--mlo_unroll 1 --mlo_hypergrad jvp {flags}", depth=depth)
+    (pretrainer, method, xp), (double, its_method, _) = twice(make)
+    exact = unrolled(double, its_method, xp[:1], 0.75, head_path="no_mlo" not in flags)
+    if dtype is torch.float32:
+        pretrainer.float()
+        method.batches = [in_float(given) for given in method.batches]
+    assert off(move_of(pretrainer, method, [xp[0].to(dtype)], 0.75), exact) < tolerance
+
+
+def in_float(given):
+    def batch(number):
+        found = given.batch(number)
+        return found._replace(image=found.image.float())
+
+    return SimpleNamespace(batch=batch)
+
+
+def in_float32(flags, seed=0):
+    """The same problem in float32, with the exact hypergradient of float64."""
+    torch.manual_seed(seed)
+    (pretrainer, method, xp), (double, its_method, _) = twice(partial(small_vit, flags))
+    exact = unrolled(double, its_method, xp[: method.unroll], 0.75)
+    pretrainer.float()
+    method.batches = [in_float(given) for given in method.batches]
+    return move_of(pretrainer, method, [x.float() for x in xp[: method.unroll]], 0.75), exact
+
+
+def test_fd_in_float32():
+    """At the default displacement of 1e-3: half the digits of float32 are lost to the difference, so 1e-3 at worst."""
+    errors = [off(*in_float32("--mlo_unroll 1 --mlo_hypergrad fd", seed)) for seed in range(3)]
+    print("fd, float32, alpha 1e-3:", errors)
+    assert max(errors) < 1e-3
+
+
+def test_fd_over_the_displacement():
+    """Too long a displacement is curved (the error falls with its square), too short a one drowns in rounding."""
+    lengths = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    errors = {alpha: off(*in_float32(f"--mlo_unroll 1 --mlo_fd_alpha {alpha}")) for alpha in lengths}
+    print("fd, float32:", errors)
+    assert errors[1e-2] < errors[1e-1] / 10
+    assert errors[1e-5] > 10 * errors[1e-3]
+    make = partial(small_vit, "--mlo_unroll 1 --mlo_hypergrad fd --mlo_fd_alpha 1e-4")
+    (pretrainer, method, xp), (double, its_method, _) = twice(make)
+    exact = unrolled(double, its_method, xp[:1], 0.75)
+    assert off(move_of(pretrainer, method, xp[:1], 0.75), exact) < 1e-5  # float64 has room for a short one
+
+
+@pytest.mark.parametrize("unroll", [2, 5])
+def test_unrolled_steps(unroll):
+    """`sum` drops one factor I - xi H for each later step; `last` drops the earlier steps altogether."""
+    errors = {}
+    for kind in ("sum", "last"):
+        torch.manual_seed(3)
+        make = partial(small_vit, f"--mlo_unroll {unroll} --mlo_hypergrad jvp --mlo_unroll_grad {kind}", inner_lr=0.01)
+        (pretrainer, method, _), (double, its_method, _) = twice(make)
+        imgs = torch.randn(unroll, 24, 3, 16, 16, dtype=torch.float64)
+        errors[kind] = off(move_of(pretrainer, method, imgs, 0.75), unrolled(double, its_method, imgs, 0.75))
+    print(f"{unroll} steps of a transformer:", errors)
+    assert errors["sum"] < 0.5 * errors["last"]
+
+
+@pytest.mark.parametrize("kind", ["fd", "jvp"])
+def test_nothing_else_moves(kind):
+    """The autoencoder, its mode and torch's settings are bit for bit what they were; all of it again gives the same."""
+    pretrainer, method, xp = small_vit(f"--mlo_unroll 1 --mlo_hypergrad {kind}", torch.float32)
+    pretrainer.train()
+    method.batches = [in_float(given) for given in method.batches]
+    original, states = method._move, []
+
+    def move(model, imgs, paths):
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        rng = torch.get_rng_state()
+        first, second = (method.hypergradient(model, paths["direct"]) for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert torch.equal(rng, torch.get_rng_state()) and model.training
+        states.append(torch.get_float32_matmul_precision())
+        original(model, imgs, paths)
+
+    method._move = move
+    torch.set_float32_matmul_precision("high")
+    try:
+        train_step(pretrainer, method, xp[0].float(), 0.75)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert states == ["high"]
+    assert all(p.grad is None for p in pretrainer.parameters())
+
+
+@pytest.mark.parametrize("kind", ["fd", "jvp"])
+def test_dropout_is_off_and_autocast_too(kind):
+    """Independent dropout on both sides would drown the difference, and so would eight bits."""
+    make = partial(small_vit, f"--mlo_unroll 1 --mlo_hypergrad {kind}", torch.float32)
+    found = []
+    for spoiled in (False, True):
+        torch.manual_seed(5)
+        pretrainer, method, xp = make()
+        method.batches = [in_float(given) for given in method.batches]
+        original = method.hypergradient
+
+        def hypergradient(model, direction, original=original, spoiled=spoiled):
+            for block in model.blocks:
+                block.mlp.drop1.p = 0.5 if spoiled else 0.0
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=spoiled):
+                return original(model.train(), direction)
+
+        method.hypergradient = hypergradient
+        found.append(move_of(pretrainer, method, [xp[0].float()], 0.75))
+    assert all(torch.equal(one, other) for one, other in zip(*(g.values() for g in found)))
+
+
+def test_no_second_order_graph(monkeypatch):
+    """Only the head, whose input is a leaf, is ever differentiated twice."""
+    sizes, original = [], torch.autograd.grad
+
+    def grad(outputs, inputs, *args, **kwargs):
+        if kwargs.get("create_graph"):
+            sizes.append(sum(leaf.numel() for leaf in inputs))
+        return original(outputs, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    pretrainer, method, xp = small_vit("--mlo_unroll 1")
+    move_of(pretrainer, method, xp[:1], 0.75)
+    assert sizes == [24 * 3 + 3]
+
+
+@pytest.mark.parametrize("flags", ["--mlo_normalize", "--mlo_ste", "--mlo_normalize --mlo_ste"])
+def test_variants_of_the_weights(flags):
+    """The hypergradient is that of the loss with its errors replaced by their rates: by hand, from a difference."""
+    pretrainer, method, xp = small_vit(f"--mlo_unroll 1 --mlo_hypergrad jvp {flags}")
+    seen = []
+    original = method._move
+    method._move = lambda *args: seen.append((args[2], list(method.window))) or original(*args)
+    ours = move_of(pretrainer, method, xp[:1], 0.75)
+    paths, ((step),) = seen[0]
+    method.load_state_dict(method.state_dict())
+    direction = {f"model.{n}": sum(path[n] for path in paths.values()) for n in paths["direct"]}
+    batch, errors = step.batches[0], PatchErrors(pretrainer.model)
+    net = {name: p.detach() + ours[name] for name, p in method.net.named_parameters()}  # before its step of length 1
+    leaves = {name: p.requires_grad_() for name, p in net.items()}
+    tokens = functional_call(Embed(pretrainer.model), step.weights, (batch.imgs,))
+    p = functional_call(method.net, leaves, (tokens,)).sigmoid()
+    values = []
+    for sign in (1, -1):
+        moved = {n: v + sign * 1e-4 * direction[n] if n in direction else v for n, v in step.weights.items()}
+        e = functional_call(errors, moved, vars_of(batch))
+        chosen = batch.mask + p - p.detach() if "ste" in flags else batch.mask
+        total = (p * batch.mask).sum() if "normalize" in flags else batch.mask.sum()
+        values.append((chosen * p * e).sum() / total)
+    by_hand = torch.autograd.grad(-step.lr * (values[0] - values[1]) / 2e-4, list(leaves.values()))
+    assert off(ours, by_hand) < 1e-6  # a difference with 1e-4 in float64
+
+
+def test_two_levels_are_exact():
+    """BLO: theta and h step on L1 + lambda L2 together; autograd through that step."""
+    pretrainer, method, xp = small_vit("--mlo_unroll 1 --mlo_hypergrad jvp --mlo_levels 2 --blo_lambda 0.7")
+    head = method.stage2.head.requires_grad_(True)
+    method.inner.add_param_group({"params": list(head.parameters())})
+    model, stage2 = pretrainer.model, method.stage2
+    theta, weights, net = leaves(trained(model), "model."), leaves(head), leaves(method.net)
+    train, val = (given.batch(0) for given in method.batches)
+    with sdpa_kernel(SDPBackend.MATH):
+        here, loss = stage_one(pretrainer, method, theta, net, xp[0])
+        its_head = {n: p * 1 for n, p in weights.items()}
+        loss = loss + 0.7 * task_loss(model, stage2, here, its_head, train)
+        gradient = torch.autograd.grad(loss, [*here.values(), *its_head.values()], create_graph=True)
+        theta = {n: p - 0.1 * g for (n, p), g in zip(theta.items(), gradient)}
+        weights = {n: p - 0.1 * g for (n, p), g in zip(weights.items(), gradient[len(theta) :])}
+        exact = torch.autograd.grad(task_loss(model, stage2, theta, weights, val), list(net.values()))
+    assert off(move_of(pretrainer, method, xp[:1], 0.75), exact) < EXACT
+
+
+def test_finetuned_stage_is_exact():
+    """Stage II fine-tunes its own copy of the encoder, one step with a pull towards theta': autograd through both."""
+    pretrainer, method, xp = small_vit("--mlo_unroll 1 --mlo_hypergrad jvp --mlo_stage2 finetune --mlo_prox 0.4")
+    model, stage2 = pretrainer.model, method.stage2
+    theta, net = leaves(trained(model), "model."), leaves(method.net)
+    phi = {n: p for n, p in leaves(stage2).items() if "pos_embed" not in n}
+    train, val = (given.batch(0) for given in method.batches)
+    with sdpa_kernel(SDPBackend.MATH):
+        here, loss = stage_one(pretrainer, method, theta, net, xp[0])
+        gradient = torch.autograd.grad(loss, list(here.values()), create_graph=True)
+        theta = {n: p - 0.1 * g for (n, p), g in zip(theta.items(), gradient)}
+        loss = F.cross_entropy(functional_call(stage2, phi, (train.image,)), train.target)
+        pulled = {n: theta[n.replace("encoder.", "model.")] for n in phi if n.startswith("encoder.")}
+        loss = loss + 0.4 * sum(((phi[n] - other) ** 2).sum() for n, other in pulled.items())
+        gradient = torch.autograd.grad(loss, list(phi.values()), create_graph=True, materialize_grads=True)
+        phi = {n: p - 0.3 * g for (n, p), g in zip(phi.items(), gradient)}
+        loss = F.cross_entropy(functional_call(stage2, phi, (val.image,)), val.target)
+        exact = torch.autograd.grad(loss, list(net.values()))
+    assert off(move_of(pretrainer, method, xp[:1], 0.75), exact) < EXACT
+
+
+def test_adam_preconditioning():
+    """`--mlo_precondition adam` is autograd through AdamW's step with its second moment held constant."""
+    pretrainer, method, xp = small_vit("--mlo_unroll 1 --mlo_hypergrad jvp --no_mlo_head_path --mlo_precondition adam")
+    model, stage2 = pretrainer.model, method.stage2
+    pretrainer.attach(torch.optim.AdamW(trained(model).values(), lr=0.01, betas=(0.9, 0.95)))
+    for imgs in xp[:3]:  # moments that are not those of the first step
+        train_step(pretrainer, method, imgs, 0.75)
+    theta, net = leaves(trained(model), "model."), leaves(method.net)
+    moments = {n: {k: v.clone() for k, v in method.inner.state[p].items()} for n, p in trained(model).items()}
+    ours = move_of(pretrainer, method, [xp[3]], 0.75)
+    head = {n: p.detach() for n, p in method.stage2.head.named_parameters()}  # after its step, as stage III saw it
+    val = method.batches[1].batch(3)
+    with sdpa_kernel(SDPBackend.MATH):
+        here, loss = stage_one(pretrainer, method, theta, net, xp[3])
+        gradient = dict(zip(here, torch.autograd.grad(loss, list(here.values()), create_graph=True)))
+        exact = []
+        for second_moment_too in (False, True):
+            after = {}
+            for name, value in theta.items():
+                state, g, t = moments[name.removeprefix("model.")], gradient[name], 4
+                m = (0.9 * state["exp_avg"] + 0.1 * g) / (1 - 0.9**t)
+                v = (0.95 * state["exp_avg_sq"] + 0.05 * (g if second_moment_too else g.detach()) ** 2) / (1 - 0.95**t)
+                after[name] = value * (1 - 0.01 * 0.01) - 0.01 * m / (v.sqrt() + 1e-8)
+            loss = task_loss(model, stage2, after, head, val)
+            exact.append(torch.autograd.grad(loss, list(net.values()), retain_graph=True))
+    assert off(ours, exact[0]) < 1e-6  # Adam counts its steps, and so corrects its bias, in float32
+    print("through AdamW, second moment too: cosine", cosine(ours, exact[1]), "error", off(ours, exact[1]))
+    assert cosine(ours, exact[1]) > 0.95
+
+
+def test_accumulated_window():
+    """A step on four micro-batches counts as one: their mean, from where the step began."""
+    pretrainer, method, xp = small_vit("--mlo_unroll 1 --mlo_hypergrad jvp")
+    (one, its, _), _ = twice(partial(small_vit, "--mlo_unroll 1 --mlo_hypergrad jvp"))
+    one.load_state_dict(pretrainer.state_dict()), one.attach(torch.optim.SGD(trained(one.model).values(), lr=0.1))
+    its.batches = method.batches
+    halves = xp[0].split(2)
+    for imgs in halves:
+        (pretrainer(imgs, 0.75)[0] / len(halves)).backward()
+    method.inner.step(), method.inner.zero_grad()
+    found, original = [], method.hypergradient
+    method.hypergradient = lambda *args: found.append(original(*args)) or found[-1]
+    pretrainer.after_update(halves[-1], 0, torch.ones(()))
+    whole = move_of(one, its, [xp[0]], 0.75)
+    assert off({n: sum(part[n] for part in found) for n in found[0]}, whole) < EXACT
+
+
+def test_a_skipped_step_moves_nothing():
+    """Where the scaler skipped the autoencoder's step (`applied` 0), nothing followed from the masks."""
+    pretrainer, method, xp = small_vit("--mlo_unroll 1")
+    before = [p.clone() for p in method.net.parameters()]
+    pretrainer(xp[0], 0.75)
+    pretrainer.after_update(xp[0], 0, torch.zeros(()))
+    assert all(torch.equal(one, other) for one, other in zip(before, method.net.parameters()))

@@ -1,0 +1,45 @@
+"""What a masking network removes: images, learned masks, random masks and heat maps (the paper's Figure 5).
+
+python tools/mask_maps.py output_dir/checkpoint-199.pth --data DIR --out masks.png
+python tools/mask_maps.py output_dir/checkpoint-199.pth --data DIR --out masks10.png --mask_ratio 0.1
+"""
+
+from pathlib import Path
+
+import _common
+import torch
+from torchvision.transforms.functional import to_pil_image
+
+from methods.mlomae import load_mask_net
+from util.errors import user_errors
+from util.visual import captioned, denormalized, mask_picture
+
+CAPTION = "columns: image, learned mask, random mask, how likely removed (dark to bright, of each image)"
+
+
+def get_args_parser():
+    parser = _common.parser("Draw what a masking network removes, beside random masks.")
+    parser.add_argument("checkpoint", help="of a run with --mlo_mae")
+    _common.add_picture_flags(parser)
+    _common.add_model_flags(parser)
+    return parser
+
+
+@torch.no_grad()
+def main(args) -> None:
+    stored_ratio = _common.read_weights(args.checkpoint, args.checkpoint_key).args.get("mask_ratio", 0.75)
+    ratio = _common.check_picture_flags(args, stored_ratio)
+    model = _common.load_autoencoder(args.checkpoint, args)
+    net, embedding = load_mask_net(args.checkpoint, model)
+    imgs, mean, std = _common.chosen_images(args, model, ratio)
+    logits = net(embedding.network(imgs))
+    picture = mask_picture(denormalized(imgs, mean, std), logits, ratio, model, per_row=2 if len(imgs) > 1 else 1)
+    p = logits.sigmoid()
+    caption = f"{Path(args.checkpoint).name}, {ratio:.0%} removed; {CAPTION}; from {p.min():.2g} to {p.max():.2g}"
+    captioned(to_pil_image(picture), caption).save(args.out)
+    print(f"{args.out}: {caption}")
+
+
+if __name__ == "__main__":
+    with user_errors("mask_maps.py"):
+        main(get_args_parser().parse_args())
