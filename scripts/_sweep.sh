@@ -100,7 +100,7 @@ scratch() { # NAME: an encoder that is not pretrained
     done
 }
 
-run() { # NAME FLAGS…
+run() { # NAME FLAGS…: {seed} in a flag stands for the seed
     local name=$1 folder checkpoint
     shift
     chosen "$name" "$@" || return 0
@@ -108,7 +108,7 @@ run() { # NAME FLAGS…
         folder="$out/$name-seed$seed"
         checkpoint="$folder/checkpoint-$(($(epochs_of "${pretrain[@]}" "${extra[@]}" "$@") - 1)).pth"
         once "$folder/encoder.safetensors" main main_pretrain.py "${data_flags[@]}" "${pretrain[@]}" --seed "$seed" \
-            --keep 1 --output_dir "$folder" --resume auto "${extra[@]}" "$@"
+            --keep 1 --output_dir "$folder" --resume auto "${extra[@]}" "${@//\{seed\}/$seed}"
         evaluate "$name-seed$seed" "$checkpoint" "$seed" model
         case " $* " in *" --rc_mae "*) evaluate "$name-ema-seed$seed" "$checkpoint" "$seed" model_ema ;; esac
     done
