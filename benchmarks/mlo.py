@@ -4,7 +4,7 @@ python benchmarks/mlo.py                                          ViT-Tiny at 32
 python benchmarks/mlo.py --model mae_vit_base_patch16 --batch_size 64 --device cuda
 
 The masking network looks back on two steps (--mlo_unroll 2) and moves every time or every fifth time, so a round is ten
-steps of every variant, and its mean is one number. `naive` gets the same hypergradient, every time, from a graph through
+steps of every variant, and its mean is one number. `naive` gets the hypergradient, every time, from a graph through
 the unrolled steps that is differentiated twice (unrolled.py). Labelled batches are as large as the others.
 """
 

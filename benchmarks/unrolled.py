@@ -1,5 +1,5 @@
-"""The hypergradient of MLO-MAE the straightforward way: a graph through every step, differentiated twice. What the tests
-compare the cheap way with, and what `mlo.py` measures it against."""
+"""The hypergradient of MLO-MAE the straightforward way: a graph through every step, differentiated twice. The tests
+compare the cheap way with it, and `mlo.py` measures it."""
 
 import torch
 from torch import nn

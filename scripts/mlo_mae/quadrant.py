@@ -1,0 +1,123 @@
+"""Does a masking network find what decides the class? Digits in one quadrant of a textured canvas, where that is known.
+
+python scripts/mlo_mae/quadrant.py OUT        three seeds: a quarter of an hour on one core; --seeds 0 for one
+
+For every seed: MLO-MAE from nothing, then the area under the ROC curve of its probabilities, patches inside the
+quadrant against those outside (0.5: no difference; above: it removes the inside). Then two encoders are pretrained from
+nothing with masks that stay as they are, the learned one and its mirror image (it removes what the other keeps), and
+probed linearly: the direction that was learned should be the one that serves the task. What is finished is skipped.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from sklearn.metrics import roc_auc_score
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from methods.mlomae import load_mask_net  # noqa: E402
+from models_mae import build_model  # noqa: E402
+from util.datasets import IMAGENET, read_images  # noqa: E402
+from util.errors import user_errors  # noqa: E402
+from util.loading import KeyedDataset  # noqa: E402
+from util.transforms import eval_transform  # noqa: E402
+
+RECIPE = "--aug none --norm_pix_loss --batch_size 64 --warmup_epochs 0 --lr 1e-3 --vis_freq 5 --num_workers 0"
+MODEL = "vit_micro_patch4"
+
+
+def python(*words: str) -> None:
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
+
+
+def pretrain(folder: Path, data: Path, seed: int, epochs: int, flags: str) -> Path:
+    """The last checkpoint of a run, made when it is not there."""
+    last = folder / f"checkpoint-{epochs - 1}.pth"
+    if not last.exists():
+        where = ("--data_path", data, "--output_dir", folder, "--resume", "auto", "--amp_dtype", "fp32")
+        python("main_pretrain.py", "--model", f"mae_{MODEL}", "--seed", seed, "--epochs", epochs, *where,
+               *RECIPE.split(), *flags.split())  # fmt: skip
+    return last
+
+
+def probe(folder: Path, checkpoint: Path, data: Path, seed: int) -> float:
+    """Top-1 on the validation images, in percent."""
+    if not (folder / "probe.json").exists():
+        where = ("--data_path", data, "--output_dir", folder, "--overwrite", "--amp_dtype", "fp32")
+        python("main_linprobe.py", "--model", MODEL, "--finetune", checkpoint, "--seed", seed, *where,
+               "--cache_features", "--global_pool", "--num_workers", "0")  # fmt: skip
+    return json.loads((folder / "probe.json").read_text())["top1"]
+
+
+@torch.no_grad()
+def separation(checkpoint: Path, data: Path) -> tuple[float, float, float]:
+    """Area under the curve, and the mean probability inside and outside, over the validation images."""
+    net, embedding = load_mask_net(str(checkpoint), build_model(f"mae_{MODEL}"))
+    args = SimpleNamespace(dataset="imagefolder", data_path=str(data), seed=0, in_chans=3)
+    images = KeyedDataset(read_images(args, train=False), eval_transform((32, 32), *IMAGENET, None), args)
+    p = net(embedding.network(torch.stack([images[place].image for place in range(len(images))]))).sigmoid()
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[:4, :4] = True  # upper left
+    inside = inside.flatten()
+    area = roc_auc_score(inside.expand(p.shape).flatten().numpy(), p.flatten().numpy())
+    return area, p[:, inside].mean().item(), p[:, ~inside].mean().item()
+
+
+def changed(checkpoint: Path, to: Path, sign: float) -> Path:
+    """The checkpoint with a masking network of the opposite order (`sign` -1)."""
+    content = torch.load(checkpoint, weights_only=True)
+    for name in ("weight", "bias"):
+        content["methods"][f"mlo_mae.net.layers.2.{name}"] *= sign
+    torch.save(content, to)
+    return to
+
+
+def one_seed(out: Path, data: Path, seed: int, epochs: int) -> dict[str, float]:
+    mlo = "--mlo_mae --mlo_labels same --mlo_batch_size 32 --mlo_mask_lr 0.1"
+    learned = pretrain(out / f"mlo-seed{seed}", data, seed, epochs, mlo)
+    # The masking network as it was before: it never moves.
+    before = pretrain(out / f"before-seed{seed}", data, seed, 1, f"{mlo} --mlo_update_every 1000")
+    mirrored = changed(learned, out / f"mirrored-seed{seed}.pth", -1)
+    row = {}
+    for name, source in (("before", before), ("learned", learned), ("mirrored", mirrored)):
+        area, inside, outside = separation(source, data)
+        row[f"AUC {name}"] = area
+        print(f"seed {seed}, {name}: AUC {area:.3f}, inside {inside:.3f}, outside {outside:.3f}", flush=True)
+    for name, source in (("learned", learned), ("mirrored", mirrored)):
+        frozen = f"--mlo_mae --mlo_frozen --mlo_mask_net {source}"
+        checkpoint = pretrain(out / f"frozen-{name}-seed{seed}", data, seed + 100, epochs, frozen)
+        row[f"probe {name}"] = probe(out / f"probe-{name}-seed{seed}", checkpoint, data, seed)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=3)
+    args = parser.parse_args()
+    data = args.out.resolve() / "data"
+    if not data.exists():
+        python("tools/quadrant_digits.py", data)
+    rows = [one_seed(args.out.resolve(), data, seed, args.epochs) for seed in args.seeds]
+    seeds = " | ".join(f"seed {seed}" for seed in args.seeds)
+    print(f"| | {seeds} | mean | deviation |\n" + "|---" * (len(rows) + 3) + "|")
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        print(
+            f"| {name} | " + " | ".join(f"{v:.2f}" for v in values) + f" | {statistics.mean(values):.2f} | {spread} |"
+        )
+    (args.out / "quadrant.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    with user_errors("quadrant.py"):
+        main()
