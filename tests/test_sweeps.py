@@ -82,7 +82,12 @@ RUNS = {
     "bootstrap_mae": "mae scratch k1 k2 k4 k5 k10 k20 wse0 wse5 wse20 wse50 wse20-tau0.1 wse20-tau0.3",
     "rc_mae": "mae same different constant",
     "dmae": "scratch mask75 mask50 mask90 depth1 width128 three-augment dmae75 dmae90",
+    "mlo_mae": "mae mlo unroll1 unroll5 mae-patch4 patch4 mae-patch8 patch8 ratio60 ratio80 ratio90 every5 blo finetuned "
+    "curriculum",
 }
+# Runs that --cpu_small leaves out, and those it has in their place.
+NOT_SMALL = {"bootstrap_mae": {"wse50"}, "mlo_mae": {"mae-patch4", "patch4"}}
+ONLY_SMALL = {"mlo_mae": {"mae-patch2", "patch2"}}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -108,16 +113,19 @@ def test_every_command_is_legal(sweep, tmp_path, name, small):
                 effective = args.batch_size * args.accum_iter
                 assert (effective, args.epochs) == {
                     "bootstrap_mae": (512, 200), "rc_mae": (4096, 1600), "dmae": (128, 500),
+                    "mlo_mae": (128, 200),
                 }[name]  # fmt: skip
-    expected = set(RUNS[name].split()) - ({"wse50"} if small else set())
+    expected = set(RUNS[name].split())
+    if small:
+        expected = expected - NOT_SMALL.get(name, set()) | ONLY_SMALL.get(name, set())
     assert pretrained == expected - {"scratch"}
     tuned = {run.removeprefix("finetune-") for run in seen if run.startswith("finetune-")}
     assert tuned == expected | ({"same-ema", "different-ema", "constant-ema"} if name == "rc_mae" else set())
 
 
 def test_more_processes_keep_the_papers_batch(sweep, tmp_path):
-    for name, effective in (("bootstrap_mae", 512), ("rc_mae", 4096), ("dmae", 128)):
-        run = {"bootstrap_mae": "mae", "rc_mae": "mae", "dmae": "mask75"}[name]
+    for name, effective in (("bootstrap_mae", 512), ("rc_mae", 4096), ("dmae", 128), ("mlo_mae", 128)):
+        run = "mask75" if name == "dmae" else "mae"
         calls = sweep(name, str(tmp_path / name), "--data", str(tmp_path), "--only", run, GPUS="4")[2]
         flags = next(call for call in calls if any("main_pretrain.py" in word for word in call))
         start = next(i for i, word in enumerate(flags) if "main_pretrain.py" in word)
@@ -144,3 +152,13 @@ def test_dmae_without_a_teacher(sweep, tmp_path):
     )
     assert code == 0 and "name its teacher" in said
     assert not any("--dmae_teacher" in call for call in calls)
+
+
+@pytest.mark.parametrize("setting,batch,epochs", [("cifar100", 128, 200), ("imagenet", 256, 50)])
+def test_other_settings_of_learned_masks(sweep, tmp_path, setting, batch, epochs):
+    where = ("--data", str(tmp_path), "--only", "mlo")
+    code, said, calls = sweep("mlo_mae", str(tmp_path / "out"), *where, SET=setting, GPUS="1")
+    assert code == 0, said
+    args = main_pretrain.get_args_parser().parse_args(calls[0][1:])
+    main_pretrain.check(args)
+    assert (args.batch_size, args.epochs, args.mlo_unroll) == (batch, epochs, 1 if setting == "imagenet" else 2)
