@@ -4,7 +4,7 @@
 #
 #   OUT               where everything goes (first argument)
 #   --data DIR        the data set (the sweep says which and in what form); not needed with --cpu_small
-#   --cpu_small       a small model on scikit-learn's digits: the whole sweep in minutes on two cores
+#   --cpu_small       a small model on scikit-learn's digits: one to two minutes a run on one core
 #   --only "A B"      these runs only
 #   --list            print the names of the runs, with their flags
 #   anything else     goes to every pretraining

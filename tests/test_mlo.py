@@ -102,6 +102,17 @@ def test_the_same_images_by_another_path(image_folder, tmp_path):
     assert without(everything, Part(labels([3]), range(3))) is everything
 
 
+def test_labels_from_another_folder(image_folder, tmp_path):
+    """Pretraining on images without labels, guided by the same files under another name: stage I loses the held out."""
+    (tmp_path / "labelled").symlink_to(image_folder)
+    pretrain(
+        f"{MLO.replace('same', f'{tmp_path}/labelled')} --dataset folder --data_path {image_folder} --epochs 1 "
+        f"--output_dir {tmp_path}/run"
+    )
+    state = checkpoint(tmp_path / "run", "checkpoint-0.pth")
+    assert state["step"] == (96 - 24) // 12 and len(state["methods"]["mlo_mae.held_out"]) == 24
+
+
 def test_the_test_set_is_never_opened(image_folder, tmp_path, monkeypatch):
     """Reading it raises, and it is looked at all the same: on what stage III holds out."""
     shutil.copytree(image_folder / "train", tmp_path / "data/train")
