@@ -110,6 +110,10 @@ def validation_images(args, images):
 def divide(methods, args, images):
     """The images to pretrain on and those to look at: the methods' division of the training set, if one makes any."""
     divided = next((d for d in (method.divide(images) for method in methods) if d is not None), None)
+    if divided and args.knn_freq and getattr(divided[0], "classes", None) != divided[1].classes:
+        raise UserError(
+            "--knn_freq needs one set of labels, and the held-out images have others than those pretrained on"
+        )
     return divided or (images, validation_images(args, images))
 
 

@@ -36,7 +36,9 @@ class RandomTask(guide.Classification):
 
     def __init__(self, imgs, pool="avg"):
         self.pool, self.classes, self.held_out = pool, 10, [0]
-        self.batch = SimpleNamespace(image=imgs, target=torch.randint(10, (len(imgs),), device=imgs.device))
+        self.batch = SimpleNamespace(
+            image=imgs, bad=torch.zeros(1), target=torch.randint(10, (len(imgs),), device=imgs.device)
+        )
 
     def batches(self, every):
         return self, self
@@ -56,12 +58,16 @@ class MLOVariant(_measure.Variant):
         (method,) = self.methods
         method.use(task := RandomTask(self.imgs))
         method._draw = lambda stage: task.batch
+        if self.naive:  # in place of stage III and all that follows from it
+            method.batches = [SimpleNamespace(batch=lambda _: task.batch)] * 2
+            method.stage2.paths = lambda *_: (0.0, 0.0, {"direct": {}})
+            method._move = self.move_naively
+
+    def watch_parts(self) -> None:
+        (method,) = self.methods
         self.timed(method.stage2, "update", "stage II: a step of the head")
         self.timed(method.stage2, "paths", "stage III: gradient, and through the head")
         self.timed(method, "hypergradient", "derivatives along it, gradient of the masking network")
-        if self.naive:
-            method.batches = [SimpleNamespace(batch=lambda _: task.batch)] * 2
-            method._move = self.move_naively
 
     def move_naively(self, model, imgs, paths) -> None:
         (method,) = self.methods
@@ -83,7 +89,7 @@ class MLOVariant(_measure.Variant):
 
 def breakdown(variant: MLOVariant, plain: float) -> None:
     """Where the time of one cycle goes, as multiples of a MAE step per step."""
-    variant.parts.clear()
+    variant.watch_parts()
     total = sum(variant.step() for _ in range(CYCLE)) / CYCLE
     print("\n| part of `fd, every 1` | time, of a MAE step |\n|---|---|")
     for part, seconds in variant.parts.items():

@@ -63,8 +63,12 @@ def stratified_split(images: Images, fraction: float, seed: int) -> tuple[list[i
 
 
 def without(images, others: Part):
-    """`images` less those that are the same files as `others`."""
-    if not isinstance(images, Files) or not isinstance(others.images, Files):
+    """`images` less those that are the same files as `others`; a printed note where that cannot be told."""
+    whole = images.images if isinstance(images, Part) else images
+    if not isinstance(whole, Files) or not isinstance(others.images, Files):
+        if whole is not others.images:
+            print("note: images for pretraining and labelled ones come from different readers: if they share images, "
+                  "stage I sees what stage III holds out")  # fmt: skip
         return images
     taken = {os.path.realpath(others.name(place)) for place in range(len(others))}
     places = [place for place in range(len(images)) if os.path.realpath(images.name(place)) not in taken]
@@ -79,8 +83,9 @@ class Classification:
         labelled = labelled_images(args, images)
         self.classes = len(labelled.classes)
         train, self.held_out = stratified_split(labelled, args.mlo_val_fraction, args.seed)
-        self.train_images, self.val_images = Part(labelled, train), Part(labelled, self.held_out)
-        # What stage I may see: nothing of stage III.
+        self.val_images = Part(labelled, self.held_out)
+        # Stages I and II see nothing of stage III, neither a file that is listed twice nor one under another path.
+        self.train_images = without(Part(labelled, train), self.val_images)
         self.pretrain_images = self.train_images if labelled is images else without(images, self.val_images)
 
     def batches(self, every: tuple[int, int]) -> tuple[Endless, Endless]:

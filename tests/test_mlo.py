@@ -90,6 +90,33 @@ def test_stage_one_never_sees_what_is_held_out(image_folder, run):
     assert seen[0] == seen[1] and len(seen[0]) == 72
 
 
+def test_a_file_that_is_listed_twice(image_folder, tmp_path):
+    """Whichever of its entries is held out, the file is: neither stage I nor stage II sees the other one."""
+    files = sorted((image_folder / "train").glob("*/*.png"))
+    lines = "".join(f"{file}\t{file.parent.name}\n" for file in files)
+    (tmp_path / "list.txt").write_text(lines * 2)
+    flags = f"{MLO} --dataset filelist --data_path / --train_list {tmp_path}/list.txt"
+    args = main_pretrain.get_args_parser().parse_args(flags.split())
+    main_pretrain.check(args)
+    args.input_size = 16
+    images = util.datasets.read_images(args, train=True)
+    method = MLOMAE(args, main_pretrain.build(args))
+    stages = (*method.divide(images), method.batches[0].loader.dataset.images)
+    first, held_out, second = ({part.name(place) for place in range(len(part))} for part in stages)
+    assert held_out and first and not held_out & first and not held_out & second
+
+
+def test_labelled_images_that_cannot_be_read(image_folder, tmp_path):
+    """One sentence, with data workers too."""
+    for split in ("train/a", "train/b"):
+        (tmp_path / "broken" / split).mkdir(parents=True)
+        for i in range(20):
+            (tmp_path / "broken" / split / f"{i}.png").write_bytes(b"no image")
+    labels = MLO.replace("same", f"{tmp_path}/broken").replace("--num_workers 0", "--num_workers 1")
+    with pytest.raises(UserError, match=r"^20 images in a row could not be read, the last one [^\n]*$"):
+        pretrain(f"{labels} --mlo_batch_size 4 --data_path {image_folder} --epochs 1 --output_dir {tmp_path}/run")
+
+
 def test_the_same_images_by_another_path(image_folder, tmp_path):
     """A link to the pretraining images as --mlo_labels: what is held out is taken from stage I all the same."""
     (tmp_path / "other").symlink_to(image_folder)
@@ -335,9 +362,10 @@ def test_refused_files(image_folder, run, tmp_path):
     refused(f"--data_path {image_folder} --mlo_labels {tmp_path}", f"--mlo_labels {tmp_path} has no train/ folder")
     refused(f"--data_path {image_folder} --mlo_batch_size 30", "--mlo_batch_size 30 is more than the 24 .* stage III")
     net = f"--data_path {image_folder} --mlo_hidden 512 --mlo_mask_net"
-    refused(
-        f"{net} {run}/checkpoint-1.pth --input_size 24", r"is for 16 patches of 4 pixels.* this run has 36 patches of 4"
-    )
+    refused(f"{net} {run}/checkpoint-1.pth --input_size 24", r"is for 16 patches of 4 pixels.* this run has 6x6 of 4")
+    refused(f"{net} {run}/checkpoint-1.pth --input_size 8 32", r"is for 16 patches.* this run has 2x8 of 4")
+    unlabelled = f"--dataset folder --data_path {image_folder} --mlo_labels {image_folder} --knn_freq 1"
+    refused(unlabelled, "--knn_freq needs one set of labels")
     plain = tmp_path / "plain.pth"
     torch.save({"model": {}}, plain)
     refused(f"{net} {plain}", "holds no masking network: give a checkpoint of a run with --mlo_mae")

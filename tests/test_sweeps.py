@@ -82,8 +82,8 @@ RUNS = {
     "bootstrap_mae": "mae scratch k1 k2 k4 k5 k10 k20 wse0 wse5 wse20 wse50 wse20-tau0.1 wse20-tau0.3",
     "rc_mae": "mae same different constant",
     "dmae": "scratch mask75 mask50 mask90 depth1 width128 three-augment dmae75 dmae90",
-    "mlo_mae": "mae mlo unroll1 unroll5 mae-patch4 patch4 mae-patch8 patch8 ratio60 ratio80 ratio90 every5 blo finetuned "
-    "curriculum",
+    "mlo_mae": "mae mlo unroll1 unroll5 mae-patch4 patch4 mae-patch8 patch8 ratio60 ratio80 ratio90 every5 blo "
+    "finetuned curriculum",
 }
 # Runs that --cpu_small leaves out, and those it has in their place.
 NOT_SMALL = {"bootstrap_mae": {"wse50"}, "mlo_mae": {"mae-patch4", "patch4"}}

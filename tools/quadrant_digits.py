@@ -63,10 +63,10 @@ def main() -> None:
     parser.add_argument("--size", default=32, type=int, help="side of the canvas in pixels")
     parser.add_argument("--seed", default=0, type=int)
     args = parser.parse_args()
-    if args.folder.exists() and os.listdir(args.folder):
-        raise UserError(f"{args.folder} is not empty: give another folder")
-    if args.copies < 1 or args.size < 16 or args.size % 2:
-        raise UserError("--copies must be positive, --size even and at least 16")
+    if os.path.lexists(args.folder) and not (args.folder.is_dir() and not os.listdir(args.folder)):
+        raise UserError(f"{args.folder} is there already and not an empty folder: give another one")
+    if args.copies < 1 or args.size < 16 or args.size % 2 or args.seed < 0:
+        raise UserError("--copies must be positive, --size even and at least 16, --seed not negative")
     print(f"{write(args.folder, args.quadrant, args.copies, args.size, args.seed)} images in {args.folder}")
 
 

@@ -243,6 +243,15 @@ class Loader:
         return islice(batches, self.start, len(self) if self.shuffle else None)
 
 
+def next_batch(batches) -> Sample:
+    """The next batch; UserError, in one sentence, where image after image is unreadable (from a data worker that comes
+    with the worker's traceback in its text)."""
+    try:
+        return next(batches)
+    except UnreadableData as error:
+        raise UserError(str(error).strip().splitlines()[-1].split("UnreadableData: ")[-1]) from None
+
+
 class Endless:
     """Batches of a training loader one after the other, epoch after epoch, from any number on."""
 
@@ -255,7 +264,7 @@ class Endless:
         if number != self._next or not start:
             self._batches = iter(self.loader.begin(epoch, start))
         self._next = number + 1
-        return next(self._batches)
+        return next_batch(self._batches)
 
 
 def build_loader(images, transform, args, batch_size: int, train: bool) -> Loader:

@@ -29,7 +29,7 @@ from util.distributed import (
     shut_down,
 )
 from util.errors import RunFailed, UserError
-from util.loading import Loader, Sample, UnreadableData
+from util.loading import Loader, Sample, next_batch
 from util.log import Board, EpochMeter, Progress, append_log, trim_log
 from util.lr_sched import adjust_learning_rate
 from util.rng import get_rng_state, set_rng_state
@@ -166,11 +166,9 @@ class Run:
     def _next(self) -> Sample:
         began = time.perf_counter()
         try:
-            batch = next(self._batches)
+            batch = next_batch(self._batches)
         except StopIteration:
             raise RunFailed(f"the data ended after {self.position} of {len(self.loader)} batches of an epoch") from None
-        except UnreadableData as error:  # from a data worker it comes with that worker's traceback in its text
-            raise UserError(str(error).strip().splitlines()[-1].split("UnreadableData: ")[-1]) from None
         self._clock.waited += time.perf_counter() - began
         self._clock.images += len(batch.target) * get_world_size()
         return batch

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # MLO-MAE on CIFAR-10 with a laptop's means (_cifar10_small.sh): MAE, learned masks (moved every time, every fifth time,
-# two levels), a mask learned before and kept, an untrained encoder. 200 steps of 100 images for each; a fifth of the
+# two levels), a mask learned before and kept, an untrained encoder. 400 steps of 100 images for each; a fifth of the
 # labelled training images is held out from stage I, so an epoch of MLO-MAE is shorter.
 #
 #   bash scripts/mlo_mae/cifar10_study.sh OUT --data CIFAR10        (train/<class>/ and val/<class>/)
@@ -11,13 +11,13 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_cifar10_small.sh"
 
 finetune+=(--epochs 2)
-mlo=(--mlo_mae --mlo_labels same --mlo_batch_size 32 --mlo_mask_lr 0.1 --epochs 5)
+mlo=(--mlo_mae --mlo_labels same --mlo_batch_size 32 --mlo_mask_lr 0.1 --epochs 10)
 scratch random
-run mae --epochs 4
+run mae --epochs 8
 run mlo "${mlo[@]}"
 run mlo-every5 "${mlo[@]}" --mlo_update_every 5
 run blo "${mlo[@]}" --mlo_levels 2
-run frozen --mlo_mae --mlo_frozen --mlo_mask_net "$out/mlo-seed{seed}/checkpoint-4.pth" --epochs 4
+run frozen --mlo_mae --mlo_frozen --mlo_mask_net "$out/mlo-seed{seed}/checkpoint-9.pth" --epochs 8
 # MAE with at least the time that MLO-MAE takes, by the ratios of benchmarks/mlo.py.
-run mae-equaltime --epochs 10
+run mae-equaltime --epochs 20
 table
