@@ -328,6 +328,7 @@ class Run:
     def content(self) -> dict:
         """What a checkpoint holds. `epoch` is the last one that was finished or, inside an epoch, that one."""
         samples = self.position * self.args.batch_size * get_world_size()
+        by_rank = gather_objects(self._rank_states())
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -337,8 +338,8 @@ class Run:
             "args": {name: checkpoint.plain(value) for name, value in vars(self.args).items()},
             "methods": self.methods.state_dict() if self.methods is not None else {},
             **self.exported(),
+            **({"methods_by_rank": by_rank} if any(by_rank) else {}),
             "rng": gather_objects(get_rng_state(self.device)),
-            "methods_by_rank": gather_objects(self._rank_states()),
             "data": {
                 "epoch": self.epoch,
                 "samples": samples,
