@@ -10,7 +10,6 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_cifar10_small.sh"
 
-finetune+=(--epochs 2)
 mlo=(--mlo_mae --mlo_labels same --mlo_batch_size 32 --mlo_mask_lr 0.1 --epochs 10)
 scratch random
 run mae --epochs 8
