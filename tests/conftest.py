@@ -11,6 +11,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from teachers import teacher as teacher  # noqa: E402  a fixture
 
 
 class Golden:
