@@ -6,8 +6,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from methods.hypergrad import PatchErrors, weighted_loss
-from methods.mlomae import trained
+from methods.hypergrad import PatchErrors, Tokens, weighted_loss
+from methods.mlo_stages import trained
 
 
 @sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
@@ -42,7 +42,7 @@ def stage_one(pretrainer, method, theta, net, imgs, ratio=0.75, attach=False):
     """The weighted loss of stage I, and the copy of theta by which to differentiate it: without `attach`, the input of
     the masking network is not part of that."""
     model, here = pretrainer.model, {name: value * 1 for name, value in theta.items()}
-    tokens = functional_call(Embed(model), here if attach else theta, (imgs,))
+    tokens = functional_call(Tokens(model), here if attach else theta, (imgs,))
     logits = functional_call(method.net, net, (tokens,))
     ids_keep, mask, ids_restore = model.choose_visible(logits.detach(), ratio)
     errors = functional_call(PatchErrors(model), here, (imgs, ids_keep, ids_restore))
@@ -61,12 +61,3 @@ class Features(nn.Module):
 
     def forward(self, imgs):
         return self.guide.features(self.model, imgs)
-
-
-class Embed(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, imgs):
-        return self.model.embed(imgs)

@@ -46,6 +46,17 @@ class Residuals(nn.Module):
         return self.model.forward_decoder(latent, ids_restore) - self.model.pixel_target(imgs)
 
 
+class Tokens(nn.Module):
+    """The position-added patch tokens of an autoencoder, by the same parameter names."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, imgs):
+        return self.model.embed(imgs)
+
+
 class PatchErrors(Residuals):
     """Their mean square in every patch: (N, L)."""
 

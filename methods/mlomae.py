@@ -3,8 +3,8 @@
 Source: Guo, Ban and Xie, "Downstream Task Guided Masking Learning in Masked Autoencoders Using Multi-Level
 Optimization". Three nested problems: (I) the autoencoder learns to reconstruct what the masking network T removes, each
 patch weighted by its probability; (II) a head learns the task on the encoder's features; (III) T moves so that the loss
-of both on held-out training images falls. The mathematics is in `hypergrad`, the task in `guide`; here they are put
-together. docs/mlo.md has the derivation and what is exact.
+of both on held-out training images falls. The mathematics is in `hypergrad`, the task in `guide`, stages II and III
+in `mlo_stages`; here they are put together. docs/mlo.md has the derivation and what is exact.
 
 Shapes: N images, L patches, D encoder width. theta is the autoencoder, h the head, T the masking network.
 """
@@ -15,121 +15,40 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.func import functional_call
 
 from methods.base import Method, add_option
 from methods.guide import Classification
 from methods.hypergrad import (
     Tensors,
+    Tokens,
     dot,
     exact_arithmetic,
-    head_gradient,
     mask_gradient,
     norm,
     patch_errors,
     rates_fd,
     rates_jvp,
-    through_head,
     weighted_loss,
 )
+from methods.mask_net import MaskingNetwork, load_mask_net
+from methods.mlo_stages import (
+    JointHead,
+    LinearHead,
+    TunedEncoder,
+    adamw,
+    averaged,
+    descend,
+    set_rate,
+    step_along,
+    trained,
+)
 from models_mae import MaskedAutoencoderViT, MaskedOutput
-from util.amp import autocast, choose_amp_dtype, guarded_step
-from util.distributed import average
-from util.ema import Frozen
+from util.amp import autocast, choose_amp_dtype
 from util.errors import UserError
-from util.pos_embed import get_2d_sincos_pos_embed
 from util.visual import mask_picture
-from util.weights import read_file
 
-# The networks and problems -------------------------------------------------------------------------------------------
-
-
-class PatchTokens(nn.Module):
-    """A patch embedding with its positions, of its own: what a masking network saw when it was trained."""
-
-    def __init__(self, model):
-        super().__init__()
-        twin = model.encoder_copy(depth=0)
-        self.patch_embed, self.pos_embed = twin.patch_embed, twin.pos_embed
-
-    def forward(self, imgs):
-        return self.patch_embed(imgs) + self.pos_embed[:, 1:]
-
-
-class MaskingNetwork(nn.Module):
-    """Position-added patch tokens (N, L, D) -> logits (N, L) of being removed (Section 4.1). Tied to one grid."""
-
-    def __init__(self, patches: int, width: int, hidden: int):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(patches * width, hidden), nn.ReLU(), nn.Linear(hidden, patches))
-        for layer in (self.layers[0], self.layers[2]):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, tokens):
-        return self.layers(tokens.flatten(1))
-
-    def groups(self) -> list[dict]:
-        """Parameter groups for AdamW, whose step has the same size in every weight: with tens of thousands of inputs
-        that would throw a logit from one end to the other at once. So a layer's rate is divided by its inputs (as in
-        Yang et al. 2021, Tensor Programs V, Table 3), and one rate serves every grid and width."""
-        linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
-        return [{"params": [layer.weight], "lr_scale": 1 / layer.in_features} for layer in linear] + [
-            {"params": [layer.bias for layer in linear]}
-        ]
-
-
-class _Tokens(nn.Module):
-    """The tokens of an autoencoder, by the parameter names of `PatchErrors`."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, imgs):
-        return self.model.embed(imgs)
-
-
-def trained(module: nn.Module) -> Tensors:
-    """Its trainable parameters by name."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def adamw(parameters, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Of an outer level. Hypergradients are tiny (they carry the inner learning rate), so `eps` must be tinier."""
-    return torch.optim.AdamW(
-        list(parameters), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, eps=1e-16, fused=True
-    )
-
-
-def step_along(optimizer, parameters: Tensors, direction: Tensors, kind: str) -> Tensors:
-    """How a step of size one answers a change of its gradient along `direction`: by that change (`none`, as if it were
-    gradient descent), or by Adam's share of it in the first moment over the second, a constant (`adam`)."""
-    if kind == "none":
-        return direction
-    found = {}
-    for name, vector in direction.items():
-        state = optimizer.state.get(parameters[name])
-        if not state:  # no step yet
-            return {key: torch.zeros_like(value) for key, value in direction.items()}
-        group = next(g for g in optimizer.param_groups if any(p is parameters[name] for p in g["params"]))
-        beta1, beta2 = group["betas"]
-        count = state["step"].clamp_min(1)  # 0 where every step so far was skipped
-        root = (state["exp_avg_sq"] / (1 - beta2**count)).sqrt() + group["eps"]
-        found[name] = vector * (1 - beta1) / (1 - beta1**count) / root
-    return found
-
-
-def averaged(direction: Tensors) -> Tensors:
-    """Its mean over ranks."""
-    return dict(zip(direction, average(list(direction.values()))))
-
-
-def gradient_of(value: torch.Tensor, parameters: Tensors) -> Tensors:
-    """With respect to those of `parameters` that `value` depends on."""
-    gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-    return {name: g for name, g in zip(parameters, gradients) if g is not None}
+# What is remembered of stage I ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -150,129 +69,6 @@ class InnerStep:
     batches: list[Batch] = field(default_factory=list)
     lr: float = 0.0
     applied: torch.Tensor | None = None  # 0 where the step was skipped
-
-
-class LinearHead(nn.Module):
-    """Stage II of the paper: the encoder stays as it is, the head takes a step (Eq. 7). Stage III is the loss of both,
-    which depends on the encoder directly and through that step of the head (Eq. 9)."""
-
-    def __init__(self, guide, model, args):
-        super().__init__()
-        self.guide, self.head_path, self.kind = guide, args.mlo_head_path, args.mlo_precondition
-        self.head = guide.head(model.cls_token.shape[-1]).requires_grad_(False)
-        self.optimizer = adamw(self.head.parameters(), args.mlo_head_lr, args.mlo_weight_decay)
-
-    def update(self, model, batch) -> torch.Tensor:
-        """A step of the head -> its loss before."""
-        with torch.no_grad():
-            features = self.guide.features(model, batch.image)
-        weights = dict(self.head.named_parameters())
-        self._before, self._batch = {name: value.clone() for name, value in weights.items()}, batch
-        loss, gradient = head_gradient(self.guide.loss, self.head, weights, features, batch.target)
-        descend(self.optimizer, weights, averaged(gradient))
-        return loss
-
-    def paths(self, model, batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Tensors]]:
-        """Loss and score of stage III, and the directions in theta by which it depends on the encoder."""
-        theta, head = trained(model), {n: p.detach().requires_grad_() for n, p in self.head.named_parameters()}
-        with torch.enable_grad():
-            logits = functional_call(self.head, head, (self.guide.features(model, batch.image),))
-            loss = self.guide.loss(logits, batch.target)
-        found = gradient_of(loss, {**theta, **{f"head.{name}": leaf for name, leaf in head.items()}})
-        of_head = averaged({name: found.pop(f"head.{name}") for name in head})
-        paths = {"direct": averaged(found)}
-        if self.head_path:
-            paths["head"] = averaged(self._through_head(model, theta, of_head))
-        return loss.detach(), self.guide.score(logits.detach(), batch.target), paths
-
-    def _through_head(self, model, theta: Tensors, of_head: Tensors) -> Tensors:
-        """-d/dtheta <dL2/dh, xi2 dL3/dh'>: one backward pass through the encoder."""
-        parameters, lr = dict(self.head.named_parameters()), self.optimizer.param_groups[0]["lr"]
-        step = {n: -lr * v for n, v in step_along(self.optimizer, parameters, of_head, self.kind).items()}
-        with torch.enable_grad():
-            features = self.guide.features(model, self._batch.image)
-        sent = through_head(self.guide.loss, self.head, self._before, features, self._batch.target, step)
-        return gradient_of((features * sent).sum(), theta)
-
-
-class TunedEncoder(nn.Module):
-    """Stage II with a copy phi of the encoder, which is fine-tuned and pulled towards theta by prox |phi - theta|^2
-    (Appendix of the paper). One step phi' = phi - xi2 (dL2 + 2 prox (phi - theta)) depends on theta by 2 xi2 prox."""
-
-    def __init__(self, guide, model, args):
-        super().__init__()
-        self.guide, self.prox, self.kind = guide, args.mlo_prox, args.mlo_precondition
-        self.encoder = model.encoder_copy().requires_grad_(False)
-        self.head = guide.head(model.cls_token.shape[-1]).requires_grad_(False)
-        self.optimizer = adamw(self.parameters(), args.mlo_head_lr, args.mlo_weight_decay)
-
-    def _loss(self, batch) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
-        leaves = {n: p.detach().requires_grad_(n != "encoder.pos_embed") for n, p in self.named_parameters()}
-        with torch.enable_grad():
-            logits = functional_call(self, leaves, (batch.image,))
-            return logits, self.guide.loss(logits, batch.target), {n: p for n, p in leaves.items() if p.requires_grad}
-
-    def forward(self, imgs):
-        return self.head(self.guide.features(self.encoder, imgs))
-
-    def update(self, model, batch) -> torch.Tensor:
-        _, loss, leaves = self._loss(batch)
-        gradient = averaged(gradient_of(loss, leaves))
-        for name, theta in trained(model).items():
-            if f"encoder.{name}" in gradient:
-                gradient[f"encoder.{name}"] += 2 * self.prox * (leaves[f"encoder.{name}"].detach() - theta.detach())
-        descend(self.optimizer, dict(self.named_parameters()), gradient)
-        return loss.detach()
-
-    def paths(self, model, batch):
-        logits, loss, leaves = self._loss(batch)
-        found = {n: g for n, g in gradient_of(loss, leaves).items() if n.startswith("encoder.")}
-        scaled = step_along(self.optimizer, dict(self.named_parameters()), averaged(found), self.kind)
-        factor = 2 * self.prox * self.optimizer.param_groups[0]["lr"]
-        direction = {name.removeprefix("encoder."): factor * vector for name, vector in scaled.items()}
-        return loss.detach(), self.guide.score(logits.detach(), batch.target), {"direct": direction}
-
-
-class JointHead(nn.Module):
-    """Two levels (BLO-MAE, Eq. 5): the head and the encoder learn L1 + lambda L2 together, in the autoencoder's own
-    optimizer. T enters L1 alone, so the head's step does not depend on it."""
-
-    optimizer = None
-
-    def __init__(self, guide, model, args):
-        super().__init__()
-        self.guide, self.weight = guide, args.blo_lambda
-        self.head = guide.head(model.cls_token.shape[-1])
-
-    def term(self, model, batch) -> torch.Tensor:
-        """lambda L2, in the graph of the autoencoder's own loss."""
-        return self.weight * self.guide.loss(self.head(self.guide.features(model, batch.image)), batch.target)
-
-    def paths(self, model, batch):
-        theta = trained(model)
-        with torch.enable_grad():
-            logits = self.head(self.guide.features(model, batch.image))
-            loss = self.guide.loss(logits, batch.target)
-        return (
-            loss.detach(),
-            self.guide.score(logits.detach(), batch.target),
-            {"direct": averaged(gradient_of(loss, theta))},
-        )
-
-
-def descend(optimizer, parameters: Tensors, gradient: Tensors, applied: float | torch.Tensor = 1.0) -> torch.Tensor:
-    """One step along `gradient`, unless it is not finite or `applied` is 0 -> 1 where it was skipped, else 0."""
-    for name, parameter in parameters.items():
-        parameter.grad = gradient.get(name)
-    broken = 1 - torch.isfinite(norm(gradient)).float() * applied
-    guarded_step(optimizer, broken)
-    optimizer.zero_grad(set_to_none=True)
-    return broken
-
-
-def cosine(update: int, updates: int) -> float:
-    """Factor of the learning rate of update number `update` (from 0): half a cosine from 1 to 0."""
-    return 0.5 * (1 + math.cos(math.pi * min(update, updates) / max(1, updates)))
 
 
 # The method ---------------------------------------------------------------------------------------------------------
@@ -466,7 +262,7 @@ class MLOMAE(Method):
         # 2.11 hands casts that were made without a graph on to calls that want one.
         dtype = torch.float32 if dtype is torch.float16 else dtype
         if self.stage2.optimizer:
-            _set_rate(self.stage2.optimizer, self.args.mlo_head_lr, self.step // self.unroll - 1, self.head_updates)
+            set_rate(self.stage2.optimizer, self.args.mlo_head_lr, self.step // self.unroll - 1, self.head_updates)
             with autocast(imgs.device, dtype):
                 self._logged["stage2_loss"] = self.stage2.update(model, self._draw(0))
         if (self.step // self.unroll) % self.every or not self.window:
@@ -485,7 +281,7 @@ class MLOMAE(Method):
         gradients = {path: self.hypergradient(model, direction) for path, direction in paths.items()}
         total = {name: sum(g[name] for g in gradients.values()) for name in next(iter(gradients.values()))}
         before = self.logits(model, imgs)
-        _set_rate(self.optimizer, self.args.mlo_mask_lr, self.updates, self.mask_updates)
+        set_rate(self.optimizer, self.args.mlo_mask_lr, self.updates, self.mask_updates)
         taken = torch.stack([step.applied for step in self.window]).amax()
         skipped = descend(self.optimizer, dict(self.net.named_parameters()), total, taken)
         self.updates += 1
@@ -527,7 +323,7 @@ class MLOMAE(Method):
             if self.embedding:
                 tokens = self.embedding.network(batch.imgs)
             else:
-                tokens = functional_call(_Tokens(model), weights, (batch.imgs,))
+                tokens = functional_call(Tokens(model), weights, (batch.imgs,))
             return mask_gradient(
                 self.net, tokens, lambda p: weighted_loss(rates, p, batch.mask, self.normalize, self.straight)
             )
@@ -628,45 +424,6 @@ def _same_split(module, state, prefix, *_) -> None:
     before = state.get(f"{prefix}held_out")
     if before is not None and not torch.equal(before.cpu(), module.held_out.cpu()):
         raise ValueError("the labelled images, --mlo_val_fraction or --seed differ, so others would be held out")
-
-
-def load_mask_net(path: str, model) -> tuple[MaskingNetwork, Frozen]:
-    """The masking network of a checkpoint and the patch embedding that it saw. UserError when it is of another grid."""
-    content = read_file(path)
-    prefix = f"{MLOMAE.name}.net."
-    state = {k.removeprefix(prefix): v for k, v in content.get("methods", {}).items() if k.startswith(prefix)}
-    if not state:
-        raise UserError(f"{path} holds no masking network: give a checkpoint of a run with --mlo_mae")
-    hidden, inputs = state["layers.0.weight"].shape
-    patches = state["layers.2.weight"].shape[0]
-    own = f"{MLOMAE.name}.embedding.network."
-    embedding = {k.removeprefix(own): v for k, v in content["methods"].items() if k.startswith(own)} or {
-        k: v for k, v in content["model"].items() if k.startswith("patch_embed.") or k == "pos_embed"
-    }
-    kernel, needed = embedding["patch_embed.proj.weight"], model.patch_embed.proj.weight
-    grid = tuple(model.patch_embed.grid_size)
-    same = patches == model.patch_embed.num_patches and kernel.shape[1:] == needed.shape[1:]
-    if same:  # 8 x 8 patches are not 4 x 16: the table of positions tells
-        table = get_2d_sincos_pos_embed(kernel.shape[0], grid, cls_token=True)
-        same = torch.allclose(embedding["pos_embed"][0], torch.from_numpy(table).float(), atol=1e-4)
-    if not same:
-        raise UserError(
-            f"the masking network of {path} is for {patches} patches of {kernel.shape[-1]} pixels in {kernel.shape[1]} "
-            f"channels, this run has {grid[0]}x{grid[1]} of {needed.shape[-1]} in {needed.shape[1]}: give the same "
-            f"--input_size, --patch_size and --in_chans"
-        )
-    net = MaskingNetwork(patches, inputs // patches, hidden)
-    net.load_state_dict(state)
-    tokens = PatchTokens(model)
-    tokens.patch_embed.proj = nn.Conv2d(*kernel.shape[1::-1], kernel.shape[-2:], kernel.shape[-2:])
-    tokens.pos_embed = nn.Parameter(torch.empty_like(embedding["pos_embed"]))
-    tokens.load_state_dict(embedding)
-    return net, Frozen(tokens)
-
-
-def _set_rate(optimizer, lr: float, update: int, updates: int) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * cosine(update, updates) * group.get("lr_scale", 1.0)
 
 
 def _about_masks(model, before, after, ratio: float) -> Tensors:

@@ -16,11 +16,12 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import main_pretrain
-from benchmarks.unrolled import Embed, leaves, stage_one, task_loss, unrolled
+from benchmarks.unrolled import leaves, stage_one, task_loss, unrolled
 from methods import Pretrainer, hypergrad
 from methods.guide import Classification
-from methods.hypergrad import PatchErrors, exact_arithmetic, weighted_loss
-from methods.mlomae import MLOMAE, adamw, trained
+from methods.hypergrad import PatchErrors, Tokens, exact_arithmetic, weighted_loss
+from methods.mlo_stages import adamw, trained
+from methods.mlomae import MLOMAE
 from models_mae import MaskedAutoencoderViT
 
 EXACT = 1e-10  # float64: a chain of a few hundred operations, relative to the norm
@@ -222,7 +223,7 @@ def test_tiny_attached_input_is_the_only_difference(golden, seen):
     errors = functional_call(PatchErrors(pretrainer.model), step.weights, vars_of(batch)).detach()
 
     def probabilities(theta):
-        tokens = functional_call(Embed(pretrainer.model), step.weights | theta, (batch.imgs,))
+        tokens = functional_call(Tokens(pretrainer.model), step.weights | theta, (batch.imgs,))
         return functional_call(method.net, net, (tokens,)).sigmoid()
 
     at = {name: step.weights[name] for name in seen.direction}
@@ -253,7 +254,7 @@ def test_tiny_two_steps_drop_one_factor(golden, seen):
     theta = {name: value.clone().requires_grad_() for name, value in second.weights.items()}
     net = {name: p.detach() for name, p in tiny(ref, "")[1].net.named_parameters()}
     module, batch = PatchErrors(pretrainer.model), second.batches[0]
-    tokens = functional_call(Embed(pretrainer.model), theta, (batch.imgs,))
+    tokens = functional_call(Tokens(pretrainer.model), theta, (batch.imgs,))
     weights = functional_call(method.net, net, (tokens,)).sigmoid()
     here = {name: value * 1 for name, value in theta.items()}  # stage I's gradient does not pass through the weights
     loss = weighted_loss(functional_call(module, here, vars_of(batch)), weights, batch.mask)
@@ -264,7 +265,7 @@ def test_tiny_two_steps_drop_one_factor(golden, seen):
     with exact_arithmetic(module):
         rates = hypergrad.rates_jvp(pretrainer.model, first.weights, curved, vars_of(batch))
     method.net.load_state_dict(net)
-    tokens = functional_call(Embed(pretrainer.model), first.weights, (batch.imgs,))
+    tokens = functional_call(Tokens(pretrainer.model), first.weights, (batch.imgs,))
     dropped = [first.lr * second.lr * g for g in net_gradient(method, tokens, rates, batch.mask)]
     assert off([a + b for a, b in zip(ours.values(), dropped)], exact) < EXACT
     print("two steps of mlo_tiny, relative error:", errors)
@@ -523,7 +524,7 @@ def test_variants_of_the_weights(flags):
     batch, errors = step.batches[0], PatchErrors(pretrainer.model)
     net = {name: p.detach() + ours[name] for name, p in method.net.named_parameters()}  # before its step of length 1
     leaves = {name: p.requires_grad_() for name, p in net.items()}
-    tokens = functional_call(Embed(pretrainer.model), step.weights, (batch.imgs,))
+    tokens = functional_call(Tokens(pretrainer.model), step.weights, (batch.imgs,))
     p = functional_call(method.net, leaves, (tokens,)).sigmoid()
     values = []
     for sign in (1, -1):

@@ -10,7 +10,7 @@ import _common
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from methods.mlomae import load_mask_net
+from methods.mask_net import load_mask_net
 from util.errors import user_errors
 from util.visual import captioned, denormalized, mask_picture
 

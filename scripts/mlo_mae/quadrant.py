@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from methods.mlomae import load_mask_net  # noqa: E402
+from methods.mask_net import load_mask_net  # noqa: E402
 from models_mae import build_model  # noqa: E402
 from util.datasets import IMAGENET, read_images  # noqa: E402
 from util.errors import user_errors  # noqa: E402
