@@ -1,13 +1,14 @@
 """Masked autoencoder on a vision transformer (He et al. 2022, https://arxiv.org/abs/2111.06377).
 
 Shapes: N images, C channels, (H, W) pixels, patches of p x p, L = (H / p) * (W / p) patches, V = int(L * (1 - ratio))
-visible ones, D encoder width, d decoder width. In a mask 1 means removed, 0 visible.
+visible ones, P predicted ones, D encoder width, d decoder width. In a mask 1 means removed, 0 visible.
 """
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
+import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import nn
@@ -18,24 +19,56 @@ from util.pos_embed import get_2d_sincos_pos_embed
 
 @dataclass
 class MaskedOutput:
-    """Everything one pass of the autoencoder computed, by name: what a pretraining method may build on."""
+    """Everything one pass of the autoencoder computed, by name: what a pretraining method may build on.
+
+    The decoder's outputs are of P patches: in training of the removed ones, which the loss compares, in the order of
+    `ids_removed`; of all L in the order of the image where `all_patches` was asked for. `of` and `mean` hide which.
+    """
 
     latent: torch.Tensor  # (N, 1 + V, D), after the encoder's norm, [cls] first
-    pred: torch.Tensor  # (N, L, p * p * C)
-    mask: torch.Tensor  # (N, L)
+    pred: torch.Tensor  # (N, P, F): p * p * C pixels, or what the `head` in their place makes
+    patches: torch.Tensor  # (N, L, p * p * C), the pixels
     ids_keep: torch.Tensor  # (N, V), the visible patches in the order the encoder saw them
-    ids_restore: torch.Tensor  # (N, L), undoes the shuffle
+    ids_removed: torch.Tensor  # (N, L - V)
     scores: torch.Tensor  # (N, L), what decided the mask: the highest were removed
-    decoded: torch.Tensor  # (N, L, d), the decoder after its norm, before the prediction layer
+    decoded: torch.Tensor  # (N, P, d), the decoder after its norm, before the prediction layer
     mask_ratio: float  # what was asked for; V is what it comes to
+    all_patches: bool = False
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)  # encoder block -> (N, 1 + V, D), before any norm
-    # What the loss compares: `pred`, unless a method reconstructs something else (features) with a layer of its own.
-    prediction: torch.Tensor | None = None  # (N, L, F)
-    head: str = ""  # name of that method, "" for pixels
+    head: str = ""  # name of the method whose layer made `pred`, "" for pixels
 
-    def __post_init__(self):
-        if self.prediction is None:
-            self.prediction = self.pred
+    @property
+    def ids_restore(self) -> torch.Tensor:
+        """(N, L), undoes the shuffle of visible patches before removed ones."""
+        return torch.argsort(torch.cat([self.ids_keep, self.ids_removed], dim=1), dim=1)
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """(N, L)."""
+        return torch.ones_like(self.scores, dtype=torch.float32).scatter_(1, self.ids_keep, 0.0)
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """Those of `values` (N, L, ...) that belong to the P predicted patches."""
+        return values if self.all_patches else pick(values, self.ids_removed)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean of `values` (N, P) over the removed patches: a scalar."""
+        return masked_mean(values, self.mask) if self.all_patches else values.mean()
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` (N, P) in the order of the image, 0 where nothing was predicted: (N, L)."""
+        return values if self.all_patches else spread(values, self.ids_removed, self.scores.shape[1])
+
+
+def pick(values, ids):
+    """The entries of values (N, L, ...) at `ids` (N, M): (N, M, ...)."""
+    ids = ids.reshape(*ids.shape, *[1] * (values.dim() - 2))
+    return torch.gather(values, 1, ids.expand(-1, -1, *values.shape[2:]))
+
+
+def spread(values, ids, length):
+    """(N, M) put at the places `ids` (N, M) of zeros (N, length), differentiably."""
+    return values.new_zeros(len(values), length).scatter(1, ids, values)
 
 
 class PatchEncoder(nn.Module):
@@ -70,6 +103,18 @@ class PatchEncoder(nn.Module):
         """Patch tokens with their positions, without [cls]: (N, L, D)."""
         return self.patch_embed(imgs) + self.pos_embed[:, 1:]
 
+    def embed_patches(self, patches, ids):
+        """The same for the patches at `ids` (N, M) alone, from all pixels (N, L, p * p * C): (N, M, D)."""
+        kernel = self.patch_embed.proj
+        weight = kernel.weight.permute(0, 2, 3, 1).flatten(1)  # channels last, as in `patchify`
+        return F.linear(pick(patches, ids), weight, kernel.bias) + self.pos_embed[0, 1:][ids]
+
+    def patchify(self, imgs):
+        """(N, C, H, W) -> (N, L, p * p * C); inside a patch the order is row, column, channel."""
+        (rows, columns), (p, q) = self.patch_embed.grid_size, self.patch_embed.patch_size
+        x = imgs.reshape(imgs.shape[0], self.in_chans, rows, p, columns, q)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(imgs.shape[0], rows * columns, p * q * self.in_chans)
+
     def encode(self, tokens, return_blocks=()):
         """[cls], blocks and norm over tokens (N, M, D) -> latent (N, 1 + M, D), {block: its output before the norm}."""
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
@@ -89,11 +134,6 @@ class PatchEncoder(nn.Module):
         state = self.state_dict() | ({} if pos_embed is None else {"pos_embed": pos_embed})
         twin.load_state_dict({name: state[name] for name in twin.state_dict()})
         return twin.to(self.cls_token)
-
-    @staticmethod
-    def gather(x, ids):
-        """The tokens of x (N, L, D) at `ids` (N, V): (N, V, D)."""
-        return torch.gather(x, 1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class MaskedAutoencoderViT(PatchEncoder):
@@ -144,12 +184,6 @@ class MaskedAutoencoderViT(PatchEncoder):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def patchify(self, imgs):
-        """(N, C, H, W) -> (N, L, p * p * C); inside a patch the order is row, column, channel."""
-        (rows, columns), (p, q) = self.patch_embed.grid_size, self.patch_embed.patch_size
-        x = imgs.reshape(imgs.shape[0], self.in_chans, rows, p, columns, q)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(imgs.shape[0], rows * columns, p * q * self.in_chans)
-
     def unpatchify(self, x):
         """(N, L, p * p * C) -> (N, C, H, W), the inverse of `patchify`."""
         (rows, columns), (p, q) = self.patch_embed.grid_size, self.patch_embed.patch_size
@@ -158,8 +192,7 @@ class MaskedAutoencoderViT(PatchEncoder):
 
     def choose_visible(self, scores, mask_ratio):
         """Keep the V lowest of `scores` (N, L) per sample -> ids_keep (N, V), mask (N, L), ids_restore (N, L)."""
-        length = scores.shape[1]
-        visible = int(length * (1 - mask_ratio))
+        visible = visible_patches(scores.shape[1], mask_ratio)
         ids_shuffle = torch.argsort(scores, dim=1, stable=True)
         ids_restore = torch.argsort(ids_shuffle, dim=1)
         mask = (ids_restore >= visible).to(torch.float32)
@@ -170,7 +203,7 @@ class MaskedAutoencoderViT(PatchEncoder):
         if noise is None:
             noise = torch.rand(x.shape[:2], device=x.device)
         ids_keep, mask, ids_restore = self.choose_visible(noise, mask_ratio)
-        return self.gather(x, ids_keep), mask, ids_restore
+        return pick(x, ids_keep), mask, ids_restore
 
     def forward_encoder(self, imgs, mask_ratio, noise=None):
         """-> latent (N, 1 + V, D), mask (N, L), ids_restore (N, L)."""
@@ -178,47 +211,83 @@ class MaskedAutoencoderViT(PatchEncoder):
         return self.encode(tokens)[0], mask, ids_restore
 
     def decode(self, latent, ids_restore):
-        """Mask tokens put back in order, then the decoder up to its norm: (N, L, d)."""
-        x = self.decoder_embed(latent)
-        removed = ids_restore.shape[1] + 1 - x.shape[1]
-        mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], removed, -1)
-        patches = self.gather(torch.cat([x[:, 1:], mask_tokens], dim=1), ids_restore)
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        """The decoder up to its norm, for every patch in the order of the image: (N, L, d)."""
+        ids_shuffle = torch.argsort(ids_restore, dim=1)
+        visible = latent.shape[1] - 1
+        return pick(self._decode(latent, ids_shuffle[:, :visible], ids_shuffle[:, visible:]), ids_restore)
+
+    def decode_removed(self, latent, ids_keep, ids_removed):
+        """The same for the removed patches alone, in the order of `ids_removed`: (N, L - V, d)."""
+        return self._decode(latent, ids_keep, ids_removed, first=ids_keep.shape[1])
+
+    def _decode(self, latent, ids_keep, ids_removed, first=0):
+        """Tokens stay in the shuffled order, visible ones first: the decoder knows a patch by its position, and to put
+        mask tokens between the others costs a gather forward and a scatter backward. -> patches from `first` on."""
+        x, positions = self.decoder_embed(latent), self.decoder_pos_embed[0, 1:]
+        cls_token = x[:, :1] + self.decoder_pos_embed[:, :1]
+        x = torch.cat([cls_token, x[:, 1:] + positions[ids_keep], self.mask_token + positions[ids_removed]], dim=1)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_norm(x)[:, 1:]
+        return self.decoder_norm(x[:, 1 + first :])
 
     def forward_decoder(self, latent, ids_restore):
         """-> pixels of every patch, (N, L, p * p * C)."""
         return self.decoder_pred(self.decode(latent, ids_restore))
 
+    def patch_target(self, patches):
+        """What `pred` is compared with: pixels (N, M, p * p * C), with `norm_pix_loss` each patch by its own mean and
+        unbiased variance."""
+        if not self.norm_pix_loss:
+            return patches
+        mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+        return (patches - mean) / (var + 1.0e-6) ** 0.5
+
     def pixel_target(self, imgs):
-        """What `pred` is compared with: patches, with `norm_pix_loss` each by its own mean and unbiased variance."""
-        target = self.patchify(imgs)
-        if self.norm_pix_loss:
-            mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
-            target = (target - mean) / (var + 1.0e-6) ** 0.5
-        return target
+        """The same for every patch of imgs: (N, L, p * p * C)."""
+        return self.patch_target(self.patchify(imgs))
 
     def forward_loss(self, imgs, pred, mask):
         """Mean squared error per patch, averaged over the removed patches: a scalar."""
         return masked_mean(((pred - self.pixel_target(imgs)) ** 2).mean(dim=-1), mask)
 
-    def forward_pretrain(self, imgs, mask_ratio=0.75, scores=None, return_blocks=()):
-        """One pass with every intermediate by name. `scores` (N, L) decide the mask (uniform noise when None)."""
-        tokens = self.embed(imgs)
+    def patch_errors(self, out):
+        """Mean squared error of every predicted patch: (N, P)."""
+        return ((out.pred - self.patch_target(out.of(out.patches))) ** 2).mean(dim=-1)
+
+    def reconstruction_loss(self, out):
+        """What `forward_loss` computes, from a `MaskedOutput`: a scalar."""
+        return out.mean(self.patch_errors(out))
+
+    def forward_pretrain(
+        self, imgs, mask_ratio=0.75, scores=None, return_blocks=(), head=None, all_patches=False
+    ) -> MaskedOutput:
+        """One pass with every intermediate by name. `scores` (N, L) decide the mask (uniform noise when None); `head`
+        predicts from the decoder's tokens in place of the layer for pixels; `all_patches` for more than the removed."""
+        patches = self.patchify(imgs)
         if scores is None:
-            scores = torch.rand(tokens.shape[:2], device=tokens.device)
-        ids_keep, mask, ids_restore = self.choose_visible(scores, mask_ratio)
-        latent, blocks = self.encode(self.gather(tokens, ids_keep), return_blocks)
-        decoded = self.decode(latent, ids_restore)
-        pred = self.decoder_pred(decoded)
-        return MaskedOutput(latent, pred, mask, ids_keep, ids_restore, scores, decoded, mask_ratio, blocks)
+            scores = torch.rand(patches.shape[:2], device=imgs.device)
+        ids_shuffle = torch.argsort(scores, dim=1, stable=True)
+        visible = visible_patches(scores.shape[1], mask_ratio)
+        ids_keep, ids_removed = ids_shuffle[:, :visible], ids_shuffle[:, visible:]
+        latent, blocks = self.encode(self.embed_patches(patches, ids_keep), return_blocks)
+        if all_patches:
+            decoded = self.decode(latent, torch.argsort(ids_shuffle, dim=1))
+        else:
+            decoded = self.decode_removed(latent, ids_keep, ids_removed)
+        pred = (head or self.decoder_pred)(decoded)
+        return MaskedOutput(
+            latent, pred, patches, ids_keep, ids_removed, scores, decoded, mask_ratio, all_patches, blocks
+        )
 
     def forward(self, imgs, mask_ratio=0.75, noise=None):
         """(N, C, H, W) -> loss (scalar), pred (N, L, p * p * C), mask (N, L). `noise` (N, L) fixes the mask."""
-        out = self.forward_pretrain(imgs, mask_ratio, noise)
+        out = self.forward_pretrain(imgs, mask_ratio, noise, all_patches=True)
         return self.forward_loss(imgs, out.pred, out.mask), out.pred, out.mask
+
+
+def visible_patches(length: int, mask_ratio: float) -> int:
+    """V, of L patches."""
+    return int(length * (1 - mask_ratio))
 
 
 def masked_mean(values, mask):

@@ -45,7 +45,8 @@ def stage_one(pretrainer, method, theta, net, imgs, ratio=0.75, attach=False):
     tokens = functional_call(Tokens(model), here if attach else theta, (imgs,))
     logits = functional_call(method.net, net, (tokens,))
     ids_keep, mask, ids_restore = model.choose_visible(logits.detach(), ratio)
-    errors = functional_call(PatchErrors(model), here, (imgs, ids_keep, ids_restore))
+    ids_removed = torch.argsort(ids_restore, dim=1)[:, ids_keep.shape[1] :]
+    errors = functional_call(PatchErrors(model), here, (imgs, ids_keep, ids_removed))
     return here, weighted_loss(errors, logits.sigmoid(), mask)
 
 

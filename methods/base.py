@@ -118,6 +118,9 @@ class Method(nn.Module):
         """Encoder blocks (from 0) whose outputs `patch_loss` and `terms` read from `out.blocks`."""
         return ()
 
+    # Whether `patch_loss` or `terms` reads predictions of visible patches too; the decoder makes none otherwise.
+    needs_all_patches = False
+
 
 class Pretrainer(nn.Module):
     """The autoencoder and the enabled methods as one module: what DDP wraps and the engine calls.
@@ -136,7 +139,8 @@ class Pretrainer(nn.Module):
             method.begin(model, list(methods), steps)
 
     def forward(self, imgs, mask_ratio=0.75, noise=None):
-        """imgs (N, C, H, W), noise (N, L) or None -> loss (scalar), pred (N, L, p * p * C), mask (N, L)."""
+        """imgs (N, C, H, W), noise (N, L) or None -> loss (scalar), pred (N, P, F) of the patches that the loss
+        compares (see `MaskedOutput`), mask (N, L)."""
         parts, out = self.losses(imgs, mask_ratio, noise)
         self.parts = {name: value.detach() for name, value in parts.items()}
         return sum(parts.values()), out.pred, out.mask
@@ -150,13 +154,15 @@ class Pretrainer(nn.Module):
                 method.first_batch(self.model, imgs)
         scores = _first(method.scores(self.model, imgs) for method in methods)
         wanted = tuple({block for method in methods for block in method.blocks()})
-        out = self.model.forward_pretrain(imgs, mask_ratio, noise if scores is None else scores, wanted)
-        for method in methods:
-            if method.head_in_use:
-                out.head, out.prediction = method.name, method.prediction_head()(out.decoded)
+        head = next((method for method in methods if method.head_in_use), None)
+        out = self.model.forward_pretrain(
+            imgs, mask_ratio, noise if scores is None else scores, wanted, head and head.prediction_head(),
+            any(method.needs_all_patches for method in methods),
+        )  # fmt: skip
+        out.head = head.name if head else ""
         named = ((method.part, method.patch_loss(self.model, imgs, out)) for method in methods)
         parts = {name: loss for name, loss in named if loss is not None}
-        parts = parts or {"reconstruction": self.model.forward_loss(imgs, out.pred, out.mask)}
+        parts = parts or {"reconstruction": self.model.reconstruction_loss(out)}
         for method in methods:
             parts |= method.terms(self.model, imgs, out)
         return parts, out

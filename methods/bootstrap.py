@@ -9,7 +9,7 @@ Shapes: N images, L patches, D encoder width, d decoder width.
 import torch
 from torch import nn
 
-from methods.base import Method, add_option, masked_mean
+from methods.base import Method, add_option
 from models_mae import MaskedAutoencoderViT, MaskedOutput, PatchEncoder
 from util.amp import widened
 from util.ema import Frozen, copy_weights, ema_update
@@ -36,9 +36,9 @@ def normalized(features: torch.Tensor) -> torch.Tensor:
     return (features - mean) / (var + 1.0e-6) ** 0.5
 
 
-def feature_loss(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean squared error per patch, averaged over the removed patches: (N, L, D), (N, L, D), (N, L) -> scalar."""
-    return masked_mean(((widened(prediction) - widened(target)) ** 2).mean(dim=-1), mask)
+def feature_loss(out: MaskedOutput, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error per patch, averaged over the removed patches, of `out.pred` and `target`, both (N, P, D)."""
+    return out.mean(((widened(out.pred) - widened(target)) ** 2).mean(dim=-1))
 
 
 def collapse(features: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -120,11 +120,11 @@ class Bootstrap(Method):
 
     def patch_loss(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, out: MaskedOutput) -> torch.Tensor:
         if not self.ready:
-            return model.forward_loss(imgs, out.pred, out.mask) + _idle(self.head)
+            return model.reconstruction_loss(out) + _idle(self.head)
         with torch.no_grad():
-            target = widened(target_features(self.target.network, imgs, self.layers))
+            target = widened(out.of(target_features(self.target.network, imgs, self.layers)))
             target = normalized(target) if self.normalize else target
-        return feature_loss(out.prediction, target, out.mask) + _idle(model.decoder_pred)
+        return feature_loss(out, target) + _idle(model.decoder_pred)
 
     def copy_student(self, model: MaskedAutoencoderViT, epoch: int) -> None:
         if not self.ready:

@@ -289,7 +289,7 @@ class DMAE(Method):
         """{teacher block: its output (N, 1 + V, T)} on the patches that the student sees, in the same order."""
         teacher = self._teacher[0].network
         with torch.no_grad():
-            tokens = teacher.gather(teacher.embed(resized(imgs, self.size)), ids_keep)
+            tokens = teacher.embed_patches(teacher.patchify(resized(imgs, self.size)), ids_keep)
             return teacher.encode(tokens, [block for _, block in self.pairs])[1]
 
     def first_batch(self, model: MaskedAutoencoderViT, imgs: torch.Tensor) -> None:

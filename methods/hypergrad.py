@@ -20,6 +20,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from models_mae import pick
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -35,15 +37,21 @@ def weighted_loss(errors, weights, mask, normalize: bool = False, straight_throu
 
 
 class Residuals(nn.Module):
-    """What an autoencoder's pixels (N, L, F) are away from the target, for chosen visible patches."""
+    """What an autoencoder's pixels are away from the target, for chosen visible patches: (N, P, F), P the removed
+    patches, or all of them."""
 
-    def __init__(self, model):
+    def __init__(self, model, all_patches: bool = True):
         super().__init__()
-        self.model = model
+        self.model, self.all_patches = model, all_patches
 
-    def forward(self, imgs, ids_keep, ids_restore):
-        latent, _ = self.model.encode(self.model.gather(self.model.embed(imgs), ids_keep))
-        return self.model.forward_decoder(latent, ids_restore) - self.model.pixel_target(imgs)
+    def forward(self, imgs, ids_keep, ids_removed):
+        model, patches = self.model, self.model.patchify(imgs)
+        latent, _ = model.encode(model.embed_patches(patches, ids_keep))
+        if self.all_patches:
+            decoded = model.decode(latent, torch.argsort(torch.cat([ids_keep, ids_removed], dim=1), dim=1))
+        else:
+            decoded, patches = model.decode_removed(latent, ids_keep, ids_removed), pick(patches, ids_removed)
+        return model.decoder_pred(decoded) - model.patch_target(patches)
 
 
 class Tokens(nn.Module):
@@ -58,15 +66,10 @@ class Tokens(nn.Module):
 
 
 class PatchErrors(Residuals):
-    """Their mean square in every patch: (N, L)."""
+    """Their mean square in every patch: (N, P)."""
 
     def forward(self, *inputs):
         return (super().forward(*inputs) ** 2).mean(dim=-1)
-
-
-def patch_errors(model, imgs, pred) -> torch.Tensor:
-    """Mean squared error of every patch: (N, C, H, W), (N, L, F) -> (N, L)."""
-    return ((pred - model.pixel_target(imgs)) ** 2).mean(dim=-1)
 
 
 def norm(direction: Tensors) -> torch.Tensor:
@@ -97,10 +100,11 @@ def exact_arithmetic(module: nn.Module):
         module.train(training)
 
 
-def rates_fd(model, weights: Tensors, direction: Tensors, inputs: tuple, alpha: float) -> torch.Tensor:
-    """Central difference of the patch errors (N, L) for `inputs` (images, ids) at `weights` along `direction`, with a
-    displacement of length `alpha`. The model's own parameters are not touched. Zero where the direction vanishes."""
-    length, residuals = norm(direction), Residuals(model)
+def rates_fd(residuals: Residuals, weights: Tensors, direction: Tensors, inputs: tuple, alpha: float) -> torch.Tensor:
+    """Central difference of the patch errors (N, P), the mean squares of `residuals`, for `inputs` (images, ids) at
+    `weights` along `direction`, with a displacement of length `alpha`. The model's own parameters are not touched.
+    Zero where the direction vanishes."""
+    length = norm(direction)
     step = alpha / length.clamp_min(torch.finfo(length.dtype).tiny)
     plus, minus = (
         functional_call(residuals, weights | {n: weights[n] + sign * step * v for n, v in direction.items()}, inputs)
@@ -110,9 +114,9 @@ def rates_fd(model, weights: Tensors, direction: Tensors, inputs: tuple, alpha: 
     return torch.where(length > 0, ((plus - minus) * (plus + minus)).mean(dim=-1) / (2 * step), 0.0)
 
 
-def rates_jvp(model, weights: Tensors, direction: Tensors, inputs: tuple) -> torch.Tensor:
+def rates_jvp(residuals: Residuals, weights: Tensors, direction: Tensors, inputs: tuple) -> torch.Tensor:
     """The same derivative, exactly, in one forward-mode pass."""
-    errors = PatchErrors(model)
+    errors = PatchErrors(residuals.model, residuals.all_patches)
     at = {name: weights[name] for name in direction}
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no forward mode
         return torch.func.jvp(lambda w: functional_call(errors, weights | w, inputs), (at,), (direction,))[1]

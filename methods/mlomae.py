@@ -20,13 +20,13 @@ from torch.func import functional_call
 from methods.base import Method, add_option
 from methods.guide import Classification
 from methods.hypergrad import (
+    Residuals,
     Tensors,
     Tokens,
     dot,
     exact_arithmetic,
     mask_gradient,
     norm,
-    patch_errors,
     rates_fd,
     rates_jvp,
     weighted_loss,
@@ -43,7 +43,7 @@ from methods.mlo_stages import (
     step_along,
     trained,
 )
-from models_mae import MaskedAutoencoderViT, MaskedOutput
+from models_mae import MaskedAutoencoderViT, MaskedOutput, spread
 from util.amp import autocast, choose_amp_dtype
 from util.errors import UserError
 from util.visual import mask_picture
@@ -57,8 +57,16 @@ class Batch:
 
     imgs: torch.Tensor
     ids_keep: torch.Tensor
-    ids_restore: torch.Tensor
-    mask: torch.Tensor
+    ids_removed: torch.Tensor
+
+    def of_image(self, values) -> torch.Tensor:
+        """Of the removed patches (N, L - V) or of all (N, L) -> (N, L), 0 elsewhere."""
+        length = self.ids_keep.shape[1] + self.ids_removed.shape[1]
+        return values if values.shape[1] == length else spread(values, self.ids_removed, length)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        return self.of_image(torch.ones_like(self.ids_removed, dtype=torch.float32))
 
 
 @dataclass
@@ -226,10 +234,10 @@ class MLOMAE(Method):
     def patch_loss(self, model, imgs, out: MaskedOutput):
         weights, self.ratio = out.scores.sigmoid(), out.mask_ratio
         if self._recording():
-            self.window[-1].batches.append(Batch(imgs, out.ids_keep, out.ids_restore, out.mask))
+            self.window[-1].batches.append(Batch(imgs, out.ids_keep, out.ids_removed))
         # Weights can shrink the loss without anybody reconstructing better: this shows it.
         self._logged["mask_weight"] = (weights * out.mask).sum() / out.mask.sum()
-        return weighted_loss(patch_errors(model, imgs, out.pred), weights, out.mask, self.normalize)
+        return weighted_loss(out.spread(model.patch_errors(out)), weights, out.mask, self.normalize)
 
     def terms(self, model, imgs, out):
         if self.frozen or self.args.mlo_levels == 3:
@@ -314,12 +322,14 @@ class MLOMAE(Method):
 
     def _mask_gradient(self, model, weights: Tensors, batch: Batch, direction: Tensors):
         """d/dT of the loss whose patch errors are replaced by their rates of change along `direction`."""
-        inputs = batch.imgs, batch.ids_keep, batch.ids_restore
+        inputs = batch.imgs, batch.ids_keep, batch.ids_removed
+        residuals = Residuals(model, all_patches=self.straight)  # otherwise those of the removed patches count alone
         with exact_arithmetic(model):
             if self.args.mlo_hypergrad == "fd":
-                rates = rates_fd(model, weights, direction, inputs, self.args.mlo_fd_alpha)
+                rates = rates_fd(residuals, weights, direction, inputs, self.args.mlo_fd_alpha)
             else:
-                rates = rates_jvp(model, weights, direction, inputs)
+                rates = rates_jvp(residuals, weights, direction, inputs)
+            rates = batch.of_image(rates)
             if self.embedding:
                 tokens = self.embedding.network(batch.imgs)
             else:

@@ -12,7 +12,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from methods.base import Method, add_option, masked_mean
+from methods.base import Method, add_option
 from models_mae import MaskedAutoencoderViT, MaskedOutput
 from util.amp import widened
 from util.distributed import all_reduce_sum, get_rank
@@ -23,9 +23,10 @@ from util.rng import redrawn, sample_noise
 # The mathematics ----------------------------------------------------------------------------------------------------
 
 
-def consistency_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference per patch, averaged over the removed patches: (N, L, F), (N, L, F), (N, L) -> scalar."""
-    return masked_mean(((widened(student) - widened(teacher.detach())) ** 2).mean(dim=-1), mask)
+def consistency_loss(out: MaskedOutput, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference per patch, averaged over the removed patches, of the student's `out.pred` and what the
+    teacher predicts for the same patches, both (N, P, F)."""
+    return out.mean(((widened(out.pred) - widened(teacher.detach())) ** 2).mean(dim=-1))
 
 
 def momentum_at(step: int, steps: int, base: float, schedule: str = "cosine") -> float:
@@ -36,10 +37,12 @@ def momentum_at(step: int, steps: int, base: float, schedule: str = "cosine") ->
     return 1 + 0.5 * (base - 1) * (1 + math.cos(math.pi * min(step, steps) / steps))
 
 
-def predict(model: MaskedAutoencoderViT, head: nn.Module, imgs, ids_keep, ids_restore) -> torch.Tensor:
-    """The prediction of `model` for every patch from the visible ones `ids_keep` alone, through `head`: (N, L, F)."""
-    latent, _ = model.encode(model.gather(model.embed(imgs), ids_keep))
-    return head(model.decode(latent, ids_restore))
+def predict(model: MaskedAutoencoderViT, head: nn.Module, imgs, scores, out: MaskedOutput) -> torch.Tensor:
+    """The prediction of `model`, through `head`, for the patches that `out` predicts: (N, P, F). It sees the patches of
+    lowest `scores` (N, L); where those are the student's own, it sees what the student sees."""
+    same = scores is out.scores and not out.all_patches
+    teacher = model.forward_pretrain(imgs, out.mask_ratio, scores, head=head, all_patches=not same)
+    return teacher.pred if same else out.of(teacher.pred)
 
 
 def gradient_cosine(one: torch.Tensor, other: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
@@ -125,13 +128,11 @@ class RCMAE(Method):
 
     def consistency(self, imgs: torch.Tensor, out: MaskedOutput) -> torch.Tensor:
         teacher, self.ratio = self.teacher.network, out.mask_ratio
-        ids_keep, ids_restore = out.ids_keep, out.ids_restore
-        if self.own_mask:
-            ids_keep, _, ids_restore = teacher.choose_visible(redrawn(out.scores), out.mask_ratio)
+        scores = redrawn(out.scores) if self.own_mask else out.scores
         head = self.heads[out.head].network if out.head else teacher.decoder_pred
         with torch.no_grad():
-            prediction = predict(teacher, head, imgs, ids_keep, ids_restore)
-        return consistency_loss(out.prediction, prediction, out.mask)
+            prediction = predict(teacher, head, imgs, scores, out)
+        return consistency_loss(out, prediction)
 
     def after_update(self, model, imgs, step: int, applied: torch.Tensor) -> None:
         self.momentum = momentum_at(step, self.steps, self.base, self.schedule)
@@ -146,7 +147,7 @@ class RCMAE(Method):
         parts, out = pretrainer.losses(imgs, self.ratio, noise)
         target = next(iter(parts.values()))  # what is reconstructed comes first
         shared = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        scale = out.prediction.numel()  # sums instead of means: under fp16 the gradients of means are zeros
+        scale = out.pred.numel()  # sums instead of means: under fp16 the gradients of means are zeros
         with torch.autocast(imgs.device.type, enabled=False):
             cosine = gradient_cosine(target * scale, parts["consistency"] * scale, shared)
         # While the teacher is still the student (a learning rate of 0 in the first step) there is no second gradient.

@@ -27,13 +27,13 @@ def say(text):
 
 def poison_rank_one():
     """NaN in rank 1's loss of the fourth forward pass."""
-    calls, original = [0], MaskedAutoencoderViT.forward_loss
+    calls, original = [0], MaskedAutoencoderViT.reconstruction_loss
 
-    def forward_loss(self, *args):
+    def reconstruction_loss(self, *args):
         calls[0] += 1
         return original(self, *args) * (float("nan") if RANK == 1 and calls[0] == 4 else 1.0)
 
-    MaskedAutoencoderViT.forward_loss = forward_loss
+    MaskedAutoencoderViT.reconstruction_loss = reconstruction_loss
 
 
 def count_buckets():

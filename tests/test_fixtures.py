@@ -38,14 +38,22 @@ def mae_of(meta, dtype):
     return model.to(dtype)
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("name", ["mae_a", "mae_b", "mae_c"])
-def test_mae_float64(golden, name):
+def test_mae_float64(golden, name, trained):
+    """`trained`: the gradients of the pass that training makes, which predicts the removed patches alone."""
     ref = golden(name)
     model = mae_of(ref.meta, torch.float64)
     model.load_state_dict(ref.group("sd/"), strict=True)
     imgs, noise, ratio = ref["imgs"].double(), ref["noise"], float(ref["mask_ratio"])
 
     loss, pred, mask = model(imgs, mask_ratio=ratio, noise=noise)
+    if trained:
+        out = model.forward_pretrain(imgs, ratio, noise)
+        assert torch.equal(out.mask, mask) and torch.equal(out.ids_restore, ref["ids_restore"])
+        close(out.pred, out.of(ref["pred"]))
+        assert torch.equal(out.spread(out.of(mask)), mask)
+        loss = model.reconstruction_loss(out)
     loss.backward()
     latent, _, ids_restore = model.forward_encoder(imgs, ratio, noise)
 

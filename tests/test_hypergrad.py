@@ -22,7 +22,7 @@ from methods.guide import Classification
 from methods.hypergrad import PatchErrors, Tokens, exact_arithmetic, weighted_loss
 from methods.mlo_stages import adamw, trained
 from methods.mlomae import MLOMAE
-from models_mae import MaskedAutoencoderViT
+from models_mae import MaskedAutoencoderViT, pick
 
 EXACT = 1e-10  # float64: a chain of a few hundred operations, relative to the norm
 
@@ -37,11 +37,17 @@ class TinyAutoencoder(nn.Module):
         patches = len(weights["pos"])
         self.patch_embed, self.cls_token = SimpleNamespace(num_patches=patches), torch.zeros(1, 1, len(weights["be"]))
 
-    choose_visible, gather = MaskedAutoencoderViT.choose_visible, staticmethod(MaskedAutoencoderViT.gather)
-    forward_pretrain = MaskedAutoencoderViT.forward_pretrain
+    choose_visible, forward_pretrain = MaskedAutoencoderViT.choose_visible, MaskedAutoencoderViT.forward_pretrain
+    patch_errors = MaskedAutoencoderViT.patch_errors
+
+    def patchify(self, imgs):
+        return imgs
 
     def embed(self, imgs):
         return imgs @ self.We + self.be + self.pos
+
+    def embed_patches(self, patches, ids):
+        return pick(self.embed(patches), ids)
 
     def encode(self, tokens, return_blocks=()):
         return torch.tanh(tokens.mean(dim=1) @ self.W1 + self.b1), {}
@@ -52,11 +58,11 @@ class TinyAutoencoder(nn.Module):
     def decoder_pred(self, decoded):
         return decoded @ self.Wd + self.bd
 
-    def forward_decoder(self, latent, ids_restore):
-        return self.decoder_pred(self.decode(latent, ids_restore))
+    def decode_removed(self, latent, ids_keep, ids_removed):
+        return pick(self.decode(latent, None), ids_removed)
 
-    def pixel_target(self, imgs):
-        return imgs
+    def patch_target(self, patches):
+        return patches
 
 
 class Task:
@@ -235,7 +241,7 @@ def test_tiny_attached_input_is_the_only_difference(golden, seen):
 
 
 def vars_of(batch):
-    return batch.imgs, batch.ids_keep, batch.ids_restore
+    return batch.imgs, batch.ids_keep, batch.ids_removed
 
 
 def test_tiny_two_steps_drop_one_factor(golden, seen):
@@ -263,7 +269,7 @@ def test_tiny_two_steps_drop_one_factor(golden, seen):
     curved = dict(zip(theta, torch.autograd.grad(product, list(theta.values()))))  # H v
     batch = first.batches[0]
     with exact_arithmetic(module):
-        rates = hypergrad.rates_jvp(pretrainer.model, first.weights, curved, vars_of(batch))
+        rates = hypergrad.rates_jvp(module, first.weights, curved, vars_of(batch))
     method.net.load_state_dict(net)
     tokens = functional_call(Tokens(pretrainer.model), first.weights, (batch.imgs,))
     dropped = [first.lr * second.lr * g for g in net_gradient(method, tokens, rates, batch.mask)]

@@ -8,7 +8,7 @@ from test_fixtures import RTOL64, TOL32, close
 from torch import nn
 
 from methods import bootstrap, dmae, rcmae
-from models_mae import MaskedAutoencoderViT, PatchEncoder, masked_mean
+from models_mae import MaskedAutoencoderViT, PatchEncoder, pick
 from util.ema import ema_update
 
 SIZES = "img_size patch_size embed_dim depth num_heads decoder_embed_dim decoder_depth decoder_num_heads mlp_ratio"
@@ -39,32 +39,36 @@ def bootstrapped(ref, dtype=torch.float64):
     return student.to(dtype), target.to(dtype)
 
 
+@pytest.mark.parametrize("all_patches", [True, False])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_bootstrap(golden, normalize):
+def test_bootstrap(golden, normalize, all_patches):
     ref = golden("bootstrap")
     student, target = bootstrapped(ref)
     imgs, name = ref["imgs"].double(), "norm" if normalize else "nonorm"
-    out = student.forward_pretrain(imgs, float(ref["mask_ratio"]), ref["noise"])
+    out = student.forward_pretrain(
+        imgs, float(ref["mask_ratio"]), ref["noise"], head=nn.Identity(), all_patches=all_patches
+    )
     with torch.no_grad():
         features = bootstrap.target_features(target, imgs)
     close(features, ref["target"])
     close(bootstrap.normalized(features), ref["target_normalized"])
-    close(out.decoded, ref["pred"])
-    loss = bootstrap.feature_loss(out.decoded, bootstrap.normalized(features) if normalize else features, out.mask)
+    close(out.decoded, out.of(ref["pred"]))
+    loss = bootstrap.feature_loss(out, out.of(bootstrap.normalized(features) if normalize else features))
     close(loss, ref[f"loss_{name}"])
     loss.backward()
     same_gradients(student, ref.group(f"grad_{name}/"))
     student.norm_pix_loss = normalize
-    close(student.forward_loss(imgs, out.pred, out.mask), ref[f"pixel_loss_{name}"])
+    out.pred = student.decoder_pred(out.decoded)
+    close(student.reconstruction_loss(out), ref[f"pixel_loss_{name}"])
 
 
 def test_bootstrap_float32(golden):
     ref = golden("bootstrap")
     student, target = bootstrapped(ref, torch.float32)
-    out = student.forward_pretrain(ref["imgs"], float(ref["mask_ratio"]), ref["noise"])
-    features = bootstrap.target_features(target, ref["imgs"])
-    close(bootstrap.feature_loss(out.decoded, bootstrap.normalized(features), out.mask), ref["loss_norm_f32"], TOL32)
-    close(bootstrap.feature_loss(out.decoded, features, out.mask), ref["loss_nonorm_f32"], TOL32)
+    out = student.forward_pretrain(ref["imgs"], float(ref["mask_ratio"]), ref["noise"], head=nn.Identity())
+    features = out.of(bootstrap.target_features(target, ref["imgs"]))
+    close(bootstrap.feature_loss(out, bootstrap.normalized(features)), ref["loss_norm_f32"], TOL32)
+    close(bootstrap.feature_loss(out, features), ref["loss_nonorm_f32"], TOL32)
 
 
 def test_bootstrap_average(golden):
@@ -83,25 +87,26 @@ def test_bootstrap_average(golden):
 # RC-MAE -------------------------------------------------------------------------------------------------------------
 
 
-def consistent(ref, dtype):
+def consistent(ref, dtype, all_patches=True):
     """Losses of student and teacher of the fixture, and the student."""
     student = mae(ref.meta, norm_pix_loss=ref.meta["norm_pix_loss"]).to(dtype)
     teacher = mae(ref.meta, norm_pix_loss=ref.meta["norm_pix_loss"]).to(dtype)
     student.load_state_dict(ref.group("student/"))
     teacher.load_state_dict(ref.group("teacher/"))
     imgs = ref["imgs"].to(dtype)
-    out = student.forward_pretrain(imgs, float(ref["mask_ratio"]), ref["noise"])
-    prediction = rcmae.predict(teacher, teacher.decoder_pred, imgs, out.ids_keep, out.ids_restore)
-    losses = student.forward_loss(imgs, out.pred, out.mask), rcmae.consistency_loss(out.pred, prediction, out.mask)
+    out = student.forward_pretrain(imgs, float(ref["mask_ratio"]), ref["noise"], all_patches=all_patches)
+    prediction = rcmae.predict(teacher, teacher.decoder_pred, imgs, out.scores, out)
+    losses = student.reconstruction_loss(out), rcmae.consistency_loss(out, prediction)
     return student, out, prediction, *losses
 
 
+@pytest.mark.parametrize("all_patches", [True, False])
 @pytest.mark.parametrize("gamma", [1.0, 0.5])
-def test_rc_mae(golden, gamma):
+def test_rc_mae(golden, gamma, all_patches):
     ref = golden("rc_mae")
-    student, out, prediction, reconstruction, consistency = consistent(ref, torch.float64)
-    close(out.pred, ref["student_pred"])
-    close(prediction, ref["teacher_pred"])
+    student, out, prediction, reconstruction, consistency = consistent(ref, torch.float64, all_patches)
+    close(out.pred, out.of(ref["student_pred"]))
+    close(prediction, out.of(ref["teacher_pred"]))
     close(reconstruction, ref["loss_student"])
     close(consistency, ref["loss_consistency"])
     total = reconstruction + gamma * consistency
@@ -163,7 +168,7 @@ def distilled(ref, dtype):
     imgs = ref["imgs"].to(dtype)
     out = student.forward_pretrain(imgs, float(ref["mask_ratio"]), ref["noise"], meta["aligned"])
     with torch.no_grad():
-        tokens = teacher.gather(teacher.embed(imgs), out.ids_keep)
+        tokens = pick(teacher.embed(imgs), out.ids_keep)
         features = teacher.encode(tokens, meta["teacher_aligned"])[1]
     kind = {"fc-1layer": "linear", "mlp-1layer": "mlp", None: "none"}[meta["proj_mode"]]
     width, teacher_width = meta["student"]["embed_dim"], meta["teacher"]["embed_dim"]
@@ -192,7 +197,7 @@ def test_dmae(golden, name):
         close(features[its], ref[f"teacher_feat{i}"])
     for block, loss in zip(ref.meta["aligned"], losses):
         close(loss, ref[f"loss_align_block{block}"])
-    reconstruction = student.forward_loss(ref["imgs"].double(), out.pred, out.mask)
+    reconstruction = student.reconstruction_loss(out)
     close(reconstruction, ref["loss_rec"])
     total = reconstruction + sum(losses)
     close(total, ref["loss_total"])
@@ -263,17 +268,17 @@ def test_dmae_geometry(golden, name):
     out = student.forward_pretrain(imgs, float(ref["mask_ratio"]), ref["noise"], [part["extract_lay"] - 1])
     last = meta["teacher"]["num_layers"] - 1
     with torch.no_grad():
-        features = teacher.encode(teacher.gather(teacher.embed(larger), out.ids_keep), [last])[1][last]
+        features = teacher.encode(pick(teacher.embed(larger), out.ids_keep), [last])[1][last]
     projected = projection(out.blocks[part["extract_lay"] - 1])
     close(features, ref["teacher_out"])
     close(projected, ref["student_projected"])
     distillation = dmae.alignment_loss(projected, features)
     close(distillation, ref["loss_dist"])
     # That reference normalises pixels with 1e-5 where MAE has 1e-6: the one difference.
-    patches = student.patchify(imgs)
+    patches = out.of(student.patchify(imgs))
     mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
     error = ((out.pred - (patches - mean) / (var + 1e-5).sqrt()) ** 2).mean(-1)
-    reconstruction = masked_mean(error, out.mask)
+    reconstruction = out.mean(error)
     close(reconstruction, ref["loss_rec"])
     (reconstruction + float(ref["alpha"]) * distillation).backward()
     gradients = renamed(ref.group("grad/"))

@@ -111,13 +111,13 @@ def test_non_finite_loss_stops_before_the_update(plain_run, tmp_path, monkeypatc
     """A NaN in step 4 (the second of epoch 1), read only at the end of the epoch: no later step moves a weight, and the
     checkpoint of epoch 0 is left alone."""
     _, flags = plain_run
-    seen, original = [], MaskedAutoencoderViT.forward_loss
+    seen, original = [], MaskedAutoencoderViT.reconstruction_loss
 
-    def forward_loss(self, *args):
+    def reconstruction_loss(self, *args):
         seen.append({key: value.clone() for key, value in self.state_dict().items()})
         return original(self, *args) * (math.nan if len(seen) == 5 else 1.0)
 
-    monkeypatch.setattr(MaskedAutoencoderViT, "forward_loss", forward_loss)
+    monkeypatch.setattr(MaskedAutoencoderViT, "reconstruction_loss", reconstruction_loss)
     flags = flags.replace("--print_freq 1", "--print_freq 100").replace("--num_workers 0", "--num_workers 1")
     with pytest.raises(RunFailed, match=r"reconstruction became non-finite at step 4 \(epoch 1\)"):
         pretrain(f"{flags} --batch_size 32 --save_freq 1 --output_dir {tmp_path}")
