@@ -68,6 +68,7 @@ def get_args_parser() -> arguments.Parser:
     group.add_argument("--mixup_switch_prob", type=float, default=0.5, help="probability of cutmix when both are on")
     group.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"])
     arguments.add_run_arguments(parser, save_freq=1, keep=1)
+    arguments.add_speed_arguments(parser)
     arguments.add_distributed_arguments(parser)
     return parser
 
@@ -149,6 +150,7 @@ def main(args) -> dict[str, float]:
         if weights is not None and not args.eval:
             trunc_normal_(model.head.weight, std=2e-5)  # near zero: the first steps must not shake the encoder
     model.to(device)
+    model.set_grad_checkpointing(args.grad_checkpoint)
     if weights is None and resume is None:
         print("no --finetune: training from scratch")
     val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)

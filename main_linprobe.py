@@ -53,6 +53,7 @@ def get_args_parser() -> arguments.Parser:
     )
     group.add_argument("--probe_holdout", type=float, default=0.1, help="share of train that chooses the rate")
     arguments.add_run_arguments(parser, save_freq=10, keep=1)
+    arguments.add_speed_arguments(parser, trains_blocks=False)
     arguments.add_distributed_arguments(parser)
     return parser
 

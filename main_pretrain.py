@@ -16,6 +16,7 @@ from util.datasets import Part, input_size, mean_std, read_images
 from util.distributed import barrier, is_main_process
 from util.errors import UserError, user_errors
 from util.features import extract, knn_accuracy, mae_features
+from util.kernels import choose_attention
 from util.loading import build_loader
 from util.rng import seeded
 from util.run import Run, start
@@ -50,6 +51,7 @@ def get_args_parser() -> arguments.Parser:
     group.add_argument(
         "--knn_images", default=20000, type=int, help="images the kNN looks at, of each split, evenly spaced"
     )
+    arguments.add_speed_arguments(parser)
     arguments.add_distributed_arguments(parser)
     add_method_arguments(parser, METHODS)
     return parser
@@ -192,6 +194,8 @@ def main(args) -> None:
     with seeded(args.seed):
         model = build(args)
     device = start(args)
+    choose_attention(args, device, model)
+    model.set_grad_checkpointing(args.grad_checkpoint)
     mean, std = mean_std(args)
     images = read_images(args, train=True)
     resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None

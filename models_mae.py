@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from util.architectures import DECODERS, DEFAULT_DECODER, ENCODERS, check_geometry, look_up
+from util.kernels import RunsBlocks
 from util.pos_embed import get_2d_sincos_pos_embed
 
 
@@ -71,7 +72,7 @@ def spread(values, ids, length):
     return values.new_zeros(len(values), length).scatter(1, ids, values)
 
 
-class PatchEncoder(nn.Module):
+class PatchEncoder(RunsBlocks, nn.Module):
     """The encoder of a masked autoencoder: patch embedding, [cls], fixed positions, blocks, norm."""
 
     def __init__(
@@ -121,7 +122,7 @@ class PatchEncoder(nn.Module):
         x = torch.cat([cls_token, tokens], dim=1)
         outputs = {}
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            x = self.run_block(block, x)
             if index in return_blocks:
                 outputs[index] = x
         return self.norm(x), outputs
@@ -227,7 +228,7 @@ class MaskedAutoencoderViT(PatchEncoder):
         cls_token = x[:, :1] + self.decoder_pos_embed[:, :1]
         x = torch.cat([cls_token, x[:, 1:] + positions[ids_keep], self.mask_token + positions[ids_removed]], dim=1)
         for block in self.decoder_blocks:
-            x = block(x)
+            x = self.run_block(block, x)
         return self.decoder_norm(x[:, 1 + first :])
 
     def forward_decoder(self, latent, ids_restore):

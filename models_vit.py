@@ -8,9 +8,10 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from util.architectures import ENCODERS, check_geometry, look_up
+from util.kernels import RunsBlocks
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(RunsBlocks, nn.Module):
     """ViT (Dosovitskiy et al. 2021) whose feature is the [cls] token or, with `global_pool`, the mean of the patches.
 
     With `global_pool` the patches of the last block are averaged un-normed and `fc_norm` follows; without, `norm` is
@@ -68,7 +69,7 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         for block in self.blocks:
-            x = block(x)
+            x = self.run_block(block, x)
         return x
 
     def forward_features(self, x):

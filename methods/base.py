@@ -106,6 +106,10 @@ class Method(nn.Module):
     def load_rank_state(self, state: object) -> None:
         """Undo `rank_state`; not called when the checkpoint was written by another number of processes."""
 
+    def networks_aside(self) -> list[nn.Module]:
+        """Networks that it uses but does not own (they are in no checkpoint): compiled with the others."""
+        return []
+
     def exported(self) -> dict[str, dict[str, torch.Tensor]]:
         """Whole models that belong at the top of a checkpoint, beside `model`: state dicts in its tensor names."""
         return {}

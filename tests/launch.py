@@ -54,6 +54,10 @@ def checkpoint(folder: Path, name: str) -> dict:
     return torch.load(folder / name, weights_only=True)
 
 
+def largest_difference(one: dict, other: dict) -> float:
+    return max((one[key] - other[key]).abs().max().item() for key in one)
+
+
 def same_tensors(one, other) -> bool:
     """Equal bit for bit, through nested dicts and lists."""
     if isinstance(one, torch.Tensor):

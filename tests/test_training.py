@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from launch import SMALL, checkpoint, finish, launch, log_rows, same_tensors, scalars
+from launch import SMALL, checkpoint, finish, largest_difference, launch, log_rows, same_tensors, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.optim import param_groups_weight_decay
 
@@ -38,10 +38,6 @@ def finetune(flags: str):
 
 def final_weights(folder):
     return checkpoint(folder, "checkpoint-1.pth")["model"]
-
-
-def largest_difference(one: dict, other: dict) -> float:
-    return max((one[key] - other[key]).abs().max().item() for key in one)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import sys
 from util.datasets import READERS
 from util.distributed import get_world_size
 from util.errors import UserError
+from util.kernels import ATTENTION
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,6 +106,27 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
     group.add_argument("--save_steps", default=0, type=int, help="steps between checkpoints inside an epoch (0: none)")
     group.add_argument("--keep", default=keep, type=int, help="epoch checkpoints to keep, the newest ones (0: all)")
     group.add_argument("--print_freq", default=20, type=int, help="steps between lines, and TensorBoard points")
+
+
+def add_speed_arguments(parser, trains_blocks: bool = True) -> None:
+    group = parser.add_argument_group("speed and memory (the results do not depend on these, but for rounding)")
+    group.add_argument(
+        "--attention", default="auto", choices=ATTENTION,
+        help="one fused kernel, or two matrix products and a softmax; auto takes what was measured to be faster here",
+    )  # fmt: skip
+    group.add_argument(
+        "--compile", action="store_true",
+        help="compile the transformer blocks (torch.compile): takes a minute or more at the start, then saves time",
+    )  # fmt: skip
+    if trains_blocks:
+        group.add_argument(
+            "--grad_checkpoint", action="store_true",
+            help="compute blocks again in the backward pass: a third more time, far less memory",
+        )  # fmt: skip
+    group.add_argument(
+        "--log_mfu", action="store_true",
+        help="log the FLOPs per second of training as a share of what matrix products reach on this device",
+    )  # fmt: skip
 
 
 def add_distributed_arguments(parser) -> None:

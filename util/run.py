@@ -29,9 +29,11 @@ from util.distributed import (
     shut_down,
 )
 from util.errors import RunFailed, UserError
+from util.kernels import choose_attention, compile_blocks
 from util.loading import Loader, Sample, next_batch
 from util.log import Board, EpochMeter, Progress, append_log, trim_log
 from util.lr_sched import adjust_learning_rate
+from util.mfu import FlopMeter
 from util.rng import get_rng_state, set_rng_state
 from util.signals import StopRequest
 from util.weights import read_file
@@ -65,6 +67,7 @@ def start(args) -> torch.device:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked
+    choose_attention(args, device)
     return device
 
 
@@ -103,6 +106,9 @@ class Run:
         # Optimizer steps since the beginning of the run.
         self.step = self.epoch * self.steps_per_epoch + self.position // args.accum_iter
         self._same_place_everywhere()
+        if args.compile:
+            compile_blocks(self.module, *(n for method in self._methods() for n in method.networks_aside()))
+        self.flops = FlopMeter(device, self.amp_dtype) if args.log_mfu else None
         self.wrapped = self._wrap(self.module) if get_world_size() > 1 else self.module
         checkpoint.make_output_dir(args)
         if resume is not None and args.output_dir:
@@ -179,6 +185,8 @@ class Run:
         if not micro.closes and self.wrapped is not self.module:
             stack.enter_context(self.wrapped.no_sync())
         stack.enter_context(autocast(self.device, self.amp_dtype))
+        if self.flops:
+            stack.enter_context(self.flops.counting(len(micro.batch.target)))
         return stack
 
     @contextlib.contextmanager
@@ -248,6 +256,8 @@ class Run:
         self._check_images(total)
         bad = values.pop("bad_images")
         rates = self._clock.read()
+        if self.flops:
+            rates["mfu_percent"] = self.flops.utilisation(rates["images_per_s"] / get_world_size())
         self.meter.epoch["seconds"] = [self.meter.epoch.get("seconds", [0.0])[0] + rates.pop("seconds"), 1]
         shown = {"loss": values["loss"], "lr": self.lr, **rates}
         per_batch = self.meter.epoch["seconds"][0] / max(1, self.position)
@@ -351,8 +361,10 @@ class Run:
 
     def exported(self) -> dict[str, dict]:
         """Further whole models that the methods own (an EMA teacher), by their key in the checkpoint."""
-        methods = self.methods.values() if self.methods is not None else ()
-        return {key: state for method in methods for key, state in method.exported().items()}
+        return {key: state for method in self._methods() for key, state in method.exported().items()}
+
+    def _methods(self):
+        return self.methods.values() if self.methods is not None else ()
 
     def _rank_states(self) -> dict[str, object]:
         """What the methods must keep of this process alone."""
