@@ -12,15 +12,17 @@ import models_mae
 from engine_pretrain import evaluate_reconstruction, train_one_epoch
 from methods import METHODS, Pretrainer, add_method_arguments, enabled_methods
 from util import arguments, checkpoint
+from util.batch_aug import BatchTransform
+from util.cache import CACHES, CachedLoader, cache_images
 from util.datasets import Part, input_size, mean_std, read_images
 from util.distributed import barrier, is_main_process
 from util.errors import UserError, user_errors
 from util.features import extract, knn_accuracy, mae_features
 from util.kernels import choose_attention
-from util.loading import build_loader
+from util.loading import build_loader, check_enough
 from util.rng import seeded
 from util.run import Run, start
-from util.transforms import check_channels, eval_transform, pretrain_transform
+from util.transforms import check_channels, eval_transform, pretrain_transform, three_augment
 from util.visual import denormalized, fixed_noise, grid, reconstruct
 from util.weights import encoder_state, load_into, read_weights, save_encoder
 
@@ -38,7 +40,16 @@ def get_args_parser() -> arguments.Parser:
         "--norm_pix_loss", action="store_true", help="compare patches normalised by their own statistics"
     )
     group.add_argument("--init_from", default="", help="start from the weights of this file (any MAE or ViT encoder)")
-    arguments.add_data_arguments(parser)
+    group = arguments.add_data_arguments(parser)
+    group.add_argument(
+        "--data_cache", default="none", choices=CACHES,
+        help="decode every image once, into memory that all processes of a node share, or onto the GPU (as much as N x "
+        "channels x height x width bytes), and augment whole batches there",
+    )  # fmt: skip
+    group.add_argument(
+        "--cache_size", type=int, metavar="SIDE",
+        help="resize the shorter side to this and cut the longer one, for images of several sizes in a cache",
+    )  # fmt: skip
     parser.add_argument(
         "--aug", default="mae", choices=["mae", "crop", "three", "none"],
         help="mae: resized crop and flip; crop: pad, crop and flip (CIFAR); three: 3-Augment; none: the whole image",
@@ -66,6 +77,10 @@ def check(args) -> list:
             raise UserError(f"--{name} {getattr(args, name)} must not be negative")
     if args.knn_images < 1:
         raise UserError(f"--knn_images {args.knn_images} must be positive")
+    if args.cache_size is not None and (args.data_cache == "none" or args.cache_size < 1):
+        raise UserError(f"--cache_size {args.cache_size} must be positive, and needs --data_cache ram or device")
+    if args.aug == "three":
+        three_augment(args.in_chans)
     for name in ("mask_ratio", "mask_ratio_end"):
         ratio = getattr(args, name)
         if ratio is not None and not 0 < ratio < 1:
@@ -117,6 +132,17 @@ def divide(methods, args, images):
             "--knn_freq needs one set of labels, and the held-out images have others than those pretrained on"
         )
     return divided or (images, validation_images(args, images))
+
+
+def training_loader(args, images, device):
+    """Augmented batches of `images`, from files or from a cache."""
+    (mean, std), size = mean_std(args), input_size(args)
+    if args.data_cache == "none":
+        transform = pretrain_transform(args.aug, size, mean, std, args.crop_pct)
+        return build_loader(images, transform, args, args.batch_size, train=True)
+    check_enough(len(images), args.batch_size)
+    transform = BatchTransform(args.aug, size, mean, std, args.seed, args.crop_pct)
+    return CachedLoader(cache_images(images, args, device), transform, args, args.batch_size)
 
 
 class Watch:
@@ -196,7 +222,7 @@ def main(args) -> None:
     device = start(args)
     choose_attention(args, device, model)
     model.set_grad_checkpointing(args.grad_checkpoint)
-    mean, std = mean_std(args)
+    mean_std(args)
     images = read_images(args, train=True)
     resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None
     if args.init_from and resume is None:
@@ -206,8 +232,7 @@ def main(args) -> None:
     with seeded(args.seed, 1):
         methods = [method(args, model) for method in chosen]
         images, held_out = divide(methods, args, images)
-        transform = pretrain_transform(args.aug, input_size(args), mean, std, args.crop_pct)
-        loader = build_loader(images, transform, args, args.batch_size, train=True)
+        loader = training_loader(args, images, device)
         pretrainer = Pretrainer(model, methods, args.epochs * ceil(len(loader) / args.accum_iter)).to(device)
     groups = param_groups_weight_decay(pretrainer, args.weight_decay, no_weight_decay_list=pretrainer.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)

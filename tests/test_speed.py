@@ -112,7 +112,7 @@ def test_finetuning_checkpointed_is_the_same(image_folder, tmp_path):
 @pytest.mark.parametrize("methods", ["--rc_mae", "--mlo_mae --mlo_labels same --mlo_batch_size 8"])
 def test_compiled_run_is_the_same(image_folder, tmp_path, methods):
     """fp32: compiled kernels add in another order, and where a gradient is nothing but rounding AdamW makes whole steps
-    of 1e-3 of it (the keys' biases, which softmax does not see): half a step at the most, next to nothing on average."""
+    of 1e-3 of it (biases of keys, which softmax does not see): half a step at the most, next to nothing on average."""
     common = f"--data_path {image_folder} --amp_dtype fp32 {methods}"
     plain, compiled = (pretrain(tmp_path / name, f"{common} {flag}") for name, flag in (("a", ""), ("b", "--compile")))
     assert list(plain) == list(compiled)

@@ -44,7 +44,7 @@ def add_model_arguments(parser, default_model: str, decoder: bool) -> None:
         group.add_argument("--decoder_num_heads", type=int, help="decoder heads instead of the model's own")
 
 
-def add_data_arguments(parser) -> None:
+def add_data_arguments(parser):
     group = parser.add_argument_group("data")
     known = ", ".join(READERS)
     group.add_argument(
@@ -68,6 +68,7 @@ def add_data_arguments(parser) -> None:
     group.add_argument(
         "--max_bad_fraction", type=float, default=0.01, help="end the run when more images than this are unreadable"
     )
+    return group
 
 
 def add_optimizer_arguments(parser, batch_size: int, epochs: int, warmup: int, blr: float, wd: float, min_lr: float):

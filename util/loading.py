@@ -189,19 +189,22 @@ class Loader:
         self.dataset, self.batch_size = dataset, batch_size
         self.stream, self.shuffle = isinstance(dataset, IterableDataset), shuffle
         self.start = 0
-        workers = self._workers(args)
-        common = dict(
+        common = self.options(args, self._workers(args))
+        if self.stream:
+            self.loader = DataLoader(dataset, batch_size=batch_size, **common)
+        else:
+            self.batches = EpochBatches(len(dataset), batch_size, args.seed, shuffle)
+            self.loader = DataLoader(dataset, batch_sampler=self.batches, **common)
+
+    def options(self, args, workers: int) -> dict:
+        """Of every DataLoader."""
+        return dict(
             num_workers=workers,
             pin_memory=args.pin_mem and torch.cuda.is_available(),
             persistent_workers=workers > 0 and not self.stream,
             worker_init_fn=_outlive_signals,
             generator=torch.Generator().manual_seed(args.seed),  # so that a loader never draws from the global one
         )
-        if self.stream:
-            self.loader = DataLoader(dataset, batch_size=batch_size, **common)
-        else:
-            self.batches = EpochBatches(len(dataset), batch_size, args.seed, shuffle)
-            self.loader = DataLoader(dataset, batch_sampler=self.batches, **common)
 
     def _workers(self, args) -> int:
         """`--num_workers`, or fewer so that each finds a shard of a WebDataset."""
@@ -273,10 +276,16 @@ def build_loader(images, transform, args, batch_size: int, train: bool) -> Loade
         dataset = KeyedDataset(images, transform, args, replace=train)
     else:
         dataset = StreamDataset(images, transform, args)
+    if train:
+        check_enough(len(dataset), batch_size)
+    return Loader(dataset, args, batch_size, train)
+
+
+def check_enough(images: int, batch_size: int) -> None:
+    """UserError when training has less than one batch."""
     needed = batch_size * get_world_size()
-    if train and len(dataset) < needed:
+    if images < needed:
         raise UserError(
-            f"the training set has {len(dataset)} images, fewer than one batch of {needed} "
+            f"the training set has {images} images, fewer than one batch of {needed} "
             f"(--batch_size {batch_size} on {get_world_size()} process(es)): lower --batch_size"
         )
-    return Loader(dataset, args, batch_size, train)

@@ -1,0 +1,212 @@
+"""Images decoded once and kept as one uint8 tensor: in memory that all processes of a node share, or on the GPU."""
+
+import math
+import os
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from util.batch_aug import BatchTransform
+from util.datasets import Images
+from util.distributed import gather_objects
+from util.errors import UserError
+from util.loading import BROKEN_IMAGE, EpochBatches, Loader, Sample, UnreadableData
+from util.rng import sample_noise
+from util.transforms import ResizeShortSide, to_channels
+
+CACHES = ["none", "ram", "device"]
+_REPLACEMENTS = 32  # of sample_noise's streams: draws in place of unreadable images
+
+
+class CachedImages(Images):
+    """`images`, decoded: `pixels` (N, C, H, W) uint8, and which ones are `good`."""
+
+    def __init__(self, images: Images, pixels: torch.Tensor, good: torch.Tensor):
+        self.images, self.pixels, self.good = images, pixels, good
+        self.targets, self.classes = [images.target(i) for i in range(len(images))], images.classes
+
+    def load(self, index):
+        if not self.good[index]:
+            raise OSError("unreadable when the cache was made")
+        pixels = self.pixels[index].permute(1, 2, 0).cpu().numpy()
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+    def name(self, index):
+        return self.images.name(index)
+
+
+def cache_images(images, args, device: torch.device) -> CachedImages:
+    """`images` as `--data_cache` asks for. The first process of a node decodes, with `--num_workers` threads; the
+    others wait and share its memory. UserError for a stream, for images of several sizes without `--cache_size`, and
+    where the memory is not there."""
+    if not isinstance(images, Images):
+        raise UserError(
+            f"--data_cache {args.data_cache} needs a data set that can be indexed: {args.dataset} is a stream"
+        )
+    first_here = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    folder = Path(tempfile.mkdtemp(prefix="images-", dir=_shared_folder())) if first_here else None
+    try:
+        mine = _decode(images, args, device, folder / "pixels") if first_here else None
+        shared = gather_objects(mine)
+        problem = next((entry.problem for entry in shared if entry and entry.problem), None)
+        if problem:
+            raise UserError(problem)
+        here = next(entry for entry in shared if entry and entry.node == os.uname().nodename)
+        pixels = _mapped(here.path, here.shape)
+        gather_objects(None)  # all have it open: its name may go, and with the last process the memory
+    finally:
+        if folder:
+            shutil.rmtree(folder)
+    if args.data_cache == "device":
+        pixels = pixels.to(device)
+    count, _, height, width = here.shape
+    size = math.prod(here.shape) / 2**20
+    print(f"{count} images of {height}x{width} decoded into {size:.0f} MiB (--data_cache {args.data_cache})")
+    return CachedImages(images, pixels, here.good)
+
+
+class _Shared(NamedTuple):
+    """What the first process of a node says to the others."""
+
+    node: str
+    path: Path
+    shape: tuple
+    good: torch.Tensor | None
+    problem: str = ""
+
+
+def _decode(images, args, device, path: Path) -> _Shared:
+    node = os.uname().nodename
+    try:
+        decoder = Decoder(images, args.in_chans, args.cache_size)
+        shape = (len(images), *decoder.shape)
+        _check_room(shape, args.data_cache, device)
+        with open(path, "wb") as file:
+            file.truncate(math.prod(shape))
+        return _Shared(node, path, shape, decoder.fill(_mapped(path, shape), max(1, args.num_workers)))
+    except UserError as error:
+        return _Shared(node, path, (), None, str(error))
+
+
+def _mapped(path: Path, shape) -> torch.Tensor:
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
+
+
+def _shared_folder() -> str | None:
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def _check_room(shape, kind: str, device: torch.device) -> None:
+    needed = math.prod(shape)
+    folder = _shared_folder() or tempfile.gettempdir()
+    status = os.statvfs(folder)
+    rooms = [(folder, status.f_bavail * status.f_frsize)]
+    if kind == "device" and device.type == "cuda":
+        rooms.append((str(device), torch.cuda.mem_get_info(device)[0]))
+    for place, free in rooms:
+        if needed > free:
+            raise UserError(
+                f"--data_cache {kind} needs {needed / 2**30:.1f} GiB for {shape[0]} images of {shape[2]}x{shape[3]}, "
+                f"and {place} has {free / 2**30:.1f} free: a smaller --cache_size, or --data_cache none"
+            )
+
+
+class Decoder:
+    """Images to pixels of one size."""
+
+    def __init__(self, images: Images, in_chans: int, size: int | None):
+        self.images, self.in_chans, self.resize = images, in_chans, ResizeShortSide(size) if size else None
+        self.side = size
+        first = next((p for p in map(self._decoded, range(min(len(images), 20))) if p is not None), None)
+        if first is None:
+            raise UserError(f"the first 20 images of the data set are unreadable, {images.name(0)} is one of them")
+        self.shape = first.shape
+
+    def _decoded(self, index: int) -> np.ndarray | None:
+        """(C, H, W), None where the image cannot be read."""
+        try:
+            image = to_channels(self.images.load(index), self.in_chans)
+        except BROKEN_IMAGE as error:
+            sys.stderr.write(f"unreadable image {self.images.name(index)}: {error}\n")
+            return None
+        if self.resize:
+            image = self.resize(image)
+            left, top = (image.width - self.side) // 2, (image.height - self.side) // 2
+            image = image.crop((left, top, left + self.side, top + self.side))
+        pixels = np.asarray(image)
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+    def fill(self, pixels: torch.Tensor, threads: int) -> torch.Tensor:
+        """Decode everything into `pixels` -> which images are good (N,)."""
+        target, good = pixels.numpy(), torch.ones(len(self.images), dtype=torch.bool)
+
+        def one(index: int) -> None:
+            found = self._decoded(index)
+            if found is None:
+                good[index] = False
+            elif found.shape != self.shape:
+                height, width = found.shape[1:]
+                raise UserError(
+                    f"--data_cache needs images of one size, and {self.images.name(index)} has {height}x{width} where "
+                    f"the first has {self.shape[1]}x{self.shape[2]}: give --cache_size, to which the shorter side is "
+                    f"resized and the longer one cut"
+                )
+            else:
+                target[index] = found
+
+        with ThreadPoolExecutor(threads) as pool:  # pillow decodes outside python's lock
+            for _ in pool.map(one, range(len(self.images)), chunksize=64):
+                pass
+        return good
+
+
+class CachedBatches(Dataset):
+    """Whole batches by their keys [(epoch, index), ...], augmented where the pixels are."""
+
+    def __init__(self, images: CachedImages, transform: BatchTransform):
+        self.images, self.transform = images, transform
+        self.targets = torch.tensor(images.targets)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, keys) -> Sample:
+        epoch = keys[0][0]
+        indices = torch.tensor([index for _, index in keys])
+        places, bad = self._readable(epoch, indices)
+        device = self.images.pixels.device
+        pixels = self.images.pixels[places.to(device, non_blocking=True)]
+        image = self.transform(pixels, epoch, indices.to(device, non_blocking=True))
+        return Sample(image, self.targets[places], indices, bad)
+
+    def _readable(self, epoch: int, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The places of images to take, unreadable ones replaced by drawn ones; and how many were bad before each."""
+        places, bad = indices.clone(), torch.zeros_like(indices)
+        for attempt in range(20):
+            wrong = ~self.images.good[places]
+            if not wrong.any():
+                return places, bad
+            draws = sample_noise(self.transform.seed, epoch, indices, 1, stream=_REPLACEMENTS + attempt)[:, 0]
+            places = torch.where(wrong, (draws.double() * len(self.images)).long(), places)
+            bad += wrong
+        raise UnreadableData("20 images in a row could not be read; most of the data set is broken")
+
+
+class CachedLoader(Loader):
+    """Training batches from a cache: by workers from shared memory, or in this process on the device."""
+
+    def __init__(self, images: CachedImages, transform: BatchTransform, args, batch_size: int):
+        self.dataset, self.batch_size = CachedBatches(images, transform), batch_size
+        self.stream, self.shuffle, self.start = False, True, 0
+        self.batches = EpochBatches(len(images), batch_size, args.seed, shuffle=True)
+        on_host = images.pixels.device.type == "cpu"
+        common = self.options(args, args.num_workers if on_host else 0)
+        self.loader = DataLoader(self.dataset, sampler=self.batches, batch_size=None, **common)
