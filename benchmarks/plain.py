@@ -1,6 +1,5 @@
 """The step without what it need not do, piece by piece: what benchmarks/step.py times and tests compare with."""
 
-import _measure  # noqa: F401  puts the repository on the path
 import torch
 
 from models_mae import MaskedAutoencoderViT, MaskedOutput, masked_mean, pick, visible_patches

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from launch import checkpoint, largest_difference, same_tensors
 
 import main_finetune
 import main_pretrain
+from benchmarks.plain import PIECES, plain
 from models_mae import build_model
 from util.kernels import attention_is_fused
 from util.mfu import flop_counter, matrix_rate
@@ -67,6 +69,21 @@ def test_same_gradients(double, change):
     assert set(before) == set(after)
     assert largest_difference(before, after) < 1e-12
     assert change == "grad_checkpoint" or not same_tensors(before, after)  # it did something
+
+
+@pytest.mark.parametrize("pieces", [PIECES[:count] for count in range(len(PIECES) + 1)], ids=str)
+def test_every_piece_of_the_step_is_exact(double, pieces):
+    """Loss and gradients of the step by the book, with one piece of ours after the other: rounding in float64."""
+    model, imgs, noise = double
+    ours = gradients(model, imgs, noise)
+    loss = model.reconstruction_loss(model.forward_pretrain(imgs, 0.75, noise))
+    by_the_book = plain(deepcopy(model), *pieces)
+    theirs = gradients(by_the_book, imgs, noise)
+    assert set(ours) == set(theirs)
+    assert largest_difference(ours, theirs) < 1e-12
+    out = by_the_book.forward_pretrain(imgs, 0.75, noise)
+    assert out.all_patches == ("removed" not in pieces)
+    torch.testing.assert_close(by_the_book.reconstruction_loss(out), loss, rtol=1e-13, atol=0)
 
 
 def test_grad_checkpoint_keeps_less(double):
