@@ -221,12 +221,16 @@ class MaskedAutoencoderViT(PatchEncoder):
         """The same for the removed patches alone, in the order of `ids_removed`: (N, L - V, d)."""
         return self._decode(latent, ids_keep, ids_removed, first=ids_keep.shape[1])
 
+    def decoder_tokens(self, latent, ids_keep, ids_removed):
+        """[cls], visible patches and mask tokens with their positions: (N, 1 + L, d)."""
+        x, positions = self.decoder_embed(latent), self.decoder_pos_embed[0, 1:]
+        cls_token = x[:, :1] + self.decoder_pos_embed[:, :1]
+        return torch.cat([cls_token, x[:, 1:] + positions[ids_keep], self.mask_token + positions[ids_removed]], dim=1)
+
     def _decode(self, latent, ids_keep, ids_removed, first=0):
         """Tokens stay in the shuffled order, visible ones first: the decoder knows a patch by its position, and to put
         mask tokens between the others costs a gather forward and a scatter backward. -> patches from `first` on."""
-        x, positions = self.decoder_embed(latent), self.decoder_pos_embed[0, 1:]
-        cls_token = x[:, :1] + self.decoder_pos_embed[:, :1]
-        x = torch.cat([cls_token, x[:, 1:] + positions[ids_keep], self.mask_token + positions[ids_removed]], dim=1)
+        x = self.decoder_tokens(latent, ids_keep, ids_removed)
         for block in self.decoder_blocks:
             x = self.run_block(block, x)
         return self.decoder_norm(x[:, 1 + first :])

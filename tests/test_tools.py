@@ -1,6 +1,7 @@
 """The commands for looking and comparing, the quickstart among them, on small checkpoints."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 sys.path.insert(0, str(ROOT / "tools"))
 import knn
+import make_shards
 import mean_std
 import rc_linear
 import table
@@ -17,8 +19,10 @@ import visualize
 
 import main_pretrain
 from models_mae import build_model
+from util.datasets import read_images
 from util.errors import UserError
 from util.features import knn_accuracy
+from util.loading import build_loader
 from util.visual import reconstruct
 
 
@@ -172,3 +176,31 @@ def test_quickstart_lists(image_folder, tmp_path, labelled):
     from util.datasets import read_images
 
     assert len(read_images(args, True)) == images
+
+
+def test_shards_hold_every_image_as_it_was(image_folder, tmp_path, capsys):
+    """Through the tool and back through the mains' reader: the same images, each once, with their labels; a broken one
+    is named and left out, and a second start into the same folder is refused."""
+    pytest.importorskip("webdataset")
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    broken = next((data / "train" / "class1").iterdir())
+    broken.write_bytes(b"no image")
+    flags = ["--data_path", str(data), "--out", str(tmp_path / "shards"), "--images_per_shard", "20"]
+    make_shards.main(make_shards.get_args_parser().parse_args(flags))
+    said = capsys.readouterr()
+    assert "train: 95 images in 5 shards, 1 unreadable" in said.out and str(broken) in said.out + said.err
+    args = main_pretrain.get_args_parser().parse_args(
+        f"--dataset wds/images --data_path {tmp_path / 'shards'} --num_workers 0".split()
+    )
+    seen = [(image.tobytes(), target) for image, target in read_images(args, train=False)]
+    files = read_images(main_pretrain.get_args_parser().parse_args(f"--data_path {data}".split()), train=False)
+    assert sorted(seen) == sorted((files.load(i).tobytes(), files.target(i)) for i in range(len(files)))
+    args.batch_size = 19
+    loader = build_loader(read_images(args, train=True), lambda image: torch.zeros(1), args, 19, train=True)
+    labels = torch.cat([batch.target for batch in loader.begin(0)])
+    assert torch.bincount(labels).tolist() == [24, 23, 24, 24]
+    with pytest.raises(UserError, match="is not empty: give another folder"):
+        make_shards.main(make_shards.get_args_parser().parse_args(flags))
+    with pytest.raises(UserError, match="--name 'a-b' must be a name without"):
+        make_shards.main(make_shards.get_args_parser().parse_args([*flags, "--name", "a-b"]))

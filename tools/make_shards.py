@@ -1,0 +1,110 @@
+"""Write a data set as WebDataset shards (tar files): for sets of many files on network disks, and for object stores.
+
+python tools/make_shards.py --data_path IMAGENET --out SHARDS          both splits of train/<class>/ and val/<class>/
+python main_pretrain.py --dataset wds/images --data_path SHARDS …
+
+Files go in as they are, in random order, so that a shard holds a bit of everything; images in memory as PNG. What
+cannot be opened is named and left out. `_info.json` (timm's form) says how many images each shard has.
+"""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import _common
+import torch
+from tqdm import tqdm
+
+from util.datasets import Files, Images, read_images
+from util.errors import UserError, user_errors
+from util.loading import BROKEN_IMAGE
+from util.transforms import to_channels
+
+
+def get_args_parser():
+    parser = _common.parser(__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, help="folder for the shards; made if it is not there")
+    parser.add_argument("--name", default="images", help="of the files: <name>-<split>-000000.tar")
+    parser.add_argument("--splits", nargs="+", default=["train", "validation"], choices=["train", "validation"])
+    parser.add_argument(
+        "--images_per_shard", type=int, default=2000,
+        help="at least as many shards as processes times --num_workers should come out (100 to 300 MB each are usual)",
+    )  # fmt: skip
+    return parser
+
+
+def content(images: Images, index: int) -> tuple[str, bytes]:
+    """(ending, bytes) of an image that can be read; raises what readers raise on one that cannot."""
+    image = images.load(index)  # decoded, so that a broken one is found now
+    if isinstance(images, Files):
+        path = Path(images.name(index))
+        return path.suffix.lower().removeprefix("."), path.read_bytes()
+    file = io.BytesIO()
+    (image if image.mode in ("L", "LA", "RGB", "RGBA") else to_channels(image, 3)).save(file, "PNG")
+    return "png", file.getvalue()
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def write_shard(path: Path, images: Images, places: list[int], progress) -> int:
+    """The images at `places` -> how many could be read. The file has its name when it is whole."""
+    count, part = 0, path.with_suffix(".part")
+    with tarfile.open(part, "w") as tar:
+        for place in places:
+            progress.update()
+            try:
+                ending, data = content(images, place)
+            except BROKEN_IMAGE as error:
+                progress.write(f"unreadable image {images.name(place)}: {error}; left out")
+                continue
+            add(tar, f"{place:09d}.{ending}", data)
+            add(tar, f"{place:09d}.cls", str(images.target(place)).encode())
+            count += 1
+    part.rename(path)
+    return count
+
+
+def write_split(args, split: str) -> dict:
+    """All shards of one split -> its entry in `_info.json`."""
+    images = read_images(args, train=split == "train")
+    if not isinstance(images, Images):
+        raise UserError(f"--dataset {args.dataset} is a stream already")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    filenames, lengths = [], []
+    with tqdm(total=len(images), desc=split, unit=" images", disable=None) as progress:
+        for first in range(0, len(order), args.images_per_shard):
+            name = f"{args.name}-{split}-{len(filenames):06d}.tar"
+            count = write_shard(Path(args.out) / name, images, order[first : first + args.images_per_shard], progress)
+            filenames.append(name)
+            lengths.append(count)
+    if not sum(lengths):
+        raise UserError(f"no image of {split} could be read; their names are above")
+    bad = len(order) - sum(lengths)
+    print(f"{split}: {sum(lengths)} images in {len(lengths)} shards" + (f", {bad} unreadable" if bad else ""))
+    return {"name": split, "num_samples": sum(lengths), "filenames": filenames, "shard_lengths": lengths}
+
+
+def main(args) -> None:
+    if args.images_per_shard < 1:
+        raise UserError(f"--images_per_shard {args.images_per_shard} must be positive")
+    if not args.name or "/" in args.name or "-" in args.name:
+        raise UserError(f"--name {args.name!r} must be a name without / and -: timm splits file names at dashes")
+    if os.path.lexists(args.out) and not os.path.isdir(args.out):
+        raise UserError(f"--out {args.out} is not a folder")
+    if os.path.isdir(args.out) and os.listdir(args.out):
+        raise UserError(f"--out {args.out} is not empty: give another folder")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    splits = {split: write_split(args, split) for split in args.splits}
+    (Path(args.out) / "_info.json").write_text(json.dumps({"splits": splits}, indent=2) + "\n")
+    print(f"train with: --dataset wds/{args.name} --data_path {args.out}")
+
+
+if __name__ == "__main__":
+    with user_errors("make_shards.py"):
+        main(get_args_parser().parse_args())
