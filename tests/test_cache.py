@@ -14,7 +14,7 @@ from torchvision.transforms import functional as TF
 import main_pretrain
 import util.cache
 from util import batch_aug
-from util.batch_aug import BatchTransform, crop_boxes, gaussian_blur, padded_crops, resized_crops
+from util.batch_aug import BatchTransform, by_matrices, crop_boxes, gaussian_blur, padded_crops, resized_crops
 from util.cache import CachedBatches, cache_images
 from util.datasets import IMAGENET, Arrays, Files
 from util.errors import UserError
@@ -45,9 +45,10 @@ def pixels(image):
 # One operation after the other, against pillow and torchvision --------------------------------------------------------
 
 
+@pytest.mark.parametrize("resized_crops", [resized_crops, by_matrices])
 @pytest.mark.parametrize("size", [(16, 16), (32, 32), (48, 24)])
 @pytest.mark.parametrize("source", [(32, 32), (64, 48), (100, 130)])
-def test_resized_crops_are_pillows(source, size):
+def test_resized_crops_are_pillows(source, size, resized_crops):
     """Enlarged and reduced: within a level of 255 (pillow computes with 8-bit weights), nearly always equal."""
     images = noisy(12, *source)
     boxes = crop_boxes(torch.rand(12, 40), source, scale=(0.08, 1.0))
