@@ -25,6 +25,7 @@ def train_one_epoch(pretrainer: Pretrainer, run: Run, args) -> None:
         imgs = micro.batch.image.to(run.device, non_blocking=True)
         indices = micro.batch.index.to(run.device, non_blocking=True)
         noise = sample_noise(args.seed, run.epoch, indices, length)
+        pretrainer.first_batch(imgs)
         with run.forward_context(micro):
             loss, _, _ = run.wrapped(imgs, mask_ratio=mask_ratio_at(run.step, steps, args), noise=noise)
             run.backward(micro, loss, **pretrainer.parts)

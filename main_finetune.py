@@ -93,6 +93,7 @@ def check(args) -> None:
         raise UserError(f"--layer_decay {args.layer_decay} must lie in (0, 1]")
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size} must be even with --mixup or --cutmix, which pair images")
+    arguments.check_speed_flags(args, not args.eval, "with --eval")
     if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs weights: give --resume or --finetune")
 

@@ -68,6 +68,7 @@ def check(args) -> None:
         raise UserError("--resume continues a checkpoint, and --cache_features writes none: give one of them")
     if args.cache_features and (args.lr is not None or args.accum_iter > 1):
         raise UserError("--lr and --accum_iter have no effect with --cache_features, which tries all of --probe_blrs")
+    arguments.check_speed_flags(args, not args.eval and not args.cache_features, "with --eval or --cache_features")
     if args.batch_size == 1 and not args.eval:
         raise UserError("--batch_size 1 is too small for the probe's BatchNorm: give 2 or more")
     if not 0 < args.probe_holdout < 1:

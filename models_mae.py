@@ -113,6 +113,9 @@ class PatchEncoder(RunsBlocks, nn.Module):
     def patchify(self, imgs):
         """(N, C, H, W) -> (N, L, p * p * C); inside a patch the order is row, column, channel."""
         (rows, columns), (p, q) = self.patch_embed.grid_size, self.patch_embed.patch_size
+        expected = (self.in_chans, *self.patch_embed.img_size)
+        if tuple(imgs.shape[1:]) != expected:  # as many pixels in another order would pass below
+            raise ValueError(f"images are {tuple(imgs.shape[1:])}, channels first, and the model takes {expected}")
         x = imgs.reshape(imgs.shape[0], self.in_chans, rows, p, columns, q)
         return x.permute(0, 2, 4, 3, 5, 1).reshape(imgs.shape[0], rows * columns, p * q * self.in_chans)
 

@@ -152,10 +152,7 @@ class Pretrainer(nn.Module):
     def losses(self, imgs, mask_ratio=0.75, noise=None) -> tuple[dict[str, torch.Tensor], MaskedOutput]:
         """The parts of the loss by name, what is reconstructed first, and everything they were made from."""
         methods = self.methods.values()
-        if not self._seen_a_batch:
-            self._seen_a_batch = True
-            for method in methods:
-                method.first_batch(self.model, imgs)
+        self.first_batch(imgs)
         scores = _first(method.scores(self.model, imgs) for method in methods)
         wanted = tuple({block for method in methods for block in method.blocks()})
         head = next((method for method in methods if method.head_in_use), None)
@@ -170,6 +167,13 @@ class Pretrainer(nn.Module):
         for method in methods:
             parts |= method.terms(self.model, imgs, out)
         return parts, out
+
+    def first_batch(self, imgs) -> None:
+        """Let the methods look at the first batch, once in this process."""
+        if not self._seen_a_batch:
+            self._seen_a_batch = True
+            for method in self.methods.values():
+                method.first_batch(self.model, imgs)
 
     def attach(self, optimizer) -> None:
         for method in self.methods.values():

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models_mae import pick
+from util.amp import full_precision
 
 Tensors = dict[str, torch.Tensor]
 
@@ -86,17 +87,13 @@ def dot(one: Tensors, other: Tensors) -> torch.Tensor:
 def exact_arithmetic(module: nn.Module):
     """Full float32 (no autocast, no TF32) and eval mode: both sides of a difference must be the same function, and
     rounding is divided by a small number."""
-    precision, cudnn, training = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, module.training
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    training, device = module.training, next(module.parameters()).device.type
     module.eval()
-    device = next(module.parameters()).device.type
     try:
-        with torch.autocast(device, enabled=False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        plain = torch.compiler.set_stance("force_eager")
+        with plain, full_precision(), torch.autocast(device, enabled=False), torch.no_grad():
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = cudnn
         module.train(training)
 
 

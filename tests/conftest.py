@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.layers import set_fused_attn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from teachers import teacher as teacher  # noqa: E402  a fixture
+
+
+@pytest.fixture(autouse=True)
+def fused_attention():
+    """Mains in this process choose the kind of attention of models to come; the next test must not find that."""
+    yield
+    set_fused_attn(True)
 
 
 class Golden:

@@ -364,6 +364,8 @@ TRANSFER = {
     "--eval --resume {box}/{program}/checkpoint-0.pth --dataset digits": "checkpoint-0.pth | 2 classes | 10",
 }
 FINETUNE = {
+    "--eval --finetune {box}/pretrain/checkpoint-0.pth --compile": "--compile has no effect with --eval",
+    "--eval --finetune {box}/pretrain/checkpoint-0.pth --grad_checkpoint": "--grad_checkpoint has no effect",
     **{f"--{name} {value}": f"--{name}" for name in ("drop_path", "smoothing", "reprob", "layer_decay")
        for value in (-0.1, 1.1, "nan")},
     **{f"--{name} 2 --mixup 0.8": f"--{name}" for name in ("mixup_prob", "mixup_switch_prob")},
@@ -392,6 +394,8 @@ FINETUNE = {
     "--eval --resume {box}/finetune/checkpoint-0.pth --cls_token": "checkpoint-0.pth | classifier | pooled",
 }  # fmt: skip
 LINPROBE = {
+    "--cache_features --compile": "--compile has no effect",
+    "--cache_features --log_mfu": "--log_mfu has no effect",
     **{f"--probe_holdout {value}": "--probe_holdout" for value in (0, 1, -0.5, "nan")},
     **{f"--probe_blrs 0.1 {value}": "--probe_blrs" for value in (0, -1, "nan", "inf")},
     "--probe_blrs": "--probe_blrs",

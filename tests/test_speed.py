@@ -12,6 +12,7 @@ import main_finetune
 import main_pretrain
 from benchmarks.plain import PIECES, plain
 from models_mae import build_model
+from util import kernels
 from util.kernels import attention_is_fused
 from util.mfu import flop_counter, matrix_rate
 
@@ -86,6 +87,13 @@ def test_every_piece_of_the_step_is_exact(double, pieces):
     torch.testing.assert_close(by_the_book.reconstruction_loss(out), loss, rtol=1e-13, atol=0)
 
 
+def test_images_of_another_size_are_refused():
+    """As many pixels in another order must not pass."""
+    model = build_model("mae_vit_micro_patch4", img_size=(16, 24))
+    with pytest.raises(ValueError, match=r"images are \(3, 24, 16\), .* the model takes \(3, 16, 24\)"):
+        model(torch.zeros(1, 3, 24, 16))
+
+
 def test_grad_checkpoint_keeps_less(double):
     """Between forward and backward: what autograd saves beside the weights."""
     model, imgs, noise = double
@@ -105,17 +113,27 @@ def test_grad_checkpoint_keeps_less(double):
     assert kept[True] < 0.4 * kept[False], kept
 
 
-@pytest.mark.parametrize("methods", ["", "--rc_mae --mae_k 1"])
-def test_checkpointed_run_is_the_same(image_folder, tmp_path, methods):
+@pytest.fixture
+def recomputed(monkeypatch):
+    """How many blocks were given to checkpoint()."""
+    calls = []
+    original = kernels.checkpoint
+    monkeypatch.setattr(kernels, "checkpoint", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    return calls
+
+
+@pytest.mark.parametrize("methods", ["", "--rc_mae --ema_mae --wse 0"])
+def test_checkpointed_run_is_the_same(image_folder, tmp_path, methods, recomputed):
     """Bit for bit: the same products are computed, once more."""
     common = f"--data_path {image_folder} --amp_dtype fp32 {methods}"
     plain, again = (
         pretrain(tmp_path / name, f"{common} {flag}") for name, flag in (("a", ""), ("b", "--grad_checkpoint"))
     )
     assert same_tensors(plain, again)
+    assert len(recomputed) == 6 * (4 + 2)  # steps of the second run, blocks of encoder and decoder
 
 
-def test_finetuning_checkpointed_is_the_same(image_folder, tmp_path):
+def test_finetuning_checkpointed_is_the_same(image_folder, tmp_path, recomputed):
     """With drop path, whose random numbers must be drawn alike the second time."""
     common = f"--model vit_micro_patch4 --input_size 16 --data_path {image_folder} --aug crop --num_workers 0 " \
         f"--epochs 1 --warmup_epochs 0 --lr 1e-3 --batch_size 16 --drop_path 0.3 --amp_dtype fp32"  # fmt: skip
@@ -123,16 +141,20 @@ def test_finetuning_checkpointed_is_the_same(image_folder, tmp_path):
         flags = f"{common} {flag} --output_dir {tmp_path / name}".split()
         main_finetune.main(main_finetune.get_args_parser().parse_args(flags))
     assert same_tensors(*(checkpoint(tmp_path / name, "checkpoint-0.pth")["model"] for name in "ab"))
+    assert len(recomputed) == 6 * 4
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("methods", ["--rc_mae", "--mlo_mae --mlo_labels same --mlo_batch_size 8"])
+@pytest.mark.parametrize("methods", ["--rc_mae --log_grad_cosine 2", "--mlo_mae --mlo_labels same --mlo_batch_size 8"])
 def test_compiled_run_is_the_same(image_folder, tmp_path, methods):
     """fp32: compiled kernels add in another order, and where a gradient is nothing but rounding AdamW makes whole steps
-    of 1e-3 of it (biases of keys, which softmax does not see): half a step at the most, next to nothing on average."""
+    of 1e-3 of it (biases of keys, which softmax does not see): half a step at the most, next to nothing on average.
+    With the look at gradients, which goes through a compiled graph twice."""
+    torch._dynamo.utils.counters.clear()
     common = f"--data_path {image_folder} --amp_dtype fp32 {methods}"
     plain, compiled = (pretrain(tmp_path / name, f"{common} {flag}") for name, flag in (("a", ""), ("b", "--compile")))
     assert list(plain) == list(compiled)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0  # something was compiled
     assert largest_difference(plain, compiled) < 5e-4
     differences = torch.cat([(plain[name] - compiled[name]).abs().flatten() for name in plain])
     assert differences.mean() < 1e-6, differences.mean()
@@ -168,7 +190,7 @@ def test_flops_are_those_of_the_formula(fused):
 
 
 def test_log_mfu(image_folder, tmp_path):
-    """It is logged, plausible, and changes no number of the run."""
+    """It is logged, plausible, and changes no number of the run, the generators among them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     common = f"--data_path {image_folder} --amp_dtype fp32"
@@ -180,5 +202,7 @@ def test_log_mfu(image_folder, tmp_path):
 
 
 def test_matrix_rate_is_a_rate():
+    state = torch.get_rng_state()
     rate = matrix_rate(torch.device("cpu"), torch.float32, seconds=0.05)
     assert 1e8 < rate < 1e14
+    assert torch.equal(state, torch.get_rng_state())

@@ -1,5 +1,6 @@
 """Mixed precision, and the one place where a gradient becomes an optimizer step (or does not)."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +29,19 @@ def choose_amp_dtype(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype):
     """Context in which matrix products run in `dtype`; does nothing for fp32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+
+
+@contextmanager
+def full_precision():
+    """Float32 products in float32, without TF32."""
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = cudnn
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:

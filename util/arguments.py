@@ -186,6 +186,13 @@ def check_values(args) -> None:
         raise UserError("--resume and --overwrite contradict each other: give one of them")
 
 
+def check_speed_flags(args, trains: bool, why: str) -> None:
+    """UserError for a speed flag that has no effect, because no training loop runs."""
+    for name in ("compile", "grad_checkpoint", "log_mfu"):
+        if not trains and getattr(args, name, False):
+            raise UserError(f"--{name} has no effect {why}")
+
+
 def _check_finite(args) -> None:
     for name, value in vars(args).items():
         numbers = value if isinstance(value, (list, tuple)) else [value]

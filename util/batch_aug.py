@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from util.amp import full_precision
 from util.rng import sample_noise
 from util.transforms import default_crop_pct
 
@@ -97,8 +98,9 @@ def by_matrices(images, boxes, size, flip=None):
     columns = resampling(boxes[:, 1], boxes[:, 3], images.shape[3], size[1])
     if flip is not None:
         columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    across = images.float() @ columns[:, None].transpose(2, 3)  # pillow, too, goes along rows first
-    return (rows[:, None] @ across.round().clamp(0, 255)).round().clamp(0, 255)
+    with full_precision():
+        across = images.float() @ columns[:, None].transpose(2, 3)  # pillow, too, goes along rows first
+        return (rows[:, None] @ across.round().clamp(0, 255)).round().clamp(0, 255)
 
 
 def padded_crops(images: torch.Tensor, top, left, padding: tuple[int, int], flip=None) -> torch.Tensor:
@@ -139,8 +141,9 @@ def gaussian_blur(images: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
         box.scatter_add_(2, source.expand(len(images), -1, -1), weights[:, None].expand(-1, side, -1))
         return (box @ box @ box)[:, None]
 
-    across = (images @ matrix(images.shape[3]).transpose(2, 3)).round()
-    return (matrix(images.shape[2]) @ across).round().clamp(0, 255)
+    with full_precision():
+        across = (images @ matrix(images.shape[3]).transpose(2, 3)).round()
+        return (matrix(images.shape[2]) @ across).round().clamp(0, 255)
 
 
 def three_augment(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from util.batch_aug import BatchTransform
 from util.datasets import Images
-from util.distributed import gather_objects
+from util.distributed import gather_objects, get_rank
 from util.errors import UserError
 from util.loading import BROKEN_IMAGE, EpochBatches, Loader, Sample, UnreadableData
 from util.rng import sample_noise
@@ -44,79 +43,82 @@ class CachedImages(Images):
 
 
 def cache_images(images, args, device: torch.device) -> CachedImages:
-    """`images` as `--data_cache` asks for. The first process of a node decodes, with `--num_workers` threads; the
-    others wait and share its memory. UserError for a stream, for images of several sizes without `--cache_size`, and
-    where the memory is not there."""
+    """`images` as `--data_cache` asks for. The processes of a node share one file in memory, which has no name any more
+    when decoding begins, so that it goes with the last of them; each decodes its share with `--num_workers` threads.
+    UserError for a stream, for images of several sizes without `--cache_size`, and where the memory is not there."""
     if not isinstance(images, Images):
-        raise UserError(
-            f"--data_cache {args.data_cache} needs a data set that can be indexed: {args.dataset} is a stream"
-        )
-    first_here = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    folder = Path(tempfile.mkdtemp(prefix="images-", dir=_shared_folder())) if first_here else None
+        raise UserError(f"--data_cache {args.data_cache} needs images that can be indexed: {args.dataset} is a stream")
+    node = _node()
+    here = [rank for rank, other in enumerate(gather_objects(node)) if other == node]
+    share = here.index(get_rank())
+    pixels = _shared_memory(images, args, first=share == 0, node=node)
+    good, problem = torch.ones(len(images), dtype=torch.bool), ""
     try:
-        mine = _decode(images, args, device, folder / "pixels") if first_here else None
-        shared = gather_objects(mine)
-        problem = next((entry.problem for entry in shared if entry and entry.problem), None)
-        if problem:
-            raise UserError(problem)
-        here = next(entry for entry in shared if entry and entry.node == os.uname().nodename)
-        pixels = _mapped(here.path, here.shape)
-        gather_objects(None)  # all have it open: its name may go, and with the last process the memory
+        decoder = Decoder(images, args.in_chans, args.cache_size)
+        decoder.fill(pixels, good, range(share, len(images), len(here)), max(1, args.num_workers))
+        if args.data_cache == "device" and device.type == "cuda":
+            _check_room(pixels.shape, "device", str(device), torch.cuda.mem_get_info(device)[0])
+    except (UserError, OSError, MemoryError) as error:
+        problem = str(error) or type(error).__name__
+    found = gather_objects((good, problem))
+    problems = [text for _, text in found if text]
+    if problems:
+        raise UserError(problems[0])
+    good = torch.stack([found[rank][0] for rank in here]).all(dim=0)
+    if args.data_cache == "device":
+        pixels = pixels.to(device)
+    count, _, height, width = pixels.shape
+    size = pixels.numel() / 2**20
+    print(f"{count} images of {height}x{width} decoded into {size:.0f} MiB (--data_cache {args.data_cache})")
+    return CachedImages(images, pixels, good)
+
+
+def _node() -> tuple[str, str]:
+    """Which machine this is: containers of several may have one name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return os.uname().nodename, boot.read_text() if boot.exists() else ""
+
+
+def _shared_memory(images: Images, args, first: bool, node) -> torch.Tensor:
+    """Memory for all pixels (N, C, H, W), the same for all processes of a node; the `first` one makes it."""
+    folder, mine = None, None
+    try:
+        if first:
+            try:
+                shape = (len(images), *Decoder(images, args.in_chans, args.cache_size).shape)
+                place = _shared_folder()
+                status = os.statvfs(place)
+                _check_room(shape, args.data_cache, place, status.f_bavail * status.f_frsize)
+                folder = Path(tempfile.mkdtemp(prefix="images-", dir=place))
+                with open(folder / "pixels", "wb") as file:
+                    file.truncate(math.prod(shape))
+                mine = node, str(folder / "pixels"), shape, ""
+            except (UserError, OSError) as error:
+                mine = node, "", (), str(error)
+        made = [entry for entry in gather_objects(mine) if entry]
+        problems = [text for *_, text in made if text]
+        if problems:
+            raise UserError(problems[0])
+        _, path, shape, _ = next(entry for entry in made if entry[0] == node)
+        pixels = torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
+        gather_objects(None)  # all have it open
+        return pixels
     finally:
         if folder:
             shutil.rmtree(folder)
-    if args.data_cache == "device":
-        pixels = pixels.to(device)
-    count, _, height, width = here.shape
-    size = math.prod(here.shape) / 2**20
-    print(f"{count} images of {height}x{width} decoded into {size:.0f} MiB (--data_cache {args.data_cache})")
-    return CachedImages(images, pixels, here.good)
 
 
-class _Shared(NamedTuple):
-    """What the first process of a node says to the others."""
-
-    node: str
-    path: Path
-    shape: tuple
-    good: torch.Tensor | None
-    problem: str = ""
+def _shared_folder() -> str:
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
 
 
-def _decode(images, args, device, path: Path) -> _Shared:
-    node = os.uname().nodename
-    try:
-        decoder = Decoder(images, args.in_chans, args.cache_size)
-        shape = (len(images), *decoder.shape)
-        _check_room(shape, args.data_cache, device)
-        with open(path, "wb") as file:
-            file.truncate(math.prod(shape))
-        return _Shared(node, path, shape, decoder.fill(_mapped(path, shape), max(1, args.num_workers)))
-    except UserError as error:
-        return _Shared(node, path, (), None, str(error))
-
-
-def _mapped(path: Path, shape) -> torch.Tensor:
-    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
-
-
-def _shared_folder() -> str | None:
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-
-
-def _check_room(shape, kind: str, device: torch.device) -> None:
+def _check_room(shape, kind: str, place: str, free: int) -> None:
     needed = math.prod(shape)
-    folder = _shared_folder() or tempfile.gettempdir()
-    status = os.statvfs(folder)
-    rooms = [(folder, status.f_bavail * status.f_frsize)]
-    if kind == "device" and device.type == "cuda":
-        rooms.append((str(device), torch.cuda.mem_get_info(device)[0]))
-    for place, free in rooms:
-        if needed > free:
-            raise UserError(
-                f"--data_cache {kind} needs {needed / 2**30:.1f} GiB for {shape[0]} images of {shape[2]}x{shape[3]}, "
-                f"and {place} has {free / 2**30:.1f} free: a smaller --cache_size, or --data_cache none"
-            )
+    if needed > free:
+        raise UserError(
+            f"--data_cache {kind} needs {needed / 2**30:.1f} GiB for {shape[0]} images of {shape[2]}x{shape[3]}, and "
+            f"{place} has {free / 2**30:.1f} free: a smaller --cache_size, or --data_cache none"
+        )
 
 
 class Decoder:
@@ -144,28 +146,30 @@ class Decoder:
         pixels = np.asarray(image)
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
-    def fill(self, pixels: torch.Tensor, threads: int) -> torch.Tensor:
-        """Decode everything into `pixels` -> which images are good (N,)."""
-        target, good = pixels.numpy(), torch.ones(len(self.images), dtype=torch.bool)
+    def fill(self, pixels: torch.Tensor, good: torch.Tensor, places: range, threads: int) -> None:
+        """Decode the images at `places` into `pixels`; `good` (N,) becomes false where one cannot be read."""
+        target = pixels.numpy()
 
-        def one(index: int) -> None:
-            found = self._decoded(index)
-            if found is None:
-                good[index] = False
-            elif found.shape != self.shape:
-                height, width = found.shape[1:]
-                raise UserError(
-                    f"--data_cache needs images of one size, and {self.images.name(index)} has {height}x{width} where "
-                    f"the first has {self.shape[1]}x{self.shape[2]}: give --cache_size, to which the shorter side is "
-                    f"resized and the longer one cut"
-                )
-            else:
-                target[index] = found
+        def some(places: range) -> None:
+            for index in places:
+                found = self._decoded(index)
+                good[index] = found is not None
+                if found is not None:
+                    self._check_size(index, found.shape)
+                    target[index] = found
 
+        parts = [places[first : first + 64] for first in range(0, len(places), 64)]
         with ThreadPoolExecutor(threads) as pool:  # pillow decodes outside python's lock
-            for _ in pool.map(one, range(len(self.images)), chunksize=64):
+            for _ in pool.map(some, parts):
                 pass
-        return good
+
+    def _check_size(self, index: int, shape) -> None:
+        if shape != self.shape:
+            raise UserError(
+                f"--data_cache needs images of one size, and {self.images.name(index)} has {shape[1]}x{shape[2]} where "
+                f"the first has {self.shape[1]}x{self.shape[2]}: give --cache_size, to which the shorter side is "
+                f"resized and the longer one cut"
+            )
 
 
 class CachedBatches(Dataset):
@@ -209,4 +213,5 @@ class CachedLoader(Loader):
         self.batches = EpochBatches(len(images), batch_size, args.seed, shuffle=True)
         on_host = images.pixels.device.type == "cpu"
         common = self.options(args, args.num_workers if on_host else 0)
+        common["pin_memory"] &= on_host
         self.loader = DataLoader(self.dataset, sampler=self.batches, batch_size=None, **common)

@@ -7,6 +7,8 @@ import os
 import shutil
 
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from timm.layers import set_fused_attn
 from timm.models.vision_transformer import Block
 from torch import nn
@@ -62,6 +64,8 @@ def compile_blocks(*models: nn.Module) -> None:
         raise UserError("--compile needs a C++ compiler: install g++, or name one in the variable CXX; or leave it out")
     # One kind of block for each width, number of tokens and with or without gradients; the default of 8 is few.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    torch._functorch.config.donated_buffer = False  # a look at gradients walks a graph twice
+    torch._inductor.config.fallback_random = True  # drop path's random numbers are those of an uncompiled run
     for model in models:
         for module in model.modules():
             if isinstance(module, Block):

@@ -43,7 +43,8 @@ def flop_counter() -> FlopCounterMode:
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) -> float:
     """FLOPs per second of large square matrix products on this device, with the threads of this process."""
     side = SIDES[device.type]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # not the run's own numbers
+    a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     a @ b
     wait()
@@ -56,24 +57,28 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = SECON
 
 
 class FlopMeter:
-    """Counts the first micro-batch (its passes and those of teachers; not what methods do after the
-    step), and relates later speeds to that. What `--grad_checkpoint` computes twice counts twice."""
+    """Counts the first micro-batch of an epoch (its passes and those of teachers; not what methods do after the step),
+    and relates the speed to that. What `--grad_checkpoint` computes twice counts twice."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.rate = matrix_rate(device, dtype)
-        self.per_image: float | None = None
+        self.per_image, self.counted = 0.0, False
+
+    def begin(self) -> None:
+        """Count anew: an epoch may bring a teacher, or another mask ratio."""
+        self.counted = False
 
     @contextlib.contextmanager
     def counting(self, images: int):
-        """Around the passes over `images`; counts the first time only."""
-        if self.per_image is not None:
+        """Around the passes over `images`; counts the first time since `begin`."""
+        if self.counted:
             yield
             return
         # Compiled code is not seen by the counter.
         with flop_counter() as counter, torch.compiler.set_stance("force_eager"):
             yield
-        self.per_image = counter.get_total_flops() / images
+        self.per_image, self.counted = counter.get_total_flops() / images, True
 
     def utilisation(self, images_per_s: float) -> float:
         """In percent, at this speed of one process."""
-        return 100 * (self.per_image or 0.0) * images_per_s / self.rate
+        return 100 * self.per_image * images_per_s / self.rate

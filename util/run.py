@@ -151,6 +151,8 @@ class Run:
         progress = Progress(f"{header} {self.epoch}", total, self.position)
         self._clock = _Clock()
         self._batches = iter(self.loader.begin(self.epoch, self.position))
+        if self.flops:
+            self.flops.begin()
         try:
             for position in range(self.position, total):
                 batch = self._next()
