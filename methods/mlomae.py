@@ -98,7 +98,7 @@ class MLOMAE(Method):
         "mlo_fd_alpha": None, "mlo_unroll_grad": "sum", "mlo_head_path": True, "mlo_precondition": "adam",
         "mlo_ste": False, "mlo_normalize": False, "mlo_head_lr": None, "mlo_mask_lr": 1e-2, "mlo_weight_decay": 0.01,
         "mlo_hidden": 512, "mlo_batch_size": None, "mlo_feature": "avg", "mlo_stage2": "linear", "mlo_prox": None,
-        "mlo_levels": 3, "blo_lambda": None, "mlo_mask_net": None, "mlo_frozen": False,
+        "mlo_levels": 3, "blo_lambda": None, "mlo_mask_net": None, "mlo_frozen": False, "mlo_warmup_epochs": 0,
     }  # fmt: skip
     # Masking-network updates between two in which the two paths of the hypergradient are computed separately.
     PATHS_EVERY = 20
@@ -114,6 +114,7 @@ class MLOMAE(Method):
         option("mlo_val_fraction", "share of every class of the labelled images held out for stage III", type=float)
         option("mlo_unroll", "steps of the autoencoder to one of the head", type=int)
         option("mlo_update_every", "the masking network moves with every so many-th step of the head", type=int)
+        option("mlo_warmup_epochs", "epochs in which the head learns before the masking network moves", type=int)
         option("mlo_hypergrad", "derivatives by two forward passes, or exactly by forward mode", choices=["fd", "jvp"])
         option("mlo_fd_alpha", "length of fd's displacement in weight space (1e-2 with adam, else 1e-3)", type=float)
         option("mlo_unroll_grad", "count all unrolled steps, or the last alone", choices=["sum", "last"])
@@ -153,6 +154,8 @@ class MLOMAE(Method):
         for name in ("mlo_unroll", "mlo_update_every", "mlo_hidden", "mlo_batch_size"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise UserError(f"--{name} {getattr(args, name)} must be positive")
+        if not 0 <= args.mlo_warmup_epochs < args.epochs:
+            raise UserError(f"--mlo_warmup_epochs {args.mlo_warmup_epochs} must lie in [0, --epochs {args.epochs})")
         _check_pairs(args)
         for name in ("mlo_fd_alpha", "mlo_head_lr", "mlo_mask_lr", "mlo_prox", "blo_lambda"):
             value = getattr(args, name)
@@ -174,7 +177,7 @@ class MLOMAE(Method):
             self.net = MaskingNetwork(patches, width, args.mlo_hidden)
         self.net.requires_grad_(False)  # neither the autoencoder's optimizer nor DDP is to see it
         self.optimizer = adamw(self.net.groups(), args.mlo_mask_lr, args.mlo_weight_decay)
-        self.step = self.updates = 0
+        self.step = self.updates = self.warm = 0
         self.ratio = args.mask_ratio
         self.drawn = [0, 0]  # batches of stages II and III
         self.window: list[InnerStep] = []
@@ -202,7 +205,9 @@ class MLOMAE(Method):
         self.register_load_state_dict_pre_hook(_same_split)
 
     def begin(self, model, methods, steps: int) -> None:
-        self.head_updates, self.mask_updates = steps // self.unroll, steps // (self.unroll * self.every)
+        window = self.unroll * self.every
+        self.warm = math.ceil(steps / self.args.epochs * self.args.mlo_warmup_epochs / window) * window  # steps
+        self.head_updates, self.mask_updates = steps // self.unroll, max(1, (steps - self.warm) // window)
 
     def attach(self, optimizer) -> None:
         self.inner = optimizer
@@ -227,7 +232,7 @@ class MLOMAE(Method):
 
     def _recording(self) -> bool:
         """Whether the coming step belongs to those that the next move of the masking network looks back on."""
-        if self.frozen or (self.step // self.unroll + 1) % self.every:
+        if self.frozen or self.step < self.warm or (self.step // self.unroll + 1) % self.every:
             return False
         return self.args.mlo_unroll_grad == "sum" or (self.step + 1) % self.unroll == 0
 

@@ -174,6 +174,18 @@ def test_schedules_follow_their_own_updates(image_folder, tmp_path):
     } == {8}
 
 
+def test_warm_up(image_folder, tmp_path):
+    """The head learns from the first step, the masking network from the second epoch on, on a cosine of its own: 6
+    steps an epoch, windows of four steps, so the first two are left out and four are taken."""
+    flags = f"{MLO} --data_path {image_folder} --epochs 4 --save_freq 1 --mlo_unroll 2 --mlo_update_every 2 "
+    pretrain(f"{flags} --mlo_mask_lr 0.2 --mlo_warmup_epochs 1 --output_dir {tmp_path}")
+    first, last = (checkpoint(tmp_path, f"checkpoint-{epoch}.pth")["methods"] for epoch in (0, 3))
+    states = [content["mlo_mae._extra_state"] for content in (first, last)]
+    assert [(state["updates"], state["drawn"]) for state in states] == [(0, [3, 0]), (4, [12, 4])]
+    assert states[1]["optimizers"][0]["param_groups"][-1]["lr"] == pytest.approx(0.1 * (1 + np.cos(np.pi * 3 / 4)))
+    assert any(not torch.equal(first[name], last[name]) for name in first if name.startswith("mlo_mae.net."))
+
+
 FORMS = {
     "sum": "--mlo_unroll 4", "last, adam": "--mlo_unroll 4 --mlo_unroll_grad last --mlo_precondition adam",
     "two levels": "--mlo_unroll 4 --mlo_levels 2", "fine-tuned": "--mlo_unroll 4 --mlo_stage2 finetune --mlo_prox 0.1",
@@ -322,6 +334,7 @@ REFUSED = {
     "--mlo_labels same --ema_mae --wse 2": "--ema_mae and --mlo_mae cannot be combined",
     "--mlo_labels same --rc_mae": "--rc_mae and --mlo_mae cannot be combined",
     "--mlo_labels same --mlo_val_fraction 1": "--mlo_val_fraction 1.0 must lie between 0 and 1",
+    "--mlo_labels same --epochs 3 --mlo_warmup_epochs 3": "--mlo_warmup_epochs 3 must lie in [0, --epochs 3)",
     "--mlo_labels same --mlo_unroll 0": "--mlo_unroll 0 must be positive",
     "--mlo_labels same --mlo_mask_lr 0": "--mlo_mask_lr 0.0 must be a positive number",
     "--mlo_labels same --mlo_weight_decay -1": "--mlo_weight_decay -1.0 must not be negative",
