@@ -8,7 +8,7 @@ import torch
 from launch import ROOT, checkpoint, log_rows
 
 from methods.dmae import DMAE, aligned_blocks
-from models_mae import build_model
+from models_mae import build_model, pick
 from util.errors import UserError
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -88,7 +88,7 @@ def test_larger_teacher_grid(tmp_path, positions):
     fresh = build_model("mae_vit_micro_patch4", img_size=16).pos_embed
     table = whole.pos_embed[:, 1:][:, kept] if positions == "inner" else fresh[:, 1:]
     cls = (whole.pos_embed if positions == "inner" else fresh)[:, :1]
-    x = torch.cat([(whole.cls_token + cls).expand(2, -1, -1), whole.gather(tokens + table, ids)], 1)
+    x = torch.cat([(whole.cls_token + cls).expand(2, -1, -1), pick(tokens + table, ids)], 1)
     for block in whole.blocks[:3]:
         x = block(x)
     assert torch.allclose(features, x, atol=1e-5)
