@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Block
+from timm.models import vision_transformer
 from torch import nn
 
 from util.architectures import DECODERS, DEFAULT_DECODER, ENCODERS, check_geometry, look_up
@@ -70,6 +70,24 @@ def pick(values, ids):
 def spread(values, ids, length):
     """(N, M) put at the places `ids` (N, M) of zeros (N, length), differentiably."""
     return values.new_zeros(len(values), length).scatter(1, ids, values)
+
+
+class Block(vision_transformer.Block):
+    """timm's block, that can be asked for some of its outputs alone."""
+
+    def forward(self, x, first: int = 0):
+        """(N, M, D) -> (N, M - first, D): the tokens from `first` on; those before are keys and values only."""
+        if not first:
+            return super().forward(x)
+        attention = self.attn
+        queries, keys, values = attention.qkv(self.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
+        queries, keys, values = (part.transpose(1, 2) for part in (queries[:, first:], keys, values))
+        if attention.fused_attn:
+            found = F.scaled_dot_product_attention(queries, keys, values)
+        else:
+            found = (queries * attention.scale @ keys.transpose(-2, -1)).softmax(dim=-1) @ values
+        x = x[:, first:] + attention.proj(found.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
 
 
 class PatchEncoder(RunsBlocks, nn.Module):
@@ -232,11 +250,12 @@ class MaskedAutoencoderViT(PatchEncoder):
 
     def _decode(self, latent, ids_keep, ids_removed, first=0):
         """Tokens stay in the shuffled order, visible ones first: the decoder knows a patch by its position, and to put
-        mask tokens between the others costs a gather forward and a scatter backward. -> patches from `first` on."""
+        mask tokens between the others costs a gather forward and a scatter backward. -> patches from `first` on, the
+        only ones that the last block computes."""
         x = self.decoder_tokens(latent, ids_keep, ids_removed)
-        for block in self.decoder_blocks:
-            x = self.run_block(block, x)
-        return self.decoder_norm(x[:, 1 + first :])
+        for index, block in enumerate(self.decoder_blocks, start=1):
+            x = self.run_block(block, x, 1 + first if index == len(self.decoder_blocks) else 0)
+        return self.decoder_norm(x if self.decoder_blocks else x[:, 1 + first :])
 
     def forward_decoder(self, latent, ids_restore):
         """-> pixels of every patch, (N, L, p * p * C)."""

@@ -1,26 +1,10 @@
 """The step without what it need not do, piece by piece: what benchmarks/step.py times and tests compare with."""
 
 import torch
-import torch.nn.functional as F
 
 from models_mae import MaskedAutoencoderViT, MaskedOutput, masked_mean, pick, visible_patches
 
 PIECES = ("embed", "order", "removed", "last")
-
-
-def block_from(block, x, first: int):
-    """A timm block's output for the tokens from `first` on alone: all of them are keys and values, those ask."""
-    attention, y = block.attn, block.norm1(x)
-    width, heads = x.shape[-1], attention.num_heads
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    queries = F.linear(y[:, first:], weight[:width], bias[:width]).unflatten(-1, (heads, -1)).transpose(1, 2)
-    keys, values = F.linear(y, weight[width:], bias[width:]).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
-    if attention.fused_attn:
-        found = F.scaled_dot_product_attention(queries, keys, values)
-    else:
-        found = (queries * attention.scale @ keys.transpose(-2, -1)).softmax(dim=-1) @ values
-    x = x[:, first:] + attention.proj(found.transpose(1, 2).flatten(2))
-    return x + block.mlp(block.norm2(x))
 
 
 class PlainMAE(MaskedAutoencoderViT):
@@ -52,13 +36,12 @@ class PlainMAE(MaskedAutoencoderViT):
         )
 
     def _decode(self, latent, ids_keep, ids_removed, first=0):
-        if "last" not in self.pieces or not first:
+        if "last" in self.pieces:
             return super()._decode(latent, ids_keep, ids_removed, first)
-        *before, last = self.decoder_blocks
         x = self.decoder_tokens(latent, ids_keep, ids_removed)
-        for block in before:
+        for block in self.decoder_blocks:
             x = self.run_block(block, x)
-        return self.decoder_norm(block_from(last, x, 1 + first))
+        return self.decoder_norm(x[:, 1 + first :])
 
     def _decode_in_order(self, latent, ids_restore):
         x = self.decoder_embed(latent)

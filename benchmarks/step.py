@@ -24,8 +24,8 @@ VARIANTS = {
     "+ visible patches embedded alone": ("auto", ("embed",), False),
     "+ decoder in shuffled order": ("auto", ("embed", "order"), False),
     "+ removed patches predicted alone": ("auto", ("embed", "order", "removed"), False),
-    "(+ last decoder block for them alone)": ("auto", ("embed", "order", "removed", "last"), False),
-    "+ blocks compiled": ("auto", ("embed", "order", "removed"), True),
+    "+ last decoder block for them alone": ("auto", ("embed", "order", "removed", "last"), False),
+    "+ blocks compiled": ("auto", ("embed", "order", "removed", "last"), True),
 }
 
 

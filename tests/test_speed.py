@@ -162,8 +162,8 @@ def test_compiled_run_is_the_same(image_folder, tmp_path, methods):
 
 
 def closed_formula(model, images, mask_ratio, decoder_patches):
-    """FLOPs of a training step of MAE: 24 D^2 per token and block, 4 T D per token for attention; thrice, for forward
-    and backward. The patch kernel needs no gradient of its input, and predictions are of `decoder_patches`."""
+    """FLOPs of a training step of MAE: 24 D^2 per token and block (6 of them queries, keys and values), 4 T D per token
+    for attention; thrice, for forward and backward. The patch kernel needs no gradient of its input, and predictions are of `decoder_patches`."""
     length, width = model.patch_embed.num_patches, model.cls_token.shape[-1]
     narrow, pixels = model.mask_token.shape[-1], model.decoder_pred.out_features
     visible = int(length * (1 - mask_ratio))
@@ -172,7 +172,9 @@ def closed_formula(model, images, mask_ratio, decoder_patches):
         return depth * tokens * (24 * width**2 + 4 * tokens * width)
 
     per_image = 3 * blocks(1 + visible, width, len(model.blocks))
-    per_image += 3 * blocks(1 + length, narrow, len(model.decoder_blocks))
+    per_image += 3 * blocks(1 + length, narrow, len(model.decoder_blocks) - 1)
+    # The last one: keys and values of all, the rest for the predicted ones.
+    per_image += 3 * ((1 + length) * 6 * narrow**2 + decoder_patches * (18 * narrow**2 + 4 * (1 + length) * narrow))
     per_image += 2 * 2 * visible * pixels * width
     per_image += 3 * 2 * (1 + visible) * width * narrow + 3 * 2 * decoder_patches * narrow * pixels
     return images * per_image

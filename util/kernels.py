@@ -49,10 +49,10 @@ class RunsBlocks:
         """As in timm."""
         self.grad_checkpointing = enable
 
-    def run_block(self, block, x):
+    def run_block(self, block, *inputs):
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
 def compile_blocks(*models: nn.Module) -> None:
