@@ -87,12 +87,32 @@ def check(args) -> list:
             raise UserError(f"--{name} {ratio} must lie between 0 and 1, both excluded")
     if args.init_from and args.resume and args.resume != "auto":
         raise UserError("--init_from and --resume contradict each other: weights only, or the whole run")
-    return enabled_methods(args, METHODS)
+    chosen = enabled_methods(args, METHODS)
+    check_decoder(args, chosen)
+    return chosen
+
+
+def check_decoder(args, chosen: list) -> None:
+    """Settle `--decoder_fraction`. UserError where it has no effect, or not one it should have."""
+    fraction = args.decoder_fraction
+    if fraction is not None and args.decoder != "cross":
+        raise UserError("--decoder_fraction has no effect without --decoder cross: MAE's predicts every removed patch")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise UserError(f"--decoder_fraction {fraction} must lie in (0, 1]")
+    if args.decoder == "cross":
+        by_chance = all(method.slot != "mask" for method in chosen)
+        args.decoder_fraction = fraction or (1 / 3 if by_chance else 1.0)
+        if args.decoder_fraction < 1 and not by_chance:
+            raise UserError(
+                f"--decoder_fraction {fraction} would not choose by chance among patches that a learned mask removes: "
+                f"give 1"
+            )
 
 
 def build(args) -> models_mae.MaskedAutoencoderViT:
     """The model of these flags; UserError when the mask ratio leaves it nothing to see."""
-    overrides = ("patch_size", "in_chans", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
+    overrides = ("patch_size", "in_chans", "decoder", "decoder_fraction", "decoder_embed_dim", "decoder_depth")
+    overrides += ("decoder_num_heads", "norm_pix_loss")
     model = models_mae.build_model(
         args.model, img_size=input_size(args), **{name: getattr(args, name) for name in overrides}
     )

@@ -22,8 +22,9 @@ from util.pos_embed import get_2d_sincos_pos_embed
 class MaskedOutput:
     """Everything one pass of the autoencoder computed, by name: what a pretraining method may build on.
 
-    The decoder's outputs are of P patches: in training of the removed ones, which the loss compares, in the order of
-    `ids_removed`; of all L in the order of the image where `all_patches` was asked for. `of` and `mean` hide which.
+    The decoder's outputs are of P patches: in training of those that the loss compares, in the order of `ids_predicted`
+    (all removed ones, unless the decoder predicts fewer); of all L in the order of the image where `all_patches` was
+    asked for. `of`, `mean` and `spread` hide which.
     """
 
     latent: torch.Tensor  # (N, 1 + V, D), after the encoder's norm, [cls] first
@@ -31,6 +32,7 @@ class MaskedOutput:
     patches: torch.Tensor  # (N, L, p * p * C), the pixels
     ids_keep: torch.Tensor  # (N, V), the visible patches in the order the encoder saw them
     ids_removed: torch.Tensor  # (N, L - V)
+    ids_predicted: torch.Tensor  # (N, P), of the removed ones
     scores: torch.Tensor  # (N, L), what decided the mask: the highest were removed
     decoded: torch.Tensor  # (N, P, d), the decoder after its norm, before the prediction layer
     mask_ratio: float  # what was asked for; V is what it comes to
@@ -50,15 +52,15 @@ class MaskedOutput:
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
         """Those of `values` (N, L, ...) that belong to the P predicted patches."""
-        return values if self.all_patches else pick(values, self.ids_removed)
+        return values if self.all_patches else pick(values, self.ids_predicted)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean of `values` (N, P) over the removed patches: a scalar."""
+        """Mean of `values` (N, P) over those patches, with `all_patches` over the removed ones: a scalar."""
         return masked_mean(values, self.mask) if self.all_patches else values.mean()
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """`values` (N, P) in the order of the image, 0 where nothing was predicted: (N, L)."""
-        return values if self.all_patches else spread(values, self.ids_removed, self.scores.shape[1])
+        return values if self.all_patches else spread(values, self.ids_predicted, self.scores.shape[1])
 
 
 def pick(values, ids):
@@ -238,6 +240,10 @@ class MaskedAutoencoderViT(PatchEncoder):
         visible = latent.shape[1] - 1
         return pick(self._decode(latent, ids_shuffle[:, :visible], ids_shuffle[:, visible:]), ids_restore)
 
+    def to_predict(self, ids_removed):
+        """Of the removed patches (N, L - V), those that training predicts: (N, P)."""
+        return ids_removed
+
     def decode_removed(self, latent, ids_keep, ids_removed):
         """The same for the removed patches alone, in the order of `ids_removed`: (N, L - V, d)."""
         return self._decode(latent, ids_keep, ids_removed, first=ids_keep.shape[1])
@@ -296,14 +302,25 @@ class MaskedAutoencoderViT(PatchEncoder):
         ids_shuffle = torch.argsort(scores, dim=1, stable=True)
         visible = visible_patches(scores.shape[1], mask_ratio)
         ids_keep, ids_removed = ids_shuffle[:, :visible], ids_shuffle[:, visible:]
+        ids_predicted = self.to_predict(ids_removed)
         latent, blocks = self.encode(self.embed_patches(patches, ids_keep), return_blocks)
         if all_patches:
             decoded = self.decode(latent, torch.argsort(ids_shuffle, dim=1))
         else:
-            decoded = self.decode_removed(latent, ids_keep, ids_removed)
+            decoded = self.decode_removed(latent, ids_keep, ids_predicted)
         pred = (head or self.decoder_pred)(decoded)
         return MaskedOutput(
-            latent, pred, patches, ids_keep, ids_removed, scores, decoded, mask_ratio, all_patches, blocks
+            latent,
+            pred,
+            patches,
+            ids_keep,
+            ids_removed,
+            ids_predicted,
+            scores,
+            decoded,
+            mask_ratio,
+            all_patches,
+            blocks,
         )
 
     def forward(self, imgs, mask_ratio=0.75, noise=None):
@@ -323,10 +340,13 @@ def masked_mean(values, mask):
 
 
 def _builder(name: str, config: dict):
-    def build(**overrides) -> MaskedAutoencoderViT:
+    def build(decoder: str = "self", **overrides) -> MaskedAutoencoderViT:
         merged = {**config, **overrides}
         check_geometry(merged)
-        return MaskedAutoencoderViT(norm_layer=partial(nn.LayerNorm, eps=1e-6), **merged)
+        kind = MaskedAutoencoderViT
+        if decoder == "cross":  # imported here, because it builds on this file
+            from models_cross import CrossMaskedAutoencoderViT as kind
+        return kind(norm_layer=partial(nn.LayerNorm, eps=1e-6), **merged)
 
     build.__name__ = name
     build.config = config
@@ -347,7 +367,8 @@ globals().update(MODELS)
 
 
 def build_model(name: str, **overrides) -> MaskedAutoencoderViT:
-    """The named autoencoder with some constructor arguments replaced (None leaves the model's own).
+    """The named autoencoder with some constructor arguments replaced (None leaves the model's own); `decoder` is "self"
+    (MAE's) or "cross" (`models_cross`).
 
     Raises UserError for an unknown name (listing the known ones) and for sizes that do not fit together.
     """

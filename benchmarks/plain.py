@@ -32,7 +32,7 @@ class PlainMAE(MaskedAutoencoderViT):
             decoded = pick(decoded, ids_removed) if removed else decoded
         pred = (head or self.decoder_pred)(decoded)
         return MaskedOutput(
-            latent, pred, patches, ids_keep, ids_removed, scores, decoded, mask_ratio, not removed, blocks
+            latent, pred, patches, ids_keep, ids_removed, ids_removed, scores, decoded, mask_ratio, not removed, blocks
         )
 
     def _decode(self, latent, ids_keep, ids_removed, first=0):

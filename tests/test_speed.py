@@ -163,7 +163,8 @@ def test_compiled_run_is_the_same(image_folder, tmp_path, methods):
 
 def closed_formula(model, images, mask_ratio, decoder_patches):
     """FLOPs of a training step of MAE: 24 D^2 per token and block (6 of them queries, keys and values), 4 T D per token
-    for attention; thrice, for forward and backward. The patch kernel needs no gradient of its input, and predictions are of `decoder_patches`."""
+    for attention; thrice, for forward and backward. The patch kernel needs no gradient of its input, and the decoder
+    ends with `decoder_patches`."""
     length, width = model.patch_embed.num_patches, model.cls_token.shape[-1]
     narrow, pixels = model.mask_token.shape[-1], model.decoder_pred.out_features
     visible = int(length * (1 - mask_ratio))

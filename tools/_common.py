@@ -107,7 +107,7 @@ def load_autoencoder(path: str, args: argparse.Namespace) -> models_mae.MaskedAu
     size = args.input_size or stored.get("input_size") or config["img_size"]
     args.input_size = [size] if isinstance(size, int) else list(size)
     args.in_chans = args.in_chans or stored.get("in_chans") or 3
-    decoder = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+    decoder = ("decoder", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
     model = models_mae.build_model(
         name,
         img_size=input_size(args),

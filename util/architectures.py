@@ -10,6 +10,10 @@ _WIDTHS = {
     "base": dict(embed_dim=768, depth=12, num_heads=12),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
     "huge": dict(embed_dim=1280, depth=32, num_heads=16),
+    # Singh et al. 2023, "The effectiveness of MAE pre-pretraining for billion-scale pretraining".
+    "1b": dict(embed_dim=1536, depth=40, num_heads=24),
+    "2b": dict(embed_dim=2560, depth=24, num_heads=32),
+    "6.5b": dict(embed_dim=4096, depth=32, num_heads=32),
 }
 
 
@@ -23,6 +27,9 @@ ENCODERS: dict[str, dict] = {
     "vit_base_patch16": _encoder("base", 16),
     "vit_large_patch16": _encoder("large", 16),
     "vit_huge_patch14": _encoder("huge", 14),
+    "vit_1b_patch14": _encoder("1b", 14),
+    "vit_2b_patch14": _encoder("2b", 14),
+    "vit_6.5b_patch14": _encoder("6.5b", 14),
     "vit_base_patch8": _encoder("base", 8, 64),  # Tiny ImageNet
     "vit_base_patch2": _encoder("base", 2, 32),  # CIFAR, as in MLO-MAE
     "deit_tiny_patch4": _encoder("tiny", 4, 32),  # CIFAR, as in MAE-K / EMA-MAE

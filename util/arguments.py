@@ -39,6 +39,15 @@ def add_model_arguments(parser, default_model: str, decoder: bool) -> None:
         "--in_chans", type=int, default=3 if decoder else None, help="1 grey, 2 grey and alpha, 3 RGB, 4 RGBA"
     )
     if decoder:
+        group.add_argument(
+            "--decoder", default="self", choices=["self", "cross"],
+            help="self: MAE's; cross: CrossMAE's (another model: removed patches ask visible ones, not each other)",
+        )  # fmt: skip
+        group.add_argument(
+            "--decoder_fraction", type=float, metavar="SHARE",
+            help="with --decoder cross: share of the removed patches that is predicted (a third by default, which is "
+            "the paper's 25%% of all patches at --mask_ratio 0.75; 1 is slower and was no better there)",
+        )  # fmt: skip
         group.add_argument("--decoder_embed_dim", type=int, help="decoder width instead of the model's own")
         group.add_argument("--decoder_depth", type=int, help="decoder blocks instead of the model's own")
         group.add_argument("--decoder_num_heads", type=int, help="decoder heads instead of the model's own")

@@ -371,7 +371,7 @@ def _check_complete(own: dict, chosen: dict, weights: Weights) -> None:
         if decoder:
             raise UserError(
                 f"{weights.path} has a decoder of {_decoder(weights.state)}, but the model has one of {_decoder(own)}, "
-                f"and they differ in {some(decoder)} (--decoder_embed_dim, --decoder_depth)"
+                f"and they differ in {some(decoder)} (--decoder, --decoder_embed_dim, --decoder_depth)"
             )
     lost = [name for name in missing if ENCODER.match(name) and not name.startswith("norm.")]
     if lost:
@@ -384,7 +384,8 @@ def _check_complete(own: dict, chosen: dict, weights: Weights) -> None:
 def _decoder(state: dict) -> str:
     embed = state.get("decoder_embed.weight")
     width = "unknown width" if embed is None else f"width {embed.shape[0]}"
-    return f"{width}, depth {_depth(state, 'decoder_blocks')}"
+    crosses = _depth(state, "decoder_cross_blocks")
+    return f"{width}, depth {crosses} (cross)" if crosses else f"{width}, depth {_depth(state, 'decoder_blocks')}"
 
 
 def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
