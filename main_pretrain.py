@@ -11,7 +11,8 @@ from timm.optim import param_groups_weight_decay
 import models_mae
 from engine_pretrain import evaluate_reconstruction, train_one_epoch
 from methods import METHODS, Pretrainer, add_method_arguments, enabled_methods
-from util import arguments, checkpoint
+from util import arguments, checkpoint, sharding
+from util.amp import choose_amp_dtype
 from util.batch_aug import BatchTransform
 from util.cache import CACHES, CachedLoader, cache_images
 from util.datasets import Part, input_size, mean_std, read_images
@@ -63,7 +64,7 @@ def get_args_parser() -> arguments.Parser:
         "--knn_images", default=20000, type=int, help="images the kNN looks at, of each split, evenly spaced"
     )
     arguments.add_speed_arguments(parser)
-    arguments.add_distributed_arguments(parser)
+    arguments.add_distributed_arguments(parser, shards=True)
     add_method_arguments(parser, METHODS)
     return parser
 
@@ -232,6 +233,26 @@ class Watch:
         return knn_accuracy(*splits[0], *splits[1])
 
 
+def place(pretrainer: Pretrainer, args, device) -> None:
+    """Put it on this process's device: all of it, or its share."""
+    dtype = choose_amp_dtype(args.amp_dtype, device)
+    if args.fsdp:
+        sharding.check_sharded(args, device, dtype)
+        aside = [network for method in pretrainer.methods.values() for network in method.networks_aside()]
+        sharding.shard(pretrainer, pretrainer.model, aside, device, dtype)
+    pretrainer.to(device)
+
+
+def save_encoders(args, run: Run) -> None:
+    """The encoder alone, of the model and of what the methods export, as safetensors."""
+    kept = ("model", "input_size", "patch_size", "in_chans", "dataset", "mean", "std", "epochs", "seed")
+    metadata = {name: json.dumps(getattr(args, name)) for name in kept}
+    for key, model in {"model": run.model, **run.exported()}.items():
+        state = sharding.gathered(encoder_state(model.state_dict()))
+        if is_main_process():
+            save_encoder(state, Path(args.output_dir) / f"encoder{key.removeprefix('model')}.safetensors", metadata)
+
+
 def main(args) -> None:
     """One pretraining run. UserError for mistakes in flags and files."""
     chosen = check(args)
@@ -253,7 +274,8 @@ def main(args) -> None:
         methods = [method(args, model) for method in chosen]
         images, held_out = divide(methods, args, images)
         loader = training_loader(args, images, device)
-        pretrainer = Pretrainer(model, methods, args.epochs * ceil(len(loader) / args.accum_iter)).to(device)
+        pretrainer = Pretrainer(model, methods, args.epochs * ceil(len(loader) / args.accum_iter))
+    place(pretrainer, args, device)
     groups = param_groups_weight_decay(pretrainer, args.weight_decay, no_weight_decay_list=pretrainer.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     pretrainer.attach(optimizer)
@@ -263,14 +285,11 @@ def main(args) -> None:
     while run.epoch < args.epochs and not run.stopped:
         train_one_epoch(pretrainer, run, args)
         if not run.stopped:
-            row = watch.after_epoch(run.epoch)
+            with sharding.whole(pretrainer):
+                row = watch.after_epoch(run.epoch)
             run.finish_epoch(row)
-    if not run.stopped and args.output_dir and is_main_process():
-        kept = ("model", "input_size", "patch_size", "in_chans", "dataset", "mean", "std", "epochs", "seed")
-        metadata = {name: json.dumps(getattr(args, name)) for name in kept}
-        for key, state in {"model": model.state_dict(), **run.exported()}.items():
-            path = Path(args.output_dir) / f"encoder{key.removeprefix('model')}.safetensors"
-            save_encoder(encoder_state(state), path, metadata)
+    if not run.stopped and args.output_dir:
+        save_encoders(args, run)
         run.board.hparams(vars(args), {**run.last_means, **row})
     run.close()
 

@@ -110,8 +110,8 @@ class Method(nn.Module):
         """Networks that it uses but does not own (they are in no checkpoint): compiled with the others."""
         return []
 
-    def exported(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Whole models that belong at the top of a checkpoint, beside `model`: state dicts in its tensor names."""
+    def exported(self) -> dict[str, nn.Module]:
+        """Whole models of its own that belong at the top of a checkpoint, beside `model`, in its tensor names."""
         return {}
 
     def no_weight_decay(self) -> set[str]:

@@ -145,6 +145,8 @@ class MLOMAE(Method):
 
     @staticmethod
     def check(args) -> None:
+        if getattr(args, "fsdp", False):
+            raise UserError("--mlo_mae moves whole weights to and fro, which --fsdp never has: leave one of them out")
         if args.mlo_frozen:
             return _check_frozen(args)
         if not args.mlo_labels:

@@ -106,6 +106,8 @@ class RCMAE(Method):
             raise UserError(f"--rc_momentum {args.rc_momentum} must lie between 0 and 1, for example 0.996")
         if args.log_grad_cosine < 0:
             raise UserError(f"--log_grad_cosine {args.log_grad_cosine} must not be negative")
+        if args.log_grad_cosine and getattr(args, "fsdp", False):
+            raise UserError("--log_grad_cosine looks at whole gradients, which --fsdp never has: leave one of them out")
         for name, used in (("log_grad_cosine", args.log_grad_cosine), ("rc_mask", args.rc_mask == "different")):
             if used and not args.rc_gamma:
                 raise UserError(f"--{name} has no effect with --rc_gamma 0: there is no consistency loss")
@@ -156,5 +158,5 @@ class RCMAE(Method):
     def metrics(self) -> dict[str, float]:
         return {"teacher_momentum": self.momentum}
 
-    def exported(self) -> dict[str, dict[str, torch.Tensor]]:
-        return {"model_ema": self.teacher.network.state_dict()}
+    def exported(self) -> dict[str, nn.Module]:
+        return {"model_ema": self.teacher.network}

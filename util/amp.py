@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -52,7 +53,8 @@ def widened(x: torch.Tensor) -> torch.Tensor:
 def get_grad_norm_(parameters, norm_type: float = 2.0) -> torch.Tensor:
     """Norm of all gradients together, a device scalar."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients, norm_type)
+    norm = torch.nn.utils.get_total_norm(gradients, norm_type)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of gradients that are spread over the processes
 
 
 def guarded_step(optimizer, broken: torch.Tensor) -> None:

@@ -139,8 +139,14 @@ def add_speed_arguments(parser, trains_blocks: bool = True) -> None:
     )  # fmt: skip
 
 
-def add_distributed_arguments(parser) -> None:
+def add_distributed_arguments(parser, shards: bool = False) -> None:
     group = parser.add_argument_group("several processes (set by torchrun)")
+    if shards:
+        group.add_argument(
+            "--fsdp", action="store_true",
+            help="spread weights, gradients and optimizer states over the processes (FSDP2), for models that do not "
+            "fit on one GPU; checkpoints become folders, of which tools/unshard.py makes one file",
+        )  # fmt: skip
     group.add_argument("--world_size", default=1, type=int, help="taken from the launcher")
     group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="taken from the launcher")
     group.add_argument("--dist_on_itp", action="store_true", help="read Open MPI's environment")

@@ -1,11 +1,13 @@
 """Checkpoints: written whole or not at all, found again after a crash, read without running what is in them.
 
-`checkpoint-E.pth` is the state after epoch E (from 0), `checkpoint-E-B.pth` inside epoch E after batch B.
+`checkpoint-E.pth` is the state after epoch E (from 0), `checkpoint-E-B.pth` inside epoch E after batch B. Runs with
+`--fsdp` write folders of the same names that end with `.dcp` (`util.sharding`).
 """
 
 import argparse
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -16,11 +18,11 @@ from util.distributed import barrier, from_main_process, is_main_process
 from util.errors import UserError
 from util.weights import read_file
 
-_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
+_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.(?:pth|dcp)")
 
 
-def checkpoint_name(epoch: int, batch: int = 0) -> str:
-    return f"checkpoint-{epoch}-{batch}.pth" if batch else f"checkpoint-{epoch}.pth"
+def checkpoint_name(epoch: int, batch: int = 0, ending: str = "pth") -> str:
+    return f"checkpoint-{epoch}-{batch}.{ending}" if batch else f"checkpoint-{epoch}.{ending}"
 
 
 def _position(path: Path) -> tuple[int, int] | None:
@@ -34,7 +36,7 @@ def _position(path: Path) -> tuple[int, int] | None:
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Checkpoints of a run, the furthest first."""
-    found = [(position, path) for path in Path(output_dir).glob("checkpoint-*.pth") if (position := _position(path))]
+    found = [(position, path) for path in Path(output_dir).glob("checkpoint-*") if (position := _position(path))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -61,19 +63,46 @@ def save_checkpoint(output_dir: str | Path, epoch: int, batch: int, content: dic
     path = Path(output_dir) / checkpoint_name(epoch, batch)
     if is_main_process():
         write_atomically(path, lambda file: torch.save(content, file))
-        epoch_files = 0
-        for old in list_checkpoints(output_dir):
-            inside = _NAME.fullmatch(old.name)[2] is not None
-            epoch_files += not inside
-            superfluous = inside or (keep and epoch_files > keep)
-            if old != path and superfluous and _position(old) < _position(path):
-                old.unlink()
+        _tidy(path, keep)
     barrier()
     return path
 
 
+def save_folder(output_dir: str | Path, epoch: int, batch: int, write, keep: int = 0) -> Path:
+    """The same for a folder into which every process writes its share: `write(folder)`."""
+    path = Path(output_dir) / checkpoint_name(epoch, batch, "dcp")
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    if is_main_process():
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+        _tidy(path, keep)
+    barrier()
+    return path
+
+
+def _tidy(path: Path, keep: int) -> None:
+    """Delete the checkpoints beside `path` that it makes superfluous."""
+    epoch_files = 0
+    for old in list_checkpoints(path.parent):
+        inside = _NAME.fullmatch(old.name)[2] is not None
+        epoch_files += not inside
+        superfluous = inside or (keep and epoch_files > keep)
+        if old != path and superfluous and _position(old) < _position(path):
+            _remove(old)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def is_whole(path: Path) -> bool:
-    """Whether the file is a zip archive (what torch.save writes) all of whose checksums hold."""
+    """Whether the file is a zip archive (what torch.save writes) all of whose checksums hold; of a folder, whether
+    everything is there."""
+    if path.is_dir():
+        from util import sharding  # which builds on this file
+
+        return sharding.is_whole(path)
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -174,7 +203,7 @@ def _files_of_a_run(folder: Path) -> list[Path]:
     old = [folder / name for name in names]
     old += [*list_checkpoints(folder), *folder.glob("events.out.tfevents.*"), *folder.glob(".checkpoint-*.tmp")]
     old += folder.glob("encoder*.safetensors")
-    return [path for path in old if path.is_file()]
+    return [path for path in old if path.is_file() or path.suffix == ".dcp" or path.name.endswith(".dcp.tmp")]
 
 
 def _check_place(flag: str, folder: Path) -> None:
@@ -216,4 +245,4 @@ def make_output_dir(args) -> None:
             raise UserError(f"--{flag} {folder} cannot be written: {error.strerror}") from error
     if args.output_dir and args.overwrite:
         for path in _files_of_a_run(Path(args.output_dir)):
-            path.unlink()
+            _remove(path)

@@ -1,6 +1,7 @@
 """What every training run shares: start, the rhythm of micro-batches and steps, logging, stopping, saving, resuming."""
 
 import contextlib
+import functools
 import inspect
 import json
 import random
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util import checkpoint, signals
+from util import checkpoint, sharding, signals
 from util.amp import NativeScalerWithGradNormCount, autocast, choose_amp_dtype
 from util.distributed import (
     all_reduce_sum,
@@ -35,6 +36,7 @@ from util.log import Board, EpochMeter, Progress, append_log, trim_log
 from util.lr_sched import adjust_learning_rate
 from util.mfu import FlopMeter
 from util.rng import get_rng_state, set_rng_state
+from util.sharding import whole
 from util.signals import StopRequest
 from util.weights import read_file
 
@@ -87,6 +89,7 @@ class Run:
     def __init__(self, args, device, loader: Loader, model: nn.Module, optimizer, module=None, resume=None):
         self.args, self.device, self.loader, self.model, self.optimizer = args, device, loader, model, optimizer
         self.module = module or model
+        self.sharded = getattr(args, "fsdp", False)
         self.methods = getattr(self.module, "methods", None)
         self.amp_dtype = choose_amp_dtype(args.amp_dtype, device)
         self.scaler = NativeScalerWithGradNormCount(self.amp_dtype is torch.float16, device)
@@ -109,7 +112,7 @@ class Run:
         if args.compile:
             compile_blocks(self.module, *(n for method in self._methods() for n in method.networks_aside()))
         self.flops = FlopMeter(device, self.amp_dtype) if args.log_mfu else None
-        self.wrapped = self._wrap(self.module) if get_world_size() > 1 else self.module
+        self.wrapped = self._wrap(self.module) if get_world_size() > 1 and not self.sharded else self.module
         checkpoint.make_output_dir(args)
         if resume is not None and args.output_dir:
             trim_log(args.output_dir, self.epoch)
@@ -193,11 +196,11 @@ class Run:
 
     @contextlib.contextmanager
     def untimed(self):
-        """A look at the model, under autocast, whose time is not counted in the run's speed."""
+        """A look at the model, whole and under autocast, whose time is not counted in the run's speed."""
         synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         synchronize()
         began = time.perf_counter()
-        with autocast(self.device, self.amp_dtype):
+        with whole(self.module), autocast(self.device, self.amp_dtype):
             yield
         synchronize()
         self._clock.pause(time.perf_counter() - began)
@@ -338,18 +341,25 @@ class Run:
     # Checkpoints ---------------------------------------------------------------------------------------------------
 
     def content(self) -> dict:
-        """What a checkpoint holds. `epoch` is the last one that was finished or, inside an epoch, that one."""
-        samples = self.position * self.args.batch_size * get_world_size()
-        by_rank = gather_objects(self._rank_states())
+        """What a checkpoint holds."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "methods": self.methods.state_dict() if self.methods is not None else {},
+            **{key: model.state_dict() for key, model in self.exported().items()},
+            **self._rest(),
+        }
+
+    def _rest(self) -> dict:
+        """All of it but the states of networks and optimizer. `epoch` is the last one that was finished or, inside an
+        epoch, that one."""
+        samples = self.position * self.args.batch_size * get_world_size()
+        by_rank = gather_objects(self._rank_states())
+        return {
             "epoch": self.epoch if self.position else self.epoch - 1,
             "step": self.step,
             "scaler": self.scaler.state_dict(),
             "args": {name: checkpoint.plain(value) for name, value in vars(self.args).items()},
-            "methods": self.methods.state_dict() if self.methods is not None else {},
-            **self.exported(),
             **({"methods_by_rank": by_rank} if any(by_rank) else {}),
             "rng": gather_objects(get_rng_state(self.device)),
             "data": {
@@ -361,9 +371,9 @@ class Run:
             },
         }
 
-    def exported(self) -> dict[str, dict]:
+    def exported(self) -> dict[str, nn.Module]:
         """Further whole models that the methods own (an EMA teacher), by their key in the checkpoint."""
-        return {key: state for method in self._methods() for key, state in method.exported().items()}
+        return {key: model for method in self._methods() for key, model in method.exported().items()}
 
     def _methods(self):
         return self.methods.values() if self.methods is not None else ()
@@ -376,13 +386,27 @@ class Run:
     def save(self) -> None:
         if not self.args.output_dir:
             return
-        content = self.content()
-        checkpoint.save_checkpoint(self.args.output_dir, content["epoch"], self.position, content, self.args.keep)
+        place = self.args.output_dir, self.epoch if self.position else self.epoch - 1, self.position
+        if not self.sharded:
+            checkpoint.save_checkpoint(*place, self.content(), self.args.keep)
+            return
+        rest = {**self._rest(), "methods": {name.split(".")[0]: None for name in self.methods.state_dict()}}
+        write = functools.partial(
+            sharding.save, module=self.module, optimizer=self.optimizer, rest=rest, exported=self.exported()
+        )
+        checkpoint.save_folder(*place, write, self.args.keep)
 
     def _resume(self, path: Path) -> None:
         args = self.args
-        state = read_file(path)
-        needed = {"model": dict, "optimizer": dict, "epoch": int}
+        if path.is_dir() and not self.sharded:
+            raise UserError(f"--resume {path} was written with --fsdp: give it, or one file from tools/unshard.py")
+        if self.sharded and not path.is_dir():
+            raise UserError(
+                f"--resume {path} is one file, and --fsdp goes on from folders (checkpoint-*.dcp): start from its "
+                f"weights with --init_from, or go on without --fsdp"
+            )
+        state = read_file(path / sharding.REST if self.sharded else path)
+        needed = {"epoch": int} if self.sharded else {"model": dict, "optimizer": dict, "epoch": int}
         missing = [key for key, kind in needed.items() if not isinstance(state.get(key), kind)]
         if missing:
             raise UserError(f"--resume {path} has no {missing[0]!r}: for weights alone use --init_from or --finetune")
@@ -419,6 +443,9 @@ class Run:
 
     def _load(self, path: Path, state: dict) -> None:
         self._check_methods(path, state)
+        if self.sharded:
+            sharding.load(path, self.module, self.optimizer)
+            return
         # Which implementation steps is this run's choice, whatever wrote the file (official ones do not say).
         for theirs, ours in zip(state["optimizer"].get("param_groups", []), self.optimizer.param_groups):
             theirs |= {name: ours[name] for name in ("fused", "foreach", "capturable") if name in ours}

@@ -1,0 +1,36 @@
+"""Make one file of a checkpoint folder that a run with --fsdp wrote: what it would have written without.
+
+The file serves every other command, and goes on without --fsdp; its memory is needed once, on the CPU.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from util.checkpoint import write_atomically
+from util.errors import UserError, user_errors
+from util.sharding import one_file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="checkpoint-*.dcp")
+    parser.add_argument("out", type=Path, nargs="?", help="FOLDER's name with .pth by default")
+    args = parser.parse_args()
+    out = args.out or args.folder.with_suffix(".pth")
+    if out.exists():
+        raise UserError(f"{out} exists: name another file, or delete it")
+    content = one_file(args.folder)
+    try:
+        write_atomically(out, lambda file: torch.save(content, file))
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from error
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    with user_errors("unshard.py"):
+        main()

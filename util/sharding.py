@@ -1,0 +1,212 @@
+"""Weights, gradients and optimizer states spread over the processes (FSDP2), for models that do not fit on one GPU.
+
+Every transformer block is gathered when it is used and spread again after it; what is left (embeddings, norms, heads)
+is the outermost unit. Checkpoints are folders, `checkpoint-E.dcp`: every process writes its share
+(torch.distributed.checkpoint), and `rest.pth` holds what is no tensor of a module. Source of the scheme: Zhao et al.
+2023, "PyTorch FSDP"; Rajbhandari et al. 2020 (ZeRO, stage 3).
+"""
+
+import pickle
+import shutil
+import warnings
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from util.checkpoint import write_atomically
+from util.distributed import barrier, get_world_size, is_main_process
+from util.errors import UserError
+from util.weights import read_file
+
+REST = "rest.pth"  # written last: a folder without it is not whole
+
+
+def check_sharded(args, device: torch.device, dtype: torch.dtype) -> None:
+    """UserError where `--fsdp` cannot work."""
+    if get_world_size() < 2:
+        raise UserError("--fsdp spreads a model over processes, and this run has one: start it with torchrun")
+    if dtype is torch.float16:
+        raise UserError("--fsdp works in bf16 and fp32, not with the loss scaling of fp16: give --amp_dtype")
+
+
+def shard(module: nn.Module, student: nn.Module, aside: list[nn.Module], device: torch.device, dtype) -> None:
+    """Spread `module` in place, each block a unit; `student` is the part that learns. Of the networks `aside`, which
+    nobody calls as a whole, the blocks alone. Blocks are gathered in bfloat16 where that is what they compute in; gradients are averaged in float32."""
+    mesh = init_device_mesh(device.type, (get_world_size(),))
+    low = dtype if dtype is torch.bfloat16 else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for network in (module, *aside):
+        for block in network.modules():
+            if isinstance(block, Block):
+                fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    # The rest stays in float32: it is small, and pixels and targets pass through it.
+    fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    # The backward pass gathers a block while the one behind it is at work. Said here, because by itself FSDP goes by the
+    # forward passes it has seen, and the main process alone also draws pictures.
+    units = [module, *(unit for unit in student.modules() if is_sharded(unit))]
+    for before, unit in zip([units[-1], *units], units):
+        unit.set_modules_to_backward_prefetch([before])
+    # The predictions, of which nobody changes anything in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule)
+
+
+@contextmanager
+def whole(module: nn.Module):
+    """Inside, every process holds all weights (for looking: no gradients), and what one of them does alone needs no
+    other. All of them must enter. Does nothing for a module that is not spread."""
+    units = [unit for unit in module.modules() if is_sharded(unit)] if is_sharded(module) else []
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not module, recurse=False)
+            unit.reshard()
+
+
+def gathered(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` with whole tensors, on the CPU of the main process ({} elsewhere). All processes must call it."""
+    found = {}
+    for name, tensor in state.items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if is_main_process():
+            found[name] = tensor.detach().cpu()
+    return found
+
+
+# Checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def _tensors(module: nn.Module, optimizer) -> dict[str, torch.Tensor]:
+    """Everything that is a tensor, spread or not, by name: `module.NAME` and `optimizer.NAME/KEY`."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    found = {f"module.{name}": value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    for parameter, state in optimizer.state.items():
+        found |= {f"optimizer.{names[parameter]}/{key}": value for key, value in state.items()}
+    return found
+
+
+def save(folder: Path, module: nn.Module, optimizer, rest: dict, exported: dict[str, nn.Module]) -> None:
+    """Write a checkpoint into a new `folder`; all processes must call it. `rest` is the main process's; `exported` are
+    further whole models inside `module`, by their key in a checkpoint."""
+    if is_main_process():
+        shutil.rmtree(folder, ignore_errors=True)
+    barrier()
+    dcp.save(_tensors(module, optimizer), storage_writer=FileSystemWriter(folder))
+    if is_main_process():
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        state = module.state_dict()
+        content = rest | {
+            "names": list(state),
+            "extra": {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)},
+            "exported": {key: _prefix(module, part) for key, part in exported.items()},
+            "optimizer_names": [names[p] for group in optimizer.param_groups for p in group["params"]],
+            "param_groups": optimizer.state_dict()["param_groups"],
+        }
+        write_atomically(folder / REST, lambda file: torch.save(content, file))
+    barrier()
+
+
+def _prefix(module: nn.Module, part: nn.Module) -> str:
+    return next(f"{name}." for name, found in module.named_modules() if found is part)
+
+
+def load(folder: Path, module: nn.Module, optimizer) -> None:
+    """Undo `save`, on any number of processes. UserError when the folder's tensors are not those of `module`."""
+    rest, reader = read_file(folder / REST), Reader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    for name, parameter in module.named_parameters():
+        keys = [key for key in stored if key.startswith(f"optimizer.{name}/")]
+        for key in keys:
+            whole = torch.zeros_like(parameter, requires_grad=False)
+            tensor = whole if stored[key].size == parameter.shape else torch.zeros((), device=parameter.device)
+            optimizer.state[parameter][key.split("/")[-1]] = tensor
+    wanted = _tensors(module, optimizer)
+    for name in wanted.keys() | stored.keys():
+        sizes = [tuple(stored[name].size) if name in stored else None, _shape(wanted.get(name))]
+        if sizes[0] != sizes[1]:
+            raise UserError(f"--resume {folder} does not fit these flags: {name} is {sizes[0]} there, {sizes[1]} here")
+    dcp.load(wanted, storage_reader=reader)
+    module.load_state_dict(rest["extra"], strict=False)
+    for group, theirs in zip(optimizer.param_groups, rest["param_groups"]):
+        group |= {name: value for name, value in theirs.items() if name not in ("params", "fused", "foreach")}
+
+
+def _shape(tensor: torch.Tensor | None) -> tuple | None:
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file is there, as long as the list of tensors says. (`rest.pth` is written last.)"""
+    try:
+        rest, metadata = read_file(folder / REST), Reader(folder).read_metadata()
+        ends = [(folder / part.relative_path, part.offset + part.length) for part in metadata.storage_data.values()]
+        return "names" in rest and all(path.stat().st_size >= end for path, end in ends)
+    except (OSError, UserError, pickle.UnpicklingError, EOFError, AttributeError):
+        return False
+
+
+def one_file(folder: Path) -> dict:
+    """What the same run would have written as one file without `--fsdp`. UserError when the folder is not whole."""
+    if not is_whole(folder):
+        raise UserError(f"{folder} is no whole checkpoint of --fsdp (checkpoint-*.dcp)")
+    rest, reader = read_file(folder / REST), Reader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in stored.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    module = {name: rest["extra"][name] if name in rest["extra"] else tensors[f"module.{name}"] for name in rest["names"]}
+    states = {}
+    for index, name in enumerate(rest["optimizer_names"]):
+        keys = [key for key in tensors if key.startswith(f"optimizer.{name}/")]
+        states[index] = {key.split("/")[-1]: tensors[key] for key in keys}
+    content = {key: value for key, value in rest.items() if key not in _ONLY_HERE}
+    content |= {"model": _below(module, "model."), "methods": _below(module, "methods.")}
+    content["optimizer"] = {"state": states, "param_groups": rest["param_groups"]}
+    return content | {key: _below(module, prefix) for key, prefix in rest["exported"].items()}
+
+
+_ONLY_HERE = {"names", "extra", "exported", "optimizer_names", "param_groups"}
+
+
+def _below(state: dict, prefix: str) -> dict:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+class Reader(FileSystemReader):
+    """A folder's list of tensors is a pickle: nothing is made of it but torch's own descriptions of tensors."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            return _Unpickler(file).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        found = None
+        if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "torch"):
+            found = getattr(import_module(module), name, None)
+        described = isinstance(found, torch.dtype) or found is torch.Size or module.endswith("checkpoint.metadata")
+        if (module, name) in _HARMLESS or (described and isinstance(found, (type, torch.dtype))):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"the list of tensors asks for {module}.{name}")
+
+
+_HARMLESS = {("torch.serialization", "_get_layout"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
+_HARMLESS |= {("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("pathlib._local", "PosixPath")}
