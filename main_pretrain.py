@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from math import ceil
 from pathlib import Path
 
@@ -205,22 +206,27 @@ class Watch:
         """What there is to report after `epoch`, by name."""
         row = {}
         last = epoch + 1 == self.args.epochs
-        shows = self.fixed and self.pretrainer.shows_pixels
-        if shows and is_main_process() and (last or epoch % self.args.vis_freq == 0):
-            imgs, noise = self.fixed
-            ratio = self.args.mask_ratio
-            pictures = reconstruct(self.pretrainer.model, imgs, ratio, noise, self.mean, self.std)
-            self.run.board.image("reconstruction", grid(pictures.cpu()), epoch + 1)
-            pixels = denormalized(imgs, self.mean, self.std)
-            for name, picture in self.pretrainer.pictures(imgs, pixels).items():
-                self.run.board.image(name, picture.cpu(), epoch + 1)
-            for name, values in self.pretrainer.distributions(imgs).items():
-                self.run.board.histogram(name, values, epoch + 1)
-            row["fixed_images_loss"] = evaluate_reconstruction(self.pretrainer, imgs, noise, ratio)
-        if self.args.knn_freq and (last or (epoch + 1) % self.args.knn_freq == 0):
-            row["knn_top1"] = self._knn()
-        barrier()
+        shows = self.args.vis_freq and (last or epoch % self.args.vis_freq == 0)
+        counts = self.args.knn_freq and (last or (epoch + 1) % self.args.knn_freq == 0)
+        with sharding.whole(self.pretrainer) if shows or counts else nullcontext():
+            if shows and self.fixed and self.pretrainer.shows_pixels and is_main_process():
+                row["fixed_images_loss"] = self._show(epoch + 1)
+            if counts:
+                row["knn_top1"] = self._knn()
+            barrier()
         return row
+
+    def _show(self, epoch: int) -> float:
+        """Pictures and histograms of the fixed images; their reconstruction loss."""
+        (imgs, noise), ratio = self.fixed, self.args.mask_ratio
+        pictures = reconstruct(self.pretrainer.model, imgs, ratio, noise, self.mean, self.std)
+        self.run.board.image("reconstruction", grid(pictures.cpu()), epoch)
+        pixels = denormalized(imgs, self.mean, self.std)
+        for name, picture in self.pretrainer.pictures(imgs, pixels).items():
+            self.run.board.image(name, picture.cpu(), epoch)
+        for name, values in self.pretrainer.distributions(imgs).items():
+            self.run.board.histogram(name, values, epoch)
+        return evaluate_reconstruction(self.pretrainer, imgs, noise, ratio)
 
     def _knn(self) -> float:
         if self._loaders is None:
@@ -285,8 +291,7 @@ def main(args) -> None:
     while run.epoch < args.epochs and not run.stopped:
         train_one_epoch(pretrainer, run, args)
         if not run.stopped:
-            with sharding.whole(pretrainer):
-                row = watch.after_epoch(run.epoch)
+            row = watch.after_epoch(run.epoch)
             run.finish_epoch(row)
     if not run.stopped and args.output_dir:
         save_encoders(args, run)

@@ -219,7 +219,7 @@ def refusal(capsys, program: str, flags: str | list[str], box: Path, *common: st
     assert caught.value.code == 2, error
     assert error.endswith("\n") and error.count("\n") == 1, f"not one line:\n{error}"
     assert f"main_{program}.py: error: " in error
-    assert len(error) < 700, f"no sentence but {len(error)} characters"
+    assert len(error) < 900, f"no sentence but {len(error)} characters"
     assert listing(box) == before, "files were touched"
     return error.strip()
 

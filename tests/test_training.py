@@ -57,7 +57,7 @@ def test_two_processes_equal_one(plain_run, tmp_path):
     for (_, a), (_, b) in zip(one, two):
         assert b == pytest.approx(a, rel=1e-5)
     # Adam divides by the root of the second moment: where that is tiny, rounding is enlarged to a share of lr (1e-3).
-    assert largest_difference(final_weights(folder), final_weights(tmp_path)) < 2e-4
+    assert largest_difference(final_weights(folder), final_weights(tmp_path)) < 5e-4
 
 
 def test_accumulation_equals_a_large_batch(plain_run, tmp_path):

@@ -593,7 +593,7 @@ def test_each_kind_of_misfit_leaves_the_model_as_it_was():
         (mae(in_chans=1), "--in_chans 1 is needed"),
         (vit(mlp_ratio=2), "blocks.0.mlp.fc1.weight is (64, 32) in the file and (128, 32) in the model"),
         (mae(decoder_depth=2), "a decoder of width 16, depth 2"),
-        (mae(decoder_embed_dim=32), "(--decoder_embed_dim, --decoder_depth)"),
+        (mae(decoder_embed_dim=32), "(--decoder, --decoder_embed_dim, --decoder_depth)"),
     ]:
         message = refusal(load_into, model, weights_of(other))
         assert difference in message and "file.pth" in message

@@ -40,9 +40,10 @@ def check_sharded(args, device: torch.device, dtype: torch.dtype) -> None:
 
 def shard(module: nn.Module, student: nn.Module, aside: list[nn.Module], device: torch.device, dtype) -> None:
     """Spread `module` in place, each block a unit; `student` is the part that learns. Of the networks `aside`, which
-    nobody calls as a whole, the blocks alone. Blocks are gathered in bfloat16 where that is what they compute in; gradients are averaged in float32."""
+    nobody calls as a whole, the blocks alone. On GPUs blocks are gathered in bfloat16 where that is what they compute
+    in (a CPU's layer norm takes no mixed types); gradients are averaged in float32."""
     mesh = init_device_mesh(device.type, (get_world_size(),))
-    low = dtype if dtype is torch.bfloat16 else None
+    low = dtype if dtype is torch.bfloat16 and device.type == "cuda" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for network in (module, *aside):
         for block in network.modules():
@@ -50,8 +51,8 @@ def shard(module: nn.Module, student: nn.Module, aside: list[nn.Module], device:
                 fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # The rest stays in float32: it is small, and pixels and targets pass through it.
     fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    # The backward pass gathers a block while the one behind it is at work. Said here, because by itself FSDP goes by the
-    # forward passes it has seen, and the main process alone also draws pictures.
+    # The backward pass gathers a block while the one behind it is at work. Said here, because by itself FSDP goes by
+    # the forward passes it has seen, and the main process alone also draws pictures.
     units = [module, *(unit for unit in student.modules() if is_sharded(unit))]
     for before, unit in zip([units[-1], *units], units):
         unit.set_modules_to_backward_prefetch([before])
@@ -171,7 +172,9 @@ def one_file(folder: Path) -> dict:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader, no_dist=True)
-    module = {name: rest["extra"][name] if name in rest["extra"] else tensors[f"module.{name}"] for name in rest["names"]}
+    module = {
+        name: rest["extra"][name] if name in rest["extra"] else tensors[f"module.{name}"] for name in rest["names"]
+    }
     states = {}
     for index, name in enumerate(rest["optimizer_names"]):
         keys = [key for key in tensors if key.startswith(f"optimizer.{name}/")]

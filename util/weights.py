@@ -95,6 +95,10 @@ def _first_bytes(path: str) -> bytes:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: a checkpoint (.pth or .safetensors) is needed") from None
     except IsADirectoryError:
+        if path.rstrip("/").endswith(".dcp"):
+            raise UserError(
+                f"{path} is a folder that --fsdp wrote: make one file of it: python tools/unshard.py {path}"
+            ) from None
         files = sorted(name for name in os.listdir(path) if name.endswith((".pth", ".pt", ".safetensors", ".bin")))
         raise UserError(f"{path} is a directory: name a file in it ({', '.join(files) or 'it has no .pth'})") from None
     except OSError as error:
