@@ -34,7 +34,7 @@ class Variant:
         )
         self.device = choose_device(options.device)
         torch.manual_seed(0)
-        model = build_model(options.model, norm_pix_loss=True)
+        model = self.network(options)
         self.imgs = torch.randn(options.batch_size, 3, *model.patch_embed.img_size, device=self.device)
         self.methods = [method(self.args, model) for method in enabled_methods(self.args, METHODS)]
         self.prepare()
@@ -46,6 +46,9 @@ class Variant:
         self.dtype = choose_amp_dtype(options.amp_dtype, self.device)
         self.scaler = NativeScalerWithGradNormCount(self.dtype is torch.float16, self.device)
         self.ratio, self.count = options.mask_ratio, 0
+
+    def network(self, options):
+        return build_model(options.model, norm_pix_loss=True)
 
     def prepare(self) -> None:
         """What a variant needs before its pretrainer is made."""

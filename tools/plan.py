@@ -1,0 +1,172 @@
+"""Does a pretraining run fit into these GPUs, with which flags, and how long will it take?
+
+python tools/plan.py mae_vit_large_patch16 --gpus 8
+python tools/plan.py mae_vit_large_patch16 mae_vit_2b_patch14 --gpus 8 64 512 --gpu_mem 40 --tflops 270     # a table
+
+Memory is predicted to within a few per cent (ten under FSDP); time is as good as what is assumed of the hardware, --mfu
+above all: take it from a short run with --log_mfu. Formulas, checks and assumptions: docs/scaling.md.
+"""
+
+import math
+
+import _common  # noqa: F401  puts the project on the path
+
+import models_mae
+from util.arguments import Parser
+from util.errors import UserError, user_errors
+from util.footprint import GIB, TEACHERS, learned, sizes_of
+from util.plan import Machine, Plan, flops_per_image, plan, traffic
+
+ASSUMED = Machine()
+
+
+def get_args_parser():
+    parser = Parser("Memory, flags and hours of a pretraining run, predicted.")
+    parser.add_argument("model", nargs="+", help="e.g. mae_vit_large_patch16; several make a table")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8], help="in all nodes together; several make a table")
+    parser.add_argument("--gpu_mem", type=float, default=ASSUMED.gpu_mem, help="memory of a GPU in GiB")
+    group = parser.add_argument_group("the run")
+    group.add_argument("--effective_batch", type=int, default=4096, help="images in a step, all GPUs together")
+    group.add_argument("--epochs", type=int, default=800)
+    group.add_argument("--images", type=int, default=1281167, help="of the training set (default: ImageNet-1k)")
+    group.add_argument("--input_size", type=int, help="side of the images; the model's own by default")
+    group.add_argument("--patch_size", type=int, help="instead of the model's own")
+    group.add_argument("--mask_ratio", type=float, default=0.75)
+    group.add_argument("--amp_dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    group.add_argument(
+        "--teacher", default="none", choices=TEACHERS,
+        help="a method's copy: encoder, of whole images (--mae_k, --ema_mae); autoencoder (--rc_mae)",
+    )  # fmt: skip
+    group = parser.add_argument_group("the hardware (assumptions, unless you measure them)")
+    group.add_argument(
+        "--tflops", type=float, default=ASSUMED.tflops,
+        help="that large matrix products reach: about 700 on an H100, 270 on an A100, a tenth of it in fp32",
+    )  # fmt: skip
+    group.add_argument(
+        "--mfu", type=float, default=ASSUMED.mfu, help="percent of them that training reaches (--log_mfu)"
+    )
+    group.add_argument("--bandwidth", type=float, default=ASSUMED.bandwidth, help="GB/s of a collective inside a node")
+    group.add_argument(
+        "--network", type=float, default=ASSUMED.network, help="GB/s between nodes, all adapters of a node together"
+    )
+    group.add_argument("--gpus_per_node", type=int, default=ASSUMED.node)
+    group.add_argument("--cores", type=int, default=ASSUMED.cores, help="CPU cores for a GPU, to prepare images")
+    group.add_argument("--decoded", type=float, default=ASSUMED.decoded, help="images a core prepares in a second")
+    return parser
+
+
+def check(args) -> None:
+    """UserError for values that cannot be."""
+    positive = "gpu_mem effective_batch epochs images tflops mfu bandwidth network gpus_per_node cores decoded"
+    for name in positive.split():
+        value = getattr(args, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name} {value} must be positive")
+    for gpus in args.gpus:
+        if gpus < 1:
+            raise UserError(f"--gpus {gpus} must be at least 1")
+        if gpus > args.gpus_per_node and gpus % args.gpus_per_node:
+            raise UserError(f"--gpus {gpus} must be whole nodes of --gpus_per_node {args.gpus_per_node}")
+    if args.mfu > 100:
+        raise UserError(f"--mfu {args.mfu} must be at most 100, in percent")
+    if args.gpu_mem <= ASSUMED.context:
+        raise UserError(f"--gpu_mem {args.gpu_mem} must be more than the {ASSUMED.context} GiB that CUDA and NCCL need")
+
+
+def planned(args, model: str, gpus: int) -> Plan:
+    changes = {"img_size": args.input_size, "patch_size": args.patch_size}
+    config = models_mae.look_up(models_mae.MODELS, model).config
+    sizes = sizes_of(config | {name: value for name, value in changes.items() if value}, args.mask_ratio)
+    names = ("gpu_mem", "tflops", "mfu", "bandwidth", "network", "cores", "decoded")
+    machine = Machine(**{name: getattr(args, name) for name in names}, node=args.gpus_per_node)
+    element = 4 if args.amp_dtype == "fp32" else 2
+    shards = args.amp_dtype != "fp16"  # whose scaling of the loss --fsdp refuses
+    return plan(sizes, machine, args.effective_batch, gpus, shards=shards, element=element, teacher=args.teacher)
+
+
+def command(args, model: str, found: Plan) -> str:
+    """How such a run is started on each node."""
+    setup, node = found.setup, found.machine.node
+    nodes = math.ceil(setup.gpus / node)
+    where = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500" if nodes > 1 else "--standalone"
+    start = f"torchrun {where} --nproc_per_node={min(setup.gpus, node)}" if setup.gpus > 1 else "python"
+    flags = f"--model {model} --mask_ratio {args.mask_ratio:g} --batch_size {setup.batch} --accum_iter {setup.accum}"
+    for name in ("input_size", "patch_size"):
+        if getattr(args, name):
+            flags += f" --{name} {getattr(args, name)}"
+    flags += f" --epochs {args.epochs} --norm_pix_loss --blr 1.5e-4 --amp_dtype {args.amp_dtype}"  # He et al., Table 8
+    flags += "".join(f" --{name}" for name in ("fsdp", "grad_checkpoint") if getattr(setup, name))
+    return f"{start} main_pretrain.py {flags} --data_path IMAGENET --output_dir OUT"
+
+
+def counted(weights: float) -> str:
+    return f"{weights / 1e9:.2f} B" if weights >= 1e9 else f"{weights / 1e6:.0f} M"
+
+
+def report(args, model: str, found: Plan) -> None:
+    """The plan of one model on one number of GPUs, in words."""
+    setup, machine, time = found.setup, found.machine, found.time
+    flops = flops_per_image(found.sizes, setup)
+    print(f"{model}: {counted(learned(found.sizes))} weights, {sum(flops.values()) / 1e9:.0f} GFLOPs an image and step")
+    verdict = "fits" if found.fits else "does NOT fit, not even the leanest way"
+    print(f"{verdict} in {machine.gpu_mem:g} GiB: {setup.name}" + f", {setup.gpus} GPUs" * (setup.gpus > 1))
+    print(f"  batch       {setup.batch} a GPU x {setup.accum} accumulated x {setup.gpus} = {args.effective_batch}")
+    print(f"  memory      {found.gib:.1f} GiB a GPU at its peak ({found.moment}):")
+    lines = {name: size / GIB for name, size in found.memory.items() if size}
+    lines["fragmentation (assumed)"] = machine.fragmentation * sum(lines.values())
+    lines["CUDA, NCCL (assumed)"] = machine.context
+    for name, size in sorted(lines.items(), key=lambda item: -item[1]):
+        print(f"                {size:8.2f}  {name}")
+    if not found.fits:
+        print("  smaller needs: more GPUs, --input_size, a smaller model")
+        return
+    print(f"  step        {time.step:.3g} s: compute {time.compute:.3g} s, communication that is not hidden "
+          f"{time.exposed:.3g} s ({traffic(found.sizes, setup) / 1e9:.1f} GB a GPU)")  # fmt: skip
+    rate = setup.batch * setup.accum / time.step
+    print(f"  data        {rate:.0f} images/s a GPU, {rate * min(setup.gpus, machine.node):.0f} a node: "
+          f"{math.ceil(rate / machine.decoded)} cores a GPU at {machine.decoded:g} images/s")  # fmt: skip
+    print(f"  limit       {time.limit}" + HINTS.get(time.limit, ""))
+    print(f"  time        {found.hours(args.epochs, args.images):.1f} hours for {args.epochs} epochs of {args.images} "
+          f"images, if training reaches {machine.mfu:g} % of {machine.tflops:g} TFLOP/s")  # fmt: skip
+    print(f"\n{command(args, model, found)}")
+    if args.teacher != "none":
+        print("and the flags of the method")
+
+
+HINTS = {
+    "data": ": images are prepared too slowly; --data_cache ram, smaller JPEGs, shards, or more --cores",
+    "communication": ": gradients or weights arrive too late; fewer GPUs, a faster network, a larger batch",
+    "few images a GPU": ": the host cannot launch kernels any faster; --compile, fewer GPUs, a larger batch",
+}
+
+
+def row(args, model: str, found: Plan) -> str:
+    setup, time = found.setup, found.time
+    start = f"| {model} | {counted(learned(found.sizes))} | {setup.gpus} | "
+    if not found.fits:
+        return f"{start}does not fit | | {found.gib:.0f} | | | | | |"
+    rate = setup.batch * setup.accum / time.step
+    return (
+        f"{start}{setup.name} | {setup.batch} x {setup.accum} | {found.gib:.0f} | {time.step:.2f} | "
+        f"{100 * time.exposed / time.step:.0f} % | {rate * min(setup.gpus, found.machine.node):.0f} | {time.limit} | "
+        f"{found.hours(args.epochs, args.images):.1f} |"
+    )
+
+
+def main(args) -> None:
+    check(args)
+    pairs = [(model, gpus) for model in args.model for gpus in args.gpus]
+    plans = [planned(args, *pair) for pair in pairs]
+    if len(pairs) == 1:
+        report(args, args.model[0], plans[0])
+        return
+    names = "model, weights, GPUs, mode, batch a GPU, GiB, s a step, communication, images/s a node, limit, hours"
+    print(f"| {names.replace(', ', ' | ')} |")
+    print("|---" * len(names.split(",")) + "|")
+    for (model, _), found in zip(pairs, plans):
+        print(row(args, model, found))
+
+
+if __name__ == "__main__":
+    with user_errors("plan.py"):
+        main(get_args_parser().parse_args())
