@@ -11,6 +11,7 @@ import torch
 import models_mae
 from util.arguments import Parser, add_data_arguments
 from util.datasets import Files, input_size, mean_std, read_images
+from util.encoder import told_by_shapes
 from util.errors import UserError
 from util.loading import KeyedDataset
 from util.transforms import check_channels, eval_transform
@@ -98,12 +99,12 @@ def load_autoencoder(path: str, args: argparse.Namespace) -> models_mae.MaskedAu
             f"{path} holds an encoder without a decoder ({weights.origin}), so there is nothing to reconstruct with: "
             f"give a full pretraining checkpoint (checkpoint-*.pth, or the official mae_visualize_* files)"
         )
-    stored = weights.args
+    stored = told_by_shapes(weights) | {key: value for key, value in weights.args.items() if value is not None}
     name = args.model or stored.get("model")
     if name is None:
         raise UserError(f"{path} does not say which model it is: give --model")
     name = name if name.startswith("mae_") else f"mae_{name}"
-    config = models_mae.look_up(models_mae.MODELS, name).config
+    args.model, config = name, models_mae.look_up(models_mae.MODELS, name).config
     size = args.input_size or stored.get("input_size") or config["img_size"]
     args.input_size = [size] if isinstance(size, int) else list(size)
     args.in_chans = args.in_chans or stored.get("in_chans") or 3

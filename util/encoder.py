@@ -1,22 +1,29 @@
 """An encoder for transfer: which model a checkpoint is, its weights in a `VisionTransformer`, or a random one."""
 
+import re
+from math import isqrt
+
 import torch
 
 import models_mae
 import models_vit
 from util.datasets import input_size
 from util.errors import UserError
-from util.weights import Weights, load_into, read_weights
+from util.weights import Weights, load_into, models_that_fit, read_weights
+from util.weights_report import some
 
 DEFAULT_MODEL = "vit_large_patch16"
 
 
-def settle_model(args, path: str) -> Weights | None:
-    """Read the weights at `path` ("" means a random encoder) and fill in the model flags that were not given: from the
-    file where it says, else the model's own. Sets args.model, patch_size, in_chans, input_size."""
-    weights = read_weights(path, args.checkpoint_key) if path else None
+def settle_model(args, source: str | Weights) -> Weights | None:
+    """Read the weights at `source` ("" means a random encoder), if they are not yet, and fill in the model flags that
+    were not given: from the file where it says, else the model's own. Sets args.model, patch_size, in_chans,
+    input_size."""
+    weights = source or None
+    if isinstance(weights, str):
+        weights = read_weights(weights, args.checkpoint_key)
     stored = _stored_flags(args, weights) if weights else {}
-    args.model = args.model or stored.get("model") or DEFAULT_MODEL
+    args.model = args.model or stored.get("model") or _only_fit(weights) or DEFAULT_MODEL
     args.model = args.model.removeprefix("mae_").removesuffix("_dec512d8b")
     config = models_vit.look_up(models_vit.MODELS, args.model).config
     args.patch_size = args.patch_size or stored.get("patch_size") or config["patch_size"]
@@ -35,6 +42,63 @@ def _stored_flags(args, weights: Weights) -> dict:
         if not getattr(args, name) and not isinstance(value, kinds[name]):
             raise UserError(f"{weights.path} says that its --{name} was {value!r}, which makes no sense: give --{name}")
     return stored
+
+
+def _only_fit(weights: Weights | None) -> str | None:
+    fitting = models_that_fit(weights) if weights else []
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def told_by_shapes(weights: Weights) -> dict:
+    """The model flags as far as the tensors alone tell them: for files that store none."""
+    kernel, table = weights.state["patch_embed.proj.weight"], weights.state.get("pos_embed")
+    flags = {"model": _only_fit(weights), "in_chans": kernel.shape[1], "patch_size": kernel.shape[-1]}
+    side = isqrt(table.shape[1] - 1) if table is not None and table.ndim == 3 and table.shape[1] else 0
+    if side and side**2 + 1 == table.shape[1]:
+        flags["input_size"] = side * kernel.shape[-1]
+    if weights.has_decoder and "decoder_embed.weight" in weights.state:
+        flags["decoder_embed_dim"] = len(weights.state["decoder_embed.weight"])
+        blocks = {tuple(name.split(".")[:2]) for name in weights.state if re.match(r"decoder_(cross_)?blocks\.", name)}
+        flags["decoder"] = "cross" if any("cross" in block for block, _ in blocks) else "self"
+        flags["decoder_depth"] = len(blocks)
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def load_encoder(args, path: str, head: bool = True):
+    """The encoder in the checkpoint `path` as a `VisionTransformer` in eval mode, with the feature that it was trained
+    for: `fc_norm` over the mean of the patches where the file has that, else `norm`; with its classifier, unless `head`
+    is False or it has none. A probe's BatchNorm becomes part of its linear layer, which computes the same.
+
+    Settles the model flags in `args`. UserError for a file without a final norm or with a head that is not linear, and
+    when neither the flags nor the file say which model it is. -> the model, the `Weights`.
+    """
+    weights = read_weights(path, args.checkpoint_key)
+    weights.args = told_by_shapes(weights) | {key: value for key, value in weights.args.items() if value is not None}
+    if not (args.model or weights.args.get("model")):
+        raise UserError(f"{path} does not say which model it is: give --model")
+    settle_model(args, weights)
+    linear = _fold_head(weights) if head else None
+    args.global_pool = "fc_norm.weight" in weights.state
+    if not args.global_pool and "norm.weight" not in weights.state:
+        raise UserError(f"{path} has neither norm nor fc_norm, so its features are not defined: a whole ViT is needed")
+    model = build_encoder(args, weights, len(linear[0]) if linear else 0, ignore_head=linear is None)
+    return model.eval(), weights
+
+
+def _fold_head(weights: Weights) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Bring the head in `weights` to one linear layer: weight (classes, D) and bias (classes,); None without a head."""
+    state = weights.state
+    found = sorted(name for name in state if name.startswith("head."))
+    if not found:
+        return None
+    probe = "head.0.running_mean head.0.running_var head.0.num_batches_tracked head.1.weight head.1.bias".split()
+    if set(found) == set(probe):
+        mean, var, _, weight, bias = (state.pop(name).double() for name in probe)
+        weight = weight * (var + 1e-6) ** -0.5  # BatchNorm of main_linprobe.probe_head
+        state |= {"head.weight": weight.float(), "head.bias": (bias - weight @ mean).float()}
+    elif found != ["head.bias", "head.weight"]:
+        raise UserError(f"{weights.path} has a head of {some(found)}, which is not one linear layer: leave it out")
+    return state["head.weight"], state["head.bias"]
 
 
 def build_encoder(args, weights: Weights | None, num_classes: int = 0, drop_path=0.0, ignore_head=True, like_mae=True):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from util.architectures import ENCODERS
 from util.errors import UserError
 from util.pos_embed import get_2d_sincos_pos_embed, interpolate_grid
+from util.weights_folder import folder_flags, folder_weights
 from util.weights_names import (
     ENCODER,
     ENCODER_AREA,
@@ -72,7 +73,7 @@ def read_file(path) -> dict:
 
     Raises UserError when the file cannot be read, is damaged, is no checkpoint, or its pickle asks for anything else.
     """
-    path = os.fspath(path)
+    path = folder_weights(os.fspath(path))
     head = _first_bytes(path)
     try:
         # A safetensors file is the length of its header, 8 bytes, and a JSON object.
@@ -115,6 +116,8 @@ def _unreadable(path: str, head: bytes, message: str) -> str:
             f"{path} is refused because its pickle asks for {forbidden[1]}, which may run code: save it again with "
             "only tensors, plain containers, argparse.Namespace and paths"
         )
+    if path.endswith((".onnx", ".pt2")):
+        return f"{path} is a program for inference, not weights: give the checkpoint that it was exported from"
     if "TorchScript" in message:
         return f"{path} is a TorchScript program: save its state_dict() with torch.save instead"
     if path.endswith(".safetensors") or head[8:9] == b"{":
@@ -130,7 +133,7 @@ def read_weights(path, key: str = "model") -> Weights:
     Raises UserError for whatever `read_file` refuses, for a key that the file lacks (listing those it has), for a file
     without ViT weights, and for a ViT with parts that ours lacks (layer scale, register tokens, ...).
     """
-    path = os.fspath(path)
+    path = folder_weights(os.fspath(path))
     raw = read_file(path)
     named, others = _split(_select(raw, key, path))
     state = {}
@@ -218,16 +221,18 @@ def _origin(weights: Weights) -> str:
 
 
 def _stored_args(raw: dict, path: str) -> dict:
-    """Flags of the file; in a safetensors file they are its metadata, numbers and lists written as JSON."""
+    """Flags of the file; in a safetensors file they are its metadata, numbers and lists written as JSON. Beside the
+    weights of a Hugging Face folder, what its configuration says."""
     args = raw.get("args")
     if isinstance(args, argparse.Namespace):
         return vars(args)
     if isinstance(args, dict):
         return args
-    if _first_bytes(path)[8:] != b"{":
-        return {}
-    with safe_open(path, framework="pt") as file:
-        return {key: _parsed(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+    stored = folder_flags(path)
+    if _first_bytes(path)[8:] == b"{":
+        with safe_open(path, framework="pt") as file:
+            stored |= {key: _parsed(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+    return stored
 
 
 def _parsed(value: str):
@@ -399,8 +404,13 @@ def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def save_encoder(state: dict[str, Tensor], path, metadata: dict[str, str]) -> None:
     """Write the encoder of `state` as safetensors, whole or not at all. `metadata` comes back as `Weights.args`."""
+    save_state(encoder_state(state), path, metadata)
+
+
+def save_state(state: dict[str, Tensor], path, metadata: dict[str, str]) -> None:
+    """The same for all of `state`."""
     # Clones: safetensors refuses tensors that share memory, and views of a larger one.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in encoder_state(state).items()}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
         save_file(tensors, temporary, metadata=metadata)

@@ -44,21 +44,38 @@ def without_wrappers(name: str) -> str:
     return ".".join(parts)
 
 
+def _from_hugging_face(name: str) -> str:
+    """Our name of one tensor; query, key and value, which are one tensor here, become `attn.q`, `attn.k`, `attn.v`."""
+    for pattern, ours in _HUGGING_FACE:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
 def from_hugging_face(state: dict) -> tuple[dict, bool]:
     """-> the state in our names, whether it came in those of Hugging Face."""
     plain = {name.removeprefix("vit."): tensor for name, tensor in state.items()}
     if "embeddings.patch_embeddings.projection.weight" not in plain:
         return state, False
-    renamed = {}
-    for name, tensor in plain.items():
-        for pattern, ours in _HUGGING_FACE:
-            name = re.sub(pattern, ours, name)
-        renamed[name] = tensor
+    renamed = {_from_hugging_face(name): tensor for name, tensor in plain.items()}
     for name in [name for name in renamed if ".attn.q." in name]:
         parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         if all(part in renamed for part in parts):
             renamed[name.replace(".q.", ".qkv.")] = torch.cat([renamed.pop(part) for part in parts])
     return renamed, True
+
+
+def to_hugging_face(state: dict, names) -> dict:
+    """The way back: the tensors of `state`, in our names, under the `names` that a Hugging Face model has for them.
+    KeyError for a name that stands for nothing in `state`."""
+    found = {}
+    for name in names:
+        ours = _from_hugging_face(name.removeprefix("vit."))
+        part = re.search(r"\.attn\.([qkv])\.", ours)
+        if part:
+            found[name] = state[ours.replace(part[0], ".attn.qkv.")].chunk(3)["qkv".index(part[1])]
+        else:
+            found[name] = state[ours]
+    return found
 
 
 def is_decoder(name: str) -> bool:

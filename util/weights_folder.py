@@ -1,0 +1,63 @@
+"""Folders of Hugging Face transformers (`save_pretrained`): where the weights lie, and what the configuration says."""
+
+import json
+from pathlib import Path
+
+from util.errors import UserError
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_FLAGS = {
+    "image_size": "input_size",
+    "patch_size": "patch_size",
+    "num_channels": "in_chans",
+    "num_attention_heads": "num_heads",
+}
+_MAE_FLAGS = {
+    "decoder_hidden_size": "decoder_embed_dim",
+    "decoder_num_hidden_layers": "decoder_depth",
+    "decoder_num_attention_heads": "decoder_num_heads",
+    "norm_pix_loss": "norm_pix_loss",
+    "mask_ratio": "mask_ratio",
+}
+
+
+def folder_weights(path: str) -> str:
+    """The file of weights in a folder that has a configuration; any other path as it is.
+
+    UserError for a folder whose weights lie in several files.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        return path
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return str(folder / name)
+    raise UserError(
+        f"{path} has a config.json but none of {', '.join(_WEIGHTS)}: save the model in one file "
+        "(save_pretrained with a larger max_shard_size)"
+    )
+
+
+def folder_flags(path: str) -> dict:
+    """Our flags by the configuration beside the weights at `path`, {} without one of a ViT or ViTMAE."""
+    config = _json(Path(path).with_name("config.json")) if Path(path).name in _WEIGHTS else {}
+    if config.get("model_type") not in ("vit", "vit_mae"):
+        return {}
+    names = {**_FLAGS, **(_MAE_FLAGS if config["model_type"] == "vit_mae" else {})}
+    flags = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
+    if isinstance(flags.get("patch_size"), list) and len(set(flags["patch_size"])) == 1:
+        flags["patch_size"] = flags["patch_size"][0]
+    images = _json(Path(path).with_name("preprocessor_config.json"))
+    if images.get("image_mean") and images.get("image_std"):
+        flags |= {"mean": images["image_mean"], "std": images["image_std"]}
+    return flags
+
+
+def _json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): copy or download it again") from error
+    return content if isinstance(content, dict) else {}
