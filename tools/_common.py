@@ -36,24 +36,47 @@ def add_model_flags(made: Parser) -> None:
     group.add_argument("--in_chans", type=int)
 
 
-def add_picture_flags(made: Parser) -> None:
-    """Which images to draw, where, and with how much removed."""
+def add_feature_flags(made: Parser) -> None:
+    """Which tokens the feature of an encoder reads, where it was not trained for one."""
+    made.add_argument("--global_pool", action="store_true", default=None, help="feature: mean of the patch tokens")
+    made.add_argument("--cls_token", action="store_false", dest="global_pool",
+                      help="feature: the [cls] token; by default what the classifier reads, else [cls]")  # fmt: skip
+
+
+def settle_pool(args: argparse.Namespace, model, asked: bool | None, path: str) -> str:
+    """cls or avg for the feature of `load_encoder`'s model; UserError where the flag asks for another feature than the
+    one that the checkpoint was trained with."""
+    if asked is not None and asked != model.global_pool and (model.num_classes or model.global_pool):
+        kind = "mean of the patches" if model.global_pool else "[cls] token"
+        flag = "--global_pool" if asked else "--cls_token"
+        raise UserError(f"{flag}: {path} was trained on the {kind}; leave the flag out")
+    return "avg" if model.global_pool or asked else "cls"
+
+
+def add_picture_flags(made: Parser, masked: bool = True) -> None:
+    """Which images to draw, where, and, where they are `masked`, with how much removed."""
     made.add_argument("--data", default="", help="an image, or a folder of images; instead of --dataset/--data_path")
     made.add_argument("--out", required=True, help="PNG file to write")
-    made.add_argument("--mask_ratio", type=float, help="the run's own by default, else 0.75")
+    if masked:
+        made.add_argument("--mask_ratio", type=float, help="the run's own by default, else 0.75")
     made.add_argument("--count", type=int, default=8, help="images, evenly spaced over the set")
 
 
 def check_picture_flags(args: argparse.Namespace, stored_ratio: float) -> float:
     """The mask ratio; UserError for bad values of `add_picture_flags`."""
-    ratio, out = args.mask_ratio if args.mask_ratio is not None else stored_ratio, Path(args.out)
+    ratio = args.mask_ratio if args.mask_ratio is not None else stored_ratio
     if not 0 < ratio < 1:
         raise UserError(f"--mask_ratio {ratio} must lie between 0 and 1, both excluded")
-    if args.count < 1:
-        raise UserError(f"--count {args.count} must be positive")
-    if out.suffix.lower() != ".png" or not out.parent.is_dir():
-        raise UserError(f"--out {out} must be a .png file in a folder that exists")
+    check_png(args.out)
     return ratio
+
+
+def check_png(out: str) -> Path:
+    """`--out` as a path; UserError unless it is a PNG file that can be written."""
+    path = Path(out)
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise UserError(f"--out {out} must be a .png file in a folder that exists")
+    return path
 
 
 def images_of(args: argparse.Namespace):
@@ -62,6 +85,8 @@ def images_of(args: argparse.Namespace):
         path = Path(args.data)
         if path.is_file():
             return Files([str(path)], [-1], None)
+        if not path.is_dir():
+            raise UserError(f"--data {path} does not exist: an image or a folder of images is needed")
         args.dataset, args.data_path = "folder", str(path)
         return read_images(args, train=True)
     try:
@@ -70,12 +95,14 @@ def images_of(args: argparse.Namespace):
         return read_images(args, train=True)
 
 
-def chosen_images(args: argparse.Namespace, model, ratio: float) -> tuple[torch.Tensor, tuple, tuple]:
+def chosen_images(args: argparse.Namespace, model, ratio: float = 0.0) -> tuple[torch.Tensor, tuple, tuple]:
     """`--count` images (N, C, H, W), evenly spaced over the set, with the mean and deviation they were normalised by.
 
     UserError when none can be read, and when `ratio` leaves the model nothing to see.
     """
     check_channels(args.in_chans)
+    if args.count < 1:
+        raise UserError(f"--count {args.count} must be positive")
     if int(model.patch_embed.num_patches * (1 - ratio)) < 1:
         raise UserError(f"--mask_ratio {ratio} leaves no visible patch of {model.patch_embed.num_patches}: lower it")
     mean, std = mean_std(args)

@@ -28,9 +28,7 @@ def get_args_parser():
     parser.add_argument("--out", required=True, help="file to write; hf-vit and hf-vitmae write a folder")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--encoder_only", action="store_true", help="leave out a classifier, or a decoder")
-    parser.add_argument("--global_pool", action="store_true", default=None, help="feature: mean of the patch tokens")
-    parser.add_argument("--cls_token", action="store_false", dest="global_pool",
-                        help="feature: the [cls] token; by default what the classifier reads, else [cls]")  # fmt: skip
+    _common.add_feature_flags(parser)
     parser.add_argument("--mean", type=float, nargs="+", help="of the images, told in the new file; the run's own")
     parser.add_argument("--std", type=float, nargs="+")
     _common.add_model_flags(parser)
@@ -69,12 +67,7 @@ def load(args):
         print(f"{args.checkpoint}: {weights.origin}")
     else:
         model, weights = load_encoder(args, args.checkpoint, head=not args.encoder_only)
-        stored, fixed = weights.args, model.num_classes or model.global_pool
-        if fixed and pooled is not None and pooled != model.global_pool:
-            kind = "mean of the patches" if model.global_pool else "[cls] token"
-            flag = "--global_pool" if pooled else "--cls_token"
-            raise UserError(f"{flag}: {args.checkpoint} was trained on the {kind}; leave the flag out")
-        pooled = model.global_pool or bool(pooled)
+        stored, pooled = weights.args, _common.settle_pool(args, model, pooled, args.checkpoint) == "avg"
     _common.take_data_flags(args, stored)
     check_channels(args.in_chans)
     flags = {name: stored[name] for name in KEPT.split() if stored.get(name) is not None}

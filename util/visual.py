@@ -1,6 +1,7 @@
 """Pictures of what an autoencoder sees and makes of it."""
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
@@ -40,9 +41,9 @@ def reconstruct(model, imgs, mask_ratio: float, noise, mean, std) -> torch.Tenso
 
 def grid(pictures: torch.Tensor, per_row: int = 2, scale_to: int = 96) -> torch.Tensor:
     """(N, 3, C, H, W) -> one RGB picture (3, height, width): `per_row` triples side by side, small images enlarged."""
-    columns, channels, height, width = pictures.shape[1:]
+    columns, _, height, width = pictures.shape[1:]
     flat = pictures.flatten(0, 1)
-    flat = flat[:, :3] if channels >= 3 else flat[:, :1].expand(-1, 3, -1, -1)
+    flat = rgb(flat)
     factor = max(1, scale_to // max(height, width))
     flat = flat.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     return make_grid(flat, nrow=columns * per_row, padding=4, pad_value=1.0)
@@ -53,6 +54,20 @@ def heat_map(values: torch.Tensor) -> torch.Tensor:
     from matplotlib import colormaps
 
     return torch.from_numpy(colormaps["inferno"](values.cpu().numpy())[..., :3]).permute(0, 3, 1, 2).float()
+
+
+def overlay(colours: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """RGB images (N, 3, H, W) in [0, 1] under maps (N, rows, columns), each from its lowest value (dark) to its highest
+    (bright); a map of one value is dark."""
+    low, high = (limit(maps.flatten(1), dim=1)[:, None, None] for limit in (torch.amin, torch.amax))
+    scaled = ((maps - low) / (high - low).clamp_min(1e-12)).float()[:, None]
+    smooth = F.interpolate(scaled, size=colours.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    return 0.4 * colours + 0.6 * heat_map(smooth)
+
+
+def rgb(imgs: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N, 3, H, W): the colours without alpha, or grey three times."""
+    return imgs[:, :3] if imgs.shape[1] >= 3 else imgs[:, :1].expand(-1, 3, -1, -1)
 
 
 def mask_picture(shown, scores, mask_ratio: float, model, per_row: int = 2) -> torch.Tensor:
@@ -69,7 +84,7 @@ def mask_picture(shown, scores, mask_ratio: float, model, per_row: int = 2) -> t
 
     low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
     heat = heat_map(pixels((scores - low) / (high - low).clamp_min(1e-12))[:, 0])
-    colours = (shown[:, :3] if shown.shape[1] >= 3 else shown[:, :1].expand(-1, 3, -1, -1)).cpu()
+    colours = rgb(shown).cpu()
     cut = [colours * (1 - mask) + 0.5 * mask for mask in (pixels(m).cpu() for m in masks)]
     return grid(torch.stack([colours, *cut, heat], dim=1), per_row)
 

@@ -1,0 +1,173 @@
+"""Where checkpoints look: attention of [cls] to the patches and Grad-CAM over images, checkpoints side by side.
+
+python tools/attention.py mae/checkpoint-799.pth mlo/checkpoint-199.pth --data DIR --out attention.png
+python tools/attention.py finetuned/checkpoint-99.pth --data DIR --out cam.png --show gradcam --class_index 3
+
+Grad-CAM is taken at the first norm of the last block, as in MLO-MAE (Guo et al., Section C.2). A .npz of the name of
+the picture holds the maps unscaled, a .json what was drawn.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import _common
+import numpy as np
+import torch
+from torchvision.transforms.functional import to_pil_image
+
+from util.encoder import load_encoder
+from util.errors import UserError, user_errors
+from util.saliency import attended_share, block_at, cls_attention, grad_cam
+from util.visual import captioned, denormalized, grid, overlay, rgb
+
+MAPS = ["attention", "gradcam"]
+OBJECTIVES = {
+    "class": "the score of a class",
+    "feature": "what sets the image's feature apart from the mean of the images shown",
+}
+
+
+def get_args_parser():
+    parser = _common.parser("Draw the attention of [cls] and Grad-CAM of one or several checkpoints.")
+    parser.add_argument("checkpoints", nargs="+", metavar="checkpoint")
+    _common.add_picture_flags(parser, masked=False)
+    parser.add_argument("--show", nargs="+", choices=MAPS, default=MAPS)
+    parser.add_argument("--block", type=int, default=-1, help="which block, from 0; negative from the end")
+    parser.add_argument("--heads", action="store_true", help="a map for each attention head, too")
+    parser.add_argument(
+        "--objective", choices=["auto", *OBJECTIVES], default="auto",
+        help="what Grad-CAM explains: class, a classifier's score; feature, the distance of the image's feature from "
+        "the mean of the images shown, for encoders; auto: class where every checkpoint has a classifier",
+    )  # fmt: skip
+    parser.add_argument("--class_index", type=int, help="the class to explain; the predicted one by default")
+    _common.add_feature_flags(parser)
+    _common.add_model_flags(parser)
+    return parser
+
+
+class Subject:
+    """One checkpoint, with the images in its own size and normalisation."""
+
+    def __init__(self, path: str, args):
+        self.path, args = path, copy.copy(args)
+        asked = args.global_pool
+        self.model, weights = load_encoder(args, path)
+        self.model.requires_grad_(False)
+        block_at(self.model, args.block)
+        self.pool = _common.settle_pool(args, self.model, asked, path)
+        _common.take_data_flags(args, weights.args)
+        self.imgs, mean, std = _common.chosen_images(args, self.model)
+        self.shown = rgb(denormalized(self.imgs, mean, std))
+        self.grid = tuple(self.model.patch_embed.grid_size)
+
+    def feature(self, imgs):
+        """(N, D), differentiable."""
+        if self.model.global_pool:
+            return self.model.forward_features(imgs)
+        tokens = self.model.norm(self.model.forward_tokens(imgs))
+        return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
+
+    def score(self, objective: str, class_index: int | None) -> torch.Tensor:
+        """(N,): what Grad-CAM explains."""
+        if objective == "class":
+            logits = self.model(self.imgs)
+            chosen = logits.argmax(dim=1) if class_index is None else torch.full((len(logits),), class_index)
+            return logits.gather(1, chosen[:, None])[:, 0]
+        feature = self.feature(self.imgs)
+        return (feature * (feature - feature.mean(dim=0)).detach()).sum(dim=1)
+
+    def maps(self, args, objective: str) -> dict[str, torch.Tensor]:
+        """attention (N, h, rows, columns); attended (N, h), the share of the patches it goes to; to_cls (N, h), what
+        [cls] gives itself; gradcam (N, rows, columns); score (N,); predicted (N,)."""
+        found = {}
+        if "attention" in args.show:
+            attention = cls_attention(self.model, self.imgs, args.block)
+            found["attention"] = attention[..., 1:].unflatten(-1, self.grid)
+            found["to_cls"], found["attended"] = attention[..., 0], attended_share(attention)
+        if "gradcam" in args.show:
+            score = lambda: self.score(objective, args.class_index)  # noqa: E731
+            found["gradcam"] = grad_cam(self.model, self.imgs, score, args.block).unflatten(-1, self.grid)
+            with torch.no_grad():
+                found["score"] = score()
+        if self.model.num_classes:
+            with torch.no_grad():
+                found["predicted"] = self.model(self.imgs).argmax(dim=1)
+        return found
+
+
+def settle_objective(args, subjects: list[Subject]) -> str:
+    """class or feature; UserError where a checkpoint or the images do not allow what is asked for."""
+    headless = [subject.path for subject in subjects if not subject.model.num_classes]
+    objective = args.objective
+    if objective == "auto":
+        objective = "feature" if headless and args.class_index is None else "class"
+    if objective == "class" and headless:
+        raise UserError(
+            f"{headless[0]} has no classifier for Grad-CAM: give a checkpoint of main_finetune.py or main_linprobe.py, "
+            "or --objective feature"
+        )
+    if objective == "feature" and args.class_index is not None:
+        raise UserError("--class_index has no effect with --objective feature")
+    for subject in subjects if args.class_index is not None else []:
+        if not 0 <= args.class_index < subject.model.num_classes:
+            raise UserError(f"--class_index {args.class_index}: {subject.path} has {subject.model.num_classes} classes")
+    if objective == "feature" and len(subjects[0].imgs) < 2:
+        raise UserError(
+            "--objective feature compares an image with the others: give a folder of at least two (--count)"
+        )
+    return objective
+
+
+def columns_of(found: dict, heads: bool) -> list[torch.Tensor]:
+    """The maps (N, rows, columns) to draw, in the order of the caption."""
+    drawn = []
+    if "attention" in found:
+        drawn.append(found["attention"].mean(dim=1))
+        drawn += found["attention"].unbind(dim=1) if heads else []
+    return drawn + ([found["gradcam"]] if "gradcam" in found else [])
+
+
+def caption(args, subjects: list[Subject], objective: str) -> str:
+    names = [Path(*Path(subject.path).parts[-2:]) for subject in subjects]
+    parts = []
+    if "attention" in args.show:
+        parts.append(f"attention of [cls] in block {args.block}, mean of heads{', each head' * args.heads}")
+    if "gradcam" in args.show:
+        of = f"class {args.class_index}" if args.class_index is not None else "the predicted class"
+        parts.append(f"Grad-CAM of {of if objective == 'class' else OBJECTIVES[objective]}")
+    return f"columns: image; then for {', '.join(map(str, names))}: {'; '.join(parts)}. Each map dark to bright"
+
+
+@torch.no_grad()
+def main(args) -> list[dict[str, torch.Tensor]]:
+    """The maps of each checkpoint, as `Subject.maps` has them."""
+    out = _common.check_png(args.out)
+    subjects = [Subject(path, args) for path in args.checkpoints]
+    objective = settle_objective(args, subjects) if "gradcam" in args.show else ""
+    found = [subject.maps(args, objective) for subject in subjects]
+    shown = subjects[0].shown
+    drawn = [shown] + [overlay(shown, values) for maps in found for values in columns_of(maps, args.heads)]
+    text = caption(args, subjects, objective)
+    picture = grid(torch.stack(drawn, dim=1), per_row=2 if len(drawn) <= 4 and len(shown) > 1 else 1)
+    captioned(to_pil_image(picture), text).save(out)
+    arrays = {f"{name}_{i}": values.numpy() for i, maps in enumerate(found) for name, values in maps.items()}
+    np.savez(out.with_suffix(".npz"), **arrays)
+    rows = [
+        {"checkpoint": subject.path} | {k: v.tolist() for k, v in maps.items() if k in ("predicted", "score")}
+        | ({"attended_share": maps["attended"].mean(dim=0).tolist()} if "attended" in maps else {})
+        for subject, maps in zip(subjects, found)
+    ]  # fmt: skip
+    result = {"block": args.block, "objective": objective, "checkpoints": rows}
+    out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{out}: {text}")
+    for row in rows:
+        if "attended_share" in row:
+            heads = ", ".join(f"{share:.0%}" for share in row["attended_share"])
+            print(f"  {row['checkpoint']}: share of the patches that [cls] attends to, by head: {heads}")
+    return found
+
+
+if __name__ == "__main__":
+    with user_errors("attention.py"):
+        main(get_args_parser().parse_args())
