@@ -12,9 +12,12 @@ from torch import nn
 
 sys.path.insert(0, str(ROOT / "tools"))
 import attention
+import feature_viz
 
+import models_mae
 import models_vit
 from util.errors import UserError
+from util.feature_viz import FourierImages, channel_activation, excite, total_variation
 from util.saliency import attended_share, cls_attention, grad_cam
 from util.visual import overlay
 
@@ -181,3 +184,97 @@ def test_checkpoints_side_by_side(planted):
             drawn(folder, *flags.split(), checkpoints=both)
     with pytest.raises(UserError, match="has 2 classes"):
         drawn(folder, "--class_index", "2")
+
+
+# --- images that excite a channel
+
+
+def ascend(activation, count=1, size=16, steps=256, lr=0.1, tv=0.0, jitter=0, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    images = FourierImages((count, 3, size, size), random)
+    return excite(activation, images, lambda imgs: imgs, steps, lr, tv, jitter, random)
+
+
+def test_the_optimum_of_a_linear_channel():
+    """<w, x> over colours x in [0, 1] is largest where x is 1 for positive w and 0 for negative. All but the hardly
+    weighted pixels end on the right side, and 95 % of the way to the optimum is gone: the pull to grey, which is found
+    where w sigmoid'(z) = 0.01 z, keeps the colours from the bounds."""
+    stripes = torch.sin(torch.arange(16) * torch.pi / 4 + 0.3).expand(3, 16, 16)
+    for w in (stripes, -stripes, torch.randn(3, 16, 16)):
+        imgs, values = ascend(lambda imgs, w=w: (imgs * w).sum(dim=(1, 2, 3)))
+        best, worst = w.clamp(min=0).sum(), w.clamp(max=0).sum()
+        start, end = (values - worst) / (best - worst)
+        assert abs(start - 0.5) < 0.05 and end > 0.95  # from grey, which is half-way
+        clear = w.abs() > 0.1
+        assert ((imgs[0] > 0.5) == (w > 0))[clear].float().mean() > 0.99
+    logits = imgs[0].logit()
+    balance = w / w.square().mean().sqrt() * imgs[0] * (1 - imgs[0]) - 0.01 * logits
+    assert balance.abs().mean() < 0.002  # a tenth and less of the pull on a clear pixel
+
+
+def test_smoothness_and_jitter():
+    """Total variation by hand; it smooths; shifts leave what is the same everywhere."""
+    steps = torch.tensor([[0.0, 0.0], [1.0, 3.0]]).expand(1, 1, 2, 2)
+    assert total_variation(steps).item() == pytest.approx((1 + 3) / 2 + (0 + 2) / 2)
+    w = torch.randn(3, 16, 16)
+    rough, smooth = (ascend(lambda imgs: (imgs * w).sum(dim=(1, 2, 3)), tv=tv)[0] for tv in (0.0, 1.0))
+    assert total_variation(smooth) < 0.5 * total_variation(rough)
+    red = torch.tensor([1.0, -1.0, 0.0])[:, None, None]
+    (image,), _ = ascend(lambda imgs: (imgs * red).sum(dim=(1, 2, 3)), jitter=5)
+    assert image[0].min() > 0.95 and image[1].max() < 0.05
+
+
+@pytest.mark.parametrize("layer", ["mlp", "block"])
+def test_a_channel_at_its_depth(layer):
+    """The activation is the one a forward pass has there, and the blocks behind are neither used nor lost."""
+    model, imgs, found = scrambled(), torch.randn(3, 3, 16, 16), []
+    place = model.blocks[1].mlp.fc2 if layer == "mlp" else model.blocks[2]
+    hook = place.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
+    before = model(imgs)
+    hook.remove()
+    channels = torch.tensor([5, 0, 127])
+    expected = torch.stack([found[0][i, 1:, channel].mean() for i, channel in enumerate(channels)])
+    torch.testing.assert_close(channel_activation(model, 1, layer)(imgs, channels), expected, **EXACT)
+    assert len(model.blocks) == 4 and torch.equal(model(imgs), before)
+
+
+def visualised(folder, checkpoint, *flags):
+    options = [str(checkpoint), "--out", str(folder / "f.png"), "--device", "cpu", "--steps", "40", *flags]
+    return feature_viz.main(feature_viz.get_args_parser().parse_args(options))
+
+
+def test_feature_viz(tmp_path, capsys):
+    """Every channel at every depth is excited more than by grey, the same way each time; pixels of channels that know
+    one colour take that colour."""
+    args = {"model": "vit_micro_patch4", "input_size": 16, "mean": [0.5] * 3, "std": [0.2] * 3}
+    untrained = models_mae.mae_vit_micro_patch4(img_size=16)
+    torch.save({"model": untrained.state_dict(), "args": args}, tmp_path / "a.pth")
+    flags = "--count 3 --layer block --jitter 0".split()  # an untrained encoder knows a shifted patch for another
+    images, values = visualised(tmp_path, tmp_path / "a.pth", *flags)
+    assert images.shape == (4, 3, 3, 16, 16) and (values[:, 1] > values[:, 0]).all()
+    again, _ = visualised(tmp_path, tmp_path / "a.pth", *flags)
+    assert torch.equal(images, again)
+    assert np.array_equal(np.load(tmp_path / "f.npz")["images"], images.numpy())
+    assert Image.open(tmp_path / "f.png").width == 3 * (96 + 4) + 4
+    model = looks_at_brightness()
+    with torch.no_grad():  # coordinate 0: red less blue; two channels of the last MLP that read it, or its negative
+        model.patch_embed.proj.weight[0, 2] *= -1
+        model.patch_embed.proj.weight[0, 1] = 0
+        model.blocks[-1].mlp.fc1.weight[7, 0], model.blocks[-1].mlp.fc1.weight[9, 0] = 1.0, -1.0
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "red.pth")
+    flags = "--blocks 3 --channels 7 9 --steps 128 --lr 0.1".split()
+    ((red, blue),) = visualised(tmp_path, tmp_path / "red.pth", *flags)[0]
+    assert red[0].min() > 0.9 and red[2].max() < 0.1 and blue[0].max() < 0.1 and blue[2].min() > 0.9
+    visualised(tmp_path, tmp_path / "red.pth", "--blocks", "3", "--channels", "7", "8")  # 8 is dead
+    assert "; 1 of 2 no more than by grey" in capsys.readouterr().out
+    for flags, right in (
+        ("--blocks 4", "--blocks 4: the encoder has 4"),
+        ("--channels 512", "--channels 512: the encoder has 512 .mlp."),
+        ("--layer block --channels 128", "has 128 .block."),
+        ("--steps 0", "--steps 0"),
+        ("--lr nan", "--lr nan"),
+        ("--tv -1", "--tv"),
+        ("--out a.jpg", "must be a .png"),
+    ):
+        with pytest.raises(UserError, match=right):
+            visualised(tmp_path, tmp_path / "a.pth", *flags.split())

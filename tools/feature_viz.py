@@ -1,0 +1,116 @@
+"""What excites an encoder's channels: images found by gradient ascent, a row for each block (after Ghiasi et al. 2022).
+
+python tools/feature_viz.py output_dir/checkpoint-799.pth --out channels.png
+python tools/feature_viz.py output_dir/checkpoint-799.pth --out channels.png --blocks 0 5 11 --channels 3 140
+
+A .npz of the name of the picture holds the images and how much they excite their channel, before and after.
+"""
+
+import _common
+import numpy as np
+import torch
+from torchvision.transforms.functional import to_pil_image
+
+from util.datasets import mean_std
+from util.distributed import choose_device
+from util.encoder import load_encoder
+from util.errors import UserError, user_errors
+from util.feature_viz import LAYERS, FourierImages, channel_activation, excite
+from util.transforms import check_channels
+from util.visual import captioned, grid, rgb
+
+
+def get_args_parser():
+    parser = _common.Parser("Draw images that excite single channels of an encoder, at several depths.")
+    parser.add_argument("checkpoint")
+    parser.add_argument("--out", required=True, help="PNG file to write")
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", help="which blocks, from 0; four from first to last by default"
+    )
+    parser.add_argument("--layer", choices=LAYERS, default="mlp", help="mlp: inside the MLP; block: its output")
+    parser.add_argument("--channels", type=int, nargs="+", help="which channels; --count of them, evenly, by default")
+    parser.add_argument("--count", type=int, default=6, help="channels of each block")
+    parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=0.05, help="of Adam; higher: stronger colours, less shape")
+    parser.add_argument("--tv", type=float, default=0.2, help="weight of smoothness, the activation having 1")
+    parser.add_argument(
+        "--jitter",
+        type=int,
+        help="pixels of shift at each step; half a patch by default, less shows the grid of patches",
+    )
+    parser.add_argument("--mean", type=float, nargs="+", help="of the images, by default the run's own")
+    parser.add_argument("--std", type=float, nargs="+")
+    parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument("--device", default="auto")
+    _common.add_model_flags(parser)
+    parser.set_defaults(dataset="imagefolder")
+    return parser
+
+
+def check_values(args) -> None:
+    """UserError for numbers out of range."""
+    for name in ("count", "steps", "lr"):
+        if not 0 < getattr(args, name) < float("inf"):
+            raise UserError(f"--{name} {getattr(args, name)} must be positive")
+    if not 0 <= args.tv < float("inf") or (args.jitter or 0) < 0:
+        raise UserError("--tv and --jitter must not be negative")
+
+
+def chosen(args, model) -> tuple[list[int], list[int]]:
+    """Blocks and channels to look at; UserError where the encoder has no such."""
+    depth, block = len(model.blocks), model.blocks[0]
+    width = block.mlp.fc1.out_features if args.layer == "mlp" else block.mlp.fc1.in_features
+    blocks = args.blocks or sorted(set(torch.linspace(0, depth - 1, min(4, depth)).round().int().tolist()))
+    channels = args.channels or torch.linspace(0, width - 1, min(args.count, width)).round().int().tolist()
+    for name, values, most in (("blocks", blocks, depth), ("channels", channels, width)):
+        wrong = [value for value in values if not 0 <= value < most]
+        if wrong:
+            raise UserError(f"--{name} {wrong[0]}: the encoder has {most} ({args.layer}), from 0 to {most - 1}")
+    return blocks, channels
+
+
+def main(args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images in [0, 1] (blocks, channels, C, H, W) and activations before and after (blocks, 2, channels)."""
+    check_values(args)
+    out = _common.check_png(args.out)
+    model, weights = load_encoder(args, args.checkpoint, head=False)
+    blocks, channels = chosen(args, model)
+    _common.take_data_flags(args, weights.args)
+    check_channels(args.in_chans)
+    device = choose_device(args.device)
+    model.requires_grad_(False).to(device)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in mean_std(args))
+    jitter = args.patch_size // 2 if args.jitter is None else args.jitter
+    shape, numbers = (len(channels), args.in_chans, *model.patch_embed.img_size), torch.tensor(channels, device=device)
+    drawn, measured = [], []
+    for block in blocks:
+        random = torch.Generator().manual_seed(args.seed)  # every block from the same noise
+        activation = channel_activation(model, block, args.layer)
+        imgs, values = excite(
+            lambda imgs, activation=activation: activation(imgs, numbers), FourierImages(shape, random).to(device),
+            lambda imgs: (imgs - mean) / std, args.steps, args.lr, args.tv, jitter, random,
+        )  # fmt: skip
+        drawn.append(imgs.cpu())
+        measured.append(values.cpu())
+        lost = int((values[1] <= values[0]).sum())
+        hint = f"; {lost} of {len(channels)} no more than by grey: try --jitter 0, more --steps" if lost else ""
+        print(f"block {block}: mean activation {values[0].mean():.3g} -> {values[1].mean():.3g}{hint}", flush=True)
+    images, activations = torch.stack(drawn), torch.stack(measured)
+    where = "in the MLP" if args.layer == "mlp" else "behind the block"
+    text = f"rows: blocks {' '.join(map(str, blocks))}; columns: channels {' '.join(map(str, channels))} {where}"
+    shown = torch.stack([rgb(row) for row in images])
+    captioned(to_pil_image(grid(shown, per_row=1)), text).save(out)
+    np.savez(
+        out.with_suffix(".npz"),
+        images=images.numpy(),
+        activations=activations.numpy(),
+        blocks=blocks,
+        channels=channels,
+    )
+    print(f"{out}: {text}")
+    return images, activations
+
+
+if __name__ == "__main__":
+    with user_errors("feature_viz.py"):
+        main(get_args_parser().parse_args())

@@ -1,0 +1,99 @@
+"""Images that excite a channel: gradient ascent on an image's Fourier coefficients (Olah et al. 2017, "Feature
+visualization"), on the channels that Ghiasi et al. 2022 ("What do vision transformers learn?") look at.
+
+N images, C channels of an image, L patches, F channels of a layer.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+LAYERS = ["mlp", "block"]
+_PULL = 0.01  # of logits to grey: colours end between 0.04 and 0.96, where they can still turn round
+
+
+class FourierImages(nn.Module):
+    """Images (N, C, H, W) with colours in [0, 1], by the coefficients of their frequencies, the lower ones weighted
+    more, as in natural images: a step then changes whole shapes, not single pixels."""
+
+    def __init__(self, shape: tuple[int, int, int, int], generator: torch.Generator):
+        super().__init__()
+        *self.first, self.height, self.width = shape
+        frequencies = torch.fft.fftfreq(self.height)[:, None].hypot(torch.fft.rfftfreq(self.width))
+        self.register_buffer("scale", 1 / frequencies.clamp_min(1 / max(self.height, self.width)))
+        start = torch.randn(*self.first, *self.scale.shape, 2, generator=generator)
+        self.coefficients = nn.Parameter(0.01 * start)
+
+    def logits(self) -> Tensor:
+        """(N, C, H, W), before the sigmoid."""
+        spectrum = torch.view_as_complex(self.coefficients) * self.scale
+        return torch.fft.irfft2(spectrum, s=(self.height, self.width), norm="ortho")
+
+    def forward(self) -> Tensor:
+        return self.logits().sigmoid()
+
+
+def total_variation(imgs: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N,): mean absolute difference of neighbouring pixels, down and across."""
+    down, across = imgs.diff(dim=2).abs(), imgs.diff(dim=3).abs()
+    return down.flatten(1).mean(dim=1) + across.flatten(1).mean(dim=1)
+
+
+def channel_activation(model, block: int, layer: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of normalised images (N, C, H, W) and channel numbers (N,) -> (N,): the mean over the patches of image
+    n's channel, behind block `block` (`layer` block: F = D) or inside its MLP, after the activation (mlp: F = 4 D).
+    Later blocks are not computed."""
+    place = model.blocks[block].mlp.act if layer == "mlp" else model.blocks[block]
+
+    def activation(imgs, channels):
+        blocks, found = model.blocks, []
+        hook = place.register_forward_hook(lambda module, inputs, output: found.append(output))
+        model.blocks = blocks[: block + 1]
+        try:
+            model.forward_tokens(imgs)
+        finally:
+            model.blocks = blocks
+            hook.remove()
+        return found[0][:, 1:].mean(dim=1).gather(1, channels[:, None])[:, 0]
+
+    return activation
+
+
+def excite(activation, images: FourierImages, normalise, steps: int, lr: float, tv: float, jitter: int, generator):
+    """Change `images` so that `activation(imgs)` (N, C, H, W) -> (N,) grows. -> the images in [0, 1], and the
+    activation of each before and after (2, N).
+
+    `normalise` brings colours to the model's input. Every step shifts the images by up to `jitter` pixels around their
+    edges, and goes along the gradient of the activation less `tv` times that of the total variation, both scaled to
+    the same size in each image, so that `tv` means the same at any depth.
+    """
+    # Where the gradient of a frequency is rounding, the usual eps would make full steps of it.
+    optimizer = torch.optim.Adam(images.parameters(), lr=lr, eps=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    @torch.no_grad()
+    def measure():
+        return activation(normalise(images()))
+
+    before = measure()
+    for _ in range(steps):
+        shift = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
+        with torch.enable_grad():
+            logits = images.logits()
+            leaf = logits.detach().sigmoid().requires_grad_(True)
+            value = activation(normalise(leaf.roll(shift, dims=(2, 3)))).sum()
+            (up,) = torch.autograd.grad(value, leaf)
+            (rough,) = torch.autograd.grad(total_variation(leaf).sum(), leaf)
+        colours, slope = leaf.detach(), tv * _scaled(rough) - _scaled(up)
+        optimizer.zero_grad()
+        logits.backward(slope * colours * (1 - colours) + _PULL * logits.detach())
+        optimizer.step()
+        schedule.step()
+    return images().detach(), torch.stack([before, measure()])
+
+
+def _scaled(gradient: Tensor) -> Tensor:
+    """To a root mean square of one in each image."""
+    size = gradient.flatten(1).square().mean(dim=1).sqrt().clamp_min(1e-20)
+    return gradient / size[:, None, None, None]
