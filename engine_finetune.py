@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from util.amp import autocast
-from util.distributed import all_reduce_sum, is_main_process, sync_buffers
+from util.amp import autocast, choose_amp_dtype
+from util.distributed import all_reduce_sum, is_main_process, shut_down, sync_buffers
+from util.ledger import Record
 from util.misc import save_on_master
 from util.run import Run
 
@@ -47,6 +48,16 @@ def evaluate(loader, model, device, amp_dtype=torch.float32) -> dict[str, float]
     return {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "skipped": skipped}
 
 
+def evaluate_once(args, model, loader, device, record: Record) -> dict[str, float]:
+    """`--eval`: `evaluate`, said on the terminal and in the ledger; nothing else is written."""
+    dtype = choose_amp_dtype(args.amp_dtype, device)
+    stats = evaluate(loader, model, device, dtype)
+    report(stats, len(loader.dataset))
+    record.enter(args.output_dir, {f"test_{k}": v for k, v in stats.items()}, len(loader.dataset), device, dtype)
+    shut_down()
+    return stats
+
+
 def report(stats: dict, count: int) -> None:
     skipped = f", {int(stats['skipped'])} unreadable ones left out" if stats["skipped"] else ""
     print(
@@ -72,10 +83,11 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None) -> dict[str, flo
             run.best = stats["acc1"]
             if args.output_dir:
                 content = run.content()
-                best = {key: content[key] for key in ("model", "epoch", "args")}
+                best = {key: content[key] for key in ("model", "epoch", "args", "origin")}
                 save_on_master(best, Path(args.output_dir) / "checkpoint-best.pth")
         run.finish_epoch({f"test_{name}": value for name, value in stats.items()} | {"best_acc1": run.best})
     if not run.stopped and is_main_process():
         run.board.hparams(vars(args), {**run.last_means, **stats})
+    run.enter()
     run.close()
     return stats

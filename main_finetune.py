@@ -7,13 +7,12 @@ from timm.data import Mixup
 from timm.layers import trunc_normal_
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-from engine_finetune import evaluate, report, train
+from engine_finetune import evaluate_once, train
 from util import arguments, checkpoint
-from util.amp import choose_amp_dtype
 from util.datasets import build_transform, read_images
-from util.distributed import shut_down
 from util.encoder import build_encoder, count_classes, settle_model
 from util.errors import UserError, user_errors
+from util.ledger import Record
 from util.loading import build_loader
 from util.lr_decay import param_groups_lrd
 from util.rng import seeded
@@ -155,15 +154,14 @@ def main(args) -> dict[str, float]:
     if weights is None and resume is None:
         print("no --finetune: training from scratch")
     val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
+    record = Record("main_finetune" + " --eval" * args.eval, args, weights, train=images, test=held_out)
     if args.eval:
-        stats = evaluate(val_loader, model, device, choose_amp_dtype(args.amp_dtype, device))
-        report(stats, len(held_out))
-        shut_down()
-        return stats
+        return evaluate_once(args, model, val_loader, device, record)
     loader = build_loader(images, build_transform(True, args), args, args.batch_size, train=True)
     arguments.settle_learning_rate(args)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
-    run = Run(args, device, loader, model, torch.optim.AdamW(groups, lr=args.lr, fused=True), resume=resume)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    run = Run(args, device, loader, model, optimizer, resume=resume, record=record)
     return train(args, run, val_loader, criterion_of(args), mixup_of(args, classes))
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import nn
 
-from engine_finetune import evaluate, report, train
+from engine_finetune import evaluate_once, train
 from util import arguments, checkpoint
 from util.amp import choose_amp_dtype
 from util.datasets import input_size, mean_std, read_images
@@ -22,6 +22,7 @@ from util.encoder import build_encoder, count_classes, settle_model
 from util.errors import UserError, user_errors
 from util.features import extract
 from util.lars import LARS
+from util.ledger import Record
 from util.loading import build_loader
 from util.log import Board, append_log
 from util.lr_sched import adjust_learning_rate
@@ -211,23 +212,22 @@ def main(args) -> dict:
     mean, std = mean_std(args)
     plain = eval_transform(input_size(args), mean, std, args.crop_pct)
     test_loader = build_loader(held_out, plain, args, args.batch_size, train=False)
+    record = Record("main_linprobe" + " --eval" * args.eval, args, weights, train=images, test=held_out)
     if args.cache_features:
-        return _cached(args, model, build_loader(images, plain, args, args.batch_size, False), test_loader, device)
+        loader = build_loader(images, plain, args, args.batch_size, False)
+        return _cached(args, model, loader, test_loader, device, record)
     probe = Probe(model).to(device)
     if args.eval:
         load_probe(probe, resume)
-        stats = evaluate(test_loader, probe, device, choose_amp_dtype(args.amp_dtype, device))
-        report(stats, len(held_out))
-        shut_down()
-        return stats
+        return evaluate_once(args, probe, test_loader, device, record)
     loader = build_loader(images, probe_transform(args.aug, input_size(args), mean, std), args, args.batch_size, True)
     arguments.settle_learning_rate(args)
     optimizer = LARS(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    run = Run(args, device, loader, model, optimizer, probe, resume)
+    run = Run(args, device, loader, model, optimizer, probe, resume, record)
     return train(args, run, test_loader, nn.CrossEntropyLoss())
 
 
-def _cached(args, model, train_loader, test_loader, device) -> dict:
+def _cached(args, model, train_loader, test_loader, device, record) -> dict:
     amp_dtype = choose_amp_dtype(args.amp_dtype, device)
     result = probe_cached(model, (train_loader, test_loader), args.nb_classes, args, device, amp_dtype)
     checkpoint.make_output_dir(args)
@@ -241,6 +241,8 @@ def _cached(args, model, train_loader, test_loader, device) -> dict:
     if args.output_dir and is_main_process():
         flags = {**vars(args), "result": result}
         (Path(args.output_dir) / "probe.json").write_text(json.dumps(flags, indent=2, default=str) + "\n")
+    images = len(train_loader.dataset) + len(test_loader.dataset)
+    record.enter(args.output_dir, result, images, device, amp_dtype)
     shut_down()
     return result
 

@@ -21,6 +21,7 @@ from util.distributed import barrier, is_main_process
 from util.errors import UserError, user_errors
 from util.features import extract, knn_accuracy, mae_features
 from util.kernels import choose_attention
+from util.ledger import Record, strict
 from util.loading import build_loader, check_enough
 from util.rng import seeded
 from util.run import Run, start
@@ -251,8 +252,9 @@ def place(pretrainer: Pretrainer, args, device) -> None:
 
 def save_encoders(args, run: Run) -> None:
     """The encoder alone, of the model and of what the methods export, as safetensors."""
-    kept = ("model", "input_size", "patch_size", "in_chans", "dataset", "mean", "std", "epochs", "seed")
-    metadata = {name: json.dumps(getattr(args, name)) for name in kept}
+    origin = {"epoch": run.epoch - 1, **run.record.state(run.images_seen())}
+    flags = {name: value for name, value in vars(args).items() if name not in checkpoint.FREE_FLAGS}
+    metadata = {name: json.dumps(strict(value)) for name, value in {**flags, "origin": origin}.items()}
     for key, model in {"model": run.model, **run.exported()}.items():
         state = sharding.gathered(encoder_state(model.state_dict()))
         if is_main_process():
@@ -272,8 +274,9 @@ def main(args) -> None:
     mean_std(args)
     images = read_images(args, train=True)
     resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None
-    if args.init_from and resume is None:
-        print(load_into(model, read_weights(args.init_from)))
+    weights = read_weights(args.init_from) if args.init_from and resume is None else None
+    if weights is not None:
+        print(load_into(model, weights))
     arguments.settle_learning_rate(args)
 
     with seeded(args.seed, 1):
@@ -285,7 +288,8 @@ def main(args) -> None:
     groups = param_groups_weight_decay(pretrainer, args.weight_decay, no_weight_decay_list=pretrainer.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     pretrainer.attach(optimizer)
-    run = Run(args, device, loader, model, optimizer, pretrainer, resume)
+    record = Record("main_pretrain", args, weights, train=images, test=held_out if args.knn_freq else None)
+    run = Run(args, device, loader, model, optimizer, pretrainer, resume, record)
     watch = Watch(args, run, pretrainer, images, held_out)
     row = {}
     while run.epoch < args.epochs and not run.stopped:
@@ -296,6 +300,7 @@ def main(args) -> None:
     if not run.stopped and args.output_dir:
         save_encoders(args, run)
         run.board.hparams(vars(args), {**run.last_means, **row})
+    run.enter()
     run.close()
 
 

@@ -133,6 +133,6 @@ evaluate() { # NAME CHECKPOINT SEED KEY
 }
 
 table() {
-    [ -n "$list" ] || "$python" "$root/tools/table.py" "$out"/probe-*-seed* "$out"/finetune*-seed* \
-        --strip probe- finetune- finetune_small-
+    [ -n "$list" ] || "$python" "$root/tools/collect.py" "$out"/probe-*-seed* "$out"/finetune*-seed* \
+        --by run --strip probe- finetune- finetune_small-
 }

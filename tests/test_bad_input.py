@@ -557,7 +557,7 @@ def test_overwrite_deletes_the_run_and_nothing_else(box, tmp_path):
     assert len(events) == 1
     assert {path.name for path in (tmp_path / "run").iterdir()} - events == {
         "notes.txt", "checkpoint-mine.pth", "checkpoint-0.pth.backup", "log.txt", "args.json", "checkpoint-0.pth",
-        "encoder.safetensors",
+        "encoder.safetensors", "results.jsonl",
     }  # fmt: skip
     assert (tmp_path / "run/log.txt").read_text().count("\n") == 1
 

@@ -199,7 +199,7 @@ def test_checkpoint_layout(tmp_path):
     """What other people's code relies on: names, keys, plain types, upstream's tensor names."""
     pretrain(f"{DIGITS} --epochs 1 --num_workers 0 --output_dir {tmp_path}")
     state = checkpoint(tmp_path, "checkpoint-0.pth")
-    assert set(state) == {"model", "optimizer", "epoch", "step", "scaler", "args", "methods", "rng", "data"}
+    assert set(state) == {"model", "optimizer", "epoch", "step", "scaler", "args", "methods", "rng", "origin", "data"}
     assert state["epoch"] == 0 and state["step"] == STEPS
     assert isinstance(state["args"], dict) and state["args"]["model"] == "mae_vit_micro_patch4"
     assert {"cls_token", "mask_token", "pos_embed", "decoder_pos_embed", "patch_embed.proj.weight", "norm.bias",

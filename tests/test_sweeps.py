@@ -72,10 +72,10 @@ def test_stopped_and_started_again(sweep, tmp_path):
     assert code == 0, said
     names = [call[0] for call in calls]
     assert names == ["main_finetune.py"] + [
-        "main_pretrain.py", "main_linprobe.py", "knn.py", "main_finetune.py", "table.py",
+        "main_pretrain.py", "main_linprobe.py", "knn.py", "main_finetune.py", "collect.py",
     ]  # fmt: skip
     assert all("--resume" in call for call in calls if call[0] in ("main_pretrain.py", "main_finetune.py"))
-    assert [call[0] for call in sweep("bootstrap_mae", *flags)[2]] == ["table.py"]
+    assert [call[0] for call in sweep("bootstrap_mae", *flags)[2]] == ["collect.py"]
 
 
 RUNS = {

@@ -14,7 +14,6 @@ import knn
 import make_shards
 import mean_std
 import rc_linear
-import table
 import visualize
 
 import main_pretrain
@@ -104,40 +103,6 @@ def test_mean_std(image_folder):
     values = pixels.double().view(-1, 3) / 255
     assert mean == pytest.approx(values.mean(0).tolist(), rel=1e-9)
     assert std == pytest.approx(values.std(0, unbiased=False).tolist(), rel=1e-9)
-
-
-def test_table(tmp_path):
-    for seed, value in ((0, 50.0), (1, 54.0)):
-        folder = tmp_path / f"mae-seed{seed}"
-        folder.mkdir()
-        (folder / "probe.json").write_text(json.dumps({"result": {"test_acc1": value, "blr": 3.0}}))
-    text = table.markdown(table.collect([str(path) for path in sorted(tmp_path.glob("*"))]))
-    assert "| mae | 2 | 52.00 ± 2.83 |" in text
-    with pytest.raises(UserError, match="no result"):
-        table.collect([str(tmp_path)])
-
-
-def test_table_joins_probe_and_finetuning(tmp_path, capsys):
-    """By name and seed; of a fine-tuning the last epoch counts, not the best on the test set."""
-    for seed in (0, 1):
-        for kind in ("probe", "finetune"):
-            (tmp_path / f"{kind}-mae-seed{seed}").mkdir()
-        (tmp_path / f"probe-mae-seed{seed}" / "knn.json").write_text(
-            json.dumps({"result": {"knn20_acc1": 30.0 + seed}})
-        )
-        rows = [{"test_acc1": 90.0, "epoch": 0}, {"test_acc1": 60.0 + 2 * seed, "epoch": 1}]
-        (tmp_path / f"finetune-mae-seed{seed}" / "log.txt").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        args = {"layer_decay": 0.75, "epochs": 2}
-        (tmp_path / f"finetune-mae-seed{seed}" / "args.json").write_text(json.dumps(args))
-    folders = [str(path) for path in sorted(tmp_path.glob("*"))]
-    assert table.collect(folders, ["probe-", "finetune-"]) == {
-        "mae": [{"finetune_acc1": 60.0, "knn20_acc1": 30.0}, {"finetune_acc1": 62.0, "knn20_acc1": 31.0}]
-    }
-    assert set(table.collect(folders)) == {"finetune-mae", "probe-mae"}
-    for text in ("", json.dumps({"test_acc1": 90.0, "epoch": 0}), '{"test_ac'):  # unfinished: no number is made of it
-        (tmp_path / "finetune-mae-seed1" / "log.txt").write_text(text)
-        assert len(table.collect(folders)["finetune-mae"]) == 1
-    assert "finetune-mae-seed1 holds no result yet" in capsys.readouterr().err
 
 
 def test_proposition_of_rc_mae(tmp_path, capsys, monkeypatch):

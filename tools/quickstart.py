@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import _common
-import table
+import _runs
+import collect
 
 from util.datasets import _images_below
 from util.errors import UserError, user_errors
@@ -98,8 +99,8 @@ def main(args) -> None:
             run("tools/knn.py", *common, *encoder, "--out", str(out / name / "knn.json"))
     print(f"\nDone in {time.monotonic() - began:.0f} s.")
     if labelled:
-        columns = {"test_acc1": "linear probe", "knn20_acc1": "20-NN", "knn1_acc1": "1-NN"}
-        print(table.plain(table.collect([str(out / "random"), str(out / "pretrained")]), columns))
+        judged = _runs.read_runs([str(out / "random"), str(out / "pretrained")])
+        print(collect.markdown(collect.make_table(judged, ["run"], ["test_acc1", "knn20_acc1", "knn1_acc1"])))
     print(f"pictures      {picture}\nTensorBoard   tensorboard --logdir {out / 'mae'}")
 
 

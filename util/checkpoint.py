@@ -18,6 +18,7 @@ from util.distributed import barrier, from_main_process, is_main_process
 from util.errors import UserError
 from util.weights import read_file
 
+LEDGER = "results.jsonl"  # of the runs that ended in a folder; see util/ledger.py
 _NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.(?:pth|dcp)")
 
 
@@ -158,10 +159,10 @@ def abandon_later(output_dir: str | Path, path: Path) -> None:
 _MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "norm_pix_loss", "decoder", "decoder_embed_dim")
 _MODEL_FLAGS += ("decoder_depth", "decoder_num_heads", "nb_classes", "global_pool")
 # Flags that may differ between the two parts of a run without a word.
-_FREE_FLAGS = {"resume", "overwrite", "output_dir", "log_dir", "num_workers", "pin_mem", "device", "data_path", "rank"}
-_FREE_FLAGS |= {"gpu", "local_rank", "world_size", "distributed", "dist_url", "dist_backend", "dist_timeout"}
-_FREE_FLAGS |= {"print_freq", "save_freq", "save_steps", "keep", "vis_freq", "knn_freq", "eval_freq", "start_epoch"}
-_FREE_FLAGS |= {"finetune"}
+FREE_FLAGS = {"resume", "overwrite", "output_dir", "log_dir", "num_workers", "pin_mem", "device", "data_path", "rank"}
+FREE_FLAGS |= {"gpu", "local_rank", "world_size", "distributed", "dist_url", "dist_backend", "dist_timeout"}
+FREE_FLAGS |= {"print_freq", "save_freq", "save_steps", "keep", "vis_freq", "knn_freq", "eval_freq", "start_epoch"}
+FREE_FLAGS |= {"finetune"}
 
 
 def plain(value):
@@ -182,7 +183,7 @@ def check_same_run(path: Path, stored: dict, args: dict) -> None:
     stored, args = _settled(stored), _settled(args)
     changed = {
         name: (plain(stored[name]), plain(args[name]))
-        for name in stored.keys() & args.keys() - _FREE_FLAGS
+        for name in stored.keys() & args.keys() - FREE_FLAGS
         if plain(stored[name]) != plain(args[name])
     }
     for name in _MODEL_FLAGS:
@@ -221,7 +222,7 @@ def check_output_dir(args) -> None:
     for flag in ("output_dir", "log_dir"):
         if getattr(args, flag):
             _check_place(flag, Path(getattr(args, flag)))
-    if not args.output_dir:
+    if not args.output_dir or getattr(args, "eval", False):
         return
     folder = Path(args.output_dir)
     old = _files_of_a_run(folder)
@@ -246,3 +247,4 @@ def make_output_dir(args) -> None:
     if args.output_dir and args.overwrite:
         for path in _files_of_a_run(Path(args.output_dir)):
             _remove(path)
+        (Path(args.output_dir) / LEDGER).unlink(missing_ok=True)

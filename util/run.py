@@ -5,7 +5,6 @@ import functools
 import inspect
 import json
 import random
-import subprocess
 import time
 from dataclasses import dataclass
 from math import ceil
@@ -31,6 +30,7 @@ from util.distributed import (
 )
 from util.errors import RunFailed, UserError
 from util.kernels import choose_attention, compile_blocks
+from util.ledger import Record, revision
 from util.loading import Loader, Sample, next_batch
 from util.log import Board, EpochMeter, Progress, append_log, trim_log
 from util.lr_sched import adjust_learning_rate
@@ -61,8 +61,7 @@ def start(args) -> torch.device:
     """Processes, device, seeds, output folder. UserError when the ranks disagree on their flags."""
     device = init_distributed_mode(args)
     check_same_flags(args)
-    if not getattr(args, "eval", False):
-        checkpoint.check_output_dir(args)
+    checkpoint.check_output_dir(args)
     random.seed(args.seed + get_rank())
     torch.manual_seed(args.seed + get_rank())
     np.random.seed(args.seed + get_rank())
@@ -73,20 +72,14 @@ def start(args) -> torch.device:
     return device
 
 
-def revision() -> str:
-    """Git revision of the code, with a plus when it has changes; empty outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
 class Run:
     """A training run: `model` (upstream tensor names), `module` (what is called: the model, or the model with its
     methods), the optimizer, and everything that a checkpoint must hold to continue bit for bit."""
 
-    def __init__(self, args, device, loader: Loader, model: nn.Module, optimizer, module=None, resume=None):
+    def __init__(
+        self, args, device, loader: Loader, model: nn.Module, optimizer, module=None, resume=None, record=None
+    ):
+        self.record = record or Record("", args)
         self.args, self.device, self.loader, self.model, self.optimizer = args, device, loader, model, optimizer
         self.module = module or model
         self.sharded = getattr(args, "fsdp", False)
@@ -338,6 +331,16 @@ class Run:
         where = f"epoch {self.epoch}, batch {self.position}"
         print(f"stopped by {self.stop.received} at {where}; --resume auto continues exactly there")
 
+    def images_seen(self) -> int:
+        batches = self.epoch * len(self.loader) + self.position
+        return batches * self.args.batch_size * get_world_size()
+
+    def enter(self) -> None:
+        """The line in the ledger of a run that has reached its end."""
+        if not self.stopped:
+            trained_here = bool(self.last_means)
+            self.record.finish(self.args.output_dir, trained_here, self.images_seen(), self.device, self.amp_dtype)
+
     # Checkpoints ---------------------------------------------------------------------------------------------------
 
     def content(self) -> dict:
@@ -362,6 +365,7 @@ class Run:
             "args": {name: checkpoint.plain(value) for name, value in vars(self.args).items()},
             **({"methods_by_rank": by_rank} if any(by_rank) else {}),
             "rng": gather_objects(get_rng_state(self.device)),
+            "origin": self.record.state(self.images_seen()),
             "data": {
                 "epoch": self.epoch,
                 "samples": samples,
@@ -412,6 +416,7 @@ class Run:
             raise UserError(f"--resume {path} has no {missing[0]!r}: for weights alone use --init_from or --finetune")
         checkpoint.check_same_run(path, checkpoint.flags_of(state), vars(args))
         self._load(path, state)
+        self.record.load_state(state.get("origin"))
         data = state.get("data") or {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}}
         self.epoch = data["epoch"]
         self.position = data["samples"] // (args.batch_size * get_world_size())

@@ -62,6 +62,7 @@ class Weights:
     state: dict[str, Tensor]
     args: dict = field(default_factory=dict)  # flags stored in the file
     dropped: list[str] = field(default_factory=list)  # entries of the file that are no part of an encoder, MAE or head
+    history: dict = field(default_factory=dict)  # what its run says of itself (`util.ledger.Record.state`)
 
     @property
     def has_decoder(self) -> bool:
@@ -134,7 +135,11 @@ def read_weights(path, key: str = "model") -> Weights:
     without ViT weights, and for a ViT with parts that ours lacks (layer scale, register tokens, ...).
     """
     path = folder_weights(os.fspath(path))
-    raw = read_file(path)
+    return recognise(read_file(path), path, key)
+
+
+def recognise(raw: dict, path: str, key: str = "model") -> Weights:
+    """The content of a file as `read_weights` gives it; `path` names it in messages."""
     named, others = _split(_select(raw, key, path))
     state = {}
     for name, tensor in named.items():
@@ -152,6 +157,7 @@ def read_weights(path, key: str = "model") -> Weights:
     others += [name for name in state if not KNOWN.match(name)]
     state = {name: tensor for name, tensor in state.items() if KNOWN.match(name)}
     weights = Weights(path, "", state, _stored_args(raw, path), others)
+    weights.history = _history(raw, weights.args)
     weights.origin = _origin(weights) + ", Hugging Face names" * converted
     return weights
 
@@ -229,10 +235,18 @@ def _stored_args(raw: dict, path: str) -> dict:
     if isinstance(args, dict):
         return args
     stored = folder_flags(path)
-    if _first_bytes(path)[8:] == b"{":
+    if os.path.isfile(path) and _first_bytes(path)[8:] == b"{":
         with safe_open(path, framework="pt") as file:
             stored |= {key: _parsed(value) for key, value in (file.metadata() or {}).items() if key != "format"}
     return stored
+
+
+def _history(raw: dict, args: dict) -> dict:
+    """What our runs write beside the weights; in a safetensors file it is among the metadata."""
+    origin = args.pop("origin", None) or raw.get("origin")
+    known = ("epoch", "revision", "images_seen", "seconds", "data", "source")
+    said = {name: origin[name] for name in known if name in origin} if isinstance(origin, dict) else {}
+    return {"epoch": raw.get("epoch"), **said}
 
 
 def _parsed(value: str):

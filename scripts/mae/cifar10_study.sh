@@ -26,4 +26,4 @@ for seed in 0 1 2; do
     probe "probe-mae-seed$seed" "$run/checkpoint-2.pth" "$seed"
     probe "probe-random-seed$seed" "" "$seed"
 done
-"$python" "$here/tools/table.py" "$out"/probe-*
+"$python" "$here/tools/collect.py" "$out"/probe-*

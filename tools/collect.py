@@ -1,0 +1,252 @@
+"""Tables and curves from the ledgers (`results.jsonl`) of finished runs: mean ± sample deviation over seeds.
+
+python tools/collect.py OUT --by method,mask_ratio --metric test_acc1
+python tools/collect.py OUT --by mask_ratio --metric knn20_acc1 --x mask_ratio --plot curve.png
+
+Flags of the pretraining that a judged checkpoint comes from are `pretrain.NAME`, of what that started from
+`pretrain2.NAME` (`finetune.NAME` of a fine-tuned one); a bare NAME means them too where the run has no such flag.
+Beside flags there are `command`, `run` (the folder's name without -seed<n>), `method`, `revision`, `pretrained`,
+`images_seen`, `seconds`, `data.train`, `data.test`. Runs of one row must not differ in anything but the seed.
+"""
+
+import argparse
+import csv
+import io
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import _common
+from _runs import Run, canonical, check_alike, check_names, choose, once_each, read_runs, shown_value
+
+from util.checkpoint import LEDGER
+from util.errors import UserError, user_errors
+
+USUAL = re.compile(r"acc\d|top1|ratio|mAP")  # metrics of a table that asks for none
+
+
+@dataclass
+class Cell:
+    mean: float
+    deviation: float | None  # sample deviation; None for one run
+    n: int
+
+
+@dataclass
+class Table:
+    """`rows` holds (values of `by`, {column: cell}); a column is (kind of run, metric)."""
+
+    by: list[str]
+    columns: list[tuple[str, str]]
+    rows: list[tuple[tuple, dict[tuple[str, str], Cell]]]
+
+    def titles(self) -> list[str]:
+        names = [metric for _, metric in self.columns]
+        alone = len(names) == len(set(names))
+        return [metric if alone else f"{kind} {metric}" for kind, metric in self.columns]
+
+    def count(self, cells) -> int:
+        return max(cell.n for cell in cells.values())
+
+
+def make_table(runs: list[Run], by: list[str], metrics: list[str] = (), free=(), allow_revisions=False) -> Table:
+    """Group `runs` by flags and average each metric over seeds. UserError for an unknown flag or metric, and for a
+    group whose runs differ in anything but the seed."""
+    check_names(runs, by)
+    columns = _columns(runs, metrics)
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(canonical(run.get(name)) for name in by), []).append(run)
+    keys = {run.key_of(name) for run in runs for name in by} | set(by) | set(free)
+    rows = []
+    for members in groups.values():
+        values = tuple(members[0].get(name) for name in by)
+        title = ", ".join(f"{name}={shown_value(value)}" for name, value in zip(by, values)) or "of all runs"
+        cells = {}
+        for kind, metric in columns:
+            chosen = [run for run in members if run.kind == kind and metric in run.row["metrics"]]
+            if chosen:
+                chosen = once_each(chosen)
+                check_alike(chosen, title, keys, allow_revisions)
+                cells[kind, metric] = _cell(chosen, metric)
+        if cells:
+            rows.append((values, cells))
+    place = {value: i for i, value in enumerate(dict.fromkeys(shown_value(v) for values, _ in rows for v in values))}
+    rows.sort(key=lambda row: [_rank(value, place[shown_value(value)]) for value in row[0]])
+    return Table(list(by), columns, rows)
+
+
+def _rank(value, place: int) -> tuple:
+    """Numbers by size, the rest as it came."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return (0, value) if number else (1, place)
+
+
+def _columns(runs: list[Run], metrics) -> list[tuple[str, str]]:
+    """(kind, metric) for each of `metrics`, which are METRIC or KIND:METRIC; the usual ones when none is named."""
+    known = list(dict.fromkeys((run.kind, name) for run in runs for name in run.row["metrics"]))
+    if not metrics:  # not the best on the test set
+        metrics = [name for name in dict.fromkeys(name for _, name in known) if USUAL.search(name)]
+        metrics = [name for name in metrics if name != "best_acc1"]
+    chosen = []
+    for metric in metrics:
+        kind, _, name = metric.rpartition(":")
+        found = [column for column in known if column[1] == name and kind in ("", column[0])]
+        if not found:
+            names = ", ".join(sorted({f"{kind}:{name}" for kind, name in known}))
+            raise UserError(f"--metric {metric} is in none of these {len(runs)} runs; they have {names or 'none'}")
+        chosen += found
+    if not chosen:
+        names = ", ".join(sorted({name for _, name in known}))
+        raise UserError(f"none of these {len(runs)} runs has an accuracy: choose a --metric of {names or 'none'}")
+    return list(dict.fromkeys(chosen))
+
+
+def _cell(runs: list[Run], metric: str) -> Cell:
+    values = []
+    for run in runs:
+        value = run.row["metrics"][metric]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{metric} of {run.place} is {value}, not a finite number: choose other runs with --where")
+        values.append(value)
+    return Cell(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+# Showing --------------------------------------------------------------------------------------------------------------
+
+
+def _text(table: Table, digits: int, sign: str) -> list[list[str]]:
+    """Rows of cells; a cell with fewer runs than its row says so."""
+    lines = []
+    for values, cells in table.rows:
+        n = table.count(cells)
+        line = [*map(shown_value, values), str(n)]
+        for column in table.columns:
+            cell = cells.get(column)
+            text = "" if cell is None else f"{cell.mean:.{digits}f}"
+            if cell is not None and cell.deviation is not None:
+                text += f" {sign} {cell.deviation:.{digits}f}"
+            line.append(text + (f" (n = {cell.n})" if cell is not None and cell.n != n else ""))
+        lines.append(line)
+    return lines
+
+
+def markdown(table: Table, digits: int = 2) -> str:
+    head = [*table.by, "n", *table.titles()]
+    lines = [head, ["---"] * len(head), *_text(table, digits, "±")]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def latex(table: Table, digits: int = 2) -> str:
+    """A `tabular` with the rules of booktabs."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {char: f"\\{char}" for char in "_%&#{}$"}
+
+    def escaped(cells):
+        return " & ".join("".join(special.get(char, char) for char in cell) for cell in cells) + r" \\"
+
+    head = [*table.by, "n", *table.titles()]
+    body = [escaped(line).replace("±", r"$\pm$") for line in _text(table, digits, "±")]
+    columns = "l" * len(table.by) + "r" * (len(head) - len(table.by))
+    begin = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", escaped(head), r"\midrule"]
+    return "\n".join([*begin, *body, r"\bottomrule", r"\end{tabular}"])
+
+
+def comma_separated(table: Table) -> str:
+    """Full precision; mean, deviation and n of every metric in columns of their own."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    parts = [f"{title} {part}" for title in table.titles() for part in ("mean", "deviation", "n")]
+    writer.writerow([*table.by, *parts])
+    for values, cells in table.rows:
+        found = [cells.get(column) for column in table.columns]
+        numbers = [(cell.mean, cell.deviation, cell.n) if cell else ("", "", 0) for cell in found]
+        writer.writerow([*map(shown_value, values), *(number for triple in numbers for number in triple)])
+    return text.getvalue().rstrip("\n")
+
+
+def plot(table: Table, x: str, path: Path) -> None:
+    """A curve over `x` for every value of the other flags and every metric, with deviations as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    place = table.by.index(x)
+    curves: dict[str, list] = {}
+    for values, cells in table.rows:
+        if isinstance(values[place], bool) or not isinstance(values[place], (int, float)):
+            continue  # a row without it: a random encoder, say
+        rest = ", ".join(f"{n} {shown_value(v)}" for n, v in zip(table.by, values) if n != x)
+        for column, title in zip(table.columns, table.titles()):
+            if column in cells:
+                curves.setdefault(", ".join(filter(None, [title, rest])), []).append((values[place], cells[column]))
+    if not curves:
+        raise UserError(f"--x {x} is a number in none of these rows: there is nothing to draw")
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for title, points in curves.items():
+        bars = [cell.deviation or 0 for _, cell in points]
+        axes.errorbar(*zip(*[(at, cell.mean) for at, cell in points]), yerr=bars, marker="o", capsize=3, label=title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(", ".join(dict.fromkeys(metric for _, metric in table.columns)))
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+FORMATS = {"md": markdown, "latex": latex}
+
+
+def get_args_parser():
+    parser = _common.Parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folders", nargs="+", help=f"every {LEDGER} in these folders and below is read")
+    parser.add_argument(
+        "--by", default="run", help="flags that tell the rows apart, with commas between (default: run)"
+    )
+    parser.add_argument("--metric", nargs="+", default=[], help="METRIC or KIND:METRIC; accuracies when left out")
+    parser.add_argument("--where", nargs="+", default=[], metavar="FLAG=VALUE", help="only runs with these flags")
+    parser.add_argument(
+        "--strip", nargs="+", default=[], metavar="PREFIX",
+        help="beginnings of folder names: they become the kind of run, instead of the command",
+    )  # fmt: skip
+    parser.add_argument("--allow_differing", nargs="+", default=[], metavar="FLAG", help="may differ inside a row")
+    parser.add_argument("--allow_revisions", action="store_true", help="average runs of different code")
+    parser.add_argument("--format", choices=["md", "csv", "latex"], default="md")
+    parser.add_argument("--digits", type=int, default=2, help="decimals (default: 2); csv has all")
+    parser.add_argument("--out", default="", help="write the table here instead of printing it")
+    parser.add_argument("--plot", default="", metavar="PNG", help="draw the metrics over --x")
+    parser.add_argument("--x", default="", help="the flag of --by on the horizontal axis (default: its last)")
+    return parser
+
+
+def main(args) -> Table:
+    """The table that is shown. UserError for mistakes in flags, and for runs that must not be averaged."""
+    by = [name for name in args.by.split(",") if name]
+    x = args.x or (by[-1] if by else "")
+    if (args.plot and x not in by) or (args.x and not args.plot):
+        raise UserError(f"--x {x or 'none'} must be one of --by {args.by or 'none'}, and needs --plot")
+    for flag in ("out", "plot"):
+        if getattr(args, flag) and not Path(getattr(args, flag)).resolve().parent.is_dir():
+            raise UserError(f"--{flag} {getattr(args, flag)} must be in a folder that exists")
+    if args.digits < 0:
+        raise UserError(f"--digits {args.digits} must not be negative")
+    runs = choose(read_runs(args.folders, args.strip), args.where)
+    check_names(runs, args.allow_differing)
+    table = make_table(runs, by, args.metric, args.allow_differing, args.allow_revisions)
+    text = comma_separated(table) if args.format == "csv" else FORMATS[args.format](table, args.digits)
+    if args.out:
+        Path(args.out).write_text(text + "\n", encoding="utf-8")
+    else:
+        print(text)
+    if args.plot:
+        plot(table, x, Path(args.plot))
+    return table
+
+
+if __name__ == "__main__":
+    with user_errors("collect.py"):
+        main(get_args_parser().parse_args())

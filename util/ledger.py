@@ -1,0 +1,204 @@
+"""The ledger: a finished run leaves one line in `results.jsonl` of its output folder, with all that a table needs.
+
+A line says which code ran with which flags on what hardware and data, what it started from, and what came out;
+`tools/collect.py` makes tables of them. A checkpoint carries the same, so that whatever judges it can say it too.
+"""
+
+import datetime
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from util.checkpoint import LEDGER, plain
+from util.distributed import get_world_size, is_main_process
+from util.errors import UserError
+
+NO_METRICS = ("epoch", "step", "seconds", "bad_images")  # what else a line of log.txt has
+
+
+def revision() -> str:
+    """Git revision of the code, with a plus when it has changes; empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+# The file -------------------------------------------------------------------------------------------------------------
+
+
+def strict(value):
+    """`value` in what strict JSON has: numbers that are not finite become null, what is no JSON its text."""
+    if isinstance(value, dict):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (bool, int, str, type(None))) else str(value)
+
+
+def append(folder: str | Path | None, row: dict) -> None:
+    """One line more in the folder's ledger, by the main process; nothing for an empty `folder`.
+
+    Written in one piece and synced, under a lock: runs may end at the same time. A line that a crash cut off stays
+    alone on its line. UserError when the folder cannot be written.
+    """
+    if not folder or not is_main_process():
+        return
+    line = json.dumps(strict(row), allow_nan=False).encode() + b"\n"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(Path(folder) / LEDGER, "ab+", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line
+            file.write(line)
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{Path(folder) / LEDGER} cannot be written: {error.strerror}") from error
+
+
+def read(path: str | Path) -> list[dict]:
+    """The lines of a ledger, oldest first; [] where there is none. What is no line of ours is named and left out."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and {"command", "flags", "metrics"} <= row.keys():
+            rows.append(row)
+        elif line.strip():
+            print(f"note: line {number} of {path} is damaged, it is left out", file=sys.stderr)
+    return rows
+
+
+# What a line says -----------------------------------------------------------------------------------------------------
+
+
+def hardware(device: torch.device, dtype: torch.dtype | None) -> dict:
+    """Device, processes, and what decides how it calculates."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "processes": get_world_size(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "amp_dtype": str(dtype).split(".")[-1] if dtype else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def describe_images(images, data_path: str = "") -> dict:
+    """How many images, and a hash of the labels with what is at hand of the images: names below `data_path` of files,
+    pixels of arrays. Two runs with the same hash were given the same images. A stream is not counted."""
+    if not hasattr(images, "load"):
+        return {"images": None, "sha256": None}
+    digest = hashlib.sha256()
+    names = _names(images, str(Path(data_path).expanduser()) + os.sep if data_path else "")
+    for place, target in enumerate(images.targets):
+        digest.update(f"{names[place] if names else ''}\t{target}\n".encode())
+    if hasattr(images, "arrays"):
+        digest.update(images.arrays.tobytes())
+    return {"images": len(images), "sha256": digest.hexdigest()}
+
+
+def _names(images, root: str) -> list[str] | None:
+    if hasattr(images, "places"):
+        names = _names(images.images, root)
+        return [names[place] for place in images.places] if names else [str(place) for place in images.places]
+    return [str(path).removeprefix(root) for path in images.paths] if hasattr(images, "paths") else None
+
+
+def source_of(weights) -> dict | None:
+    """What a run starts from (`util.weights.Weights`, None: nothing): the file, its hash, and what the file says of its
+    own run, down to the run that one started from."""
+    if weights is None:
+        return None
+    sha256 = None
+    if os.path.isfile(weights.path):
+        with open(weights.path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    flags = {name: plain(value) for name, value in weights.args.items()}
+    return {"path": weights.path, "sha256": sha256, "flags": flags, **weights.history}
+
+
+class Record:
+    """What a run knows of itself. `images` are its splits by name, `weights` what it starts from; the main process
+    reads them. `state` goes into checkpoints, so that a resumed run is still one run."""
+
+    def __init__(self, command: str, args, weights=None, **images):
+        self.command, self.args, self.began, self.seconds_before = command, args, time.monotonic(), 0.0
+        self.revisions, self.earlier, self.source, self.data = [revision()], [], None, {}
+        if is_main_process():
+            self.source = source_of(weights)
+            given = {name: split for name, split in images.items() if split is not None}
+            self.data = {name: describe_images(split, args.data_path) for name, split in given.items()}
+
+    def state(self, images_seen: int) -> dict:
+        return {
+            "revision": ", ".join(self.revisions),
+            "images_seen": images_seen,
+            "seconds": self.seconds_before + time.monotonic() - self.began,
+            "data": self.data,
+            "source": self.source,
+        }
+
+    def load_state(self, state: dict | None) -> None:
+        """Go on with the run that left `state` in its checkpoint (None: a checkpoint without)."""
+        state = state or {}
+        self.earlier = state.get("revision", "").split(", ") if state.get("revision") else []
+        self.revisions = self.earlier + [name for name in self.revisions if name not in self.earlier]
+        self.seconds_before, self.source = state.get("seconds", 0.0), state.get("source", self.source)
+
+    def finish(self, folder, trained_here: bool, images_seen: int, device: torch.device, dtype=None) -> None:
+        """Enter a training run that has reached its end, with the metrics of its log's last line. One that is resumed
+        there has nothing left to train, and a line already, unless it was killed in between."""
+        if not folder or not is_main_process():
+            return
+        if not trained_here:
+            has_line = any(row["command"] == self.command for row in read(Path(folder) / LEDGER))
+            if has_line or not self.earlier or not (Path(folder) / "log.txt").is_file():
+                return
+            self.revisions = self.earlier
+        last = json.loads((Path(folder) / "log.txt").read_text(encoding="utf-8").splitlines()[-1])
+        metrics = {name: value for name, value in last.items() if name not in NO_METRICS}
+        self.enter(folder, metrics, images_seen, device, dtype)
+
+    def enter(self, folder, metrics: dict, images_seen: int, device: torch.device, dtype=None) -> None:
+        """The line of this run in the ledger of `folder`. `images_seen` went through the network, with repetitions."""
+        if not is_main_process():
+            return
+        row = {
+            "command": self.command,
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seed": getattr(self.args, "seed", None),
+            **self.state(images_seen),
+            "flags": {name: plain(value) for name, value in vars(self.args).items()},
+            "hardware": hardware(device, dtype),
+            "metrics": metrics,
+        }
+        append(folder, row)
