@@ -134,14 +134,14 @@ def check_out(args, *endings: str) -> None:
         raise UserError(f"--out {path} cannot be written: the folder is read-only")
 
 
-def publish(judged: Judged, record: Record, metrics: dict, images_seen: int) -> None:
+def publish(judged: Judged, record: Record, metrics: dict, images_seen: int, name: str = "") -> None:
     """Metrics of one checkpoint into the ledger and TensorBoard of the folder of `--out`; nothing without it. In
     TensorBoard x is the epoch of the checkpoint, so that those of one run make a curve."""
     if not judged.args.out:
         return
     path = Path(judged.args.out)
     epoch = (judged.weights.history.get("epoch") if judged.weights else None) or 0
-    board = Board(str(path.parent / f"tensorboard-{record.command}"))
+    board = Board(str(path.parent / f"tensorboard-{name or record.command}"))
     board.scalars({f"{record.command}/{name}": value for name, value in metrics.items()}, epoch + 1)
     board.hparams(vars(judged.args), metrics)
     board.close()

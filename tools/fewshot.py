@@ -1,0 +1,129 @@
+"""Few-shot accuracy of a frozen encoder: logistic regression on the features of a few images of each class.
+
+python tools/fewshot.py output_dir/checkpoint-399.pth --data_path DIR --out output_dir/fewshot.json
+
+Logistic regression on frozen features is the low-shot evaluation of Assran et al. 2022 (Masked Siamese Networks); more
+draws and an interval are ours. The labelled images are drawn from the training split, the accuracy is that of the whole
+test split. A draw of more images contains those of fewer, and one seed draws the same images for every encoder.
+"""
+
+import math
+import warnings
+
+import _judging
+import numpy as np
+from scipy import stats
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler, normalize
+
+from util.errors import UserError, user_errors
+from util.ledger import Record
+
+NORMALIZE = ("standard", "l2", "none")
+
+
+def get_args_parser():
+    parser = _judging.parser("Few-shot accuracy of a frozen encoder.")
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 5, 10], help="labelled images of each class")
+    parser.add_argument("--draws", type=int, default=10, help="of labelled images; mean and interval are over these")
+    parser.add_argument(
+        "--C", type=float, default=0.1, help="inverse strength of the L2 penalty, as in scikit-learn: lower is smoother"
+    )
+    parser.add_argument(
+        "--normalize", choices=NORMALIZE, default="standard",
+        help="features: standardised by the whole training split (which needs no label; the BatchNorm of MAE's linear "
+        "probe does the same), of unit length, or as they are",
+    )  # fmt: skip
+    parser.add_argument("--out", default="", help="JSON file for the result; its folder gets the line of the ledger")
+    return parser
+
+
+def check(args) -> None:
+    if min(args.shots) < 1 or len(set(args.shots)) < len(args.shots):
+        raise UserError(f"--shots {' '.join(map(str, args.shots))} must be positive numbers, each once")
+    if args.draws < 2:
+        raise UserError(f"--draws {args.draws} must be at least 2: an interval needs a deviation")
+    if not 0 < args.C < math.inf:
+        raise UserError(f"--C {args.C} must be positive and finite")
+    _judging.check_out(args, ".json")
+
+
+def draw(labels: np.ndarray, most: int, seed: int, number: int) -> np.ndarray:
+    """Draw `number`: indices (classes, most) of different images of every class; the first k columns are its draw of k.
+
+    UserError when a class has fewer images.
+    """
+    rng = np.random.default_rng([seed, number])
+    chosen = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        if len(members) < most:
+            raise UserError(f"--shots {most}: class {label} has only {len(members)} training images")
+        chosen.append(rng.permutation(members)[:most])
+    return np.stack(chosen)
+
+
+def normalized(train: np.ndarray, test: np.ndarray, how: str) -> tuple[np.ndarray, np.ndarray]:
+    """Features (M, D) of both splits, by `--normalize`. A dimension that never changes stays as it is, but centred."""
+    if how == "standard":
+        scaler = StandardScaler().fit(train)
+        return scaler.transform(train), scaler.transform(test)
+    return (normalize(train), normalize(test)) if how == "l2" else (train, test)
+
+
+def fewshot_accuracies(train, labels, test, test_labels, shots, draws: int, C: float, seed: int) -> dict[int, list]:
+    """{k: top-1 in percent of every draw}. Features (M, D), labels (M,), numpy."""
+    found = {k: [] for k in shots}
+    for number in range(draws):
+        chosen = draw(labels, max(shots), seed, number)
+        for k in shots:
+            few = chosen[:, :k].ravel()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", ConvergenceWarning)
+                model = _fit(train[few], labels[few], C)
+            found[k].append(100 * float((model.predict(test) == test_labels).mean()))
+    return found
+
+
+def _fit(features, labels, C: float) -> LogisticRegression:
+    try:
+        return LogisticRegression(C=C, max_iter=5000).fit(features, labels)
+    except ConvergenceWarning as warning:
+        raise UserError(f"--C {C}: the logistic regression does not converge in 5000 steps; lower it") from warning
+
+
+def interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
+    """Mean and half the width of its confidence interval by Student's t: t(level, n - 1) · s / √n."""
+    n = len(values)
+    half = stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    return float(np.mean(values)), float(half)
+
+
+def main(args) -> dict:
+    """Mean accuracy in percent and half its 95 % interval, for every number of shots."""
+    check(args)
+    judged = _judging.open_encoder(args, _judging.named(args))
+    images, held_out = _judging.labelled_splits(judged.args)
+    if hasattr(images, "targets"):
+        draw(np.array(images.targets), max(args.shots), args.seed, 0)  # too few images are refused before all are read
+    record = Record("fewshot", judged.args, judged.weights, train=images, test=held_out)
+    (train, labels), (test, test_labels) = (
+        [part.numpy() for part in judged.features(split)] for split in (images, held_out)
+    )
+    train, test = normalized(train.astype(np.float64), test.astype(np.float64), args.normalize)
+    found = fewshot_accuracies(train, labels, test, test_labels, args.shots, args.draws, args.C, args.seed)
+    result = {}
+    for k, values in found.items():
+        mean, half = interval(values)
+        result |= {f"fewshot{k}_acc1": mean, f"fewshot{k}_interval95": half}
+        print(f"{k:3d} per class: {mean:.2f} ± {half:.2f} %  (95 % interval of the mean over {args.draws} draws)")
+    if args.out:
+        _judging.write_json(args.out, judged.args, result=result, draws_acc1=found)
+    _judging.publish(judged, record, result, len(images) + len(held_out))
+    return result
+
+
+if __name__ == "__main__":
+    with user_errors("fewshot.py"):
+        main(get_args_parser().parse_args())

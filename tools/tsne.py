@@ -1,0 +1,159 @@
+"""t-SNE of the test features of one or several checkpoints, side by side, and how much more alike images of one class
+are than images of different classes.
+
+python tools/tsne.py OUT/mae/checkpoint-399.pth OUT/mlo/checkpoint-399.pth random --data_path DIR --out tsne.png
+
+Picture and ratio are Figure 7 and Table 14 of "Downstream Task Guided Masking Learning in Masked Autoencoders Using
+Multi-Level Optimization" (MLO-MAE, Appendix C.3).
+"""
+
+import argparse
+from pathlib import Path
+
+import _judging
+import torch
+import torch.nn.functional as F
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+
+from util.datasets import Part, read_images
+from util.encoder import count_classes
+from util.errors import UserError, user_errors
+from util.ledger import Record
+
+PCA_DIMENSIONS = 50  # to which features are reduced first, as van der Maaten and Hinton 2008 do (Section 4.2)
+
+
+def get_args_parser():
+    parser = _judging.parser("t-SNE of test features, and the intra-/inter-class similarity ratio.", several=True)
+    parser.add_argument("--images", type=int, default=2000, help="of the test split, drawn once for all (0: all)")
+    parser.add_argument("--perplexity", type=float, default=30.0, help="about how many neighbours a point has")
+    parser.add_argument("--titles", nargs="+", default=[], help="above the pictures; the checkpoints' names otherwise")
+    parser.add_argument(
+        "--out", required=True, help="PNG file; the numbers go beside it (.json), into the folder's ledger too"
+    )
+    return parser
+
+
+def check(args) -> None:
+    if not args.checkpoint:
+        raise UserError("name one CHECKPOINT or more (a file, a timm model, or random)")
+    if args.titles and len(args.titles) != len(args.checkpoint):
+        raise UserError(f"--titles has {len(args.titles)} for {len(args.checkpoint)} checkpoints: one each, or none")
+    if args.images < 0:
+        raise UserError(f"--images {args.images} must not be negative; 0 takes all")
+    if not 1 < args.perplexity < float("inf"):
+        raise UserError(f"--perplexity {args.perplexity} must be a number above 1")
+    _judging.check_out(args, ".png")
+
+
+def class_similarity(features: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Mean cosine similarity over all pairs of different images of one class (`intra`), over all pairs of two classes
+    (`inter`), and `ratio`, intra / inter. Features (M, D), labels (M,).
+
+    Table 14 of MLO-MAE. Exact without an (M, M) matrix: the sum over the pairs of a set is the squared length of its
+    sum of unit vectors, less the pairs of an image with itself. UserError where there are no such pairs.
+    """
+    unit = F.normalize(features.double(), dim=1)
+    sums = torch.zeros(int(labels.max()) + 1, unit.shape[1], dtype=torch.float64).index_add_(0, labels, unit)
+    counts = torch.bincount(labels).double()
+    of_themselves = unit.square().sum()  # M, less features that vanish
+    within, everything = sums.square().sum(), sums.sum(dim=0).square().sum()
+    pairs, total = (counts * (counts - 1)).sum(), float(len(labels) ** 2)
+    if pairs < 1 or counts.max() == len(labels):
+        raise UserError("the test images must be of at least two classes, one of them with two images: raise --images")
+    intra = ((within - of_themselves) / pairs).item()
+    inter = ((everything - within) / (total - counts.square().sum())).item()
+    return {"intra": intra, "inter": inter, "ratio": intra / inter if inter else float("nan")}
+
+
+def chosen_images(args):
+    """`--images` of the test split, drawn by `--seed`: the same ones for every checkpoint."""
+    images = read_images(args, train=False)
+    count_classes(args, images)
+    if not hasattr(images, "load"):
+        raise UserError(f"--dataset {args.dataset} is a stream, of which no images can be drawn")
+    if 0 < args.images < len(images):
+        generator = torch.Generator().manual_seed(args.seed)
+        images = Part(images, torch.randperm(len(images), generator=generator)[: args.images].sort().values.tolist())
+    return images
+
+
+def check_perplexity(perplexity: float, images: int) -> None:
+    if perplexity >= images:
+        raise UserError(f"--perplexity {perplexity:g} must be below the number of images, {images}")
+
+
+def embed(features: torch.Tensor, perplexity: float, seed: int):
+    """Features (M, D) -> points (M, 2), numpy. UserError for more neighbours than points."""
+    check_perplexity(perplexity, len(features))
+    values = features.double().numpy()
+    if min(values.shape) > PCA_DIMENSIONS:
+        values = PCA(PCA_DIMENSIONS, random_state=seed).fit_transform(values)
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(values)
+
+
+def draw(points: list, labels: list, titles: list[str], classes: list[str], path: Path) -> None:
+    """One square of points (M, 2) for each title, coloured by label; with few classes a legend."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = (4 * len(points) + (1.2 if len(classes) <= 20 else 0), 4.4)
+    figure, axes = pyplot.subplots(1, len(points), figsize=size, squeeze=False, layout="constrained")
+    colours = pyplot.get_cmap("tab10" if len(classes) <= 10 else "tab20" if len(classes) <= 20 else "hsv", len(classes))
+    for axis, place, label, title in zip(axes[0], points, labels, titles):
+        axis.scatter(*place.T, c=label, cmap=colours, vmin=-0.5, vmax=len(classes) - 0.5, s=5, linewidths=0)
+        axis.set(title=title, xticks=[], yticks=[])
+    if len(classes) <= 20:
+        dots = [pyplot.Line2D([], [], marker="o", linestyle="", color=colours(i)) for i in range(len(classes))]
+        figure.legend(dots, classes, loc="outside right center", fontsize="small", frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def default_title(checkpoint: str) -> str:
+    path = Path(checkpoint)
+    return f"{path.resolve().parent.name}/{path.stem}" if path.is_file() else checkpoint
+
+
+def judge(args, checkpoint: str, number: int, same: dict) -> tuple:
+    """Similarities, points (M, 2), labels (M,) and images of one checkpoint; `same` are flags for a random one."""
+    own = argparse.Namespace(**{**vars(args), **(same if checkpoint == "random" else {}), "checkpoint": checkpoint})
+    judged = _judging.open_encoder(own, checkpoint)
+    images = chosen_images(judged.args)
+    record = Record("tsne", judged.args, judged.weights, test=images)
+    check_perplexity(args.perplexity, len(images))
+    features, labels = judged.features(images)
+    result = class_similarity(features, labels)
+    points = embed(features, args.perplexity, args.seed)
+    _judging.publish(judged, record, result, len(images), f"tsne-{number}")
+    if checkpoint != "random" and not same:
+        same |= {name: getattr(judged.args, name) for name in ("model", "patch_size", "in_chans", "mean", "std")}
+        size = judged.args.input_size
+        same["input_size"] = [size] if isinstance(size, int) else size
+    return result, points, labels.numpy(), images
+
+
+def main(args) -> list[dict]:
+    """The similarities of every checkpoint. A random encoder is of the first one's model, unless --model says else."""
+    check(args)
+    titles = args.titles or [default_title(name) for name in args.checkpoint]
+    same: dict = {}
+    numbers = sorted(range(len(titles)), key=lambda i: args.checkpoint[i] == "random")  # which may be like another
+    found = {i: judge(args, args.checkpoint[i], i, {} if args.model else same) for i in numbers}
+    results = []
+    for i, (title, checkpoint) in enumerate(zip(titles, args.checkpoint)):
+        results.append({"checkpoint": checkpoint, "title": title, **found[i][0]})
+        print(f"{title}: " + "  ".join(f"{name} {value:.4f}" for name, value in found[i][0].items()))
+    shown = [f"{result['title']}\nintra / inter {result['ratio']:.3f}" for result in results]
+    _, points, labels, images = zip(*(found[i] for i in range(len(titles))))
+    draw(points, labels, shown, images[0].classes, Path(args.out))
+    _judging.write_json(args.out, args, result=results)
+    return results
+
+
+if __name__ == "__main__":
+    with user_errors("tsne.py"):
+        main(get_args_parser().parse_args())
