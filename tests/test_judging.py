@@ -22,6 +22,7 @@ import tsne
 
 import main_pretrain
 from util import ledger
+from util.datasets import read_images
 from util.errors import UserError
 
 DATA = "--dataset digits --num_workers 0 --device cpu"
@@ -53,14 +54,16 @@ def clusters(distance: float, seed: int = 0, images: int = 400):
 def test_what_separates_is_found_at_once(how):
     (train, labels), (test, test_labels) = clusters(40.0), clusters(40.0, seed=1)
     train, test = fewshot.normalized(train, test, how)
-    found = fewshot.fewshot_accuracies(train, labels, test, test_labels, [1, 5], 3, C=1.0, seed=0)
+    draws = [fewshot.draw(labels, 5, 0, number) for number in range(3)]
+    found = fewshot.fewshot_accuracies(train, labels, test, test_labels, [1, 5], draws, C=1.0)
     assert found == {1: [100.0] * 3, 5: [100.0] * 3}
 
 
 def test_noise_is_chance():
     """The interval over draws of noise, widened by what 2000 test images leave to chance, holds one in eight."""
     (train, labels), (test, test_labels) = clusters(0.0), clusters(0.0, seed=1, images=2000)
-    found = fewshot.fewshot_accuracies(train, labels, test, test_labels, [1, 10], 10, C=0.1, seed=0)
+    draws = [fewshot.draw(labels, 10, 0, number) for number in range(10)]
+    found = fewshot.fewshot_accuracies(train, labels, test, test_labels, [1, 10], draws, C=0.1)
     for values in found.values():
         mean, half = fewshot.interval(values)
         # The test split is common to all draws; three deviations of the mean of 2000 guesses, 0.7 points each.
@@ -88,6 +91,18 @@ def test_draws():
     assert not any((other == chosen).all() for other in others)
     with pytest.raises(UserError, match=f"class 2 has only {(labels == 2).sum()} training images|class . has only"):
         fewshot.draw(labels, 90, 3, 1)
+
+
+def test_only_what_is_needed_is_encoded(monkeypatch):
+    """The draws, found again among fewer images, and as many others as the statistics want."""
+    monkeypatch.setattr(fewshot, "STATISTICS", 50)
+    args = fewshot.get_args_parser().parse_args([*DATA.split(), "--shots", "2", "--draws", "3"])
+    images = read_images(args, train=True)
+    part, draws, of = fewshot.needed_images(images, args)
+    assert of.sum() == 50 and 50 <= len(part) <= 50 + 3 * 2 * 10 and len(set(part.places)) == len(part)
+    for number, chosen in enumerate(draws):
+        whole = fewshot.draw(np.array(images.targets), 2, 0, number)
+        assert (np.array(part.places)[chosen] == whole).all()
 
 
 def test_standardising_needs_the_training_split_alone():

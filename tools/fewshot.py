@@ -17,10 +17,12 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler, normalize
 
+from util.datasets import Part
 from util.errors import UserError, user_errors
 from util.ledger import Record
 
 NORMALIZE = ("standard", "l2", "none")
+STATISTICS = 10_000  # training images, at most, whose mean and deviation standardise: so that not all need be encoded
 
 
 def get_args_parser():
@@ -32,8 +34,8 @@ def get_args_parser():
     )
     parser.add_argument(
         "--normalize", choices=NORMALIZE, default="standard",
-        help="features: standardised by the whole training split (which needs no label; the BatchNorm of MAE's linear "
-        "probe does the same), of unit length, or as they are",
+        help="features: standardised by 10,000 training images without labels (as the BatchNorm of MAE's linear "
+        "probe does by its batches), of unit length, or as they are",
     )  # fmt: skip
     parser.add_argument("--out", default="", help="JSON file for the result; its folder gets the line of the ledger")
     return parser
@@ -64,31 +66,31 @@ def draw(labels: np.ndarray, most: int, seed: int, number: int) -> np.ndarray:
     return np.stack(chosen)
 
 
-def normalized(train: np.ndarray, test: np.ndarray, how: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features (M, D) of both splits, by `--normalize`. A dimension that never changes stays as it is, but centred."""
+def normalized(train: np.ndarray, test: np.ndarray, how: str, of=slice(None)) -> tuple[np.ndarray, np.ndarray]:
+    """Features (M, D) of both splits, by `--normalize`, with the statistics `of` these training images. A dimension
+    that never changes is only centred."""
     if how == "standard":
-        scaler = StandardScaler().fit(train)
+        scaler = StandardScaler().fit(train[of])
         return scaler.transform(train), scaler.transform(test)
     return (normalize(train), normalize(test)) if how == "l2" else (train, test)
 
 
-def fewshot_accuracies(train, labels, test, test_labels, shots, draws: int, C: float, seed: int) -> dict[int, list]:
-    """{k: top-1 in percent of every draw}. Features (M, D), labels (M,), numpy."""
+def fewshot_accuracies(train, labels, test, test_labels, shots, draws, C: float) -> dict[int, list[float]]:
+    """{k: top-1 in percent of every draw}. Features (M, D), labels (M,), numpy; `draws` as of `draw`, in `train`."""
     found = {k: [] for k in shots}
-    for number in range(draws):
-        chosen = draw(labels, max(shots), seed, number)
+    for chosen in draws:
         for k in shots:
             few = chosen[:, :k].ravel()
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", ConvergenceWarning)
-                model = _fit(train[few], labels[few], C)
+            model = _fit(train[few], labels[few], C)
             found[k].append(100 * float((model.predict(test) == test_labels).mean()))
     return found
 
 
 def _fit(features, labels, C: float) -> LogisticRegression:
     try:
-        return LogisticRegression(C=C, max_iter=5000).fit(features, labels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ConvergenceWarning)
+            return LogisticRegression(C=C, max_iter=5000).fit(features, labels)
     except ConvergenceWarning as warning:
         raise UserError(f"--C {C}: the logistic regression does not converge in 5000 steps; lower it") from warning
 
@@ -100,19 +102,33 @@ def interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
+def needed_images(images, args) -> tuple[Part, list[np.ndarray], np.ndarray]:
+    """The training images that are looked at, the draws as places among them, and which of them give the statistics."""
+    if not hasattr(images, "load"):
+        raise UserError(f"--dataset {args.dataset} is a stream, of which no images can be drawn")
+    labels = np.array(images.targets)
+    draws = [draw(labels, max(args.shots), args.seed, number) for number in range(args.draws)]
+    some = np.random.default_rng(args.seed).permutation(len(labels))[
+        : STATISTICS if args.normalize == "standard" else 0
+    ]
+    places = np.unique(np.concatenate([some, *(chosen.ravel() for chosen in draws)]))
+    return Part(images, places), [np.searchsorted(places, chosen) for chosen in draws], np.isin(places, some)
+
+
 def main(args) -> dict:
     """Mean accuracy in percent and half its 95 % interval, for every number of shots."""
     check(args)
     judged = _judging.open_encoder(args, _judging.named(args))
     images, held_out = _judging.labelled_splits(judged.args)
-    if hasattr(images, "targets"):
-        draw(np.array(images.targets), max(args.shots), args.seed, 0)  # too few images are refused before all are read
+    part, draws, of = needed_images(images, args)
     record = Record("fewshot", judged.args, judged.weights, train=images, test=held_out)
-    (train, labels), (test, test_labels) = (
-        [part.numpy() for part in judged.features(split)] for split in (images, held_out)
-    )
-    train, test = normalized(train.astype(np.float64), test.astype(np.float64), args.normalize)
-    found = fewshot_accuracies(train, labels, test, test_labels, args.shots, args.draws, args.C, args.seed)
+    (train, labels), (test, test_labels) = ([x.numpy() for x in judged.features(split)] for split in (part, held_out))
+    if len(train) < len(part):
+        raise UserError(
+            f"{len(part) - len(train)} of the drawn images are unreadable (named above): mend or remove them"
+        )
+    train, test = normalized(train.astype(np.float64), test.astype(np.float64), args.normalize, of)
+    found = fewshot_accuracies(train, labels, test, test_labels, args.shots, draws, args.C)
     result = {}
     for k, values in found.items():
         mean, half = interval(values)
@@ -120,7 +136,7 @@ def main(args) -> dict:
         print(f"{k:3d} per class: {mean:.2f} ± {half:.2f} %  (95 % interval of the mean over {args.draws} draws)")
     if args.out:
         _judging.write_json(args.out, judged.args, result=result, draws_acc1=found)
-    _judging.publish(judged, record, result, len(images) + len(held_out))
+    _judging.publish(judged, record, result, len(part) + len(held_out))
     return result
 
 
