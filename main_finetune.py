@@ -130,6 +130,7 @@ def prepare(args, resume: Path | None):
     check_channels(args.in_chans)
     if args.aug is None:
         args.aug = "crop" if args.dataset in ("cifar10", "cifar100", "digits") else "rrc"
+    arguments.check_draft(args, args.aug == "rrc" and not args.eval)
     splits = None if args.eval else read_images(args, train=True), read_images(args, train=False)
     classes = count_classes(args, *splits)
     args.nb_classes = classes

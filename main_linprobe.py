@@ -203,6 +203,7 @@ def main(args) -> dict:
     weights = settle_model(args, str(resume) if args.eval else args.finetune)
     check_channels(args.in_chans)
     args.aug = args.aug or ("crop" if args.dataset in ("cifar10", "cifar100", "digits") else "rrc")
+    arguments.check_draft(args, args.aug == "rrc" and not args.eval and not args.cache_features)
     images, held_out = read_images(args, train=True), read_images(args, train=False)
     args.nb_classes = count_classes(args, images, held_out)
     with seeded(args.seed):

@@ -82,6 +82,7 @@ def check(args) -> list:
         raise UserError(f"--knn_images {args.knn_images} must be positive")
     if args.cache_size is not None and (args.data_cache == "none" or args.cache_size < 1):
         raise UserError(f"--cache_size {args.cache_size} must be positive, and needs --data_cache ram or device")
+    arguments.check_draft(args, args.aug in ("mae", "three") and args.data_cache == "none")
     if args.aug == "three":
         three_augment(args.in_chans)
     for name in ("mask_ratio", "mask_ratio_end"):

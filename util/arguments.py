@@ -62,6 +62,11 @@ def add_data_arguments(parser):
     group.add_argument("--data_path", default="", help="folder of the data set; with train/ and val/ for imagefolder")
     group.add_argument("--train_list", default="", help="filelist: text file, path or path<TAB>label per line")
     group.add_argument("--val_list", default="", help="filelist: the same for validation")
+    group.add_argument(
+        "--jpeg_draft", action="store_true",
+        help="decode JPEGs at 1/2, 1/4 or 1/8 where the random crop is larger than the input by that: faster for small "
+        "inputs from large photographs, and the pixels differ a little (benchmarks/README.md)",
+    )  # fmt: skip
     group.add_argument("--download", action="store_true", help="fetch the data set where its reader can")
     group.add_argument("--mean", type=float, nargs="+", help="channel means in [0, 1]; the data set's own by default")
     group.add_argument("--std", type=float, nargs="+", help="channel deviations; see tools/mean_std.py")
@@ -199,6 +204,12 @@ def check_values(args) -> None:
         raise UserError("--input_size takes one number, or height and width")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite contradict each other: give one of them")
+
+
+def check_draft(args, crops: bool) -> None:
+    """UserError for --jpeg_draft where no random resized crop is made of files."""
+    if args.jpeg_draft and not crops:
+        raise UserError("--jpeg_draft has no effect here: only random resized crops of files are decoded small")
 
 
 def check_speed_flags(args, trains: bool, why: str) -> None:

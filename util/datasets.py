@@ -44,6 +44,10 @@ class Images(ABC):
     def load(self, index: int) -> Image.Image:
         """Image number `index`, in whatever mode it is stored."""
 
+    def open(self, index: int) -> Image.Image:
+        """The same, perhaps not decoded yet."""
+        return self.load(index)
+
     def target(self, index: int) -> int:
         """The label of an image that was loaded (some sets learn it only then)."""
         return self.targets[index]
@@ -63,6 +67,9 @@ class Files(Images):
             img = Image.open(file)
             img.load()
             return img
+
+    def open(self, index):
+        return Image.open(io.BytesIO(Path(self.paths[index]).read_bytes()))
 
     def name(self, index):
         return str(self.paths[index])
@@ -87,6 +94,9 @@ class Part(Images):
 
     def load(self, index):
         return self.images.load(self.places[index])
+
+    def open(self, index):
+        return self.images.open(self.places[index])
 
     def target(self, index):
         return self.images.target(self.places[index])

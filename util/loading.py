@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_in
 
 from util.datasets import Images
 from util.distributed import get_rank, get_world_size
+from util.draft import split_crop
 from util.errors import UserError
 from util.rng import seeded
 from util.transforms import to_channels
@@ -61,7 +62,8 @@ class KeyedDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, images: Images, transform, args, replace: bool = True):
-        self.images, self.transform, self.replace = images, transform, replace
+        self.images, self.replace = images, replace
+        self.crop, self.transform = split_crop(transform) if getattr(args, "jpeg_draft", False) else (None, transform)
         self.seed, self.in_chans = args.seed, args.in_chans
 
     def __len__(self) -> int:
@@ -78,13 +80,18 @@ class KeyedDataset(torch.utils.data.Dataset):
         for bad in range(_DRAWS):
             place = int(torch.randint(len(self.images), ())) if bad else index
             try:
-                return to_channels(self.images.load(place), self.in_chans), place, bad
+                return self._decoded(place), place, bad
             except BROKEN_IMAGE as error:  # not by `print`, which is silent on all ranks but one
                 sys.stderr.write(f"unreadable image {self.images.name(place)}: {error}\n")
                 sys.stderr.flush()
             if not self.replace:
                 return to_channels(Image.new("RGB", (32, 32)), self.in_chans), place, 1
         raise UnreadableData(f"{_DRAWS} images in a row could not be read, the last one {self.images.name(place)}")
+
+    def _decoded(self, place: int) -> Image.Image:
+        if self.crop is not None:
+            return self.crop(self.images.open(place), self.in_chans)
+        return to_channels(self.images.load(place), self.in_chans)
 
 
 class StreamDataset(IterableDataset):
