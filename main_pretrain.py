@@ -25,6 +25,7 @@ from util.ledger import Record, strict
 from util.loading import build_loader, check_enough
 from util.rng import seeded
 from util.run import Run, start
+from util.shards import Shards
 from util.transforms import check_channels, eval_transform, pretrain_transform, three_augment
 from util.visual import denormalized, fixed_noise, grid, reconstruct
 from util.weights import encoder_state, load_into, read_weights, save_encoder
@@ -184,9 +185,11 @@ class Watch:
 
     def _fixed_images(self):
         images = self.held_out or self.images
-        if not hasattr(images, "load"):
-            return None  # a stream
-        loader = build_loader(self._spread(images, self.COUNT), self.transform, self._here(), self.COUNT, train=False)
+        if hasattr(images, "load"):
+            images = self._spread(images, self.COUNT)
+        elif not isinstance(images, Shards):
+            return None  # a stream of timm's
+        loader = build_loader(images, self.transform, self._here(), self.COUNT, train=False)
         batch = next(iter(loader.begin(0)))
         imgs = batch.image[batch.bad == 0].to(self.run.device)
         return (imgs, fixed_noise(self.pretrainer.model, len(imgs), 0, self.run.device)) if len(imgs) else None

@@ -3,21 +3,23 @@
 python benchmarks/data.py --data DIR         DIR: any folder of images; CIFAR-10 or Tiny ImageNet will do
 
 Makes JPEGs of 32, 64 and about 500 pixels from DIR's images in a temporary folder and reads each set by every path, as
-pretraining does (random resized crop to 32, 64 and 224 pixels, flip, normalised), in rounds that visit every path;
-first passes warm up. `from files` and `torchvision` decode with `--num_workers` processes, `data_cache ram` has decoded
-before.
+pretraining does (random resized crop to 32, 64, 96 and 224 pixels, flip, normalised), in rounds that visit every path;
+first passes warm up. `torchvision`, `from files`, `jpeg_draft` (the same with that flag) and `shards` (the same images
+in tar files) decode with `--num_workers` processes, `data_cache ram` has decoded before.
 """
 
 import argparse
 import contextlib
 import io
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import _measure  # noqa: F401  puts the repository on the path
+import _measure  # puts the repository on the path
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -32,22 +34,25 @@ from util.loading import build_loader
 from util.transforms import BICUBIC, pretrain_transform
 
 # Side of the crop: (height, width) of the JPEGs.
-SETS = {32: (32, 32), 64: (64, 64), 224: (375, 500)}
+SETS = {32: (32, 32), 64: (64, 64), 96: (375, 500), 224: (375, 500)}
 
 
 def make_set(sources: list[Path], folder: Path, size: tuple[int, int]) -> None:
-    """JPEGs of `size` in two classes of an image folder."""
+    """JPEGs of `size` in two classes of an image folder, and shards of them."""
     for place, source in enumerate(sources):
         target = folder / "train" / f"class{place % 2}" / f"{place}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.open(source).convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC).save(target, quality=90)
+    tool = [sys.executable, str(_measure.ROOT / "tools" / "make_shards.py"), "--splits", "train"]
+    flags = ["--data_path", str(folder), "--out", str(folder / "shards"), "--images_per_shard", "200"]
+    subprocess.run([*tool, *flags], check=True, capture_output=True)
 
 
 def paths(folder: Path, side: int, options) -> dict:
     """By name, something that makes one pass over the set when it is called."""
     args = SimpleNamespace(
         dataset="imagefolder", data_path=str(folder), num_workers=options.num_workers, pin_mem=False, seed=0,
-        in_chans=3, data_cache="ram", cache_size=None,
+        in_chans=3, data_cache="ram", cache_size=None, jpeg_draft=False, shuffle_buffer=1000, shard_samples=None,
     )  # fmt: skip
     images = read_images(args, train=True)
     common = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*IMAGENET)]
@@ -56,11 +61,22 @@ def paths(folder: Path, side: int, options) -> dict:
         ImageFolder(folder / "train", transforms.Compose([crop, *common])), options.batch_size, shuffle=True,
         num_workers=options.num_workers, drop_last=True, persistent_workers=options.num_workers > 0,
     )  # fmt: skip
-    files = build_loader(images, pretrain_transform("mae", (side, side), *IMAGENET), args, options.batch_size, True)
+    transform = pretrain_transform("mae", (side, side), *IMAGENET)
+    files = build_loader(images, transform, args, options.batch_size, True)
+    drafts = build_loader(images, transform, changed(args, jpeg_draft=True), options.batch_size, True)
+    in_tars = changed(args, dataset="wds", data_path=str(folder / "shards"))
+    shards = build_loader(read_images(in_tars, train=True), transform, in_tars, options.batch_size, True)
     with contextlib.redirect_stdout(io.StringIO()):
         cached = cache_images(images, args, torch.device("cpu"))
     cache = CachedLoader(cached, BatchTransform("mae", (side, side), *IMAGENET, 0), args, options.batch_size)
-    return {"torchvision": lambda _: plain, "from files": files.begin, "data_cache ram": cache.begin}
+    found = {"torchvision": lambda _: plain, "from files": files.begin}
+    if min(SETS[side]) >= 2 * side:
+        found["jpeg_draft"] = drafts.begin
+    return found | {"shards": shards.begin, "data_cache ram": cache.begin}
+
+
+def changed(args, **flags):
+    return SimpleNamespace(**{**vars(args), **flags})
 
 
 def one_pass(begin, epoch: int, batch_size: int) -> float:

@@ -1,14 +1,11 @@
 """Data: readers, image modes, corrupt files, random numbers per sample, batches of ranks and workers, transforms."""
 
 import builtins
-import io
-import json
 import math
 import pickle
 import random
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -268,7 +265,7 @@ def test_unknown_dataset_lists_the_known_ones(tmp_path, name):
     for argv in ([], ["--data_path", tmp_path]):
         with pytest.raises(UserError) as error:
             read_images(flags("--dataset", name, *argv), True)
-        for known in ("imagefolder", "filelist", "cifar100", "tiny_imagenet", "digits", "hfds/...", "wds/..."):
+        for known in ("imagefolder", "filelist", "cifar100", "tiny_imagenet", "digits", "wds", "hfds/..."):
             assert known in str(error.value)
 
 
@@ -396,57 +393,6 @@ def test_stream_of_several_ranks(monkeypatch):
         assert len(batches) == len(loader) == 2  # 22 // (2 * 4)
         seen += torch.cat([batch.target for batch in batches]).tolist()
     assert len(set(seen)) == 16
-
-
-def shards(root, sizes):
-    """WebDataset shards of one-colour PNGs (value = label); the last images are 16 bits deep."""
-    value, names = 0, [f"pictures-train-{i:04d}.tar" for i in range(len(sizes))]
-    for name, size in zip(names, sizes):
-        with tarfile.open(root / name, "w") as tar:
-            for _ in range(size):
-                file = io.BytesIO()
-                Image.fromarray(np.full((8, 8), value * 257, np.uint16)).save(file, "PNG")
-                for ending, content in (("png", file.getvalue()), ("cls", str(value).encode())):
-                    member = tarfile.TarInfo(f"{value:05d}.{ending}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-                value += 1
-    split = {"num_samples": value, "filenames": names, "shard_lengths": sizes}
-    splits = {name: {"name": name, **split} for name in ("train", "validation")}
-    (root / "_info.json").write_text(json.dumps({"splits": splits}))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_webdataset(tmp_path, workers):
-    pytest.importorskip("webdataset")
-    shards(tmp_path, [5, 5, 5, 5])
-    args = flags("--dataset", "wds/pictures", "--data_path", tmp_path, "--num_workers", workers, size=8)
-    for train in (True, False):
-        loader = build_loader(read_images(args, train), PLAIN, args, 3, train)
-        epochs = []
-        for epoch in (0, 1):
-            batches = list(loader.begin(epoch))
-            assert len(batches) == len(loader) == (6 if train else 7)
-            labels = torch.cat([batch.target for batch in batches])
-            assert len(set(labels.tolist())) == (18 if train else 20)
-            values = torch.cat([batch.image[:, :, 0, 0] for batch in batches]) * 255
-            assert torch.equal(values.round().long(), labels[:, None].expand(-1, 3))
-            epochs.append(labels.tolist())
-        assert (epochs[0] != epochs[1]) == train
-        again = build_loader(read_images(args, train), PLAIN, args, 3, train)
-        assert torch.cat([batch.target for batch in again.begin(1, 2)]).tolist() == epochs[1][6:]
-
-
-def test_webdataset_with_fewer_shards_than_workers(tmp_path, monkeypatch):
-    """A worker without a shard would give nothing, and the epoch would end early."""
-    pytest.importorskip("webdataset")
-    shards(tmp_path, [10])
-    args = flags("--dataset", "wds/pictures", "--data_path", tmp_path, "--num_workers", 3, size=8)
-    loader = build_loader(read_images(args, True), PLAIN, args, 5, True)
-    assert sorted(torch.cat([batch.target for batch in loader.begin(0)]).tolist()) == list(range(10))
-    monkeypatch.setattr(util.loading, "get_world_size", lambda: 2)
-    with pytest.raises(UserError, match="1 shards, too few for 2"):
-        build_loader(read_images(args, True), PLAIN, args, 5, True)
 
 
 # Image modes ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Write a data set as WebDataset shards (tar files): for sets of many files on network disks, and for object stores.
 
 python tools/make_shards.py --data_path IMAGENET --out SHARDS          both splits of train/<class>/ and val/<class>/
-python main_pretrain.py --dataset wds/images --data_path SHARDS …
+python main_pretrain.py --dataset wds --data_path SHARDS …
 
 Files go in as they are, in random order, so that a shard holds a bit of everything; images in memory as PNG. What
 cannot be opened is named and left out. `_info.json` (timm's form) says how many images each shard has.
@@ -30,7 +30,8 @@ def get_args_parser():
     parser.add_argument("--splits", nargs="+", default=["train", "validation"], choices=["train", "validation"])
     parser.add_argument(
         "--images_per_shard", type=int, default=2000,
-        help="at least as many shards as processes times --num_workers should come out (100 to 300 MB each are usual)",
+        help="at least as many shards as processes times --num_workers should come out, else several read the same one "
+        "(100 to 300 MB each are usual)",
     )  # fmt: skip
     return parser
 
@@ -74,7 +75,7 @@ def write_split(args, split: str) -> dict:
     """All shards of one split -> its entry in `_info.json`."""
     images = read_images(args, train=split == "train")
     if not isinstance(images, Images):
-        raise UserError(f"--dataset {args.dataset} is a stream already")
+        raise UserError(f"--dataset {args.dataset} is read as a stream, which cannot be put into random order")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed)).tolist()
     filenames, lengths = [], []
     with tqdm(total=len(images), desc=split, unit=" images", disable=None) as progress:
@@ -102,7 +103,7 @@ def main(args) -> None:
     Path(args.out).mkdir(parents=True, exist_ok=True)
     splits = {split: write_split(args, split) for split in args.splits}
     (Path(args.out) / "_info.json").write_text(json.dumps({"splits": splits}, indent=2) + "\n")
-    print(f"train with: --dataset wds/{args.name} --data_path {args.out}")
+    print(f"train with: --dataset wds --data_path {args.out}")
 
 
 if __name__ == "__main__":

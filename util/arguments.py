@@ -57,11 +57,26 @@ def add_data_arguments(parser):
     group = parser.add_argument_group("data")
     known = ", ".join(READERS)
     group.add_argument(
-        "--dataset", default="imagefolder", help=f"{known}, or a name of timm's factory: hfds/..., wds/..., tfds/..."
+        "--dataset",
+        default="imagefolder",
+        help=f"{known} (WebDataset shards), or a name of timm's factory: hfds/..., tfds/...",
     )
-    group.add_argument("--data_path", default="", help="folder of the data set; with train/ and val/ for imagefolder")
+    group.add_argument(
+        "--data_path", default="",
+        help="folder of the data set; with train/ and val/ for imagefolder. wds: a folder or http(s) URL with shards "
+        "and their _info.json, or a pattern: DIR/x-{000..012}.tar, http://..., 'pipe:COMMAND x-{000..012}.tar'",
+    )  # fmt: skip
     group.add_argument("--train_list", default="", help="filelist: text file, path or path<TAB>label per line")
     group.add_argument("--val_list", default="", help="filelist: the same for validation")
+    group.add_argument(
+        "--shuffle_buffer", type=int, default=1000, metavar="N",
+        help="wds: images (as stored) that every worker keeps to shuffle among; the shards of tools/make_shards.py are "
+        "mixed already, raise it for shards sorted by class as far as the memory allows; 1 leaves their order",
+    )  # fmt: skip
+    group.add_argument(
+        "--shard_samples", type=int, metavar="N",
+        help="wds: images in every shard, where no _info.json beside the shards tells (local ones are counted)",
+    )  # fmt: skip
     group.add_argument(
         "--jpeg_draft", action="store_true",
         help="decode JPEGs at 1/2, 1/4 or 1/8 where the random crop is larger than the input by that: faster for small "
@@ -182,7 +197,7 @@ def check_values(args) -> None:
     """Refuse numbers out of range, and flags that contradict each other."""
     _check_finite(args)
     positive = "batch_size epochs accum_iter save_freq print_freq dist_timeout clip_grad patch_size in_chans"
-    positive += " decoder_embed_dim decoder_num_heads nb_classes eval_freq"
+    positive += " decoder_embed_dim decoder_num_heads nb_classes eval_freq shuffle_buffer shard_samples"
     not_negative = "warmup_epochs num_workers save_steps keep start_epoch seed weight_decay min_lr blr lr decoder_depth"
     for name in positive.split():
         value = getattr(args, name, None)

@@ -15,6 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from util import transforms
 from util.distributed import main_process_first
 from util.errors import UserError
+from util.shards import find_shards
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Channel mean and deviation of the training sets, computed with tools/mean_std.py; ImageNet's for unknown folders.
@@ -24,7 +25,7 @@ MEAN_STD = {
     "tiny_imagenet": ((0.48024, 0.44807, 0.39755), (0.27699, 0.26906, 0.28208)),
     "digits": ((0.30543,) * 3, (0.37596,) * 3),
 }
-FACTORY = ("hfds", "hfids", "tfds", "torch", "wds")  # prefixes of timm's data-set factory
+FACTORY = ("hfds", "hfids", "tfds", "torch")  # prefixes of timm's data-set factory
 
 
 class Images(ABC):
@@ -276,11 +277,12 @@ READERS = {
     "cifar100": _cifar,
     "tiny_imagenet": _tiny_imagenet,
     "digits": _digits,
+    "wds": find_shards,
 }
 
 
 def read_images(args, train: bool):
-    """The images of one split: an `Images`, or timm's iterable set for the streaming names of its factory.
+    """The images of one split: an `Images`, `Shards`, or timm's iterable set for the streaming names of its factory.
 
     Raises UserError for an unknown name and for whatever is missing on disk.
     """
@@ -288,12 +290,14 @@ def read_images(args, train: bool):
         return READERS[args.dataset](args, train)
     prefix, slash, _ = args.dataset.partition("/")
     prefix = prefix.lower()
+    if slash and prefix == "wds":  # as timm's factory spells it
+        return find_shards(args, train)
     if not slash or prefix not in FACTORY:
         raise UserError(
             f"--dataset {args.dataset!r} is not known; the known ones are {', '.join(READERS)}, "
             f"and the names of timm's data-set factory ({', '.join(f'{name}/...' for name in FACTORY)})"
         )
-    if prefix in ("torch", "wds") and not args.data_path:
+    if prefix == "torch" and not args.data_path:
         raise UserError(f"--dataset {args.dataset} needs --data_path, the folder that holds it")
     from timm.data import create_dataset
 
@@ -305,7 +309,7 @@ def read_images(args, train: bool):
             is_training=train,
             download=args.download,
             seed=args.seed,
-            **({"input_img_mode": ""} if prefix in ("hfids", "wds") else {}),  # images as they are, not made RGB
+            **({"input_img_mode": ""} if prefix == "hfids" else {}),  # images as they are, not made RGB
         )
         if hasattr(dataset, "reader") and not isinstance(dataset, IterableDataset):
             return HuggingFaceImages(dataset.reader)

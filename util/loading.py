@@ -24,6 +24,7 @@ from util.distributed import get_rank, get_world_size
 from util.draft import split_crop
 from util.errors import UserError
 from util.rng import seeded
+from util.shards import Shards
 from util.transforms import to_channels
 
 # What readers raise on files that are no (whole) images; anything else is a bug and must surface.
@@ -38,11 +39,17 @@ BROKEN_IMAGE = (
     zlib.error,
     Image.DecompressionBombError,
 )
-_DRAWS = 20  # replacements tried for one sample before the data set counts as unreadable
+DRAWS = 20  # replacements tried for one sample before the data set counts as unreadable
 
 
 class UnreadableData(UserError):
     """Image after image cannot be read. Raised in a data worker, which turns it into a RuntimeError of that text."""
+
+
+def say_unreadable(name: str, error: Exception) -> None:
+    """On stderr, and not by `print`, which is silent on all ranks but one."""
+    sys.stderr.write(f"unreadable image {name}: {error}\n")
+    sys.stderr.flush()
 
 
 class Sample(NamedTuple):
@@ -77,16 +84,15 @@ class KeyedDataset(torch.utils.data.Dataset):
 
     def _read(self, index: int) -> tuple[Image.Image, int, int]:
         """(image, its place, unreadable ones before it), for `index` or what was drawn instead."""
-        for bad in range(_DRAWS):
+        for bad in range(DRAWS):
             place = int(torch.randint(len(self.images), ())) if bad else index
             try:
                 return self._decoded(place), place, bad
-            except BROKEN_IMAGE as error:  # not by `print`, which is silent on all ranks but one
-                sys.stderr.write(f"unreadable image {self.images.name(place)}: {error}\n")
-                sys.stderr.flush()
+            except BROKEN_IMAGE as error:
+                say_unreadable(self.images.name(place), error)
             if not self.replace:
                 return to_channels(Image.new("RGB", (32, 32)), self.in_chans), place, 1
-        raise UnreadableData(f"{_DRAWS} images in a row could not be read, the last one {self.images.name(place)}")
+        raise UnreadableData(f"{DRAWS} images in a row could not be read, the last one {self.images.name(place)}")
 
     def _decoded(self, place: int) -> Image.Image:
         if self.crop is not None:
@@ -196,7 +202,7 @@ class Loader:
         self.dataset, self.batch_size = dataset, batch_size
         self.stream, self.shuffle = isinstance(dataset, IterableDataset), shuffle
         self.start = 0
-        common = self.options(args, self._workers(args))
+        common = self.options(args, args.num_workers)
         if self.stream:
             self.loader = DataLoader(dataset, batch_size=batch_size, **common)
         else:
@@ -212,18 +218,6 @@ class Loader:
             worker_init_fn=_outlive_signals,
             generator=torch.Generator().manual_seed(args.seed),  # so that a loader never draws from the global one
         )
-
-    def _workers(self, args) -> int:
-        """`--num_workers`, or fewer so that each finds a shard of a WebDataset."""
-        if not self.stream or not args.dataset.lower().startswith("wds/"):
-            return args.num_workers
-        shards = len(self.dataset.stream.reader.split_info.filenames)
-        if shards < get_world_size():
-            raise UserError(
-                f"--dataset {args.dataset} has {shards} shards, too few for {get_world_size()} processes: each reads "
-                f"shards of its own"
-            )
-        return min(args.num_workers, shards // get_world_size())
 
     def begin(self, epoch: int, start: int = 0) -> "Loader":
         self.start = start
@@ -242,10 +236,18 @@ class Loader:
         size = self.batch_size * get_world_size()
         return len(self.dataset) // size if self.shuffle else math.ceil(len(self.dataset) / size)
 
+    def order(self) -> str:
+        """What the order of an epoch depends on beside the seed, in words; empty where nothing matters."""
+        return ""
+
     def __iter__(self):
         iterator = iter(self.loader)
         if self.loader.num_workers:
             _working.add(iterator)
+        return self.entered(iterator)
+
+    def entered(self, iterator):
+        """The batches of a DataLoader's iterator from `self.start` on."""
         if not self.stream:
             return iterator
         # A stream cannot be entered in the middle: what a resumed run has seen is read again and passed over.
@@ -278,14 +280,19 @@ class Endless:
 
 
 def build_loader(images, transform, args, batch_size: int, train: bool) -> Loader:
-    """Batches of `images` (an `Images` or a stream of timm's). UserError when training has less than one batch."""
-    if isinstance(images, Images):
-        dataset = KeyedDataset(images, transform, args, replace=train)
+    """Batches of `images` (an `Images`, `Shards` or a stream of timm's). UserError when training has less than one
+    batch."""
+    if isinstance(images, Shards):
+        from util.shard_loading import ShardLoader
+
+        loader = ShardLoader(images, transform, args, batch_size, train)
+    elif isinstance(images, Images):
+        loader = Loader(KeyedDataset(images, transform, args, replace=train), args, batch_size, train)
     else:
-        dataset = StreamDataset(images, transform, args)
+        loader = Loader(StreamDataset(images, transform, args), args, batch_size, train)
     if train:
-        check_enough(len(dataset), batch_size)
-    return Loader(dataset, args, batch_size, train)
+        check_enough(len(loader.dataset), batch_size)
+    return loader
 
 
 def check_enough(images: int, batch_size: int) -> None:

@@ -369,6 +369,7 @@ class Run:
             "data": {
                 "epoch": self.epoch,
                 "samples": samples,
+                "order": self.loader.order(),
                 "meter": self.meter.epoch,
                 "best": self.best,
                 "shows_pixels": getattr(self.module, "shows_pixels", True),
@@ -423,6 +424,10 @@ class Run:
         self.position -= self.position % args.accum_iter  # with other batch flags: back to where a window begins
         if self.position >= len(self.loader):
             self.epoch, self.position = self.epoch + 1, 0
+        order = data.get("order", self.loader.order())
+        if self.position and order != self.loader.order():
+            print(f"note: the rest of this epoch has other images than the interrupted run's, which read {order}; "
+                  f"this one reads {self.loader.order()}")  # fmt: skip
         self.meter = EpochMeter(self.device, data["meter"])
         self.best = data.get("best", 0.0)
         rng = state.get("rng", [])
