@@ -79,14 +79,16 @@ def changed(args, **flags):
     return SimpleNamespace(**{**vars(args), **flags})
 
 
-def one_pass(begin, epoch: int, batch_size: int) -> float:
+def one_pass(begin, epoch: int, options) -> float:
     """Images per second."""
-    began = time.perf_counter()
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    began = clock()
     count = sum(1 for _ in begin(epoch))
-    return count * batch_size / (time.perf_counter() - began)
+    return count * options.batch_size / (clock() - began)
 
 
 def main(options) -> None:
+    options.num_workers = 0 if options.cpu_time else options.num_workers
     found = sorted(p for p in Path(options.data).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not found:
         raise UserError(f"--data {options.data} holds no images")
@@ -101,7 +103,7 @@ def main(options) -> None:
             speeds = {way: [] for way in ways}
             for epoch in range(options.rounds + 1):
                 for way, begin in ways.items():
-                    speed = one_pass(begin, epoch, options.batch_size)
+                    speed = one_pass(begin, epoch, options)
                     if epoch:
                         speeds[way].append(speed)
             for way, values in speeds.items():
@@ -118,6 +120,9 @@ def get_args_parser():
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="seconds of this process's work, for a busy machine; no workers"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SETS), choices=list(SETS))
     return parser
