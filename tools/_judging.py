@@ -16,7 +16,7 @@ from models_vit import VisionTransformer
 from util.amp import choose_amp_dtype
 from util.datasets import input_size, mean_std, read_images
 from util.distributed import choose_device
-from util.encoder import build_encoder, count_classes, take_model_flags, token_feature
+from util.encoder import build_encoder, count_classes, settle_model, token_feature
 from util.errors import UserError
 from util.features import extract
 from util.ledger import Record, strict
@@ -79,7 +79,7 @@ def open_encoder(args, checkpoint: str) -> Judged:
         raise UserError(f"--batch_size {args.batch_size} must be positive")
     own = copy.copy(args)
     weights = None if checkpoint in ("", "random") else _weights(checkpoint, args.checkpoint_key)
-    take_model_flags(own, weights)
+    settle_model(own, weights or "")
     check_channels(own.in_chans)
     if weights is not None:
         _common.take_data_flags(own, weights.args)

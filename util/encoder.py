@@ -22,12 +22,6 @@ def settle_model(args, source: str | Weights) -> Weights | None:
     weights = source or None
     if isinstance(weights, str):
         weights = read_weights(weights, args.checkpoint_key)
-    take_model_flags(args, weights)
-    return weights
-
-
-def take_model_flags(args, weights: Weights | None) -> None:
-    """The second half of `settle_model`."""
     stored = _stored_flags(args, weights) if weights else {}
     args.model = args.model or stored.get("model") or _only_fit(weights) or DEFAULT_MODEL
     args.model = args.model.removeprefix("mae_").removesuffix("_dec512d8b")
@@ -37,6 +31,7 @@ def take_model_flags(args, weights: Weights | None) -> None:
     size = args.input_size or stored.get("input_size") or config["img_size"]
     size = [size] if isinstance(size, int) else list(size)
     args.input_size = size[0] if len(size) == 1 or size[0] == size[1] else size
+    return weights
 
 
 def _stored_flags(args, weights: Weights) -> dict:
