@@ -18,18 +18,19 @@ SMALL = "--model mae_vit_micro_patch4 --input_size 16 --decoder_embed_dim 32 --d
 DIGITS = f"--dataset digits {SMALL} --batch_size 64 --epochs 2 --warmup_epochs 1 --vis_freq 0 --device cpu"
 
 
-def command(main: str, flags: str, processes: int = 1) -> list[str]:
+def command(main: str, flags: str, processes: int = 1, restarts: int = 0) -> list[str]:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher += [f"--max_restarts={restarts}"]
     return [*launcher, str(ROOT / main), *flags.split()]
 
 
-def launch(main: str, flags: str, processes: int = 1, **options) -> subprocess.Popen:
+def launch(main: str, flags: str, processes: int = 1, restarts: int = 0, **options) -> subprocess.Popen:
     """In a process group of its own, with one thread per process: the machine may have only two cores."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        command(main, flags, processes), env=env, start_new_session=True, text=True,
+        command(main, flags, processes, restarts), env=env, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
     )  # fmt: skip
 

@@ -65,6 +65,19 @@ def is_rank(process) -> bool:
     return any(word.endswith("main_pretrain.py") for word in process.cmdline())
 
 
+def test_elastic_restart(reference, tmp_path):
+    """One rank is killed; torchrun starts both again, they resume, and the run ends like the undisturbed one."""
+    processes, flags, undisturbed = reference
+    if processes == 1:
+        pytest.skip("there is no launcher that could restart it")
+    run = launch("main_pretrain.py", f"{flags} --output_dir {tmp_path} --resume auto", processes, restarts=1)
+    kill_when(run, (tmp_path / "checkpoint-0-6.pth").exists, number=0)
+    next(rank for rank in psutil.Process(run.pid).children() if is_rank(rank)).kill()
+    output = finish(run)
+    assert "nothing to resume" in output and "resumed" in output
+    assert_same_run(tmp_path, undisturbed)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_saves_and_exits_zero(reference, tmp_path, number):
     """To the whole group (workers too) with one process, to one rank only with two: both ranks stop together."""

@@ -104,9 +104,11 @@ def init_distributed_mode(args) -> torch.device:
     timeout = datetime.timedelta(minutes=args.dist_timeout)
     os.environ.update(RANK=str(args.rank), WORLD_SIZE=str(args.world_size), LOCAL_RANK=str(local_rank))
     try:
-        dist.init_process_group(
-            backend, init_method=args.dist_url, rank=args.rank, world_size=args.world_size, timeout=timeout
-        )
+        store, _, _ = next(dist.rendezvous(args.dist_url, args.rank, args.world_size, timeout=timeout))
+        store.set_timeout(timeout)
+        # After a restart by torchrun the store still holds the addresses of processes that are gone.
+        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=attempt, rank=args.rank, world_size=args.world_size, timeout=timeout)
         # Only gloo's barrier can name the ranks that are missing, and only in a group of its own.
         hosts = dist.new_group(backend="gloo", timeout=timeout)
         dist.monitored_barrier(hosts, timeout=timeout, wait_all_ranks=True)
