@@ -9,7 +9,6 @@ the unrolled steps that is differentiated twice (unrolled.py). Labelled batches 
 """
 
 import sys
-import time
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -78,10 +77,10 @@ class MLOVariant(_measure.Variant):
 
         def call(*args):
             self.wait()
-            began = time.perf_counter()
+            began = self.clock()
             result = original(*args)
             self.wait()
-            self.parts[part] += time.perf_counter() - began
+            self.parts[part] += self.clock() - began
             return result
 
         setattr(owner, name, call)

@@ -102,6 +102,7 @@ class Peer:
             self.loss = lambda: self.model(self.imgs, ratio)
         else:
             self.loss = lambda: ours.reconstruction_loss(ours.forward_pretrain(self.imgs, ratio, self.noise))
+        self.clock = time.process_time if options.cpu_time else time.perf_counter
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
     def made(self, kind: str, ours) -> nn.Module:
@@ -123,14 +124,14 @@ class Peer:
     def step(self) -> float:
         wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         wait()
-        began = time.perf_counter()
+        began = self.clock()
         with autocast(self.device, self.dtype):
             loss = self.loss()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         wait()
-        return time.perf_counter() - began
+        return self.clock() - began
 
 
 def same_losses(options) -> None:
@@ -188,7 +189,7 @@ def main(options, argv: list[str]) -> None:
     floors = {dtype: floor(options, dtype) for dtype in options.types}
     times, memory = measure(names, options, argv)
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
-    print(f"{options.model}, batch {options.batch_size}, {torch.get_num_threads()} threads, {device}, torch "
+    print(f"{options.model}, batch {options.batch_size}, {torch.get_num_threads()} threads{' (processor time)' * options.cpu_time}, {device}, torch "
           f"{torch.__version__}, {options.rounds} rounds; floors (images/s): "
           f"{', '.join(f'{dtype} {value:.0f}' for dtype, value in floors.items())}\n")  # fmt: skip
     against = [f"Hugging Face {dtype}" for dtype in options.types] if "Hugging Face" in kinds else names[:1]
