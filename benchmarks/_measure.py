@@ -118,6 +118,10 @@ def measured(names: list[str], make, options, argv: list[str], memory_steps: int
     return times, memory
 
 
+def clocked(options) -> str:
+    return " (processor time)" * options.cpu_time
+
+
 def report(options, times: dict, memory: dict) -> None:
     """The table, as ratios of medians to the first variant and the quartiles of the ratios per round."""
     first = next(iter(times))
@@ -135,7 +139,7 @@ def report(options, times: dict, memory: dict) -> None:
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor() or "CPU"
     print(
         f"{options.model}, batch {options.batch_size}, mask ratio {options.mask_ratio}, {dtype},"
-        f" {torch.get_num_threads()} threads{' (processor time)' * options.cpu_time}, {device}, torch {torch.__version__}, {options.rounds} rounds\n"
+        f" {torch.get_num_threads()} threads{clocked(options)}, {device}, torch {torch.__version__}, {options.rounds} rounds\n"
     )
     print("| variant | images/s | time of MAE's | quartiles | peak memory, MiB | of MAE's |\n|---|---|---|---|---|---|")
     for name, row in rows.items():

@@ -173,7 +173,7 @@ def floor(options, dtype: str) -> float:
     peer = Peer(f"ours {dtype}", options)
     with flop_counter() as counter:
         peer.step()
-    return options.batch_size * matrix_rate(peer.device, DTYPES[dtype], seconds=2.0) / counter.get_total_flops()
+    return options.batch_size * matrix_rate(peer.device, DTYPES[dtype], 2.0, peer.clock) / counter.get_total_flops()
 
 
 def main(options, argv: list[str]) -> None:
@@ -189,7 +189,7 @@ def main(options, argv: list[str]) -> None:
     floors = {dtype: floor(options, dtype) for dtype in options.types}
     times, memory = measure(names, options, argv)
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
-    print(f"{options.model}, batch {options.batch_size}, {torch.get_num_threads()} threads{' (processor time)' * options.cpu_time}, {device}, torch "
+    print(f"{options.model}, batch {options.batch_size}, {torch.get_num_threads()} threads{_measure.clocked(options)}, {device}, torch "
           f"{torch.__version__}, {options.rounds} rounds; floors (images/s): "
           f"{', '.join(f'{dtype} {value:.0f}' for dtype, value in floors.items())}\n")  # fmt: skip
     against = [f"Hugging Face {dtype}" for dtype in options.types] if "Hugging Face" in kinds else names[:1]
