@@ -139,7 +139,8 @@ def report(options, times: dict, memory: dict) -> None:
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor() or "CPU"
     print(
         f"{options.model}, batch {options.batch_size}, mask ratio {options.mask_ratio}, {dtype},"
-        f" {torch.get_num_threads()} threads{clocked(options)}, {device}, torch {torch.__version__}, {options.rounds} rounds\n"
+        f" {torch.get_num_threads()} threads{clocked(options)}, {device}, torch {torch.__version__},"
+        f" {options.rounds} rounds\n"
     )
     print("| variant | images/s | time of MAE's | quartiles | peak memory, MiB | of MAE's |\n|---|---|---|---|---|---|")
     for name, row in rows.items():

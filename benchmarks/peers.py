@@ -189,9 +189,9 @@ def main(options, argv: list[str]) -> None:
     floors = {dtype: floor(options, dtype) for dtype in options.types}
     times, memory = measure(names, options, argv)
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
-    print(f"{options.model}, batch {options.batch_size}, {torch.get_num_threads()} threads{_measure.clocked(options)}, {device}, torch "
-          f"{torch.__version__}, {options.rounds} rounds; floors (images/s): "
-          f"{', '.join(f'{dtype} {value:.0f}' for dtype, value in floors.items())}\n")  # fmt: skip
+    print(f"{options.model}, batch {options.batch_size}, {torch.get_num_threads()} threads"
+          f"{_measure.clocked(options)}, {device}, torch {torch.__version__}, {options.rounds} rounds; "
+          f"floors (images/s): {', '.join(f'{dtype} {value:.0f}' for dtype, value in floors.items())}\n")  # fmt: skip
     against = [f"Hugging Face {dtype}" for dtype in options.types] if "Hugging Face" in kinds else names[:1]
     print(f"| implementation | images/s | {' | '.join(f'speed, {name} = 1' for name in against)} | of the floor | "
           f"peak memory, MiB |\n|{'---|' * (4 + len(against))}")  # fmt: skip

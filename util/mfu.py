@@ -41,7 +41,7 @@ def flop_counter() -> FlopCounterMode:
 
 @torch.no_grad()
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS, clock=time.perf_counter) -> float:
-    """FLOPs per second (of `clock`) of large square matrix products on this device, with the threads of this process."""
+    """FLOPs per second of large square matrix products on this device, with the threads of this process."""
     side = SIDES[device.type]
     generator = torch.Generator(device).manual_seed(0)  # not the run's own numbers
     a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
