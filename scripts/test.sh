@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need, checks the style, runs the suite. Arguments go to pytest:
+# Installs what the tests need, checks the style, runs the suite, two files at a time, one thread each (WORKERS=4: four).
+# Arguments go to pytest:
 #   bash scripts/test.sh
 #   bash scripts/test.sh tests/test_fixtures.py -k lars
 set -euo pipefail
@@ -9,4 +10,5 @@ cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 for script in scripts/*.sh scripts/*/*.sh .ci/run; do bash -n "$script"; done
-exec "$python" -m pytest "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$python" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"

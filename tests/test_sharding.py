@@ -30,7 +30,7 @@ from util.run import Run
 from util.weights import load_into, read_weights
 
 METHODS = "--rc_mae --ema_mae --wse 1 --ema_update step"
-SPREAD = f"{METHODS} --batch_size 64 --fsdp --vis_freq 1 --save_steps 4 --save_freq 1"
+SPREAD = f"{METHODS} --batch_size 64 --fsdp --vis_freq 1 --knn_freq 2 --save_steps 4 --save_freq 1"
 COMMON = f"{DIGITS} --num_workers 0 --print_freq 1 --lr 1e-3 --amp_dtype fp32"
 
 
@@ -45,7 +45,7 @@ def pretrain(folder, flags, processes=1, code=0):
 def folders(tmp_path_factory):
     """Runs of the same 128 images a step: on one process, and spread over two."""
     made = tmp_path_factory.mktemp("sharding")
-    pretrain(made / "1", f"{METHODS} --batch_size 128 --save_freq 1")
+    pretrain(made / "1", f"{METHODS} --batch_size 128 --save_freq 1 --knn_freq 2")
     pretrain(made / "2", SPREAD, 2)
     return made
 
@@ -73,6 +73,8 @@ def test_as_on_one_process(folders):
         tensors = {name: value for name, value in one[part].items() if isinstance(value, torch.Tensor)}
         assert list(one[part]) == list(many[part])
         assert largest_difference(tensors, many[part]) < 2e-4
+    accuracies = [log_rows(folders / run)[-1]["knn_top1"] for run in ("1", "2")]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.6)  # two of 360 digits may fall on the other side
     assert one["step"] == many["step"] and one["methods"]["ema_mae._extra_state"]["ready"]
     assert one["optimizer"]["param_groups"] == many["optimizer"]["param_groups"]
     moments, states = one["optimizer"]["state"], many["optimizer"]["state"]
