@@ -69,11 +69,11 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None) -> dict[str, flo
     """All epochs; every `--eval_freq` of them and the last are followed by an evaluation, and the best weights among
     those are kept in `checkpoint-best.pth`."""
     stats = {}
-    while run.epoch < args.epochs and not run.stopped:
+    while not run.ended and not run.stopped:
         train_one_epoch(run.module, criterion, run, mixup_fn)
         if run.stopped:
             break
-        if (run.epoch + 1) % args.eval_freq and run.epoch + 1 < args.epochs:
+        if (run.epoch + 1) % args.eval_freq and not run.ended:
             run.finish_epoch({})
             continue
         sync_buffers(run.module)

@@ -20,14 +20,14 @@ def train_one_epoch(pretrainer: Pretrainer, run: Run, args) -> None:
     pretrainer.train()
     if run.position == 0:
         pretrainer.before_epoch(run.epoch)
-    length, steps = pretrainer.model.patch_embed.num_patches, args.epochs * run.steps_per_epoch
+    length = pretrainer.model.patch_embed.num_patches
     for micro in run.micro_batches("pretrain"):
         imgs = micro.batch.image.to(run.device, non_blocking=True)
         indices = micro.batch.index.to(run.device, non_blocking=True)
         noise = sample_noise(args.seed, run.epoch, indices, length)
         pretrainer.first_batch(imgs)
         with run.forward_context(micro):
-            loss, _, _ = run.wrapped(imgs, mask_ratio=mask_ratio_at(run.step, steps, args), noise=noise)
+            loss, _, _ = run.wrapped(imgs, mask_ratio=mask_ratio_at(run.step, run.total_steps, args), noise=noise)
             run.backward(micro, loss, **pretrainer.parts)
         if micro.closes:
             pretrainer.after_update(imgs, run.step, run.scaler.applied)

@@ -159,6 +159,7 @@ def main(args) -> dict[str, float]:
     if args.eval:
         return evaluate_once(args, model, val_loader, device, record)
     loader = build_loader(images, build_transform(True, args), args, args.batch_size, train=True)
+    arguments.settle_length(args, len(loader))
     arguments.settle_learning_rate(args)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)

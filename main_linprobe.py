@@ -69,6 +69,8 @@ def check(args) -> None:
         raise UserError("--resume continues a checkpoint, and --cache_features writes none: give one of them")
     if args.cache_features and (args.lr is not None or args.accum_iter > 1):
         raise UserError("--lr and --accum_iter have no effect with --cache_features, which tries all of --probe_blrs")
+    if args.cache_features and (args.max_steps or not isinstance(args.epochs, int)):
+        raise UserError("--cache_features trains its heads for whole --epochs: leave out --max_steps and fractions")
     arguments.check_speed_flags(args, not args.eval and not args.cache_features, "with --eval or --cache_features")
     if args.batch_size == 1 and not args.eval:
         raise UserError("--batch_size 1 is too small for the probe's BatchNorm: give 2 or more")
@@ -222,6 +224,7 @@ def main(args) -> dict:
         load_probe(probe, resume)
         return evaluate_once(args, probe, test_loader, device, record)
     loader = build_loader(images, probe_transform(args.aug, input_size(args), mean, std), args, args.batch_size, True)
+    arguments.settle_length(args, len(loader))
     arguments.settle_learning_rate(args)
     optimizer = LARS(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     run = Run(args, device, loader, model, optimizer, probe, resume, record)

@@ -3,7 +3,6 @@
 import copy
 import json
 from contextlib import nullcontext
-from math import ceil
 from pathlib import Path
 
 import torch
@@ -93,6 +92,11 @@ def check(args) -> list:
     if args.init_from and args.resume and args.resume != "auto":
         raise UserError("--init_from and --resume contradict each other: weights only, or the whole run")
     chosen = enabled_methods(args, METHODS)
+    if chosen and args.max_steps:
+        raise UserError(
+            f"--max_steps and {chosen[0].flag} exclude each other, because a method's schedule is in epochs: give "
+            f"--epochs, which may be a fraction"
+        )
     check_decoder(args, chosen)
     return chosen
 
@@ -210,7 +214,7 @@ class Watch:
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """What there is to report after `epoch`, by name."""
         row = {}
-        last = epoch + 1 == self.args.epochs
+        last = self.run.ended
         shows = self.args.vis_freq and (last or epoch % self.args.vis_freq == 0)
         counts = self.args.knn_freq and (last or (epoch + 1) % self.args.knn_freq == 0)
         with sharding.whole(self.pretrainer) if shows or counts else nullcontext():
@@ -256,7 +260,7 @@ def place(pretrainer: Pretrainer, args, device) -> None:
 
 def save_encoders(args, run: Run) -> None:
     """The encoder alone, of the model and of what the methods export, as safetensors."""
-    origin = {"epoch": run.epoch - 1, **run.record.state(run.images_seen())}
+    origin = {"epoch": run.epoch if run.position else run.epoch - 1, **run.record.state(run.images_seen())}
     flags = {name: value for name, value in vars(args).items() if name not in checkpoint.FREE_FLAGS}
     metadata = {name: json.dumps(strict(value)) for name, value in {**flags, "origin": origin}.items()}
     for key, model in {"model": run.model, **run.exported()}.items():
@@ -281,13 +285,12 @@ def main(args) -> None:
     weights = read_weights(args.init_from) if args.init_from and resume is None else None
     if weights is not None:
         print(load_into(model, weights))
-    arguments.settle_learning_rate(args)
-
     with seeded(args.seed, 1):
         methods = [method(args, model) for method in chosen]
         images, held_out = divide(methods, args, images)
         loader = training_loader(args, images, device)
-        pretrainer = Pretrainer(model, methods, args.epochs * ceil(len(loader) / args.accum_iter))
+        pretrainer = Pretrainer(model, methods, arguments.settle_length(args, len(loader)))
+    arguments.settle_learning_rate(args)
     place(pretrainer, args, device)
     groups = param_groups_weight_decay(pretrainer, args.weight_decay, no_weight_decay_list=pretrainer.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
@@ -296,7 +299,7 @@ def main(args) -> None:
     run = Run(args, device, loader, model, optimizer, pretrainer, resume, record)
     watch = Watch(args, run, pretrainer, images, held_out)
     row = {}
-    while run.epoch < args.epochs and not run.stopped:
+    while not run.ended and not run.stopped:
         train_one_epoch(pretrainer, run, args)
         if not run.stopped:
             row = watch.after_epoch(run.epoch)

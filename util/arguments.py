@@ -100,10 +100,20 @@ def add_data_arguments(parser):
     return group
 
 
+def number(text: str) -> float:
+    """An int where it is whole, else a float."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
 def add_optimizer_arguments(parser, batch_size: int, epochs: int, warmup: int, blr: float, wd: float, min_lr: float):
     group = parser.add_argument_group("optimization")
     group.add_argument("--batch_size", default=batch_size, type=int, help="images per process and forward pass")
-    group.add_argument("--epochs", default=epochs, type=int)
+    group.add_argument("--epochs", default=epochs, type=number, help="may be a fraction: 0.1, 2.5")
+    group.add_argument(
+        "--max_steps", type=int, metavar="N",
+        help="end after N optimizer steps, instead of --epochs; every schedule ends there too",
+    )  # fmt: skip
     group.add_argument(
         "--accum_iter", default=1, type=int, help="forward passes per step; the gradient is the exact mean over them"
     )
@@ -113,7 +123,7 @@ def add_optimizer_arguments(parser, batch_size: int, epochs: int, warmup: int, b
         "--blr", type=float, default=blr, help="lr = blr * effective batch / 256 (batch_size * accum_iter * processes)"
     )
     group.add_argument("--min_lr", type=float, default=min_lr, help="lower bound of the cosine")
-    group.add_argument("--warmup_epochs", type=int, default=warmup)
+    group.add_argument("--warmup_epochs", type=number, default=warmup)
     group.add_argument("--clip_grad", type=float, help="largest gradient norm; helps against spikes, try 1 to 3")
 
 
@@ -197,7 +207,7 @@ def check_values(args) -> None:
     """Refuse numbers out of range, and flags that contradict each other."""
     _check_finite(args)
     positive = "batch_size epochs accum_iter save_freq print_freq dist_timeout clip_grad patch_size in_chans"
-    positive += " decoder_embed_dim decoder_num_heads nb_classes eval_freq shuffle_buffer shard_samples"
+    positive += " decoder_embed_dim decoder_num_heads nb_classes eval_freq shuffle_buffer shard_samples max_steps"
     not_negative = "warmup_epochs num_workers save_steps keep start_epoch seed weight_decay min_lr blr lr decoder_depth"
     for name in positive.split():
         value = getattr(args, name, None)
@@ -247,6 +257,20 @@ def settle_input_size(args, config: dict) -> None:
     args.input_size = size[0] if len(size) == 1 or size[0] == size[1] else list(size)
 
 
+def settle_length(args, batches: int) -> int:
+    """Optimizer steps of the run, whose epochs have so many `batches`; sets args.epochs to where the last of them ends.
+    UserError when --start_epoch lies behind that."""
+    per_epoch = math.ceil(batches / args.accum_iter)
+    whole, fraction = divmod(args.epochs, 1)
+    rest = math.ceil(round(fraction * batches) / args.accum_iter)
+    steps = args.max_steps or max(1, int(whole) * per_epoch + rest)
+    whole, rest = divmod(steps, per_epoch)
+    args.epochs = whole + min(rest * args.accum_iter, batches) / batches if rest else whole
+    if args.start_epoch >= args.epochs and not args.resume:
+        raise UserError(f"--start_epoch {args.start_epoch} leaves none of the {args.epochs:g} epochs to train")
+    return steps
+
+
 def settle_learning_rate(args) -> None:
     """args.lr from --blr and the effective batch, as upstream; prints both."""
     effective = args.batch_size * args.accum_iter * get_world_size()
@@ -254,4 +278,4 @@ def settle_learning_rate(args) -> None:
         args.lr = args.blr * effective / 256
     print(f"learning rate {args.lr:.3g} (base {args.lr * 256 / effective:.3g}), effective batch {effective}")
     if args.warmup_epochs >= args.epochs:
-        print(f"note: --warmup_epochs {args.warmup_epochs} fills all {args.epochs} epochs: the rate never peaks")
+        print(f"note: --warmup_epochs {args.warmup_epochs} fills all {args.epochs:g} epochs: the rate never peaks")

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util import checkpoint, sharding, signals
 from util.amp import NativeScalerWithGradNormCount, autocast, choose_amp_dtype
+from util.arguments import settle_length
 from util.distributed import (
     all_reduce_sum,
     check_same_flags,
@@ -89,6 +90,7 @@ class Run:
         self.stop = StopRequest()
         self.stopped = False
         self.steps_per_epoch = ceil(len(loader) / args.accum_iter)
+        self.total_steps = settle_length(args, len(loader))
         self.epoch, self.position = args.start_epoch, 0  # next micro-batch
         self.meter = EpochMeter(device)
         self.best = 0.0
@@ -108,7 +110,7 @@ class Run:
         self.wrapped = self._wrap(self.module) if get_world_size() > 1 and not self.sharded else self.module
         checkpoint.make_output_dir(args)
         if resume is not None and args.output_dir:
-            trim_log(args.output_dir, self.epoch)
+            trim_log(args.output_dir, self.epoch + self.ended)
             checkpoint.abandon_later(args.output_dir, resume)
         first = self.epoch + self.position / len(loader)
         self.board = Board(args.log_dir, purge_step=None if resume is None else int(first * 1000) + 1)
@@ -138,19 +140,29 @@ class Run:
                 f"the ranks resumed at different (epoch, batch, step) {places}: share --output_dir among nodes"
             )
 
+    @property
+    def ended(self) -> bool:
+        """Whether the last step is done. With a fraction of an epoch that is inside one: the place stays there."""
+        return self.step >= self.total_steps
+
     # One epoch -----------------------------------------------------------------------------------------------------
+
+    def _last_position(self) -> int:
+        """Where this epoch ends: behind all its micro-batches, or behind the run's last step."""
+        left = self.total_steps - self.epoch * self.steps_per_epoch
+        return min(len(self.loader), left * self.args.accum_iter)
 
     def micro_batches(self, header: str):
         """Yield the rest of this epoch's micro-batches; keeps the learning rate, logs, saves, and ends early after a
         signal (`stopped`). UserError when too many images are unreadable, RunFailed when the loss is not finite."""
-        args, total = self.args, len(self.loader)
-        progress = Progress(f"{header} {self.epoch}", total, self.position)
+        args, total, last = self.args, len(self.loader), self._last_position()
+        progress = Progress(f"{header} {self.epoch}", last, self.position)
         self._clock = _Clock()
         self._batches = iter(self.loader.begin(self.epoch, self.position))
         if self.flops:
             self.flops.begin()
         try:
-            for position in range(self.position, total):
+            for position in range(self.position, last):
                 batch = self._next()
                 size, opens, closes = accumulation_window(position, total, args.accum_iter)
                 if opens:
@@ -232,26 +244,26 @@ class Run:
 
     def _after_step(self, progress: Progress) -> None:
         self.step += 1
-        args, total = self.args, len(self.loader)
-        ends = self.position == total
+        args, last = self.args, self._last_position()
+        ends = self.position == last
         due = self.step % args.print_freq == 0 or ends
         save = bool(args.save_steps) and self.step % args.save_steps == 0 and not ends
         seconds = self._clock.seconds_per_step()
         stop = self.stop.poll(self.step, seconds, args.print_freq)
         if due or save or stop:
-            self._read(progress, total)
+            self._read(progress, last)
         if stop and not ends:  # at the end of an epoch, `finish_epoch` saves and stops
             self.stopped = True
         if save or self.stopped:
             self.save()
 
-    def _read(self, progress: Progress, total: int) -> None:
+    def _read(self, progress: Progress, last: int) -> None:
         """Where the host waits for the device: read the metrics, look for trouble, log."""
         self.meter.add(bad_images=self._bad)
         self._bad = 0
         values = self.meter.read()
         self._check_finite()
-        self._check_images(total)
+        self._check_images(last)
         bad = values.pop("bad_images")
         rates = self._clock.read()
         if self.flops:
@@ -259,14 +271,14 @@ class Run:
         self.meter.epoch["seconds"] = [self.meter.epoch.get("seconds", [0.0])[0] + rates.pop("seconds"), 1]
         shown = {"loss": values["loss"], "lr": self.lr, **rates}
         per_batch = self.meter.epoch["seconds"][0] / max(1, self.position)
-        progress.say(shown, per_batch * (total - self.position))
+        progress.say(shown, per_batch * (last - self.position))
         if self.device.type == "cuda":
             rates["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         points = {f"train/{name}": value for name, value in values.items()}
         points |= {"train/lr": self.lr, **{f"speed/{name}": value for name, value in rates.items()}}
         if bad:
             points["data/bad_images"] = bad
-        self.board.scalars(points, self.epoch + self.position / total)
+        self.board.scalars(points, self.epoch + self.position / len(self.loader))
 
     def _check_finite(self) -> None:
         if self.scaler.scale < 2.0**-14:  # 30 halvings: nothing has been learned for a long time
@@ -286,9 +298,9 @@ class Run:
             f"not changed by it and the last checkpoint is good: try --clip_grad 1, a lower --blr or --amp_dtype fp32"
         )
 
-    def _check_images(self, total: int) -> None:
+    def _check_images(self, batches: int) -> None:
         count = self.meter.epoch.get("bad_images", [0.0])[0]
-        images = total * self.args.batch_size * get_world_size()
+        images = batches * self.args.batch_size * get_world_size()
         if count > self.args.max_bad_fraction * images:
             raise UserError(
                 f"{int(count)} of {images} images of this epoch are unreadable, more than --max_bad_fraction "
@@ -307,15 +319,16 @@ class Run:
                                      "bad_images": int(bad)})  # fmt: skip
         shown = "  ".join(f"{name} {value:.4g}" for name, value in {**stats, **row}.items())
         print(f"epoch {self.epoch}: {shown}  {seconds:.1f} s" + (f"  unreadable images {int(bad)}" if bad else ""))
-        self.board.scalars(row, self.epoch + 1)
+        self.board.scalars(row, self.epoch + self.position / len(self.loader))
         self.board.flush()
-        ended = self.epoch
-        self.epoch, self.position, self.meter = self.epoch + 1, 0, EpochMeter(self.device)
+        number = self.epoch
+        if self.position == len(self.loader):
+            self.epoch, self.position, self.meter = self.epoch + 1, 0, EpochMeter(self.device)
         stop = self.stop.received is not None
         if get_world_size() > 1:
             stop = bool(all_reduce_sum(torch.tensor(float(stop), device=self.device)).item())
-        self.stopped = stop and self.epoch < args.epochs
-        if ended % args.save_freq == 0 or self.epoch >= args.epochs or self.stopped:
+        self.stopped = stop and not self.ended
+        if number % args.save_freq == 0 or self.ended or self.stopped:
             self.save()
 
     def close(self) -> None:
