@@ -9,14 +9,16 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from engine_finetune import evaluate_once, train
 from util import arguments, checkpoint
-from util.datasets import build_transform, read_images
+from util.datasets import build_transform
 from util.encoder import build_encoder, count_classes, settle_model
 from util.errors import UserError, user_errors
+from util.labels import read_labelled, with_noise
 from util.ledger import Record
 from util.loading import build_loader
 from util.lr_decay import param_groups_lrd
 from util.rng import seeded
 from util.run import Run, start
+from util.scores import MultiLabel, TopK
 from util.transforms import check_channels
 
 # The two regularization regimes of Garcia, Senel and Frantzolas ("Exploring: Masked Autoencoders Are Scalable Vision
@@ -42,6 +44,20 @@ def get_args_parser() -> arguments.Parser:
     parser.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth of the last block")
     arguments.add_finetuning_arguments(parser, pooled=True)
     arguments.add_data_arguments(parser)
+    group = parser.add_argument_group("labels")
+    group.add_argument(
+        "--targets", choices=["single", "multilabel"], default="single",
+        help="multilabel: --dataset filelist with path<TAB>label,label,...; every image's labels weigh the same and "
+        "sum to one; evaluation gives mean average precision and precision@1",
+    )  # fmt: skip
+    group.add_argument(
+        "--label_vocab", default="", help="multilabel: all labels, one per line (default: of --train_list)"
+    )
+    group.add_argument(
+        "--label_noise", type=float, default=0.0, metavar="P",
+        help="for studies: with probability P a training label is replaced by another class; multilabel: each label is "
+        "left out with probability P, and for each another is added with probability P, frequent ones more often",
+    )  # fmt: skip
     arguments.add_optimizer_arguments(parser, batch_size=64, epochs=50, warmup=5, blr=1e-3, wd=0.05, min_lr=1e-6)
     parser.add_argument("--layer_decay", type=float, default=0.75, help="learning rate of a block over the next one's")
     group = parser.add_argument_group("augmentation")
@@ -74,7 +90,7 @@ def get_args_parser() -> arguments.Parser:
 
 def check(args) -> None:
     arguments.check_values(args)
-    for name in ("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob"):
+    for name in ("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "label_noise"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)} must lie in [0, 1]")
     args.aa = None if args.aa in (None, "", "none", "None") else args.aa
@@ -92,9 +108,22 @@ def check(args) -> None:
         raise UserError(f"--layer_decay {args.layer_decay} must lie in (0, 1]")
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size} must be even with --mixup or --cutmix, which pair images")
+    check_labels(args)
     arguments.check_speed_flags(args, not args.eval, "with --eval")
     if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs weights: give --resume or --finetune")
+
+
+def check_labels(args) -> None:
+    if args.targets == "multilabel":
+        if args.dataset != "filelist":
+            raise UserError("--targets multilabel needs --dataset filelist, whose lists hold path<TAB>label,label,...")
+        if mixes(args):
+            raise UserError("--targets multilabel excludes --mixup and --cutmix, which mix images of one label each")
+    elif args.label_vocab:
+        raise UserError("--label_vocab has no effect without --targets multilabel")
+    if args.label_noise and args.eval:
+        raise UserError("--label_noise has no effect with --eval: it changes training labels alone")
 
 
 def mixes(args) -> bool:
@@ -105,6 +134,8 @@ def criterion_of(args):
     """Loss on the targets that these flags produce (soft ones when images are mixed)."""
     if mixes(args):
         return SoftTargetCrossEntropy()
+    if args.targets == "multilabel":
+        return torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)  # of probabilities
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else torch.nn.CrossEntropyLoss()
 
 
@@ -131,7 +162,10 @@ def prepare(args, resume: Path | None):
     if args.aug is None:
         args.aug = "crop" if args.dataset in ("cifar10", "cifar100", "digits") else "rrc"
     arguments.check_draft(args, args.aug == "rrc" and not args.eval)
-    splits = None if args.eval else read_images(args, train=True), read_images(args, train=False)
+    known = weights.classes if args.eval and weights else []
+    splits = None if args.eval else read_labelled(args, True), read_labelled(args, False, known or None)
+    if known and args.targets == "multilabel" and splits[1].classes != known:
+        raise UserError(f"--label_vocab {args.label_vocab} is not the vocabulary of {weights.path}: leave it out")
     classes = count_classes(args, *splits)
     args.nb_classes = classes
     return weights, splits, classes
@@ -156,15 +190,17 @@ def main(args) -> dict[str, float]:
         print("no --finetune: training from scratch")
     val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
     record = Record("main_finetune" + " --eval" * args.eval, args, weights, train=images, test=held_out)
+    kind = MultiLabel if args.targets == "multilabel" else TopK
     if args.eval:
-        return evaluate_once(args, model, val_loader, device, record)
+        return evaluate_once(args, model, val_loader, device, record, kind)
+    names, images = getattr(images, "classes", None), with_noise(images, args)
     loader = build_loader(images, build_transform(True, args), args, args.batch_size, train=True)
     arguments.settle_length(args, len(loader))
     arguments.settle_learning_rate(args)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    run = Run(args, device, loader, model, optimizer, resume=resume, record=record)
-    return train(args, run, val_loader, criterion_of(args), mixup_of(args, classes))
+    run = Run(args, device, loader, model, optimizer, resume=resume, record=record, classes=names)
+    return train(args, run, val_loader, criterion_of(args), mixup_of(args, classes), kind)
 
 
 def _take_model_flags(args, path: Path) -> None:

@@ -88,7 +88,7 @@ def _columns(runs: list[Run], metrics) -> list[tuple[str, str]]:
     known = list(dict.fromkeys((run.kind, name) for run in runs for name in run.row["metrics"]))
     if not metrics:  # not the best on the test set
         metrics = [name for name in dict.fromkeys(name for _, name in known) if USUAL.search(name)]
-        metrics = [name for name in metrics if name != "best_acc1"]
+        metrics = [name for name in metrics if not name.startswith("best_")]
     chosen = []
     for metric in metrics:
         kind, _, name = metric.rpartition(":")

@@ -127,7 +127,7 @@ class HuggingFaceImages(Images):
         return f"{index}: {self.table[index][self.column]['path']}"
 
 
-def _need_path(args) -> Path:
+def need_path(args) -> Path:
     if not args.data_path:
         raise UserError(f"--dataset {args.dataset} needs --data_path, the folder that holds it")
     path = Path(args.data_path).expanduser()
@@ -160,7 +160,7 @@ def _class_folder(folder: Path, classes: list[str] | None = None) -> Files:
 
 
 def _imagefolder(args, train: bool) -> Files:
-    root = _need_path(args)
+    root = need_path(args)
     if not (root / "train").is_dir():
         raise UserError(f"--data_path {root} has no train/ folder; use --dataset folder for images without that layout")
     if train:
@@ -172,7 +172,7 @@ def _imagefolder(args, train: bool) -> Files:
 
 
 def _folder(args, train: bool) -> Files:
-    root = _need_path(args)
+    root = need_path(args)
     split = root / ("train" if train else "val")
     if not train and not split.is_dir():
         raise UserError(f"--data_path {root} has no val/ folder, so there is nothing to validate on")
@@ -183,7 +183,7 @@ def _folder(args, train: bool) -> Files:
     return Files(paths, [-1] * len(paths), None)
 
 
-def _read_list(path: str, root: Path) -> tuple[list[str], list[str] | None]:
+def read_list(path: str, root: Path) -> tuple[list[str], list[str] | None]:
     """Paths and labels (None when no line has one) of a list file: path, or path<TAB>label, one per line."""
     if not path or not os.path.isfile(path):
         raise UserError(
@@ -204,14 +204,18 @@ def _read_list(path: str, root: Path) -> tuple[list[str], list[str] | None]:
     return [str(root / row[0]) for row in rows], [row[1].strip() for row in rows] if widths == {2} else None
 
 
+def sorted_labels(names) -> list[str]:
+    """Different names in order; numbers as numbers: class 10 comes after class 9."""
+    return sorted(set(names), key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
+
+
 def _filelist(args, train: bool) -> Files:
-    root = _need_path(args)
-    paths, labels = _read_list(args.train_list if train else args.val_list, root)
+    root = need_path(args)
+    paths, labels = read_list(args.train_list if train else args.val_list, root)
     if labels is None:
         return Files(paths, [-1] * len(paths), None)
-    vocabulary = labels if train else _read_list(args.train_list, root)[1] or []
-    # Numbers sort as numbers: class 10 comes after class 9.
-    classes = sorted(set(vocabulary), key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
+    vocabulary = labels if train else read_list(args.train_list, root)[1] or []
+    classes = sorted_labels(vocabulary)
     index = {label: place for place, label in enumerate(classes)}
     unknown = next((label for label in labels if label not in index), None)
     if unknown is not None:
@@ -237,7 +241,7 @@ def _cifar(args, train: bool) -> Arrays:
 
 def _tiny_imagenet(args, train: bool) -> Files:
     """train/<wnid>/images/*.JPEG and val/images/*.JPEG with val/val_annotations.txt (file, wnid, box)."""
-    root = _need_path(args)
+    root = need_path(args)
     if not (root / "train").is_dir():
         raise UserError(
             f"--data_path {root} has no train/ folder; tiny_imagenet is what tiny-imagenet-200.zip unpacks to"

@@ -56,7 +56,7 @@ class Sample(NamedTuple):
     """One image, or after collation one batch."""
 
     image: torch.Tensor  # (C, H, W)
-    target: int  # label, -1 without
+    target: int  # label, -1 without; of label sets the row of `util.labels.LabelSets.target`
     index: int  # place in the data set: the key of the sample's random numbers
     bad: int  # images that could not be read before this one was drawn in their place
 

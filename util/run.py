@@ -75,14 +75,24 @@ def start(args) -> torch.device:
 
 class Run:
     """A training run: `model` (upstream tensor names), `module` (what is called: the model, or the model with its
-    methods), the optimizer, and everything that a checkpoint must hold to continue bit for bit."""
+    methods), the optimizer, and everything that a checkpoint must hold to continue bit for bit. `classes` are the names
+    of a classifier's outputs."""
 
     def __init__(
-        self, args, device, loader: Loader, model: nn.Module, optimizer, module=None, resume=None, record=None
+        self,
+        args,
+        device,
+        loader: Loader,
+        model: nn.Module,
+        optimizer,
+        module=None,
+        resume=None,
+        record=None,
+        classes=None,
     ):
         self.record = record or Record("", args)
         self.args, self.device, self.loader, self.model, self.optimizer = args, device, loader, model, optimizer
-        self.module = module or model
+        self.module, self.classes = module or model, classes
         self.sharded = getattr(args, "fsdp", False)
         self.methods = getattr(self.module, "methods", None)
         self.amp_dtype = choose_amp_dtype(args.amp_dtype, device)
@@ -377,6 +387,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "args": {name: checkpoint.plain(value) for name, value in vars(self.args).items()},
             **({"methods_by_rank": by_rank} if any(by_rank) else {}),
+            **({"classes": list(self.classes)} if self.classes else {}),
             "rng": gather_objects(get_rng_state(self.device)),
             "origin": self.record.state(self.images_seen()),
             "data": {
@@ -429,6 +440,10 @@ class Run:
         if missing:
             raise UserError(f"--resume {path} has no {missing[0]!r}: for weights alone use --init_from or --finetune")
         checkpoint.check_same_run(path, checkpoint.flags_of(state), vars(args))
+        if self.classes and state.get("classes", self.classes) != self.classes:
+            raise UserError(
+                f"--resume {path} was trained on other labels than these: give the same data and vocabulary"
+            )
         self._load(path, state)
         self.record.load_state(state.get("origin"))
         data = state.get("data") or {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}}

@@ -63,6 +63,7 @@ class Weights:
     args: dict = field(default_factory=dict)  # flags stored in the file
     dropped: list[str] = field(default_factory=list)  # entries of the file that are no part of an encoder, MAE or head
     history: dict = field(default_factory=dict)  # what its run says of itself (`util.ledger.Record.state`)
+    classes: list[str] = field(default_factory=list)  # names of its classifier's outputs, where the file says them
 
     @property
     def has_decoder(self) -> bool:
@@ -158,6 +159,7 @@ def recognise(raw: dict, path: str, key: str = "model") -> Weights:
     state = {name: tensor for name, tensor in state.items() if KNOWN.match(name)}
     weights = Weights(path, "", state, _stored_args(raw, path), others)
     weights.history = _history(raw, weights.args)
+    weights.classes = [str(name) for name in raw.get("classes") or []]
     weights.origin = _origin(weights) + ", Hugging Face names" * converted
     return weights
 
@@ -270,6 +272,7 @@ def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False) -> 
     report.head = why_no_head(own, weights.state, ignore_head)
     chosen = {name: tensor for name, tensor in weights.state.items() if name in own}
     if report.head:
+        report.head += f" (it tells {len(weights.classes)} labels: {some(weights.classes)})" if weights.classes else ""
         report.skipped = [name for name in weights.state if name.startswith("head.")]
         chosen = {name: tensor for name, tensor in chosen.items() if name not in report.skipped}
     if not weights.has_decoder:
