@@ -59,6 +59,10 @@ def get_args_parser() -> arguments.Parser:
         "left out with probability P, and for each another is added with probability P, frequent ones more often",
     )  # fmt: skip
     arguments.add_optimizer_arguments(parser, batch_size=64, epochs=50, warmup=5, blr=1e-3, wd=0.05, min_lr=1e-6)
+    parser.add_argument(
+        "--trainable_blocks", type=int, metavar="N",
+        help="partial fine-tuning: the last N blocks, the norm and the head learn, the rest stays; 0: the head alone",
+    )  # fmt: skip
     parser.add_argument("--layer_decay", type=float, default=0.75, help="learning rate of a block over the next one's")
     group = parser.add_argument_group("augmentation")
     group.add_argument(
@@ -110,6 +114,8 @@ def check(args) -> None:
         raise UserError(f"--batch_size {args.batch_size} must be even with --mixup or --cutmix, which pair images")
     check_labels(args)
     arguments.check_speed_flags(args, not args.eval, "with --eval")
+    if args.trainable_blocks is not None and args.eval:
+        raise UserError("--trainable_blocks has no effect with --eval")
     if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs weights: give --resume or --finetune")
 
@@ -154,6 +160,15 @@ def mixup_of(args, classes: int):
     )
 
 
+def freeze(model, blocks: int) -> None:
+    """`--trainable_blocks`; UserError for a number that the model has not."""
+    if not 0 <= blocks <= len(model.blocks):
+        raise UserError(f"--trainable_blocks {blocks} must be between 0 and the encoder's {len(model.blocks)}")
+    model.train_last_blocks(blocks)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"--trainable_blocks {blocks}: {count / 1e6:.2f} M parameters learn")
+
+
 def prepare(args, resume: Path | None):
     """Model flags, data and model, in the order in which they depend on each other."""
     source = str(resume) if args.eval and resume else args.finetune
@@ -184,6 +199,8 @@ def main(args) -> dict[str, float]:
         model = build_encoder(args, weights, classes, args.drop_path, ignore_head=not args.eval, like_mae=False)
         if weights is not None and not args.eval:
             trunc_normal_(model.head.weight, std=2e-5)  # near zero: the first steps must not shake the encoder
+    if args.trainable_blocks is not None:
+        freeze(model, args.trainable_blocks)
     model.to(device)
     model.set_grad_checkpointing(args.grad_checkpoint)
     if weights is None and resume is None:

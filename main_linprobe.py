@@ -1,5 +1,6 @@
 """Linear probing: a frozen encoder, BatchNorm without affine, one linear layer, LARS (He et al. 2022, Appendix A.1).
 
+`--head attentive` reads the patches by one cross-attention of a learned query (`models_vit.AttentivePool`) first.
 `--cache_features` encodes every image once and trains one head per learning rate in a single pass; the rate is chosen
 on a held-out part of the training set and the test accuracy is reported for that one.
 """
@@ -14,6 +15,7 @@ from timm.layers import trunc_normal_
 from torch import nn
 
 from engine_finetune import evaluate_once, train
+from models_vit import AttentivePool
 from util import arguments, checkpoint
 from util.amp import choose_amp_dtype
 from util.datasets import input_size, mean_std, read_images
@@ -32,8 +34,17 @@ from util.transforms import check_channels, eval_transform, probe_transform
 from util.weights import read_file
 
 
+class ProbeParser(arguments.Parser):
+    """`--head` changes the default of `--blr`, because it changes the optimizer."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        attentive = super().parse_known_args(args, namespace)[0].head == "attentive"
+        self.set_defaults(blr=1e-3 if attentive else 0.1)
+        return super().parse_known_args(args, namespace)
+
+
 def get_args_parser() -> arguments.Parser:
-    parser = arguments.Parser("Probe a frozen encoder with a linear classifier.")
+    parser = ProbeParser("Probe a frozen encoder with a linear classifier.")
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     arguments.add_finetuning_arguments(parser, pooled=False)
     arguments.add_data_arguments(parser)
@@ -41,6 +52,10 @@ def get_args_parser() -> arguments.Parser:
     parser.add_argument(
         "--aug", choices=["rrc", "crop", "none"], help="random resized crop, or pad and crop (CIFAR and digits)"
     )
+    parser.add_argument(
+        "--head", choices=["linear", "attentive"], default="linear",
+        help="attentive: one cross-attention of a learned query to the patches, then linear; by AdamW, --blr 1e-3",
+    )  # fmt: skip
     group = parser.add_argument_group("cached features")
     group.add_argument(
         "--cache_features", action="store_true", help="encode once, without augmentation; then only heads"
@@ -69,6 +84,9 @@ def check(args) -> None:
         raise UserError("--resume continues a checkpoint, and --cache_features writes none: give one of them")
     if args.cache_features and (args.lr is not None or args.accum_iter > 1):
         raise UserError("--lr and --accum_iter have no effect with --cache_features, which tries all of --probe_blrs")
+    if args.head == "attentive" and (args.cache_features or args.global_pool):
+        flag = "--cache_features" if args.cache_features else "--global_pool"
+        raise UserError(f"{flag} has no effect with --head attentive, which pools the patches itself: leave it out")
     if args.cache_features and (args.max_steps or not isinstance(args.epochs, int)):
         raise UserError("--cache_features trains its heads for whole --epochs: leave out --max_steps and fractions")
     arguments.check_speed_flags(args, not args.eval and not args.cache_features, "with --eval or --cache_features")
@@ -80,19 +98,20 @@ def check(args) -> None:
         raise UserError("--probe_blrs must be positive")
 
 
-def probe_head(linear: nn.Linear) -> nn.Sequential:
-    """The linear layer behind a BatchNorm that only standardises the features."""
-    return nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6), linear)
+def probe_head(linear: nn.Linear, *before: nn.Module) -> nn.Sequential:
+    """The linear layer behind a BatchNorm that only standardises the features, which `before` may make."""
+    return nn.Sequential(*before, nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6), linear)
 
 
 class Probe(nn.Module):
     """A `VisionTransformer` of which only the head learns; the encoder stays in eval mode."""
 
-    def __init__(self, vit):
+    def __init__(self, vit, attentive: bool = False):
         super().__init__()
-        self.vit = vit.requires_grad_(False)
+        self.vit, self.features = vit.requires_grad_(False), vit.forward_patches if attentive else vit.forward_features
         trunc_normal_(vit.head.weight, std=0.01)
-        vit.head = probe_head(vit.head).requires_grad_(True)
+        before = [AttentivePool(vit.embed_dim, vit.blocks[0].attn.num_heads)] if attentive else []
+        vit.head = probe_head(vit.head, *before).requires_grad_(True)
 
     def train(self, mode: bool = True):
         self.vit.eval()
@@ -103,7 +122,7 @@ class Probe(nn.Module):
     def forward(self, imgs):
         """(N, C, H, W) -> logits (N, classes)."""
         with torch.no_grad():
-            features = self.vit.forward_features(imgs)
+            features = self.features(imgs)
         with torch.autocast(imgs.device.type, enabled=False):
             return self.vit.head(features.float())
 
@@ -111,10 +130,12 @@ class Probe(nn.Module):
 def load_probe(probe: Probe, path: Path) -> None:
     """Fill `probe` from a checkpoint of this program; UserError when it is one of another."""
     state = read_file(path)["model"]
-    head, classes = state.get("head.1.weight"), probe.vit.head[1].out_features
+    name = f"head.{len(probe.vit.head) - 1}"
+    head, classes = state.get(f"{name}.weight"), probe.vit.head[-1].out_features
     if head is None:
         raise UserError(
-            f"--resume {path} has no probe's classifier (head.1): a checkpoint of main_linprobe.py is needed"
+            f"--resume {path} has no such probe's classifier ({name}): a checkpoint of main_linprobe.py with the same "
+            f"--head is needed"
         )
     if len(head) != classes:
         raise UserError(f"--resume {path} is a probe of {len(head)} classes, the data set has {classes}")
@@ -219,14 +240,15 @@ def main(args) -> dict:
     if args.cache_features:
         loader = build_loader(images, plain, args, args.batch_size, False)
         return _cached(args, model, loader, test_loader, device, record)
-    probe = Probe(model).to(device)
+    probe = Probe(model, attentive=args.head == "attentive").to(device)
     if args.eval:
         load_probe(probe, resume)
         return evaluate_once(args, probe, test_loader, device, record)
     loader = build_loader(images, probe_transform(args.aug, input_size(args), mean, std), args, args.batch_size, True)
     arguments.settle_length(args, len(loader))
     arguments.settle_learning_rate(args)
-    optimizer = LARS(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    kind = torch.optim.AdamW if args.head == "attentive" else LARS
+    optimizer = kind(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     run = Run(args, device, loader, model, optimizer, probe, resume, record)
     return train(args, run, test_loader, nn.CrossEntropyLoss())
 

@@ -11,6 +11,22 @@ from util.architectures import ENCODERS, check_geometry, look_up
 from util.kernels import RunsBlocks
 
 
+class AttentivePool(nn.Module):
+    """One cross-attention of a learned query to tokens (attentive probing, El-Nouby et al. 2024, AIM, and Bardes et al.
+    2024, V-JEPA; here without the MLP behind it)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(1, 1, dim))
+        trunc_normal_(self.query, std=0.02)
+        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+
+    def forward(self, tokens):
+        """(N, L, D) -> (N, D)."""
+        query = self.query.expand(len(tokens), -1, -1)
+        return self.attention(query, tokens, tokens, need_weights=False)[0][:, 0]
+
+
 class VisionTransformer(RunsBlocks, nn.Module):
     """ViT (Dosovitskiy et al. 2021) whose feature is the [cls] token or, with `global_pool`, the mean of the patches.
 
@@ -49,6 +65,7 @@ class VisionTransformer(RunsBlocks, nn.Module):
         else:
             self.norm = norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self._asleep: tuple[nn.Module, ...] = ()
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -64,6 +81,24 @@ class VisionTransformer(RunsBlocks, nn.Module):
         """Names that layer-wise decay groups leave undecayed."""
         return {"pos_embed", "cls_token"}
 
+    def train_last_blocks(self, count: int) -> None:
+        """Partial fine-tuning (He et al. 2022, Section 4.3 and Figure 9): only the last `count` blocks, the norm and
+        the head learn; 0 is the head alone. What is frozen stays in eval mode, without drop path."""
+        learns = [self.head]
+        if count:
+            learns += [*self.blocks[-count:], self.fc_norm if self.global_pool else self.norm]
+        self.requires_grad_(False)
+        for module in learns:
+            module.requires_grad_(True)
+        self._asleep = tuple(self.blocks[: len(self.blocks) - count])
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for block in self._asleep:
+            block.eval()
+        return self
+
     def forward_tokens(self, x):
         """(N, C, H, W) -> (N, 1 + L, D), the last block's output before any norm, [cls] first."""
         x = self.patch_embed(x)
@@ -71,6 +106,10 @@ class VisionTransformer(RunsBlocks, nn.Module):
         for block in self.blocks:
             x = self.run_block(block, x)
         return x
+
+    def forward_patches(self, x):
+        """(N, C, H, W) -> (N, L, D), the patches after the final norm; without `global_pool`, which has another one."""
+        return self.norm(self.forward_tokens(x))[:, 1:]
 
     def forward_features(self, x):
         """(N, C, H, W) -> (N, D), the feature in front of the head."""

@@ -157,7 +157,15 @@ def abandon_later(output_dir: str | Path, path: Path) -> None:
 
 # Flags that decide which tensors there are or what they mean; a run cannot go on with others.
 _MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "norm_pix_loss", "decoder", "decoder_embed_dim")
-_MODEL_FLAGS += ("decoder_depth", "decoder_num_heads", "nb_classes", "global_pool", "targets")
+_MODEL_FLAGS += (
+    "decoder_depth",
+    "decoder_num_heads",
+    "nb_classes",
+    "global_pool",
+    "targets",
+    "trainable_blocks",
+    "head",
+)
 # Flags that may differ between the two parts of a run without a word.
 FREE_FLAGS = {"resume", "overwrite", "output_dir", "log_dir", "num_workers", "pin_mem", "device", "data_path", "rank"}
 FREE_FLAGS |= {"gpu", "local_rank", "world_size", "distributed", "dist_url", "dist_backend", "dist_timeout"}
