@@ -20,12 +20,14 @@ for word in "$@"; do
     case $previous in --output_dir) folder=$word ;; --out) file=$word ;; --epochs) epochs=$word ;; esac
     previous=$word
 done
-[ -z "$folder" ] || mkdir -p "$folder"
+[ -z "$folder" ] || { mkdir -p "$folder"; touch "$folder/results.jsonl"; }
 case $main in
     main_pretrain.py) touch "$folder/encoder.safetensors" ;;
-    main_linprobe.py) touch "$folder/probe.json" "$folder/checkpoint-$((epochs - 1)).pth" ;;
-    main_finetune.py) [ -e "$STOP" ] || touch "$folder/checkpoint-$((epochs - 1)).pth" ;;  # exit 0 all the same
+    main_linprobe.py) touch "$folder/probe.json" "$folder/checkpoint-$((${epochs%.*} - 1)).pth" ;;
+    main_finetune.py) [ -e "$STOP" ] || touch "$folder/checkpoint-$((${epochs%.*} - 1)).pth" ;;  # exit 0 all the same
     knn.py) touch "$file" ;;
+    fewshot.py) mkdir -p "$(dirname "$file")"; touch "$file" ;;
+    collect.py) [ -z "$file" ] || touch "$file" ;;
 esac
 """
 
@@ -37,7 +39,7 @@ def sweep(tmp_path):
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
 
-    def start(name, *arguments, **environment):
+    def start(name, *arguments, script="sweep", **environment):
         calls = tmp_path / "calls"
         calls.write_text("")
         env = {
@@ -48,7 +50,7 @@ def sweep(tmp_path):
             **environment,
         }
         done = subprocess.run(
-            ["bash", str(ROOT / "scripts" / name / "sweep.sh"), *arguments], env=env, capture_output=True, text=True
+            ["bash", str(ROOT / "scripts" / name / f"{script}.sh"), *arguments], env=env, capture_output=True, text=True
         )
         return (
             done.returncode,
@@ -162,3 +164,69 @@ def test_other_settings_of_learned_masks(sweep, tmp_path, setting, batch, epochs
     args = main_pretrain.get_args_parser().parse_args(calls[0][1:])
     main_pretrain.check(args)
     assert (args.batch_size, args.epochs, args.mlo_unroll) == (batch, epochs, 1 if setting == "imagenet" else 2)
+
+
+@pytest.fixture
+def cifar10(tmp_path):
+    """Its class folders, with an image each."""
+    for split in ("train", "val"):
+        for name in "airplane automobile bird cat deer dog frog horse ship truck".split():
+            (tmp_path / "cifar10" / split / name).mkdir(parents=True)
+            (tmp_path / "cifar10" / split / name / "1.png").touch()
+    return tmp_path / "cifar10"
+
+
+def parsed(calls):
+    """(main, flags) of the mains among the commands, as they understand them."""
+    mains = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune, "main_linprobe.py": main_linprobe}
+    found = [(name, mains[name].get_args_parser().parse_args(flags)) for name, *flags in calls if name in mains]
+    for name, args in found:
+        mains[name].check(args)
+    return found
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["paper", "small"])
+def test_three_stages(sweep, tmp_path, cifar10, small):
+    """Each initialisation and length of WSP: MAE made once for all lengths, every stage from the one before."""
+    out, where = tmp_path / "out", ["--data", str(cifar10), *(["--cpu_small"] if small else [])]
+    lists = {"WEAK": "w", "WEAK_LIST": "a", "WEAK_VAL": "b", "MAE_EPOCHS": "10", "WSP_EPOCHS": "0.5 1", "GPUS": "1"}
+    code, said, calls = sweep("maws", str(out), *where, **lists)
+    assert code == 0, said
+    runs = parsed(calls)
+    mae = {args.output_dir.split("/")[-1]: args.epochs for name, args in runs if name == "main_pretrain.py"}
+    assert mae == {"mae0.1-seed0": 1, "mae0.5-seed0": 5, "mae1-seed0": 10}
+    weak = [args for _, args in runs if getattr(args, "targets", "") == "multilabel"]
+    assert {(args.finetune.removeprefix(f"{out}/").split("-")[0], args.epochs) for args in weak} == {
+        (start, epochs) for start in ("", "mae0.1", "mae0.5", "mae1") for epochs in (0.5, 1)
+    }
+    assert all(args.warmup_epochs == args.epochs / 10 for args in weak)
+    tuned = [args for name, args in runs if name != "main_pretrain.py" and args not in weak]
+    assert len(tuned) == 16 and {args.finetune.rsplit("/", 1)[0] for args in tuned} == {a.output_dir for a in weak}
+    assert sum(call[0] == "fewshot.py" for call in calls) == 8 and sum("--plot" in call for call in calls) == 3
+    assert not [call for call in sweep("maws", str(out), *where, **lists)[2] if call[0] != "collect.py"]  # all is there
+
+
+def test_scaling_grid(sweep, tmp_path, cifar10):
+    """Smaller shares are parts of larger ones, in an order that is always the same; the steps are equal."""
+    where = [str(tmp_path / "out"), "--data", str(cifar10), "--cpu_small"]
+    code, said, calls = sweep("maws", *where, script="scaling", SHARES="0.5 1", STEPS="7")
+    # The small set takes the first 500 images of a class: here the one there is.
+    assert code == 0, said
+    runs = [args for name, args in parsed(calls) if name == "main_pretrain.py"]
+    assert {(args.model, args.max_steps) for args in runs} == {("mae_vit_micro_patch4", 7), ("mae_deit_tiny_patch4", 7)}
+    half, whole = ((tmp_path / "out" / "lists" / f"{share}.txt").read_text().split() for share in ("0.5", "1"))
+    assert len(half) == 5 and len(whole) == 10 and whole[:5] == half
+    assert whole != sorted(whole)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("OUT", "--cpu_small"), "--cpu_small needs --data CIFAR10"),
+        (("OUT", "--cpu_small", "--data", "/"), "has no train/airplane/"),
+        (("OUT", "--data", "x"), "the folder of the images with hashtags"),
+    ],
+)
+def test_mistakes_of_three_stages(sweep, arguments, message):
+    code, said, calls = sweep("maws", *arguments)
+    assert code != 0 and message in said and not calls

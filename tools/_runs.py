@@ -19,7 +19,7 @@ from util.errors import UserError
 IRRELEVANT = FREE_FLAGS - {"world_size"} | {"out", "compile", "attention", "grad_checkpoint", "log_mfu", "no_pin_mem"}
 IRRELEVANT |= {"download", "train_list", "val_list", "max_bad_fraction", "dist_eval", "dist_on_itp", "resplit"}
 IRRELEVANT |= {"init_from", "data", "seed", "checkpoint"}
-NOT_COMPARED = {"run", "images_seen", "seconds"}  # to group by, not to compare
+NOT_COMPARED = {"run", "images_seen", "seconds", "images.train", "images.test"}  # to group by, not to compare
 TRAINING = {"main_pretrain", "main_finetune", "main_linprobe"}  # one such run in a folder
 
 
@@ -102,7 +102,8 @@ def _own(row: dict) -> dict:
         on = [method.name for method in METHODS if _enabled(method, flags)]
         flags["method"] = "+".join(on) or "mae"
     known = ("revision", "images_seen", "seconds")
-    return flags | {name: row[name] for name in known if row.get(name) is not None}
+    counts = {f"images.{split}": (value or {}).get("images") for split, value in (row.get("data") or {}).items()}
+    return flags | counts | {name: row[name] for name in known if row.get(name) is not None}
 
 
 def _enabled(method, flags: dict) -> bool:

@@ -6,7 +6,8 @@ python tools/collect.py OUT --by mask_ratio --metric knn20_acc1 --x mask_ratio -
 Flags of the pretraining that a judged checkpoint comes from are `pretrain.NAME`, of what that started from
 `pretrain2.NAME` (`finetune.NAME` of a fine-tuned one); a bare NAME means them too where the run has no such flag.
 Beside flags there are `command`, `run` (the folder's name without -seed<n>), `method`, `revision`, `pretrained`,
-`images_seen`, `seconds`, `data.train`, `data.test`. Runs of one row must not differ in anything but the seed.
+`images_seen`, `seconds`, `data.train`, `data.test` (hashes), `images.train`, `images.test` (numbers). Runs of one row
+must not differ in anything but the seed.
 """
 
 import argparse

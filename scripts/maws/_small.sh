@@ -1,0 +1,40 @@
+# shellcheck shell=bash disable=SC2154,SC2034
+# Sourced by the scripts of this folder for --cpu_small: of CIFAR-10 (train/<class>/ and val/<class>/) 500 training images
+# of each class with hashtags for the first stages, 100 others with labels for the last one, 200 test images; linked into
+# OUT/data. The hashtags are made up: the class by another name and what it has in common with others; noise comes on top.
+[ -n "$list$data" ] || { echo "error: --cpu_small needs --data CIFAR10, with train/<class>/ and val/<class>/" >&2; exit 2; }
+[ -n "$list" ] || [ -d "$data/train/airplane" ] ||
+    { echo "error: --data $data has no train/airplane/: --cpu_small wants CIFAR-10 as class folders" >&2; exit 2; }
+
+declare -A hashtags=([airplane]="plane,vehicle,sky,travel" [automobile]="car,vehicle,road" [bird]="bird,animal,sky"
+    [cat]="kitten,animal,pet" [deer]="deer,animal,wild" [dog]="puppy,animal,pet" [frog]="frog,animal,wild"
+    [horse]="pony,animal,farm" [ship]="boat,vehicle,sea,travel" [truck]="truck,vehicle,road")
+
+link() { # FOLDER CLASS SPLIT FIRST LAST
+    mkdir -p "$1/$2"
+    find "$(realpath "$data/$3/$2")" -type f | sort | sed -n "$4,$5p" | xargs -r -d '\n' ln -s -t "$1/$2"
+}
+
+if [ -z "$list" ] && [ ! -d "$out/data" ]; then
+    made="$out/data.tmp"
+    rm -rf "$made"
+    for class in "${!hashtags[@]}"; do
+        link "$made/weak/train" "$class" train 1 500
+        link "$made/weak/val" "$class" val 201 220
+        link "$made/labelled/train" "$class" train 501 600
+        link "$made/labelled/val" "$class" val 1 200
+        for split in train val; do
+            (cd "$made/weak" && find "$split/$class" -type l) | sort | sed "s/\$/\t${hashtags[$class]}/" >> "$made/$split.txt"
+        done
+    done
+    mv "$made" "$out/data"
+fi
+weak=$out/data/weak weak_train=$out/data/train.txt weak_val=$out/data/val.txt labelled=$out/data/labelled
+statistics=(--mean 0.49140 0.48216 0.44653 --std 0.24703 0.24349 0.26159 --num_workers 1 --amp_dtype fp32)
+pretrain=(--model mae_vit_micro_patch4 --norm_pix_loss --aug crop --batch_size 100 --lr 1.5e-3 --vis_freq 0)
+wsp=(--aug crop --aa none --smoothing 0 --reprob 0 --drop_path 0 --batch_size 100 --lr 1e-3 --layer_decay 1
+    --label_noise "${NOISE:-0.3}")
+finetune=(--aug_preset small --aug crop --reprob 0 --drop_path 0 --batch_size 50 --epochs 4 --warmup_epochs 1
+    --lr 2e-3 --layer_decay 0.75 --eval_freq 4)
+linprobe=(--cache_features)
+encoder=(--model vit_micro_patch4)

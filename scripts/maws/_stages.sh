@@ -1,0 +1,37 @@
+# shellcheck shell=bash disable=SC2154
+# Sourced by the scripts of this folder: the stages of a chain. The features are [cls] throughout.
+
+share() { # A B: their product, shortest
+    awk "BEGIN { printf \"%.6g\", $1 * $2 }"
+}
+
+newest() { # FOLDER: the last checkpoint of a run
+    find "$1" -name 'checkpoint-*.pth' ! -name '*best*' | sort -V | tail -1
+}
+
+judge() { # NAME CHECKPOINT SEED: stage three, on the labelled images
+    local common=(--data_path "$labelled" "${statistics[@]}" "${encoder[@]}" --finetune "$2" --seed "$3")
+    local again=(--resume auto)
+    case " ${linprobe[*]} " in *" --cache_features "*) again=(--overwrite) ;; esac
+    once "$out/finetune-$1/results.jsonl" main main_finetune.py "${common[@]}" --cls_token "${finetune[@]}" \
+        --keep 1 --output_dir "$out/finetune-$1" --resume auto
+    once "$out/linear-$1/results.jsonl" main main_linprobe.py "${common[@]}" --cls_token "${linprobe[@]}" \
+        --output_dir "$out/linear-$1" "${again[@]}"
+    once "$out/fewshot-$1/fewshot.json" "$python" "$root/tools/fewshot.py" "${common[@]}" --cls_token \
+        --out "$out/fewshot-$1/fewshot.json"
+}
+
+figures() { # BY X NAME: a table, and three curves over X
+    [ -z "$list" ] || return 0
+    local kind metric
+    "$python" "$root/tools/collect.py" "$out"/{finetune,linear,fewshot}-*-seed* --strip finetune- linear- fewshot- \
+        --by "$1" --metric finetune:test_acc1 linear:test_acc1 fewshot10_acc1 --out "$out/$3.md"
+    cat "$out/$3.md"
+    for kind in finetune linear fewshot; do
+        metric=test_acc1
+        [ "$kind" != fewshot ] || metric=fewshot10_acc1
+        "$python" "$root/tools/collect.py" "$out/$kind"-*-seed* --strip "$kind-" --by "$1" --metric "$metric" \
+            --plot "$out/$3-$kind.png" --x "$2" --out "$out/$3-$kind.md"
+    done
+    echo "curves: $out/$3-{finetune,linear,fewshot}.png"
+}

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# "The effectiveness of MAE pre-pretraining for billion-scale pretraining" (Singh et al. 2023): MAE, then weakly supervised
+# pretraining (WSP) on hashtags, then fine-tuning, linear probe and few-shot. WSP starts from random weights and from MAE
+# after 0.1, 0.5 and 1 of its budget; every length of WSP is a run of its own, whose schedule ends with it. At the end a
+# table and three figures: accuracy against epochs of WSP for every initialisation.
+#
+#   WEAK=DIR WEAK_LIST=train.txt WEAK_VAL=val.txt bash scripts/maws/sweep.sh OUT --data IMAGENET
+#   bash scripts/maws/sweep.sh OUT --cpu_small --data CIFAR10          (both as train/<class>/ and val/<class>/)
+#
+# The lists hold path<TAB>label,label,… below WEAK. MAE_EPOCHS is the budget, WSP_EPOCHS the lengths (both may be
+# fractions), NOISE the noise of --cpu_small, whose hashtags are made up (some 20 minutes on one idle core). Further flags go to
+# MAE; --only, --list, SEEDS and GPUS as in scripts/_sweep.sh.
+# shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+. "$here/../_sweep.sh"
+. "$here/_stages.sh"
+
+if [ -n "$cpu_small" ]; then
+    mae_epochs=${MAE_EPOCHS:-10} wsp_epochs=${WSP_EPOCHS:-0.5 1 2}
+    . "$here/_small.sh"
+else
+    [ -n "$list" ] || : "${WEAK:?the folder of the images with hashtags}" "${WEAK_LIST:?their list file}" "${WEAK_VAL:?its held-out part}"
+    . "$root/scripts/mae/_recipes.sh"
+    mae_epochs=${MAE_EPOCHS:-1} wsp_epochs=${WSP_EPOCHS:-0.1 0.25 0.5 1}
+    weak=${WEAK:-} weak_train=${WEAK_LIST:-} weak_val=${WEAK_VAL:-} labelled=$data statistics=()
+    pretrain+=(--model mae_vit_base_patch16 --accum_iter "$(accumulate "$pretrain_effective" "$pretrain_batch")")
+    wsp=(--batch_size 64 --accum_iter "$(accumulate 8192 64)" --blr 2e-5 --weight_decay 0.1 --layer_decay 1
+        --aa none --reprob 0 --drop_path 0)
+    finetune+=(--accum_iter "$(accumulate "$finetune_effective" "$finetune_batch")")
+    linprobe+=(--accum_iter "$(accumulate "$linprobe_effective" "$linprobe_batch")")
+    encoder=(--model vit_base_patch16)
+fi
+
+mae() { # NAME SHARE SEED
+    local epochs
+    epochs=$(share "$2" "$mae_epochs")
+    once "$out/$1-seed$3/encoder.safetensors" main main_pretrain.py --dataset filelist --data_path "$weak" \
+        --train_list "$weak_train" --val_list "$weak_val" "${statistics[@]}" "${pretrain[@]}" --epochs "$epochs" \
+        --warmup_epochs "$(share 0.1 "$epochs")" --seed "$3" --keep 1 --output_dir "$out/$1-seed$3" --resume auto \
+        "${extra[@]}"
+}
+
+chain() { # SHARE OF THE MAE BUDGET (0: random), EPOCHS OF WSP
+    local start=random name from seed
+    [ "$1" = 0 ] || start=mae$1
+    name=$start-wsp$2
+    chosen "$name" || return 0
+    for seed in $SEEDS; do
+        from=()
+        if [ "$1" != 0 ]; then
+            mae "$start" "$1" "$seed"
+            from=(--finetune "$out/$start-seed$seed/encoder.safetensors")
+        fi
+        once "$out/$name-seed$seed/results.jsonl" main main_finetune.py --dataset filelist --targets multilabel \
+            --data_path "$weak" --train_list "$weak_train" --val_list "$weak_val" "${statistics[@]}" "${encoder[@]}" \
+            --cls_token "${wsp[@]}" --epochs "$2" --warmup_epochs "$(share 0.1 "$2")" --seed "$seed" --keep 1 \
+            "${from[@]}" --output_dir "$out/$name-seed$seed" --resume auto
+        judge "$name-seed$seed" "$(newest "$out/$name-seed$seed")" "$seed"
+    done
+}
+
+for start in 0 0.1 0.5 1; do
+    for length in $wsp_epochs; do
+        chain "$start" "$length"
+    done
+done
+figures pretrain.epochs,finetune.epochs finetune.epochs wsp
