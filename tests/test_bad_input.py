@@ -240,7 +240,7 @@ NUMBERS = [
                                    "max_bad_fraction")),
     "--blr inf", "--lr inf", "--clip_grad 0", "--max_bad_fraction 1.5", "--seed 5000000000",
     "--crop_pct 0", "--crop_pct -1", "--crop_pct nan", "--crop_pct 1.5",
-    "--batch_size many", "--epochs 1.5", "--lr fast", "--seed x", "--in_chans RGB",
+    "--batch_size many", "--epochs 1,5", "--lr fast", "--seed x", "--in_chans RGB",
     "--input_size 0", "--input_size -8", "--input_size 10", "--input_size 8 8 8", "--input_size 2",
     "--patch_size 0", "--patch_size -4", "--patch_size 3", "--patch_size 16",
     "--in_chans 5", "--in_chans 0", "--in_chans -1",
