@@ -53,6 +53,9 @@ def get_args_parser() -> arguments.Parser:
         "--cache_size", type=int, metavar="SIDE",
         help="resize the shorter side to this and cut the longer one, for images of several sizes in a cache",
     )  # fmt: skip
+    group.add_argument(
+        "--nvjpeg", action="store_true", help="decode the JPEG files of a cache on the GPU, where CPU cores are few"
+    )
     parser.add_argument(
         "--aug", default="mae", choices=["mae", "crop", "three", "none"],
         help="mae: resized crop and flip; crop: pad, crop and flip (CIFAR); three: 3-Augment; none: the whole image",
@@ -82,6 +85,8 @@ def check(args) -> list:
         raise UserError(f"--knn_images {args.knn_images} must be positive")
     if args.cache_size is not None and (args.data_cache == "none" or args.cache_size < 1):
         raise UserError(f"--cache_size {args.cache_size} must be positive, and needs --data_cache ram or device")
+    if args.nvjpeg and args.data_cache == "none":
+        raise UserError("--nvjpeg fills a cache: it needs --data_cache ram or device")
     arguments.check_draft(args, args.aug in ("mae", "three") and args.data_cache == "none")
     if args.aug == "three":
         three_augment(args.in_chans)

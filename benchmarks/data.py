@@ -52,7 +52,8 @@ def paths(folder: Path, side: int, options) -> dict:
     """By name, something that makes one pass over the set when it is called."""
     args = SimpleNamespace(
         dataset="imagefolder", data_path=str(folder), num_workers=options.num_workers, pin_mem=False, seed=0,
-        in_chans=3, data_cache="ram", cache_size=None, jpeg_draft=False, shuffle_buffer=1000, shard_samples=None,
+        in_chans=3, data_cache="ram", cache_size=None, jpeg_draft=False, nvjpeg=False, shuffle_buffer=1000,
+        shard_samples=None,
     )  # fmt: skip
     images = read_images(args, train=True)
     common = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*IMAGENET)]

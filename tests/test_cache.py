@@ -16,7 +16,7 @@ import main_pretrain
 import util.cache
 from util import batch_aug
 from util.batch_aug import BatchTransform, by_matrices, crop_boxes, gaussian_blur, padded_crops, resized_crops
-from util.cache import CachedBatches, cache_images
+from util.cache import CachedBatches, Decoder, cache_images
 from util.datasets import IMAGENET, Arrays, Files
 from util.errors import UserError
 from util.transforms import eval_transform, pretrain_transform
@@ -155,6 +155,7 @@ def test_distribution_is_that_of_image_by_image(aug):
 
 def flags(**changes):
     common = dict(data_cache="ram", cache_size=None, in_chans=3, num_workers=2, dataset="imagefolder", seed=0)
+    common["nvjpeg"] = False
     return SimpleNamespace(**common | changes)
 
 
@@ -188,6 +189,28 @@ def test_cache_size_resizes_the_shorter_side(tmp_path):
         )
         assert (cached.pixels[i].float() - pixels(expected)).abs().max() <= 1 or i == 1  # torchvision rounds the middle
         assert np.array_equal(np.asarray(cached.load(i)), cached.pixels[i].permute(1, 2, 0).numpy())
+
+
+def test_decoding_on_the_device_is_pillows(tmp_path):
+    """torchvision's decoder, which is nvJPEG on a GPU, here on the CPU: the same pixels, resized ones within two levels
+    (pillow rounds between its two passes). What it does not read (PNG, damage, on a GPU CMYK) is left to pillow."""
+    smooth = TF.gaussian_blur(noisy(4, 50, 71), 7)
+    for place, pixels in enumerate(smooth):
+        image = picture(pixels)
+        image = image.convert("CMYK") if place == 2 else image
+        image.save(tmp_path / f"{place}.{'png' if place == 3 else 'jpg'}", **({} if place == 3 else {"quality": 90}))
+    images = Files(sorted(map(str, tmp_path.iterdir())), [0] * 4, None)
+    for size, levels in ((None, 0), (24, 2)):
+        plain, device = (Decoder(images, 3, size, where) for where in (None, CPU))
+        found = [device._decoded_on_device(place) is not None for place in range(4)]
+        assert found[:2] == [True, True] and not found[3]
+        for place in range(4):
+            ours, theirs = (decoder._decoded(place).astype(int) for decoder in (device, plain))
+            assert ours.shape == theirs.shape and abs(ours - theirs).max() <= levels
+    (tmp_path / "0.jpg").write_bytes(b"\xff\xd8 no picture")
+    assert Decoder(images, 3, None, CPU)._decoded(0) is None
+    with pytest.raises(UserError, match="--nvjpeg decodes on a GPU, and this run is on the cpu: leave it out"):
+        cache_images(images, flags(nvjpeg=True), CPU)
 
 
 def test_unreadable_images_are_replaced_and_counted(tmp_path, capfd):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from util.batch_aug import BatchTransform
 from util.datasets import Images
@@ -48,13 +49,15 @@ def cache_images(images, args, device: torch.device) -> CachedImages:
     UserError for a stream, for images of several sizes without `--cache_size`, and where the memory is not there."""
     if not isinstance(images, Images):
         raise UserError(f"--data_cache {args.data_cache} needs images that can be indexed: {args.dataset} is a stream")
+    if args.nvjpeg and device.type != "cuda":
+        raise UserError(f"--nvjpeg decodes on a GPU, and this run is on the {device.type}: leave it out")
     node = _node()
     here = [rank for rank, other in enumerate(gather_objects(node)) if other == node]
     share = here.index(get_rank())
     pixels = _shared_memory(images, args, first=share == 0, node=node)
     good, problem = torch.ones(len(images), dtype=torch.bool), ""
     try:
-        decoder = Decoder(images, args.in_chans, args.cache_size)
+        decoder = Decoder(images, args.in_chans, args.cache_size, device if args.nvjpeg else None)
         decoder.fill(pixels, good, range(share, len(images), len(here)), max(1, args.num_workers))
         if args.data_cache == "device" and device.type == "cuda":
             _check_room(pixels.shape, "device", str(device), torch.cuda.mem_get_info(device)[0])
@@ -121,10 +124,14 @@ def _check_room(shape, kind: str, place: str, free: int) -> None:
         )
 
 
-class Decoder:
-    """Images to pixels of one size."""
+_JPEG_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 
-    def __init__(self, images: Images, in_chans: int, size: int | None):
+
+class Decoder:
+    """Images to pixels of one size; JPEG files on `device`, if one is given (nvJPEG on a GPU)."""
+
+    def __init__(self, images: Images, in_chans: int, size: int | None, device: torch.device | None = None):
+        self.device, self.mode = device, _JPEG_MODES.get(in_chans)
         self.images, self.in_chans, self.resize = images, in_chans, ResizeShortSide(size) if size else None
         self.side = size
         first = next((p for p in map(self._decoded, range(min(len(images), 20))) if p is not None), None)
@@ -134,6 +141,9 @@ class Decoder:
 
     def _decoded(self, index: int) -> np.ndarray | None:
         """(C, H, W), None where the image cannot be read."""
+        found = self._decoded_on_device(index) if self.device is not None else None
+        if found is not None:
+            return found
         try:
             image = to_channels(self.images.load(index), self.in_chans)
         except BROKEN_IMAGE as error:
@@ -145,6 +155,21 @@ class Decoder:
             image = image.crop((left, top, left + self.side, top + self.side))
         pixels = np.asarray(image)
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+    def _decoded_on_device(self, index: int) -> np.ndarray | None:
+        """The same of a JPEG file, None where it is none, or one that only pillow reads (CMYK) or refuses."""
+        path = self.images.name(index)
+        if self.mode is None or not path.lower().endswith((".jpg", ".jpeg")):
+            return None
+        try:
+            pixels = decode_jpeg(read_file(path), self.mode, self.device)
+        except RuntimeError:
+            return None
+        if self.resize:
+            pixels = self.resize.tensor(pixels)
+            top, left = ((length - self.side) // 2 for length in pixels.shape[1:])
+            pixels = pixels[:, top : top + self.side, left : left + self.side]
+        return pixels.cpu().numpy()
 
     def fill(self, pixels: torch.Tensor, good: torch.Tensor, places: range, threads: int) -> None:
         """Decode the images at `places` into `pixels`; `good` (N,) becomes false where one cannot be read."""

@@ -1,6 +1,7 @@
 """What happens to an image between the file and the batch: channels, augmentation, normalisation."""
 
 import numpy as np
+import torch
 from PIL import Image, ImageFilter, ImageOps
 from timm.data import create_transform
 from torchvision import transforms
@@ -136,6 +137,10 @@ class ResizeShortSide(transforms.Resize):
 
     def forward(self, img):
         return img if min(img.size) == self.size else super().forward(img)
+
+    def tensor(self, img: torch.Tensor) -> torch.Tensor:
+        """The same of pixels (C, H, W)."""
+        return img if min(img.shape[1:]) == self.size else super().forward(img)
 
 
 def finetune_transform(args, size: tuple[int, int], mean, std):
