@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from torchvision import datasets as tv
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util import transforms
+from util import fine_grained, transforms
 from util.distributed import main_process_first
 from util.errors import UserError
 from util.shards import find_shards
@@ -143,7 +143,7 @@ def _images_below(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _class_folder(folder: Path, classes: list[str] | None = None) -> Files:
+def class_folder(folder: Path, classes: list[str] | None = None) -> Files:
     """`folder/<class>/...`; with `classes` the labels are places in that list, and other folders are refused."""
     found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if not found:
@@ -164,11 +164,11 @@ def _imagefolder(args, train: bool) -> Files:
     if not (root / "train").is_dir():
         raise UserError(f"--data_path {root} has no train/ folder; use --dataset folder for images without that layout")
     if train:
-        return _class_folder(root / "train")
+        return class_folder(root / "train")
     if not (root / "val").is_dir():
         raise UserError(f"--data_path {root} has no val/ folder")
     classes = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
-    return _class_folder(root / "val", classes)
+    return class_folder(root / "val", classes)
 
 
 def _folder(args, train: bool) -> Files:
@@ -247,12 +247,12 @@ def _tiny_imagenet(args, train: bool) -> Files:
             f"--data_path {root} has no train/ folder; tiny_imagenet is what tiny-imagenet-200.zip unpacks to"
         )
     if train:
-        return _class_folder(root / "train")
+        return class_folder(root / "train")
     classes = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
     annotations = root / "val" / "val_annotations.txt"
     if not annotations.is_file():
         if (root / "val").is_dir():  # a copy sorted into class folders
-            return _class_folder(root / "val", classes)
+            return class_folder(root / "val", classes)
         raise UserError(f"{annotations} is missing; tiny_imagenet is what tiny-imagenet-200.zip unpacks to")
     rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
     index = {wnid: place for place, wnid in enumerate(classes)}
@@ -273,6 +273,10 @@ def _digits(args, train: bool) -> Arrays:
     return Arrays(split[0 if train else 1], split[2 if train else 3], [str(digit) for digit in range(10)])
 
 
+def _fine_grained(args, train: bool) -> Files:
+    return Files(*fine_grained.READERS[args.dataset](_need_path(args), train))
+
+
 READERS = {
     "imagefolder": _imagefolder,
     "folder": _folder,
@@ -281,6 +285,7 @@ READERS = {
     "cifar100": _cifar,
     "tiny_imagenet": _tiny_imagenet,
     "digits": _digits,
+    **dict.fromkeys(fine_grained.READERS, _fine_grained),
     "wds": find_shards,
 }
 
