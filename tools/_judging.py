@@ -16,7 +16,7 @@ from models_vit import VisionTransformer
 from util.amp import choose_amp_dtype
 from util.datasets import input_size, mean_std, read_images
 from util.distributed import choose_device
-from util.encoder import build_encoder, count_classes, settle_model, token_feature
+from util.encoder import build_encoder, count_classes, load_encoder, settle_model, token_feature
 from util.errors import UserError
 from util.features import extract
 from util.ledger import Record, strict
@@ -27,8 +27,9 @@ from util.transforms import check_channels, eval_transform
 from util.weights import Weights, models_that_fit, read_weights, recognise
 
 
-def parser(description: str, several: bool = False):
-    """The data flags of the mains, and those of judging. `several` checkpoints may be named, or one."""
+def parser(description: str, several: bool = False, features: bool = True):
+    """The data flags of the mains, and those of judging: of `features`, or of a classifier. `several` checkpoints may
+    be named, or one."""
     made = _common.parser(description)
     group = made.add_argument_group("what is judged")
     group.add_argument(
@@ -37,9 +38,10 @@ def parser(description: str, several: bool = False):
     )  # fmt: skip
     if not several:
         group.add_argument("--finetune", default="", help="the same, as the mains name it; without any it is random")
-    group.add_argument("--pool", choices=["avg", "cls"], default="avg", help="feature: mean of the patches, or [cls]")
-    group.add_argument("--global_pool", action="store_const", const="avg", dest="pool", help="--pool avg")
-    group.add_argument("--cls_token", action="store_const", const="cls", dest="pool", help="--pool cls")
+    if features:
+        group.add_argument("--pool", choices=["avg", "cls"], default="avg", help="feature: mean of patches, or [cls]")
+        group.add_argument("--global_pool", action="store_const", const="avg", dest="pool", help="--pool avg")
+        group.add_argument("--cls_token", action="store_const", const="cls", dest="pool", help="--pool cls")
     group.add_argument("--nb_classes", type=int, help="classes of the data set, which is the default")
     _common.add_model_flags(made)
     made.add_argument("--batch_size", type=int, default=256)
@@ -93,6 +95,23 @@ def open_encoder(args, checkpoint: str) -> Judged:
     return Judged(own, weights, model.to(device).eval(), device, choose_amp_dtype(args.amp_dtype, device))
 
 
+def open_classifier(args) -> Judged:
+    """The classifier of a file, on its device. UserError for a file without one."""
+    checkpoint = named(args)
+    if checkpoint in ("", "random"):
+        raise UserError("name a CHECKPOINT with a classifier: one of main_finetune.py or main_linprobe.py")
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size} must be positive")
+    own = copy.copy(args)
+    model, weights = load_encoder(own, checkpoint)
+    if not model.num_classes:
+        raise UserError(f"{checkpoint} has no classifier: fine-tune it first (main_finetune.py, main_linprobe.py)")
+    check_channels(own.in_chans)
+    _common.take_data_flags(own, weights.args)
+    device = choose_device(args.device)
+    return Judged(own, weights, model.to(device), device, choose_amp_dtype(args.amp_dtype, device))
+
+
 def _weights(checkpoint: str, key: str) -> Weights:
     name = checkpoint.removeprefix("timm/")
     if os.path.exists(checkpoint) or not timm.is_model(name):
@@ -119,19 +138,20 @@ def labelled_splits(args) -> list:
     return splits
 
 
-def check_out(args, *endings: str) -> None:
-    """UserError when `--out` is no file of one of these endings that can be written; makes its folder."""
-    path = Path(args.out)
-    if not args.out:
+def check_out(args, *endings: str, flag: str = "out") -> None:
+    """UserError when `--out`, or another flag, is no file of one of these endings that can be written; makes its
+    folder."""
+    path = Path(getattr(args, flag))
+    if not getattr(args, flag):
         return
     if path.suffix.lower() not in endings or path.is_dir():
-        raise UserError(f"--out {path} must be a {' or '.join(endings)} file")
+        raise UserError(f"--{flag} {path} must be a {' or '.join(endings)} file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
+        raise UserError(f"--{flag} {path} cannot be written: {error.strerror}") from error
     if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--out {path} cannot be written: the folder is read-only")
+        raise UserError(f"--{flag} {path} cannot be written: the folder is read-only")
 
 
 def publish(judged: Judged, record: Record, metrics: dict, images_seen: int, name: str = "") -> None:

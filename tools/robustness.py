@@ -1,0 +1,319 @@
+"""How well a classifier does away from its training data: on class folders (ImageNet-A, -R, -Sketch, -V2, -C), under
+the 15 corruptions made here of any evaluation set, and in telling foreign images (ImageNet-O).
+
+python tools/robustness.py output_dir/checkpoint-99.pth --folders imagenet-a imagenet-r imagenet-c --out out/robust.json
+python tools/robustness.py output_dir/checkpoint-99.pth --dataset cifar10 --data_path DIR --corrupt --out out/c.json
+
+Mean corruption error: Hendrycks and Dietterich 2019. Predictions are among the classes that a folder has, as for
+ImageNet-A and -O (Hendrycks et al. 2021, Natural Adversarial Examples) and -R (The Many Faces of Robustness).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import _judging
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torchvision import transforms
+
+from util.corruptions import NAMES, SEVERITIES, read_frost
+from util.datasets import Part, input_size, mean_std, read_images
+from util.errors import UserError, user_errors
+from util.features import extract
+from util.ledger import Record, describe_images
+from util.loading import build_loader
+from util.robustness import (
+    Classes,
+    Corrupted,
+    Evaluation,
+    Shape,
+    corruption_error,
+    corruption_folders,
+    detection_aupr,
+    known_classes,
+    only,
+    open_folder,
+    open_foreign,
+)
+from util.transforms import eval_transform, to_channels
+
+
+def get_args_parser():
+    parser = _judging.parser("Robustness of a classifier.", features=False)
+    group = parser.add_argument_group("what it is judged on")
+    group.add_argument(
+        "--folders", nargs="+", default=[], metavar="DIR",
+        help="evaluation sets: class folders with the names of the training classes, or numbers as in ImageNet-V2; or "
+        "ImageNet-C (corruption/severity/class)",
+    )  # fmt: skip
+    group.add_argument("--classes", default="", help="text file: names of the classes in the order of the outputs")
+    group.add_argument("--train_classes", default="", metavar="DIR", help="the same from the training folder")
+    group.add_argument("--all_classes", action="store_true", help="predict among all classes, not a folder's own")
+    group.add_argument("--clean", default="", metavar="DIR", help="the clean images of ImageNet-C, for relative errors")
+    group.add_argument(
+        "--foreign", default="", metavar="DIR", help="images of no class: ImageNet-O, or other class folders"
+    )
+    group.add_argument("--known", default="", metavar="DIR", help="with --foreign: images of the classes (val folder)")
+    group.add_argument("--images", type=int, help="of each set, drawn at random; all by default")
+    group = parser.add_argument_group("corruptions made here")
+    group.add_argument("--corrupt", action="store_true", help="corrupt the --folders, or without any the --dataset")
+    group.add_argument("--corruptions", nargs="+", default=list(NAMES), choices=NAMES, metavar="NAME", help="some only")
+    group.add_argument("--frost", default="", metavar="DIR", help="photographs of frost, instead of a made-up texture")
+    group.add_argument("--picture", default="", help="PNG: two images under every corruption")
+    parser.add_argument("--out", default="", help="JSON file for the result; its folder gets the line of the ledger")
+    return parser
+
+
+def check(args) -> None:
+    if not (args.folders or args.foreign or args.corrupt):
+        raise UserError("nothing to judge: give --folders, --corrupt (with --dataset or --folders), or --foreign")
+    if bool(args.foreign) != bool(args.known):
+        raise UserError("--foreign and --known go together: images of no class are told from images of the classes")
+    if args.images is not None and args.images < 1:
+        raise UserError(f"--images {args.images} must be positive")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} must not be negative")
+    if (args.frost or args.picture) and not args.corrupt:
+        raise UserError(f"--{'frost' if args.frost else 'picture'} is for --corrupt")
+    _judging.check_out(args, ".json")
+    if args.picture:
+        _judging.check_out(args, ".png", flag="picture")
+
+
+@dataclass
+class Bench:
+    """The classifier, what its outputs mean, and how images come to it."""
+
+    judged: _judging.Judged
+    classes: Classes
+    photographs: list
+    seen: int = 0  # images that went through it
+
+    def transforms(self, crop_pct: float | None):
+        """To the size of the input (PIL), and from there to a normalised tensor."""
+        args = self.judged.args
+        steps = eval_transform(input_size(args), *mean_std(args), crop_pct).transforms
+        return transforms.Compose(steps[:2]), transforms.Compose(steps[2:])
+
+    def shape(self) -> Shape:
+        args = self.judged.args
+        return Shape(self.transforms(args.crop_pct)[0], input_size(args), args.in_chans)
+
+    def some(self, evaluation: Evaluation) -> Evaluation:
+        """`--images` of them, drawn without repetition."""
+        count, total = self.judged.args.images, len(evaluation.images)
+        if count is None or count >= total:
+            return evaluation
+        chosen = np.sort(np.random.default_rng(self.judged.args.seed).permutation(total)[:count])
+        return Evaluation(evaluation.name, Part(evaluation.images, chosen), evaluation.places)
+
+    @torch.no_grad()
+    def predict(self, evaluation: Evaluation, images=None, crop_pct=None) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the readable images are classified correctly, and the probability (M,) of the predicted class, among
+        the classes of the set or, by `--all_classes`, all. `images` instead of the set's are in the input's shape."""
+        judged, places = self.judged, evaluation.places
+        if judged.args.all_classes:
+            places = torch.arange(self.classes.count)
+
+        def encode(imgs):
+            return torch.stack(judged.model(imgs).float()[:, places].softmax(dim=1).max(dim=1), dim=1)
+
+        to_size, to_tensor = self.transforms(crop_pct or judged.args.crop_pct)
+        steps = to_tensor if images is not None else transforms.Compose([to_size, to_tensor])
+        images = evaluation.images if images is None else images
+        loader = build_loader(images, steps, judged.args, judged.args.batch_size, train=False)
+        found, labels = extract(encode, loader, judged.device, judged.dtype)
+        if not len(found):
+            raise UserError(f"{evaluation.name}: none of its {len(images)} images can be read")
+        if len(found) < len(images):
+            print(f"{evaluation.name}: {len(images) - len(found)} unreadable images left out")
+        self.seen += len(images)
+        return (places[found[:, 1].long()] == evaluation.places[labels]).numpy(), found[:, 0].numpy()
+
+    def error(self, evaluation: Evaluation, images=None, crop_pct=None) -> float:
+        """In percent."""
+        return 100 * float(1 - self.predict(evaluation, images, crop_pct)[0].mean())
+
+
+# Each set -------------------------------------------------------------------------------------------------------------
+
+
+def heading() -> None:
+    print(f"{'error in percent, severity':<26}" + "".join(f"{severity:7d}" for severity in SEVERITIES) + "   mean")
+
+
+def line(name: str, errors: list[float]) -> None:
+    print(f"{name:<26}" + "".join(f"{error:7.2f}" for error in errors) + f"{np.mean(errors):7.2f}", flush=True)
+
+
+def corrupted_here(bench: Bench, evaluation: Evaluation) -> tuple[dict, dict]:
+    """Metrics, and errors in percent by corruption and severity, of a set under the corruptions made here."""
+    args, shape, errors = bench.judged.args, bench.shape(), {}
+    clean = bench.error(evaluation)
+    print(f"{evaluation.name}, {len(evaluation.images)} images: clean error {clean:.2f} %")
+    heading()
+    for name in args.corruptions:
+        variants = (
+            Corrupted(evaluation.images, name, severity, shape, args.seed, bench.photographs) for severity in SEVERITIES
+        )
+        errors[name] = [bench.error(evaluation, images) for images in variants]
+        line(name + " (synthetic)" * (name == "frost" and not bench.photographs), errors[name])
+    mean = float(np.mean(list(errors.values())))
+    print(f"mean error under {len(errors)} corruptions {mean:.2f} %, {mean - clean:+.2f} points from clean")
+    return {"clean_error": clean, "corrupted_error": mean, **means(errors)}, errors
+
+
+def corrupted_folder(bench: Bench, path: str, folders: dict, record: Record) -> tuple[dict, dict]:
+    """The same for a folder like ImageNet-C, and with all 15 corruptions its mean corruption error."""
+    errors = {}
+    print(f"{path}, corruptions from the folder")
+    heading()
+    for name, severities in folders.items():
+        errors[name] = []
+        for folder in severities:
+            evaluation = bench.some(open_folder(folder, bench.classes))
+            record.data.setdefault(Path(path).name, describe_images(evaluation.images, path))
+            errors[name].append(bench.error(evaluation, crop_pct=1.0))  # they were cropped before they were corrupted
+        line(name, errors[name])
+    metrics = {"corrupted_error": float(np.mean(list(errors.values()))), **means(errors)}
+    if len(errors) < len(NAMES):
+        missing = [name for name in NAMES if name not in errors]
+        print(f"no mean corruption error: {', '.join(missing)} missing from {path}")
+        return metrics, errors
+    metrics["mce"] = corruption_error(errors)
+    print(f"mean corruption error, AlexNet = 100: {metrics['mce']:.2f}")
+    if bench.judged.args.clean:
+        clean = bench.error(bench.some(open_folder(bench.judged.args.clean, bench.classes)))
+        metrics |= {"clean_error": clean, "relative_mce": corruption_error(errors, clean)}
+        print(f"relative to the clean error of {clean:.2f} %: {metrics['relative_mce']:.2f}")
+    return metrics, errors
+
+
+def means(errors: dict[str, list[float]]) -> dict[str, float]:
+    return {f"{name}_error": float(np.mean(values)) for name, values in errors.items()}
+
+
+def plain_folder(bench: Bench, evaluation: Evaluation) -> dict:
+    accuracy = 100 - bench.error(evaluation)
+    print(f"{evaluation.name}: top-1 {accuracy:.2f} % on {len(evaluation.images)} images of {len(evaluation.places)} "
+          f"classes")  # fmt: skip
+    return {"acc1": accuracy}
+
+
+def foreign_images(bench: Bench, foreign: Evaluation, known: Evaluation) -> dict:
+    known = bench.some(only(known, foreign.places))
+    (_, outside), (_, inside) = bench.predict(bench.some(foreign)), bench.predict(known)
+    found = {"aupr": detection_aupr(inside, outside)}
+    chance = 100 * len(outside) / (len(inside) + len(outside))
+    print(f"{foreign.name}: AUPR {found['aupr']:.2f} % of {len(outside)} foreign among {len(inside)} known images "
+          f"(chance {chance:.2f} %)")  # fmt: skip
+    return found
+
+
+def dataset_images(bench: Bench) -> Evaluation:
+    """The validation images of `--dataset`; UserError where they have no labels, or not the classifier's."""
+    args = bench.judged.args
+    images = read_images(args, train=False)
+    if not hasattr(images, "load"):
+        raise UserError(f"--dataset {args.dataset} is a stream, of which no images can be asked for by number")
+    if images.classes is None:
+        raise UserError(f"--dataset {args.dataset} has no labels, so nothing can be judged on it")
+    if bench.classes.names is None and len(images.classes) == bench.classes.count:
+        return Evaluation(args.dataset, images, torch.arange(bench.classes.count))
+    return Evaluation(args.dataset, images, bench.classes.places(images.classes, f"--dataset {args.dataset}"))
+
+
+# The picture ----------------------------------------------------------------------------------------------------------
+
+
+def draw(bench: Bench, evaluation: Evaluation, path: str, count: int = 2) -> None:
+    """A row for each corruption: every image clean, and at severity 1 to 5."""
+    args, shape = bench.judged.args, bench.shape()
+    places = np.linspace(0, len(evaluation.images) - 1, count + 2).astype(int)[1:-1]
+    columns = count * (1 + len(SEVERITIES))
+    figure = Figure(figsize=(0.9 * columns + 1.6, 0.9 * len(args.corruptions) + 0.4), layout="constrained")
+    axes = figure.subplots(len(args.corruptions), columns, squeeze=False)
+    for row, name in zip(axes, args.corruptions):
+        row[0].set_ylabel(name.replace("_", "\n"), rotation=0, ha="right", va="center", fontsize="small")
+        for i, place in enumerate(places):
+            clean = shape.to_size(to_channels(evaluation.images.load(int(place)), args.in_chans))
+            variants = [
+                Corrupted(evaluation.images, name, severity, shape, args.seed, bench.photographs).load(int(place))
+                for severity in SEVERITIES
+            ]
+            for axis, img in zip(row[i * (1 + len(SEVERITIES)) :], [clean, *variants]):
+                axis.imshow(img, cmap="gray", vmin=0, vmax=255)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for i, axis in enumerate(axes[0]):
+        severity = i % (1 + len(SEVERITIES))
+        axis.set_title(f"severity {severity}" if severity else "clean", fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def open_bench(args) -> Bench:
+    judged = _judging.open_classifier(args)
+    if args.corrupt and judged.args.in_chans not in (1, 3):
+        raise UserError(f"--corrupt is for images of 1 or 3 channels: the classifier reads {judged.args.in_chans}")
+    path, count = _judging.named(args), judged.model.num_classes
+    classes = known_classes(path, count, judged.weights.classes, args.classes, args.train_classes)
+    return Bench(judged, classes, read_frost(args.frost) if args.frost else [])
+
+
+def open_sets(bench: Bench) -> tuple[dict[str, Evaluation], dict[str, dict]]:
+    """Plain sets and folders like ImageNet-C by path, all of them found before the first is judged."""
+    args, plain, corrupted = bench.judged.args, {}, {}
+    for path in args.folders:
+        folders = corruption_folders(path)
+        if folders:
+            corrupted[path] = folders
+            open_folder(next(iter(folders.values()))[0], bench.classes)
+        else:
+            plain[path] = bench.some(open_folder(path, bench.classes))
+    if args.corrupt and corrupted:
+        raise UserError(f"--corrupt: {next(iter(corrupted))} holds corrupted images already")
+    if args.corrupt and not args.folders:
+        plain[args.dataset] = bench.some(dataset_images(bench))
+    names = [Path(path).name for path in args.folders]
+    if len(set(names)) < len(names):
+        raise UserError(f"--folders has two folders of the same name, {max(names, key=names.count)}: rename one")
+    return plain, corrupted
+
+
+def main(args) -> dict:
+    """All metrics, by name, in percent; with --folders each begins with the name of its folder."""
+    check(args)
+    bench = open_bench(args)
+    plain, corrupted = open_sets(bench)
+    foreign = []
+    if args.foreign:
+        foreign = [open_foreign(args.foreign, bench.classes), open_folder(args.known, bench.classes)]
+    sets = {evaluation.name: evaluation.images for evaluation in plain.values()}
+    sets |= {name: evaluation.images for name, evaluation in zip(("foreign", "known"), foreign)}
+    record = Record("robustness", bench.judged.args, bench.judged.weights, **sets)
+    if args.picture:
+        draw(bench, next(iter(plain.values())), args.picture)
+    result, errors = {}, {}
+    for path, evaluation in plain.items():
+        found = {} if args.corrupt else plain_folder(bench, evaluation)
+        if args.corrupt:
+            found, errors[evaluation.name] = corrupted_here(bench, evaluation)
+        result |= {f"{evaluation.name}_{name}" if path in args.folders else name: v for name, v in found.items()}
+    for path, folders in corrupted.items():
+        found, errors[Path(path).name] = corrupted_folder(bench, path, folders, record)
+        result |= {f"{Path(path).name}_{name}": value for name, value in found.items()}
+    if foreign:
+        result |= {f"{foreign[0].name}_{name}": value for name, value in foreign_images(bench, *foreign).items()}
+    if args.out:
+        _judging.write_json(args.out, bench.judged.args, result=result, errors=errors)
+    _judging.publish(bench.judged, record, result, bench.seen)
+    return result
+
+
+if __name__ == "__main__":
+    with user_errors("robustness.py"):
+        main(get_args_parser().parse_args())
