@@ -274,7 +274,7 @@ def _digits(args, train: bool) -> Arrays:
 
 
 def _fine_grained(args, train: bool) -> Files:
-    return Files(*fine_grained.READERS[args.dataset](_need_path(args), train))
+    return Files(*fine_grained.READERS[args.dataset](need_path(args), train))
 
 
 READERS = {
