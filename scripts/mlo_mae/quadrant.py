@@ -26,11 +26,12 @@ sys.path.insert(0, str(ROOT))
 from methods.mask_net import load_mask_net  # noqa: E402
 from models_mae import build_model  # noqa: E402
 from util.datasets import IMAGENET, read_images  # noqa: E402
-from util.errors import user_errors  # noqa: E402
+from util.errors import UserError, user_errors  # noqa: E402
 from util.loading import KeyedDataset  # noqa: E402
 from util.transforms import eval_transform  # noqa: E402
 
 RECIPE = "--aug none --norm_pix_loss --batch_size 64 --warmup_epochs 0 --lr 1e-3 --vis_freq 5 --num_workers 0"
+LEARNING = "--mlo_labels same --mlo_batch_size 128 --mlo_head_lr 0.03 --mlo_mask_lr 0.1"
 MODEL = "vit_micro_patch4"
 
 
@@ -80,10 +81,13 @@ def changed(checkpoint: Path, to: Path, sign: float) -> Path:
     return to
 
 
-def one_seed(out: Path, data: Path, seed: int, epochs: int) -> dict[str, float]:
+def one_seed(out: Path, data: Path, seed: int, args) -> dict[str, float]:
+    epochs = args.epochs
     warm = f"--init_from {pretrain(out / f'mae-seed{seed}', data, seed, epochs, '')}"
-    mlo = f"{warm} --mlo_mae --mlo_labels same --mlo_batch_size 128 --mlo_head_lr 0.03 --mlo_mask_lr 0.1"
-    learned = pretrain(out / f"mlo-seed{seed}", data, seed, epochs + 2, f"{mlo} --mlo_warmup_epochs 2")
+    mlo = f"{warm} --mlo_mae {args.learning}"
+    learned = pretrain(
+        out / f"mlo-seed{seed}", data, seed, epochs + args.warmup, f"{mlo} --mlo_warmup_epochs {args.warmup}"
+    )
     # The masking network as it was before: it never moves.
     before = pretrain(out / f"before-seed{seed}", data, seed, 1, f"{mlo} --mlo_update_every 1000")
     mirrored = changed(learned, out / f"mirrored-seed{seed}.pth", -1)
@@ -99,16 +103,28 @@ def one_seed(out: Path, data: Path, seed: int, epochs: int) -> dict[str, float]:
     return row
 
 
+def check_protocol(out: Path, protocol: str) -> None:
+    """UserError when `out` holds runs of other flags: what is finished there would be taken for these."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = out / "protocol.txt"
+    if any(out.iterdir()) and (not written.exists() or written.read_text() != protocol):
+        raise UserError(f"{out} holds runs of another protocol: give an empty folder")
+    written.write_text(protocol)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=4, help="of plain MAE, of the masks after the head, of a probe's")
+    parser.add_argument("--warmup", type=int, default=2, help="epochs of the head alone")
+    parser.add_argument("--learning", default=LEARNING, help="flags of MLO-MAE")
     args = parser.parse_args()
+    check_protocol(args.out, f"{RECIPE} {args.epochs} {args.warmup} {args.learning}\n")
     data = args.out.resolve() / "data"
     if not data.exists():
         python("tools/quadrant_digits.py", data)
-    rows = [one_seed(args.out.resolve(), data, seed, args.epochs) for seed in args.seeds]
+    rows = [one_seed(args.out.resolve(), data, seed, args) for seed in args.seeds]
     seeds = " | ".join(f"seed {seed}" for seed in args.seeds)
     print(f"| | {seeds} | mean | deviation |\n" + "|---" * (len(rows) + 3) + "|")
     for name in rows[0]:
