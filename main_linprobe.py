@@ -249,7 +249,8 @@ def main(args) -> dict:
     arguments.settle_learning_rate(args)
     kind = torch.optim.AdamW if args.head == "attentive" else LARS
     optimizer = kind(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    run = Run(args, device, loader, model, optimizer, probe, resume, record)
+    names = getattr(images, "classes", None)
+    run = Run(args, device, loader, model, optimizer, probe, resume, record, classes=names)
     return train(args, run, test_loader, nn.CrossEntropyLoss())
 
 
