@@ -260,7 +260,7 @@ def open_bench(args) -> Bench:
     if args.corrupt and judged.args.in_chans not in (1, 3):
         raise UserError(f"--corrupt is for images of 1 or 3 channels: the classifier reads {judged.args.in_chans}")
     path, count = _judging.named(args), judged.model.num_classes
-    classes = known_classes(path, count, judged.weights.classes, args.classes, args.train_classes)
+    classes = known_classes(path, count, judged.weights.classes or None, args.classes, args.train_classes)
     return Bench(judged, classes, read_frost(args.frost) if args.frost else [])
 
 
