@@ -132,7 +132,9 @@ class Run:
         # are taken from rank 0 before an evaluation (`sync_buffers`). torch 2.14 renamed the switch.
         names = inspect.signature(DistributedDataParallel).parameters
         switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **{switch: False})
+        # Every step has the same graph (methods see to that); torch cannot know it where windows end without a message.
+        fixed = dict(gradient_as_bucket_view=True, static_graph=self.args.accum_iter == 1)
+        return DistributedDataParallel(module, device_ids=device_ids, **fixed, **{switch: False})
 
     def _describe(self):
         args = self.args
