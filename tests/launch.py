@@ -1,11 +1,16 @@
 """Starting the mains the way users do, and reading what they leave behind."""
 
+import importlib
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -33,6 +38,47 @@ def launch(main: str, flags: str, processes: int = 1, restarts: int = 0, **optio
         command(main, flags, processes, restarts), env=env, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
     )  # fmt: skip
+
+
+def ranks(main: str, flags: str, processes: int, seconds: float = 180) -> str:
+    """What `finish(launch(...))` gives where the launcher is not what is tested: processes forked from one that has
+    imported everything, which takes most of a launch. Returns what they wrote."""
+    os.environ["PYTHONPATH"] = str(ROOT)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["main_pretrain"])
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+        free.close()
+        made = [context.Process(target=_rank, args=(main, flags, rank, processes, port, f"{folder}/{rank}"))
+                for rank in range(processes)]  # fmt: skip
+        for process in made:
+            process.start()
+        deadline = time.monotonic() + seconds
+        for process in made:
+            process.join(max(0.1, deadline - time.monotonic()))
+        codes = [process.exitcode for process in made]
+        for process in made:
+            process.kill()
+        output = "".join(Path(f"{folder}/{rank}").read_text() for rank in range(processes))
+    assert codes == [0] * processes, f"{codes}\n{output}"
+    return output
+
+
+def _rank(main: str, flags: str, rank: int, processes: int, port: int, output: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    sys.stdout = sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115  until the process ends
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        module = importlib.import_module(main)
+        module.main(module.get_args_parser().parse_args(flags.split()))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(code)  # gloo may abort while the interpreter is torn down
 
 
 def finish(process: subprocess.Popen, code: int = 0, seconds: float = 180) -> str:

@@ -17,6 +17,7 @@ from launch import (
     largest_difference,
     launch,
     log_rows,
+    ranks,
     same_tensors,
     scalars,
 )
@@ -38,7 +39,9 @@ def pretrain(folder, flags, processes=1, code=0):
     text = f"{COMMON} {flags} --output_dir {folder}"
     if processes == 1 and not code:
         return main_pretrain.main(main_pretrain.get_args_parser().parse_args(text.split()))
-    return finish(launch("main_pretrain.py", text, processes), code)
+    return (
+        finish(launch("main_pretrain.py", text, processes), code) if code else ranks("main_pretrain", text, processes)
+    )
 
 
 @pytest.fixture(scope="module")
