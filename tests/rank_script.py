@@ -1,16 +1,14 @@
-"""Run by torchrun from test_ranks.py: one pretraining with trouble on rank 1, or with every gradient bucket counted.
-
-usage: rank_script.py {nan,count} FLAGS…     prints lines that start with "rank R:"
+"""A main for `launch.ranks`: one pretraining with trouble on rank 1 (`nan FLAGS…`), or with every gradient bucket
+counted (`count FLAGS…`). Prints lines that start with "rank R:".
 """
 
 import hashlib
 import os
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_pretrain
 import util.run
 import util.signals
@@ -83,11 +81,15 @@ def count_reductions():
     return seen
 
 
-if __name__ == "__main__":
-    sent = count_buckets() if sys.argv[1] == "count" else poison_rank_one()
+def get_args_parser():
+    return SimpleNamespace(parse_args=list)
+
+
+def main(words):
+    sent = count_buckets() if words[0] == "count" else poison_rank_one()
     methods, reductions = fingerprint_methods(), count_reductions()
     try:
-        main_pretrain.main(main_pretrain.get_args_parser().parse_args(sys.argv[2:]))
+        main_pretrain.main(main_pretrain.get_args_parser().parse_args(words[1:]))
         # The buckets themselves are reduced by the hook above.
         say(f"{sent.count(0)} first buckets, methods {methods[0]}, {len(reductions) - len(sent)} reductions")
     except RunFailed as error:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, SMALL, checkpoint, finish, launch, log_rows, same_tensors, scalars
+from launch import ROOT, SMALL, checkpoint, log_rows, ranks, same_tensors, scalars
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -225,9 +225,7 @@ def test_two_processes_equal_one(image_folder, tmp_path, kind, tolerance):
     flags = MLO.replace("--batch_size 12", f"--epochs 7 --mlo_hypergrad {kind}")
     flags = f"{flags} --data_path {image_folder} --mlo_batch_size"
     pretrain(f"{flags} 12 --batch_size 12 --output_dir {tmp_path}/one")
-    output = finish(
-        launch("tests/rank_script.py", f"count {flags} 6 --batch_size 6 --output_dir {tmp_path}/two", processes=2)
-    )
+    output = ranks("rank_script", f"count {flags} 6 --batch_size 6 --output_dir {tmp_path}/two", 2)
     hashes = re.findall(r"rank \d: .* methods (\w+)", output)
     assert len(hashes) == 2 and len(set(hashes)) == 1
     one, two = (checkpoint(tmp_path / name, "checkpoint-6.pth") for name in ("one", "two"))

@@ -2,7 +2,7 @@
 
 import re
 
-from launch import SMALL, finish, launch
+from launch import SMALL, ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 FLAGS = f"{SMALL} --batch_size 4 --accum_iter 3 --epochs 1 --warmup_epochs 0 --num_workers 0 --vis_freq 0 --device cpu"
@@ -15,7 +15,7 @@ def said(output):
 def test_non_finite_on_one_rank_stops_both(image_folder, tmp_path):
     """Micro-batch 4 is in the second window (step 1); rank 0, whose own loss is fine, says the same."""
     flags = f"nan {FLAGS} --data_path {image_folder} --output_dir {tmp_path}"
-    lines = said(finish(launch("tests/rank_script.py", flags, processes=2)))
+    lines = said(ranks("rank_script", flags, 2))
     assert len(lines) == 2
     assert all("reconstruction became non-finite at step 1" in line for line in lines)
     assert not list(tmp_path.glob("*.pth"))
@@ -27,5 +27,5 @@ def test_non_finite_on_one_rank_stops_both(image_folder, tmp_path):
 def test_one_communication_per_step(image_folder, tmp_path):
     """12 micro-batches on each rank in windows of 3: four steps, four times the first bucket."""
     flags = f"count {FLAGS} --data_path {image_folder} --output_dir {tmp_path}"
-    lines = said(finish(launch("tests/rank_script.py", flags, processes=2)))
+    lines = said(ranks("rank_script", flags, 2))
     assert [line.split(",")[0] for line in lines] == ["rank 0: 4 first buckets", "rank 1: 4 first buckets"]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from launch import ROOT, checkpoint, finish, launch, log_rows, same_tensors, scalars
+from launch import ROOT, checkpoint, log_rows, ranks, same_tensors, scalars
 from test_resume import stop_at
 
 import main_pretrain
@@ -266,11 +266,11 @@ def test_two_processes(image_folder, tmp_path, teacher):
     flags += switches(["dmae"], teacher)
     pretrain(f"{flags} --batch_size 8 --output_dir {tmp_path}/one")
     said = r"rank \d: 60 first buckets, methods (\S+), (\d+) reductions"
-    output = finish(launch("tests/rank_script.py", f"count {flags} --batch_size 4 --output_dir {tmp_path}/two", 2))
+    output = ranks("rank_script", f"count {flags} --batch_size 4 --output_dir {tmp_path}/two", 2)
     first, second = re.findall(said, output)
     assert first == second
     plain = f"{BASE} --data_path {image_folder} --epochs 5 --save_freq 5 --print_freq 12 --batch_size 4"
-    output = finish(launch("tests/rank_script.py", f"count {plain} --output_dir {tmp_path}/mae", 2))
+    output = ranks("rank_script", f"count {plain} --output_dir {tmp_path}/mae", 2)
     assert {reductions for _, reductions in re.findall(said, output)} == {first[1]}
     one, two = (checkpoint(tmp_path / name, "checkpoint-4.pth") for name in ("one", "two"))
     for key in ("model", "model_ema", "methods"):

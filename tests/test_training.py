@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from launch import SMALL, checkpoint, finish, largest_difference, launch, log_rows, same_tensors, scalars
+from launch import SMALL, checkpoint, finish, largest_difference, launch, log_rows, ranks, same_tensors, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.optim import param_groups_weight_decay
 
@@ -51,7 +51,7 @@ def plain_run(image_folder, tmp_path_factory):
 def test_two_processes_equal_one(plain_run, tmp_path):
     """Same global batches, same masks: the loss curve agrees to 1e-5 (the order of summation differs)."""
     folder, flags = plain_run
-    finish(launch("main_pretrain.py", f"{flags} --batch_size 16 --output_dir {tmp_path}", processes=2))
+    ranks("main_pretrain", f"{flags} --batch_size 16 --output_dir {tmp_path}", 2)
     one, two = scalars(folder, "train/loss"), scalars(tmp_path, "train/loss")
     assert [x for x, _ in one] == [x for x, _ in two] and len(one) == 6
     for (_, a), (_, b) in zip(one, two):
