@@ -1,6 +1,10 @@
 """Jobs: the flags go where they belong, and a run that a signal ended is queued again under its own number."""
 
+import os
+import signal
+
 import pytest
+from launch import DIGITS, checkpoint, finish, kill_when, launch, log_rows, same_tensors, scalars
 
 import main_finetune
 import main_pretrain
@@ -80,3 +84,29 @@ def test_requeue_after_a_signal(tmp_path, monkeypatch, stopped):
     called = tmp_path / "called"
     assert called.exists() is bool(stopped)
     assert not stopped or called.read_text().strip() == "requeue 17"
+
+
+def test_a_scheduler_that_ends_the_job_twice(tmp_path, monkeypatch):
+    """Time limit, requeue, and again: the job that has come to its end has the weights, log and curve of a run that
+    nobody disturbed, bit for bit and to the sample."""
+    script = tmp_path / "scontrol"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/queue\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    flags = f"{DIGITS} --num_workers 1 --save_steps 3 --print_freq 1 --save_freq 1 --resume auto"
+    finish(launch("main_pretrain.py", f"{flags} --output_dir {tmp_path}/alone"))
+    run, queue = tmp_path / "job17", tmp_path / "queue"
+    job = f"17 {flags} --output_dir {tmp_path}/job%j"
+    for times, moment in enumerate(("checkpoint-0-3.pth", "checkpoint-1-*.pth"), start=1):
+        process = launch("tests/job_script.py", job)
+        kill_when(process, lambda moment=moment: list(run.glob(moment)), number=0)
+        os.killpg(process.pid, signal.SIGUSR2)  # to every process of the job, data workers too
+        finish(process)
+        assert queue.read_text().splitlines() == ["requeue 17"] * times
+    finish(launch("tests/job_script.py", job))
+    assert len(queue.read_text().splitlines()) == 2  # its end is no reason to queue it again
+    ours, theirs = (checkpoint(folder, "checkpoint-1.pth") for folder in (run, tmp_path / "alone"))
+    for key in ("model", "optimizer", "epoch", "step", "rng"):
+        assert same_tensors(ours[key], theirs[key]), key
+    assert log_rows(run) == log_rows(tmp_path / "alone")
+    assert scalars(run, "train/loss") == scalars(tmp_path / "alone", "train/loss")
