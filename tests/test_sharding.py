@@ -24,7 +24,7 @@ from launch import (
 
 import main_pretrain
 from models_vit import build_model
-from util import sharding
+from util import sharding, state
 from util.checkpoint import find_resume, list_checkpoints
 from util.errors import UserError
 from util.run import Run
@@ -170,7 +170,7 @@ def test_refused_among_several(folders, monkeypatch):
     run = Run.__new__(Run)
     run.args, run.sharded = None, True
     with pytest.raises(UserError, match=r"checkpoint-0\.pth is one file, and --fsdp goes on from folders"):
-        run._resume(folders / "1" / "checkpoint-0.pth")
+        state.resume(run, folders / "1" / "checkpoint-0.pth")
 
 
 class Payload:

@@ -176,6 +176,33 @@ class Progress:
             self.bar.close()
 
 
+class Clock:
+    """Wall time, images and time spent waiting for data since the last reading."""
+
+    def __init__(self):
+        self.began = self.started = time.perf_counter()
+        self.images, self.waited, self.steps = 0, 0.0, 0
+
+    def seconds_per_step(self) -> float:
+        self.steps += 1
+        return (time.perf_counter() - self.started) / self.steps
+
+    def pause(self, seconds: float) -> None:
+        """Do not count this much of the time that has passed."""
+        self.began += seconds
+        self.started += seconds
+
+    def read(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        rates = {
+            "images_per_s": self.images / seconds,
+            "data_wait_percent": 100 * self.waited / seconds,
+            "seconds": seconds,
+        }
+        self.began, self.images, self.waited = time.perf_counter(), 0, 0.0
+        return rates
+
+
 class Board:
     """TensorBoard on the main process, nothing on the others. The x axis is epoch * 1000, so that runs with different
     batch sizes lie over each other; several values on one x are never written."""

@@ -1,7 +1,6 @@
 """What every training run shares: start, the rhythm of micro-batches and steps, logging, stopping, saving, resuming."""
 
 import contextlib
-import functools
 import inspect
 import json
 import random
@@ -9,14 +8,13 @@ import time
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from textwrap import shorten
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util import checkpoint, sharding, signals
+from util import checkpoint, signals, state
 from util.amp import NativeScalerWithGradNormCount, autocast, choose_amp_dtype
 from util.arguments import settle_length
 from util.distributed import (
@@ -33,13 +31,11 @@ from util.errors import RunFailed, UserError
 from util.kernels import choose_attention, compile_blocks
 from util.ledger import Record, revision
 from util.loading import Loader, Sample, next_batch
-from util.log import Board, EpochMeter, Progress, append_log, trim_log
+from util.log import Board, Clock, EpochMeter, Progress, append_log, trim_log
 from util.lr_sched import adjust_learning_rate
 from util.mfu import FlopMeter
-from util.rng import get_rng_state, set_rng_state
 from util.sharding import whole
 from util.signals import StopRequest
-from util.weights import read_file
 
 
 @dataclass
@@ -109,13 +105,13 @@ class Run:
         self._first_bad: dict[str, torch.Tensor] = {}
         self.lr = 0.0
         if resume is not None:
-            self._resume(resume)
+            state.resume(self, resume)
         # From the place in the run, not from the file: right also with --start_epoch or with other batch flags.
         # Optimizer steps since the beginning of the run.
         self.step = self.epoch * self.steps_per_epoch + self.position // args.accum_iter
         self._same_place_everywhere()
         if args.compile:
-            compile_blocks(self.module, *(n for method in self._methods() for n in method.networks_aside()))
+            compile_blocks(self.module, *(n for method in self.all_methods() for n in method.networks_aside()))
         self.flops = FlopMeter(device, self.amp_dtype) if args.log_mfu else None
         self.wrapped = self._wrap(self.module) if get_world_size() > 1 and not self.sharded else self.module
         checkpoint.make_output_dir(args)
@@ -169,7 +165,7 @@ class Run:
         signal (`stopped`). UserError when too many images are unreadable, RunFailed when the loss is not finite."""
         args, total, last = self.args, len(self.loader), self._last_position()
         progress = Progress(f"{header} {self.epoch}", last, self.position)
-        self._clock = _Clock()
+        self._clock = Clock()
         self._batches = iter(self.loader.begin(self.epoch, self.position))
         if self.flops:
             self.flops.begin()
@@ -369,163 +365,19 @@ class Run:
     # Checkpoints ---------------------------------------------------------------------------------------------------
 
     def content(self) -> dict:
-        """What a checkpoint holds."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "methods": self.methods.state_dict() if self.methods is not None else {},
-            **{key: model.state_dict() for key, model in self.exported().items()},
-            **self._rest(),
-        }
+        """What a checkpoint holds (`util.state`)."""
+        return state.content(self)
 
-    def _rest(self) -> dict:
-        """All of it but the states of networks and optimizer. `epoch` is the last one that was finished or, inside an
-        epoch, that one."""
-        samples = self.position * self.args.batch_size * get_world_size()
-        by_rank = gather_objects(self._rank_states())
-        return {
-            "epoch": self.epoch if self.position else self.epoch - 1,
-            "step": self.step,
-            "scaler": self.scaler.state_dict(),
-            "args": {name: checkpoint.plain(value) for name, value in vars(self.args).items()},
-            **({"methods_by_rank": by_rank} if any(by_rank) else {}),
-            **({"classes": list(self.classes)} if self.classes else {}),
-            "rng": gather_objects(get_rng_state(self.device)),
-            "origin": self.record.state(self.images_seen()),
-            "data": {
-                "epoch": self.epoch,
-                "samples": samples,
-                "order": self.loader.order(),
-                "meter": self.meter.epoch,
-                "best": self.best,
-                "shows_pixels": getattr(self.module, "shows_pixels", True),
-            },
-        }
+    def save(self) -> None:
+        if self.args.output_dir:
+            state.save(self)
 
     def exported(self) -> dict[str, nn.Module]:
         """Further whole models that the methods own (an EMA teacher), by their key in the checkpoint."""
-        return {key: model for method in self._methods() for key, model in method.exported().items()}
+        return {key: model for method in self.all_methods() for key, model in method.exported().items()}
 
-    def _methods(self):
+    def all_methods(self):
         return self.methods.values() if self.methods is not None else ()
-
-    def _rank_states(self) -> dict[str, object]:
-        """What the methods must keep of this process alone."""
-        states = {name: method.rank_state() for name, method in (self.methods.items() if self.methods else ())}
-        return {name: state for name, state in states.items() if state is not None}
-
-    def save(self) -> None:
-        if not self.args.output_dir:
-            return
-        place = self.args.output_dir, self.epoch if self.position else self.epoch - 1, self.position
-        if not self.sharded:
-            checkpoint.save_checkpoint(*place, self.content(), self.args.keep)
-            return
-        rest = {**self._rest(), "methods": {name.split(".")[0]: None for name in self.methods.state_dict()}}
-        write = functools.partial(
-            sharding.save, module=self.module, optimizer=self.optimizer, rest=rest, exported=self.exported()
-        )
-        checkpoint.save_folder(*place, write, self.args.keep)
-
-    def _resume(self, path: Path) -> None:
-        args = self.args
-        if path.is_dir() and not self.sharded:
-            raise UserError(f"--resume {path} was written with --fsdp: give it, or one file from tools/unshard.py")
-        if self.sharded and not path.is_dir():
-            raise UserError(
-                f"--resume {path} is one file, and --fsdp goes on from folders (checkpoint-*.dcp): start from its "
-                f"weights with --init_from, or go on without --fsdp"
-            )
-        state = read_file(path / sharding.REST if self.sharded else path)
-        needed = {"epoch": int} if self.sharded else {"model": dict, "optimizer": dict, "epoch": int}
-        missing = [key for key, kind in needed.items() if not isinstance(state.get(key), kind)]
-        if missing:
-            raise UserError(f"--resume {path} has no {missing[0]!r}: for weights alone use --init_from or --finetune")
-        checkpoint.check_same_run(path, checkpoint.flags_of(state), vars(args))
-        if self.classes and state.get("classes", self.classes) != self.classes:
-            raise UserError(
-                f"--resume {path} was trained on other labels than these: give the same data and vocabulary"
-            )
-        self._load(path, state)
-        self.record.load_state(state.get("origin"))
-        data = state.get("data") or {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}}
-        self.epoch = data["epoch"]
-        self.position = data["samples"] // (args.batch_size * get_world_size())
-        self.position -= self.position % args.accum_iter  # with other batch flags: back to where a window begins
-        if self.position >= len(self.loader):
-            self.epoch, self.position = self.epoch + 1, 0
-        order = data.get("order", self.loader.order())
-        if self.position and order != self.loader.order():
-            print(f"note: the rest of this epoch has other images than the interrupted run's, which read {order}; "
-                  f"this one reads {self.loader.order()}")  # fmt: skip
-        self.meter = EpochMeter(self.device, data["meter"])
-        self.best = data.get("best", 0.0)
-        rng = state.get("rng", [])
-        if len(rng) == get_world_size():
-            set_rng_state(rng[get_rank()], self.device)
-            for name, own in (state.get("methods_by_rank") or [{}] * len(rng))[get_rank()].items():
-                self.methods[name].load_rank_state(own)
-        elif rng:
-            print(f"note: {path.name} was written by {len(rng)} processes, so random numbers outside the data differ")
-        print(f"resumed {path}: epoch {self.epoch}, batch {self.position}")
-
-    def _check_methods(self, path: Path, state: dict) -> None:
-        if self.methods is None:
-            return
-        keys = state.get("methods", {}), self.methods.state_dict()
-        theirs, ours = ({key.split(".")[0] for key in names} for names in keys)
-        if theirs != ours:
-            before, now = (", ".join(sorted(names)) or "none" for names in (theirs, ours))
-            raise UserError(
-                f"--resume {path} was written with other methods ({before}) than this run has ({now}): give the "
-                f"same flags, or start a new run from its weights with --init_from"
-            )
-
-    def _load(self, path: Path, state: dict) -> None:
-        self._check_methods(path, state)
-        if self.sharded:
-            sharding.load(path, self.module, self.optimizer)
-            return
-        # Which implementation steps is this run's choice, whatever wrote the file (official ones do not say).
-        for theirs, ours in zip(state["optimizer"].get("param_groups", []), self.optimizer.param_groups):
-            theirs |= {name: ours[name] for name in ("fused", "foreach", "capturable") if name in ours}
-        try:
-            self.model.load_state_dict(state["model"])
-            if self.methods is not None:
-                self.methods.load_state_dict(state.get("methods", {}))
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = shorten(str(error).strip().splitlines()[-1], 200)
-            raise UserError(f"--resume {path} does not fit these flags: {reason}") from error
-        if state.get("scaler") and self.scaler.enabled:
-            self.scaler.load_state_dict(state["scaler"])
-
-
-class _Clock:
-    """Wall time, images and time spent waiting for data since the last reading."""
-
-    def __init__(self):
-        self.began = self.started = time.perf_counter()
-        self.images, self.waited, self.steps = 0, 0.0, 0
-
-    def seconds_per_step(self) -> float:
-        self.steps += 1
-        return (time.perf_counter() - self.started) / self.steps
-
-    def pause(self, seconds: float) -> None:
-        """Do not count this much of the time that has passed."""
-        self.began += seconds
-        self.started += seconds
-
-    def read(self) -> dict[str, float]:
-        seconds = max(time.perf_counter() - self.began, 1e-9)
-        rates = {
-            "images_per_s": self.images / seconds,
-            "data_wait_percent": 100 * self.waited / seconds,
-            "seconds": seconds,
-        }
-        self.began, self.images, self.waited = time.perf_counter(), 0, 0.0
-        return rates
 
 
 __all__ = ["Micro", "Run", "accumulation_window", "start"]
