@@ -1,4 +1,4 @@
-"""What a checkpoint of a run (`util.run.Run`) holds, and how a run gets it back: then it ends like the undisturbed one."""
+"""What a checkpoint of a run (`util.run.Run`) holds, and how a run gets it back to end like the undisturbed one."""
 
 import functools
 from pathlib import Path
