@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from util.datasets import Files, Images, Part, input_size, mean_std, read_images
-from util.distributed import get_world_size
+from util.distributed import average, get_world_size
 from util.errors import UserError
 from util.features import encoder_features
 from util.loading import Endless, build_loader
@@ -75,6 +75,33 @@ def without(images, others: Part):
     return images if len(places) == len(images) else Part(images, places)
 
 
+class StandardizedLinear(nn.Linear):
+    """Of features that are standardised first, as by the BatchNorm without scale of MAE's linear probe (A.1).
+
+    The statistics are running ones, the same on every rank, and constants wherever this is differentiated: a step of
+    the head sees what `observe` saw last."""
+
+    MOMENTUM, EPS = 0.1, 1e-6
+
+    def __init__(self, width: int, classes: int):
+        super().__init__(width, classes)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("square", torch.ones(width))
+        self.register_buffer("observed", torch.zeros((), dtype=torch.int64))
+
+    def observe(self, features: torch.Tensor) -> None:
+        """Count a batch of features (N, width) of every rank in."""
+        features = features.detach().to(self.mean.dtype)
+        share = torch.where(self.observed == 0, 1.0, self.MOMENTUM).to(self.mean.dtype)
+        for buffer, new in zip((self.mean, self.square), average([features.mean(0), features.square().mean(0)])):
+            buffer.lerp_(new, share)
+        self.observed += 1
+
+    def forward(self, features):
+        spread = (self.square - self.mean.square()).clamp_min(0) + self.EPS
+        return super().forward((features - self.mean) * spread.rsqrt())
+
+
 class Classification:
     """Classify the whole image from one feature vector, with a linear head."""
 
@@ -112,10 +139,15 @@ class Classification:
 
     def head(self, width: int) -> nn.Module:
         """From features (N, width) to logits."""
-        head = nn.Linear(width, self.classes)
+        head = (StandardizedLinear if self.args.mlo_head_norm else nn.Linear)(width, self.classes)
         nn.init.trunc_normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
         return head
+
+    def observe(self, head: nn.Module, features: torch.Tensor) -> None:
+        """What a head must know of its features before it takes a step on them."""
+        if self.args.mlo_head_norm:
+            head.observe(features)
 
     def features(self, encoder, imgs: torch.Tensor) -> torch.Tensor:
         """Of the whole image, every patch visible: (N, D) float32 or wider."""

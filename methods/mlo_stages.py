@@ -96,6 +96,7 @@ class LinearHead(nn.Module):
         """A step of the head -> its loss before."""
         with torch.no_grad():
             features = self.guide.features(model, batch.image)
+        self.guide.observe(self.head, features)
         weights = dict(self.head.named_parameters())
         self._before, self._batch = {name: value.clone() for name, value in weights.items()}, batch
         loss, gradient = head_gradient(self.guide.loss, self.head, weights, features, batch.target)

@@ -99,6 +99,7 @@ class MLOMAE(Method):
         "mlo_ste": False, "mlo_normalize": False, "mlo_head_lr": None, "mlo_mask_lr": 1e-2, "mlo_weight_decay": 0.01,
         "mlo_hidden": 512, "mlo_batch_size": None, "mlo_feature": "avg", "mlo_stage2": "linear", "mlo_prox": None,
         "mlo_levels": 3, "blo_lambda": None, "mlo_mask_net": None, "mlo_frozen": False, "mlo_warmup_epochs": 0,
+        "mlo_head_norm": False,
     }  # fmt: skip
     # Masking-network updates between two in which the two paths of the hypergradient are computed separately.
     PATHS_EVERY = 20
@@ -132,6 +133,7 @@ class MLOMAE(Method):
         option("mlo_hidden", "width of the masking network", type=int)
         option("mlo_batch_size", "labelled images in a batch of stages II and III (as --batch_size)", type=int)
         option("mlo_feature", "what the head sees", choices=["cls", "avg"])
+        option("mlo_head_norm", "standardise what the head sees: it follows the encoder faster", action="store_true")
         option("mlo_stage2", "train the head alone, or with a copy of the encoder", choices=["linear", "finetune"])
         option("mlo_prox", "weight of the pull of that copy towards the encoder (with finetune)", type=float)
         option("mlo_levels", "3, or 2: the encoder learns both losses at once (BLO-MAE)", type=int, choices=[3, 2])
@@ -416,6 +418,7 @@ def _check_pairs(args) -> None:
         ("mlo_head_lr", args.mlo_head_lr is not None and joint, "with --mlo_levels 2: the head learns with --lr"),
         ("no_mlo_head_path", not args.mlo_head_path and joint, "with --mlo_levels 2: there is no such path"),
         ("no_mlo_head_path", not args.mlo_head_path and tuned, "with --mlo_stage2 finetune: there is no such path"),
+        ("mlo_head_norm", args.mlo_head_norm and (joint or tuned), "but with --mlo_stage2 linear on three levels"),
         ("mlo_prox", args.mlo_prox is not None and not tuned, "without --mlo_stage2 finetune"),
         ("blo_lambda", args.blo_lambda is not None and not joint, "without --mlo_levels 2"),
         ("mlo_hidden", args.mlo_mask_net and args.mlo_hidden != 512, "with --mlo_mask_net: the file decides"),

@@ -12,7 +12,7 @@ from torch import nn
 
 import main_pretrain
 from methods import Pretrainer
-from methods.guide import Classification
+from methods.guide import Classification, StandardizedLinear
 from methods.mlo_stages import trained
 from methods.mlomae import MLOMAE
 from models_mae import MaskedAutoencoderViT
@@ -31,6 +31,9 @@ class Task:
 
     def head(self, width):
         return self.made
+
+    def observe(self, head, features):
+        """A head that has observed its features before keeps to that."""
 
     def batches(self, every):
         return self.given
@@ -102,7 +105,9 @@ def small_vit(flags, dtype=torch.float64, depth=2, inner_lr=0.1, head_lr=0.3):
     """An autoencoder with a made-up task of three classes, on noise."""
     model = MaskedAutoencoderViT(16, 4, 3, 24, depth, 2, 16, 1, 2, mlp_ratio=2.0, norm_pix_loss=True).to(dtype)
     draw = partial(torch.randn, dtype=dtype)
-    head = nn.Linear(24, 3).to(dtype).requires_grad_(False)
+    head = (StandardizedLinear if "head_norm" in flags else nn.Linear)(24, 3).to(dtype).requires_grad_(False)
+    if "head_norm" in flags:
+        head.observe(3 * draw(50, 24) + draw(24))
     pool = 0 if "cls" in flags else slice(1, None)
     task = Task(
         lambda m, x: m.encode(m.embed(x))[0][:, pool].reshape(len(x), -1, 24).mean(dim=1), head,

@@ -16,7 +16,7 @@ from methods.mlo_stages import adamw, trained
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, EXACT), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("flags", ["", "--no_mlo_head_path", "--mlo_feature cls"])
+@pytest.mark.parametrize("flags", ["", "--no_mlo_head_path", "--mlo_feature cls", "--mlo_head_norm"])
 @pytest.mark.parametrize("depth", [0, 2])
 def test_jvp_is_exact(flags, dtype, tolerance, depth):
     """One unrolled step, against autograd through the whole chain in float64; a linear encoder and a transformer."""

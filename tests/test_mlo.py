@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from launch import ROOT, SMALL, checkpoint, log_rows, ranks, same_tensors, scalars
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -15,7 +16,7 @@ import main_pretrain
 import util.datasets
 import util.run
 from engine_pretrain import mask_ratio_at
-from methods.guide import stratified_split, without
+from methods.guide import StandardizedLinear, stratified_split, without
 from methods.mlomae import MLOMAE
 from util.datasets import Arrays, Part
 from util.errors import UserError
@@ -189,7 +190,8 @@ def test_warm_up(image_folder, tmp_path):
 FORMS = {
     "sum": "--mlo_unroll 4", "last, adam": "--mlo_unroll 4 --mlo_unroll_grad last --mlo_precondition adam",
     "two levels": "--mlo_unroll 4 --mlo_levels 2", "fine-tuned": "--mlo_unroll 4 --mlo_stage2 finetune --mlo_prox 0.1",
-    "accumulated, every other": "--mlo_unroll 2 --mlo_update_every 2 --accum_iter 2 --mlo_ste --mlo_hypergrad jvp",
+    "accumulated, every other": "--mlo_unroll 2 --mlo_update_every 2 --accum_iter 2 --mlo_ste --mlo_hypergrad jvp "
+    "--mlo_head_norm",
 }  # fmt: skip
 
 
@@ -218,7 +220,20 @@ def test_resume_is_exact(image_folder, tmp_path, flags, monkeypatch):
     assert len(windows) > 1 or "last" in flags, "no checkpoint lay inside a window"
 
 
-@pytest.mark.parametrize("kind,tolerance", [("jvp", 1e-5), ("fd", 1e-3)])
+def test_standardized_head():
+    """It starts with the first batch's statistics, follows later ones by a tenth, and they get no gradient."""
+    head, first, second = StandardizedLinear(5, 3), 4 * torch.randn(1000, 5) + 2, torch.randn(1000, 5) - 1
+    head.observe(first)
+    expected = F.linear((first - first.mean(0)) / first.std(0, correction=0), head.weight, head.bias)
+    torch.testing.assert_close(head(first), expected)  # float32 rounding
+    head.observe(second)
+    torch.testing.assert_close(head.mean, 0.9 * first.mean(0) + 0.1 * second.mean(0))
+    torch.testing.assert_close(head.square, 0.9 * first.square().mean(0) + 0.1 * second.square().mean(0))
+    assert {name for name, _ in head.named_parameters()} == {"weight", "bias"}
+    assert {"mean", "square", "observed"} < set(head.state_dict())
+
+
+@pytest.mark.parametrize("kind,tolerance", [("jvp --mlo_head_norm", 1e-5), ("fd", 1e-3)])
 def test_two_processes_equal_one(image_folder, tmp_path, kind, tolerance):
     """21 outer steps in float32; the masking networks of both ranks are bit for bit the same. A finite difference
     keeps three digits of float32, which Adam turns into steps: so there 1e-3, a tenth of the learning rate."""
@@ -343,6 +358,7 @@ REFUSED = {
     "--mlo_labels same --mlo_stage2 finetune": "--mlo_stage2 finetune needs --mlo_prox",
     "--mlo_labels same --mlo_levels 2 --mlo_head_lr 1": "--mlo_head_lr has no effect with --mlo_levels 2",
     "--mlo_labels same --mlo_levels 2 --no_mlo_head_path": "--no_mlo_head_path has no effect with --mlo_levels 2",
+    "--mlo_labels same --mlo_levels 2 --mlo_head_norm": "--mlo_head_norm has no effect but with --mlo_stage2 linear",
     "--mlo_frozen": "--mlo_frozen needs --mlo_mask_net",
     "--mlo_frozen --mlo_mask_net x --mlo_labels same": "--mlo_labels has no effect with --mlo_frozen",
     "--mlo_labels same --mask_ratio_end 1": "--mask_ratio_end 1.0 must lie between 0 and 1",
