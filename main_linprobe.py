@@ -74,14 +74,19 @@ def get_args_parser() -> arguments.Parser:
     return parser
 
 
+CLASSIFIER = "probe.pth"  # what --cache_features writes: the encoder with the chosen head, for --eval and tools/
+
+
 def check(args) -> None:
     arguments.check_values(args)
     if args.eval and not args.resume:
         raise UserError("--eval needs --resume, a checkpoint of a finished probe")
     if args.eval and args.cache_features:
-        raise UserError("--eval evaluates a checkpoint, and --cache_features writes none: give one of them")
+        raise UserError("--eval evaluates a finished probe, and --cache_features trains one: give one of them")
     if args.resume and args.cache_features:
-        raise UserError("--resume continues a checkpoint, and --cache_features writes none: give one of them")
+        raise UserError(
+            "--resume continues a run, and --cache_features takes minutes, from the beginning: leave it out"
+        )
     if args.cache_features and (args.lr is not None or args.accum_iter > 1):
         raise UserError("--lr and --accum_iter have no effect with --cache_features, which tries all of --probe_blrs")
     if args.head == "attentive" and (args.cache_features or args.global_pool):
@@ -194,8 +199,8 @@ def accuracy(norm, head, features, labels) -> tuple[float, float]:
 
 
 def probe_cached(model, loaders, classes: int, args, device, amp_dtype) -> dict:
-    """Encode both splits, train the heads, choose on the held-out part, report the test accuracy of that head.
-    UserError when there are too few images to hold any out."""
+    """Encode both splits, train the heads, choose on the held-out part, report the test accuracy of that head, which
+    becomes the model's. UserError when there are too few images to hold any out."""
     model.to(device).eval()
     train_split, test = (extract(model.forward_features, loader, device, amp_dtype) for loader in loaders)
     rest, held = hold_out(train_split[1], args.probe_holdout, args.seed)
@@ -209,6 +214,8 @@ def probe_cached(model, loaders, classes: int, args, device, amp_dtype) -> dict:
     chosen_by = [accuracy(norm, head, held_x, held_y)[0] for head in heads]
     best = max(range(len(heads)), key=chosen_by.__getitem__)
     top1, top5 = accuracy(norm, heads[best], test[0].to(device), test[1].to(device))
+    model.head = probe_head(heads[best])
+    model.head[0].load_state_dict(norm.state_dict())
     for blr, value in zip(args.probe_blrs, chosen_by):
         print(f"blr {blr:g}: {value:.2f} % of the held-out {len(held)} training images")
     if len(heads) > 1 and best in (0, len(heads) - 1):
@@ -239,7 +246,7 @@ def main(args) -> dict:
     record = Record("main_linprobe" + " --eval" * args.eval, args, weights, train=images, test=held_out)
     if args.cache_features:
         loader = build_loader(images, plain, args, args.batch_size, False)
-        return _cached(args, model, loader, test_loader, device, record)
+        return _cached(args, model, loader, test_loader, device, record, getattr(images, "classes", None))
     probe = Probe(model, attentive=args.head == "attentive").to(device)
     if args.eval:
         load_probe(probe, resume)
@@ -254,7 +261,7 @@ def main(args) -> dict:
     return train(args, run, test_loader, nn.CrossEntropyLoss())
 
 
-def _cached(args, model, train_loader, test_loader, device, record) -> dict:
+def _cached(args, model, train_loader, test_loader, device, record, names) -> dict:
     amp_dtype = choose_amp_dtype(args.amp_dtype, device)
     result = probe_cached(model, (train_loader, test_loader), args.nb_classes, args, device, amp_dtype)
     checkpoint.make_output_dir(args)
@@ -265,10 +272,18 @@ def _cached(args, model, train_loader, test_loader, device, record) -> dict:
     board = Board(args.log_dir)
     board.hparams(vars(args), result)
     board.close()
-    if args.output_dir and is_main_process():
-        flags = {**vars(args), "result": result}
-        (Path(args.output_dir) / "probe.json").write_text(json.dumps(flags, indent=2, default=str) + "\n")
     images = len(train_loader.dataset) + len(test_loader.dataset)
+    if args.output_dir and is_main_process():
+        content = {
+            "model": model.state_dict(),
+            "args": {name: checkpoint.plain(value) for name, value in vars(args).items()},
+            "origin": record.state(images),
+            **({"classes": list(names)} if names else {}),
+        }
+        folder = Path(args.output_dir)
+        checkpoint.write_atomically(folder / CLASSIFIER, lambda file: torch.save(content, file))
+        flags = {**vars(args), "result": result}
+        (folder / "probe.json").write_text(json.dumps(flags, indent=2, default=str) + "\n")
     record.enter(args.output_dir, result, images, device, amp_dtype)
     shut_down()
     return result

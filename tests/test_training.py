@@ -16,6 +16,7 @@ from engine_finetune import evaluate
 from models_mae import MaskedAutoencoderViT
 from util.amp import NativeScalerWithGradNormCount
 from util.datasets import mean_std, read_images
+from util.encoder import load_encoder
 from util.errors import RunFailed, UserError
 from util.loading import build_loader
 from util.lr_sched import adjust_learning_rate
@@ -268,6 +269,10 @@ def test_linear_probe_both_ways(image_folder, tmp_path):
     assert cached["blr"] in parser.get_default("probe_blrs")
     stored = json.loads((tmp_path / "c" / "probe.json").read_text())
     assert stored["result"] == cached
+    seen = main_linprobe.main(parser.parse_args(f"{flags} --eval --resume {tmp_path}/c/probe.pth".split()))
+    assert (seen["acc1"], seen["acc5"]) == pytest.approx((cached["test_acc1"], cached["test_acc5"]))
+    _, found = load_encoder(parser.parse_args([]), f"{tmp_path}/c/probe.pth")  # as tools/robustness.py reads it
+    assert found.classes == [f"class{i}" for i in range(4)] and found.state["head.weight"].shape == (4, 128)
     live = main_linprobe.main(parser.parse_args(f"{flags} --blr 3 --output_dir {tmp_path}/l".split()))
     assert live["acc1"] > 70
     again = main_linprobe.main(

@@ -208,7 +208,7 @@ def check_same_run(path: Path, stored: dict, args: dict) -> None:
 def _files_of_a_run(folder: Path) -> list[Path]:
     if not os.path.isdir(folder):  # unlike pathlib's, it says False to a name that is too long
         return []
-    names = ("log.txt", "args.json", "checkpoint-best.pth", "probe.json")
+    names = ("log.txt", "args.json", "checkpoint-best.pth", "probe.json", "probe.pth")
     old = [folder / name for name in names]
     old += [*list_checkpoints(folder), *folder.glob("events.out.tfevents.*"), *folder.glob(".checkpoint-*.tmp")]
     old += folder.glob("encoder*.safetensors")
