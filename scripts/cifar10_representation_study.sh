@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# What the encoders of MAE, EMA-MAE (bootstrapped) and RC-MAE are worth beside a random one, on CIFAR-10 with a laptop's
+# means (_cifar10_small.sh): linear probe, few-shot, robustness of the probe under 15 corruptions, the similarity ratio of
+# test features, and their t-SNE. Pretrained as in cifar10_methods_study.sh, whose OUT may be given: what is there is used.
+#
+#   bash scripts/cifar10_representation_study.sh OUT --data CIFAR10        (train/<class>/ and val/<class>/)
+#
+# IMAGES (500) is how many test images are corrupted, 75 ways each. More in scripts/_sweep.sh: --only, --list, SEEDS (here
+# 0 1 2).
+# shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/_cifar10_small.sh"
+
+evaluate() { # NAME CHECKPOINT SEED KEY: in place of the sweeps' own
+    local common=("${data_flags[@]}" "${encoder[@]}" --seed "$3") corrupt="$out/robustness-$1"
+    [ -z "$2" ] || common+=(--finetune "$2" --checkpoint_key "$4")
+    once "$out/linear-$1/results.jsonl" main main_linprobe.py "${common[@]}" "${linprobe[@]}" \
+        --output_dir "$out/linear-$1" --overwrite
+    tool fewshot "$1" json "${common[@]}"
+    tool tsne "$1" png "${data_flags[@]}" "${encoder[@]}" --seed "$3" --checkpoint_key "$4" "${2:-random}"
+    tool robustness "$1" json "${data_flags[@]}" --seed "$3" --amp_dtype fp32 "$out/linear-$1/probe.pth" --corrupt \
+        --images "${IMAGES:-500}" --picture "$corrupt/corruptions.png"
+}
+
+tool() { # COMMAND NAME ENDING FLAGS…
+    local folder="$out/$1-$2" command=$1 ending=$3
+    shift 3
+    once "$folder/results.jsonl" "$python" "$root/tools/$command.py" "$@" --out "$folder/$command.$ending"
+}
+
+run mae
+run emamae --ema_mae --wse 3 --tau 0.005
+run rcmae --rc_mae
+scratch random
+[ -z "$list$only" ] || exit 0
+
+first=${SEEDS%% *}
+"$python" "$root/tools/tsne.py" "${data_flags[@]}" "${encoder[@]}" --seed "$first" --out "$out/tsne.png" \
+    random "$out"/{mae,emamae,rcmae}-seed"$first/checkpoint-8.pth" --titles random MAE EMA-MAE RC-MAE
+"$python" "$root/tools/collect.py" "$out"/{linear,fewshot,tsne,robustness}-*-seed* --by run \
+    --strip linear- fewshot- tsne- robustness- --metric linear:test_acc1 fewshot1_acc1 fewshot2_acc1 fewshot5_acc1 \
+    fewshot10_acc1 ratio clean_error corrupted_error --out "$out/representation.md"
+cat "$out/representation.md"
