@@ -105,8 +105,10 @@ class StandardizedLinear(nn.Linear):
 class Classification:
     """Classify the whole image from one feature vector, with a linear head."""
 
+    standardized = False  # the head's features
+
     def __init__(self, args, images):
-        self.pool, self.args = args.mlo_feature, args
+        self.pool, self.standardized, self.args = args.mlo_feature, args.mlo_head_norm, args
         labelled = labelled_images(args, images)
         self.classes = len(labelled.classes)
         train, self.held_out = stratified_split(labelled, args.mlo_val_fraction, args.seed)
@@ -139,14 +141,14 @@ class Classification:
 
     def head(self, width: int) -> nn.Module:
         """From features (N, width) to logits."""
-        head = (StandardizedLinear if self.args.mlo_head_norm else nn.Linear)(width, self.classes)
+        head = (StandardizedLinear if self.standardized else nn.Linear)(width, self.classes)
         nn.init.trunc_normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
         return head
 
     def observe(self, head: nn.Module, features: torch.Tensor) -> None:
         """What a head must know of its features before it takes a step on them."""
-        if self.args.mlo_head_norm:
+        if self.standardized:
             head.observe(features)
 
     def features(self, encoder, imgs: torch.Tensor) -> torch.Tensor:
