@@ -64,7 +64,7 @@ class Files(Images):
         self.paths, self.targets, self.classes = np.array(paths), targets, classes
 
     def load(self, index):
-        with open(self.paths[index], "rb") as file:
+        with open(str(self.paths[index]), "rb") as file:  # what numpy calls its strings would be in pillow's messages
             img = Image.open(file)
             img.load()
             return img
