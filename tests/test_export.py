@@ -321,14 +321,14 @@ def test_refusals(mae, classifier, tmp_path, monkeypatch):
     _, pooled = classifier(True)
     to = partial(refused, path, "--to")
     assert "must end in .onnx" in to("onnx", "--out", tmp_path / "a.pth")
-    assert "does not exist" in to("onnx", "--out", tmp_path / "no" / "a.onnx")
+    assert "cannot be written" in to("onnx", "--out", path / "a.onnx")
     assert "is a file" in to("hf-vit", "--out", path)
     (tmp_path / "a.safetensors").write_text("precious")
     assert "--overwrite" in to("timm", "--out", tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").read_text() == "precious"
     assert "exists" in to("hf-vit", "--out", tmp_path)
     assert "has no decoder" in refused(pooled, "--to", "hf-vitmae", "--out", tmp_path / "x")
-    assert "--cls_token: " in refused(pooled, "--to", "timm", "--out", tmp_path / "x.safetensors", "--cls_token")
+    assert "--pool cls: " in refused(pooled, "--to", "timm", "--out", tmp_path / "x.safetensors", "--cls_token")
     torch.save({"model": {"conv1.weight": torch.zeros(2, 2)}}, tmp_path / "resnet.pth")
     assert "no ViT weights" in refused(tmp_path / "resnet.pth", "--to", "timm", "--out", tmp_path / "x.safetensors")
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -9,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import models_mae
-from util.arguments import Parser, add_data_arguments
-from util.datasets import Files, input_size, mean_std, read_images
+from util.arguments import Parser, add_data_arguments, check_numbers
+from util.datasets import Files, Part, input_size, mean_std, read_images
 from util.encoder import told_by_shapes
 from util.errors import UserError
 from util.loading import KeyedDataset
@@ -27,6 +28,37 @@ def parser(description: str) -> Parser:
     return made
 
 
+def add_checkpoint_flags(made: Parser, several: bool = False, what: str = "") -> None:
+    """CHECKPOINT, or as the mains name it; `several` may be named, or one. `named` or `all_named` reads them."""
+    group = made.add_argument_group("checkpoint")
+    what = (
+        what or "ours, the official MAE's, timm's or Hugging Face's; the name of a timm model; random: an untrained one"
+    )
+    group.add_argument(
+        "checkpoint", nargs="*" if several else "?", default=[] if several else "", metavar="CHECKPOINT", help=what
+    )
+    group.add_argument(
+        "--finetune", nargs="+" if several else None, default=[] if several else "", metavar="CHECKPOINT",
+        help="the same, as the mains name it",
+    )  # fmt: skip
+
+
+def all_named(args: argparse.Namespace) -> list[str]:
+    """The checkpoints of these flags; UserError where they are named twice."""
+    given = [[names] if isinstance(names, str) else names for names in (args.checkpoint, args.finetune) if names]
+    if len(given) > 1:
+        one, other = (" ".join(names) for names in given)
+        raise UserError(f"CHECKPOINT {one} and --finetune {other} name one twice: give one of them")
+    return given[0] if given else []
+
+
+def named(args: argparse.Namespace, needed: str = "") -> str:
+    """The one checkpoint of these flags. Without one "" or, where one is `needed`, a UserError that says which."""
+    if not all_named(args) and needed:
+        raise UserError(f"name a CHECKPOINT {needed}")
+    return "".join(all_named(args))
+
+
 def add_model_flags(made: Parser) -> None:
     group = made.add_argument_group("model (from the checkpoint where it says)")
     group.add_argument("--checkpoint_key", default="model", help="which weights of the file: model, or model_ema")
@@ -36,21 +68,24 @@ def add_model_flags(made: Parser) -> None:
     group.add_argument("--in_chans", type=int)
 
 
-def add_feature_flags(made: Parser) -> None:
-    """Which tokens the feature of an encoder reads, where it was not trained for one."""
-    made.add_argument("--global_pool", action="store_true", default=None, help="feature: mean of the patch tokens")
-    made.add_argument("--cls_token", action="store_false", dest="global_pool",
-                      help="feature: the [cls] token; by default what the classifier reads, else [cls]")  # fmt: skip
+def add_feature_flags(made: Parser, default: str | None = None) -> None:
+    """Which tokens the feature of an encoder reads; None: what its classifier reads, else [cls]."""
+    own = "" if default else "; by default what the classifier reads, else [cls]"
+    made.add_argument(
+        "--pool", choices=["avg", "cls"], default=default, help="feature: mean of patches, or [cls]" + own
+    )
+    made.add_argument("--global_pool", action="store_const", const="avg", dest="pool", help="--pool avg")
+    made.add_argument("--cls_token", action="store_const", const="cls", dest="pool", help="--pool cls")
 
 
-def settle_pool(args: argparse.Namespace, model, asked: bool | None, path: str) -> str:
-    """cls or avg for the feature of `load_encoder`'s model; UserError where the flag asks for another feature than the
+def settle_pool(args: argparse.Namespace, model, path: str) -> str:
+    """cls or avg for the feature of `load_encoder`'s model; UserError where `--pool` asks for another feature than the
     one that the checkpoint was trained with."""
-    if asked is not None and asked != model.global_pool and (model.num_classes or model.global_pool):
+    own = "avg" if model.global_pool else "cls"
+    if args.pool not in (None, own) and (model.num_classes or model.global_pool):
         kind = "mean of the patches" if model.global_pool else "[cls] token"
-        flag = "--global_pool" if asked else "--cls_token"
-        raise UserError(f"{flag}: {path} was trained on the {kind}; leave the flag out")
-    return "avg" if model.global_pool or asked else "cls"
+        raise UserError(f"--pool {args.pool}: {path} was trained on the {kind}; leave the flag out")
+    return "avg" if model.global_pool else args.pool or "cls"
 
 
 def add_picture_flags(made: Parser, masked: bool = True) -> None:
@@ -64,18 +99,31 @@ def add_picture_flags(made: Parser, masked: bool = True) -> None:
 
 def check_picture_flags(args: argparse.Namespace, stored_ratio: float) -> float:
     """The mask ratio; UserError for bad values of `add_picture_flags`."""
+    check_numbers(args)
     ratio = args.mask_ratio if args.mask_ratio is not None else stored_ratio
     if not 0 < ratio < 1:
         raise UserError(f"--mask_ratio {ratio} must lie between 0 and 1, both excluded")
-    check_png(args.out)
+    check_out(args, ".png")
     return ratio
 
 
-def check_png(out: str) -> Path:
-    """`--out` as a path; UserError unless it is a PNG file that can be written."""
-    path = Path(out)
-    if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        raise UserError(f"--out {out} must be a .png file in a folder that exists")
+def check_out(args: argparse.Namespace, *endings: str, flag: str = "out") -> Path | None:
+    """`--out`, or another flag, as a path, None without it; makes its folder. UserError when it is no file of one of
+    these endings, and when nothing can be written there."""
+    if not getattr(args, flag):
+        return None
+    path = Path(getattr(args, flag))
+    if endings and (path.suffix.lower() not in endings or path.is_dir()):
+        raise UserError(f"--{flag} {path} must be a {' or '.join(endings)} file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        reason = error.strerror
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            reason = "what should be its folder is a file"
+        raise UserError(f"--{flag} {path} cannot be written: {reason}") from error
     return path
 
 
@@ -95,8 +143,9 @@ def images_of(args: argparse.Namespace):
         return read_images(args, train=True)
 
 
-def chosen_images(args: argparse.Namespace, model, ratio: float = 0.0) -> tuple[torch.Tensor, tuple, tuple]:
-    """`--count` images (N, C, H, W), evenly spaced over the set, with the mean and deviation they were normalised by.
+def chosen_images(args: argparse.Namespace, model, ratio: float = 0.0) -> tuple[torch.Tensor, tuple, tuple, Part]:
+    """`--count` images (N, C, H, W), evenly spaced over the set, with the mean and deviation they were normalised by;
+    last which part of the set they are, the unreadable ones with them.
 
     UserError when none can be read, and when `ratio` leaves the model nothing to see.
     """
@@ -109,10 +158,11 @@ def chosen_images(args: argparse.Namespace, model, ratio: float = 0.0) -> tuple[
     images = images_of(args)
     dataset = KeyedDataset(images, eval_transform(input_size(args), mean, std, args.crop_pct), args, replace=False)
     places = torch.linspace(0, len(images) - 1, min(args.count, len(images))).long().tolist()
+    part = Part(images, places)
     samples = [sample for sample in (dataset[place] for place in places) if not sample.bad]
     if not samples:
         raise UserError("none of the chosen images could be read; their names are above")
-    return torch.stack([sample.image for sample in samples]), mean, std
+    return torch.stack([sample.image for sample in samples]), mean, std, part
 
 
 def load_autoencoder(path: str, args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:

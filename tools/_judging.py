@@ -1,10 +1,10 @@
-"""What the commands that judge a frozen encoder share: how checkpoint, data and feature are named, and where what came
+"""What the commands that judge a checkpoint share: how it is opened, with which images and feature, and where what came
 out goes (JSON, TensorBoard, the ledger)."""
 
 import argparse
 import copy
-import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,13 @@ import torch
 
 from models_vit import VisionTransformer
 from util.amp import choose_amp_dtype
+from util.arguments import check_numbers
 from util.datasets import input_size, mean_std, read_images
 from util.distributed import choose_device
 from util.encoder import build_encoder, count_classes, load_encoder, settle_model, token_feature
 from util.errors import UserError
 from util.features import extract
-from util.ledger import Record, strict
+from util.ledger import Record
 from util.loading import build_loader
 from util.log import Board
 from util.rng import seeded
@@ -31,18 +32,10 @@ def parser(description: str, several: bool = False, features: bool = True):
     """The data flags of the mains, and those of judging: of `features`, or of a classifier. `several` checkpoints may
     be named, or one."""
     made = _common.parser(description)
-    group = made.add_argument_group("what is judged")
-    group.add_argument(
-        "checkpoint", nargs="*" if several else "?", default=[] if several else "", metavar="CHECKPOINT",
-        help="ours, the official MAE's, timm's or Hugging Face's; the name of a timm model; random: an untrained one",
-    )  # fmt: skip
-    if not several:
-        group.add_argument("--finetune", default="", help="the same, as the mains name it; without any it is random")
+    _common.add_checkpoint_flags(made, several)
     if features:
-        group.add_argument("--pool", choices=["avg", "cls"], default="avg", help="feature: mean of patches, or [cls]")
-        group.add_argument("--global_pool", action="store_const", const="avg", dest="pool", help="--pool avg")
-        group.add_argument("--cls_token", action="store_const", const="cls", dest="pool", help="--pool cls")
-    group.add_argument("--nb_classes", type=int, help="classes of the data set, which is the default")
+        _common.add_feature_flags(made, default="avg")
+    made.add_argument("--nb_classes", type=int, help="classes of the data set, which is the default")
     _common.add_model_flags(made)
     made.add_argument("--batch_size", type=int, default=256)
     made.add_argument("--device", default="auto")
@@ -61,26 +54,31 @@ class Judged:
     dtype: torch.dtype
 
     def features(self, images) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (M, D) float32 and labels (M,) of readable images, in their order."""
+        """Features (M, D) float32 and labels (M,) of readable images, in their order. UserError as of
+        `check_readable`."""
         transform = eval_transform(input_size(self.args), *mean_std(self.args), self.args.crop_pct)
         loader = build_loader(images, transform, self.args, self.args.batch_size, train=False)
         pool = self.args.pool
-        return extract(lambda imgs: token_feature(self.model, imgs, pool), loader, self.device, self.dtype)
+        found = extract(lambda imgs: token_feature(self.model, imgs, pool), loader, self.device, self.dtype)
+        check_readable(self.args, images, len(found[0]))
+        return found
 
 
-def named(args) -> str:
-    """The one checkpoint of these flags, "" for a random encoder."""
-    if args.checkpoint and args.finetune:
-        raise UserError(f"CHECKPOINT {args.checkpoint} and --finetune {args.finetune} name one twice: give one of them")
-    return args.checkpoint or args.finetune
+def check_readable(args, images, readable: int, name: str = "the data set") -> None:
+    """UserError when more than `--max_bad_fraction` of the `images`, or all of them, could not be read."""
+    total = len(images) if hasattr(images, "load") else readable  # of a stream the length is a guess
+    if not readable or total - readable > args.max_bad_fraction * total:
+        raise UserError(
+            f"{total - readable} of the {total} images of {name} are unreadable, more than --max_bad_fraction "
+            f"{args.max_bad_fraction:g} allows; their names are above"
+        )
 
 
 def open_encoder(args, checkpoint: str) -> Judged:
     """The encoder of a file, of a timm name, or a random one, on its device. UserError where it cannot be had."""
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size {args.batch_size} must be positive")
+    check_numbers(args)
     own = copy.copy(args)
-    weights = None if checkpoint in ("", "random") else _weights(checkpoint, args.checkpoint_key)
+    weights = read(checkpoint, args.checkpoint_key)
     settle_model(own, weights or "")
     check_channels(own.in_chans)
     if weights is not None:
@@ -95,29 +93,75 @@ def open_encoder(args, checkpoint: str) -> Judged:
     return Judged(own, weights, model.to(device).eval(), device, choose_amp_dtype(args.amp_dtype, device))
 
 
-def open_classifier(args) -> Judged:
-    """The classifier of a file, on its device. UserError for a file without one."""
-    checkpoint = named(args)
-    if checkpoint in ("", "random"):
-        raise UserError("name a CHECKPOINT with a classifier: one of main_finetune.py or main_linprobe.py")
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size {args.batch_size} must be positive")
+def open_trained(args, checkpoint: str, head: bool = True) -> Judged:
+    """The model of a file or of a timm name as it was trained: with its own final norm and, with `head`, its classifier
+    if it has one; or a random encoder. In float32. UserError where it cannot be had."""
+    check_numbers(args)
     own = copy.copy(args)
-    model, weights = load_encoder(own, checkpoint)
-    if not model.num_classes:
-        raise UserError(f"{checkpoint} has no classifier: fine-tune it first (main_finetune.py, main_linprobe.py)")
-    check_channels(own.in_chans)
-    _common.take_data_flags(own, weights.args)
+    weights = read(checkpoint, args.checkpoint_key)
     device = choose_device(args.device)
-    return Judged(own, weights, model.to(device), device, choose_amp_dtype(args.amp_dtype, device))
+    if weights is None:
+        print("no checkpoint: the encoder is random")
+        settle_model(own, "")
+        own.global_pool = False
+        with seeded(args.seed):
+            model = build_encoder(own, None).eval()
+    else:
+        model, weights = load_encoder(own, weights, head)
+        _common.take_data_flags(own, weights.args)
+    check_channels(own.in_chans)
+    return Judged(own, weights, model.to(device), device, torch.float32)
 
 
-def _weights(checkpoint: str, key: str) -> Weights:
+def open_classifier(args) -> Judged:
+    """The classifier of a file or of a timm name, on its device. UserError where there is none, or one of another size
+    than `--nb_classes`."""
+    need = "with a classifier: one of main_finetune.py or main_linprobe.py"
+    checkpoint = _common.named(args, need)
+    if checkpoint == "random":
+        raise UserError(f"name a CHECKPOINT {need}")
+    judged = open_trained(args, checkpoint)
+    count = judged.model.num_classes
+    if not count:
+        raise UserError(f"{checkpoint} has no classifier: fine-tune it first (main_finetune.py, main_linprobe.py)")
+    if args.nb_classes not in (None, count):
+        raise UserError(f"--nb_classes {args.nb_classes}: the classifier of {checkpoint} tells {count} classes apart")
+    judged.dtype = choose_amp_dtype(args.amp_dtype, judged.device)
+    return judged
+
+
+def like(judged: Judged) -> dict:
+    """Flags with which a random encoder is of the same model as this one, on images normalised alike."""
+    flags = {name: getattr(judged.args, name) for name in ("model", "patch_size", "in_chans", "mean", "std")}
+    size = judged.args.input_size
+    return flags | {"input_size": [size] if isinstance(size, int) else size}
+
+
+def open_each(args, open_one: Callable[..., Judged]) -> list[Judged]:
+    """`open_one(args, checkpoint)` of every checkpoint of the flags, in their order. A random encoder is of the model
+    of the first that is not, unless --model says else."""
+    names, found, same = _common.all_named(args), {}, {}
+    if not names:
+        raise UserError("name one CHECKPOINT or more (a file, a timm model, or random)")
+    for i in sorted(range(len(names)), key=lambda i: names[i] == "random"):
+        alike = same if names[i] == "random" and not args.model else {}
+        own = argparse.Namespace(**{**vars(args), **alike, "checkpoint": names[i], "finetune": ""})
+        found[i] = open_one(own, names[i])
+        same = same or like(found[i])
+    return [found[i] for i in range(len(names))]
+
+
+def read(checkpoint: str, key: str) -> Weights | None:
+    """What a file or a timm name holds; None for a random encoder."""
+    if checkpoint in ("", "random"):
+        return None
     name = checkpoint.removeprefix("timm/")
+    if not os.path.exists(checkpoint) and not timm.is_model(name) and not set("/.") & set(name):
+        raise UserError(f"{checkpoint} is neither a file nor a model of timm's: a checkpoint is needed")
     if os.path.exists(checkpoint) or not timm.is_model(name):
         return read_weights(checkpoint, key)
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
+        model = timm.create_model(name, pretrained=True)
     except Exception as error:  # of the network, or of timm: it has no weights of that name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{checkpoint} is a model of timm's, but its weights could not be had: {reason}") from error
@@ -138,37 +182,20 @@ def labelled_splits(args) -> list:
     return splits
 
 
-def check_out(args, *endings: str, flag: str = "out") -> None:
-    """UserError when `--out`, or another flag, is no file of one of these endings that can be written; makes its
-    folder."""
-    path = Path(getattr(args, flag))
-    if not getattr(args, flag):
-        return
-    if path.suffix.lower() not in endings or path.is_dir():
-        raise UserError(f"--{flag} {path} must be a {' or '.join(endings)} file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--{flag} {path} cannot be written: {error.strerror}") from error
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--{flag} {path} cannot be written: the folder is read-only")
-
-
-def publish(judged: Judged, record: Record, metrics: dict, images_seen: int, name: str = "") -> None:
-    """Metrics of one checkpoint into the ledger and TensorBoard of the folder of `--out`; nothing without it. In
-    TensorBoard x is the epoch of the checkpoint, so that those of one run make a curve."""
+def publish(
+    judged: Judged, record: Record, metrics: dict, images_seen: int, name: str = "", picture: Mapping = {}
+) -> None:
+    """Metrics, and pictures (3, H, W) in [0, 1] by name, of one checkpoint into the ledger and TensorBoard of the
+    folder of `--out`; nothing without it. In TensorBoard x is the epoch of the checkpoint, so that those of one run
+    make a curve."""
     if not judged.args.out:
         return
     path = Path(judged.args.out)
     epoch = (judged.weights.history.get("epoch") if judged.weights else None) or 0
     board = Board(str(path.parent / f"tensorboard-{name or record.command}"))
     board.scalars({f"{record.command}/{name}": value for name, value in metrics.items()}, epoch + 1)
+    for title, image in picture.items():
+        board.image(f"{record.command}/{title}", image, epoch + 1)
     board.hparams(vars(judged.args), metrics)
     board.close()
     record.enter(path.parent, metrics, images_seen, judged.device, judged.dtype)
-
-
-def write_json(path: str | Path, args, **content) -> None:
-    """The flags, and what came out, as strict JSON beside or at `--out`."""
-    text = json.dumps(strict({**vars(args), **content}), indent=2, allow_nan=False)
-    Path(path).with_suffix(".json").write_text(text + "\n", encoding="utf-8")

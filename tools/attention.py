@@ -4,20 +4,19 @@ python tools/attention.py mae/checkpoint-799.pth mlo/checkpoint-199.pth --data D
 python tools/attention.py finetuned/checkpoint-99.pth --data DIR --out cam.png --show gradcam --class_index 3
 
 Grad-CAM is taken at the first norm of the last block, as in MLO-MAE (Guo et al., Section C.2). A .npz of the name of
-the picture holds the maps unscaled, a .json what was drawn.
+the picture holds the maps unscaled, a .json what was drawn; the ledger gets a line for each checkpoint.
 """
 
-import copy
-import json
 from pathlib import Path
 
 import _common
+import _judging
 import numpy as np
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from util.encoder import load_encoder
 from util.errors import UserError, user_errors
+from util.ledger import Record, write_json
 from util.saliency import attended_share, block_at, cls_attention, grad_cam
 from util.visual import captioned, denormalized, grid, overlay, rgb
 
@@ -30,7 +29,7 @@ OBJECTIVES = {
 
 def get_args_parser():
     parser = _common.parser("Draw the attention of [cls] and Grad-CAM of one or several checkpoints.")
-    parser.add_argument("checkpoints", nargs="+", metavar="checkpoint")
+    _common.add_checkpoint_flags(parser, several=True)
     _common.add_picture_flags(parser, masked=False)
     parser.add_argument("--show", nargs="+", choices=MAPS, default=MAPS)
     parser.add_argument("--block", type=int, default=-1, help="which block, from 0; negative from the end")
@@ -43,22 +42,21 @@ def get_args_parser():
     parser.add_argument("--class_index", type=int, help="the class to explain; the predicted one by default")
     _common.add_feature_flags(parser)
     _common.add_model_flags(parser)
+    parser.add_argument("--device", default="auto")
     return parser
 
 
 class Subject:
     """One checkpoint, with the images in its own size and normalisation."""
 
-    def __init__(self, path: str, args):
-        self.path, args = path, copy.copy(args)
-        asked = args.global_pool
-        self.model, weights = load_encoder(args, path)
-        self.model.requires_grad_(False)
+    def __init__(self, judged: _judging.Judged):
+        self.judged, self.model, args = judged, judged.model.requires_grad_(False), judged.args
+        self.path = args.checkpoint
         block_at(self.model, args.block)
-        self.pool = _common.settle_pool(args, self.model, asked, path)
-        _common.take_data_flags(args, weights.args)
-        self.imgs, mean, std = _common.chosen_images(args, self.model)
-        self.shown = rgb(denormalized(self.imgs, mean, std))
+        self.pool = _common.settle_pool(args, self.model, self.path)
+        imgs, mean, std, self.part = _common.chosen_images(args, self.model)
+        self.shown = rgb(denormalized(imgs, mean, std))
+        self.imgs = imgs.to(judged.device)
         self.grid = tuple(self.model.patch_embed.grid_size)
 
     def feature(self, imgs):
@@ -72,7 +70,9 @@ class Subject:
         """(N,): what Grad-CAM explains."""
         if objective == "class":
             logits = self.model(self.imgs)
-            chosen = logits.argmax(dim=1) if class_index is None else torch.full((len(logits),), class_index)
+            chosen = logits.argmax(dim=1)
+            if class_index is not None:
+                chosen = torch.full_like(chosen, class_index)
             return logits.gather(1, chosen[:, None])[:, 0]
         feature = self.feature(self.imgs)
         return (feature * (feature - feature.mean(dim=0)).detach()).sum(dim=1)
@@ -93,7 +93,7 @@ class Subject:
         if self.model.num_classes:
             with torch.no_grad():
                 found["predicted"] = self.model(self.imgs).argmax(dim=1)
-        return found
+        return {name: values.cpu() for name, values in found.items()}
 
 
 def settle_objective(args, subjects: list[Subject]) -> str:
@@ -139,32 +139,49 @@ def caption(args, subjects: list[Subject], objective: str) -> str:
     return f"columns: image; then for {', '.join(map(str, names))}: {'; '.join(parts)}. Each map dark to bright"
 
 
+def metrics_of(maps: dict[str, torch.Tensor]) -> dict[str, float]:
+    """What the ledger keeps of the maps of one checkpoint, means over the images shown."""
+    found = {}
+    if "attended" in maps:
+        found = {"attended_share": maps["attended"].mean().item(), "attention_to_cls": maps["to_cls"].mean().item()}
+        found |= {f"attended_share_head{i}": share for i, share in enumerate(maps["attended"].mean(dim=0).tolist())}
+    return found | ({"score": maps["score"].mean().item()} if "score" in maps else {})
+
+
+def row_of(subject: Subject, maps: dict[str, torch.Tensor]) -> dict:
+    """What the JSON says of one checkpoint."""
+    row = {"checkpoint": subject.path} | {k: v.tolist() for k, v in maps.items() if k in ("predicted", "score")}
+    return row | ({"attended_share": maps["attended"].mean(dim=0).tolist()} if "attended" in maps else {})
+
+
+def drawing(shown: torch.Tensor, columns: list[torch.Tensor]) -> torch.Tensor:
+    """Images (N, 3, H, W) and maps over them, side by side in one picture (3, height, width)."""
+    drawn = torch.stack([shown, *(overlay(shown, values) for values in columns)], dim=1)
+    return grid(drawn, per_row=2 if drawn.shape[1] <= 4 and len(shown) > 1 else 1)
+
+
 @torch.no_grad()
 def main(args) -> list[dict[str, torch.Tensor]]:
     """The maps of each checkpoint, as `Subject.maps` has them."""
-    out = _common.check_png(args.out)
-    subjects = [Subject(path, args) for path in args.checkpoints]
+    out = _common.check_out(args, ".png")
+    subjects = [Subject(judged) for judged in _judging.open_each(args, _judging.open_trained)]
     objective = settle_objective(args, subjects) if "gradcam" in args.show else ""
+    records = [Record("attention", s.judged.args, s.judged.weights, shown=s.part) for s in subjects]
     found = [subject.maps(args, objective) for subject in subjects]
-    shown = subjects[0].shown
-    drawn = [shown] + [overlay(shown, values) for maps in found for values in columns_of(maps, args.heads)]
+    columns = [columns_of(maps, args.heads) for maps in found]
     text = caption(args, subjects, objective)
-    picture = grid(torch.stack(drawn, dim=1), per_row=2 if len(drawn) <= 4 and len(shown) > 1 else 1)
-    captioned(to_pil_image(picture), text).save(out)
+    captioned(to_pil_image(drawing(subjects[0].shown, sum(columns, []))), text).save(out)
     arrays = {f"{name}_{i}": values.numpy() for i, maps in enumerate(found) for name, values in maps.items()}
     np.savez(out.with_suffix(".npz"), **arrays)
-    rows = [
-        {"checkpoint": subject.path} | {k: v.tolist() for k, v in maps.items() if k in ("predicted", "score")}
-        | ({"attended_share": maps["attended"].mean(dim=0).tolist()} if "attended" in maps else {})
-        for subject, maps in zip(subjects, found)
-    ]  # fmt: skip
-    result = {"block": args.block, "objective": objective, "checkpoints": rows}
-    out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    rows = [row_of(subject, maps) for subject, maps in zip(subjects, found)]
+    write_json(out, args, objective=objective, caption=text, result=rows)
     print(f"{out}: {text}")
-    for row in rows:
-        if "attended_share" in row:
-            heads = ", ".join(f"{share:.0%}" for share in row["attended_share"])
-            print(f"  {row['checkpoint']}: share of the patches that [cls] attends to, by head: {heads}")
+    for i, (subject, record, maps) in enumerate(zip(subjects, records, found)):
+        picture = {"maps": drawing(subject.shown, columns[i])}
+        _judging.publish(subject.judged, record, metrics_of(maps), len(subject.part), f"attention-{i}", picture)
+        if "attended" in maps:
+            heads = ", ".join(f"{share:.0%}" for share in maps["attended"].mean(dim=0))
+            print(f"  {subject.path}: share of the patches that [cls] attends to, by head: {heads}")
     return found
 
 

@@ -2,17 +2,23 @@
 
 python tools/export.py output_dir/checkpoint-399.pth --to timm --out encoder.safetensors
 python tools/export.py finetuned/checkpoint-99.pth --to onnx --out classifier.onnx
+
+What was checked goes beside the result, into a .json, TensorBoard and the ledger of the folder.
 """
 
+import copy
 import warnings
 from pathlib import Path
 
 import _common
+import _judging
+import torch
 
+from util.arguments import check_numbers
 from util.datasets import mean_std
-from util.encoder import load_encoder
 from util.errors import RunFailed, UserError, user_errors
-from util.export import EXPORTERS, largest_difference
+from util.export import EXAMPLES, EXPORTERS, largest_difference
+from util.ledger import Record, write_json
 from util.transforms import check_channels
 
 SUFFIXES = {"timm": ".safetensors", "safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
@@ -23,7 +29,7 @@ KEPT += "decoder decoder_fraction decoder_embed_dim decoder_depth decoder_num_he
 
 def get_args_parser():
     parser = _common.Parser("Write a checkpoint in the format of another library, and check that it computes the same.")
-    parser.add_argument("checkpoint", help="ours, the official MAE's, timm's, or a file or folder of Hugging Face")
+    _common.add_checkpoint_flags(parser)
     parser.add_argument("--to", required=True, choices=list(EXPORTERS))
     parser.add_argument("--out", required=True, help="file to write; hf-vit and hf-vitmae write a folder")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
@@ -32,7 +38,7 @@ def get_args_parser():
     parser.add_argument("--mean", type=float, nargs="+", help="of the images, told in the new file; the run's own")
     parser.add_argument("--std", type=float, nargs="+")
     _common.add_model_flags(parser)
-    parser.set_defaults(dataset="imagefolder")
+    parser.set_defaults(dataset="imagefolder", data_path="", device="cpu", seed=0)
     return parser
 
 
@@ -41,49 +47,56 @@ def check_out(args) -> Path:
     out, suffix = Path(args.out), SUFFIXES.get(args.to)
     if suffix and out.suffix != suffix:
         raise UserError(f"--out {out} must end in {suffix} for --to {args.to}")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
     if out.is_dir() if suffix else out.is_file():
         raise UserError(f"--out {out} is a {'folder' if suffix else 'file'}, and --to {args.to} writes the other")
-    if out.resolve() == Path(args.checkpoint).resolve():
+    if out.resolve() == Path(_common.named(args)).resolve():
         raise UserError(f"--out {out} is the checkpoint itself: name another place")
     if not args.overwrite and (any(out.iterdir()) if out.is_dir() else out.exists()):
         raise UserError(f"--out {out} exists: give --overwrite, or another place")
-    return out
+    return _common.check_out(args)
 
 
-def load(args):
+def load(args) -> tuple[_judging.Judged, str, dict]:
     """The autoencoder or encoder to export, which tokens its feature reads (cls, avg), and the flags of its file."""
-    weights = _common.read_weights(args.checkpoint, args.checkpoint_key)
+    check_numbers(args)
+    path = _common.named(args, "to export")
+    weights = _judging.read(path, args.checkpoint_key)
+    if weights is None:
+        raise UserError("name a CHECKPOINT to export: random is a model of no use elsewhere")
     whole = args.to in ("hf-vitmae", "safetensors") and weights.has_decoder and not args.encoder_only
     if args.to == "hf-vitmae" and not whole and not args.encoder_only:
         raise UserError(
-            f"{args.checkpoint} has no decoder ({weights.origin}), which a ViTMAE for pretraining needs: "
+            f"{path} has no decoder ({weights.origin}), which a ViTMAE for pretraining needs: "
             "give a full pretraining checkpoint, or --encoder_only for a ViTMAEModel"
         )
-    pooled = args.global_pool
     if whole:
-        model, stored = _common.load_autoencoder(args.checkpoint, args), weights.args
-        print(f"{args.checkpoint}: {weights.origin}")
+        args, pool = copy.copy(args), args.pool or "cls"
+        model = _common.load_autoencoder(path, args)
+        judged = _judging.Judged(args, weights, model, torch.device("cpu"), torch.float32)
+        print(f"{path}: {weights.origin}")
     else:
-        model, weights = load_encoder(args, args.checkpoint, head=not args.encoder_only)
-        stored, pooled = weights.args, _common.settle_pool(args, model, pooled, args.checkpoint) == "avg"
-    _common.take_data_flags(args, stored)
-    check_channels(args.in_chans)
+        judged = _judging.open_trained(args, path, head=not args.encoder_only)
+        pool = _common.settle_pool(args, judged.model, path)
+    check_channels(judged.args.in_chans)
+    return judged, pool, flags_of(judged, None if whole else pool)
+
+
+def flags_of(judged: _judging.Judged, pool: str | None) -> dict:
+    """What the new file tells; `pool` is None for an autoencoder."""
+    args, model, stored = judged.args, judged.model, judged.weights.args
     flags = {name: stored[name] for name in KEPT.split() if stored.get(name) is not None}
     mean, std = mean_std(args)
     size = list(model.patch_embed.img_size)
     flags |= dict(patch_size=model.patch_embed.patch_size[0], in_chans=args.in_chans, mean=mean, std=std)
     flags |= dict(model=args.model, input_size=size[0] if size[0] == size[1] else size)
-    if not whole:
-        flags |= dict(global_pool=bool(pooled), nb_classes=model.num_classes)
-    return model, "avg" if pooled else "cls", flags
+    return flags | (dict(global_pool=pool == "avg", nb_classes=model.num_classes) if pool else {})
 
 
 def main(args) -> float:
     """The largest difference between the model and what was written."""
     out = check_out(args)
-    model, pool, flags = load(args)
+    judged, pool, flags = load(args)
+    model, record = judged.model, Record("export", judged.args, judged.weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what exporters say to developers of operators
         exported = EXPORTERS[args.to](model, out, pool, flags)
@@ -94,8 +107,12 @@ def main(args) -> float:
           f"  checked on two random images: largest relative difference {difference:.1e}")  # fmt: skip
     if not difference < 1e-4:  # rounding is far below, and a wrong tensor far above
         raise RunFailed(
-            f"{out} does not compute what {args.checkpoint} does (difference {difference:.1e}); do not use it"
+            f"{out} does not compute what {_common.named(args)} does (difference {difference:.1e}); do not use it"
         )
+    result = {"largest_difference": difference}
+    beside = Path(f"{out}.json") if out.is_dir() else out
+    write_json(beside, judged.args, result=result, outputs=exported.outputs, code=exported.code, told=flags)
+    _judging.publish(judged, record, result, EXAMPLES)
     return difference
 
 

@@ -3,26 +3,26 @@
 python tools/feature_viz.py output_dir/checkpoint-799.pth --out channels.png
 python tools/feature_viz.py output_dir/checkpoint-799.pth --out channels.png --blocks 0 5 11 --channels 3 140
 
-A .npz of the name of the picture holds the images and how much they excite their channel, before and after.
+A .npz of the name of the picture holds the images and how much they excite their channel, before and after; the numbers
+are in a .json, in TensorBoard and in the ledger of the folder, too.
 """
 
 import _common
+import _judging
 import numpy as np
 import torch
 from torchvision.transforms.functional import to_pil_image
 
 from util.datasets import mean_std
-from util.distributed import choose_device
-from util.encoder import load_encoder
 from util.errors import UserError, user_errors
 from util.feature_viz import LAYERS, FourierImages, channel_activation, excite
-from util.transforms import check_channels
+from util.ledger import Record, write_json
 from util.visual import captioned, grid, rgb
 
 
 def get_args_parser():
     parser = _common.Parser("Draw images that excite single channels of an encoder, at several depths.")
-    parser.add_argument("checkpoint")
+    _common.add_checkpoint_flags(parser)
     parser.add_argument("--out", required=True, help="PNG file to write")
     parser.add_argument(
         "--blocks", type=int, nargs="+", help="which blocks, from 0; four from first to last by default"
@@ -43,7 +43,7 @@ def get_args_parser():
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--device", default="auto")
     _common.add_model_flags(parser)
-    parser.set_defaults(dataset="imagefolder")
+    parser.set_defaults(dataset="imagefolder", data_path="")
     return parser
 
 
@@ -69,16 +69,9 @@ def chosen(args, model) -> tuple[list[int], list[int]]:
     return blocks, channels
 
 
-def main(args) -> tuple[torch.Tensor, torch.Tensor]:
+def ascend(judged: _judging.Judged, blocks: list[int], channels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Images in [0, 1] (blocks, channels, C, H, W) and activations before and after (blocks, 2, channels)."""
-    check_values(args)
-    out = _common.check_png(args.out)
-    model, weights = load_encoder(args, args.checkpoint, head=False)
-    blocks, channels = chosen(args, model)
-    _common.take_data_flags(args, weights.args)
-    check_channels(args.in_chans)
-    device = choose_device(args.device)
-    model.requires_grad_(False).to(device)
+    args, model, device = judged.args, judged.model.requires_grad_(False), judged.device
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in mean_std(args))
     jitter = args.patch_size // 2 if args.jitter is None else args.jitter
     shape, numbers = (len(channels), args.in_chans, *model.patch_embed.img_size), torch.tensor(channels, device=device)
@@ -95,18 +88,37 @@ def main(args) -> tuple[torch.Tensor, torch.Tensor]:
         lost = int((values[1] <= values[0]).sum())
         hint = f"; {lost} of {len(channels)} no more than by grey: try --jitter 0, more --steps" if lost else ""
         print(f"block {block}: mean activation {values[0].mean():.3g} -> {values[1].mean():.3g}{hint}", flush=True)
-    images, activations = torch.stack(drawn), torch.stack(measured)
+    return torch.stack(drawn), torch.stack(measured)
+
+
+def metrics_of(blocks: list[int], activations: torch.Tensor) -> dict[str, float]:
+    """Mean activation of each block's channels by grey and by the images found, and the share of channels that these
+    excite more."""
+    found = {"excited_share": (activations[:, 1] > activations[:, 0]).float().mean().item()}
+    for block, (grey, excited) in zip(blocks, activations.mean(dim=-1).tolist()):
+        found |= {f"block{block}_grey": grey, f"block{block}_excited": excited}
+    return found
+
+
+def main(args) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `ascend` found."""
+    check_values(args)
+    out = _common.check_out(args, ".png")
+    judged = _judging.open_trained(args, _common.named(args, "(a file, a timm model, or random)"), head=False)
+    blocks, channels = chosen(args, judged.model)
+    record = Record("feature_viz", judged.args, judged.weights)
+    images, activations = ascend(judged, blocks, channels)
     where = "in the MLP" if args.layer == "mlp" else "behind the block"
     text = f"rows: blocks {' '.join(map(str, blocks))}; columns: channels {' '.join(map(str, channels))} {where}"
-    shown = torch.stack([rgb(row) for row in images])
-    captioned(to_pil_image(grid(shown, per_row=1)), text).save(out)
-    np.savez(
-        out.with_suffix(".npz"),
-        images=images.numpy(),
-        activations=activations.numpy(),
-        blocks=blocks,
-        channels=channels,
-    )
+    picture = grid(torch.stack([rgb(row) for row in images]), per_row=1)
+    captioned(to_pil_image(picture), text).save(out)
+    arrays = dict(images=images.numpy(), activations=activations.numpy(), blocks=blocks, channels=channels)
+    np.savez(out.with_suffix(".npz"), **arrays)
+    metrics = metrics_of(blocks, activations)
+    shown = dict(shown_blocks=blocks, shown_channels=channels, activations=activations.tolist())
+    write_json(out, judged.args, result=metrics, caption=text, **shown)
+    images_seen = len(blocks) * len(channels) * (args.steps + 2)  # and once before and after
+    _judging.publish(judged, record, metrics, images_seen, picture={"images": picture})
     print(f"{out}: {text}")
     return images, activations
 

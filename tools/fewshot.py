@@ -10,6 +10,7 @@ test split. A draw of more images contains those of fewer, and one seed draws th
 import math
 import warnings
 
+import _common
 import _judging
 import numpy as np
 from scipy import stats
@@ -19,7 +20,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from util.datasets import Part
 from util.errors import UserError, user_errors
-from util.ledger import Record
+from util.ledger import Record, write_json
 
 NORMALIZE = ("standard", "l2", "none")
 STATISTICS = 10_000  # training images, at most, whose mean and deviation standardise: so that not all need be encoded
@@ -48,7 +49,7 @@ def check(args) -> None:
         raise UserError(f"--draws {args.draws} must be at least 2: an interval needs a deviation")
     if not 0 < args.C < math.inf:
         raise UserError(f"--C {args.C} must be positive and finite")
-    _judging.check_out(args, ".json")
+    _common.check_out(args, ".json")
 
 
 def draw(labels: np.ndarray, most: int, seed: int, number: int) -> np.ndarray:
@@ -118,7 +119,7 @@ def needed_images(images, args) -> tuple[Part, list[np.ndarray], np.ndarray]:
 def main(args) -> dict:
     """Mean accuracy in percent and half its 95 % interval, for every number of shots."""
     check(args)
-    judged = _judging.open_encoder(args, _judging.named(args))
+    judged = _judging.open_encoder(args, _common.named(args))
     images, held_out = _judging.labelled_splits(judged.args)
     part, draws, of = needed_images(images, args)
     record = Record("fewshot", judged.args, judged.weights, train=images, test=held_out)
@@ -135,7 +136,7 @@ def main(args) -> dict:
         result |= {f"fewshot{k}_acc1": mean, f"fewshot{k}_interval95": half}
         print(f"{k:3d} per class: {mean:.2f} ± {half:.2f} %  (95 % interval of the mean over {args.draws} draws)")
     if args.out:
-        _judging.write_json(args.out, judged.args, result=result, draws_acc1=found)
+        write_json(args.out, judged.args, result=result, draws_acc1=found)
     _judging.publish(judged, record, result, len(part) + len(held_out))
     return result
 

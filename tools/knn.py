@@ -3,11 +3,12 @@
 python tools/knn.py output_dir/checkpoint-399.pth --data_path DIR --out output_dir/knn.json
 """
 
+import _common
 import _judging
 
 from util.errors import UserError, user_errors
 from util.features import knn_accuracy
-from util.ledger import Record
+from util.ledger import Record, write_json
 
 
 def get_args_parser():
@@ -21,15 +22,17 @@ def main(args) -> dict:
     """Accuracy by k, in percent."""
     if min(args.k) < 1:
         raise UserError("--k must be positive")
-    _judging.check_out(args, ".json")
-    judged = _judging.open_encoder(args, _judging.named(args))
+    _common.check_out(args, ".json")
+    judged = _judging.open_encoder(args, _common.named(args))
     images, held_out = _judging.labelled_splits(judged.args)
+    if max(args.k) > len(images):
+        raise UserError(f"--k {max(args.k)}: there are only {len(images)} training images")
     record = Record("knn", judged.args, judged.weights, train=images, test=held_out)
     train, test = judged.features(images), judged.features(held_out)
     result = {f"knn{k}_acc1": knn_accuracy(*train, *test, k=k) for k in args.k}
     print("  ".join(f"{k}-NN {result[f'knn{k}_acc1']:.2f} %" for k in args.k))
     if args.out:
-        _judging.write_json(args.out, judged.args, result=result)
+        write_json(args.out, judged.args, result=result)
     _judging.publish(judged, record, result, len(images) + len(held_out))
     return result
 

@@ -19,7 +19,7 @@ CAPTION = "columns: image, learned mask, random mask, how likely removed (dark t
 
 def get_args_parser():
     parser = _common.parser("Draw what a masking network removes, beside random masks.")
-    parser.add_argument("checkpoint", help="of a run with --mlo_mae")
+    _common.add_checkpoint_flags(parser, what="a file of a run with --mlo_mae")
     _common.add_picture_flags(parser)
     _common.add_model_flags(parser)
     return parser
@@ -27,15 +27,16 @@ def get_args_parser():
 
 @torch.no_grad()
 def main(args) -> None:
-    stored_ratio = _common.read_weights(args.checkpoint, args.checkpoint_key).args.get("mask_ratio", 0.75)
+    path = _common.named(args, "of a run with --mlo_mae")
+    stored_ratio = _common.read_weights(path, args.checkpoint_key).args.get("mask_ratio", 0.75)
     ratio = _common.check_picture_flags(args, stored_ratio)
-    model = _common.load_autoencoder(args.checkpoint, args)
-    net, embedding = load_mask_net(args.checkpoint, model)
-    imgs, mean, std = _common.chosen_images(args, model, ratio)
+    model = _common.load_autoencoder(path, args)
+    net, embedding = load_mask_net(path, model)
+    imgs, mean, std, _ = _common.chosen_images(args, model, ratio)
     logits = net(embedding.network(imgs))
     picture = mask_picture(denormalized(imgs, mean, std), logits, ratio, model, per_row=2 if len(imgs) > 1 else 1)
     p = logits.sigmoid()
-    caption = f"{Path(args.checkpoint).name}, {ratio:.0%} removed; {CAPTION}; from {p.min():.2g} to {p.max():.2g}"
+    caption = f"{Path(path).name}, {ratio:.0%} removed; {CAPTION}; from {p.min():.2g} to {p.max():.2g}"
     captioned(to_pil_image(picture), caption).save(args.out)
     print(f"{args.out}: {caption}")
 

@@ -11,6 +11,7 @@ ImageNet-A and -O (Hendrycks et al. 2021, Natural Adversarial Examples) and -R (
 from dataclasses import dataclass
 from pathlib import Path
 
+import _common
 import _judging
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from util.corruptions import NAMES, SEVERITIES, read_frost
 from util.datasets import Part, input_size, mean_std, read_images
 from util.errors import UserError, user_errors
 from util.features import extract
-from util.ledger import Record, describe_images
+from util.ledger import Record, describe_images, write_json
 from util.loading import build_loader
 from util.robustness import (
     Classes,
@@ -76,9 +77,8 @@ def check(args) -> None:
         raise UserError(f"--seed {args.seed} must not be negative")
     if (args.frost or args.picture) and not args.corrupt:
         raise UserError(f"--{'frost' if args.frost else 'picture'} is for --corrupt")
-    _judging.check_out(args, ".json")
-    if args.picture:
-        _judging.check_out(args, ".png", flag="picture")
+    _common.check_out(args, ".json")
+    _common.check_out(args, ".png", flag="picture")
 
 
 @dataclass
@@ -124,8 +124,7 @@ class Bench:
         images = evaluation.images if images is None else images
         loader = build_loader(images, steps, judged.args, judged.args.batch_size, train=False)
         found, labels = extract(encode, loader, judged.device, judged.dtype)
-        if not len(found):
-            raise UserError(f"{evaluation.name}: none of its {len(images)} images can be read")
+        _judging.check_readable(judged.args, images, len(found), evaluation.name)
         if len(found) < len(images):
             print(f"{evaluation.name}: {len(images) - len(found)} unreadable images left out")
         self.seen += len(images)
@@ -259,7 +258,7 @@ def open_bench(args) -> Bench:
     judged = _judging.open_classifier(args)
     if args.corrupt and judged.args.in_chans not in (1, 3):
         raise UserError(f"--corrupt is for images of 1 or 3 channels: the classifier reads {judged.args.in_chans}")
-    path, count = _judging.named(args), judged.model.num_classes
+    path, count = _common.named(args), judged.model.num_classes
     classes = known_classes(path, count, judged.weights.classes or None, args.classes, args.train_classes)
     return Bench(judged, classes, read_frost(args.frost) if args.frost else [])
 
@@ -274,6 +273,10 @@ def open_sets(bench: Bench) -> tuple[dict[str, Evaluation], dict[str, dict]]:
             open_folder(next(iter(folders.values()))[0], bench.classes)
         else:
             plain[path] = bench.some(open_folder(path, bench.classes))
+    if args.clean:
+        if not corrupted:
+            raise UserError(f"--clean {args.clean} is for a folder like ImageNet-C among the --folders")
+        open_folder(args.clean, bench.classes)
     if args.corrupt and corrupted:
         raise UserError(f"--corrupt: {next(iter(corrupted))} holds corrupted images already")
     if args.corrupt and not args.folders:
@@ -309,7 +312,7 @@ def main(args) -> dict:
     if foreign:
         result |= {f"{foreign[0].name}_{name}": value for name, value in foreign_images(bench, *foreign).items()}
     if args.out:
-        _judging.write_json(args.out, bench.judged.args, result=result, errors=errors)
+        write_json(args.out, bench.judged.args, result=result, errors=errors)
     _judging.publish(bench.judged, record, result, bench.seen)
     return result
 

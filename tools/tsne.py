@@ -7,9 +7,9 @@ Picture and ratio are Figure 7 and Table 14 of "Downstream Task Guided Masking L
 Multi-Level Optimization" (MLO-MAE, Appendix C.3).
 """
 
-import argparse
 from pathlib import Path
 
+import _common
 import _judging
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from sklearn.manifold import TSNE
 from util.datasets import Part, read_images
 from util.encoder import count_classes
 from util.errors import UserError, user_errors
-from util.ledger import Record
+from util.ledger import Record, write_json
 
 PCA_DIMENSIONS = 50  # to which features are reduced first, as van der Maaten and Hinton 2008 do (Section 4.2)
 
@@ -36,15 +36,14 @@ def get_args_parser():
 
 
 def check(args) -> None:
-    if not args.checkpoint:
-        raise UserError("name one CHECKPOINT or more (a file, a timm model, or random)")
-    if args.titles and len(args.titles) != len(args.checkpoint):
-        raise UserError(f"--titles has {len(args.titles)} for {len(args.checkpoint)} checkpoints: one each, or none")
+    names = _common.all_named(args)
+    if args.titles and len(args.titles) != len(names):
+        raise UserError(f"--titles has {len(args.titles)} for {len(names)} checkpoints: one each, or none")
     if args.images < 0:
         raise UserError(f"--images {args.images} must not be negative; 0 takes all")
     if not 1 < args.perplexity < float("inf"):
         raise UserError(f"--perplexity {args.perplexity} must be a number above 1")
-    _judging.check_out(args, ".png")
+    _common.check_out(args, ".png")
 
 
 def class_similarity(features: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -118,39 +117,33 @@ def default_title(checkpoint: str) -> str:
     return f"{path.resolve().parent.name}/{path.stem}" if path.is_file() else checkpoint
 
 
-def judge(args, checkpoint: str, number: int, same: dict) -> tuple:
-    """Similarities, points (M, 2), labels (M,) and images of one checkpoint; `same` are flags for a random one."""
-    own = argparse.Namespace(**{**vars(args), **(same if checkpoint == "random" else {}), "checkpoint": checkpoint})
-    judged = _judging.open_encoder(own, checkpoint)
-    images = chosen_images(judged.args)
-    record = Record("tsne", judged.args, judged.weights, test=images)
+def judge(judged: _judging.Judged, number: int) -> tuple:
+    """Similarities, points (M, 2), labels (M,) and images of one checkpoint."""
+    args = judged.args
+    images = chosen_images(args)
+    record = Record("tsne", args, judged.weights, test=images)
     check_perplexity(args.perplexity, len(images))
     features, labels = judged.features(images)
     result = class_similarity(features, labels)
     points = embed(features, args.perplexity, args.seed)
     _judging.publish(judged, record, result, len(images), f"tsne-{number}")
-    if checkpoint != "random" and not same:
-        same |= {name: getattr(judged.args, name) for name in ("model", "patch_size", "in_chans", "mean", "std")}
-        size = judged.args.input_size
-        same["input_size"] = [size] if isinstance(size, int) else size
     return result, points, labels.numpy(), images
 
 
 def main(args) -> list[dict]:
     """The similarities of every checkpoint. A random encoder is of the first one's model, unless --model says else."""
     check(args)
-    titles = args.titles or [default_title(name) for name in args.checkpoint]
-    same: dict = {}
-    numbers = sorted(range(len(titles)), key=lambda i: args.checkpoint[i] == "random")  # which may be like another
-    found = {i: judge(args, args.checkpoint[i], i, {} if args.model else same) for i in numbers}
+    opened = _judging.open_each(args, _judging.open_encoder)
+    names = [judged.args.checkpoint for judged in opened]
+    found = [judge(judged, i) for i, judged in enumerate(opened)]
     results = []
-    for i, (title, checkpoint) in enumerate(zip(titles, args.checkpoint)):
-        results.append({"checkpoint": checkpoint, "title": title, **found[i][0]})
-        print(f"{title}: " + "  ".join(f"{name} {value:.4f}" for name, value in found[i][0].items()))
+    for name, title, (similarity, *_) in zip(names, args.titles or map(default_title, names), found):
+        results.append({"checkpoint": name, "title": title, **similarity})
+        print(f"{title}: " + "  ".join(f"{key} {value:.4f}" for key, value in similarity.items()))
     shown = [f"{result['title']}\nintra / inter {result['ratio']:.3f}" for result in results]
-    _, points, labels, images = zip(*(found[i] for i in range(len(titles))))
+    _, points, labels, images = zip(*found)
     draw(points, labels, shown, images[0].classes, Path(args.out))
-    _judging.write_json(args.out, args, result=results)
+    write_json(args.out, args, result=results)
     return results
 
 

@@ -17,7 +17,7 @@ from util.weights import read_file
 
 def get_args_parser():
     parser = _common.parser("Draw what an autoencoder sees and makes of it.")
-    parser.add_argument("checkpoint")
+    _common.add_checkpoint_flags(parser, what="a file with a decoder: ours, the official MAE's or Hugging Face's")
     _common.add_picture_flags(parser)
     parser.add_argument("--norm_pix_loss", action=_common.argparse.BooleanOptionalAction,
                         help="for files that do not say whether they were trained with it")  # fmt: skip
@@ -26,18 +26,19 @@ def get_args_parser():
 
 
 def main(args) -> None:
-    stored_ratio = _common.read_weights(args.checkpoint, args.checkpoint_key).args.get("mask_ratio", 0.75)
+    path = _common.named(args, "of an autoencoder")
+    stored_ratio = _common.read_weights(path, args.checkpoint_key).args.get("mask_ratio", 0.75)
     ratio = _common.check_picture_flags(args, stored_ratio)
-    model = _common.load_autoencoder(args.checkpoint, args)
+    model = _common.load_autoencoder(path, args)
     if args.norm_pix_loss is not None:
         model.norm_pix_loss = args.norm_pix_loss
-    imgs, mean, std = _common.chosen_images(args, model, ratio)
+    imgs, mean, std, _ = _common.chosen_images(args, model, ratio)
     pictures = reconstruct(model, imgs, ratio, fixed_noise(model, len(imgs), args.seed, imgs.device), mean, std)
     norm = "; patches de-normalised with the original's mean and deviation" if model.norm_pix_loss else ""
-    run = read_file(args.checkpoint).get("data")
+    run = read_file(path).get("data")
     if isinstance(run, dict) and not run.get("shows_pixels", True):
         norm += "; this run went on to features and has not trained its pixel head since"
-    caption = f"{Path(args.checkpoint).name}, {ratio:.0%} removed; {CAPTION}{norm}"
+    caption = f"{Path(path).name}, {ratio:.0%} removed; {CAPTION}{norm}"
     picture: Image.Image = captioned(to_pil_image(grid(pictures, per_row=2 if len(imgs) > 1 else 1)), caption)
     picture.save(args.out)
     print(f"{args.out}: {caption}")

@@ -203,8 +203,8 @@ def add_finetuning_arguments(parser, pooled: bool) -> None:
     group.add_argument("--dist_eval", action="store_true", help="accepted; evaluation is always spread and exact")
 
 
-def check_values(args) -> None:
-    """Refuse numbers out of range, and flags that contradict each other."""
+def check_numbers(args) -> None:
+    """Refuse numbers out of range, of the flags that `args` has: those of the mains and of the tools."""
     _check_finite(args)
     positive = "batch_size epochs accum_iter save_freq print_freq dist_timeout clip_grad patch_size in_chans"
     positive += " decoder_embed_dim decoder_num_heads nb_classes eval_freq shuffle_buffer shard_samples max_steps"
@@ -219,14 +219,19 @@ def check_values(args) -> None:
             raise UserError(f"--{name} {value} must not be negative")
     if args.seed >= 2**31:  # numpy takes 32 bits, and every rank adds its number
         raise UserError(f"--seed {args.seed} must be below {2**31}")
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+    if getattr(args, "crop_pct", None) is not None and not 0 < args.crop_pct <= 1:
         raise UserError(f"--crop_pct {args.crop_pct} must lie in (0, 1]")
-    if args.start_epoch >= args.epochs and not args.resume and not getattr(args, "eval", False):
-        raise UserError(f"--start_epoch {args.start_epoch} leaves none of the --epochs {args.epochs} to train")
-    if not 0 <= args.max_bad_fraction <= 1:
+    if not 0 <= getattr(args, "max_bad_fraction", 0) <= 1:
         raise UserError(f"--max_bad_fraction {args.max_bad_fraction} must lie in [0, 1]")
     if args.input_size is not None and len(args.input_size) > 2:
         raise UserError("--input_size takes one number, or height and width")
+
+
+def check_values(args) -> None:
+    """Refuse numbers out of range, and flags of the mains that contradict each other."""
+    check_numbers(args)
+    if args.start_epoch >= args.epochs and not args.resume and not getattr(args, "eval", False):
+        raise UserError(f"--start_epoch {args.start_epoch} leaves none of the --epochs {args.epochs} to train")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite contradict each other: give one of them")
 

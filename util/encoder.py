@@ -64,15 +64,17 @@ def told_by_shapes(weights: Weights) -> dict:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def load_encoder(args, path: str, head: bool = True):
-    """The encoder in the checkpoint `path` as a `VisionTransformer` in eval mode, with the feature that it was trained
-    for: `fc_norm` over the mean of the patches where the file has that, else `norm`; with its classifier, unless `head`
-    is False or it has none. A probe's BatchNorm becomes part of its linear layer, which computes the same.
+def load_encoder(args, source: str | Weights, head: bool = True):
+    """The encoder in a checkpoint (its path, or what was read of it) as a `VisionTransformer` in eval mode, with the
+    feature that it was trained for: `fc_norm` over the mean of the patches where the file has that, else `norm`; with
+    its classifier, unless `head` is False or it has none. A probe's BatchNorm becomes part of its linear layer, which
+    computes the same.
 
     Settles the model flags in `args`. UserError for a file without a final norm or with a head that is not linear, and
     when neither the flags nor the file say which model it is. -> the model, the `Weights`.
     """
-    weights = read_weights(path, args.checkpoint_key)
+    weights = read_weights(source, args.checkpoint_key) if isinstance(source, str) else source
+    path = weights.path
     weights.args = told_by_shapes(weights) | {key: value for key, value in weights.args.items() if value is not None}
     if not (args.model or weights.args.get("model")):
         raise UserError(f"{path} does not say which model it is: give --model")

@@ -21,6 +21,7 @@ from util.errors import UserError
 from util.weights import save_state
 from util.weights_names import to_hugging_face
 
+EXAMPLES = 2  # images of the check, and of the exporters' traces, which take a batch of one for a constant
 _ONNX_LARGEST = 2**31 - 2**20  # bytes of one protobuf file; larger models keep their weights in a second file
 
 
@@ -234,8 +235,7 @@ def to_safetensors(model, out: Path, pool: str, flags: dict) -> Exported:
 
 
 def _example(model) -> Tensor:
-    # Two images: a batch of one would be taken for a constant.
-    return torch.randn(2, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    return torch.randn(EXAMPLES, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
 
 
 def _program(model: VisionTransformer, pool: str) -> tuple[torch.export.ExportedProgram, list[str]]:

@@ -70,6 +70,20 @@ def append(folder: str | Path | None, row: dict) -> None:
         raise UserError(f"{Path(folder) / LEDGER} cannot be written: {error.strerror}") from error
 
 
+def write_json(path: str | Path, args, **content) -> None:
+    """The flags, and what came out, as strict JSON beside or at `path`, by the main process. UserError when it cannot
+    be written."""
+    if not is_main_process():
+        return
+    path = Path(path).with_suffix(".json")
+    text = json.dumps(strict({**vars(args), **content}), indent=2, allow_nan=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
 def read(path: str | Path) -> list[dict]:
     """The lines of a ledger, oldest first; [] where there is none. What is no line of ours is named and left out."""
     try:
