@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -105,6 +106,45 @@ def test_scores_over_batches():
     assert found["precision1"] == pytest.approx(100 * float(held[range(len(p)), p.argmax(1)].float().mean()), rel=1e-5)
     assert found["loss"] == pytest.approx(-float((targets[good] * p.log()).sum(1).mean()), rel=1e-5)
     assert found["skipped"] == 40 - len(p)
+
+
+def test_scores_of_three_ranks(monkeypatch):
+    """The same as one rank alone has, though each computes some of the classes and one of them has no image. Ranks are
+    threads here, which meet where processes would."""
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(30, 7))).float()
+    targets = torch.from_numpy(rng.random((30, 7)) < 0.3).float()
+    alone = MultiLabel(torch.device("cpu"))
+    alone.add(logits, targets, torch.ones(30, dtype=torch.bool))
+    expected, meeting, here = alone.read(), threading.Barrier(3), threading.local()
+    parts, given, found = [(0, 17), (17, 17), (17, 30)], [None] * 3, [None] * 3
+
+    def gather(value):
+        given[here.rank] = value
+        meeting.wait(timeout=60)
+        everyone = list(given)
+        meeting.wait(timeout=60)
+        return everyone
+
+    def rank(number):
+        here.rank = number
+        kept = MultiLabel(torch.device("cpu"))
+        for first in range(*parts[number], 5):
+            part = slice(first, min(first + 5, parts[number][1]))
+            kept.add(logits[part], targets[part], torch.ones(len(targets[part]), dtype=torch.bool))
+        found[number] = kept.read()
+
+    monkeypatch.setattr(MultiLabel, "AT_ONCE", 2)
+    for name, replacement in dict(gather_objects=gather, get_rank=lambda: here.rank, get_world_size=lambda: 3).items():
+        monkeypatch.setattr(f"util.scores.{name}", replacement)
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == found[1] == found[2]
+    assert found[0]["mAP"] == expected["mAP"] > 0  # the same numbers, summed exactly
+    assert found[0] == pytest.approx(expected, rel=1e-6)  # losses are summed in float32 inside a batch
 
 
 # Noise ----------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """How good a classifier is on a test set: sums that are kept batch by batch and read once, over all ranks."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 
-from util.distributed import all_reduce_sum, from_main_process, gather_objects
+from util.distributed import all_reduce_sum, gather_objects, get_rank, get_world_size
 
 
 class TopK:
@@ -38,45 +40,71 @@ class MultiLabel:
     """Sets of labels (`targets` (N, classes), positive where a label holds, rows sum to one): mean average precision
     and precision@1 in percent, mean cross-entropy.
 
-    Every score is kept in main memory, on every rank: images x classes x 5 bytes.
+    Average precision ranks the scores of all images, so they are kept in main memory: on a rank those of its own images
+    (images / ranks x classes x 5 bytes) and, while `read` runs, those of all images for a few classes at a time (images
+    x `AT_ONCE` x 5 bytes). Of 1 M images and 1,000 classes on 8 GPUs that is 0.6 GB and 0.3 GB on each rank.
     """
 
     headline = "mAP"
+    AT_ONCE = 64  # classes
 
     def __init__(self, device: torch.device):
-        self.scores, self.holds, self.loss, self.skipped = [], [], 0.0, 0
+        self.scores, self.holds, self.sums = [], [], np.zeros(4)  # loss, hits of the first label, images, skipped
 
     def add(self, logits: torch.Tensor, targets: torch.Tensor, good: torch.Tensor) -> None:
         logits, targets = logits[good].cpu(), targets[good].cpu()
-        self.loss += F.cross_entropy(logits, targets, reduction="sum").item()
         # Softmax is blind to a constant added to all logits of an image, so they compare between images only after it.
-        self.scores.append(F.log_softmax(logits, dim=1).numpy())
-        self.holds.append(targets.numpy() > 0)
-        self.skipped += int((~good).sum())
+        scores, holds = F.log_softmax(logits, dim=1).numpy(), targets.numpy() > 0
+        loss = F.cross_entropy(logits, targets, reduction="sum").item()
+        hits = precision_at_1(scores, holds) / 100 * len(scores)
+        self.sums += (loss, hits, len(scores), int((~good).sum()))
+        self.scores.append(scores)
+        self.holds.append(holds)
 
     def read(self) -> dict[str, float]:
-        everyone = gather_objects((self.scores, self.holds, self.loss, self.skipped))
-        scores = np.concatenate([batch for rank in everyone for batch in rank[0]] or [np.zeros((0, 1))])
-        holds = np.concatenate([batch for rank in everyone for batch in rank[1]] or [np.zeros((0, 1), bool)])
-        loss, skipped = (sum(rank[place] for rank in everyone) for place in (2, 3))
+        loss, hits, count, skipped = np.sum(gather_objects(self.sums), axis=0).tolist()
         return {
-            "loss": loss / max(1, len(scores)),
-            "mAP": from_main_process(lambda: mean_average_precision(scores, holds)),
-            "precision1": precision_at_1(scores, holds),
-            "skipped": float(skipped),
+            "loss": loss / max(1, count),
+            "mAP": self._mean_average_precision(),
+            "precision1": 100 * hits / max(1, count),
+            "skipped": skipped,
         }
+
+    def _mean_average_precision(self) -> float:
+        """`mean_average_precision` over the images of all ranks, of which each computes some of the classes."""
+        found = []
+        classes = max(gather_objects(self.scores[0].shape[1] if self.scores else 0))
+        for number, first in enumerate(range(0, classes, self.AT_ONCE)):
+            columns = slice(first, first + self.AT_ONCE)
+            own = [(scores[:, columns], holds[:, columns]) for scores, holds in zip(self.scores, self.holds)]
+            everyone = [batch for rank in gather_objects(_joined(own)) for batch in rank]
+            if number % get_world_size() == get_rank():
+                found += average_precisions(*_joined(everyone)[0])
+        return _mean([value for part in gather_objects(found) for value in part])
 
     @staticmethod
     def said(stats: dict) -> str:
         return f"mAP {stats['mAP']:.2f} %  precision@1 {stats['precision1']:.2f} %  loss {stats['loss']:.4f}"
 
 
-def mean_average_precision(scores: np.ndarray, holds: np.ndarray) -> float:
-    """Average precision of each class over all images, averaged over the classes that occur, in percent; (N, classes)
-    both, `holds` bool. 0 where no class occurs."""
+def _joined(batches: list[tuple[np.ndarray, ...]]) -> list[tuple[np.ndarray, ...]]:
+    """All batches as one, none as none."""
+    return [tuple(np.concatenate(parts) for parts in zip(*batches))] if batches else []
+
+
+def average_precisions(scores: np.ndarray, holds: np.ndarray) -> list[float]:
+    """Average precision in percent, over all images, of each class that occurs; (N, classes) both, `holds` bool."""
     occurs = np.flatnonzero(holds.any(axis=0))
-    values = [average_precision_score(holds[:, place], scores[:, place]) for place in occurs]
-    return 100 * float(np.mean(values)) if values else 0.0
+    return [100 * float(average_precision_score(holds[:, place], scores[:, place])) for place in occurs]
+
+
+def mean_average_precision(scores: np.ndarray, holds: np.ndarray) -> float:
+    """The mean of `average_precisions`; 0 where no class occurs."""
+    return _mean(average_precisions(scores, holds))
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values) if values else 0.0  # exact, whatever the order that ranks give it
 
 
 def precision_at_1(scores: np.ndarray, holds: np.ndarray) -> float:
