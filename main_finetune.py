@@ -226,6 +226,8 @@ def _take_model_flags(args, path: Path) -> None:
     for name in ("model", "patch_size", "in_chans", "input_size"):
         if getattr(args, name) is None:
             setattr(args, name, stored.get(name))
+    if stored.get("layer_norm_eps") is not None:
+        args.layer_norm_eps = stored["layer_norm_eps"]
     if isinstance(args.input_size, int):
         args.input_size = [args.input_size]
 

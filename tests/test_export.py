@@ -79,7 +79,7 @@ def refused(*flags):
 def printed_model(said):
     """What the line of code that the tool printed makes."""
     code = next(line for line in said.splitlines() if "model = " in line).split("model = ")[1]
-    modules = {name: importlib.import_module(name) for name in ("timm", "torch")}
+    modules = {name: importlib.import_module(name) for name in ("functools", "timm", "torch")}
     if "transformers" in code:
         modules["transformers"] = pytest.importorskip("transformers")
     if "onnxruntime" in code:
@@ -173,6 +173,32 @@ def test_encoder_to_hugging_face_vit_and_back(mae, tmp_path, capsys):
     torch.testing.assert_close(theirs(imgs).last_hidden_state, latent, **CLOSE)
     for place in (out, out / "model.safetensors"):
         torch.testing.assert_close(features_again(place, imgs), latent[:, 0], **CLOSE)
+
+
+def test_the_epsilon_of_a_folder(tmp_path, capsys):
+    """Hugging Face's configuration has an epsilon of its own (1e-12 by default; here one that shows): it is used, it
+    goes along with what is exported, and it is said where it cannot be used. A file alone does not tell it."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, image_size=16)
+    config = transformers.ViTConfig(**sizes, patch_size=4, layer_norm_eps=1e-3)
+    theirs, imgs = transformers.ViTModel(config, add_pooling_layer=False).eval(), torch.randn(3, 3, 16, 16)
+    theirs.save_pretrained(tmp_path / "vit")
+    expected = theirs(imgs).last_hidden_state[:, 0]
+    torch.testing.assert_close(features_again(tmp_path / "vit", imgs), expected, **CLOSE)
+    (tmp_path / "alone.safetensors").write_bytes((tmp_path / "vit" / "model.safetensors").read_bytes())
+    alone = features_again(tmp_path / "alone.safetensors", imgs, model="vit_micro_patch4", input_size=[16])
+    assert (alone - expected).abs().max() > 1e-3  # a hundred times what rounding does
+    for to, out in (("timm", "a.safetensors"), ("hf-vit", "b")):
+        capsys.readouterr()
+        out = exported(tmp_path / "vit", to, tmp_path / out)
+        torch.testing.assert_close(features_again(out, imgs), expected, **CLOSE)
+        again, said = printed_model(capsys.readouterr().out), {"timm": lambda x: x, "hf-vit": lambda x: x[0][:, 0]}
+        torch.testing.assert_close(said[to](again(imgs)), expected, **CLOSE)
+    report = load_into(models_mae.mae_vit_micro_patch4(img_size=16), read_weights(tmp_path / "vit"))
+    assert "note: its layer norms have an epsilon of 0.001, here it is 1e-06" in str(report)
+    content = json.loads((tmp_path / "vit" / "config.json").read_text())
+    (tmp_path / "vit" / "config.json").write_text(json.dumps({**content, "layer_norm_eps": "small"}))
+    assert "layer_norm_eps of 'small'" in refused(tmp_path / "vit", "--to", "timm", "--out", tmp_path / "c.safetensors")
 
 
 def test_images_are_prepared_as_ours(mae, tmp_path):

@@ -12,7 +12,7 @@ import torch
 import models_mae
 from util.arguments import Parser, add_data_arguments, check_numbers
 from util.datasets import Files, Part, input_size, mean_std, read_images
-from util.encoder import told_by_shapes
+from util.encoder import set_norm_eps, told_by_shapes
 from util.errors import UserError
 from util.loading import KeyedDataset
 from util.transforms import check_channels, eval_transform
@@ -194,6 +194,7 @@ def load_autoencoder(path: str, args: argparse.Namespace) -> models_mae.MaskedAu
         norm_pix_loss=stored.get("norm_pix_loss"),
         **{flag: stored.get(flag) for flag in decoder},
     )
+    set_norm_eps(model, stored.get("layer_norm_eps"))
     load_into(model, weights)
     take_data_flags(args, stored)
     return model.eval()

@@ -24,7 +24,7 @@ from util.transforms import check_channels
 SUFFIXES = {"timm": ".safetensors", "safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 # Flags that the new file tells, too.
 KEPT = "model input_size patch_size in_chans global_pool nb_classes dataset mean std crop_pct norm_pix_loss mask_ratio "
-KEPT += "decoder decoder_fraction decoder_embed_dim decoder_depth decoder_num_heads epochs seed"
+KEPT += "decoder decoder_fraction decoder_embed_dim decoder_depth decoder_num_heads epochs seed layer_norm_eps"
 
 
 def get_args_parser():

@@ -18,7 +18,7 @@ DEFAULT_MODEL = "vit_large_patch16"
 def settle_model(args, source: str | Weights) -> Weights | None:
     """Read the weights at `source` ("" means a random encoder), if they are not yet, and fill in the model flags that
     were not given: from the file where it says, else the model's own. Sets args.model, patch_size, in_chans,
-    input_size."""
+    input_size, and layer_norm_eps where the file says it (Hugging Face's do)."""
     weights = source or None
     if isinstance(weights, str):
         weights = read_weights(weights, args.checkpoint_key)
@@ -31,15 +31,17 @@ def settle_model(args, source: str | Weights) -> Weights | None:
     size = args.input_size or stored.get("input_size") or config["img_size"]
     size = [size] if isinstance(size, int) else list(size)
     args.input_size = size[0] if len(size) == 1 or size[0] == size[1] else size
+    if "layer_norm_eps" in stored:
+        args.layer_norm_eps = stored["layer_norm_eps"]
     return weights
 
 
 def _stored_flags(args, weights: Weights) -> dict:
     """The model flags that the file was written with; UserError where one is needed and makes no sense."""
-    kinds = {"model": str, "patch_size": int, "in_chans": int, "input_size": (int, list)}
+    kinds = {"model": str, "patch_size": int, "in_chans": int, "input_size": (int, list), "layer_norm_eps": float}
     stored = {name: weights.args[name] for name in kinds if weights.args.get(name) is not None}
     for name, value in stored.items():
-        if not getattr(args, name) and not isinstance(value, kinds[name]):
+        if not getattr(args, name, None) and not isinstance(value, kinds[name]):
             raise UserError(f"{weights.path} says that its --{name} was {value!r}, which makes no sense: give --{name}")
     return stored
 
@@ -118,6 +120,7 @@ def build_encoder(args, weights: Weights | None, num_classes: int = 0, drop_path
         drop_path_rate=drop_path,
         global_pool=args.global_pool,
     )
+    set_norm_eps(model, getattr(args, "layer_norm_eps", None))
     if weights is not None:
         report = load_into(model, weights, ignore_head=ignore_head)
         print(report)
@@ -126,6 +129,13 @@ def build_encoder(args, weights: Weights | None, num_classes: int = 0, drop_path
     elif like_mae:
         _like_an_untrained_autoencoder(model, args)
     return model
+
+
+def set_norm_eps(model: torch.nn.Module, eps: float | None) -> None:
+    """Of all layer norms; None leaves them as they are (1e-6, as in MAE and timm)."""
+    for module in model.modules() if eps is not None else ():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = eps
 
 
 def _like_an_untrained_autoencoder(model, args) -> None:

@@ -4,6 +4,7 @@ Each `to_...` writes a model to `out` and returns an `Exported`, which loads it 
 """
 
 import copy
+import functools
 import importlib
 import json
 from collections.abc import Callable
@@ -78,6 +79,16 @@ def _sizes(model) -> dict:
     )
 
 
+class _Norm(functools.partial):
+    """A layer norm with this epsilon; shown as one would write it."""
+
+    def __new__(cls, eps: float):
+        return super().__new__(cls, nn.LayerNorm, eps=eps)
+
+    def __repr__(self):
+        return f"functools.partial(torch.nn.LayerNorm, eps={self.keywords['eps']!r})"
+
+
 def timm_arguments(model: VisionTransformer, pool: str) -> dict:
     """Arguments of `timm.create_model` for this model: the name that timm has for its sizes, else that of ViT-B/16 and
     what differs from it."""
@@ -90,6 +101,8 @@ def timm_arguments(model: VisionTransformer, pool: str) -> dict:
     if image != (224, 224):
         arguments["img_size"] = image[0] if image[0] == image[1] else image
     arguments |= {key: value for key, value in sizes.items() if value != known[name][key]}
+    if model.blocks[0].norm1.eps != 1e-6:
+        arguments["norm_layer"] = _Norm(model.blocks[0].norm1.eps)
     if model.patch_embed.proj.in_channels != 3:
         arguments["in_chans"] = model.patch_embed.proj.in_channels
     arguments["num_classes"] = model.num_classes

@@ -268,7 +268,7 @@ def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False) -> 
     own = model.state_dict()
     _check_geometry(own, weights)
     _check_heads(model, weights)
-    report = LoadReport(weights.path, weights.origin)
+    report = LoadReport(weights.path, weights.origin, note=_other_eps(model, weights))
     report.head = why_no_head(own, weights.state, ignore_head)
     chosen = {name: tensor for name, tensor in weights.state.items() if name in own}
     if report.head:
@@ -336,6 +336,18 @@ def _check_heads(model: nn.Module, weights: Weights) -> None:
                 f"{weights.path} was trained with {heads} attention heads, but the model has "
                 f"{blocks[0].attn.num_heads} (--{prefix}num_heads or --model)"
             )
+
+
+def _other_eps(model: nn.Module, weights: Weights) -> str:
+    """What to say where the file was computed with another epsilon of the layer norms than the model has. A bare state
+    dict does not tell its own; ours, MAE's and timm's is 1e-6."""
+    stored = weights.args.get("layer_norm_eps")
+    eps = next((module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)), stored)
+    if stored in (None, eps):
+        return ""
+    return (
+        f"its layer norms have an epsilon of {stored:g}, here it is {eps:g}: features differ slightly from the file's"
+    )
 
 
 def _interpolate(model: nn.Module, chosen: dict, weights: Weights, report: LoadReport) -> None:

@@ -11,6 +11,7 @@ _FLAGS = {
     "patch_size": "patch_size",
     "num_channels": "in_chans",
     "num_attention_heads": "num_heads",
+    "layer_norm_eps": "layer_norm_eps",
 }
 _MAE_FLAGS = {
     "decoder_hidden_size": "decoder_embed_dim",
@@ -39,12 +40,16 @@ def folder_weights(path: str) -> str:
 
 
 def folder_flags(path: str) -> dict:
-    """Our flags by the configuration beside the weights at `path`, {} without one of a ViT or ViTMAE."""
+    """Our flags by the configuration beside the weights at `path`, {} without one of a ViT or ViTMAE. UserError for an
+    epsilon of the layer norms that is none."""
     config = _json(Path(path).with_name("config.json")) if Path(path).name in _WEIGHTS else {}
     if config.get("model_type") not in ("vit", "vit_mae"):
         return {}
     names = {**_FLAGS, **(_MAE_FLAGS if config["model_type"] == "vit_mae" else {})}
     flags = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
+    eps = flags.get("layer_norm_eps", 1e-6)
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise UserError(f"{Path(path).with_name('config.json')} has a layer_norm_eps of {eps!r}, which makes no sense")
     if isinstance(flags.get("patch_size"), list) and len(set(flags["patch_size"])) == 1:
         flags["patch_size"] = flags["patch_size"][0]
     images = _json(Path(path).with_name("preprocessor_config.json"))

@@ -23,6 +23,7 @@ class LoadReport:
     grids: str = ""  # "14x14 -> 16x16" when positions were interpolated
     head: str = ""  # why the head was skipped
     reasons: dict[str, list[str]] = field(default_factory=dict)  # of `unexpected`
+    note: str = ""
 
     def __str__(self):
         lines = [f"{self.path}: {self.origin}", f"taken: {summary(self.taken)}"]
@@ -33,6 +34,8 @@ class LoadReport:
         lines += [f"not used: {summary(names)} ({reason})" for reason, names in self.reasons.items()]
         if self.skipped:
             lines.append(f"skipped: {self.head}")
+        if self.note:
+            lines.append(f"note: {self.note}")
         return "\n  ".join(lines)
 
 
