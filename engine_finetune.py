@@ -6,7 +6,8 @@ import torch
 
 from util.amp import autocast, choose_amp_dtype
 from util.distributed import is_main_process, shut_down, sync_buffers
-from util.ledger import Record
+from util.ledger import Record, write_json
+from util.log import Board
 from util.misc import save_on_master
 from util.run import Run
 from util.scores import TopK
@@ -43,11 +44,20 @@ def evaluate(loader, model, device, amp_dtype=torch.float32, kind=TopK) -> dict[
 
 
 def evaluate_once(args, model, loader, device, record: Record, kind=TopK) -> dict[str, float]:
-    """`--eval`: `evaluate`, said on the terminal and in the ledger; nothing else is written."""
+    """`--eval`: `evaluate`, said on the terminal, in eval.json, in TensorBoard (a folder of its own, beside the events
+    of a run) and in the ledger. In TensorBoard x is the epoch of the checkpoint."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
     stats = evaluate(loader, model, device, dtype, kind)
     report(stats, len(loader.dataset), kind)
-    record.enter(args.output_dir, {f"test_{k}": v for k, v in stats.items()}, len(loader.dataset), device, dtype)
+    metrics = {f"test_{name}": value for name, value in stats.items()}
+    board = Board(str(Path(args.log_dir) / "tensorboard-eval") if args.log_dir else None)
+    epoch = (record.source or {}).get("epoch") or 0
+    board.scalars({f"eval/{name}": value for name, value in stats.items()}, epoch + 1)
+    board.hparams(vars(args), metrics)
+    board.close()
+    if args.output_dir:
+        write_json(Path(args.output_dir) / "eval.json", args, result=metrics)
+    record.enter(args.output_dir, metrics, len(loader.dataset), device, dtype)
     shut_down()
     return stats
 

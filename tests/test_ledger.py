@@ -8,7 +8,7 @@ import statistics
 import sys
 
 import pytest
-from launch import DIGITS, ROOT, finish, launch
+from launch import DIGITS, ROOT, finish, launch, scalars
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -180,6 +180,9 @@ def test_finetuning_and_its_evaluation(pretrained, tmp_path):
     trained, judged = ledger.read(tmp_path / "results.jsonl")
     assert (trained["command"], judged["command"]) == ("main_finetune", "main_finetune --eval")
     assert judged["metrics"]["test_acc1"] == pytest.approx(trained["metrics"]["test_acc1"])
+    assert json.loads((tmp_path / "eval.json").read_text())["result"] == judged["metrics"]
+    ((x, value),) = scalars(tmp_path / "tensorboard-eval", "eval/acc1")
+    assert x == 1000 and value == pytest.approx(judged["metrics"]["test_acc1"])  # after epoch 0
     assert trained["source"]["flags"]["mask_ratio"] == 0.75
     assert judged["source"]["flags"]["layer_decay"] == 0.75 and judged["source"]["source"] == trained["source"]
     runs = {one.row["command"]: one for one in _runs.read_runs([str(tmp_path)])}
