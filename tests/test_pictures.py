@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from launch import ROOT
+from launch import ROOT, scalars
 from PIL import Image
 from torch import nn
 
@@ -16,10 +16,11 @@ import feature_viz
 
 import models_mae
 import models_vit
+from util import ledger
 from util.errors import UserError
 from util.feature_viz import FourierImages, channel_activation, excite, total_variation
 from util.saliency import attended_share, cls_attention, grad_cam
-from util.visual import overlay
+from util.visual import ROW_LABEL, overlay
 
 EXACT = dict(rtol=1e-5, atol=1e-6)  # float32, the same sums in another order
 
@@ -131,7 +132,10 @@ def planted(tmp_path):
 
 
 def drawn(folder, *flags, checkpoints=("bright.pth",)):
-    options = [str(folder / name) for name in checkpoints] + ["--data", str(folder / "images")]
+    options = [name if name == "random" else str(folder / name) for name in checkpoints] + [
+        "--data",
+        str(folder / "images"),
+    ]
     options += ["--out", str(folder / "a.png"), *flags]
     return attention.main(attention.get_args_parser().parse_args(options))
 
@@ -169,6 +173,17 @@ def test_checkpoints_side_by_side(planted):
     assert json.loads((folder / "a.json").read_text())["objective"] == "feature"
     width = Image.open(folder / "a.png").width
     assert width == (1 + 2 * (1 + 4 + 1)) * (96 + 4) + 4
+    for i, (maps, name) in enumerate(zip(found, both)):
+        row = ledger.read(folder / "results.jsonl")[i]
+        assert row["command"] == "attention" and row["flags"]["checkpoint"] == str(folder / name)
+        assert row["data"]["shown"]["images"] == row["images_seen"] == 4 and row["source"]["sha256"]
+        assert row["metrics"]["attended_share"] == pytest.approx(maps["attended"].mean().item())
+        heads = [row["metrics"][f"attended_share_head{j}"] for j in range(4)]
+        assert np.mean(heads) == pytest.approx(row["metrics"]["attended_share"])
+        ((x, value),) = scalars(folder / f"tensorboard-attention-{i}", "attention/attended_share")
+        assert x == 1000 and value == pytest.approx(row["metrics"]["attended_share"])
+    random = drawn(folder, "--show", "attention", checkpoints=("random", "encoder.pth"))[0]
+    assert random["attention"].shape == (4, 4, 8, 8)  # of the other's model
     drawn(folder, "--show", "attention", "--global_pool", checkpoints=("encoder.pth",))
     assert Image.open(folder / "a.png").width == 2 * 2 * (96 + 4) + 4
     for flags, right in (
@@ -255,7 +270,13 @@ def test_feature_viz(tmp_path, capsys):
     again, _ = visualised(tmp_path, tmp_path / "a.pth", *flags)
     assert torch.equal(images, again)
     assert np.array_equal(np.load(tmp_path / "f.npz")["images"], images.numpy())
-    assert Image.open(tmp_path / "f.png").width == 3 * (96 + 4) + 4
+    row = ledger.read(tmp_path / "results.jsonl")[0]
+    assert row["command"] == "feature_viz" and row["metrics"]["excited_share"] == 1
+    assert row["metrics"]["block3_excited"] == pytest.approx(values[3, 1].mean().item())
+    assert json.loads((tmp_path / "f.json").read_text())["result"] == row["metrics"]
+    (_, value), *_ = scalars(tmp_path / "tensorboard-feature_viz", "feature_viz/block0_grey")
+    assert value == pytest.approx(values[0, 0].mean().item())
+    assert Image.open(tmp_path / "f.png").width == ROW_LABEL + 3 * (96 + 4) + 4
     model = looks_at_brightness()
     with torch.no_grad():  # coordinate 0: red less blue; two channels of the last MLP that read it, or its negative
         model.patch_embed.proj.weight[0, 2] *= -1

@@ -13,12 +13,13 @@ import _common
 import _judging
 import numpy as np
 import torch
-from torchvision.transforms.functional import to_pil_image
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from util.errors import UserError, user_errors
 from util.ledger import Record, write_json
 from util.saliency import attended_share, block_at, cls_attention, grad_cam
-from util.visual import captioned, denormalized, grid, overlay, rgb
+from util.visual import captioned, denormalized, grid, labelled, overlay, rgb
 
 MAPS = ["attention", "gradcam"]
 OBJECTIVES = {
@@ -52,6 +53,7 @@ class Subject:
     def __init__(self, judged: _judging.Judged):
         self.judged, self.model, args = judged, judged.model.requires_grad_(False), judged.args
         self.path = args.checkpoint
+        self.title = str(Path(*Path(self.path).with_suffix("").parts[-2:]))
         block_at(self.model, args.block)
         self.pool = _common.settle_pool(args, self.model, self.path)
         imgs, mean, std, self.part = _common.chosen_images(args, self.model)
@@ -119,24 +121,24 @@ def settle_objective(args, subjects: list[Subject]) -> str:
     return objective
 
 
-def columns_of(found: dict, heads: bool) -> list[torch.Tensor]:
-    """The maps (N, rows, columns) to draw, in the order of the caption."""
+def columns_of(found: dict, heads: bool, of: str = "") -> list[tuple[str, torch.Tensor]]:
+    """The maps (N, rows, columns) to draw, each with its title: what it is and, where that is said, `of` what."""
     drawn = []
     if "attention" in found:
-        drawn.append(found["attention"].mean(dim=1))
-        drawn += found["attention"].unbind(dim=1) if heads else []
-    return drawn + ([found["gradcam"]] if "gradcam" in found else [])
+        drawn.append(("attention", found["attention"].mean(dim=1)))
+        drawn += [(f"head {i}", one) for i, one in enumerate(found["attention"].unbind(dim=1)) if heads]
+    drawn += [("Grad-CAM", found["gradcam"])] if "gradcam" in found else []
+    return [(f"{of}: {title}" if of else title, values) for title, values in drawn]
 
 
-def caption(args, subjects: list[Subject], objective: str) -> str:
-    names = [Path(*Path(subject.path).parts[-2:]) for subject in subjects]
+def caption(args, objective: str) -> str:
     parts = []
     if "attention" in args.show:
-        parts.append(f"attention of [cls] in block {args.block}, mean of heads{', each head' * args.heads}")
+        parts.append(f"Attention of [cls] in block {args.block}: mean of its heads{', and each head' * args.heads}")
     if "gradcam" in args.show:
         of = f"class {args.class_index}" if args.class_index is not None else "the predicted class"
-        parts.append(f"Grad-CAM of {of if objective == 'class' else OBJECTIVES[objective]}")
-    return f"columns: image; then for {', '.join(map(str, names))}: {'; '.join(parts)}. Each map dark to bright"
+        parts.append(f"Grad-CAM: of {of if objective == 'class' else OBJECTIVES[objective]}")
+    return f"{'. '.join(parts)}. Each map from its lowest value (dark) to its highest (bright)."
 
 
 def metrics_of(maps: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -154,10 +156,11 @@ def row_of(subject: Subject, maps: dict[str, torch.Tensor]) -> dict:
     return row | ({"attended_share": maps["attended"].mean(dim=0).tolist()} if "attended" in maps else {})
 
 
-def drawing(shown: torch.Tensor, columns: list[torch.Tensor]) -> torch.Tensor:
-    """Images (N, 3, H, W) and maps over them, side by side in one picture (3, height, width)."""
-    drawn = torch.stack([shown, *(overlay(shown, values) for values in columns)], dim=1)
-    return grid(drawn, per_row=2 if drawn.shape[1] <= 4 and len(shown) > 1 else 1)
+def drawing(shown: torch.Tensor, columns: list[tuple[str, torch.Tensor]]) -> Image.Image:
+    """Images (N, 3, H, W) and the maps of `columns_of` over them, side by side."""
+    drawn = torch.stack([shown, *(overlay(shown, values) for _, values in columns)], dim=1)
+    per_row = 2 if drawn.shape[1] <= 4 and len(shown) > 1 else 1
+    return labelled(to_pil_image(grid(drawn, per_row)), ["image", *(title for title, _ in columns)] * per_row)
 
 
 @torch.no_grad()
@@ -168,16 +171,17 @@ def main(args) -> list[dict[str, torch.Tensor]]:
     objective = settle_objective(args, subjects) if "gradcam" in args.show else ""
     records = [Record("attention", s.judged.args, s.judged.weights, shown=s.part) for s in subjects]
     found = [subject.maps(args, objective) for subject in subjects]
-    columns = [columns_of(maps, args.heads) for maps in found]
-    text = caption(args, subjects, objective)
-    captioned(to_pil_image(drawing(subjects[0].shown, sum(columns, []))), text).save(out)
+    titles = [subject.title if len(subjects) > 1 else "" for subject in subjects]
+    columns = [columns_of(maps, args.heads, title) for maps, title in zip(found, titles)]
+    text = caption(args, objective)
+    captioned(drawing(subjects[0].shown, [column for own in columns for column in own]), text).save(out)
     arrays = {f"{name}_{i}": values.numpy() for i, maps in enumerate(found) for name, values in maps.items()}
     np.savez(out.with_suffix(".npz"), **arrays)
     rows = [row_of(subject, maps) for subject, maps in zip(subjects, found)]
     write_json(out, args, objective=objective, caption=text, result=rows)
     print(f"{out}: {text}")
     for i, (subject, record, maps) in enumerate(zip(subjects, records, found)):
-        picture = {"maps": drawing(subject.shown, columns[i])}
+        picture = {"maps": to_tensor(drawing(subject.shown, columns[i]))}
         _judging.publish(subject.judged, record, metrics_of(maps), len(subject.part), f"attention-{i}", picture)
         if "attended" in maps:
             heads = ", ".join(f"{share:.0%}" for share in maps["attended"].mean(dim=0))

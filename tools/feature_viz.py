@@ -11,13 +11,13 @@ import _common
 import _judging
 import numpy as np
 import torch
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from util.datasets import mean_std
 from util.errors import UserError, user_errors
 from util.feature_viz import LAYERS, FourierImages, channel_activation, excite
 from util.ledger import Record, write_json
-from util.visual import captioned, grid, rgb
+from util.visual import captioned, grid, labelled, rgb
 
 
 def get_args_parser():
@@ -109,16 +109,17 @@ def main(args) -> tuple[torch.Tensor, torch.Tensor]:
     record = Record("feature_viz", judged.args, judged.weights)
     images, activations = ascend(judged, blocks, channels)
     where = "in the MLP" if args.layer == "mlp" else "behind the block"
-    text = f"rows: blocks {' '.join(map(str, blocks))}; columns: channels {' '.join(map(str, channels))} {where}"
-    picture = grid(torch.stack([rgb(row) for row in images]), per_row=1)
-    captioned(to_pil_image(picture), text).save(out)
+    text = f"images that excite single channels {where}, of blocks {' '.join(map(str, blocks))}"
+    picture = to_pil_image(grid(torch.stack([rgb(row) for row in images]), per_row=1))
+    picture = labelled(picture, [f"channel {i}" for i in channels], [f"block {i}" for i in blocks])
+    captioned(picture, text).save(out)
     arrays = dict(images=images.numpy(), activations=activations.numpy(), blocks=blocks, channels=channels)
     np.savez(out.with_suffix(".npz"), **arrays)
     metrics = metrics_of(blocks, activations)
     shown = dict(shown_blocks=blocks, shown_channels=channels, activations=activations.tolist())
     write_json(out, judged.args, result=metrics, caption=text, **shown)
     images_seen = len(blocks) * len(channels) * (args.steps + 2)  # and once before and after
-    _judging.publish(judged, record, metrics, images_seen, picture={"images": picture})
+    _judging.publish(judged, record, metrics, images_seen, picture={"images": to_tensor(picture)})
     print(f"{out}: {text}")
     return images, activations
 

@@ -1,12 +1,15 @@
 """Pictures of what an autoencoder sees and makes of it."""
 
+import textwrap
+
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid
 
 from util.rng import sample_noise
 
+LINE, ROW_LABEL = 15, 56  # pixels: height of a line of text, width of the labels before rows
 CAPTION = "columns: original, masked, reconstruction with the visible patches pasted"
 
 
@@ -89,21 +92,45 @@ def mask_picture(shown, scores, mask_ratio: float, model, per_row: int = 2) -> t
     return grid(torch.stack([colours, *cut, heat], dim=1), per_row)
 
 
+def labelled(picture: Image.Image, columns: list[str], rows: list[str] = ()) -> Image.Image:
+    """A picture of `grid` with a title above each of its columns, wrapped to it, and before each of its `rows`."""
+    width = (picture.width - 4) // len(columns)
+    titles = [textwrap.wrap(title.replace("/", "/ "), max(4, width // 7)) for title in columns]  # 7: a wide letter
+    lines = max(map(len, titles))
+    left, top = (ROW_LABEL if rows else 0), LINE * lines + 4
+    whole = Image.new("RGB", (left + picture.width, top + picture.height), "white")
+    whole.paste(picture, (left, top))
+    draw = ImageDraw.Draw(whole)
+    for i, title in enumerate(titles):
+        for place, line in enumerate(title, lines - len(title)):  # at the lower edge
+            draw.text((left + 4 + i * width, 2 + LINE * place), line, fill="black", font=_font())
+    for i, title in enumerate(rows):
+        draw.text(
+            (4, top + (i + 0.5) * (picture.height - 4) / len(rows) - LINE // 2), title, fill="black", font=_font()
+        )
+    return whole
+
+
 def captioned(picture: Image.Image, caption: str) -> Image.Image:
     """The picture with a line of text below it, wrapped to its width."""
     draw = ImageDraw.Draw(picture)
     words, lines = caption.split(" "), [""]
     for word in words:
         longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer) <= picture.width - 8 or not lines[-1]:
+        if draw.textlength(longer, font=_font()) <= picture.width - 8 or not lines[-1]:
             lines[-1] = longer
         else:
             lines.append(word)
-    height = 14 * len(lines) + 6
-    whole = Image.new("RGB", (picture.width, picture.height + height), "white")
+    whole = Image.new("RGB", (picture.width, picture.height + LINE * len(lines) + 6), "white")
     whole.paste(picture)
-    ImageDraw.Draw(whole).multiline_text((4, picture.height + 2), "\n".join(lines), fill="black", spacing=3)
+    draw = ImageDraw.Draw(whole)
+    for i, line in enumerate(lines):
+        draw.text((4, picture.height + 2 + LINE * i), line, fill="black", font=_font())
     return whole
+
+
+def _font():
+    return ImageFont.load_default(12)  # smaller, its words run into each other
 
 
 def fixed_noise(model, count: int, seed: int, device) -> torch.Tensor:
