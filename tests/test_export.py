@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from launch import ROOT
+from launch import ROOT, scalars
 from PIL import Image
 from torch import nn
 
@@ -19,6 +19,7 @@ import export
 import models_mae
 import models_vit
 from main_linprobe import probe_head
+from util import ledger
 from util.encoder import load_encoder, token_feature
 from util.errors import UserError, user_errors
 from util.export import timm_arguments
@@ -363,6 +364,20 @@ def test_refusals(mae, classifier, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert "needs the package onnx," in to("onnx", "--out", tmp_path / "x.onnx")
     assert not (tmp_path / "x").exists()
+
+
+def test_what_was_checked_is_written_down(mae, tmp_path):
+    """Beside a file and beside a folder: a line of the ledger, a JSON and TensorBoard say the same difference."""
+    pytest.importorskip("transformers")
+    for to, name, beside in (("timm", "a.safetensors", "a.json"), ("hf-vit", "v-1.0", "v-1.0.json")):
+        exported(mae[1], to, tmp_path / "new" / name)
+        row = ledger.read(tmp_path / "new" / "results.jsonl")[-1]
+        assert row["command"] == "export" and row["flags"]["to"] == to and row["flags"]["model"] == "vit_micro_patch4"
+        assert 0 <= row["metrics"]["largest_difference"] < 1e-5 and row["images_seen"] == 2
+        content = json.loads((tmp_path / "new" / beside).read_text())
+        assert content["result"] == row["metrics"] and content["told"]["mean"] == FLAGS["mean"]
+        assert scalars(tmp_path / "new" / "tensorboard-export", "export/largest_difference")
+    assert not (tmp_path / "new" / "v-1.0" / "results.jsonl").exists()
 
 
 def test_a_wrong_export_is_not_passed_off(mae, tmp_path, monkeypatch, capsys):
