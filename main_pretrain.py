@@ -68,7 +68,7 @@ def get_args_parser() -> arguments.Parser:
     group.add_argument(
         "--knn_images", default=20000, type=int, help="images the kNN looks at, of each split, evenly spaced"
     )
-    arguments.add_speed_arguments(parser)
+    arguments.add_speed_arguments(parser, cached=True)
     arguments.add_distributed_arguments(parser, shards=True)
     add_method_arguments(parser, METHODS)
     return parser

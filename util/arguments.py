@@ -148,8 +148,17 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
     group.add_argument("--print_freq", default=20, type=int, help="steps between lines, and TensorBoard points")
 
 
-def add_speed_arguments(parser, trains_blocks: bool = True) -> None:
-    group = parser.add_argument_group("speed and memory (the results do not depend on these, but for rounding)")
+def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False) -> None:
+    """`cached`: whether there is `--data_cache` (and with it `--fsdp`)."""
+    laptop = ", and --data_cache ram where the images fit into memory" * cached
+    gpu = "--data_cache device for small images, " * cached
+    memory = ", ".join(["--accum_iter", *["--grad_checkpoint"] * trains_blocks, *["then --fsdp"] * cached])
+    group = parser.add_argument_group(
+        "speed and memory (the results do not depend on these, but for rounding)",
+        f"On a laptop: the defaults{laptop}. On one GPU: {gpu}as many --num_workers as cores for files, --compile for "
+        f"runs of more than an hour. On one node: torchrun or scripts/, a process for each GPU; {memory} where memory "
+        "is short. On a cluster: scripts/mae/slurm.sh, or torchrun --max_restarts 3, with --resume auto.",
+    )
     group.add_argument(
         "--attention", default="auto", choices=ATTENTION,
         help="one fused kernel, or two matrix products and a softmax; auto takes what was measured to be faster here",
