@@ -11,7 +11,7 @@ import torch
 import torchvision.datasets.cifar
 from plain_images import class_folders, contents, finetune_flags, flags, save, value_of
 
-from util.datasets import IMAGENET, MEAN_STD, HuggingFaceImages, build_dataset, mean_std, read_images
+from util.datasets import IMAGENET, MEAN_STD, HuggingFaceImages, build_dataset, images_below, mean_std, read_images
 from util.errors import UserError
 
 # Readers -------------------------------------------------------------------------------------------------------------
@@ -81,8 +81,8 @@ class Lists:
         for value in range(8):
             save(root / "pictures" / f"{value}.png", value)
 
-    def read(self, train: bool, train_rows=None, val_rows=None):
-        argv = ["--dataset", "filelist", "--data_path", self.root / "pictures"]
+    def read(self, train: bool, train_rows=None, val_rows=None, outside=False):
+        argv = ["--dataset", "filelist", "--data_path", self.root / "pictures"] + ["--allow_outside"] * outside
         for name, rows in (("train_list", train_rows), ("val_list", val_rows)):
             if rows is not None:
                 (self.root / name).write_text("\n".join(rows) + "\n\n")
@@ -119,6 +119,38 @@ def test_filelist(tmp_path):
 def test_filelist_refuses(tmp_path, rows, train, message):
     with pytest.raises(UserError, match=message):
         Lists(tmp_path).read(train, *rows)
+
+
+def test_a_list_names_nothing_outside(tmp_path):
+    """Neither by `..`, nor by an absolute path, nor through a link; with --allow_outside all of them."""
+    lists = Lists(tmp_path / "in")
+    save(tmp_path / "secret" / "7.png", 7)
+    (tmp_path / "in" / "pictures" / "link.png").symlink_to(tmp_path / "secret" / "7.png")
+    (tmp_path / "in" / "pictures" / "linked").symlink_to(tmp_path / "secret")
+    (tmp_path / "in" / "pictures" / "here.png").symlink_to("3.png")
+    for stray in ("../../secret/7.png", f"{tmp_path}/secret/7.png"):
+        with pytest.raises(UserError, match=r"not below --data_path .* --allow_outside"):
+            lists.read(True, ["0.png", stray])
+        assert contents(lists.read(True, ["0.png", stray], outside=True)) == [(0, -1), (7, -1)]
+    images = lists.read(True, ["0.png", "link.png", "linked/7.png", "here.png", "../pictures/1.png"])
+    for place in (1, 2):
+        for read in (images.load, images.open):
+            with pytest.raises(OSError, match="leads out of --data_path"):
+                read(place)
+    assert [np.asarray(images.load(place)).flat[0] for place in (0, 3, 4)] == [0, 3, 1]
+    assert contents(lists.read(True, ["link.png"], outside=True)) == [(7, -1)]
+
+
+def test_links_in_a_circle(tmp_path):
+    """Each image once, however the links run; a link to another folder is followed."""
+    save(tmp_path / "a" / "b" / "1.png", 1)
+    save(tmp_path / "other" / "2.png", 2)
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "self").symlink_to(".")
+    (tmp_path / "a" / "other").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "a")
+    found = [path.removeprefix(f"{tmp_path}/a/") for path in images_below(tmp_path / "a")]
+    assert found == ["b/1.png", "other/2.png"]
 
 
 def test_tiny_imagenet(tmp_path):

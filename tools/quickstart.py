@@ -14,7 +14,7 @@ import _common
 import _runs
 import collect
 
-from util.datasets import _images_below
+from util.datasets import images_below
 from util.errors import UserError, user_errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,9 +44,9 @@ def write_lists(root: Path, out: Path) -> tuple[list[str], int, bool]:
         raise UserError(f"--data_path {root} is not a folder")
     labelled = all((root / split).is_dir() and any((root / split).glob("*/")) for split in ("train", "val"))
     if labelled:
-        splits = {split: _images_below(root / split) for split in ("train", "val")}
+        splits = {split: images_below(root / split) for split in ("train", "val")}
     else:
-        paths = _images_below(root)
+        paths = images_below(root)
         splits = {"train": [p for i, p in enumerate(paths) if i % 10], "val": paths[::10]}
     for split, paths in splits.items():
         if not paths:
@@ -57,7 +57,7 @@ def write_lists(root: Path, out: Path) -> tuple[list[str], int, bool]:
         lines = [f"{row}\t{row.parts[1]}" if labelled else str(row) for row in rows]
         (out / f"{split}.txt").write_text("\n".join(lines) + "\n")
         splits[split] = chosen
-    flags = ["--dataset", "filelist", "--data_path", str(root)]
+    flags = ["--dataset", "filelist", "--data_path", str(root), "--allow_outside"]
     flags += ["--train_list", str(out / "train.txt"), "--val_list", str(out / "val.txt")]
     return flags, len(splits["train"]), labelled
 

@@ -69,6 +69,9 @@ def add_data_arguments(parser):
     group.add_argument("--train_list", default="", help="filelist: text file, path or path<TAB>label per line")
     group.add_argument("--val_list", default="", help="filelist: the same for validation")
     group.add_argument(
+        "--allow_outside", action="store_true", help="filelist: paths and links may lead out of --data_path"
+    )
+    group.add_argument(
         "--shuffle_buffer", type=int, default=1000, metavar="N",
         help="wds: images (as stored) that every worker keeps to shuffle among; the shards of tools/make_shards.py are "
         "mixed already, raise it for shards sorted by class as far as the memory allows; 1 leaves their order",

@@ -58,19 +58,25 @@ class Images(ABC):
 
 
 class Files(Images):
-    """Images in files."""
+    """Images in files; with `within` a folder that no link may lead out of."""
 
-    def __init__(self, paths: list[str], targets: list[int], classes: list[str] | None):
-        self.paths, self.targets, self.classes = np.array(paths), targets, classes
+    def __init__(self, paths: list[str], targets: list[int], classes: list[str] | None, within: str = ""):
+        self.paths, self.targets, self.classes, self.within = np.array(paths), targets, classes, within
 
     def load(self, index):
-        with open(str(self.paths[index]), "rb") as file:  # what numpy calls its strings would be in pillow's messages
+        with open(self._checked(index), "rb") as file:
             img = Image.open(file)
             img.load()
             return img
 
     def open(self, index):
-        return Image.open(io.BytesIO(Path(self.paths[index]).read_bytes()))
+        return Image.open(io.BytesIO(Path(self._checked(index)).read_bytes()))
+
+    def _checked(self, index) -> str:
+        path = str(self.paths[index])  # what numpy calls its strings would be in pillow's messages
+        if self.within and not is_below(os.path.realpath(path), self.within):
+            raise OSError(f"a link that leads out of --data_path {self.within}: --allow_outside follows it")
+        return path
 
     def name(self, index):
         return str(self.paths[index])
@@ -136,9 +142,23 @@ def need_path(args) -> Path:
     return path
 
 
-def _images_below(folder: Path) -> list[str]:
-    found = []
-    for parent, _, files in os.walk(folder, followlinks=True):
+def is_below(path: str, folder: str) -> bool:
+    """Both absolute and without `..`."""
+    return os.path.commonpath([path, folder]) == folder
+
+
+def images_below(folder: Path) -> list[str]:
+    """Paths of all images in a folder, sorted; links to folders are followed, but not in circles."""
+    found, above = [], {str(folder): [os.path.realpath(folder)]}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        chain = above.pop(parent)  # where the folders that led here really are
+        for name in list(folders):
+            place = os.path.join(parent, name)
+            real = os.path.realpath(place)
+            if any(is_below(one, real) for one in chain):
+                folders.remove(name)
+            else:
+                above[place] = [*chain, real]
         found += [os.path.join(parent, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
     return sorted(found)
 
@@ -153,7 +173,7 @@ def class_folder(folder: Path, classes: list[str] | None = None) -> Files:
         raise UserError(f"{folder} has the class folder {unknown[0]!r}, which the training folder has not")
     classes = classes or found
     index = {name: place for place, name in enumerate(classes)}
-    samples = [(path, index[name]) for name in found for path in _images_below(folder / name)]
+    samples = [(path, index[name]) for name in found for path in images_below(folder / name)]
     if not samples:
         raise UserError(f"{folder} holds no images; known endings are {' '.join(IMG_EXTENSIONS)}")
     return Files([path for path, _ in samples], [target for _, target in samples], classes)
@@ -177,14 +197,15 @@ def _folder(args, train: bool) -> Files:
     if not train and not split.is_dir():
         raise UserError(f"--data_path {root} has no val/ folder, so there is nothing to validate on")
     folder = split if split.is_dir() else root
-    paths = _images_below(folder)
+    paths = images_below(folder)
     if not paths:
         raise UserError(f"--data_path {folder} holds no images; known endings are {' '.join(IMG_EXTENSIONS)}")
     return Files(paths, [-1] * len(paths), None)
 
 
-def read_list(path: str, root: Path) -> tuple[list[str], list[str] | None]:
-    """Paths and labels (None when no line has one) of a list file: path, or path<TAB>label, one per line."""
+def read_list(path: str, root: Path, outside: bool = False) -> tuple[list[str], list[str] | None]:
+    """Paths and labels (None when no line has one) of a list file: path, or path<TAB>label, one per line. UserError
+    for a path that is not below `root`, unless `outside`: a list that came with the data must not name other files."""
     if not path or not os.path.isfile(path):
         raise UserError(
             f"--dataset filelist needs --train_list and --val_list, text files; {path or 'none'} is no file"
@@ -201,6 +222,13 @@ def read_list(path: str, root: Path) -> tuple[list[str], list[str] | None]:
         raise UserError(f"the list file {path} mixes lines with and without a label, or has lines with several tabs")
     if not any(os.path.isfile(root / row[0]) for row in rows[:20]):
         raise UserError(f"the list file {path} names {rows[0][0]}, which is not below --data_path {root}")
+    top = os.path.abspath(root)
+    stray = next((row[0] for row in rows if not is_below(os.path.abspath(root / row[0]), top)), None)
+    if stray is not None and not outside:
+        raise UserError(
+            f"the list file {path} names {stray}, which is not below --data_path {root}: give a folder that "
+            f"holds all of them, or --allow_outside for a list that you trust"
+        )
     return [str(root / row[0]) for row in rows], [row[1].strip() for row in rows] if widths == {2} else None
 
 
@@ -210,17 +238,18 @@ def sorted_labels(names) -> list[str]:
 
 
 def _filelist(args, train: bool) -> Files:
-    root = need_path(args)
-    paths, labels = read_list(args.train_list if train else args.val_list, root)
+    root, outside = need_path(args), args.allow_outside
+    paths, labels = read_list(args.train_list if train else args.val_list, root, outside)
+    within = "" if outside else os.path.realpath(root)
     if labels is None:
-        return Files(paths, [-1] * len(paths), None)
-    vocabulary = labels if train else read_list(args.train_list, root)[1] or []
+        return Files(paths, [-1] * len(paths), None, within)
+    vocabulary = labels if train else read_list(args.train_list, root, outside)[1] or []
     classes = sorted_labels(vocabulary)
     index = {label: place for place, label in enumerate(classes)}
     unknown = next((label for label in labels if label not in index), None)
     if unknown is not None:
         raise UserError(f"the list file {args.val_list} has the label {unknown!r}, which {args.train_list} has not")
-    return Files(paths, [index[label] for label in labels], classes)
+    return Files(paths, [index[label] for label in labels], classes, within)
 
 
 def _cifar(args, train: bool) -> Arrays:

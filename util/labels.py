@@ -1,6 +1,7 @@
 """Labels beside a reader's own: sets of labels from a list file (weak supervision by hashtags, Singh et al. 2023, "The
 effectiveness of MAE pre-pretraining for billion-scale pretraining"), and made-up label noise for studies."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -44,13 +45,13 @@ def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
     if args.targets == "single":
         return read_images(args, train)
     path = args.train_list if train else args.val_list
-    images, names = _read_label_sets(path, need_path(args))
+    images, names = _read_label_sets(args, path)
     source = f"--label_vocab {args.label_vocab}" if args.label_vocab else "the checkpoint's vocabulary"
     if args.label_vocab:
         vocabulary = read_vocabulary(args.label_vocab)
     elif vocabulary is None:
         source = args.train_list
-        known = names if train else _read_label_sets(args.train_list, need_path(args))[1]
+        known = names if train else _read_label_sets(args, args.train_list)[1]
         vocabulary = sorted_labels(label for labels in known for label in labels)
     index = {label: place for place, label in enumerate(vocabulary)}
     unknown = next((label for labels in names for label in labels if label not in index), None)
@@ -59,14 +60,15 @@ def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
     return LabelSets(images, [tuple(sorted(index[label] for label in labels)) for labels in names], vocabulary)
 
 
-def _read_label_sets(path: str, root: Path) -> tuple[Images, list[set[str]]]:
-    paths, lines = read_list(path, root)
+def _read_label_sets(args, path: str) -> tuple[Images, list[set[str]]]:
+    root = need_path(args)
+    paths, lines = read_list(path, root, args.allow_outside)
     if lines is None:
         raise UserError(f"the list file {path} has no labels; --targets multilabel wants path<TAB>label,label,...")
     names = [{label.strip() for label in line.split(",")} - {""} for line in lines]
     if not all(names):
         raise UserError(f"the list file {path} has no label for {paths[names.index(set())]}: leave that line out")
-    return Files(paths, [-1] * len(paths), None), names
+    return Files(paths, [-1] * len(paths), None, "" if args.allow_outside else os.path.realpath(root)), names
 
 
 def read_vocabulary(path: str) -> list[str]:

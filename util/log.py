@@ -1,6 +1,7 @@
 """What a run says: progress on the terminal, TensorBoard, `log.txt`. Metrics stay on the device until they are read."""
 
 import atexit
+import html
 import json
 import os
 import sys
@@ -233,7 +234,10 @@ class Board:
 
     def flags(self, args: dict) -> None:
         if self.writer is not None:
-            rows = "\n".join(f"| {name} | `{value}` |" for name, value in sorted(args.items()))
+            # Flags hold names of files, which may hold anything: neither markup nor the end of a cell or of code.
+            shown = {name: html.escape(str(value)).translate({ord("|"): "&#124;", ord("`"): "&#96;", 10: " "})
+                     for name, value in args.items()}  # fmt: skip
+            rows = "\n".join(f"| {name} | <code>{value}</code> |" for name, value in sorted(shown.items()))
             self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{rows}")
 
     def hparams(self, args: dict, metrics: dict[str, float]) -> None:

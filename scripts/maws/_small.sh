@@ -30,7 +30,8 @@ if [ -z "$list" ] && [ ! -d "$out/data" ]; then
     mv "$made" "$out/data"
 fi
 weak=$out/data/weak weak_train=$out/data/train.txt weak_val=$out/data/val.txt labelled=$out/data/labelled
-statistics=(--mean 0.49140 0.48216 0.44653 --std 0.24703 0.24349 0.26159 --num_workers 1 --amp_dtype fp32)
+statistics=(--mean 0.49140 0.48216 0.44653 --std 0.24703 0.24349 0.26159 --num_workers 1 --amp_dtype fp32
+    --allow_outside)  # the links lead to --data
 pretrain=(--model mae_vit_micro_patch4 --norm_pix_loss --aug crop --batch_size 100 --lr 1.5e-3 --vis_freq 0)
 wsp=(--aug crop --aa none --smoothing 0 --reprob 0 --drop_path 0 --batch_size 100 --lr 1e-3 --layer_decay 1
     --label_noise "${NOISE:-0.3}")
