@@ -258,6 +258,21 @@ def test_more_than_a_thousand_steps_an_epoch(tmp_path):
     assert xs == sorted(set(xs)) and len(xs) == 1000
 
 
+def test_flags_cannot_write_markup(tmp_path):
+    """TensorBoard shows text as Markdown: a file name must stay one cell of plain text."""
+    from util.log import Board
+
+    board = Board(str(tmp_path))
+    board.flags({"data_path": "<img src=x onerror=alert(1)>", "train_list": "a`|</code> **b**\n| c | d |"})
+    board.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (text,) = events.Tensors("flags/text_summary")[0].tensor_proto.string_val
+    rows = text.decode().splitlines()
+    assert len(rows) == 4 and all(row.count("|") == 3 for row in rows)
+    assert "<img" not in text.decode() and "`" not in text.decode() and text.decode().count("</code>") == 2
+
+
 def test_linear_probe_both_ways(image_folder, tmp_path):
     """Trained on images and on cached features; the cached one picks its rate without looking at the test set."""
     flags = f"--data_path {image_folder} --model vit_micro_patch4 --input_size 16 --batch_size 32 --num_workers 0 "
