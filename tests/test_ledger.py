@@ -19,6 +19,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 from util import ledger
+from util.datasets import read_images
 from util.errors import UserError
 
 TINY = f"{DIGITS} --num_workers 0 --epochs 1 --warmup_epochs 0"
@@ -330,3 +331,29 @@ def test_a_number_that_is_none(tmp_path):
     write(tmp_path / "a", metrics={"test_acc1": float("nan")})
     with pytest.raises(UserError, match=r"test_acc1 of .* is None, not a finite number"):
         cells(tmp_path)
+
+
+def test_ranks_with_other_data_or_code(image_folder, tmp_path, monkeypatch):
+    """Found at the start, by what each rank reads; a rank outside a checkout says nothing of its revision."""
+
+    def others(change):
+        monkeypatch.setattr("util.distributed.gather_objects", lambda value: [value, change(value)])
+        monkeypatch.setattr("util.ledger.gather_objects", lambda value: [value, change(value)])
+
+    def record():
+        args = main_pretrain.get_args_parser().parse_args(["--data_path", str(image_folder)])
+        return ledger.Record("main_pretrain", args, train=read_images(args, True), test=read_images(args, False))
+
+    def other_names(value):
+        return {**value, "test": {**value["test"], "sha256": "0"}} if isinstance(value, dict) else value
+
+    others(lambda value: value)
+    assert record().data["train"]["images"] == 96
+    others(other_names)
+    with pytest.raises(UserError, match=r"rank 1 has other images for test below --data_path than rank 0 \(20 and 20"):
+        record()
+    others(lambda value: value if isinstance(value, dict) else "abc")
+    with pytest.raises(UserError, match="rank 1 runs revision abc of the code and rank 0"):
+        record()
+    others(lambda value: value if isinstance(value, dict) else "")
+    record()

@@ -153,19 +153,25 @@ def shut_down() -> None:
         dist.destroy_process_group()
 
 
+def find_difference(values: dict) -> tuple | None:
+    """The first name under which a rank has another value than rank 0: name, rank 0's value, the rank, its value."""
+    everyone = gather_objects(values)
+    for name, first in everyone[0].items():
+        for rank, theirs in enumerate(everyone):
+            if theirs.get(name) != first:
+                return name, first, rank, theirs.get(name)
+    return None
+
+
 def check_same_flags(args, may_differ=("rank", "gpu", "local_rank")) -> None:
     """UserError on every rank when the ranks were started with different flags, naming flag, ranks and values."""
-    if get_world_size() == 1:
-        return
-    everyone: list = [None] * get_world_size()
-    dist.all_gather_object(everyone, {k: v for k, v in vars(args).items() if k not in may_differ})
-    for flag in everyone[0]:
-        for rank, theirs in enumerate(everyone):
-            if theirs.get(flag) != everyone[0][flag]:
-                raise UserError(
-                    f"the ranks were started with different flags: --{flag} is {everyone[0][flag]!r} on rank 0 "
-                    f"and {theirs.get(flag)!r} on rank {rank}"
-                )
+    found = find_difference({k: v for k, v in vars(args).items() if k not in may_differ})
+    if found:
+        flag, first, rank, theirs = found
+        raise UserError(
+            f"the ranks were started with different flags: --{flag} is {first!r} on rank 0 "
+            f"and {theirs!r} on rank {rank}"
+        )
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

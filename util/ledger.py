@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from util.checkpoint import LEDGER, plain
-from util.distributed import get_world_size, is_main_process
+from util.distributed import find_difference, gather_objects, get_world_size, is_main_process
 from util.errors import UserError
 
 NO_METRICS = ("epoch", "step", "seconds", "bad_images")  # what else a line of log.txt has
@@ -161,16 +161,32 @@ def source_of(weights) -> dict | None:
 
 
 class Record:
-    """What a run knows of itself. `images` are its splits by name, `weights` what it starts from; the main process
-    reads them. `state` goes into checkpoints, so that a resumed run is still one run."""
+    """What a run knows of itself. `images` are its splits by name, `weights` what it starts from. `state` goes into
+    checkpoints, so that a resumed run is still one run. UserError where a rank has other images, or other code."""
 
     def __init__(self, command: str, args, weights=None, **images):
         self.command, self.args, self.began, self.seconds_before = command, args, time.monotonic(), 0.0
         self.revisions, self.earlier, self.source, self.data = [revision()], [], None, {}
         if is_main_process():
             self.source = source_of(weights)
-            given = {name: split for name, split in images.items() if split is not None}
-            self.data = {name: describe_images(split, args.data_path) for name, split in given.items()}
+        given = {name: split for name, split in images.items() if split is not None}
+        self.data = {name: describe_images(split, args.data_path) for name, split in given.items()}
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        found = find_difference(self.data)
+        if found:
+            split, first, rank, theirs = found
+            raise UserError(
+                f"rank {rank} has other images for {split} below --data_path than rank 0 ({theirs['images']} and "
+                f"{first['images']}, or other names or labels): give every node the same data"
+            )
+        revisions = gather_objects(self.revisions[0])
+        for rank, theirs in enumerate(revisions):
+            if theirs and revisions[0] and theirs != revisions[0]:  # outside a checkout it cannot be told
+                raise UserError(
+                    f"rank {rank} runs revision {theirs} of the code and rank 0 {revisions[0]}: install one of them"
+                )
 
     def state(self, images_seen: int) -> dict:
         return {
