@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launchers: `torchrun_main MAIN FLAGS…` starts a main on one GPU, one node or several.
 #   GPUS    processes on this node (default: the GPUs there are, at least one process)
 #   NODES   nodes of the run (default 1); on each: NODE_RANK (0, 1, …) and MASTER (host:port of node 0)

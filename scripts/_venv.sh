@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # Sourced by the other scripts: makes the virtual environment if there is none and installs what a requirements file
 # names, once per content of that file. Sets `python`.
 #   VENV          where it is (default: .venv in the repository)

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # The paper's settings (He et al. 2022, Appendix A), sourced by the launchers: one array of flags a task.
 # shellcheck disable=SC2034
 pretrain=(--model mae_vit_large_patch16 --norm_pix_loss --mask_ratio 0.75 --batch_size 64 --epochs 800
