@@ -5,10 +5,16 @@
 #   OUT               where everything goes (first argument)
 #   --data DIR        the data set (the sweep says which and in what form); not needed with --cpu_small
 #   --cpu_small       a small model on scikit-learn's digits: one to two minutes a run on one core
+#   --gpu_hour        the whole list on --data in about an hour of one H100: fewer epochs, mostly a smaller model
 #   --only "A B"      these runs only
 #   --list            print the names of the runs, with their flags
 #   anything else     goes to every pretraining
 #   SEEDS (default 0), GPUS (processes, default 1) and PYTHON come from the environment.
+#
+# No --gpu_hour was measured on a GPU. Its lengths are what tools/plan.py's formulas give for a step at 100 TFLOP/s (what so
+# narrow networks may reach) and 0.6 ms of launching for each block, times what benchmarks/README.md measured of a method on
+# a CPU; fine-tuning takes at least the time of 12 workers that prepare 1,250 images/s each (the same page), and every
+# command 12 s to start. The sums, in seconds, are in the sweeps. What the paper gives in epochs is scaled with them.
 #
 # The sweep sets arrays of flags: `data_flags`, `pretrain`, `finetune`, `linprobe` and `encoder` (the model of the last
 # two), and calls `run NAME FLAGS…` and `scratch NAME`, then `table`.
@@ -16,7 +22,7 @@
 GPUS=${GPUS:-1}
 . "$(dirname "${BASH_SOURCE[0]}")/_torchrun.sh"
 SEEDS=${SEEDS:-0}
-out='' data='' only='' cpu_small='' list='' extra=()
+out='' data='' only='' cpu_small='' gpu_hour='' list='' extra=()
 while [ $# -gt 0 ]; do
     case $1 in
         --data | --only)
@@ -24,6 +30,7 @@ while [ $# -gt 0 ]; do
             declare "${1#--}=$2"
             shift ;;
         --cpu_small) cpu_small=1 ;;
+        --gpu_hour) gpu_hour=1 ;;
         --list) list=1 ;;
         -*) extra+=("$1") ;;
         *) if [ -z "$out" ] && [ ${#extra[@]} -eq 0 ]; then out=$1; else extra+=("$1"); fi ;;
@@ -31,7 +38,11 @@ while [ $# -gt 0 ]; do
     shift
 done
 if [ -z "$list$out" ]; then
-    echo "usage: $0 OUT --data DIR [--only \"A B\"] [--list] [pretraining flags]   or   $0 OUT --cpu_small" >&2
+    echo "usage: $0 OUT --data DIR [--gpu_hour] [--only \"A B\"] [--list] [pretraining flags]   or   $0 OUT --cpu_small" >&2
+    exit 2
+fi
+if [ -n "$cpu_small" ] && [ -n "$gpu_hour" ]; then
+    echo "error: --cpu_small and --gpu_hour are two sizes of the same runs: choose one" >&2
     exit 2
 fi
 if [ -z "$list$cpu_small$data" ]; then
@@ -39,7 +50,7 @@ if [ -z "$list$cpu_small$data" ]; then
     exit 2
 fi
 for name in $only; do
-    if ! bash "$0" --list ${cpu_small:+--cpu_small} | cut -d: -f1 | grep -qxF -- "$name"; then
+    if ! bash "$0" --list ${cpu_small:+--cpu_small} ${gpu_hour:+--gpu_hour} | cut -d: -f1 | grep -qxF -- "$name"; then
         echo "error: --only $name is no run of this sweep; --list names them" >&2
         exit 2
     fi

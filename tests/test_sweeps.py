@@ -87,16 +87,27 @@ RUNS = {
     "mlo_mae": "mae mlo unroll1 unroll5 mae-patch4 patch4 mae-patch8 patch8 ratio60 ratio80 ratio90 every5 blo "
     "finetuned curriculum",
 }
-# Runs that --cpu_small leaves out, and those it has in their place.
-NOT_SMALL = {"bootstrap_mae": {"wse50"}, "mlo_mae": {"mae-patch4", "patch4"}}
-ONLY_SMALL = {"mlo_mae": {"mae-patch2", "patch2"}}
+# Runs that a smaller budget leaves out, and those it has in their place.
+LEFT_OUT = {
+    ("bootstrap_mae", "cpu_small"): {"wse50"}, ("bootstrap_mae", "gpu_hour"): {"k1"},
+    ("mlo_mae", "cpu_small"): {"mae-patch4", "patch4"},
+}  # fmt: skip
+INSTEAD = {("mlo_mae", "cpu_small"): {"mae-patch2", "patch2"}}
+WHERE = {"paper": ["--data", "{}"], "gpu_hour": ["--gpu_hour", "--data", "{}"], "cpu_small": ["--cpu_small"]}
+# Effective batch and epochs of every pretraining.
+LENGTHS = {
+    ("bootstrap_mae", "paper"): (512, 200), ("rc_mae", "paper"): (4096, 1600),
+    ("dmae", "paper"): (128, 500), ("mlo_mae", "paper"): (128, 200),
+    ("bootstrap_mae", "gpu_hour"): (512, 100), ("rc_mae", "gpu_hour"): (512, 40),
+    ("dmae", "gpu_hour"): (128, 20), ("mlo_mae", "gpu_hour"): (128, 40),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("small", [False, True], ids=["paper", "small"])
-def test_every_command_is_legal(sweep, tmp_path, name, small):
+@pytest.mark.parametrize("budget", WHERE)
+def test_every_command_is_legal(sweep, tmp_path, name, budget):
     """All runs of the paper are there, and the mains understand what they are started with."""
-    where = ["--cpu_small"] if small else ["--data", str(tmp_path)]
+    where = [word.format(tmp_path) for word in WHERE[budget]]
     code, said, calls = sweep(name, str(tmp_path / "out"), *where, TEACHER="teacher.pth", GPUS="1")
     assert code == 0, said
     parsers = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune, "main_linprobe.py": main_linprobe}
@@ -105,24 +116,41 @@ def test_every_command_is_legal(sweep, tmp_path, name, small):
         if main not in parsers:
             continue
         args = parsers[main].get_args_parser().parse_args(flags)
+        parsers[main].check(args)
         run = args.output_dir.split("/")[-1].removesuffix("-seed0")
         seen.add(run)
         assert not (getattr(args, "cache_features", False) and args.resume)  # which the probe refuses
         if main == "main_pretrain.py" and run != "teacher":
             pretrained.add(run)
             enabled_methods(args, METHODS)
-            if not small:
-                effective = args.batch_size * args.accum_iter
-                assert (effective, args.epochs) == {
-                    "bootstrap_mae": (512, 200), "rc_mae": (4096, 1600), "dmae": (128, 500),
-                    "mlo_mae": (128, 200),
-                }[name]  # fmt: skip
-    expected = set(RUNS[name].split())
-    if small:
-        expected = expected - NOT_SMALL.get(name, set()) | ONLY_SMALL.get(name, set())
+            length = (args.batch_size * args.accum_iter, args.epochs)
+            assert length == LENGTHS.get((name, budget), length)
+    expected = set(RUNS[name].split()) - LEFT_OUT.get((name, budget), set()) | INSTEAD.get((name, budget), set())
     assert pretrained == expected - {"scratch"}
     tuned = {run.removeprefix("finetune-") for run in seen if run.startswith("finetune-")}
     assert tuned == expected | ({"same-ema", "different-ema", "constant-ema"} if name == "rc_mae" else set())
+
+
+def test_an_hour_keeps_the_shares_of_the_paper(sweep, tmp_path):
+    """Half as many epochs: half of K, of the epochs before the bootstrap and of the warm-up."""
+    calls = sweep("bootstrap_mae", str(tmp_path / "out"), "--gpu_hour", "--data", str(tmp_path), GPUS="1")[2]
+    runs = {args.output_dir.split("/")[-1]: args for name, args in parsed(calls) if name == "main_pretrain.py"}
+    assert {args.epochs for args in runs.values()} == {100} and {args.warmup_epochs for args in runs.values()} == {20}
+    assert {name: args.mae_k for name, args in runs.items() if args.mae_k} == {
+        "k2-seed0": 1, "k4-seed0": 2, "k5-seed0": 3, "k10-seed0": 5, "k20-seed0": 10,
+    }  # fmt: skip
+    assert {name: (args.wse, args.tau) for name, args in runs.items() if args.ema_mae} == {
+        "wse0-seed0": (0, 0.005), "wse5-seed0": (3, 0.005), "wse20-seed0": (10, 0.005), "wse50-seed0": (25, 0.005),
+        "wse20-tau0.1-seed0": (10, 0.1), "wse20-tau0.3-seed0": (10, 0.3),
+    }  # fmt: skip
+
+
+def test_an_hour_is_too_short(sweep, tmp_path):
+    """Where a table does not fit, whatever the model."""
+    where = (str(tmp_path / "out"), "--gpu_hour", "--data", str(tmp_path))
+    for name, script, environment in (("mlo_mae", "sweep", {"SET": "imagenet"}), ("maws", "scaling", {})):
+        code, said, calls = sweep(name, *where, script=script, **environment)
+        assert code == 2 and "--gpu_hour" in said and not calls
 
 
 def test_more_processes_keep_the_papers_batch(sweep, tmp_path):
@@ -141,6 +169,9 @@ def test_more_processes_keep_the_papers_batch(sweep, tmp_path):
         ((), "usage:"),
         (("OUT",), "--data DIR is needed"),
         (("OUT", "--cpu_small", "--only", "k3"), "--only k3 is no run"),
+        (("OUT", "--gpu_hour"), "--data DIR is needed"),
+        (("OUT", "--gpu_hour", "--data", ".", "--only", "k1"), "--only k1 is no run"),
+        (("OUT", "--gpu_hour", "--cpu_small"), "choose one"),
     ],
 )
 def test_mistakes(sweep, arguments, message):
@@ -185,10 +216,10 @@ def parsed(calls):
     return found
 
 
-@pytest.mark.parametrize("small", [False, True], ids=["paper", "small"])
-def test_three_stages(sweep, tmp_path, cifar10, small):
+@pytest.mark.parametrize("budget", WHERE)
+def test_three_stages(sweep, tmp_path, cifar10, budget):
     """Each initialisation and length of WSP: MAE made once for all lengths, every stage from the one before."""
-    out, where = tmp_path / "out", ["--data", str(cifar10), *(["--cpu_small"] if small else [])]
+    out, where = tmp_path / "out", ["--data", str(cifar10), *([] if budget == "paper" else [f"--{budget}"])]
     lists = {"WEAK": "w", "WEAK_LIST": "a", "WEAK_VAL": "b", "MAE_EPOCHS": "10", "WSP_EPOCHS": "0.5 1", "GPUS": "1"}
     code, said, calls = sweep("maws", str(out), *where, **lists)
     assert code == 0, said
@@ -223,6 +254,7 @@ def test_scaling_grid(sweep, tmp_path, cifar10):
     "arguments,message",
     [
         (("OUT", "--cpu_small"), "--cpu_small needs --data CIFAR10"),
+        (("OUT", "--gpu_hour", "--data", "/"), "--gpu_hour wants CIFAR-10 as class folders"),
         (("OUT", "--cpu_small", "--data", "/"), "has no train/airplane/"),
         (("OUT", "--data", "x"), "the folder of the images with hashtags"),
     ],

@@ -5,6 +5,7 @@
 #
 #   bash scripts/bootstrap_mae/sweep.sh OUT --data CIFAR10        (train/<class>/ and val/<class>/, or torchvision's files)
 #   bash scripts/bootstrap_mae/sweep.sh OUT --data CIFAR10 --only "mae k10 k20 wse20"
+#   bash scripts/bootstrap_mae/sweep.sh OUT --data CIFAR10 --gpu_hour
 #   bash scripts/bootstrap_mae/sweep.sh OUT --cpu_small
 #
 # More in scripts/_sweep.sh. A run takes its time three times over: see docs/results.md for an estimate.
@@ -20,17 +21,25 @@ finetune=(--batch_size "$batch" --epochs 100 --warmup_epochs 5 --blr 5e-4 --laye
 linprobe=(--batch_size "$batch" --epochs 90 --blr 0.1)
 encoder=(--model deit_tiny_patch4 --global_pool)
 [ -z "$cpu_small" ] || small_recipe
+scaled() { echo "$1"; }  # epochs of the paper's 200 among those of these runs
+if [ -n "$gpu_hour" ]; then  # 13 runs: pretraining 120 (MAE), 165 (features); fine-tuning 65; starting and probing 60
+    pretrain+=(--epochs 100 --warmup_epochs 20 --data_cache device)
+    finetune+=(--epochs 20 --warmup_epochs 1 --eval_freq 20)
+    linprobe=(--cache_features)
+    scaled() { echo $((($1 + 1) / 2)); }
+fi
 
 run mae
 scratch scratch
 for k in 1 2 4 5 10 20; do
-    run "k$k" --mae_k "$k"
+    [ -n "$gpu_hour" ] && [ "$k" = 1 ] && continue  # half an epoch
+    run "k$k" --mae_k "$(scaled "$k")"
 done
 for wse in 0 5 20 50; do
     [ -n "$cpu_small" ] && [ "$wse" = 50 ] && continue  # longer than its runs
-    run "wse$wse" --ema_mae --wse "$wse" --tau 0.005
+    run "wse$wse" --ema_mae --wse "$(scaled "$wse")" --tau 0.005
 done
 for tau in 0.1 0.3; do
-    run "wse20-tau$tau" --ema_mae --wse 20 --tau "$tau"
+    run "wse20-tau$tau" --ema_mae --wse "$(scaled 20)" --tau "$tau"
 done
 table

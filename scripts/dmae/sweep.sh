@@ -6,6 +6,7 @@
 #
 #   TEACHER=mae_visualize_vit_large.pth bash scripts/dmae/sweep.sh OUT --data TINY_IMAGENET
 #   bash scripts/dmae/sweep.sh OUT --data TINY_IMAGENET --only "mask75 mask90"
+#   TEACHER=… bash scripts/dmae/sweep.sh OUT --data TINY_IMAGENET --gpu_hour
 #   bash scripts/dmae/sweep.sh OUT --cpu_small                    (makes its own teacher)
 #
 # TEACHER is a released MAE ViT-L, with or without its decoder; it was trained on ImageNet's pixel statistics, so these are
@@ -25,6 +26,13 @@ extra_finetunes=(finetune_small)
 linprobe=(--cache_features)
 encoder=(--model vit_base_patch8 --global_pool)
 teacher=(--dmae_teacher "${TEACHER:-}" --dmae_teacher_model mae_vit_large_patch16 --dmae_blocks 9:18)
+if [ -n "$gpu_hour" ]; then  # 9 runs: pretraining 250, with the teacher 330; fine-tuning twice 45; starting, probing 80
+    data_flags+=(--input_size 64)
+    pretrain+=(--model mae_vit_small_patch16 --patch_size 8 --epochs 20 --warmup_epochs 2 --data_cache device)
+    finetune+=(--epochs 5 --warmup_epochs 0.2 --eval_freq 5)
+    finetune_small=("${finetune[@]}" --aug_preset small)
+    encoder=(--model vit_small_patch16 --patch_size 8 --global_pool)
+fi
 if [ -n "$cpu_small" ]; then
     small_recipe
     extra_finetunes=()

@@ -1,10 +1,13 @@
 # shellcheck shell=bash disable=SC2154,SC2034
 # Sourced by the scripts of this folder for --cpu_small: of CIFAR-10 (train/<class>/ and val/<class>/) 500 training images
-# of each class with hashtags for the first stages, 100 others with labels for the last one, 200 test images; linked into
-# OUT/data. The hashtags are made up: the class by another name and what it has in common with others; noise comes on top.
-[ -n "$list$data" ] || { echo "error: --cpu_small needs --data CIFAR10, with train/<class>/ and val/<class>/" >&2; exit 2; }
+# of each class with hashtags for the first stages, 100 others with labels for the last one, 200 test images; for --gpu_hour
+# 4000, 1000 and 900; linked into OUT/data. The hashtags are made up: the class by another name and what it has in common
+# with others; noise comes on top.
+budget=--cpu_small weak_count=500 labelled_count=100 test_count=200 weak_test_count=20
+[ -z "$gpu_hour" ] || budget=--gpu_hour weak_count=4000 labelled_count=1000 test_count=900 weak_test_count=100
+[ -n "$list$data" ] || { echo "error: $budget needs --data CIFAR10, with train/<class>/ and val/<class>/" >&2; exit 2; }
 [ -n "$list" ] || [ -d "$data/train/airplane" ] ||
-    { echo "error: --data $data has no train/airplane/: --cpu_small wants CIFAR-10 as class folders" >&2; exit 2; }
+    { echo "error: --data $data has no train/airplane/: $budget wants CIFAR-10 as class folders" >&2; exit 2; }
 
 declare -A hashtags=([airplane]="plane,vehicle,sky,travel" [automobile]="car,vehicle,road" [bird]="bird,animal,sky"
     [cat]="kitten,animal,pet" [deer]="deer,animal,wild" [dog]="puppy,animal,pet" [frog]="frog,animal,wild"
@@ -19,10 +22,10 @@ if [ -z "$list" ] && [ ! -d "$out/data" ]; then
     made="$out/data.tmp"
     rm -rf "$made"
     for class in "${!hashtags[@]}"; do
-        link "$made/weak/train" "$class" train 1 500
-        link "$made/weak/val" "$class" val 201 220
-        link "$made/labelled/train" "$class" train 501 600
-        link "$made/labelled/val" "$class" val 1 200
+        link "$made/weak/train" "$class" train 1 "$weak_count"
+        link "$made/weak/val" "$class" val $((test_count + 1)) $((test_count + weak_test_count))
+        link "$made/labelled/train" "$class" train $((weak_count + 1)) $((weak_count + labelled_count))
+        link "$made/labelled/val" "$class" val 1 "$test_count"
         for split in train val; do
             (cd "$made/weak" && find "$split/$class" -type l) | sort | sed "s/\$/\t${hashtags[$class]}/" >> "$made/$split.txt"
         done
@@ -39,3 +42,10 @@ finetune=(--aug_preset small --aug crop --reprob 0 --drop_path 0 --batch_size 50
     --lr 2e-3 --layer_decay 0.75 --eval_freq 4)
 linprobe=(--cache_features)
 encoder=(--model vit_micro_patch4)
+if [ -n "$gpu_hour" ]; then
+    statistics=("${statistics[@]}" --num_workers 12 --amp_dtype auto)
+    pretrain+=(--model mae_deit_tiny_patch4 --batch_size 500 --data_cache device)
+    wsp+=(--batch_size 500 --drop_path 0.1)
+    finetune+=(--batch_size 100 --epochs 20 --drop_path 0.1 --eval_freq 20)
+    encoder=(--model deit_tiny_patch4)
+fi

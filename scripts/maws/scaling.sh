@@ -14,6 +14,7 @@ here=$(dirname "${BASH_SOURCE[0]}")
 . "$here/../_sweep.sh"
 . "$here/_stages.sh"
 
+[ -z "$gpu_hour" ] || { echo "error: $0 has no --gpu_hour: SIZES, SHARES and STEPS say how long it takes" >&2; exit 2; }
 if [ -n "$cpu_small" ]; then
     sizes=${SIZES:-vit_micro_patch4 deit_tiny_patch4} shares=${SHARES:-0.1 0.3 1} steps=${STEPS:-250}
     . "$here/_small.sh"

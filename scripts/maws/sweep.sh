@@ -5,11 +5,12 @@
 # table and three figures: accuracy against epochs of WSP for every initialisation.
 #
 #   WEAK=DIR WEAK_LIST=train.txt WEAK_VAL=val.txt bash scripts/maws/sweep.sh OUT --data IMAGENET
-#   bash scripts/maws/sweep.sh OUT --cpu_small --data CIFAR10          (both as train/<class>/ and val/<class>/)
+#   bash scripts/maws/sweep.sh OUT --gpu_hour --data CIFAR10
+#   bash scripts/maws/sweep.sh OUT --cpu_small --data CIFAR10          (all as train/<class>/ and val/<class>/)
 #
 # The lists hold path<TAB>label,label,… below WEAK. MAE_EPOCHS is the budget, WSP_EPOCHS the lengths (both may be
-# fractions), NOISE the noise of --cpu_small, whose hashtags are made up (some 20 minutes on one idle core). Further flags go to
-# MAE; --only, --list, SEEDS and GPUS as in scripts/_sweep.sh.
+# fractions), NOISE the noise of --cpu_small (some 20 minutes on one idle core) and --gpu_hour, whose hashtags are made up.
+# Further flags go to MAE; --only, --list, SEEDS and GPUS as in scripts/_sweep.sh.
 # shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -18,6 +19,9 @@ here=$(dirname "${BASH_SOURCE[0]}")
 
 if [ -n "$cpu_small" ]; then
     mae_epochs=${MAE_EPOCHS:-10} wsp_epochs=${WSP_EPOCHS:-0.5 1 2}
+    . "$here/_small.sh"
+elif [ -n "$gpu_hour" ]; then  # MAE 60; 16 runs: hashtags 10 to 110, fine-tuning 20, probe and few-shot 35, starting 50
+    mae_epochs=${MAE_EPOCHS:-40} wsp_epochs=${WSP_EPOCHS:-4 10 20 40}
     . "$here/_small.sh"
 else
     [ -n "$list" ] || : "${WEAK:?the folder of the images with hashtags}" "${WEAK_LIST:?their list file}" "${WEAK_VAL:?its held-out part}"

@@ -7,6 +7,7 @@
 #
 #   SET=cifar100 bash scripts/mlo_mae/sweep.sh OUT --data CIFAR100    (train/<class>/ and val/<class>/, or torchvision's)
 #   bash scripts/mlo_mae/sweep.sh OUT --data CIFAR10 --only "mae mlo every5"
+#   bash scripts/mlo_mae/sweep.sh OUT --data CIFAR10 --gpu_hour
 #   bash scripts/mlo_mae/sweep.sh OUT --cpu_small
 #
 # Learning rates are ours: the official MAE's for the autoencoder, the defaults of main_pretrain.py for head and masking
@@ -41,6 +42,12 @@ if [ -n "$cpu_small" ]; then
     small_recipe
     mlo+=(--mlo_hidden 64 --mlo_mask_lr 0.1)
     patches="2 8"
+fi
+if [ -n "$gpu_hour" ]; then  # 15 runs: pretraining 45 (MAE), 165; fine-tuning 35; starting and probing 65
+    [ "$SET" != imagenet ] || { echo "error: --gpu_hour is for SET=cifar10 or cifar100: ImageNet takes longer to read" >&2; exit 2; }
+    pretrain+=(--model mae_vit_micro_patch4 --patch_size 2 --epochs 40 --warmup_epochs 2 --data_cache device)
+    finetune+=(--epochs 10 --warmup_epochs 0.5 --eval_freq 10)
+    encoder=(--model vit_micro_patch4 --global_pool)
 fi
 
 run mae

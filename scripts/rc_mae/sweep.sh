@@ -5,6 +5,7 @@
 #
 #   bash scripts/rc_mae/sweep.sh OUT --data IMAGENET              (train/<class>/ and val/<class>/)
 #   GPUS=8 bash scripts/rc_mae/sweep.sh OUT --data IMAGENET --only "mae same"
+#   bash scripts/rc_mae/sweep.sh OUT --data TINY_IMAGENET --gpu_hour      (reading ImageNet alone takes longer)
 #   bash scripts/rc_mae/sweep.sh OUT --cpu_small
 #
 # Gradients are accumulated up to the paper's batches. More in scripts/_sweep.sh.
@@ -19,6 +20,16 @@ finetune+=(--accum_iter "$(accumulate "$finetune_effective" "$finetune_batch")")
 linprobe+=(--accum_iter "$(accumulate "$linprobe_effective" "$linprobe_batch")")
 encoder=(--model vit_base_patch16)
 cosine=1000  # steps between two looks at the gradients
+if [ -n "$gpu_hour" ]; then
+    # 4 runs on 100,000 images: pretraining 490 (MAE), 660; 7 encoders: fine-tuning 70, starting and probing 60
+    batch=$(per_process 512)
+    data_flags=(--dataset "$(imagefolder_or tiny_imagenet)" --data_path "$data" --input_size 64 --num_workers 12)
+    pretrain=(--model mae_vit_small_patch16 --patch_size 8 --norm_pix_loss --mask_ratio 0.75 --batch_size "$batch"
+        --epochs 40 --warmup_epochs 1 --blr 1.5e-4 --weight_decay 0.05 --data_cache device --cache_size 64)
+    finetune+=(--batch_size "$batch" --accum_iter 1 --epochs 8 --warmup_epochs 0.4 --eval_freq 8)
+    linprobe=(--cache_features)
+    encoder=(--model vit_small_patch16 --patch_size 8)
+fi
 [ -z "$cpu_small" ] || { small_recipe; cosine=50; }
 
 run mae
