@@ -1,16 +1,24 @@
 """The papers' sweeps, with a stand-in for python that only leaves behind what the mains leave behind."""
 
+import argparse
 import os
 import shlex
+import shutil
 import subprocess
+import sys
 
 import pytest
 from launch import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import reproduce
 
 import main_finetune
 import main_linprobe
 import main_pretrain
 from methods import METHODS, enabled_methods
+from util import ledger
+from util.architectures import own_config
 
 STAND_IN = r"""#!/bin/bash
 main=$(basename "$1"); shift
@@ -262,3 +270,107 @@ def test_scaling_grid(sweep, tmp_path, cifar10):
 def test_mistakes_of_three_stages(sweep, arguments, message):
     code, said, calls = sweep("maws", *arguments)
     assert code != 0 and message in said and not calls
+
+
+# A paper's table ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", WHERE)
+def test_a_table_is_its_sweep_and_then_the_comparison(sweep, tmp_path, budget):
+    """What the sweep itself would start; then the table of all runs, though only one was wanted."""
+    out, where = tmp_path / "out", [word.format(tmp_path) for word in WHERE[budget] if word != f"--{budget}"]
+    flags = [*where, "--only", "k10"]
+    expected = sweep("bootstrap_mae", str(out), *flags, *([] if budget == "paper" else [f"--{budget}"]))[2]
+    shutil.rmtree(out)
+    code, said, calls = sweep(".", "bootstrap_mae", str(out), "--budget", budget, *flags, script="reproduce")
+    assert code == 0, said
+    assert calls[:-1] == expected and len(expected) == 5
+    left_out = LEFT_OUT.get(("bootstrap_mae", budget), set())
+    runs = [name for name in RUNS["bootstrap_mae"].split() if name not in left_out]
+    assert calls[-1] == ["reproduce.py", str(out), "--paper", "bootstrap_mae", "--runs", *runs]
+
+
+def enter(calls, images: int) -> None:
+    """The lines that the mains would write for these commands, in the folders that they name."""
+    pretrained = {}
+    for main, args in parsed(calls):
+        flags = vars(args)
+        if main == "main_pretrain.py":
+            pretrained[args.output_dir] = flags
+            continue
+        source = pretrained.get(os.path.dirname(args.finetune))
+        model = own_config((source or flags)["model"])
+        flags |= {"patch_size": (source or flags)["patch_size"] or model["patch_size"]}
+        flags |= {"input_size": flags["input_size"] or model["img_size"]}
+        row = {
+            "command": main.removesuffix(".py"), "flags": flags, "data": {"train": {"images": images}}, "seed": 0,
+            "source": source and {"path": args.finetune, "flags": source}, "metrics": {"test_acc1": 50.0},
+        }  # fmt: skip
+        ledger.append(args.output_dir, row)
+
+
+@pytest.mark.parametrize(
+    "name,images,expected",
+    [
+        # MAE's number is that of another run
+        ("bootstrap_mae", 50000, {"pretrain.mask_ratio 0.75, not 0.6"}),
+        ("rc_mae", 1281167, set()),
+        ("dmae", 100000, {"patch_size 8, not 16"}),  # without pretraining
+        ("mlo_mae", 50000, {"batch 128, not 64"}),
+    ],
+)
+def test_the_papers_budget_is_the_papers_setting(sweep, tmp_path, name, images, expected):
+    """The column of differences names what the sweep knowingly does otherwise, and nothing else."""
+    out = str(tmp_path / "out")
+    enter(sweep(name, out, "--data", str(tmp_path), TEACHER="teacher.pth", GPUS="1")[2], images)
+    paper = "mlo_mae/cifar10" if name == "mlo_mae" else name
+    rows = reproduce.main(argparse.Namespace(out=out, paper=paper, runs=RUNS[name].split()))
+    assert all(row.cell for row in rows) and {text for row in rows for text in row.differs} == expected | {"one seed"}
+
+
+def test_what_an_hour_changes(sweep, tmp_path):
+    out = str(tmp_path / "out")
+    enter(sweep("bootstrap_mae", out, "--gpu_hour", "--data", str(tmp_path), "--only", "k10", GPUS="1")[2], 50000)
+    rows = reproduce.main(argparse.Namespace(out=out, paper="bootstrap_mae", runs=["k10"]))
+    shorter = ["pretrain.epochs 100, not 200", "epochs 20, not 100", "pretrain.mae_k 5, not 10", "one seed"]
+    assert [row.differs for row in rows] == [shorter, [text for text in shorter if not text.startswith("epochs")]]
+
+
+def test_a_table_that_was_interrupted(sweep, tmp_path):
+    """It shows what there is, says with its exit status that this is not all, and is completed the next time."""
+    flags = ("mlo_mae", str(tmp_path / "out"), "--budget", "cpu_small", "--only", "mae")
+    (tmp_path / "stop").touch()
+    code, said, calls = sweep(".", *flags, script="reproduce")
+    assert code == 1 and "start the sweep again" in said and calls[-1][:4] == [
+        "reproduce.py", str(tmp_path / "out"), "--paper", "mlo_mae/cifar10",
+    ]  # fmt: skip
+    (tmp_path / "stop").unlink()
+    code, said, calls = sweep(".", *flags, script="reproduce")
+    assert code == 0 and [call[0] for call in calls] == ["main_finetune.py", "collect.py", "reproduce.py"]
+    code, said, calls = sweep(".", *flags, script="reproduce", SET="cifar100")
+    assert code == 2 and "holds runs of mlo_mae/cifar10 cpu_small" in said and not calls
+
+
+def test_a_table_names_its_runs(sweep):
+    arguments = ("bootstrap_mae", "--budget", "gpu_hour", "--list")
+    code, said, calls = sweep(".", *arguments, script="reproduce")
+    assert code == 0 and "k10: --mae_k 5\n" in said and not calls
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ((), "PAPER is ''"),
+        (("simmim", "OUT"), "PAPER is 'simmim', and must be bootstrap_mae, dmae, rc_mae, mlo_mae or maws"),
+        (("dmae", "OUT"), "--budget is ''"),
+        (("dmae", "OUT", "--budget", "tpu"), "--budget is 'tpu', and must be cpu_small, gpu_hour or paper"),
+        (("dmae", "OUT", "--budget"), "--budget needs a value"),
+        (("dmae", "OUT", "--cpu_small"), "--budget cpu_small"),
+        (("dmae", "--budget", "cpu_small"), "OUT is missing"),
+        (("dmae", "OUT", "--budget", "gpu_hour"), "--data DIR is needed"),
+        (("dmae", "OUT", "--budget", "cpu_small", "--only", "k3"), "--only k3 is no run"),
+    ],
+)
+def test_mistakes_of_a_table(sweep, arguments, message):
+    code, said, calls = sweep(".", *arguments, script="reproduce")
+    assert code == 2 and message in said and said.count("error:") == 1 and not calls

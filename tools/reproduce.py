@@ -1,0 +1,215 @@
+"""A paper's table beside ours: published numbers, those of the ledgers of a sweep, and what differs in the setting.
+
+python tools/reproduce.py OUT --paper bootstrap_mae --runs mae k10
+
+scripts/reproduce.sh runs a sweep and calls this. What was published is in tools/published.json: for the runs of a sweep
+their numbers (or, where we have no number of the paper's, which runs they are above or below), and the paper's setting
+under the names that tools/collect.py gives to flags: `pretrain.epochs` of the pretraining, `epochs` of what judges it.
+null means that the paper does not say. `batch` is the effective one; `model` is without its patch size.
+"""
+
+import argparse
+import csv
+import io
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import _common
+import collect
+from _runs import Run, read_runs, shown_value
+
+from util.architectures import own_config
+from util.checkpoint import LEDGER
+from util.errors import UserError, user_errors
+
+PUBLISHED = Path(__file__).with_name("published.json")
+READERS = {"imagefolder", "folder", "filelist", "wds"}  # formats: they do not say which images were read
+PREFIXES = ("", "pretrain.", "finetune.")
+NAMES = {
+    "finetune:test_acc1": "fine-tuned",
+    "finetune_small:test_acc1": "fine-tuned, small augmentation",
+    "probe:test_acc1": "linear probe",
+    "linear:test_acc1": "linear probe",
+    "fewshot:fewshot10_acc1": "10 images a class",
+}
+
+
+@dataclass
+class Row:
+    """`cell` is None for a run that is missing; `said` for one of which the paper gives nothing."""
+
+    run: str
+    metric: str
+    cell: collect.Cell | None
+    said: dict | None
+    differs: list[str]
+
+
+def published(paper: str) -> dict:
+    """What is known of a paper; UserError for an unknown one."""
+    papers = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    if paper not in papers:
+        raise UserError(f"--paper {paper} is not known; use one of {', '.join(papers)}")
+    return papers[paper]
+
+
+# The setting ----------------------------------------------------------------------------------------------------------
+
+
+def ours(run: Run) -> dict:
+    """The flags of a run, with what follows from them under the names of published.json."""
+    flags = dict(run.flags)
+    for prefix in PREFIXES:
+        if f"{prefix}batch_size" not in flags:
+            continue
+        sizes = [flags.get(prefix + name) or 1 for name in ("batch_size", "accum_iter", "world_size")]
+        flags[f"{prefix}batch"] = sizes[0] * sizes[1] * sizes[2]
+        config = own_config(flags.get(f"{prefix}model"))
+        for name in ("patch_size", "decoder_depth", "decoder_embed_dim"):
+            if flags.get(prefix + name) is None:
+                flags[prefix + name] = config.get(name)
+        flags[f"{prefix}model"] = str(flags.get(f"{prefix}model")).removeprefix("mae_").split("_patch")[0]
+        size = flags.get(f"{prefix}input_size")
+        if isinstance(size, list) and len(set(size)) == 1:
+            flags[f"{prefix}input_size"] = size[0]
+    return flags
+
+
+def differences(run: Run, setting: dict) -> list[str]:
+    """`epochs 5, not 100` for every value of the paper's setting that this run does not have."""
+    flags, found = ours(run), []
+    for name, wanted in setting.items():
+        if wanted is None or (name.startswith("pretrain.") and not run.flags["pretrained"]):
+            continue
+        value = flags.get(name)
+        if name.endswith("dataset") and value in READERS:
+            continue  # the number of images has to tell
+        if value is None:
+            found.append(f"{name} not recorded, {shown_value(wanted)} there")
+        elif value != wanted:
+            found.append(f"{name} {shown_value(value)}, not {shown_value(wanted)}")
+    return found
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+def entry(paper: dict, run: str) -> tuple[dict, str]:
+    """What is published of a run, and what the star in its name stands for."""
+    for name, said in paper["runs"].items():
+        if fnmatchcase(run, name):
+            return said, run[len(name.partition("*")[0]) :] if "*" in name else ""
+    return {}, ""
+
+
+def expanded(paper: dict, names: list[str], runs: list[Run]) -> list[str]:
+    """The runs of a sweep; after each the teacher of its pretraining, where it is judged too."""
+    known = set(paper["runs"]) | {run.flags["run"] for run in runs}
+    return [each for name in names for each in (name, f"{name}-ema") if each == name or each in known]
+
+
+def make_rows(paper: dict, names: list[str], runs: list[Run]) -> list[Row]:
+    """A row for each run and metric that we have or the paper has. UserError where a run's seeds differ in more."""
+    rows = []
+    for name in expanded(paper, names, runs):
+        said, star = entry(paper, name)
+        for metric, of_metric in paper["metrics"].items():
+            kind, _, key = metric.partition(":")
+            found = [r for r in runs if r.flags["run"] == name and r.kind == kind and key in r.row["metrics"]]
+            number = said.get(metric)
+            if not found and number is None:
+                continue
+            row = Row(name, metric, None, _named(number, star), [])
+            if found:
+                table = collect.make_table(found, ["run"], [metric], allow_revisions=True)
+                row.cell = table.rows[0][1][kind, key]
+                row.differs = _of_code_and_seeds(found, row.cell)
+            if found and number:
+                setting = paper["setting"] | of_metric | said.get("setting", {}) | number.get("setting", {})
+                row.differs = differences(found[-1], setting) + row.differs
+            rows.append(row)
+    return rows
+
+
+def _named(number: dict | None, star: str) -> dict | None:
+    """With what its stars stand for."""
+    if number is None:
+        return None
+    return {name: [run.replace("*", star) for run in value] if isinstance(value, list) else value
+            for name, value in number.items()}  # fmt: skip
+
+
+def _of_code_and_seeds(runs: list[Run], cell: collect.Cell) -> list[str]:
+    revisions = {run.row.get("revision") for run in runs}
+    more = [f"{len(revisions)} revisions of the code"] if len(revisions) > 1 else []
+    return more + (["one seed"] if cell.n == 1 else [])
+
+
+def _shown_cell(cell: collect.Cell | None) -> str:
+    if cell is None:
+        return "missing"
+    deviation = "" if cell.deviation is None else f" ± {cell.deviation:.2f}"
+    return f"{cell.mean:.2f}{deviation} (n = {cell.n})"
+
+
+def _shown_number(said: dict | None) -> str:
+    if said is None:
+        return "no number"
+    parts = [str(said["value"])] if "value" in said else []
+    parts += [f"{word} {', '.join(said[word])}" for word in ("above", "below") if word in said]
+    return "; ".join(parts)
+
+
+def markdown(paper: dict, rows: list[Row]) -> str:
+    """Title, note, table."""
+    lines = [["run", "metric", "ours", "published", "from", "what differs in our setting"], ["---"] * 6]
+    for row in rows:
+        where, differs = (row.said or {}).get("from", ""), "; ".join(row.differs)
+        name = NAMES.get(row.metric, row.metric)
+        lines.append([row.run, name, _shown_cell(row.cell), _shown_number(row.said), where, differs])
+    table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return f"# {paper['title']}\n\n{paper['note']} Accuracies in percent.\n\n{table}"
+
+
+def comma_separated(rows: list[Row]) -> str:
+    """Full precision; mean, deviation and n in columns of their own."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "metric", "mean", "deviation", "n", "published", "from", "differs"])
+    for row in rows:
+        numbers = (row.cell.mean, row.cell.deviation, row.cell.n) if row.cell else ("", "", 0)
+        said = row.said or {}
+        shown = _shown_number(row.said) if row.said else ""
+        writer.writerow([row.run, row.metric, *numbers, shown, said.get("from", ""), "; ".join(row.differs)])
+    return text.getvalue().rstrip("\n")
+
+
+def get_args_parser():
+    parser = _common.Parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("out", metavar="OUT", help="the folder of a sweep; reproduced.md and reproduced.csv go there")
+    parser.add_argument("--paper", required=True, help="as in tools/published.json; mlo_mae/SET of that paper")
+    parser.add_argument("--runs", nargs="+", required=True, help="of the sweep, in the order of the table")
+    return parser
+
+
+def main(args) -> list[Row]:
+    """The table that is shown and written. UserError for mistakes in flags."""
+    paper, out = published(args.paper), Path(args.out)
+    if not out.is_dir():
+        raise UserError(f"OUT {out} must be the folder of a sweep; scripts/reproduce.sh makes it")
+    kinds = dict.fromkeys(metric.partition(":")[0] for metric in paper["metrics"])
+    runs = read_runs([str(out)], [f"{kind}-" for kind in kinds]) if any(out.rglob(LEDGER)) else []
+    rows = make_rows(paper, args.runs, runs)
+    text = markdown(paper, rows)
+    for name, content in (("reproduced.md", text), ("reproduced.csv", comma_separated(rows))):
+        (out / name).write_text(content + "\n", encoding="utf-8")
+    print(text)
+    return rows
+
+
+if __name__ == "__main__":
+    with user_errors("reproduce.py"):
+        main(get_args_parser().parse_args())
