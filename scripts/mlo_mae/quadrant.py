@@ -1,6 +1,6 @@
 """Does a masking network find what decides the class? Digits in one quadrant of a textured canvas, where that is known.
 
-python scripts/mlo_mae/quadrant.py OUT        three seeds: about an hour on one core; --seeds 0 for one
+python scripts/mlo_mae/quadrant.py OUT        three seeds: an hour and a half on one core; --seeds 0 for one
 
 For every seed: plain MAE, whose encoder MLO-MAE goes on with, slowly and its head alone first, so that the head is
 always near the best for the encoder (why that matters: docs/mlo.md). Then the area under the ROC curve of the masking
