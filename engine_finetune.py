@@ -8,7 +8,6 @@ from util.amp import autocast, choose_amp_dtype
 from util.distributed import is_main_process, shut_down, sync_buffers
 from util.ledger import Record, write_json
 from util.log import Board
-from util.misc import save_on_master
 from util.run import Run
 from util.scores import TopK
 
@@ -86,7 +85,8 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, kind=TopK) -> di
             if args.output_dir:
                 content = run.content()
                 best = {key: content[key] for key in ("model", "epoch", "args", "origin", "classes") if key in content}
-                save_on_master(best, Path(args.output_dir) / "checkpoint-best.pth")
+                if is_main_process():
+                    run.best_file.put(best)
         run.finish_epoch({f"test_{name}": value for name, value in stats.items()} | {f"best_{kind.headline}": run.best})
     if not run.stopped and is_main_process():
         run.board.hparams(vars(args), {**run.last_means, **stats})

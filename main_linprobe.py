@@ -19,6 +19,7 @@ from models_vit import AttentivePool
 from util import arguments, checkpoint
 from util.amp import choose_amp_dtype
 from util.datasets import input_size, mean_std, read_images
+from util.disk import GrowingFile, Saver
 from util.distributed import is_main_process, shut_down
 from util.encoder import build_encoder, count_classes, settle_model
 from util.errors import UserError, user_errors
@@ -26,7 +27,7 @@ from util.features import extract
 from util.lars import LARS
 from util.ledger import Record
 from util.loading import build_loader
-from util.log import Board, append_log
+from util.log import Board, log_line
 from util.lr_sched import adjust_learning_rate
 from util.rng import seeded
 from util.run import Run, start
@@ -268,7 +269,6 @@ def _cached(args, model, train_loader, test_loader, device, record, names) -> di
     print(
         f"linear probe: top-1 {result['test_acc1']:.2f} %  top-5 {result['test_acc5']:.2f} %  (blr {result['blr']:g})"
     )
-    append_log(args.output_dir, result)
     board = Board(args.log_dir)
     board.hparams(vars(args), result)
     board.close()
@@ -281,10 +281,15 @@ def _cached(args, model, train_loader, test_loader, device, record, names) -> di
             **({"classes": list(names)} if names else {}),
         }
         folder = Path(args.output_dir)
-        checkpoint.write_atomically(folder / CLASSIFIER, lambda file: torch.save(content, file))
-        flags = {**vars(args), "result": result}
-        (folder / "probe.json").write_text(json.dumps(flags, indent=2, default=str) + "\n")
-    record.enter(args.output_dir, result, images, device, amp_dtype)
+        saver = Saver(args.output_dir, args.save_patience)
+        log = GrowingFile(folder / "log.txt")
+        log.add(log_line(result))
+        saver.insist(log.path.name, log.write)
+        saver.insist(CLASSIFIER, lambda: checkpoint.write_tensors(folder / CLASSIFIER, content))
+        flags = json.dumps({**vars(args), "result": result}, indent=2, default=str)
+        saver.insist("probe.json", lambda: (folder / "probe.json").write_text(flags + "\n"))
+        place = args.output_dir, result, images, device, amp_dtype
+        saver.insist(checkpoint.LEDGER, lambda: record.enter(*place))
     shut_down()
     return result
 

@@ -3,6 +3,7 @@
 import copy
 import json
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -270,8 +271,8 @@ def save_encoders(args, run: Run) -> None:
     metadata = {name: json.dumps(strict(value)) for name, value in {**flags, "origin": origin}.items()}
     for key, model in {"model": run.model, **run.exported()}.items():
         state = sharding.gathered(encoder_state(model.state_dict()))
-        if is_main_process():
-            save_encoder(state, Path(args.output_dir) / f"encoder{key.removeprefix('model')}.safetensors", metadata)
+        path = Path(args.output_dir) / f"encoder{key.removeprefix('model')}.safetensors"
+        run.saver.insist(path.name, partial(save_encoder, state, path, metadata))
 
 
 def main(args) -> None:

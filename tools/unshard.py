@@ -7,10 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from util.checkpoint import write_atomically
+from util.checkpoint import write_tensors
 from util.errors import UserError, user_errors
 from util.sharding import one_file
 
@@ -25,7 +23,7 @@ def main() -> None:
         raise UserError(f"{out} exists: name another file, or delete it")
     content = one_file(args.folder)
     try:
-        write_atomically(out, lambda file: torch.save(content, file))
+        write_tensors(out, content)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")

@@ -148,6 +148,11 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
     group.add_argument("--save_freq", default=save_freq, type=int, help="epochs between checkpoints")
     group.add_argument("--save_steps", default=0, type=int, help="steps between checkpoints inside an epoch (0: none)")
     group.add_argument("--keep", default=keep, type=int, help="epoch checkpoints to keep, the newest ones (0: all)")
+    group.add_argument(
+        "--save_patience", default=10.0, type=float, metavar="MINUTES",
+        help="how long the last checkpoint is tried again when the disk is full or away, before the run fails; an "
+        "earlier one is tried again while the run goes on",
+    )  # fmt: skip
     group.add_argument("--print_freq", default=20, type=int, help="steps between lines, and TensorBoard points")
 
 
@@ -235,6 +240,8 @@ def check_numbers(args) -> None:
         raise UserError(f"--crop_pct {args.crop_pct} must lie in (0, 1]")
     if not 0 <= getattr(args, "max_bad_fraction", 0) <= 1:
         raise UserError(f"--max_bad_fraction {args.max_bad_fraction} must lie in [0, 1]")
+    if getattr(args, "save_patience", 0) < 0:
+        raise UserError(f"--save_patience {args.save_patience} must not be negative; 0 tries once")
     if args.input_size is not None and len(args.input_size) > 2:
         raise UserError("--input_size takes one number, or height and width")
 

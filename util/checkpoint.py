@@ -9,12 +9,15 @@ import os
 import re
 import shutil
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from util import disk
 from util.architectures import own_config
-from util.distributed import barrier, from_main_process, is_main_process
+from util.checksum import damage
+from util.distributed import from_main_process, is_main_process
 from util.errors import UserError
 from util.weights import read_file
 
@@ -42,13 +45,22 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def write_atomically(path: Path, write) -> None:
-    """`write(file)` into a temporary file beside `path`, synced, then renamed: `path` is old or new, never half."""
+    """`write(file)` into a temporary file beside `path`, synced, then renamed: `path` is old or new, never half.
+    OSError when that is not possible; then nothing is left of it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        # torch.save answers a full disk with a RuntimeError about the position in the file.
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -60,26 +72,37 @@ def save_checkpoint(output_dir: str | Path, epoch: int, batch: int, content: dic
     """Write one checkpoint (main process only), then delete what `keep` and progress have made superfluous.
 
     Files inside an epoch are kept only until a later one is whole; of the epoch files the newest `keep` (0: all).
+    SaveFailed on all ranks when the disk does not take it; then nothing is deleted.
     """
     path = Path(output_dir) / checkpoint_name(epoch, batch)
-    if is_main_process():
-        write_atomically(path, lambda file: torch.save(content, file))
-        _tidy(path, keep)
-    barrier()
+    disk.everywhere(lambda: write_tensors(path, content))
+    disk.everywhere(lambda: _tidy(path, keep))
     return path
+
+
+def write_tensors(path: Path, content: dict) -> None:
+    """torch.save, whole or not at all."""
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def save_folder(output_dir: str | Path, epoch: int, batch: int, write, keep: int = 0) -> Path:
     """The same for a folder into which every process writes its share: `write(folder)`."""
     path = Path(output_dir) / checkpoint_name(epoch, batch, "dcp")
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    if is_main_process():
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-        _tidy(path, keep)
-    barrier()
+    try:
+        write(temporary)
+        disk.everywhere(lambda: _replace_folder(temporary, path))
+    except disk.SaveFailed:
+        if is_main_process():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    disk.everywhere(lambda: _tidy(path, keep))
     return path
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(new, path)
 
 
 def _tidy(path: Path, keep: int) -> None:
@@ -99,15 +122,14 @@ def _remove(path: Path) -> None:
 
 def is_whole(path: Path) -> bool:
     """Whether the file is a zip archive (what torch.save writes) all of whose checksums hold; of a folder, whether
-    everything is there."""
+    everything is there, with its checksums."""
     if path.is_dir():
         from util import sharding  # which builds on this file
 
         return sharding.is_whole(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError):
+        return zipfile.is_zipfile(path) and not damage(path)
+    except OSError:
         return False
 
 
@@ -170,7 +192,7 @@ _MODEL_FLAGS += (
 FREE_FLAGS = {"resume", "overwrite", "output_dir", "log_dir", "num_workers", "pin_mem", "device", "data_path", "rank"}
 FREE_FLAGS |= {"gpu", "local_rank", "world_size", "distributed", "dist_url", "dist_backend", "dist_timeout"}
 FREE_FLAGS |= {"print_freq", "save_freq", "save_steps", "keep", "vis_freq", "knn_freq", "eval_freq", "start_epoch"}
-FREE_FLAGS |= {"finetune", "allow_outside"}
+FREE_FLAGS |= {"finetune", "allow_outside", "save_patience"}
 
 
 def plain(value):
@@ -241,6 +263,15 @@ def check_output_dir(args) -> None:
         )
 
 
+def _try_writing(folder: Path) -> None:
+    """OSError on a full or read-only disk (os.access tells root that everything is allowed)."""
+    probe = folder / f".writable-{os.getpid()}.tmp"
+    try:
+        write_atomically(probe, lambda file: file.write(bytes(4096)))
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def make_output_dir(args) -> None:
     """Make the folders and, with `--overwrite`, delete the run in them: called when nothing is left that could fail."""
     if not is_main_process():
@@ -250,9 +281,14 @@ def make_output_dir(args) -> None:
         try:
             if folder:
                 os.makedirs(folder, exist_ok=True)
+                if args.overwrite and flag == "output_dir":
+                    _delete_run(Path(folder))
+                _try_writing(Path(folder))
         except OSError as error:
             raise UserError(f"--{flag} {folder} cannot be written: {error.strerror}") from error
-    if args.output_dir and args.overwrite:
-        for path in _files_of_a_run(Path(args.output_dir)):
-            _remove(path)
-        (Path(args.output_dir) / LEDGER).unlink(missing_ok=True)
+
+
+def _delete_run(folder: Path) -> None:
+    for path in _files_of_a_run(folder):
+        _remove(path)
+    (folder / LEDGER).unlink(missing_ok=True)

@@ -2,17 +2,23 @@
 
 import atexit
 import html
+import io
+import itertools
 import json
 import os
+import socket
 import sys
 import time
 from collections import defaultdict, deque
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto import event_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import FileWriter, SummaryWriter
 from tqdm import tqdm
 
+from util.disk import GrowingFile
 from util.distributed import all_reduce_sum, get_world_size, host_device, is_main_process
 
 
@@ -204,16 +210,62 @@ class Clock:
         return rates
 
 
+_event_files = itertools.count()
+
+
+class EventFile:
+    """A TensorBoard event file. tensorboard's own is written by a thread that ends for good at the first full disk, in
+    the middle of a record; here whole records wait in memory until they can be written."""
+
+    def __init__(self, folder: str):
+        place = f"{socket.gethostname()}.{os.getpid()}.{next(_event_files)}"
+        self.folder = folder
+        self.file = GrowingFile(Path(folder) / f"events.out.tfevents.{int(time.time()):010d}.{place}")
+        self.add_event(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self.file.write()
+
+    def get_logdir(self) -> str:
+        return self.folder
+
+    def add_event(self, event) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self.file.add(record.getvalue())
+
+    def flush(self) -> None:
+        self.file.append()
+
+    close = flush
+
+
+class Events(SummaryWriter):
+    """torch's writer of pictures, texts and numbers, into an `EventFile`."""
+
+    def _get_file_writer(self):
+        if self.file_writer is None:
+            self.file_writer = _FileWriter(self.log_dir)
+            self.all_writers = {self.log_dir: self.file_writer}
+            if self.purge_step is not None:
+                log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                self.file_writer.add_event(event_pb2.Event(step=self.purge_step, session_log=log))
+        return self.file_writer
+
+
+class _FileWriter(FileWriter):
+    def __init__(self, folder: str):
+        self.event_writer = EventFile(folder)  # and no other
+
+
 class Board:
     """TensorBoard on the main process, nothing on the others. The x axis is epoch * 1000, so that runs with different
-    batch sizes lie over each other; several values on one x are never written."""
+    batch sizes lie over each other; several values on one x are never written. A full disk does not end it."""
 
     def __init__(self, log_dir: str | None, purge_step: int | None = None):
         self.writer = None
         self.last: dict[str, int] = {}
         if log_dir and is_main_process():
             os.makedirs(log_dir, exist_ok=True)
-            self.writer = SummaryWriter(log_dir, purge_step=purge_step)
+            self.writer = Events(log_dir, purge_step=purge_step)
             atexit.register(self.writer.close)  # a run that fails shows its last points too
 
     def scalars(self, values: dict[str, float], epoch: float) -> None:
@@ -222,6 +274,7 @@ class Board:
             if self.writer is not None and x > self.last.get(name, -1):
                 self.writer.add_scalar(name, value, x)
                 self.last[name] = x
+        self.flush()
 
     def image(self, name: str, image, epoch: float) -> None:
         """`image` is (3, H, W) in [0, 1]."""
@@ -262,11 +315,9 @@ class Board:
             atexit.unregister(self.writer.close)
 
 
-def append_log(output_dir: str | None, row: dict) -> None:
-    """One JSON object per line in `log.txt`, as upstream."""
-    if output_dir and is_main_process():
-        with open(Path(output_dir) / "log.txt", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+def log_line(row: dict) -> bytes:
+    """One JSON object in a line, as upstream's `log.txt`."""
+    return json.dumps(row).encode() + b"\n"
 
 
 def trim_log(output_dir: str, epoch: int) -> None:

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import torch
-
 from util.amp import NativeScalerWithGradNormCount, get_grad_norm_
-from util.checkpoint import checkpoint_name, plain, write_atomically
+from util.checkpoint import checkpoint_name, plain, write_tensors
 from util.distributed import (
     all_reduce_mean,
     get_rank,
@@ -22,7 +20,7 @@ from util.weights import read_file
 def save_on_master(content, path) -> None:
     """torch.save on the main process, whole or not at all."""
     if is_main_process():
-        write_atomically(Path(path), lambda file: torch.save(content, file))
+        write_tensors(Path(path), content)
 
 
 def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler) -> None:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from util import checkpoint, signals, state
 from util.amp import NativeScalerWithGradNormCount, autocast, choose_amp_dtype
 from util.arguments import settle_length
+from util.disk import GrowingFile, LateFile, Saver
 from util.distributed import (
     all_reduce_sum,
     check_same_flags,
@@ -31,7 +32,7 @@ from util.errors import RunFailed, UserError
 from util.kernels import choose_attention, compile_blocks
 from util.ledger import Record, revision
 from util.loading import Loader, Sample, next_batch
-from util.log import Board, Clock, EpochMeter, Progress, append_log, trim_log
+from util.log import Board, Clock, EpochMeter, Progress, log_line, trim_log
 from util.lr_sched import adjust_learning_rate
 from util.mfu import FlopMeter
 from util.sharding import whole
@@ -103,6 +104,11 @@ class Run:
         self._bad = 0  # unreadable images since the last reading
         self.last_means: dict[str, float] = {}  # of the last finished epoch
         self._first_bad: dict[str, torch.Tensor] = {}
+        self.saver = Saver(args.output_dir, args.save_patience)
+        folder = Path(args.output_dir)
+        self.log = GrowingFile(folder / "log.txt")
+        self.best_file = LateFile(folder / "checkpoint-best.pth", checkpoint.write_tensors)
+        self.saver.files = [self.log, self.best_file]
         self.lr = 0.0
         if resume is not None:
             state.resume(self, resume)
@@ -257,13 +263,14 @@ class Run:
         due = self.step % args.print_freq == 0 or ends
         save = bool(args.save_steps) and self.step % args.save_steps == 0 and not ends
         seconds = self._clock.seconds_per_step()
-        stop = self.stop.poll(self.step, seconds, args.print_freq)
+        stop, again = self.stop.poll(self.step, seconds, args.print_freq, self.saver.due)
+        save = save or (again and not ends)
         if due or save or stop:
             self._read(progress, last)
         if stop and not ends:  # at the end of an epoch, `finish_epoch` saves and stops
             self.stopped = True
         if save or self.stopped:
-            self.save()
+            self.save(last=self.stopped)
 
     def _read(self, progress: Progress, last: int) -> None:
         """Where the host waits for the device: read the metrics, look for trouble, log."""
@@ -323,8 +330,9 @@ class Run:
         means.pop("bad_images", None)
         stats = {f"train_{name}": value for name, value in {**means, "lr": self.lr}.items()}
         self.last_means = stats
-        append_log(args.output_dir, {**stats, **row, "epoch": self.epoch, "step": self.step, "seconds": seconds,
-                                     "bad_images": int(bad)})  # fmt: skip
+        if args.output_dir and is_main_process():
+            place = {"epoch": self.epoch, "step": self.step, "seconds": seconds, "bad_images": int(bad)}
+            self.log.append(log_line({**stats, **row, **place}))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in {**stats, **row}.items())
         print(f"epoch {self.epoch}: {shown}  {seconds:.1f} s" + (f"  unreadable images {int(bad)}" if bad else ""))
         self.board.scalars(row, self.epoch + self.position / len(self.loader))
@@ -337,7 +345,7 @@ class Run:
             stop = bool(all_reduce_sum(torch.tensor(float(stop), device=self.device)).item())
         self.stopped = stop and not self.ended
         if number % args.save_freq == 0 or self.ended or self.stopped:
-            self.save()
+            self.save(last=self.ended or self.stopped)
 
     def close(self) -> None:
         """Say why it ended early, if it did; close the event file, give back the signals, leave the process group."""
@@ -359,8 +367,8 @@ class Run:
     def enter(self) -> None:
         """The line in the ledger of a run that has reached its end."""
         if not self.stopped:
-            trained_here = bool(self.last_means)
-            self.record.finish(self.args.output_dir, trained_here, self.images_seen(), self.device, self.amp_dtype)
+            place = self.args.output_dir, bool(self.last_means), self.images_seen(), self.device, self.amp_dtype
+            self.saver.insist(checkpoint.LEDGER, lambda: self.record.finish(*place))
 
     # Checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -368,9 +376,11 @@ class Run:
         """What a checkpoint holds (`util.state`)."""
         return state.content(self)
 
-    def save(self) -> None:
-        if self.args.output_dir:
-            state.save(self)
+    def save(self, last: bool = False) -> None:
+        """A checkpoint, if the disk takes it (`util.disk.Saver`), which the `last` one of a run must."""
+        if not self.args.output_dir:
+            return
+        self.saver.save(lambda: state.save(self), last)
 
     def exported(self) -> dict[str, nn.Module]:
         """Further whole models that the methods own (an EMA teacher), by their key in the checkpoint."""

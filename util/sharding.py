@@ -17,13 +17,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from util.checkpoint import write_atomically
-from util.distributed import barrier, get_world_size, is_main_process
+from util import disk
+from util.checkpoint import write_tensors
+from util.checksum import crc32
+from util.distributed import from_main_process, gather_objects, get_rank, get_world_size, is_main_process
 from util.errors import UserError
 from util.weights import read_file
 
@@ -104,23 +107,39 @@ def _tensors(module: nn.Module, optimizer) -> dict[str, torch.Tensor]:
 
 def save(folder: Path, module: nn.Module, optimizer, rest: dict, exported: dict[str, nn.Module]) -> None:
     """Write a checkpoint into a new `folder`; all processes must call it. `rest` is the main process's; `exported` are
-    further whole models inside `module`, by their key in a checkpoint."""
-    if is_main_process():
-        shutil.rmtree(folder, ignore_errors=True)
-    barrier()
-    dcp.save(_tensors(module, optimizer), storage_writer=FileSystemWriter(folder))
-    if is_main_process():
-        names = {parameter: name for name, parameter in module.named_parameters()}
-        state = module.state_dict()
-        content = rest | {
-            "names": list(state),
-            "extra": {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)},
-            "exported": {key: _prefix(module, part) for key, part in exported.items()},
-            "optimizer_names": [names[p] for group in optimizer.param_groups for p in group["params"]],
-            "param_groups": optimizer.state_dict()["param_groups"],
-        }
-        write_atomically(folder / REST, lambda file: torch.save(content, file))
-    barrier()
+    further whole models inside `module`, by their key in a checkpoint. SaveFailed on all ranks when the disk of one
+    does not take it."""
+    disk.everywhere(lambda: _make_anew(folder))
+    try:
+        dcp.save(_tensors(module, optimizer), storage_writer=FileSystemWriter(folder))
+    except CheckpointException as error:  # on all ranks, with what happened to each
+        causes = [cause for cause, _ in error.failures.values()]
+        if not all(isinstance(cause, (OSError, RuntimeError)) for cause in causes):
+            raise
+        raise disk.SaveFailed(disk.reason(causes[0])) from error
+    checksums = {name: crc for share in gather_objects(_checksums(folder)) for name, crc in share.items()}
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    state = module.state_dict()
+    content = rest | {
+        "names": list(state),
+        "extra": {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)},
+        "exported": {key: _prefix(module, part) for key, part in exported.items()},
+        "optimizer_names": [names[p] for group in optimizer.param_groups for p in group["params"]],
+        "param_groups": optimizer.state_dict()["param_groups"],
+        "checksums": checksums,
+    }
+    disk.everywhere(lambda: write_tensors(folder / REST, content))
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of the files that this process has just written."""
+    mine = [*folder.glob(f"__{get_rank()}_*.distcp"), *([folder / ".metadata"] if is_main_process() else [])]
+    return {path.name: crc32(path) for path in mine}
 
 
 def _prefix(module: nn.Module, part: nn.Module) -> str:
@@ -128,7 +147,10 @@ def _prefix(module: nn.Module, part: nn.Module) -> str:
 
 
 def load(folder: Path, module: nn.Module, optimizer) -> None:
-    """Undo `save`, on any number of processes. UserError when the folder's tensors are not those of `module`."""
+    """Undo `save`, on any number of processes. UserError when the folder is damaged, or its tensors are not those of
+    `module`."""
+    if not from_main_process(lambda: is_whole(folder)):
+        raise UserError(f"--resume {folder} is not whole or damaged: --resume auto takes the newest one that is whole")
     rest, reader = read_file(folder / REST), Reader(folder)
     stored = reader.read_metadata().state_dict_metadata
     for name, parameter in module.named_parameters():
@@ -153,11 +175,14 @@ def _shape(tensor: torch.Tensor | None) -> tuple | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file is there, as long as the list of tensors says. (`rest.pth` is written last.)"""
+    """Whether every file is there, as long as the list of tensors says, and has its checksum (which folders of older
+    versions lack). `rest.pth` is written last."""
     try:
         rest, metadata = read_file(folder / REST), Reader(folder).read_metadata()
         ends = [(folder / part.relative_path, part.offset + part.length) for part in metadata.storage_data.values()]
-        return "names" in rest and all(path.stat().st_size >= end for path, end in ends)
+        if "names" not in rest or any(path.stat().st_size < end for path, end in ends):
+            return False
+        return all(crc32(folder / name) == crc for name, crc in rest.get("checksums", {}).items())
     except (OSError, UserError, pickle.UnpicklingError, EOFError, AttributeError):
         return False
 
@@ -185,7 +210,7 @@ def one_file(folder: Path) -> dict:
     return content | {key: _below(module, prefix) for key, prefix in rest["exported"].items()}
 
 
-_ONLY_HERE = {"names", "extra", "exported", "optimizer_names", "param_groups"}
+_ONLY_HERE = {"names", "extra", "exported", "optimizer_names", "param_groups", "checksums"}
 
 
 def _below(state: dict, prefix: str) -> dict:

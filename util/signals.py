@@ -29,15 +29,16 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def poll(self, step: int, seconds_per_step: float, most: int) -> bool:
-        """Whether to stop now. One process looks at its own note; several ask each other every `most` steps or more."""
+    def poll(self, step: int, seconds_per_step: float, most: int, retry: bool = False) -> tuple[bool, bool]:
+        """Whether to stop now, and whether a rank wants to try again to save (`retry`). One process looks at its own
+        note; several ask each other every `most` steps or more."""
         if get_world_size() == 1:
-            return self.received is not None
+            return self.received is not None, retry
         if step < self.next_poll:
-            return False
-        note = torch.tensor([float(self.received is not None), seconds_per_step], device=host_device())
-        wanted, seconds = all_reduce_max(note).tolist()
+            return False, False
+        note = torch.tensor([float(self.received is not None), float(retry), seconds_per_step], device=host_device())
+        wanted, retry, seconds = all_reduce_max(note).tolist()
         self.next_poll = step + max(1, min(most, int(2.0 / max(seconds, 1e-6))))
         if wanted:
             self.received = self.received or "a signal to another rank"
-        return bool(wanted)
+        return bool(wanted), bool(retry)

@@ -55,7 +55,8 @@ def _rank_states(run) -> dict[str, object]:
 
 
 def save(run) -> None:
-    """Write a file, or with `--fsdp` a folder; all processes must call it."""
+    """Write a file, or with `--fsdp` a folder; all processes must call it. SaveFailed on all when that is not possible
+    now."""
     place = run.args.output_dir, run.epoch if run.position else run.epoch - 1, run.position
     if not run.sharded:
         checkpoint.save_checkpoint(*place, content(run), run.args.keep)

@@ -15,11 +15,12 @@ from math import isqrt, prod
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from util.architectures import ENCODERS
+from util.checksum import damage
 from util.errors import UserError
 from util.pos_embed import get_2d_sincos_pos_embed, interpolate_grid
 from util.weights_folder import folder_flags, folder_weights
@@ -77,6 +78,9 @@ def read_file(path) -> dict:
     """
     path = folder_weights(os.fspath(path))
     head = _first_bytes(path)
+    wrong = damage(path) if head.startswith(b"PK") and not path.endswith((".onnx", ".pt2")) else ""
+    if wrong:
+        raise UserError(f"{path} is truncated or damaged ({wrong}): copy or download it again, or take an older one")
     try:
         # A safetensors file is the length of its header, 8 bytes, and a JSON object.
         if path.endswith(".safetensors") or head[8:9] == b"{":
@@ -437,13 +441,15 @@ def save_encoder(state: dict[str, Tensor], path, metadata: dict[str, str]) -> No
 
 
 def save_state(state: dict[str, Tensor], path, metadata: dict[str, str]) -> None:
-    """The same for all of `state`."""
+    """The same for all of `state`. OSError when the disk does not take it."""
     # Clones: safetensors refuses tensors that share memory, and views of a larger one.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
         save_file(tensors, temporary, metadata=metadata)
         os.replace(temporary, path)
+    except SafetensorError as error:  # its own error for what the system said
+        raise OSError(str(error)) from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
