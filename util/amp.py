@@ -87,6 +87,7 @@ class NativeScalerWithGradNormCount:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
         self.broken = torch.zeros((), device=self.device)  # 1 from the first non-finite gradient on
         self.applied = torch.ones((), device=self.device)  # 0 where the last step was skipped
+        self._streak = torch.zeros(2, device=self.device)  # steps in a row that overflowed: longest lately, and now
 
     def __call__(self, loss, optimizer, clip_grad=None, parameters=None, create_graph=False, update_grad=True):
         """Back-propagate; with `update_grad` also step. Returns the gradient norm (a device scalar) of a step."""
@@ -103,6 +104,8 @@ class NativeScalerWithGradNormCount:
             self._scaler.step(optimizer)
             self._scaler.update()
             self.applied = 1 - bad
+            now = (self._streak[1] + 1) * bad
+            self._streak = torch.stack([torch.maximum(self._streak[0], now), now])
         else:
             self.broken = torch.maximum(self.broken, bad)
             self.applied = 1 - self.broken
@@ -118,6 +121,13 @@ class NativeScalerWithGradNormCount:
     def scale(self) -> float:
         """Factor of the loss, 1 without scaling. Waits for the device."""
         return self._scaler.get_scale()
+
+    def overflows(self) -> tuple[int, int]:
+        """Steps in a row that overflowed: the longest such row since the last call, and the one that lasts. Waits for
+        the device."""
+        longest, now = (int(count) for count in self._streak.tolist())
+        self._streak[0] = now
+        return longest, now
 
     def state_dict(self):
         return self._scaler.state_dict()

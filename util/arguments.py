@@ -155,6 +155,12 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
     )  # fmt: skip
     group.add_argument("--print_freq", default=20, type=int, help="steps between lines, and TensorBoard points")
 
+    group.add_argument(
+        "--spike_factor", type=float, metavar="F",
+        help="list the images of every step whose loss is more than F times the median of the 100 before, in "
+        "spikes.jsonl; try 2 (default: off)",
+    )  # fmt: skip
+
 
 def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False) -> None:
     """`cached`: whether there is `--data_cache` (and with it `--fsdp`)."""
@@ -242,6 +248,8 @@ def check_numbers(args) -> None:
         raise UserError(f"--max_bad_fraction {args.max_bad_fraction} must lie in [0, 1]")
     if getattr(args, "save_patience", 0) < 0:
         raise UserError(f"--save_patience {args.save_patience} must not be negative; 0 tries once")
+    if (getattr(args, "spike_factor", None) or 2) <= 1:
+        raise UserError(f"--spike_factor {args.spike_factor} must be above 1, for example 2")
     if args.input_size is not None and len(args.input_size) > 2:
         raise UserError("--input_size takes one number, or height and width")
 

@@ -192,7 +192,7 @@ _MODEL_FLAGS += (
 FREE_FLAGS = {"resume", "overwrite", "output_dir", "log_dir", "num_workers", "pin_mem", "device", "data_path", "rank"}
 FREE_FLAGS |= {"gpu", "local_rank", "world_size", "distributed", "dist_url", "dist_backend", "dist_timeout"}
 FREE_FLAGS |= {"print_freq", "save_freq", "save_steps", "keep", "vis_freq", "knn_freq", "eval_freq", "start_epoch"}
-FREE_FLAGS |= {"finetune", "allow_outside", "save_patience"}
+FREE_FLAGS |= {"finetune", "allow_outside", "save_patience", "spike_factor"}
 
 
 def plain(value):
@@ -230,7 +230,7 @@ def check_same_run(path: Path, stored: dict, args: dict) -> None:
 def _files_of_a_run(folder: Path) -> list[Path]:
     if not os.path.isdir(folder):  # unlike pathlib's, it says False to a name that is too long
         return []
-    names = ("log.txt", "args.json", "checkpoint-best.pth", "probe.json", "probe.pth")
+    names = ("log.txt", "args.json", "checkpoint-best.pth", "probe.json", "probe.pth", "spikes.jsonl")
     old = [folder / name for name in names]
     old += [*list_checkpoints(folder), *folder.glob("events.out.tfevents.*"), *folder.glob(".checkpoint-*.tmp")]
     old += folder.glob("encoder*.safetensors")

@@ -37,6 +37,7 @@ from util.lr_sched import adjust_learning_rate
 from util.mfu import FlopMeter
 from util.sharding import whole
 from util.signals import StopRequest
+from util.trouble import Finite, Overflows, Spikes, broken_state, describe_spike
 
 
 @dataclass
@@ -103,12 +104,12 @@ class Run:
         self.best = 0.0
         self._bad = 0  # unreadable images since the last reading
         self.last_means: dict[str, float] = {}  # of the last finished epoch
-        self._first_bad: dict[str, torch.Tensor] = {}
+        self.finite, self.spikes, self.overflows = Finite(device), Spikes(args.spike_factor), Overflows(self.scaler)
         self.saver = Saver(args.output_dir, args.save_patience)
         folder = Path(args.output_dir)
-        self.log = GrowingFile(folder / "log.txt")
+        self.log, self.spike_log = GrowingFile(folder / "log.txt"), GrowingFile(folder / "spikes.jsonl")
         self.best_file = LateFile(folder / "checkpoint-best.pth", checkpoint.write_tensors)
-        self.saver.files = [self.log, self.best_file]
+        self.saver.files = [self.log, self.spike_log, self.best_file]
         self.lr = 0.0
         if resume is not None:
             state.resume(self, resume)
@@ -237,22 +238,15 @@ class Run:
                 update_grad=micro.closes,
             )
         self.meter.add(len(micro.batch.target), **named)
-        self._watch({**named, "gradient": norm} if norm is not None and not self.scaler.enabled else named)
+        checked = {**named, "gradient": norm} if norm is not None and not self.scaler.enabled else named
+        self.finite.watch(self.step, checked)
+        self.spikes.watch(self.step, loss, micro.batch.index)
         if micro.closes:
             if self.scaler.enabled:  # a step that overflowed has no norm, and is counted instead
                 norm = torch.where(self.scaler.applied > 0, norm, torch.zeros_like(norm))
                 self.meter.add(skipped_steps=1 - self.scaler.applied)
             self.meter.add(grad_norm=norm)
             self.optimizer.zero_grad(set_to_none=True)
-
-    def _watch(self, values: dict[str, torch.Tensor]) -> None:
-        """Remember, on the device, the first step at which each value was not finite."""
-        for name, value in values.items():
-            first = self._first_bad.get(name)
-            if first is None:
-                first = torch.full((), torch.inf, device=self.device, dtype=torch.float64)
-            bad = ~torch.isfinite(value)
-            self._first_bad[name] = torch.where(bad, first.clamp(max=self.step), first)
 
     # Between steps -------------------------------------------------------------------------------------------------
 
@@ -277,7 +271,9 @@ class Run:
         self.meter.add(bad_images=self._bad)
         self._bad = 0
         values = self.meter.read()
-        self._check_finite()
+        self._say_spikes()
+        self.overflows.read(self.step)
+        self.finite.read(self.epoch, self.module)
         self._check_images(last)
         bad = values.pop("bad_images")
         rates = self._clock.read()
@@ -295,23 +291,15 @@ class Run:
             points["data/bad_images"] = bad
         self.board.scalars(points, self.epoch + self.position / len(self.loader))
 
-    def _check_finite(self) -> None:
-        if self.scaler.scale < 2.0**-14:  # 30 halvings: nothing has been learned for a long time
-            raise RunFailed("fp16 overflows at every scale of the loss: use --amp_dtype bf16 or fp32, or --clip_grad 1")
-        names = sorted(self._first_bad)
-        firsts = torch.stack([-self._first_bad[name] for name in names]) if names else torch.empty(0)
-        if get_world_size() > 1 and names:
-            torch.distributed.all_reduce(firsts, op=torch.distributed.ReduceOp.MAX)
-        firsts = dict(zip(names, (-firsts).tolist()))
-        step = min(firsts.values(), default=torch.inf)
-        if step == torch.inf:
-            return
-        parts = [name for name in names if firsts[name] == step and name not in ("loss", "gradient")]
-        culprit = parts or [name for name in ("loss", "gradient") if firsts.get(name) == step][:1]
-        raise RunFailed(
-            f"{' and '.join(culprit)} became non-finite at step {int(step)} (epoch {self.epoch}); the weights were "
-            f"not changed by it and the last checkpoint is good: try --clip_grad 1, a lower --blr or --amp_dtype fp32"
-        )
+    def _say_spikes(self) -> None:
+        for spike in self.spikes.read(self._name_of):
+            if self.args.output_dir:
+                self.spike_log.append(log_line({"epoch": self.epoch, **spike}))
+            print(describe_spike(spike, f"are in {self.spike_log.path}" if self.args.output_dir else "are not written"))
+
+    def _name_of(self, index: int) -> str:
+        images = getattr(self.loader.dataset, "images", None)
+        return images.name(index) if hasattr(images, "name") else f"image {index}"
 
     def _check_images(self, batches: int) -> None:
         count = self.meter.epoch.get("bad_images", [0.0])[0]
@@ -377,9 +365,14 @@ class Run:
         return state.content(self)
 
     def save(self, last: bool = False) -> None:
-        """A checkpoint, if the disk takes it (`util.disk.Saver`), which the `last` one of a run must."""
+        """A checkpoint, if the disk takes it (`util.disk.Saver`), which the `last` one of a run must. RunFailed instead
+        of one with numbers that are not finite."""
         if not self.args.output_dir:
             return
+        moments = {name: self.optimizer.state.get(p, {}) for name, p in self.module.named_parameters()}
+        broken = broken_state({"weight": self.module.state_dict(), "optimizer state": moments})
+        if broken:
+            raise RunFailed(f"{broken} is non-finite after step {self.step}: not saved, the last checkpoint is good")
         self.saver.save(lambda: state.save(self), last)
 
     def exported(self) -> dict[str, nn.Module]:
