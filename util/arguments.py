@@ -160,6 +160,11 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
         help="list the images of every step whose loss is more than F times the median of the 100 before, in "
         "spikes.jsonl; try 2 (default: off)",
     )  # fmt: skip
+    group.add_argument(
+        "--deterministic", action="store_true",
+        help="use only algorithms that give the same bits every time, on GPUs, too, where they are slower; two runs "
+        "with the same flags on the same hardware and versions are then the same",
+    )  # fmt: skip
 
 
 def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False) -> None:

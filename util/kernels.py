@@ -40,6 +40,14 @@ def choose_attention(args, device: torch.device, *made: nn.Module) -> None:
                 module.fused_attn = fused
 
 
+def make_deterministic() -> None:
+    """`--deterministic`: only algorithms that give the same bits every time; torch raises where it has none. Before the
+    first product on a GPU, whose workspace CUBLAS_WORKSPACE_CONFIG bounds."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+
+
 class RunsBlocks:
     """A transformer whose blocks may keep only their inputs for the backward pass and compute the rest again there."""
 

@@ -29,7 +29,7 @@ from util.distributed import (
     shut_down,
 )
 from util.errors import RunFailed, UserError
-from util.kernels import choose_attention, compile_blocks
+from util.kernels import choose_attention, compile_blocks, make_deterministic
 from util.ledger import Record, revision
 from util.loading import Loader, Sample, next_batch
 from util.log import Board, Clock, EpochMeter, Progress, log_line, trim_log
@@ -64,8 +64,10 @@ def start(args) -> torch.device:
     random.seed(args.seed + get_rank())
     torch.manual_seed(args.seed + get_rank())
     np.random.seed(args.seed + get_rank())
+    if args.deterministic:
+        make_deterministic()
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not args.deterministic  # what is fastest changes from run to run
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked
     choose_attention(args, device)
     return device
