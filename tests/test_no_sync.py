@@ -15,7 +15,7 @@ import main_pretrain
 from util.run import Run
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
-METHODS = ["", "--mae_k 1", "--ema_mae --wse 0 --ema_update step --rc_mae", "--dmae_teacher {teacher}"]
+METHODS = ["--spike_factor 2", "--mae_k 1", "--ema_mae --wse 0 --ema_update step --rc_mae", "--dmae_teacher {teacher}"]
 
 
 class Waiting(TorchDispatchMode):

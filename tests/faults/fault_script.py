@@ -1,7 +1,7 @@
 """A main for `launch.ranks`: one pretraining with a fault on one of two ranks after step 3 (`KIND FLAGS…`).
 
-full: rank 0's disk, until step 8. weight, gradient: NaN or Inf in one element on rank 1. teacher: NaN in rank 1's
-DMAE teacher. Prints lines that start with "rank R:".
+full: rank 0's disk, until step 8. share: rank 1's share of the folders of --fsdp, until then. weight, gradient: NaN or
+Inf in one element on rank 1. teacher: NaN in rank 1's DMAE teacher. Prints lines that start with "rank R:".
 """
 
 import os
@@ -9,9 +9,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from faults import FullDisk, after_step, poison
+from inject import FULL, FullDisk, after_step, poison
 
 import main_pretrain
+import util.sharding
 from util.errors import RunFailed, leave
 from util.run import Run
 
@@ -25,6 +26,10 @@ def get_args_parser():
 def say(text):
     sys.stdout.write(f"rank {RANK}: {text}\n")
     sys.stdout.flush()
+
+
+def no_space(*_):
+    raise FULL
 
 
 def fault(kind: str, run: Run) -> None:
@@ -43,10 +48,14 @@ def main(words):
         disk = FullDisk(patch)
         after_step(patch, 3, lambda _: setattr(disk, "full", RANK == 0))
         after_step(patch, 8, lambda _: setattr(disk, "full", False))
+    elif kind == "share":
+        writer, write_data = util.sharding.FileSystemWriter, util.sharding.FileSystemWriter.write_data
+        after_step(patch, 3, lambda _: RANK and setattr(writer, "write_data", no_space))
+        after_step(patch, 8, lambda _: setattr(writer, "write_data", write_data))
     elif RANK == 1:
         after_step(patch, 3, lambda run: fault(kind, run))
-    original = Run.close
-    patch.setattr(Run, "close", lambda self: (say(f"ended at step {self.step}"), original(self)))
+    close = Run.close
+    patch.setattr(Run, "close", lambda self: (say(f"ended at step {self.step}"), close(self)))
     try:
         main_pretrain.main(main_pretrain.get_args_parser().parse_args(words[1:]))
     except RunFailed as error:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from faults import CLASSIFIER, FLAGS, after_step, finetune, pretrain
+from inject import CLASSIFIER, FLAGS, after_step, finetune, pretrain
 from launch import checkpoint, log_rows, same_tensors, scalars
 
 import main_linprobe

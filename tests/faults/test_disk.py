@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from faults import CLASSIFIER, FLAGS, FULL, FullDisk, after_step, finetune, pretrain
+from inject import CLASSIFIER, FLAGS, FULL, FullDisk, after_step, finetune, pretrain
 from launch import ROOT, checkpoint, log_rows, ranks, same_tensors, scalars
 
 from util import disk
-from util.checkpoint import save_checkpoint, write_atomically
+from util.checkpoint import find_resume, save_checkpoint, write_atomically
 from util.checksum import damage
 from util.errors import RunFailed, UserError
 from util.weights import read_file
@@ -238,6 +238,19 @@ def test_two_ranks_while_the_disk_of_one_is_full(image_folder, tmp_path):
     assert output.count("ended at step 12") == 2
     assert checkpoint(tmp_path, "checkpoint-1.pth")["step"] == 12
     assert [row["epoch"] for row in log_rows(tmp_path)] == [0, 1]
+
+
+def test_two_ranks_while_a_share_of_a_folder_cannot_be_written(image_folder, tmp_path):
+    """--fsdp: rank 1 alone meets the full disk, both try again together."""
+    flags = FLAGS.replace("--batch_size 16", "--batch_size 8") + " --fsdp --keep 1"
+    output = ranks("fault_script", f"share {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
+    assert "(No space left on device): the run goes on" in output and "checkpoint-0-3.dcp is the last good" in output
+    assert output.count("ended at step 12") == 2
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-1.dcp"]
+    assert find_resume("auto", str(tmp_path)) == tmp_path / "checkpoint-1.dcp"
+    share = next((tmp_path / "checkpoint-1.dcp").glob("__1_*.distcp"))
+    flip(share, share.stat().st_size // 2)
+    assert find_resume("auto", str(tmp_path)) is None
 
 
 TMPFS = """

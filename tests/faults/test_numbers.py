@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from faults import CLASSIFIER, FLAGS, after_step, finetune, poison, pretrain
+from inject import CLASSIFIER, FLAGS, after_step, finetune, poison, pretrain
 from launch import checkpoint, ranks
 
 from util.amp import NativeScalerWithGradNormCount
