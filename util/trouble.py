@@ -125,7 +125,7 @@ class Spikes:
 def describe_spike(spike: dict, written: str) -> str:
     """A line about it, and where its images are listed."""
     names = ", ".join(spike["images"][:2])
-    return (f"loss spike at step {spike['step']}: {spike['loss']:.4g}, {spike['loss'] / spike['usual']:.1f} times the "
+    return (f"loss spike at step {spike['step']}: {spike['loss']:.4g}, {spike['loss'] / spike['usual']:.3g} times the "
             f"usual {spike['usual']:.4g}; its {len(spike['images'])} images ({names}, ...) {written}")  # fmt: skip
 
 
