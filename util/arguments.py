@@ -158,7 +158,7 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
     group.add_argument(
         "--spike_factor", type=float, metavar="F",
         help="list the images of every step whose loss is more than F times the median of the 100 before, in "
-        "spikes.jsonl; try 2 (default: off)",
+        "spikes.jsonl; off unless given, try 2",
     )  # fmt: skip
     group.add_argument(
         "--deterministic", action="store_true",
