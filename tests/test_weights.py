@@ -326,6 +326,9 @@ def test_encoder_state_and_save_encoder(tmp_path):
 
     state["norm.bias"] = state["norm.weight"]  # shared memory, which safetensors alone refuses
     save_encoder(state, tmp_path / "e.safetensors", {"source": "x"})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "e.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read it
+    (tmp_path / "plain").unlink()
     assert_same(load_file(tmp_path / "e.safetensors"), state)
     assert os.listdir(tmp_path) == ["e.safetensors"]
 

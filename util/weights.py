@@ -446,7 +446,10 @@ def save_state(state: dict[str, Tensor], path, metadata: dict[str, str]) -> None
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
+        with open(temporary, "wb") as file:
+            mode = os.stat(file.fileno()).st_mode  # by the umask; safetensors gives the owner alone access
         save_file(tensors, temporary, metadata=metadata)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except SafetensorError as error:  # its own error for what the system said
         raise OSError(str(error)) from error
