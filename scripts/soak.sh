@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Kills runs, damages files and feeds bad input for as long as one likes, and counts what is lost (docs/reliability.md).
+#
+#   bash scripts/soak.sh                          half an hour
+#   bash scripts/soak.sh --minutes 600 --seed 1 --out soak.json
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+install_requirements "$root/requirements-dev.txt"
+cd "$root"
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" exec "$python" tests/faults/soak.py "$@"

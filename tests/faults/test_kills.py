@@ -1,0 +1,26 @@
+"""SIGKILL at the worst moments; `scripts/soak.sh` does the same for as long as one likes, at moments of chance, and to
+one rank of two (here that is `tests/test_resume.py::test_elastic_restart`)."""
+
+import pytest
+from killed import WHERE
+from kills import EVENTS, Killed
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    run = Killed(tmp_path_factory.mktemp("kills") / "reference")
+    code, said = run.start()
+    assert code == 0, said
+    return run
+
+
+def test_killed_everywhere(reference, tmp_path):
+    """One run, killed once in each way; it ends like the undisturbed one, and little is done twice."""
+    run = Killed(tmp_path / "run")
+    for where, number in zip(WHERE, (4, 2, 1, 1, 1, 130)):
+        code, said = run.start(where, number)
+        assert code != 0, (where, said)
+    assert run.kills == len(WHERE) == len(EVENTS)
+    code, said = run.start()
+    assert code == 0 and "resumed" in said, said
+    run.check_end(reference)
