@@ -37,8 +37,8 @@ scratch random
 first=${SEEDS%% *}
 "$python" "$root/tools/tsne.py" "${data_flags[@]}" "${encoder[@]}" --seed "$first" --out "$out/tsne.png" \
     random "$out"/{mae,emamae,rcmae}-seed"$first/checkpoint-8.pth" --titles random MAE EMA-MAE RC-MAE
-# Which of the test images t-SNE and the corruptions see is drawn by the seed: --allow_differing data.test.
+# Which of the test images t-SNE and the corruptions see is drawn by the seed, hence --allow_differing.
 "$python" "$root/tools/collect.py" "$out"/{linear,fewshot,tsne,robustness}-*-seed* --by run \
     --strip linear- fewshot- tsne- robustness- --metric linear:test_acc1 fewshot1_acc1 fewshot2_acc1 fewshot5_acc1 \
-    fewshot10_acc1 ratio clean_error corrupted_error --allow_differing data.test --out "$out/representation.md"
+    fewshot10_acc1 ratio clean_error corrupted_error --allow_differing data.test data.imagefolder --out "$out/representation.md"
 cat "$out/representation.md"
