@@ -1,5 +1,6 @@
 """Starting the mains the way users do, and reading what they leave behind."""
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -43,6 +44,18 @@ def launch(main: str, flags: str, processes: int = 1, restarts: int = 0, **optio
 def ranks(main: str, flags: str, processes: int, seconds: float = 180) -> str:
     """What `finish(launch(...))` gives where the launcher is not what is tested: processes forked from one that has
     imported everything, which takes most of a launch. Returns what they wrote."""
+    with started_ranks(main, flags, processes) as (made, outputs):
+        deadline = time.monotonic() + seconds
+        for process in made:
+            process.join(max(0.1, deadline - time.monotonic()))
+        codes, output = [process.exitcode for process in made], "".join(path.read_text() for path in outputs)
+    assert codes == [0] * processes, f"{codes}\n{output}"
+    return output
+
+
+@contextlib.contextmanager
+def started_ranks(main: str, flags: str, processes: int):
+    """The processes and the files that they write into; what still runs afterwards is killed."""
     os.environ["PYTHONPATH"] = str(ROOT)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["main_pretrain"])
@@ -54,15 +67,11 @@ def ranks(main: str, flags: str, processes: int, seconds: float = 180) -> str:
                 for rank in range(processes)]  # fmt: skip
         for process in made:
             process.start()
-        deadline = time.monotonic() + seconds
-        for process in made:
-            process.join(max(0.1, deadline - time.monotonic()))
-        codes = [process.exitcode for process in made]
-        for process in made:
-            process.kill()
-        output = "".join(Path(f"{folder}/{rank}").read_text() for rank in range(processes))
-    assert codes == [0] * processes, f"{codes}\n{output}"
-    return output
+        try:
+            yield made, [Path(f"{folder}/{rank}") for rank in range(processes)]
+        finally:
+            for process in made:
+                process.kill()
 
 
 def _rank(main: str, flags: str, rank: int, processes: int, port: int, output: str) -> None:

@@ -8,8 +8,8 @@ NUMBERS = [
     *(f"--{name} {value}" for name in ("batch_size", "epochs", "accum_iter", "save_freq", "print_freq")
       for value in (0, -1)),
     *(f"--{name} -1" for name in ("warmup_epochs", "num_workers", "save_steps", "keep", "start_epoch", "weight_decay",
-                                  "min_lr", "blr", "lr", "clip_grad", "dist_timeout", "max_bad_fraction", "seed")),
-    *(f"--{name} nan" for name in ("weight_decay", "min_lr", "blr", "lr", "clip_grad", "dist_timeout",
+                                  "min_lr", "blr", "lr", "clip_grad", "timeout_s", "max_bad_fraction", "seed")),
+    *(f"--{name} nan" for name in ("weight_decay", "min_lr", "blr", "lr", "clip_grad", "timeout_s",
                                    "max_bad_fraction")),
     "--blr inf", "--lr inf", "--clip_grad 0", "--max_bad_fraction 1.5", "--seed 5000000000",
     "--crop_pct 0", "--crop_pct -1", "--crop_pct nan", "--crop_pct 1.5",

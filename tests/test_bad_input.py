@@ -147,7 +147,7 @@ runpy.run_path(os.path.join(os.environ["PYTHONPATH"], sys.argv[0]), run_name="__
 def test_ranks_that_disagree(box, tmp_path):
     wrapper = tmp_path / "wrapper.py"
     wrapper.write_text(WRAPPER)
-    argv = command("pretrain", box, "--output_dir", "{box}/pretrain", "--overwrite", "--dist_timeout", "1")
+    argv = command("pretrain", box, "--output_dir", "{box}/pretrain", "--overwrite", "--timeout_s", "60")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     before = listing(box)
     done = run_command([*launcher, str(wrapper), *argv], box / "here", seconds=100)

@@ -210,7 +210,10 @@ def add_distributed_arguments(parser, shards: bool = False) -> None:
     group.add_argument("--dist_on_itp", action="store_true", help="read Open MPI's environment")
     group.add_argument("--dist_url", default="env://")
     group.add_argument("--dist_backend", default="auto", choices=["auto", "nccl", "gloo"])
-    group.add_argument("--dist_timeout", default=30.0, type=float, help="minutes to wait for another rank")
+    group.add_argument(
+        "--timeout_s", default=1800.0, type=float,
+        help="seconds to wait for another rank: then the run says which one stands still, and ends",
+    )  # fmt: skip
 
 
 def add_finetuning_arguments(parser, pooled: bool) -> None:
@@ -234,7 +237,7 @@ def add_finetuning_arguments(parser, pooled: bool) -> None:
 def check_numbers(args) -> None:
     """Refuse numbers out of range, of the flags that `args` has: those of the mains and of the tools."""
     _check_finite(args)
-    positive = "batch_size epochs accum_iter save_freq print_freq dist_timeout clip_grad patch_size in_chans"
+    positive = "batch_size epochs accum_iter save_freq print_freq timeout_s clip_grad patch_size in_chans"
     positive += " decoder_embed_dim decoder_num_heads nb_classes eval_freq shuffle_buffer shard_samples max_steps"
     not_negative = "warmup_epochs num_workers save_steps keep start_epoch seed weight_decay min_lr blr lr decoder_depth"
     for name in positive.split():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from util import watchdog
 from util.distributed import from_main_process, is_main_process
 from util.errors import RunFailed, UserError
 
@@ -179,6 +180,7 @@ class Saver:
                 delay = min(_delay(failures), self.patience - waited)
                 print(f"{what} cannot be written to {self.folder} ({reason(error)}): the next attempt is in {delay:g} "
                       f"s", flush=True)  # fmt: skip
+            watchdog.moved()
             time.sleep(delay)
             waited, failures = waited + delay, failures + 1
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from util import watchdog
 from util.errors import UserError
 
 
@@ -88,8 +89,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 def init_distributed_mode(args) -> torch.device:
     """Join the process group that the launcher describes, if any, and choose this process's device.
 
-    Sets args.distributed, rank, world_size, gpu. The first meeting of the ranks waits at most `--dist_timeout`
-    minutes and then names the ranks that are missing.
+    Sets args.distributed, rank, world_size, gpu. The first meeting of the ranks waits at most `--timeout_s` and then
+    names the ranks that are missing; from then on a watchdog names one that stands still for so long.
     """
     found = _launcher(args)
     args.distributed = found is not None
@@ -101,14 +102,16 @@ def init_distributed_mode(args) -> torch.device:
     backend = args.dist_backend
     if backend == "auto":
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(minutes=args.dist_timeout)
+    timeout = datetime.timedelta(seconds=args.timeout_s)
+    later = 2 * timeout  # the watchdog, which knows the rank, is to speak before torch does
     os.environ.update(RANK=str(args.rank), WORLD_SIZE=str(args.world_size), LOCAL_RANK=str(local_rank))
     try:
         store, _, _ = next(dist.rendezvous(args.dist_url, args.rank, args.world_size, timeout=timeout))
         store.set_timeout(timeout)
         # After a restart by torchrun the store still holds the addresses of processes that are gone.
         attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=attempt, rank=args.rank, world_size=args.world_size, timeout=timeout)
+        dist.init_process_group(backend, store=attempt, rank=args.rank, world_size=args.world_size, timeout=later)
+        watchdog.prepare(dist.PrefixStore("watchdog", attempt.clone()), args.rank, args.world_size, args.timeout_s)
         # Only gloo's barrier can name the ranks that are missing, and only in a group of its own.
         hosts = dist.new_group(backend="gloo", timeout=timeout)
         dist.monitored_barrier(hosts, timeout=timeout, wait_all_ranks=True)
@@ -116,8 +119,9 @@ def init_distributed_mode(args) -> torch.device:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(
             f"rank {args.rank} of {args.world_size} waited at {args.dist_url} for the other ranks in vain "
-            f"(--dist_timeout {args.dist_timeout:g} minutes): {first_line}"
+            f"(--timeout_s {args.timeout_s:g}): {first_line}"
         ) from error
+    watchdog.start()
     setup_for_distributed(args.rank == 0)
     print(f"{args.world_size} processes on {device.type}, backend {backend}")
     return device
@@ -149,6 +153,7 @@ def from_main_process(function):
 
 
 def shut_down() -> None:
+    watchdog.stop()
     if is_dist_avail_and_initialized():
         dist.destroy_process_group()
 

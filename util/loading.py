@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 
+from util import watchdog
 from util.datasets import Images
 from util.distributed import get_rank, get_world_size
 from util.draft import split_crop
@@ -244,7 +245,7 @@ class Loader:
         iterator = iter(self.loader)
         if self.loader.num_workers:
             _working.add(iterator)
-        return self.entered(iterator)
+        return watchdog.reading(self.entered(iterator))
 
     def entered(self, iterator):
         """The batches of a DataLoader's iterator from `self.start` on."""

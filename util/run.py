@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util import checkpoint, signals, state
+from util import checkpoint, signals, state, watchdog
 from util.amp import NativeScalerWithGradNormCount, autocast, choose_amp_dtype
 from util.arguments import settle_length
 from util.disk import GrowingFile, LateFile, Saver
@@ -38,6 +38,7 @@ from util.mfu import FlopMeter
 from util.sharding import whole
 from util.signals import StopRequest
 from util.trouble import Finite, Overflows, Spikes, broken_state, describe_spike
+from util.watchdog import slow_reader
 
 
 @dataclass
@@ -174,7 +175,8 @@ class Run:
         signal (`stopped`). UserError when too many images are unreadable, RunFailed when the loss is not finite."""
         args, total, last = self.args, len(self.loader), self._last_position()
         progress = Progress(f"{header} {self.epoch}", last, self.position)
-        self._clock = Clock()
+        self._clock, self._waited = Clock(), 0.0
+        watchdog.moved(self.step)
         self._batches = iter(self.loader.begin(self.epoch, self.position))
         if self.flops:
             self.flops.begin()
@@ -254,6 +256,7 @@ class Run:
 
     def _after_step(self, progress: Progress) -> None:
         self.step += 1
+        watchdog.moved(self.step)
         args, last = self.args, self._last_position()
         ends = self.position == last
         due = self.step % args.print_freq == 0 or ends
@@ -278,6 +281,7 @@ class Run:
         self.finite.read(self.epoch, self.module)
         self._check_images(last)
         bad = values.pop("bad_images")
+        self._waited += self._clock.waited
         rates = self._clock.read()
         if self.flops:
             rates["mfu_percent"] = self.flops.utilisation(rates["images_per_s"] / get_world_size())
@@ -325,6 +329,9 @@ class Run:
             self.log.append(log_line({**stats, **row, **place}))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in {**stats, **row}.items())
         print(f"epoch {self.epoch}: {shown}  {seconds:.1f} s" + (f"  unreadable images {int(bad)}" if bad else ""))
+        slow = slow_reader(gather_objects(self._waited), seconds)
+        if slow:
+            print(f"note: {slow}")
         self.board.scalars(row, self.epoch + self.position / len(self.loader))
         self.board.flush()
         number = self.epoch
