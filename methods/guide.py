@@ -163,3 +163,7 @@ class Classification:
     def score(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Top-1 in percent, on the device."""
         return 100.0 * (logits.argmax(dim=-1) == targets).float().mean()
+
+    def logged(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is said of stage III."""
+        return {"stage3_loss": loss.detach(), "stage3_top1": self.score(logits.detach(), targets)}

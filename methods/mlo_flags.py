@@ -12,7 +12,7 @@ OPTIONS = {
     "mlo_ste": False, "mlo_normalize": False, "mlo_head_lr": None, "mlo_mask_lr": 1e-2, "mlo_weight_decay": 0.01,
     "mlo_hidden": 512, "mlo_batch_size": None, "mlo_feature": "avg", "mlo_stage2": "linear", "mlo_prox": None,
     "mlo_levels": 3, "blo_lambda": None, "mlo_mask_net": None, "mlo_frozen": False, "mlo_warmup_epochs": 0,
-    "mlo_head_norm": False,
+    "mlo_head_norm": False, "mlo_ridge": None,
 }  # fmt: skip
 
 
@@ -45,7 +45,13 @@ def add_arguments(group):
     option("mlo_batch_size", "labelled images in a batch of stages II and III (as --batch_size)", type=int)
     option("mlo_feature", "what the head sees", choices=["cls", "avg"])
     option("mlo_head_norm", "standardise what the head sees: it follows the encoder faster", action="store_true")
-    option("mlo_stage2", "train the head alone, or with a copy of the encoder", choices=["linear", "finetune"])
+    option(
+        "mlo_stage2",
+        "a step of the head, or with a copy of the encoder, or the best head for every move, which stage III then "
+        "differentiates through: needs large labelled batches",
+        choices=["linear", "finetune", "solve"],
+    )
+    option("mlo_ridge", "half of this times the square of the best head is added to its loss (0.01)", type=float)
     option("mlo_prox", "weight of the pull of that copy towards the encoder (with finetune)", type=float)
     option("mlo_levels", "3, or 2: the encoder learns both losses at once (BLO-MAE)", type=int, choices=[3, 2])
     option("blo_lambda", "weight of the task's loss with --mlo_levels 2 (1.0)", type=float)
@@ -68,7 +74,7 @@ def check(args) -> None:
     if not 0 <= args.mlo_warmup_epochs < args.epochs:
         raise UserError(f"--mlo_warmup_epochs {args.mlo_warmup_epochs} must lie in [0, --epochs {args.epochs})")
     _check_pairs(args)
-    for name in ("mlo_fd_alpha", "mlo_head_lr", "mlo_mask_lr", "mlo_prox", "blo_lambda"):
+    for name in ("mlo_fd_alpha", "mlo_head_lr", "mlo_mask_lr", "mlo_prox", "mlo_ridge", "blo_lambda"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value} must be a positive number")
@@ -87,15 +93,18 @@ def _check_frozen(args) -> None:
 
 def _check_pairs(args) -> None:
     """Flags that mean something only beside others; then the defaults of those that were not given."""
-    joint, tuned = args.mlo_levels == 2, args.mlo_stage2 == "finetune"
+    joint, tuned, solved = args.mlo_levels == 2, args.mlo_stage2 == "finetune", args.mlo_stage2 == "solve"
     without_effect = [
         ("mlo_fd_alpha", args.mlo_fd_alpha is not None and args.mlo_hypergrad != "fd", "without --mlo_hypergrad fd"),
         ("mlo_unroll_grad last", args.mlo_unroll_grad == "last" and args.mlo_unroll == 1, "with --mlo_unroll 1"),
-        ("mlo_stage2 finetune", tuned and joint, "with --mlo_levels 2: there is no stage II"),
+        (f"mlo_stage2 {args.mlo_stage2}", (tuned or solved) and joint, "with --mlo_levels 2: there is no stage II"),
+        ("mlo_head_lr", args.mlo_head_lr is not None and solved, "with --mlo_stage2 solve: the head takes no steps"),
+        ("mlo_ridge", args.mlo_ridge is not None and not solved, "without --mlo_stage2 solve"),
         ("mlo_head_lr", args.mlo_head_lr is not None and joint, "with --mlo_levels 2: the head learns with --lr"),
         ("no_mlo_head_path", not args.mlo_head_path and joint, "with --mlo_levels 2: there is no such path"),
         ("no_mlo_head_path", not args.mlo_head_path and tuned, "with --mlo_stage2 finetune: there is no such path"),
         ("mlo_head_norm", args.mlo_head_norm and (joint or tuned), "but with --mlo_stage2 linear on three levels"),
+        ("mlo_head_norm", args.mlo_head_norm and solved, "with --mlo_stage2 solve, which always standardises"),
         ("mlo_prox", args.mlo_prox is not None and not tuned, "without --mlo_stage2 finetune"),
         ("blo_lambda", args.blo_lambda is not None and not joint, "without --mlo_levels 2"),
         ("mlo_hidden", args.mlo_mask_net and args.mlo_hidden != 512, "with --mlo_mask_net: the file decides"),
@@ -108,7 +117,8 @@ def _check_pairs(args) -> None:
     defaults = (
         # Adam's scaling puts much of a direction's length into weights that hardly matter.
         ("mlo_fd_alpha", 1e-2 if args.mlo_precondition == "adam" else 1e-3, args.mlo_hypergrad == "fd"),
-        ("mlo_head_lr", 1e-2, not joint),
+        ("mlo_head_lr", 1e-2, not joint and not solved),
+        ("mlo_ridge", 1e-2, solved),
         ("blo_lambda", 1.0, joint),
     )
     for name, default, applies in defaults:

@@ -1,8 +1,10 @@
-"""Stages II and III of MLO-MAE: three ways of learning the task, and what each lets the validation loss ask of theta.
+"""Stages II and III of MLO-MAE: three ways of learning the task, and what each lets the validation loss ask of theta (a
+fourth is in `mlo_solved`).
 
-Each has `paths(model, batch)`: loss and score of stage III on a batch, and the directions in theta by which that loss
-depends on the autoencoder. Those with an `optimizer` of their own also have `update(model, batch)`, a step of stage II;
-`JointHead` has a `term` of stage I's loss instead. theta is the autoencoder, h the head.
+Each has `paths(model, *batches)`: what to log of stage III, and the directions in theta by which its loss depends on
+the autoencoder, from a batch of each of the stages in `draws`. Those with an `optimizer` of their own also have
+`update(model, batch)`, a step of stage II; `JointHead` has a `term` of stage I's loss instead. theta is the
+autoencoder, h the head.
 """
 
 import math
@@ -86,6 +88,8 @@ class LinearHead(nn.Module):
     """Stage II of the paper: the encoder stays as it is, the head takes a step (Eq. 7). Stage III is the loss of both,
     which depends on the encoder directly and through that step of the head (Eq. 9)."""
 
+    draws = (1,)
+
     def __init__(self, guide, model, args):
         super().__init__()
         self.guide, self.head_path, self.kind = guide, args.mlo_head_path, args.mlo_precondition
@@ -103,8 +107,8 @@ class LinearHead(nn.Module):
         descend(self.optimizer, weights, averaged(gradient))
         return loss
 
-    def paths(self, model, batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Tensors]]:
-        """Loss and score of stage III, and the directions in theta by which it depends on the encoder."""
+    def paths(self, model, batch) -> tuple[dict[str, torch.Tensor], dict[str, Tensors]]:
+        """What is logged, and the directions in theta by which the loss of stage III depends on the encoder."""
         theta, head = trained(model), {n: p.detach().requires_grad_() for n, p in self.head.named_parameters()}
         with torch.enable_grad():
             logits = functional_call(self.head, head, (self.guide.features(model, batch.image),))
@@ -114,7 +118,7 @@ class LinearHead(nn.Module):
         paths = {"direct": averaged(found)}
         if self.head_path:
             paths["head"] = averaged(self._through_head(model, theta, of_head))
-        return loss.detach(), self.guide.score(logits.detach(), batch.target), paths
+        return self.guide.logged(loss, logits, batch.target), paths
 
     def _through_head(self, model, theta: Tensors, of_head: Tensors) -> Tensors:
         """-d/dtheta <dL2/dh, xi2 dL3/dh'>: one backward pass through the encoder."""
@@ -129,6 +133,8 @@ class LinearHead(nn.Module):
 class TunedEncoder(nn.Module):
     """Stage II with a copy phi of the encoder, which is fine-tuned and pulled towards theta by prox |phi - theta|^2
     (Appendix of the paper). One step phi' = phi - xi2 (dL2 + 2 prox (phi - theta)) depends on theta by 2 xi2 prox."""
+
+    draws = (1,)
 
     def __init__(self, guide, model, args):
         super().__init__()
@@ -161,7 +167,7 @@ class TunedEncoder(nn.Module):
         scaled = step_along(self.optimizer, dict(self.named_parameters()), averaged(found), self.kind)
         factor = 2 * self.prox * self.optimizer.param_groups[0]["lr"]
         direction = {name.removeprefix("encoder."): factor * vector for name, vector in scaled.items()}
-        return loss.detach(), self.guide.score(logits.detach(), batch.target), {"direct": direction}
+        return self.guide.logged(loss, logits, batch.target), {"direct": direction}
 
 
 class JointHead(nn.Module):
@@ -169,6 +175,7 @@ class JointHead(nn.Module):
     optimizer. T enters L1 alone, so the head's step does not depend on it."""
 
     optimizer = None
+    draws = (1,)
 
     def __init__(self, guide, model, args):
         super().__init__()
@@ -184,8 +191,4 @@ class JointHead(nn.Module):
         with torch.enable_grad():
             logits = self.head(self.guide.features(model, batch.image))
             loss = self.guide.loss(logits, batch.target)
-        return (
-            loss.detach(),
-            self.guide.score(logits.detach(), batch.target),
-            {"direct": averaged(gradient_of(loss, theta))},
-        )
+        return self.guide.logged(loss, logits, batch.target), {"direct": averaged(gradient_of(loss, theta))}

@@ -32,6 +32,7 @@ from methods.hypergrad import (
     weighted_loss,
 )
 from methods.mask_net import MaskingNetwork, load_mask_net
+from methods.mlo_solved import SolvedHead
 from methods.mlo_stages import (
     JointHead,
     LinearHead,
@@ -134,11 +135,8 @@ class MLOMAE(Method):
         """Make stages II and III for the task."""
         every = self.unroll if self.args.mlo_levels == 3 else 1, self.unroll * self.every
         self.batches = guide.batches(every)
-        kind = (
-            JointHead
-            if self.args.mlo_levels == 2
-            else {"linear": LinearHead, "finetune": TunedEncoder}[self.args.mlo_stage2]
-        )
+        kinds = {"linear": LinearHead, "finetune": TunedEncoder, "solve": SolvedHead}
+        kind = JointHead if self.args.mlo_levels == 2 else kinds[self.args.mlo_stage2]
         self.stage2 = kind(guide, self._model[0], self.args)
         self.register_buffer("held_out", torch.tensor(guide.held_out))
         self.register_load_state_dict_pre_hook(_same_split)
@@ -219,11 +217,11 @@ class MLOMAE(Method):
                 self._logged["stage2_loss"] = self.stage2.update(model, self._draw(0))
         if (self.step // self.unroll) % self.every or not self.window:
             return
-        batch = self._draw(1)
+        held_out, *others = (self._draw(stage) for stage in self.stage2.draws)
         with autocast(imgs.device, dtype):
-            loss, score, paths = self.stage2.paths(model, batch)
-        self._logged |= {"stage3_loss": loss, "stage3_top1": score}
-        self._move(model, batch.image, paths)
+            logged, paths = self.stage2.paths(model, held_out, *others)
+        self._logged |= logged
+        self._move(model, held_out.image, paths)
         self.window.clear()
 
     def _move(self, model, imgs, paths: dict[str, Tensors]) -> None:

@@ -3,6 +3,7 @@
 One step of each problem is then what the fixtures and the unrolled graph compute.
 """
 
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ class Task:
     """A guiding task on given batches."""
 
     held_out, loss, score = [0], staticmethod(F.cross_entropy), staticmethod(Classification.score)
+    logged = Classification.logged
 
     def __init__(self, features, head, train, val):
         self.features, self.made = features, head
@@ -51,7 +53,11 @@ def labelled(images, targets):
 def the_method(model, task, flags="", inner_lr=0.1, head_lr=0.2, net=None, steps=1000):
     """MLOMAE with gradient descent for all three problems; the masking network moves by its gradient."""
     argv = f"--mlo_mae --mlo_labels same --amp_dtype fp32 --mlo_mask_lr 1 --mlo_precondition none {flags}".split()
-    argv += ["--mlo_head_lr", str(head_lr)] if "--mlo_levels 2" not in flags else []
+    argv += (
+        ["--mlo_head_lr", str(head_lr)]
+        if not {"2", "solve"} & set(re.findall(r"--mlo_(?:levels|stage2) (\w+)", flags))
+        else []
+    )
     args = main_pretrain.get_args_parser().parse_args(argv)
     main_pretrain.check(args)
     method = MLOMAE(args, model)

@@ -190,6 +190,7 @@ def test_warm_up(image_folder, tmp_path):
 FORMS = {
     "sum": "--mlo_unroll 4", "last, adam": "--mlo_unroll 4 --mlo_unroll_grad last --mlo_precondition adam",
     "two levels": "--mlo_unroll 4 --mlo_levels 2", "fine-tuned": "--mlo_unroll 4 --mlo_stage2 finetune --mlo_prox 0.1",
+    "solved": "--mlo_unroll 4 --mlo_stage2 solve",
     "accumulated, every other": "--mlo_unroll 2 --mlo_update_every 2 --accum_iter 2 --mlo_ste --mlo_hypergrad jvp "
     "--mlo_head_norm",
 }  # fmt: skip
@@ -233,7 +234,9 @@ def test_standardized_head():
     assert {"mean", "square", "observed"} < set(head.state_dict())
 
 
-@pytest.mark.parametrize("kind,tolerance", [("jvp --mlo_head_norm", 1e-5), ("fd", 1e-3)])
+@pytest.mark.parametrize(
+    "kind,tolerance", [("jvp --mlo_head_norm", 1e-5), ("fd", 1e-3), ("jvp --mlo_stage2 solve", 1e-5)]
+)
 def test_two_processes_equal_one(image_folder, tmp_path, kind, tolerance):
     """21 outer steps in float32; the masking networks of both ranks are bit for bit the same. A finite difference
     keeps three digits of float32, which Adam turns into steps: so there 1e-3, a tenth of the learning rate."""
@@ -359,6 +362,11 @@ REFUSED = {
     "--mlo_labels same --mlo_levels 2 --mlo_head_lr 1": "--mlo_head_lr has no effect with --mlo_levels 2",
     "--mlo_labels same --mlo_levels 2 --no_mlo_head_path": "--no_mlo_head_path has no effect with --mlo_levels 2",
     "--mlo_labels same --mlo_levels 2 --mlo_head_norm": "--mlo_head_norm has no effect but with --mlo_stage2 linear",
+    "--mlo_labels same --mlo_levels 2 --mlo_stage2 solve": "--mlo_stage2 solve has no effect with --mlo_levels 2",
+    "--mlo_labels same --mlo_stage2 solve --mlo_head_lr 1": "--mlo_head_lr has no effect with --mlo_stage2 solve",
+    "--mlo_labels same --mlo_stage2 solve --mlo_head_norm": "--mlo_head_norm has no effect with --mlo_stage2 solve",
+    "--mlo_labels same --mlo_ridge 0.1": "--mlo_ridge has no effect without --mlo_stage2 solve",
+    "--mlo_labels same --mlo_stage2 solve --mlo_ridge 0": "--mlo_ridge 0.0 must be a positive number",
     "--mlo_frozen": "--mlo_frozen needs --mlo_mask_net",
     "--mlo_frozen --mlo_mask_net x --mlo_labels same": "--mlo_labels has no effect with --mlo_frozen",
     "--mlo_labels same --mask_ratio_end 1": "--mask_ratio_end 1.0 must lie between 0 and 1",

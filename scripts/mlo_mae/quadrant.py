@@ -1,13 +1,13 @@
 """Does a masking network find what decides the class? Digits in one quadrant of a textured canvas, where that is known.
 
-python scripts/mlo_mae/quadrant.py OUT        three seeds: an hour and a half on one core; --seeds 0 for one
+python scripts/mlo_mae/quadrant.py OUT        three seeds: half an hour on one core; --seeds 0 for one
 
-For every seed: plain MAE, whose encoder MLO-MAE goes on with, slowly and its head alone first, so that the head is
-always near the best for the encoder (why that matters: docs/mlo.md). Then the area under the ROC curve of the masking
-network's probabilities, patches inside the quadrant against those outside (0.5: no difference; above: it removes the
-inside), as it was drawn and as it was learned. Last, the same MAE goes on with masks that stay as they are, the learned
-one and its mirror image (it removes what the other keeps), and is probed linearly: the direction that was learned
-should be the one that serves the task. What is finished is skipped.
+For every seed: plain MAE for a moment, whose encoder MLO-MAE goes on with, slowly, the head solved for at every move
+(why both matter: docs/mlo.md). Then the area under the ROC curve of the masking network's probabilities, patches inside
+the quadrant against those outside (0.5: no difference; above: it removes the inside), as it was drawn and as it was
+learned. Last, the same MAE goes on with masks that stay as they are, the learned one and its mirror image (it removes
+what the other keeps), and is probed linearly: the direction that was learned should be the one that serves the task.
+What is finished is skipped.
 """
 
 import argparse
@@ -35,7 +35,7 @@ RECIPE = "--aug none --norm_pix_loss --vis_freq 100 --num_workers 0"
 PLAIN = "--batch_size 64 --lr 1e-3 --warmup_epochs 2"
 LEARNING = (
     "--batch_size 128 --lr 1e-4 --warmup_epochs 0 --mlo_labels same --mlo_batch_size 256 --mlo_unroll 1 "
-    "--mlo_head_norm --mlo_head_lr 0.03 --mlo_mask_lr 0.1"
+    "--mlo_stage2 solve --mlo_mask_lr 0.1"
 )
 MODEL = "vit_micro_patch4"
 
@@ -89,9 +89,7 @@ def changed(checkpoint: Path, to: Path, sign: float) -> Path:
 def one_seed(out: Path, data: Path, seed: int, args) -> dict[str, float]:
     warm = f"--init_from {pretrain(out / f'mae-seed{seed}', data, seed, args.epochs, PLAIN)}"
     mlo = f"{warm} --mlo_mae {args.learning}"
-    learned = pretrain(
-        out / f"mlo-seed{seed}", data, seed, args.warmup + args.moves, f"{mlo} --mlo_warmup_epochs {args.warmup}"
-    )
+    learned = pretrain(out / f"mlo-seed{seed}", data, seed, args.moves, mlo)
     # The masking network as it was before: it never moves.
     before = pretrain(out / f"before-seed{seed}", data, seed, 1, f"{mlo} --mlo_update_every 1000")
     mirrored = changed(learned, out / f"mirrored-seed{seed}.pth", -1)
@@ -102,7 +100,7 @@ def one_seed(out: Path, data: Path, seed: int, args) -> dict[str, float]:
         print(f"seed {seed}, {name}: AUC {area:.3f}, inside {inside:.3f}, outside {outside:.3f}", flush=True)
     for name, source in (("learned", learned), ("mirrored", mirrored)):
         frozen = f"{PLAIN} {warm} --mlo_mae --mlo_frozen --mlo_mask_net {source}"
-        checkpoint = pretrain(out / f"frozen-{name}-seed{seed}", data, seed + 100, args.moves, frozen)
+        checkpoint = pretrain(out / f"frozen-{name}-seed{seed}", data, seed + 100, args.after, frozen)
         row[f"probe {name}"] = probe(out / f"probe-{name}-seed{seed}", checkpoint, data, seed)
     return row
 
@@ -120,12 +118,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=20, help="of plain MAE")
-    parser.add_argument("--warmup", type=int, default=6, help="epochs of the head alone")
-    parser.add_argument("--moves", type=int, default=4, help="epochs of the masks, then of encoders with frozen masks")
+    parser.add_argument("--epochs", type=int, default=2, help="of plain MAE")
+    parser.add_argument("--moves", type=int, default=2, help="epochs in which the masks move, 35 times in each")
+    parser.add_argument("--after", type=int, default=6, help="epochs of encoders with frozen masks")
     parser.add_argument("--learning", default=LEARNING, help="flags of MLO-MAE")
     args = parser.parse_args()
-    check_protocol(args.out, f"{RECIPE} {PLAIN} {args.epochs} {args.warmup} {args.moves} {args.learning}\n")
+    check_protocol(args.out, f"{RECIPE} {PLAIN} {args.epochs} {args.moves} {args.after} {args.learning}\n")
     data = args.out.resolve() / "data"
     if not data.exists():
         python("tools/quadrant_digits.py", data)
