@@ -176,7 +176,7 @@ def test_twenty_unreadable_images_in_a_row_end_it(workers, capfd):
     with pytest.raises(UnreadableData, match="20 images in a row") as error:
         next(batches)
     if workers:
-        batches._shutdown_workers()
+        loader.loader._iterator._shutdown_workers()
     named = [line for line in capfd.readouterr().err.splitlines() if line.startswith("unreadable image")]
     assert len(named[:20]) == 20
     if workers == 0:
