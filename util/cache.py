@@ -1,9 +1,9 @@
 """Images decoded once and kept as one uint8 tensor: in memory that all processes of a node share, or on the GPU."""
 
+import io
 import math
 import os
 import shutil
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from util.batch_aug import BatchTransform
 from util.datasets import Images
 from util.distributed import gather_objects, get_rank
 from util.errors import UserError
-from util.loading import BROKEN_IMAGE, EpochBatches, Loader, Sample, UnreadableData
+from util.images import BROKEN_IMAGE, open_image, open_regular, say_unreadable, shown
+from util.loading import EpochBatches, Loader, Sample, UnreadableData
 from util.rng import sample_noise
 from util.transforms import ResizeShortSide, to_channels
 
@@ -136,7 +137,7 @@ class Decoder:
         self.side = size
         first = next((p for p in map(self._decoded, range(min(len(images), 20))) if p is not None), None)
         if first is None:
-            raise UserError(f"the first 20 images of the data set are unreadable, {images.name(0)} is one of them")
+            raise UserError(f"the first 20 images are unreadable, {shown(images.name(0))} is one of them")
         self.shape = first.shape
 
     def _decoded(self, index: int) -> np.ndarray | None:
@@ -147,7 +148,7 @@ class Decoder:
         try:
             image = to_channels(self.images.load(index), self.in_chans)
         except BROKEN_IMAGE as error:
-            sys.stderr.write(f"unreadable image {self.images.name(index)}: {error}\n")
+            say_unreadable(self.images.name(index), error)
             return None
         if self.resize:
             image = self.resize(image)
@@ -158,12 +159,15 @@ class Decoder:
 
     def _decoded_on_device(self, index: int) -> np.ndarray | None:
         """The same of a JPEG file, None where it is none, or one that only pillow reads (CMYK) or refuses."""
-        path = self.images.name(index)
-        if self.mode is None or not path.lower().endswith((".jpg", ".jpeg")):
-            return None
         try:
-            pixels = decode_jpeg(read_file(path), self.mode, self.device)
-        except RuntimeError:
+            path = self.images.file(index)
+            if self.mode is None or not path.lower().endswith((".jpg", ".jpeg")):
+                return None
+            with open_regular(path) as file:
+                content = file.read()
+            open_image(io.BytesIO(content))  # refuses what is too large
+            pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), self.mode, self.device)
+        except BROKEN_IMAGE:
             return None
         if self.resize:
             pixels = self.resize.tensor(pixels)
@@ -191,9 +195,9 @@ class Decoder:
     def _check_size(self, index: int, shape) -> None:
         if shape != self.shape:
             raise UserError(
-                f"--data_cache needs images of one size, and {self.images.name(index)} has {shape[1]}x{shape[2]} where "
-                f"the first has {self.shape[1]}x{self.shape[2]}: give --cache_size, to which the shorter side is "
-                f"resized and the longer one cut"
+                f"--data_cache needs images of one size, and {shown(self.images.name(index))} has "
+                f"{shape[1]}x{shape[2]} where the first has {self.shape[1]}x{self.shape[2]}: give --cache_size, to "
+                f"which the shorter side is resized and the longer one cut"
             )
 
 

@@ -15,6 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from util import fine_grained, transforms
 from util.distributed import main_process_first
 from util.errors import UserError
+from util.images import open_image, open_regular, read_image
 from util.shards import find_shards
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,6 +50,10 @@ class Images(ABC):
         """The same, perhaps not decoded yet."""
         return self.load(index)
 
+    def file(self, index: int) -> str:
+        """Path of the file that this image is, "" where it is none. OSError for one that must not be read."""
+        return ""
+
     def target(self, index: int) -> int:
         """The label of an image that was loaded (some sets learn it only then)."""
         return self.targets[index]
@@ -64,15 +69,14 @@ class Files(Images):
         self.paths, self.targets, self.classes, self.within = np.array(paths), targets, classes, within
 
     def load(self, index):
-        with open(self._checked(index), "rb") as file:
-            img = Image.open(file)
-            img.load()
-            return img
+        with open_regular(self.file(index)) as file:
+            return read_image(file)
 
     def open(self, index):
-        return Image.open(io.BytesIO(Path(self._checked(index)).read_bytes()))
+        with open_regular(self.file(index)) as file:
+            return open_image(io.BytesIO(file.read()))
 
-    def _checked(self, index) -> str:
+    def file(self, index):
         path = str(self.paths[index])  # what numpy calls its strings would be in pillow's messages
         if self.within and not is_below(os.path.realpath(path), self.within):
             raise OSError(f"a link that leads out of --data_path {self.within}: --allow_outside follows it")
@@ -105,6 +109,9 @@ class Part(Images):
     def open(self, index):
         return self.images.open(self.places[index])
 
+    def file(self, index):
+        return self.images.file(self.places[index])
+
     def target(self, index):
         return self.images.target(self.places[index])
 
@@ -124,10 +131,8 @@ class HuggingFaceImages(Images):
 
     def load(self, index):
         record = self.table[index][self.column]
-        with io.BytesIO(record["bytes"]) if record["bytes"] else open(record["path"], "rb") as file:
-            img = Image.open(file)
-            img.load()
-            return img
+        with io.BytesIO(record["bytes"]) if record["bytes"] else open_regular(record["path"]) as file:
+            return read_image(file)
 
     def name(self, index):
         return f"{index}: {self.table[index][self.column]['path']}"

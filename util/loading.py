@@ -8,10 +8,7 @@ import atexit
 import copy
 import math
 import signal
-import struct
-import sys
 import weakref
-import zlib
 from itertools import islice
 from typing import NamedTuple
 
@@ -24,33 +21,16 @@ from util.datasets import Images
 from util.distributed import get_rank, get_world_size
 from util.draft import split_crop
 from util.errors import UserError
+from util.images import BROKEN_IMAGE, say_unreadable, shown
 from util.rng import seeded
 from util.shards import Shards
 from util.transforms import to_channels
 
-# What readers raise on files that are no (whole) images; anything else is a bug and must surface.
-# (pillow: UnidentifiedImageError and truncation are OSError, broken PNG chunks SyntaxError, EXIF ValueError/IndexError)
-BROKEN_IMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    IndexError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 DRAWS = 20  # replacements tried for one sample before the data set counts as unreadable
 
 
 class UnreadableData(UserError):
     """Image after image cannot be read. Raised in a data worker, which turns it into a RuntimeError of that text."""
-
-
-def say_unreadable(name: str, error: Exception) -> None:
-    """On stderr, and not by `print`, which is silent on all ranks but one."""
-    sys.stderr.write(f"unreadable image {name}: {error}\n")
-    sys.stderr.flush()
 
 
 class Sample(NamedTuple):
@@ -93,7 +73,8 @@ class KeyedDataset(torch.utils.data.Dataset):
                 say_unreadable(self.images.name(place), error)
             if not self.replace:
                 return to_channels(Image.new("RGB", (32, 32)), self.in_chans), place, 1
-        raise UnreadableData(f"{DRAWS} images in a row could not be read, the last one {self.images.name(place)}")
+        last = shown(self.images.name(place))
+        raise UnreadableData(f"{DRAWS} images in a row could not be read, the last one {last}")
 
     def _decoded(self, place: int) -> Image.Image:
         if self.crop is not None:

@@ -22,7 +22,8 @@ from webdataset.tariterators import tar_file_iterator
 
 from util.distributed import get_rank, get_world_size
 from util.draft import split_crop
-from util.loading import BROKEN_IMAGE, DRAWS, Loader, Sample, UnreadableData, say_unreadable
+from util.images import BROKEN_IMAGE, open_image, say_unreadable, shown
+from util.loading import DRAWS, Loader, Sample, UnreadableData
 from util.rng import seeded
 from util.shards import BAD_SHARD, Shards, image_ending, is_wanted, open_shard, samples_of
 from util.transforms import to_channels
@@ -190,7 +191,8 @@ class ShardDataset(IterableDataset):
             if not self.train:
                 return to_channels(Image.new("RGB", (32, 32)), self.in_chans), -1, 1
             bad += 1
-        raise UnreadableData(f"{DRAWS} images in a row could not be read, the last one {other.record.name}")
+        last = shown(other.record.name)
+        raise UnreadableData(f"{DRAWS} images in a row could not be read, the last one {last}")
 
     @staticmethod
     def _others(entries, section: Section):
@@ -198,7 +200,7 @@ class ShardDataset(IterableDataset):
         yield from section.after()
 
     def _decoded(self, record: Record) -> tuple[Image.Image, int]:
-        image, label = Image.open(io.BytesIO(record.image)), int(record.label)
+        image, label = open_image(io.BytesIO(record.image)), int(record.label)
         if self.crop is not None:
             return self.crop(image, self.in_chans), label
         image.load()
