@@ -10,16 +10,18 @@ cannot be opened is named and left out. `_info.json` (timm's form) says how many
 import io
 import json
 import os
+import sys
 import tarfile
 from pathlib import Path
 
 import _common
 import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from util.datasets import Files, Images, read_images
+from util.datasets import Images, read_images
 from util.errors import UserError, user_errors
-from util.loading import BROKEN_IMAGE
+from util.images import BROKEN_IMAGE, say_unreadable
 from util.transforms import to_channels
 
 
@@ -39,8 +41,8 @@ def get_args_parser():
 def content(images: Images, index: int) -> tuple[str, bytes]:
     """(ending, bytes) of an image that can be read; raises what readers raise on one that cannot."""
     image = images.load(index)  # decoded, so that a broken one is found now
-    if isinstance(images, Files):
-        path = Path(images.name(index))
+    path = Path(images.file(index))
+    if path.suffix.lower() in IMG_EXTENSIONS:
         return path.suffix.lower().removeprefix("."), path.read_bytes()
     file = io.BytesIO()
     (image if image.mode in ("L", "LA", "RGB", "RGBA") else to_channels(image, 3)).save(file, "PNG")
@@ -62,7 +64,8 @@ def write_shard(path: Path, images: Images, places: list[int], progress) -> int:
             try:
                 ending, data = content(images, place)
             except BROKEN_IMAGE as error:
-                progress.write(f"unreadable image {images.name(place)}: {error}; left out")
+                with progress.external_write_mode(sys.stderr):
+                    say_unreadable(images.name(place), error, "; left out")
                 continue
             add(tar, f"{place:09d}.{ending}", data)
             add(tar, f"{place:09d}.cls", str(images.target(place)).encode())
