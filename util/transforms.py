@@ -15,27 +15,40 @@ BICUBIC = InterpolationMode.BICUBIC
 
 
 def to_channels(img: Image.Image, in_chans: int) -> Image.Image:
-    """Greyscale, palette, CMYK, 16-bit and alpha images as an 8-bit image of `in_chans` channels.
+    """Greyscale, palette, CMYK, LAB, 16-bit and alpha images as an 8-bit image of `in_chans` channels.
 
-    16-bit values are scaled to 8 bits by 257 (pillow would clip them), alpha is dropped unless asked for.
+    16-bit values are scaled to 8 bits by 257 (pillow would clip them), alpha is dropped unless asked for: the colours
+    under it stay. ValueError for numbers of which no scale can be told.
     """
     mode = _MODES[in_chans]
     if img.mode.startswith("I") or img.mode == "F":
-        img = Image.fromarray(_to_8_bits(np.asarray(img)))
+        img = _to_8_bits(img)
     if img.mode == "P" and mode in ("RGB", "L"):
         img = img.convert("RGBA" if "transparency" in img.info else "RGB")
     if img.mode == "LA" and mode == "RGB":
         img = img.convert("L")
+    if img.mode in ("LAB", "HSV", "PA"):  # of which pillow has no way to every other mode
+        img = img.convert("RGBA" if img.mode == "PA" else "RGB")
     return img if img.mode == mode else img.convert(mode)
 
 
-def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """16-bit integers are 0..65535, and so are 32-bit ones above 255; floats are 0..1 when they fit, else 0..255."""
+def _to_8_bits(img: Image.Image) -> Image.Image:
+    """L, or LA where one value is transparent. 16-bit integers are 0..65535, and so are 32-bit ones above 255; floats
+    are 0..1 when they fit, else 0..255, else 0..65535."""
+    values, clear = np.asarray(img), img.info.get("transparency")
+    lowest, highest = values.min(), values.max()  # NaN where one is
+    if not (lowest >= 0 and highest <= 65535):
+        raise ValueError(f"its values go from {lowest:g} to {highest:g}: known are 0..1, 0..255 and 0..65535")
+    top = 255.0 if highest <= 255 else 65535.0
     if values.dtype.itemsize == 2:
         top = 65535.0
-    else:
-        top = 1.0 if values.dtype.kind == "f" and values.max() <= 1 else 255.0 if values.max() <= 255 else 65535.0
-    return (values.astype(np.float64) * (255.0 / top)).clip(0, 255).round().astype(np.uint8)
+    elif values.dtype.kind == "f" and highest <= 1:
+        top = 1.0
+    scaled = np.multiply(values, 255.0 / top, dtype=np.float32)  # 4 bytes for each of perhaps 179 million
+    grey = Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def check_channels(in_chans: int) -> None:
