@@ -9,7 +9,6 @@ import copy
 import io
 import itertools
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from typing import NamedTuple
@@ -18,14 +17,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
-from webdataset.tariterators import tar_file_iterator
 
 from util.distributed import get_rank, get_world_size
 from util.draft import split_crop
 from util.images import BROKEN_IMAGE, open_image, say_unreadable, shown
 from util.loading import DRAWS, Loader, Sample, UnreadableData
 from util.rng import seeded
-from util.shards import BAD_SHARD, Shards, image_ending, is_wanted, open_shard, samples_of
+from util.shards import BAD_SHARD, Shards, image_ending, members_of, open_shard, samples_of, say_bad_shard
 from util.transforms import to_channels
 
 
@@ -48,8 +46,7 @@ class Entry(NamedTuple):
 def read_shard(url: str) -> Iterator[Record]:
     """All images of a shard, in order. Raises BAD_SHARD."""
     with open_shard(url) as stream:
-        members = (member | {"__url__": url} for member in tar_file_iterator(stream, select_files=is_wanted))
-        for sample in samples_of(members):
+        for sample in samples_of(members_of(stream, url)):
             ending = image_ending(sample)
             yield Record(sample[ending], sample.get("cls", b"-1"), f"{url}: {sample['__key__']}.{ending}")
 
@@ -119,8 +116,7 @@ class Section:
                 lost = f"; {end - index} images are lost" if donor == where else ""
                 lost += ", and others take their place" if lost and self.replace else ""
                 reason = problem or f"it ends after {skip + index - before} images"
-                sys.stderr.write(f"bad shard {url}: {reason}{lost}\n")
-                sys.stderr.flush()
+                say_bad_shard(url, f"{reason}{lost}")
             if not self.replace:
                 yield from (Entry(left, None, 1) for left in range(index, end))
                 return
@@ -143,6 +139,8 @@ class ShardDataset(IterableDataset):
         self.shards, self.batch_size, self.train = shards, batch_size, train
         self.seed, self.in_chans, self.buffer = args.seed, args.in_chans, args.shuffle_buffer if train else 1
         self.crop, self.transform = split_crop(transform) if getattr(args, "jpeg_draft", False) else (None, transform)
+        classes = getattr(args, "nb_classes", None)
+        self.labels = range(classes) if classes else range(-1, 2**31)
         self.at = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch and first batch; workers outlive an epoch
         rank, world = get_rank(), get_world_size()
         if train:
@@ -201,6 +199,8 @@ class ShardDataset(IterableDataset):
 
     def _decoded(self, record: Record) -> tuple[Image.Image, int]:
         image, label = open_image(io.BytesIO(record.image)), int(record.label)
+        if label not in self.labels:
+            raise ValueError(f"its label {label} is none from 0 to {self.labels[-1]}")
         if self.crop is not None:
             return self.crop(image, self.in_chans), label
         image.load()

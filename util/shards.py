@@ -28,11 +28,14 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from util.distributed import from_main_process
 from util.errors import UserError
+from util.images import open_regular, shown
 
 # What a shard raises that is not there, cut off, or no tar file; anything else is a bug and must surface.
 BAD_SHARD = (OSError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
 IMAGE_ENDINGS = {ending[1:] for ending in IMG_EXTENSIONS}
 _SPLITS = {True: ("train", "training"), False: ("validation", "val")}  # names that an index may use
+LARGEST = 1 << 30  # bytes of an image in a shard
+_META = re.compile(r"__[^/]*__($|/)")  # members that say something of the shard, by webdataset's convention
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 
 
@@ -217,37 +220,68 @@ def count_images(path: str) -> int:
         for _ in samples_of(_headers(path)):
             count += 1
     except BAD_SHARD as error:
-        problem = str(error).splitlines()[0].rstrip(":")
-        sys.stderr.write(f"bad shard {path}: {problem}; {count} images are read from it\n")
+        say_bad_shard(path, f"{str(error).splitlines()[0].rstrip(':')}; {count} images are read from it")
     return count
 
 
 def _headers(path: str) -> Iterator[dict]:
     """Members without their content, each when the next has been found: then it is whole."""
     found = None
-    with tarfile.open(path) as tar:
+    with open_regular(path) as file, tarfile.open(fileobj=file) as tar:
         for member in tar:
             if found is not None:
                 yield found
-            found = dict(fname=member.name, data=b"", __url__=path) if member.isreg() else None
+            found = dict(fname=member.name, data=b"", __url__=path) if _is_read(member, path) else None
             tar.members = []
     if found is not None:
         yield found
 
 
+def members_of(stream, url: str) -> Iterator[dict]:
+    """Images and labels of a shard, with their content, as webdataset's `tar_file_iterator` gives them. A name is no
+    path: what is read stays in memory, and a link leads nowhere."""
+    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+        for member in tar:
+            if _is_read(member, url):
+                yield dict(fname=member.name, data=tar.extractfile(member).read(), __url__=url)
+            tar.members = []
+
+
+def _is_read(member: tarfile.TarInfo, url: str) -> bool:
+    """Images and labels, and no links or devices; nor what would fill the memory, which is named."""
+    if not member.isreg() or _META.match(member.name) or not is_wanted(member.name):
+        return False
+    if member.issparse() or member.size > LARGEST:  # a sparse one holds any number of zeros in a few bytes
+        say_bad_shard(url, f"{member.name} has {member.size} bytes; it is left out")
+        return False
+    return True
+
+
+def say_bad_shard(url: str, problem: str) -> None:
+    """On stderr, and not by `print`, which is silent on all ranks but one."""
+    sys.stderr.write(f"bad shard {shown(url)}: {shown(problem)}\n")
+    sys.stderr.flush()
+
+
 def samples_of(members: Iterator[dict]) -> Iterator[dict]:
     """Members of a shard as samples that have an image: webdataset's dictionaries by ending. Raises BAD_SHARD at the
     damage of a shard, after the last whole sample."""
-    problem = []
+    problem, last = [], {}
 
     def whole():
         try:
-            yield from members
+            for member in members:
+                last.update(member)
+                yield member
         except BAD_SHARD as error:
             problem.append(error)
 
+    def twice(_) -> bool:
+        say_bad_shard(last["__url__"], f"{last['fname']} is there twice, perhaps in another case; it is left out")
+        return True
+
     labelled = None
-    for sample in group_by_keys(whole(), handler=lambda _: True):
+    for sample in group_by_keys(whole(), handler=twice):
         if image_ending(sample) is not None:
             labelled = "cls" in sample if labelled is None else labelled
             if "cls" in sample or not labelled:  # else the shard was cut off before the label
@@ -277,7 +311,7 @@ def open_shard(url: str):
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # which the child inherits
     try:
-        stream = gopen(url)
+        stream = gopen(url) if _scheme(url) else open_regular(url)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     process = getattr(stream, "proc", None)
