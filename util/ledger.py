@@ -134,7 +134,7 @@ def describe_images(images, data_path: str = "") -> dict:
     digest = hashlib.sha256()
     names = _names(images, str(Path(data_path).expanduser()) + os.sep if data_path else "")
     for place, target in enumerate(images.targets):
-        digest.update(f"{names[place] if names else ''}\t{target}\n".encode())
+        digest.update(f"{names[place] if names else ''}\t{target}\n".encode(errors="surrogateescape"))
     if hasattr(images, "arrays"):
         digest.update(images.arrays.tobytes())
     return {"images": len(images), "sha256": digest.hexdigest()}

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from util.distributed import all_reduce_sum, gather_objects, get_world_size, is_main_process
 from util.errors import RunFailed
+from util.images import shown
 
 OVERFLOWS = 50  # steps in a row that overflow, from which on it is said
 USUAL = 100  # steps whose median loss is the usual one
@@ -124,7 +125,7 @@ class Spikes:
 
 def describe_spike(spike: dict, written: str) -> str:
     """A line about it, and where its images are listed."""
-    names = ", ".join(spike["images"][:2])
+    names = ", ".join(map(shown, spike["images"][:2]))
     return (f"loss spike at step {spike['step']}: {spike['loss']:.4g}, {spike['loss'] / spike['usual']:.3g} times the "
             f"usual {spike['usual']:.4g}; its {len(spike['images'])} images ({names}, ...) {written}")  # fmt: skip
 
