@@ -245,7 +245,7 @@ def write(folder, name, text):
         ("--label_vocab {}", "red\ngreen", "has the label 'blue', which --label_vocab .* has not"),
         ("--label_vocab {}", "red\ngreen\nred", "names 'red' twice"),
         ("--label_vocab {}", "\n", "has 0 labels: two or more"),
-        ("--label_vocab missing", "", "--label_vocab missing is no text file"),
+        ("--label_vocab missing", "", "--label_vocab missing is not a text file"),
     ],
 )
 def test_refusals(flags, text, words, lists, tmp_path):

@@ -11,8 +11,9 @@ import torch
 import torchvision.datasets.cifar
 from plain_images import class_folders, contents, finetune_flags, flags, save, value_of
 
-from util.datasets import IMAGENET, MEAN_STD, HuggingFaceImages, build_dataset, images_below, mean_std, read_images
+from util.datasets import IMAGENET, MEAN_STD, HuggingFaceImages, build_dataset, mean_std, read_images
 from util.errors import UserError
+from util.listing import images_below
 
 # Readers -------------------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ import _common
 import _runs
 import collect
 
-from util.datasets import images_below
 from util.errors import UserError, user_errors
+from util.listing import images_below
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS_EPOCHS = 22

@@ -3,6 +3,7 @@
 import io
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,6 +17,17 @@ from util import fine_grained, transforms
 from util.distributed import main_process_first
 from util.errors import UserError
 from util.images import open_image, open_regular, read_image
+from util.listing import (
+    check_below,
+    class_names,
+    images_below,
+    is_below,
+    read_lines,
+    read_list,
+    say_odd_classes,
+    say_others,
+    sorted_labels,
+)
 from util.shards import find_shards
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -147,40 +159,24 @@ def need_path(args) -> Path:
     return path
 
 
-def is_below(path: str, folder: str) -> bool:
-    """Both absolute and without `..`."""
-    return os.path.commonpath([path, folder]) == folder
-
-
-def images_below(folder: Path) -> list[str]:
-    """Paths of all images in a folder, sorted; links to folders are followed, but not in circles."""
-    found, above = [], {str(folder): [os.path.realpath(folder)]}
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        chain = above.pop(parent)  # where the folders that led here really are
-        for name in list(folders):
-            place = os.path.join(parent, name)
-            real = os.path.realpath(place)
-            if any(is_below(one, real) for one in chain):
-                folders.remove(name)
-            else:
-                above[place] = [*chain, real]
-        found += [os.path.join(parent, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
-    return sorted(found)
-
-
 def class_folder(folder: Path, classes: list[str] | None = None) -> Files:
-    """`folder/<class>/...`; with `classes` the labels are places in that list, and other folders are refused."""
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    """`folder/<class>/...`; with `classes` the labels are places in that list, and other folders are refused. A class
+    without images keeps its place, and a note says so."""
+    found = class_names(folder)
     if not found:
         raise UserError(f"{folder} has no class folders; for images without labels use --dataset folder")
     unknown = [name for name in found if classes is not None and name not in classes]
     if unknown:
         raise UserError(f"{folder} has the class folder {unknown[0]!r}, which the training folder has not")
-    classes = classes or found
+    is_train, classes = classes is None, classes or found
     index = {name: place for place, name in enumerate(classes)}
-    samples = [(path, index[name]) for name in found for path in images_below(folder / name)]
+    others = Counter()
+    samples = [(path, index[name]) for name in found for path in images_below(folder / name, others)]
+    say_others(folder, others)
     if not samples:
         raise UserError(f"{folder} holds no images; known endings are {' '.join(IMG_EXTENSIONS)}")
+    if is_train:
+        say_odd_classes(folder, classes, {target for _, target in samples})
     return Files([path for path, _ in samples], [target for _, target in samples], classes)
 
 
@@ -192,7 +188,7 @@ def _imagefolder(args, train: bool) -> Files:
         return class_folder(root / "train")
     if not (root / "val").is_dir():
         raise UserError(f"--data_path {root} has no val/ folder")
-    classes = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+    classes = class_names(root / "train")
     return class_folder(root / "val", classes)
 
 
@@ -202,44 +198,12 @@ def _folder(args, train: bool) -> Files:
     if not train and not split.is_dir():
         raise UserError(f"--data_path {root} has no val/ folder, so there is nothing to validate on")
     folder = split if split.is_dir() else root
-    paths = images_below(folder)
+    others = Counter()
+    paths = images_below(folder, others)
+    say_others(folder, others)
     if not paths:
         raise UserError(f"--data_path {folder} holds no images; known endings are {' '.join(IMG_EXTENSIONS)}")
     return Files(paths, [-1] * len(paths), None)
-
-
-def read_list(path: str, root: Path, outside: bool = False) -> tuple[list[str], list[str] | None]:
-    """Paths and labels (None when no line has one) of a list file: path, or path<TAB>label, one per line. UserError
-    for a path that is not below `root`, unless `outside`: a list that came with the data must not name other files."""
-    if not path or not os.path.isfile(path):
-        raise UserError(
-            f"--dataset filelist needs --train_list and --val_list, text files; {path or 'none'} is no file"
-        )
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the list file {path} is not a text file in UTF-8") from error
-    rows = [line.split("\t") for line in text.splitlines() if line.strip()]
-    if not rows:
-        raise UserError(f"the list file {path} is empty; it wants a path, or path<TAB>label, on every line")
-    widths = {len(row) for row in rows}
-    if len(widths) > 1 or max(widths) > 2:
-        raise UserError(f"the list file {path} mixes lines with and without a label, or has lines with several tabs")
-    if not any(os.path.isfile(root / row[0]) for row in rows[:20]):
-        raise UserError(f"the list file {path} names {rows[0][0]}, which is not below --data_path {root}")
-    top = os.path.abspath(root)
-    stray = next((row[0] for row in rows if not is_below(os.path.abspath(root / row[0]), top)), None)
-    if stray is not None and not outside:
-        raise UserError(
-            f"the list file {path} names {stray}, which is not below --data_path {root}: give a folder that "
-            f"holds all of them, or --allow_outside for a list that you trust"
-        )
-    return [str(root / row[0]) for row in rows], [row[1].strip() for row in rows] if widths == {2} else None
-
-
-def sorted_labels(names) -> list[str]:
-    """Different names in order; numbers as numbers: class 10 comes after class 9."""
-    return sorted(set(names), key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
 
 
 def _filelist(args, train: bool) -> Files:
@@ -282,18 +246,20 @@ def _tiny_imagenet(args, train: bool) -> Files:
         )
     if train:
         return class_folder(root / "train")
-    classes = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+    classes = class_names(root / "train")
     annotations = root / "val" / "val_annotations.txt"
     if not annotations.is_file():
         if (root / "val").is_dir():  # a copy sorted into class folders
             return class_folder(root / "val", classes)
         raise UserError(f"{annotations} is missing; tiny_imagenet is what tiny-imagenet-200.zip unpacks to")
-    rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
+    rows = [line.split("\t")[:2] for line in read_lines(annotations, "the annotations")]
     index = {wnid: place for place, wnid in enumerate(classes)}
     unknown = next((row for row in rows if len(row) < 2 or row[1] not in index), None)
     if unknown is not None:
         raise UserError(f"{annotations} names {unknown}, which is no class folder of {root / 'train'}")
-    return Files([str(root / "val" / "images" / name) for name, _ in rows], [index[wnid] for _, wnid in rows], classes)
+    paths = [str(root / "val" / "images" / name) for name, _ in rows]
+    check_below(paths, root, annotations)
+    return Files(paths, [index[wnid] for _, wnid in rows], classes)
 
 
 def _digits(args, train: bool) -> Arrays:
@@ -308,7 +274,10 @@ def _digits(args, train: bool) -> Arrays:
 
 
 def _fine_grained(args, train: bool) -> Files:
-    return Files(*fine_grained.READERS[args.dataset](need_path(args), train))
+    root = need_path(args)
+    paths, targets, classes = fine_grained.READERS[args.dataset](root, train)
+    check_below(paths, root, f"--dataset {args.dataset}")
+    return Files(paths, targets, classes)
 
 
 READERS = {

@@ -21,7 +21,11 @@ def _table(root: Path, name: str) -> dict[str, str]:
     path = _needed(
         root / name, "cub200", "images/, images.txt, image_class_labels.txt, train_test_split.txt, classes.txt"
     )
-    rows = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a text file in UTF-8") from error
+    rows = [line.split(maxsplit=1) for line in text.split("\n") if line.strip()]
     bad = next((row for row in rows if len(row) < 2), None)
     if bad is not None:
         raise UserError(f"{path} has the line {bad[0]!r}: a number and a value are needed on every line")
@@ -33,6 +37,11 @@ def cub200(root: Path, train: bool) -> Split:
     root = root / "CUB_200_2011" if (root / "CUB_200_2011").is_dir() else root
     paths, labels = _table(root, "images.txt"), _table(root, "image_class_labels.txt")
     wanted, classes = _table(root, "train_test_split.txt"), _table(root, "classes.txt")
+    wrong = next((number for number in classes if not number.isdecimal()), None)
+    if wrong is not None:
+        raise UserError(
+            f"{root / 'classes.txt'} has the number {wrong!r}: a number and a name are needed on every line"
+        )
     place = {number: i for i, number in enumerate(sorted(classes, key=int))}
     chosen = [number for number in paths if wanted.get(number) == ("1" if train else "0")]
     unknown = next((number for number in chosen if labels.get(number) not in place), None)

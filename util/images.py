@@ -59,7 +59,7 @@ def _regular(path, flags: int) -> int:
 
 def shown(name: str) -> str:
     """A file's name as it can be printed: line breaks, escape sequences and what is no UTF-8 as a literal."""
-    return name if name.isprintable() else ascii(name)
+    return name if name.isprintable() else repr(name)
 
 
 def say_unreadable(name: str, error: Exception, rest: str = "") -> None:

@@ -3,13 +3,13 @@ effectiveness of MAE pre-pretraining for billion-scale pretraining"), and made-u
 
 import os
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from util.datasets import Files, Images, Part, need_path, read_images, read_list, sorted_labels
+from util.datasets import Files, Images, Part, need_path, read_images
 from util.errors import UserError
+from util.listing import read_lines, read_list, sorted_labels
 
 NOISE = 0x6E6F6973  # a stream of random numbers of its own beside --seed
 
@@ -74,11 +74,7 @@ def _read_label_sets(args, path: str) -> tuple[Images, list[set[str]]]:
 def read_vocabulary(path: str) -> list[str]:
     """The lines of `--label_vocab`: place in the file is place in the head. UserError when they are not different
     names."""
-    try:
-        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--label_vocab {path} is no text file in UTF-8 with one label per line") from error
-    names = [name for name in names if name]
+    names = [line.strip() for line in read_lines(path, "--label_vocab")]
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None or len(names) < 2:
         what = f"names {twice!r} twice" if twice is not None else f"has {len(names)} labels"

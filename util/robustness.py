@@ -12,6 +12,7 @@ from sklearn.metrics import average_precision_score
 from util.corruptions import NAMES, SEVERITIES, corrupt
 from util.datasets import Files, Images, class_folder
 from util.errors import UserError
+from util.listing import class_names, read_lines
 from util.transforms import to_channels
 
 # Errors of AlexNet in percent, averaged over the severities, by which those of others are divided (Hendrycks and
@@ -80,15 +81,12 @@ def known_classes(path: str, count: int, stored: list[str] | None, file: str = "
         raise UserError("--classes and --train_classes say the same twice: give one of them")
     names, source = stored, path
     if file:
-        try:
-            names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--classes {file} is not a text file in UTF-8 with a class name per line") from error
+        names = [line.strip() for line in read_lines(file, "--classes")]
         source = f"--classes {file}"
     elif folder:
         if not Path(folder).is_dir():
             raise UserError(f"--train_classes {folder} is not a folder")
-        names = sorted(entry.name for entry in Path(folder).iterdir() if entry.is_dir())
+        names = class_names(Path(folder))
         source = f"--train_classes {folder}"
     if names is not None and len(names) != count:
         raise UserError(f"{source} names {len(names)} classes, and the classifier of {path} tells {count} apart")
