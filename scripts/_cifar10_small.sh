@@ -10,8 +10,8 @@ if [ -z "$list" ] && [ ! -d "$few" ]; then
     rm -rf "$few.tmp"
     for class in "$data"/train/*/; do
         mkdir -p "$few.tmp/train/$(basename "$class")"
-        find "$(realpath "$class")" -type f | sort | sed -n 1,500p |
-            xargs -d '\n' ln -s -t "$few.tmp/train/$(basename "$class")"
+        find "$(realpath "$class")" -type f -print0 | sort -z | sed -zn 1,500p |
+            xargs -0 -r ln -s -t "$few.tmp/train/$(basename "$class")"
     done
     ln -s "$(realpath "$data/val")" "$few.tmp/val"
     mv "$few.tmp" "$few"

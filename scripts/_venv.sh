@@ -35,7 +35,7 @@ install_requirements() { # requirements files
 
 if [ ! -x "$venv/bin/python" ]; then
     interpreter=$(find_python)
-    echo "making $venv with $($interpreter --version)"
+    echo "making $venv with $("$interpreter" --version)"
     "$interpreter" -m venv "$venv"
 fi
 install_requirements "$requirements"

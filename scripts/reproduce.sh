@@ -13,7 +13,7 @@ GPUS=${GPUS:-1}
 . "$(dirname "${BASH_SOURCE[0]}")/_torchrun.sh"
 refuse() { echo "error: $*" >&2; exit 2; }
 
-paper='' out='' budget='' own=() rest=()
+paper='' out='' budget='' list='' own=() rest=()
 while [ $# -gt 0 ]; do
     case $1 in
         --budget | --data | --only)
@@ -21,6 +21,7 @@ while [ $# -gt 0 ]; do
             if [ "$1" = --budget ]; then budget=$2; else own+=("$1" "$2"); fi
             shift ;;
         --cpu_small | --gpu_hour) refuse "write --budget ${1#--} instead of $1" ;;
+        --list) list=1 rest+=("$1") ;;
         -*) rest+=("$1") ;;
         *) if [ -z "$paper" ]; then paper=$1
            elif [ -z "$out" ] && [ ${#rest[@]} -eq 0 ]; then out=$1
@@ -39,7 +40,7 @@ case $budget in
 esac
 sweep="$root/scripts/$paper/sweep.sh"
 rest=("${size[@]}" "${own[@]}" "${rest[@]}")
-case " ${rest[*]} " in *" --list "*) exec bash "$sweep" "${rest[@]}" ;; esac
+[ -z "$list" ] || exec bash "$sweep" "${rest[@]}"
 [ -n "$out" ] || refuse "OUT is missing: bash $0 PAPER OUT --budget BUDGET [--data DIR]"
 [ "$paper" != mlo_mae ] || paper=mlo_mae/${SET:-cifar10}
 before=$(cat "$out/reproduce.txt" 2> /dev/null || true)

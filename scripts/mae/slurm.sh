@@ -10,7 +10,10 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
 . "$root/scripts/mae/_recipes.sh"
-job=${1:?pretrain, finetune or linprobe}
-shift
+job=${1:-}
+case $job in
+    pretrain | finetune | linprobe) shift ;;
+    *) echo "error: the job is '$job', and must be pretrain, finetune or linprobe" >&2; exit 2 ;;
+esac
 declare -n recipe=$job
 exec "$python" "$root/submitit_$job.py" "${recipe[@]}" "$@"

@@ -15,7 +15,7 @@ declare -A hashtags=([airplane]="plane,vehicle,sky,travel" [automobile]="car,veh
 
 link() { # FOLDER CLASS SPLIT FIRST LAST
     mkdir -p "$1/$2"
-    find "$(realpath "$data/$3/$2")" -type f | sort | sed -n "$4,$5p" | xargs -r -d '\n' ln -s -t "$1/$2"
+    find "$(realpath "$data/$3/$2")" -type f -print0 | sort -z | sed -zn "$4,$5p" | xargs -0 -r ln -s -t "$1/$2"
 }
 
 if [ -z "$list" ] && [ ! -d "$out/data" ]; then

@@ -2,7 +2,7 @@
 # Sourced by the scripts of this folder: the stages of a chain. The features are [cls] throughout.
 
 share() { # A B: their product, shortest
-    awk "BEGIN { printf \"%.6g\", $1 * $2 }"
+    awk -v a="$1" -v b="$2" 'BEGIN { printf "%.6g", a * b }'
 }
 
 newest() { # FOLDER: the last checkpoint of a run

@@ -27,7 +27,7 @@ fi
 in_time() { # VARIANT: its epochs in MAE's time; an epoch of four fifths of the images is that much shorter
     [ -z "$list" ] || { echo "$epochs"; return; }
     "$python" -c "import json, sys; row = json.load(open(sys.argv[1]))['rows'][sys.argv[2]]
-print(max(6, round($epochs / row['time'] / 0.8)))" "$cost" "$1"
+print(max(6, round(float(sys.argv[3]) / row['time'] / 0.8)))" "$cost" "$1" "$epochs"
 }
 
 run mae --epochs "$epochs"
