@@ -34,6 +34,11 @@ def get_args_parser():
     return parser
 
 
+def _fits_a_line(path: str) -> bool:
+    """Without tab and line break, and in UTF-8."""
+    return not any(char in "\t\r\n" or "\ud800" <= char <= "\udfff" for char in path)
+
+
 def write_lists(root: Path, out: Path) -> tuple[list[str], int, bool]:
     """List files for a folder of any size -> (data flags, training images, whether there are labels).
 
@@ -49,13 +54,16 @@ def write_lists(root: Path, out: Path) -> tuple[list[str], int, bool]:
         paths = images_below(root)
         splits = {"train": [p for i, p in enumerate(paths) if i % 10], "val": paths[::10]}
     for split, paths in splits.items():
-        if not paths:
-            raise UserError(f"--data_path {root} holds no images for {split}")
         most = MOST_IMAGES if split == "train" else MOST_IMAGES // 10
-        chosen = sorted(random.Random(0).sample(paths, min(most, len(paths))))
+        listed = [path for path in paths if _fits_a_line(path)]
+        if len(listed) < len(paths):
+            print(f"note: {len(paths) - len(listed)} images for {split} are left out: a list cannot name them")
+        if not listed:
+            raise UserError(f"--data_path {root} holds no images for {split}")
+        chosen = sorted(random.Random(0).sample(listed, min(most, len(listed))))
         rows = [Path(path).relative_to(root) for path in chosen]
         lines = [f"{row}\t{row.parts[1]}" if labelled else str(row) for row in rows]
-        (out / f"{split}.txt").write_text("\n".join(lines) + "\n")
+        (out / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         splits[split] = chosen
     flags = ["--dataset", "filelist", "--data_path", str(root), "--allow_outside"]
     flags += ["--train_list", str(out / "train.txt"), "--val_list", str(out / "val.txt")]
