@@ -94,13 +94,24 @@ def read(path: str | Path) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and {"command", "flags", "metrics"} <= row.keys():
+        if isinstance(row, dict) and _is_line(row):
             rows.append(row)
         elif line.strip():
             print(f"note: line {number} of {path} is damaged, it is left out", file=sys.stderr)
     return rows
+
+
+def _is_line(row: dict) -> bool:
+    """Whether it has what tables are made of, as `Record.enter` writes it."""
+    data, source = row.get("data") or {}, row.get("source") or {}
+    splits = [split or {} for split in data.values()] if isinstance(data, dict) else []
+    dicts = [row.get("flags"), row.get("metrics"), row.get("hardware") or {}, data, source, *splits]
+    texts = [row.get("command"), row.get("finished") or "", row.get("revision") or ""]
+    if not all(isinstance(each, dict) for each in dicts) or not all(isinstance(text, str) for text in texts):
+        return False
+    return not source or ("path" in source and _is_line({**source, "command": "", "metrics": {}}))
 
 
 # What a line says -----------------------------------------------------------------------------------------------------
