@@ -23,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import torch  # noqa: E402
 from kills import EVENTS, METHODS, Broken, Killed  # noqa: E402
 from PIL import Image  # noqa: E402
+from strange import GOOD  # noqa: E402
 
 import main_pretrain  # noqa: E402
 from util.datasets import read_images  # noqa: E402
@@ -31,7 +32,7 @@ from util.loading import KeyedDataset, UnreadableData, build_loader  # noqa: E40
 from util.transforms import eval_transform  # noqa: E402
 from util.weights import read_file  # noqa: E402
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
 class Soak:
@@ -115,7 +116,8 @@ class Soak:
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             for number in range(60):
                 ending = self.chance.choice((".png", ".jpg", ".webp", ".bmp", ".ppm"))
-                content = self.damaged(self.picture(self.chance.choice(FORMATS)))
+                kinds = [self.picture(self.chance.choice(FORMATS)), self.chance.choice(list(GOOD.values()))]
+                content = self.damaged(self.chance.choice(kinds))
                 (Path(folder) / f"{number:02d}{ending}").write_bytes(content)
             args = self.args(f"--dataset folder --data_path {folder}")
             dataset = KeyedDataset(read_images(args, True), self.transform(), args, replace=False)
