@@ -32,7 +32,7 @@ from util.loading import KeyedDataset, UnreadableData, build_loader  # noqa: E40
 from util.transforms import eval_transform  # noqa: E402
 from util.weights import read_file  # noqa: E402
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 
 
 class Soak:
