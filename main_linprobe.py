@@ -32,7 +32,7 @@ from util.lr_sched import adjust_learning_rate
 from util.rng import seeded
 from util.run import Run, start
 from util.transforms import check_channels, eval_transform, probe_transform
-from util.weights import read_file
+from util.weights_file import read_file
 
 
 class ProbeParser(arguments.Parser):

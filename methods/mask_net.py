@@ -6,7 +6,7 @@ from torch import nn
 from util.ema import Frozen
 from util.errors import UserError
 from util.pos_embed import get_2d_sincos_pos_embed
-from util.weights import read_file
+from util.weights_file import read_file
 
 
 class PatchTokens(nn.Module):

@@ -24,7 +24,8 @@ from util.encoder import load_encoder, token_feature
 from util.errors import UserError, user_errors
 from util.export import timm_arguments
 from util.transforms import eval_transform
-from util.weights import load_into, read_file, read_weights
+from util.weights import load_into, read_weights
+from util.weights_file import read_file
 
 # Float32 sums in another order, through four blocks and a norm, on outputs of about 1: 1e-6 is usual.
 CLOSE = dict(rtol=1e-5, atol=1e-5)

@@ -12,7 +12,8 @@ from small_models import assert_same, mae, refusal, saved, vit, weights_of
 from torch import nn
 
 from util.pos_embed import get_2d_sincos_pos_embed, interpolate_grid
-from util.weights import Weights, encoder_state, load_into, read_file, read_weights, save_encoder
+from util.weights import Weights, encoder_state, load_into, read_weights, save_encoder
+from util.weights_file import read_file
 
 # --- reading
 
@@ -343,7 +344,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         pathlib.Path(filename).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("util.weights.save_file", fail)
+    monkeypatch.setattr("util.weights_file.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_encoder({name: value + 1 for name, value in state.items()}, path, {})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["e.safetensors"]

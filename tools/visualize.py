@@ -12,7 +12,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from util.errors import user_errors
 from util.visual import CAPTION, captioned, fixed_noise, grid, reconstruct
-from util.weights import read_file
+from util.weights_file import read_file
 
 
 def get_args_parser():

@@ -19,7 +19,7 @@ from util.architectures import own_config
 from util.checksum import damage
 from util.distributed import from_main_process, is_main_process
 from util.errors import UserError
-from util.weights import read_file
+from util.weights_file import read_file
 
 LEDGER = "results.jsonl"  # of the runs that ended in a folder; see util/ledger.py
 _NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.(?:pth|dcp)")

@@ -19,7 +19,7 @@ from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from util.architectures import ENCODERS
 from util.errors import UserError
-from util.weights import save_state
+from util.weights_file import save_state
 from util.weights_names import to_hugging_face
 
 EXAMPLES = 2  # images of the check, and of the exporters' traces, which take a batch of one for a constant

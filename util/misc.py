@@ -14,7 +14,7 @@ from util.distributed import (
     setup_for_distributed,
 )
 from util.log import MetricLogger, SmoothedValue
-from util.weights import read_file
+from util.weights_file import read_file
 
 
 def save_on_master(content, path) -> None:

@@ -28,7 +28,7 @@ from util.checkpoint import write_tensors
 from util.checksum import crc32
 from util.distributed import from_main_process, gather_objects, get_rank, get_world_size, is_main_process
 from util.errors import UserError
-from util.weights import read_file
+from util.weights_file import read_file
 
 REST = "rest.pth"  # written last: a folder without it is not whole
 

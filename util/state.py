@@ -9,7 +9,7 @@ from util.distributed import gather_objects, get_rank, get_world_size
 from util.errors import UserError
 from util.log import EpochMeter
 from util.rng import get_rng_state, set_rng_state
-from util.weights import read_file
+from util.weights_file import read_file
 
 
 def content(run) -> dict:

@@ -30,7 +30,7 @@ from util.datasets import read_images  # noqa: E402
 from util.errors import UserError  # noqa: E402
 from util.loading import KeyedDataset, UnreadableData, build_loader  # noqa: E402
 from util.transforms import eval_transform  # noqa: E402
-from util.weights import read_file  # noqa: E402
+from util.weights_file import read_file  # noqa: E402
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 

@@ -13,7 +13,7 @@ from util import disk
 from util.checkpoint import find_resume, save_checkpoint, write_atomically
 from util.checksum import damage
 from util.errors import RunFailed, UserError
-from util.weights import read_file
+from util.weights_file import read_file
 
 
 def flip(path, place: int) -> None:
