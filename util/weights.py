@@ -8,18 +8,17 @@ import argparse
 import json
 import os
 from dataclasses import dataclass, field
-from math import isqrt, prod
-from typing import NamedTuple
+from math import prod
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from util.architectures import ENCODERS
 from util.errors import UserError
-from util.pos_embed import get_2d_sincos_pos_embed, interpolate_grid
+from util.pos_embed import interpolate_grid
 from util.weights_file import first_bytes, read_file, save_state
 from util.weights_folder import folder_flags, folder_weights
+from util.weights_geometry import depth, geometry, is_sincos, patch_grids, source_grid
 from util.weights_names import (
     ENCODER,
     ENCODER_AREA,
@@ -30,18 +29,6 @@ from util.weights_names import (
     without_wrappers,
 )
 from util.weights_report import LoadReport, some, summary, why_no_head, why_unused
-
-
-class _Geometry(NamedTuple):
-    width: int
-    depth: int
-    patch: tuple[int, int]
-    channels: int
-
-    def __str__(self):
-        rows, columns = self.patch
-        patch = rows if rows == columns else f"{rows}x{columns}"
-        return f"width {self.width}, depth {self.depth}, patch {patch}, {self.channels} channels"
 
 
 @dataclass
@@ -156,7 +143,7 @@ def _origin(weights: Weights) -> str:
         return "ViT classifier"
     # Only MAE keeps its positions at the sine-cosine table; other encoders of these names train them.
     table = weights.state.get("pos_embed")
-    fixed = any(_is_sincos(table, grid) for grid in _grids(weights))
+    fixed = any(is_sincos(table, grid) for grid in patch_grids(weights.state, weights.args))
     return "MAE encoder" if fixed and "fc_norm.weight" not in weights.state else "ViT encoder"
 
 
@@ -222,19 +209,9 @@ def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False) -> 
     return report
 
 
-def _geometry(state: dict) -> _Geometry:
-    kernel = state["patch_embed.proj.weight"]
-    return _Geometry(kernel.shape[0], _depth(state, "blocks"), tuple(kernel.shape[-2:]), kernel.shape[1])
-
-
-def _depth(state: dict, blocks: str) -> int:
-    indices = [name.split(".")[1] for name in state if name.startswith(f"{blocks}.")]
-    return 1 + max((int(index) for index in indices if index.isdecimal()), default=-1)
-
-
 def models_that_fit(weights: Weights) -> list[str]:
     """Names of the known encoders with the width, depth and patch size of these weights."""
-    found = _geometry(weights.state)[:3]
+    found = geometry(weights.state)[:3]
     return [
         name
         for name, config in ENCODERS.items()
@@ -243,7 +220,7 @@ def models_that_fit(weights: Weights) -> list[str]:
 
 
 def _check_geometry(own: dict, weights: Weights) -> None:
-    found, wanted = _geometry(weights.state), _geometry(own)
+    found, wanted = geometry(weights.state), geometry(own)
     if found == wanted:
         return
     fitting = models_that_fit(weights)
@@ -285,7 +262,7 @@ def _other_eps(model: nn.Module, weights: Weights) -> str:
 def _interpolate(model: nn.Module, chosen: dict, weights: Weights, report: LoadReport) -> None:
     """Bring the positions in `chosen` to the model's patch grid, and say so in the report."""
     target = tuple(model.patch_embed.grid_size)
-    source = _source_grid(weights, target)
+    source = source_grid(weights.state, weights.args, target, weights.path)
     if source == target:
         return
     report.grids = " -> ".join(f"{rows}x{columns}" for rows, columns in (source, target))
@@ -293,42 +270,6 @@ def _interpolate(model: nn.Module, chosen: dict, weights: Weights, report: LoadR
         if name in chosen and chosen[name].ndim == 3 and chosen[name].shape[1] == prod(source) + 1:
             chosen[name] = interpolate_grid(chosen[name].float(), source, target)
             report.interpolated.append(name)
-
-
-def _source_grid(weights: Weights, target: tuple[int, int]) -> tuple[int, int]:
-    """The patch grid of the file: from its flags, else a square, else the model's own when the count is the same.
-
-    A table that is the sine-cosine one of a candidate settles it. Raises UserError when no grid has that many patches.
-    """
-    table = weights.state.get("pos_embed")
-    if table is None or table.ndim != 3:
-        return target  # refused as missing or misshapen a moment later
-    candidates = [grid for grid in [*_grids(weights), target] if 1 < prod(grid) + 1 == table.shape[1]]
-    if not candidates:
-        raise UserError(
-            f"{weights.path} has {table.shape[1]} positions, which are not one for [cls] and a square grid of patches: "
-            "a table with [cls], or flags in the file with its input_size, is needed"
-        )
-    return next((grid for grid in candidates if _is_sincos(table, grid)), candidates[0])
-
-
-def _grids(weights: Weights) -> list[tuple[int, int]]:
-    """Grids the positions may have, whether or not their number fits: by the flags of the file, and the square."""
-    (rows, columns), size = _geometry(weights.state).patch, weights.args.get("input_size")
-    size = list(size) if isinstance(size, (list, tuple)) else [size]
-    stored = []
-    if len(size) in (1, 2) and all(isinstance(side, int) for side in size):
-        stored = [(size[0] // rows, size[-1] // columns)]
-    table = weights.state.get("pos_embed")
-    side = isqrt(table.shape[1] - 1) if table is not None and table.ndim == 3 and table.shape[1] else 0
-    return [*stored, (side, side)]
-
-
-def _is_sincos(table: Tensor | None, grid: tuple[int, int]) -> bool:
-    if table is None or table.ndim != 3 or table.shape[-1] % 4 or table.shape[1] != prod(grid) + 1:
-        return False
-    values = torch.from_numpy(get_2d_sincos_pos_embed(table.shape[-1], grid, cls_token=True))
-    return torch.allclose(table[0].double(), values, atol=1e-2)  # bfloat16 files are only that exact
 
 
 def _check_complete(own: dict, chosen: dict, weights: Weights) -> None:
@@ -354,8 +295,8 @@ def _check_complete(own: dict, chosen: dict, weights: Weights) -> None:
 def _decoder(state: dict) -> str:
     embed = state.get("decoder_embed.weight")
     width = "unknown width" if embed is None else f"width {embed.shape[0]}"
-    crosses = _depth(state, "decoder_cross_blocks")
-    return f"{width}, depth {crosses} (cross)" if crosses else f"{width}, depth {_depth(state, 'decoder_blocks')}"
+    crosses = depth(state, "decoder_cross_blocks")
+    return f"{width}, depth {crosses} (cross)" if crosses else f"{width}, depth {depth(state, 'decoder_blocks')}"
 
 
 def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
