@@ -231,9 +231,17 @@ def split_flags(flags: str) -> list[str]:
     return flags.split(" ") if flags.endswith(" ") else flags.split()
 
 
-def parameters(cases):
+def cases(shared=(), transfer=(), **tables) -> list[tuple[str, str, str]]:
+    """(program, flags, names) of tables {flags: names}: `shared` of all mains, `transfer` of the two that read labels,
+    the others of the main whose name they have."""
+    found = [(program, *case) for program in MAINS for case in dict(shared).items()]
+    found += [(program, *case) for program in ("finetune", "linprobe") for case in dict(transfer).items()]
+    return found + [(program, *case) for program, table in tables.items() for case in table.items()]
+
+
+def parameters(found):
     """(program, flags, names) of each case, by its command line."""
-    for program, flags, names in cases:
+    for program, flags, names in found:
         text = f"{program} {flags}"
         yield pytest.param(program, flags, names, id=text.replace("x" * 300, "xxx"))
 

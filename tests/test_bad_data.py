@@ -3,7 +3,7 @@
 from urllib.error import URLError
 
 import pytest
-from refusals import MAINS, assert_names, assert_refused, call, command, parameters, refusal
+from refusals import assert_names, assert_refused, call, cases, command, parameters, refusal
 
 # flags, and what the sentence must name (alternated by " | ")
 SHARED = {
@@ -66,12 +66,9 @@ TRANSFER = {
     "--dataset tiny_imagenet --data_path {box}/data/tiny_foreign": "val_annotations.txt | n9",
     "--dataset tiny_imagenet --data_path {box}/data/tiny_cut": "val_annotations.txt",
 }
-CASES = [(program, *case) for program in MAINS for case in SHARED.items()]
-CASES += [("pretrain", *case) for case in PRETRAIN.items()]
-CASES += [(program, *case) for program in ("finetune", "linprobe") for case in TRANSFER.items()]
 
 
-@pytest.mark.parametrize("program, flags, names", parameters(CASES))
+@pytest.mark.parametrize("program, flags, names", parameters(cases(SHARED, TRANSFER, pretrain=PRETRAIN)))
 def test_is_refused(program, flags, names, box, capsys):
     assert_refused(capsys, program, flags, names, box)
 

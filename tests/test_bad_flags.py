@@ -1,7 +1,7 @@
 """Flags that cannot be: numbers out of range, unknown names, flags that exclude or need each other."""
 
 import pytest
-from refusals import MAINS, assert_refused, parameters
+from refusals import assert_refused, cases, parameters
 
 # flags, and what the sentence must name (alternated by " | ")
 NUMBERS = [
@@ -103,10 +103,7 @@ LINPROBE = {
     "--cache_features --resume {box}/linprobe/checkpoint-0.pth": "--cache_features | --resume",
     "--eval --cache_features --resume {box}/linprobe/checkpoint-0.pth": "--eval | --cache_features",
 }
-CASES = [(program, *case) for program in MAINS for case in SHARED.items()]
-CASES += [("pretrain", *case) for case in PRETRAIN.items()]
-CASES += [(program, *case) for program in ("finetune", "linprobe") for case in TRANSFER.items()]
-CASES += [("finetune", *case) for case in FINETUNE.items()] + [("linprobe", *case) for case in LINPROBE.items()]
+CASES = cases(SHARED, TRANSFER, pretrain=PRETRAIN, finetune=FINETUNE, linprobe=LINPROBE)
 
 
 @pytest.mark.parametrize("program, flags, names", parameters(CASES))

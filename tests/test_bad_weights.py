@@ -1,7 +1,7 @@
 """Files of weights and of runs that do not fit: damaged, hostile, of another model, of another kind of run."""
 
 import pytest
-from refusals import MAINS, assert_refused, parameters
+from refusals import MAINS, assert_refused, cases, parameters
 
 # flags, and what the sentence must name (alternated by " | ")
 PRETRAIN = {
@@ -34,9 +34,7 @@ FINETUNE = {
 LINPROBE = {
     "--eval --resume {box}/finetune/checkpoint-0.pth": "checkpoint-0.pth | classifier",
 }
-CASES = [("pretrain", *case) for case in PRETRAIN.items()]
-CASES += [(program, *case) for program in ("finetune", "linprobe") for case in TRANSFER.items()]
-CASES += [("finetune", *case) for case in FINETUNE.items()] + [("linprobe", *case) for case in LINPROBE.items()]
+CASES = cases(transfer=TRANSFER, pretrain=PRETRAIN, finetune=FINETUNE, linprobe=LINPROBE)
 # what every flag that takes weights refuses
 FOREIGN_FILES = {
     "truncated.pth": "truncated",
