@@ -1,20 +1,15 @@
 """Starting the mains the way users do, and reading what they leave behind."""
 
-import contextlib
-import importlib
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from pathlib import Path
 
 import torch
+from forked import Forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,61 +37,21 @@ def launch(main: str, flags: str, processes: int = 1, restarts: int = 0, **optio
 
 
 def ranks(main: str, flags: str, processes: int, seconds: float = 180) -> str:
-    """What `finish(launch(...))` gives where the launcher is not what is tested: processes forked from one that has
-    imported everything, which takes most of a launch. Returns what they wrote."""
-    with started_ranks(main, flags, processes) as (made, outputs):
-        deadline = time.monotonic() + seconds
-        for process in made:
-            process.join(max(0.1, deadline - time.monotonic()))
-        codes, output = [process.exitcode for process in made], "".join(path.read_text() for path in outputs)
-    assert codes == [0] * processes, f"{codes}\n{output}"
-    return output
+    """What they wrote, each without a launcher (see `forked`)."""
+    return finish(Forked(main, flags, processes), seconds=seconds)
 
 
-@contextlib.contextmanager
-def started_ranks(main: str, flags: str, processes: int):
-    """The processes and the files that they write into; what still runs afterwards is killed."""
-    os.environ["PYTHONPATH"] = str(ROOT)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["main_pretrain"])
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-        free.close()
-        made = [context.Process(target=_rank, args=(main, flags, rank, processes, port, f"{folder}/{rank}"))
-                for rank in range(processes)]  # fmt: skip
-        for process in made:
-            process.start()
-        try:
-            yield made, [Path(f"{folder}/{rank}") for rank in range(processes)]
-        finally:
-            for process in made:
-                process.kill()
-
-
-def _rank(main: str, flags: str, rank: int, processes: int, port: int, output: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    sys.stdout = sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115  until the process ends
-    torch.set_num_threads(1)
-    code = 1
+def finish(process: subprocess.Popen | Forked, code: int = 0, seconds: float = 180) -> str:
     try:
-        module = importlib.import_module(main)
-        module.main(module.get_args_parser().parse_args(flags.split()))
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(code)  # gloo may abort while the interpreter is torn down
-
-
-def finish(process: subprocess.Popen, code: int = 0, seconds: float = 180) -> str:
-    output, _ = process.communicate(timeout=seconds)
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"hangs after\n{process.communicate()[0]}") from None
     assert process.returncode == code, output
     return output
 
 
-def kill_when(process: subprocess.Popen, happened, number=signal.SIGKILL) -> None:
+def kill_when(process: subprocess.Popen | Forked, happened, number=signal.SIGKILL) -> None:
     """Send a signal to the whole group as soon as `happened()`."""
     deadline = time.monotonic() + 120
     while not happened():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from launch import checkpoint, finish, launch, log_rows, same_tensors
+from launch import checkpoint, log_rows, ranks, same_tensors
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torchvision import transforms
 from torchvision.transforms import functional as TF
@@ -268,8 +268,8 @@ def test_two_processes_share_one_cache(image_folder, tmp_path):
     """Equal to one process to the rounding of the gradient's sum; and nothing is left behind in shared memory."""
     before = set(Path(util.cache._shared_folder()).glob("images-*"))
     common = f"{BASE} --data_path {image_folder} --data_cache ram --aug crop"
-    finish(launch("main_pretrain.py", f"{common} --batch_size 8 --output_dir {tmp_path}/two", processes=2))
-    finish(launch("main_pretrain.py", f"{common} --output_dir {tmp_path}/one"))
+    ranks("main_pretrain", f"{common} --batch_size 8 --output_dir {tmp_path}/two", 2)
+    ranks("main_pretrain", f"{common} --output_dir {tmp_path}/one", 1)
     one, two = (checkpoint(tmp_path / name, "checkpoint-1.pth")["model"] for name in ("one", "two"))
     assert max((one[key] - two[key]).abs().max() for key in one) < 5e-4  # half a step of AdamW at 1e-3
     losses = [[row["train_loss"] for row in log_rows(tmp_path / name)] for name in ("one", "two")]

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from launch import checkpoint, finish, launch
+from launch import checkpoint, ranks
 from PIL import Image
 from scipy.stats import binom
 
@@ -219,7 +219,7 @@ def test_a_run_and_what_comes_after(lists, tmp_path, capsys):
     again.train_list = ""
     assert main_finetune.main(again) == pytest.approx(stats, rel=1e-6)
     flags = f"{BASE} --data_path {lists} --val_list {lists / 'val.txt'} --output_dir {tmp_path / 'two'}"
-    output = finish(launch("main_finetune.py", f"{flags} --eval --finetune {tmp_path / 'checkpoint-0.pth'}", 2))
+    output = ranks("main_finetune", f"{flags} --eval --finetune {tmp_path / 'checkpoint-0.pth'}", 2)
     assert f"mAP {stats['mAP']:.2f} %  precision@1 {stats['precision1']:.2f} %" in output
     capsys.readouterr()
     main_finetune.main(parse(lists, f"--finetune {tmp_path / 'checkpoint-0.pth'} --output_dir {tmp_path / 'next'}"))

@@ -8,7 +8,7 @@ import statistics
 import sys
 
 import pytest
-from launch import DIGITS, ROOT, finish, launch, scalars
+from launch import DIGITS, ROOT, ranks, scalars
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -127,7 +127,7 @@ def pretrained(tmp_path_factory):
     """Two processes, so that one of them must keep silent."""
     folder = tmp_path_factory.mktemp("pretrained")
     flags = TINY.replace("--batch_size 64", "--batch_size 32")
-    finish(launch("main_pretrain.py", f"{flags} --rc_mae --output_dir {folder}", processes=2))
+    ranks("main_pretrain", f"{flags} --rc_mae --output_dir {folder}", 2)
     return folder
 
 

@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 import torch
+from forked import Forked
 from launch import DIGITS, checkpoint, finish, kill_when, launch, log_rows, same_tensors, scalars
 
 import main_finetune
@@ -26,7 +27,7 @@ def reference(request, tmp_path_factory):
     flags = DIGITS.replace("--batch_size 64", f"--batch_size {64 // processes}")
     flags += " --num_workers 1 --save_steps 3 --save_freq 1 --print_freq 1"
     folder = tmp_path_factory.mktemp("reference")
-    finish(launch("main_pretrain.py", f"{flags} --output_dir {folder}", processes))
+    finish(Forked("main_pretrain", f"{flags} --output_dir {folder}", processes))
     return processes, flags, folder
 
 
@@ -50,8 +51,8 @@ def test_killed_three_times(reference, tmp_path):
         lambda: list(tmp_path.glob("checkpoint-1-*.pth")) or (tmp_path / "checkpoint-1.pth").exists(),
     ]
     for moment in moments:
-        kill_when_later(launch("main_pretrain.py", run, processes), moment)
-    output = finish(launch("main_pretrain.py", run, processes))
+        kill_when_later(Forked("main_pretrain", run, processes), moment)
+    output = finish(Forked("main_pretrain", run, processes))
     assert "resumed" in output
     assert_same_run(tmp_path, undisturbed)
 
@@ -85,16 +86,16 @@ def test_signal_saves_and_exits_zero(reference, tmp_path):
     processes, flags, undisturbed = reference
     number = signal.SIGTERM if processes == 1 else signal.SIGUSR1
     run = f"{flags} --output_dir {tmp_path}"
-    process = launch("main_pretrain.py", run, processes)
+    process = Forked("main_pretrain", run, processes)
     moment = (tmp_path / "checkpoint-0-3.pth").exists
     kill_when(process, moment, number=0)
     if processes == 1:
         os.killpg(process.pid, number)
     else:
-        next(rank for rank in psutil.Process(process.pid).children() if is_rank(rank)).send_signal(number)
+        os.kill(process.ranks[1].pid, number)
     output = finish(process)
     assert "--resume auto continues exactly there" in output
-    finish(launch("main_pretrain.py", f"{run} --resume auto", processes))
+    finish(Forked("main_pretrain", f"{run} --resume auto", processes))
     assert_same_run(tmp_path, undisturbed)
 
 

@@ -4,7 +4,8 @@ import os
 import signal
 
 import pytest
-from launch import DIGITS, checkpoint, finish, kill_when, launch, log_rows, same_tensors, scalars
+from forked import Forked
+from launch import DIGITS, checkpoint, finish, kill_when, log_rows, same_tensors, scalars
 
 import main_finetune
 import main_pretrain
@@ -94,16 +95,16 @@ def test_a_scheduler_that_ends_the_job_twice(tmp_path, monkeypatch):
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     flags = f"{DIGITS} --num_workers 1 --save_steps 3 --print_freq 1 --save_freq 1 --resume auto"
-    finish(launch("main_pretrain.py", f"{flags} --output_dir {tmp_path}/alone"))
+    finish(Forked("main_pretrain", f"{flags} --output_dir {tmp_path}/alone"))
     run, queue = tmp_path / "job17", tmp_path / "queue"
     job = f"17 {flags} --output_dir {tmp_path}/job%j"
     for times, moment in enumerate(("checkpoint-0-3.pth", "checkpoint-1-*.pth"), start=1):
-        process = launch("tests/job_script.py", job)
+        process = Forked("job_script", job)
         kill_when(process, lambda moment=moment: list(run.glob(moment)), number=0)
         os.killpg(process.pid, signal.SIGUSR2)  # to every process of the job, data workers too
         finish(process)
         assert queue.read_text().splitlines() == ["requeue 17"] * times
-    finish(launch("tests/job_script.py", job))
+    finish(Forked("job_script", job))
     assert len(queue.read_text().splitlines()) == 2  # its end is no reason to queue it again
     ours, theirs = (checkpoint(folder, "checkpoint-1.pth") for folder in (run, tmp_path / "alone"))
     for key in ("model", "optimizer", "epoch", "step", "rng"):

@@ -11,7 +11,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from launch import SMALL, checkpoint, kill_when, launch, log_rows, same_tensors
+from forked import Forked
+from launch import SMALL, checkpoint, kill_when, log_rows, same_tensors
 from PIL import Image
 from torchvision import transforms as tvt
 
@@ -342,7 +343,7 @@ def test_killed_and_resumed(tmp_path, number, place):
     root = write_set(tmp_path / "s", sizes=[40, 40, 40, 40])
     shards = f"pipe:cat<{root}/x-train-{{000..003}}.tar --shard_samples 40" if place == "pipe" else root
     flags = f"{RUN} --data_path {shards} --num_workers 2 --output_dir"
-    process = launch("main_pretrain.py", f"{flags} {tmp_path / 'run'}")
+    process = Forked("main_pretrain", f"{flags} {tmp_path / 'run'}")
     kill_when(process, (tmp_path / "run" / "checkpoint-1-4.pth").exists, number)
     process.communicate()
     pretrain(f"{flags} {tmp_path / 'run'} --resume auto")

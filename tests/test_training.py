@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from launch import SMALL, checkpoint, finish, largest_difference, launch, log_rows, ranks, same_tensors, scalars
+from launch import SMALL, checkpoint, largest_difference, log_rows, ranks, same_tensors, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.optim import param_groups_weight_decay
 
@@ -180,7 +180,7 @@ def test_evaluation_counts_every_image_once(image_folder, tmp_path):
     flags += "--aa none --device cpu "
     finetune(f"{flags} --epochs 1 --warmup_epochs 0 --output_dir {tmp_path}")
     run = f"{flags.replace('--batch_size 16', '--batch_size 3')} --eval --resume {tmp_path}/checkpoint-0.pth"
-    outputs = [finish(launch("main_finetune.py", run, processes)) for processes in (1, 2)]
+    outputs = [ranks("main_finetune", run, processes) for processes in (1, 2)]
     lines = [next(line for line in output.splitlines() if line.startswith("top-1")) for output in outputs]
     assert lines[0] == lines[1] and "on 20 images" in lines[0]
 

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
@@ -100,12 +101,20 @@ def record_steps(path: str) -> None:
     before(Run, "_after_step", append)
 
 
-if __name__ == "__main__":
-    where, number, rank, steps = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+def get_args_parser():
+    return SimpleNamespace(parse_args=list)
+
+
+def main(words):
+    where, number, rank, steps = words[0], int(words[1]), words[2], words[3]
     here = os.environ.get("RANK", "0")
     if number and here == rank:
         arrange(where, number)
     if here == "0":
         record_steps(steps)
     with user_errors("main_pretrain.py"):
-        main_pretrain.main(main_pretrain.get_args_parser().parse_args(sys.argv[5:]))
+        main_pretrain.main(main_pretrain.get_args_parser().parse_args(words[4:]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

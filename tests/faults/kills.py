@@ -1,10 +1,13 @@
 """A run that is killed again and again, and what must hold of it: for the tests and for soak.py."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
+from forked import Forked
 from launch import DIGITS, checkpoint, launch, log_rows, same_tensors
 
 from util.checkpoint import is_whole, list_checkpoints
@@ -24,10 +27,10 @@ class Broken(AssertionError):
 
 
 class Killed:
-    """One run in `folder`, of `flags`, with `processes` ranks."""
+    """One run in `folder`, of `flags`, with `processes` ranks, started by `launch` (`command`) or forked."""
 
-    def __init__(self, folder: Path, flags: str = "", processes: int = 1):
-        self.folder, self.processes, self.kills = folder, processes, 0
+    def __init__(self, folder: Path, flags: str = "", processes: int = 1, command: bool = True):
+        self.folder, self.processes, self.kills, self.command = folder, processes, 0, command
         batch = FLAGS.replace("--batch_size 64", f"--batch_size {64 // processes}")
         self.flags = f"{batch} {flags} --resume auto --output_dir {folder}"
         self.steps = folder.parent / f"{folder.name}.steps"
@@ -37,11 +40,14 @@ class Killed:
         when more was done again than a checkpoint is apart from the next."""
         before = self._done()
         words = f"{where} {number} {rank} {self.steps} {self.flags}"
-        process = launch("tests/faults/killed.py", words, self.processes)
+        if self.command:
+            process = launch("tests/faults/killed.py", words, self.processes)
+        else:
+            process = Forked("killed", words, self.processes)
         try:
             said, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             raise Broken(f"hangs after a kill at {where} {number} of rank {rank}") from None
         self.kills += process.returncode != 0
         self._check_files()

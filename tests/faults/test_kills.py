@@ -8,7 +8,7 @@ from kills import EVENTS, Killed
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    run = Killed(tmp_path_factory.mktemp("kills") / "reference")
+    run = Killed(tmp_path_factory.mktemp("kills") / "reference", command=False)
     code, said = run.start()
     assert code == 0, said
     return run
@@ -16,7 +16,7 @@ def reference(tmp_path_factory):
 
 def test_killed_everywhere(reference, tmp_path):
     """One run, killed once in each way; it ends like the undisturbed one, and little is done twice."""
-    run = Killed(tmp_path / "run")
+    run = Killed(tmp_path / "run", command=False)
     for where, number in zip(WHERE, (4, 2, 1, 1, 1, 130)):
         code, said = run.start(where, number)
         assert code != 0, (where, said)

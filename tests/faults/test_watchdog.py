@@ -1,5 +1,7 @@
 """A rank that stands still is named by the others within the time they wait; one that is only slow is let be."""
 
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -7,7 +9,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from launch import SMALL, ranks, started_ranks
+from forked import Forked
+from launch import SMALL, ranks
 
 from util.watchdog import describe, slow_reader
 
@@ -25,11 +28,13 @@ FLAGS = f"{SMALL} --batch_size 8 --epochs 1 --warmup_epochs 0 --num_workers 0 --
 def test_the_rank_that_stands_still_is_named(kind, said, image_folder, tmp_path):
     """The two wait for each other in every step, so that the other one cannot get ahead by more than one."""
     flags = f"{kind} {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 6"
-    with started_ranks("stuck_script", flags, 2) as (made, outputs):
-        began = time.monotonic()
-        made[0].join(60)
-        seconds, output = time.monotonic() - began, "".join(path.read_text() for path in outputs)
-        assert made[0].exitcode == 1, output
+    run = Forked("stuck_script", flags, 2)
+    began = time.monotonic()
+    run.ranks[0].join(60)
+    seconds, code = time.monotonic() - began, run.ranks[0].exitcode
+    os.killpg(run.pid, signal.SIGKILL)
+    output, _ = run.communicate()
+    assert code == 1, output
     (line,) = [line for line in outputs_of(output) if line.startswith("[rank 0]")]
     assert said in line and "(--timeout_s 6)" in line
     assert seconds < 40  # 6 to wait, 2 to look twice, and the start beside other tests
