@@ -11,4 +11,4 @@ cd "$root"
 "$venv/bin/ruff" format --check .
 for script in scripts/*.sh scripts/*/*.sh .ci/run; do bash -n "$script"; done
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$python" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"
+exec "$python" -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
