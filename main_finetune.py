@@ -13,6 +13,7 @@ from util.datasets import build_transform
 from util.encoder import build_encoder, count_classes, settle_model
 from util.errors import UserError, user_errors
 from util.labels import read_labelled, with_noise
+from util.leak import check_leak
 from util.ledger import Record
 from util.loading import build_loader
 from util.lr_decay import param_groups_lrd
@@ -43,7 +44,7 @@ def get_args_parser() -> arguments.Parser:
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     parser.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth of the last block")
     arguments.add_finetuning_arguments(parser, pooled=True)
-    arguments.add_data_arguments(parser)
+    arguments.add_leak_argument(arguments.add_data_arguments(parser))
     group = parser.add_argument_group("labels")
     group.add_argument(
         "--targets", choices=["single", "multilabel"], default="single",
@@ -116,6 +117,8 @@ def check(args) -> None:
     arguments.check_speed_flags(args, not args.eval, "with --eval")
     if args.trainable_blocks is not None and args.eval:
         raise UserError("--trainable_blocks has no effect with --eval")
+    if args.check_leak and args.eval:
+        raise UserError("--check_leak has no effect with --eval, which reads no training images")
     if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs weights: give --resume or --finetune")
 
@@ -181,6 +184,8 @@ def prepare(args, resume: Path | None):
     splits = None if args.eval else read_labelled(args, True), read_labelled(args, False, known or None)
     if known and args.targets == "multilabel" and splits[1].classes != known:
         raise UserError(f"--label_vocab {args.label_vocab} is not the vocabulary of {weights.path}: leave it out")
+    if args.check_leak:
+        check_leak(*splits)
     classes = count_classes(args, *splits)
     args.nb_classes = classes
     return weights, splits, classes

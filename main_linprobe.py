@@ -25,6 +25,7 @@ from util.encoder import build_encoder, count_classes, settle_model
 from util.errors import UserError, user_errors
 from util.features import extract
 from util.lars import LARS
+from util.leak import check_leak
 from util.ledger import Record
 from util.loading import build_loader
 from util.log import Board, log_line
@@ -48,7 +49,7 @@ def get_args_parser() -> arguments.Parser:
     parser = ProbeParser("Probe a frozen encoder with a linear classifier.")
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     arguments.add_finetuning_arguments(parser, pooled=False)
-    arguments.add_data_arguments(parser)
+    arguments.add_leak_argument(arguments.add_data_arguments(parser))
     arguments.add_optimizer_arguments(parser, batch_size=512, epochs=90, warmup=10, blr=0.1, wd=0.0, min_lr=0.0)
     parser.add_argument(
         "--aug", choices=["rrc", "crop", "none"], help="random resized crop, or pad and crop (CIFAR and digits)"
@@ -236,6 +237,8 @@ def main(args) -> dict:
     args.aug = args.aug or ("crop" if args.dataset in ("cifar10", "cifar100", "digits") else "rrc")
     arguments.check_draft(args, args.aug == "rrc" and not args.eval and not args.cache_features)
     images, held_out = read_images(args, train=True), read_images(args, train=False)
+    if args.check_leak:
+        check_leak(images, held_out)
     args.nb_classes = count_classes(args, images, held_out)
     with seeded(args.seed):
         model = build_encoder(args, None if args.eval else weights, args.nb_classes)

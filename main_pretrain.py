@@ -21,6 +21,7 @@ from util.distributed import barrier, is_main_process
 from util.errors import UserError, user_errors
 from util.features import extract, knn_accuracy, mae_features
 from util.kernels import choose_attention
+from util.leak import check_leak
 from util.ledger import Record, strict
 from util.loading import build_loader, check_enough
 from util.rng import seeded
@@ -45,6 +46,7 @@ def get_args_parser() -> arguments.Parser:
     )
     group.add_argument("--init_from", default="", help="start from the weights of this file (any MAE or ViT encoder)")
     group = arguments.add_data_arguments(parser)
+    arguments.add_leak_argument(group)
     group.add_argument(
         "--data_cache", default="none", choices=CACHES,
         help="decode every image once, into memory that all processes of a node share, or onto the GPU (as much as N x "
@@ -287,6 +289,8 @@ def main(args) -> None:
     model.set_grad_checkpointing(args.grad_checkpoint)
     mean_std(args)
     images = read_images(args, train=True)
+    if args.check_leak:
+        check_leak(images, read_images(args, train=False))
     resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None
     weights = read_weights(args.init_from) if args.init_from and resume is None else None
     if weights is not None:

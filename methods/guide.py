@@ -17,6 +17,7 @@ from util.datasets import Files, Images, Part, input_size, mean_std, read_images
 from util.distributed import average, get_world_size
 from util.errors import UserError
 from util.features import encoder_features
+from util.leak import check_leak
 from util.loading import Endless, build_loader
 from util.transforms import eval_transform, pretrain_transform
 
@@ -30,6 +31,8 @@ def labelled_images(args, images) -> Images:
         other.dataset, other.data_path, where = "imagefolder", args.mlo_labels, f"--mlo_labels {args.mlo_labels}"
         try:
             found = read_images(other, train=True)
+            if args.check_leak:
+                check_leak(found, read_images(other, train=False), "--mlo_labels and --check_leak")
         except UserError as error:
             raise UserError(str(error).replace("--data_path", "--mlo_labels")) from None
     if not isinstance(found, Images):

@@ -20,6 +20,7 @@ from util.distributed import choose_device
 from util.encoder import build_encoder, count_classes, load_encoder, settle_model, token_feature
 from util.errors import UserError
 from util.features import extract
+from util.leak import check_leak
 from util.ledger import Record
 from util.loading import build_loader
 from util.log import Board
@@ -178,6 +179,8 @@ def read(checkpoint: str, key: str) -> Weights | None:
 def labelled_splits(args) -> list:
     """The training and the test images; UserError where they have no labels, or not the same ones."""
     splits = [read_images(args, train=train) for train in (True, False)]
+    if args.check_leak:
+        check_leak(*splits)
     count_classes(args, *splits)
     return splits
 

@@ -18,6 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler, normalize
 
+from util.arguments import add_leak_argument
 from util.datasets import Part
 from util.errors import UserError, user_errors
 from util.ledger import Record, write_json
@@ -38,6 +39,7 @@ def get_args_parser():
         help="features: standardised by 10,000 training images without labels (as the BatchNorm of MAE's linear "
         "probe does by its batches), of unit length, or as they are",
     )  # fmt: skip
+    add_leak_argument(parser)
     parser.add_argument("--out", default="", help="JSON file for the result; its folder gets the line of the ledger")
     return parser
 

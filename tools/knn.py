@@ -6,6 +6,7 @@ python tools/knn.py output_dir/checkpoint-399.pth --data_path DIR --out output_d
 import _common
 import _judging
 
+from util.arguments import add_leak_argument
 from util.errors import UserError, user_errors
 from util.features import knn_accuracy
 from util.ledger import Record, write_json
@@ -14,6 +15,7 @@ from util.ledger import Record, write_json
 def get_args_parser():
     parser = _judging.parser("k-nearest-neighbour accuracy of a frozen encoder.")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 5, 10, 20], help="neighbours; one accuracy each")
+    add_leak_argument(parser)
     parser.add_argument("--out", default="", help="JSON file for the result; its folder gets the line of the ledger")
     return parser
 

@@ -103,6 +103,14 @@ def add_data_arguments(parser):
     return group
 
 
+def add_leak_argument(group) -> None:
+    """Of the commands that train on one split and measure on another."""
+    group.add_argument(
+        "--check_leak", action="store_true",
+        help="read both splits before the start, and refuse to train on an image that is in the evaluation split",
+    )  # fmt: skip
+
+
 def number(text: str) -> float:
     """An int where it is whole, else a float."""
     value = float(text)
