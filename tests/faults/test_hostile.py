@@ -1,0 +1,158 @@
+"""A checkpoint whose pickle runs code is refused wherever a checkpoint is named, and its code does not run.
+
+The payloads are real: each makes a folder when it is unpickled, which the last test shows.
+"""
+
+import argparse
+import importlib
+import os
+import pickle
+import shutil
+import sys
+
+import pytest
+import torch
+from launch import ROOT, SMALL
+from torch.distributed.checkpoint.metadata import Metadata
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+from util.errors import user_errors
+
+DATA = "--num_workers 0 --device cpu"
+MAE = f"{SMALL} {DATA} --vis_freq 0 --epochs 1 --batch_size 8 --data_path {{data}}"
+VIT = f"--model vit_micro_patch4 --input_size 16 {DATA} --epochs 1 --batch_size 8 --data_path {{data}}"
+RUN = "--output_dir {out}/run"
+# Every place where a command reads a checkpoint.
+COMMANDS = {
+    "--init_from": f"main_pretrain {MAE} {RUN} --init_from {{evil}}",
+    "--resume": f"main_pretrain {MAE} {RUN} --resume {{evil}}",
+    "--dmae_teacher": f"main_pretrain {MAE} {RUN} --dmae_teacher {{evil}}",
+    "--mlo_mask_net": f"main_pretrain {MAE} {RUN} --mlo_mae --mlo_frozen --mlo_mask_net {{evil}}",
+    "--finetune": f"main_finetune {VIT} {RUN} --finetune {{evil}}",
+    "finetune --resume": f"main_finetune {VIT} {RUN} --resume {{evil}}",
+    "finetune --eval": f"main_finetune {VIT} {RUN} --eval --resume {{evil}}",
+    "probe --finetune": f"main_linprobe {VIT} {RUN} --finetune {{evil}}",
+    "cached probe": f"main_linprobe {VIT} {RUN} --finetune {{evil}} --cache_features",
+    "probe --resume": f"main_linprobe {VIT} {RUN} --resume {{evil}}",
+    "probe --eval": f"main_linprobe {VIT} {RUN} --eval --resume {{evil}}",
+    "attention": "attention {evil} --data {data}/val --out {out}/a.png --device cpu",
+    "export": "export {evil} --to timm --out {out}/a.safetensors",
+    "feature_viz": "feature_viz {evil} --steps 1 --count 1 --out {out}/a.png --device cpu",
+    "fewshot": f"fewshot {{evil}} --data_path {{data}} {DATA} --shots 1 --out {{out}}/a.json",
+    "knn": f"knn {{evil}} --data_path {{data}} {DATA} --out {{out}}/a.json",
+    "mask_maps": "mask_maps {evil} --data {data}/val --out {out}/a.png",
+    "robustness": f"robustness {{evil}} --data_path {{data}} {DATA} --corrupt --out {{out}}/a.json",
+    "tsne": f"tsne {{evil}} --data_path {{data}} {DATA} --out {{out}}/a.png",
+    "visualize": "visualize {evil} --data {data}/val --out {out}/a.png",
+    "unshard": "unshard {evil} {out}.pth",
+}
+NO_CHECKPOINT = {
+    "collect",
+    "make_shards",
+    "mean_std",
+    "plan",
+    "quadrant_digits",
+    "quickstart",
+    "rc_linear",
+    "reproduce",
+}
+
+
+class Payload:
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def write_zip(path, target):
+    torch.save({"model": {"w": torch.zeros(2)}, "args": argparse.Namespace(x=Payload(target))}, path)
+
+
+def write_old(path, target):
+    torch.save({"model": {"w": torch.zeros(2)}, "x": Payload(target)}, path, _use_new_zipfile_serialization=False)
+
+
+def write_pickle(path, target):
+    path.write_bytes(pickle.dumps({"model": Payload(target)}))
+
+
+KINDS = {"zip.pth": write_zip, "old.pth": write_old, "pickle.pth": write_pickle, "pickle.safetensors": write_pickle}
+
+
+@pytest.fixture
+def evil(request, tmp_path):
+    path = tmp_path / request.param
+    KINDS[request.param](path, tmp_path / "pwned")
+    return path
+
+
+def run(line: str, capsys, monkeypatch, **names) -> str:
+    """What a command says; exit code 2 and one sentence are demanded."""
+    name, *flags = [word.format(**names) for word in line.split()]
+    module = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    with pytest.raises(SystemExit) as ended, user_errors(name):
+        module.main(*([module.get_args_parser().parse_args(flags)] if hasattr(module, "get_args_parser") else []))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize("evil", KINDS, indirect=True)
+@pytest.mark.parametrize("place", COMMANDS)
+def test_its_code_is_not_run(place, evil, image_folder, tmp_path, capsys, monkeypatch):
+    said = run(COMMANDS[place], capsys, monkeypatch, evil=evil, data=image_folder, out=tmp_path / "out")
+    assert not (tmp_path / "pwned").exists()
+    assert evil.name in said and said.count("error:") == 1
+    assert not list(tmp_path.glob("out/**/*.*"))  # nor is anything written
+
+
+def test_every_tool_is_in_the_list():
+    tools = {path.stem for path in (ROOT / "tools").glob("[a-z]*.py")}
+    tried = {line.split()[0] for line in COMMANDS.values()}
+    assert tools - NO_CHECKPOINT <= tried
+
+
+@pytest.mark.parametrize("name", ["rest.pth", ".metadata"])
+def test_a_folder_of_fsdp(name, image_folder, tmp_path, capsys, monkeypatch):
+    """One of its files is hostile: the rest of the state, or the list of tensors."""
+    folder = tmp_path / "checkpoint-0.dcp"
+    folder.mkdir()
+    torch.save({"names": [], "checksums": {}, "epoch": 0, "args": {}}, folder / "rest.pth")
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata({})))
+    (write_zip if name == "rest.pth" else write_pickle)(folder / name, tmp_path / "pwned")
+    for line in (f"unshard {folder}", f"main_pretrain {MAE} {RUN} --fsdp --resume {{evil}}"):
+        run(line, capsys, monkeypatch, evil=folder, data=image_folder, out=tmp_path / "out")
+        assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("evil", ["zip.pth", "pickle.pth"], indirect=True)
+def test_resume_auto(evil, image_folder, tmp_path, capsys, monkeypatch):
+    """It lies in the output folder as the newest checkpoint. What is not even a zip archive is damaged and passed over,
+    by name; what is whole is refused, and nothing is trained."""
+    import main_pretrain
+
+    line = MAE.replace("--epochs 1", "--epochs 2") + " --output_dir {out} --save_freq 1"
+    flags = line.format(data=image_folder, out=tmp_path / "run").split()
+    main_pretrain.main(main_pretrain.get_args_parser().parse_args(flags))
+    shutil.copy(evil, tmp_path / "run" / "checkpoint-7.pth")
+    if evil.name == "zip.pth":
+        said = run(f"main_pretrain {line} --resume auto", capsys, monkeypatch, data=image_folder, out=tmp_path / "run")
+        assert "checkpoint-7.pth is refused because its pickle asks for posix.mkdir" in said
+    else:
+        main_pretrain.main(main_pretrain.get_args_parser().parse_args([*flags, "--resume", "auto"]))
+        said = capsys.readouterr()
+        assert "checkpoint-7.pth" in said.out + said.err and f"resumed {tmp_path}/run/checkpoint-1.pth" in said.out
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("evil", ["zip.pth", "old.pth", "pickle.pth"], indirect=True)
+def test_the_payloads_are_real(evil, tmp_path):
+    if evil.name == "pickle.pth":
+        pickle.loads(evil.read_bytes())
+    else:
+        torch.load(evil, weights_only=False)
+    assert (tmp_path / "pwned").is_dir()
