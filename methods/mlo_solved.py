@@ -35,7 +35,7 @@ def conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, tolera
     direction, square = residual.clone(), residual @ residual
     goal = tolerance**2 * square
     for _ in range(10 * len(right)):  # rounding makes it need more than the number of unknowns
-        if square <= goal:
+        if not square > goal:  # also where it is not a number
             break
         image = apply(direction)
         step = square / (direction @ image)
@@ -71,7 +71,7 @@ class Fit:
         for _ in range(100):
             value, gradient = self.slope(vector, inputs, targets)
             length = gradient.detach().norm()
-            if length <= tolerance:
+            if not length > tolerance:  # also where it is not a number
                 break
             step = conjugate_gradients(curvature(vector, gradient), gradient.detach(), min(0.1, length.sqrt()))
             least, share = 1e-4 * (gradient.detach() @ step), 1.0

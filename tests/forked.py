@@ -95,7 +95,7 @@ def _rank(main: str, flags: str, env: dict[str, str], said: str, group: int) -> 
     except SystemExit as left:
         code = left.code
     except BaseException:
-        traceback.print_exc()
+        sys.stderr.write(traceback.format_exc())  # print is silent on the ranks beside 0
     atexit._run_exitfuncs()
     sys.stdout.flush()
     os._exit(code)  # gloo may abort while the interpreter is torn down

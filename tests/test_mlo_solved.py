@@ -1,5 +1,7 @@
 """MLO-MAE with a head that is solved for: its solution, and the derivative of stage III through it."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,17 @@ def test_conjugate_gradients():
     found = conjugate_gradients(lambda x: matrix @ x, right, 1e-12)
     # The tolerance is on the residual; the condition number of some thousands stands between that and the solution.
     torch.testing.assert_close(found, torch.linalg.solve(matrix, right), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_no_numbers_end_it_at_once(value):
+    """Conjugate gradients would go on to their limit; the run's own check says what is wrong."""
+    asked = []
+    conjugate_gradients(lambda x: asked.append(1) or value * x, torch.ones(50).double(), 1e-9)
+    assert len(asked) < 3
+    fit, (features, targets), _ = problem()
+    features[3, 2] = value
+    assert fit.solve(torch.zeros(21).double(), features, targets).isfinite().all()
 
 
 def test_the_solution_is_scikit_learns():

@@ -23,7 +23,8 @@ def user_errors(program: str):
         # Every rank checks the same flags; the ranks beside 0 say who they are, in case only their node is wrong.
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"[rank {rank}] "
-        print(f"{where}{program}: error: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{where}{program}: error: {error}\n")  # `print` is silent on the ranks beside 0
+        sys.stderr.flush()
         leave(2 if isinstance(error, UserError) else 1)
 
 

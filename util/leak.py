@@ -1,14 +1,17 @@
 """`--check_leak`: no image that a number is measured on may have been trained on."""
 
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from util.datasets import Images
 from util.distributed import gather_objects, get_rank, get_world_size
 from util.errors import UserError
 from util.images import BROKEN_IMAGE, open_regular
 
-SHOWN = 5
+SHOWN = 5  # pairs in the message
+SLICE = 64  # images that a thread takes at a time
 
 
 def content(images: Images, place: int) -> bytes:
@@ -21,20 +24,21 @@ def content(images: Images, place: int) -> bytes:
     return f"{img.mode} {img.size}".encode() + img.tobytes()
 
 
-def digests(images: Images) -> dict[int, bytes]:
-    """By place, a hash of what every image holds; each process reads its share. Unreadable images are left out: they
-    are counted where they are used."""
+def digests(images: Images) -> Iterator[tuple[int, bytes]]:
+    """Place and hash of what every image of this process's share holds. Unreadable images are left out: they are
+    counted where they are used."""
 
-    def digest(place: int) -> tuple[int, bytes] | None:
-        try:
-            return place, hashlib.sha256(content(images, place)).digest()
-        except BROKEN_IMAGE:
-            return None
+    def some(places: range) -> list[tuple[int, bytes]]:
+        found = []
+        for place in places:
+            with suppress(*BROKEN_IMAGE):
+                found.append((place, hashlib.sha256(content(images, place)).digest()))
+        return found
 
     mine = range(get_rank(), len(images), get_world_size())
     with ThreadPoolExecutor() as pool:  # reading and hashing let other threads run
-        found = [pair for pair in pool.map(digest, mine, chunksize=64) if pair]
-    return dict(pair for share in gather_objects(found) for pair in share)
+        for found in pool.map(some, [mine[start : start + SLICE] for start in range(0, len(mine), SLICE)]):
+            yield from found
 
 
 def check_leak(train, test, name: str = "--check_leak") -> None:
@@ -44,8 +48,9 @@ def check_leak(train, test, name: str = "--check_leak") -> None:
     for images, split in ((train, "training"), (test, "evaluation")):
         if not isinstance(images, Images):
             raise UserError(f"{name} needs images with numbers, and the {split} ones are a stream: leave it out")
-    evaluated = {digest: place for place, digest in digests(test).items()}
-    both = [(place, evaluated[digest]) for place, digest in sorted(digests(train).items()) if digest in evaluated]
+    evaluated = {digest: place for share in gather_objects(list(digests(test))) for place, digest in share}
+    found = [(place, evaluated[digest]) for place, digest in digests(train) if digest in evaluated]
+    both = sorted(pair for share in gather_objects(found) for pair in share)
     if both:
         pairs = ", ".join(f"{train.name(a)} = {test.name(b)}" for a, b in both[:SHOWN])
         rest = f" and {len(both) - SHOWN} more" if len(both) > SHOWN else ""

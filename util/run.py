@@ -131,6 +131,7 @@ class Run:
         first = self.epoch + self.position / len(loader)
         self.board = Board(args.log_dir, purge_step=None if resume is None else int(first * 1000) + 1)
         self._describe()
+        watchdog.moved(self.step)
 
     def _wrap(self, module):
         device_ids = [self.device.index] if self.device.type == "cuda" else None

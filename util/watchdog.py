@@ -2,6 +2,7 @@
 when; a thread of each looks on. torch ends a collective that takes too long as well, but cannot say whom it waits for.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -10,6 +11,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+
+READING = "waiting for images"
 
 
 class Watchdog:
@@ -32,7 +35,10 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
+        """Nobody waits for this process any more: what it does now, or leaves to rank 0, is no standing still."""
         self._ended.set()
+        with contextlib.suppress(RuntimeError):
+            self._post()
 
     def moved(self, step: int | None = None, task: str = "") -> None:
         """This process has come to another place."""
@@ -42,60 +48,69 @@ class Watchdog:
     def _post(self) -> None:
         self._number += 1
         here = {"number": self._number, "step": self.step, "task": self.task, "for": time.monotonic() - self.since}
-        self.store.set(f"rank {self.rank}", json.dumps(here))
+        self.store.set(f"rank {self.rank}", json.dumps(here | {"ended": self._ended.is_set()}))
 
-    def _posts(self) -> list[dict]:
-        return [json.loads(post) for post in self.store.multi_get([f"rank {rank}" for rank in range(self.world)])]
+    def _posts(self) -> list[dict] | None:
+        """What every rank wrote last; None when the store does not answer. It is asked by another thread: torch waits
+        without end for a store whose process is stopped, whatever its timeout is."""
+        found = []
 
-    def _pause(self, intervals: int) -> bool:
-        """Wait and go on saying where this process is; whether it still stands there."""
-        since = self.since
+        def ask():
+            with contextlib.suppress(RuntimeError):
+                found.extend(self.store.multi_get([f"rank {rank}" for rank in range(self.world)]))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(3 * self.interval)
+        return [json.loads(post) for post in found] or None
+
+    def _pause(self, intervals: int) -> None:
+        """Wait, and go on saying where this process is."""
         for _ in range(intervals):
             self._ended.wait(self.interval)
             self._post()
-        return since == self.since and not self._ended.is_set()
 
     def _watch(self) -> None:
         while not self._ended.wait(self.interval):
-            try:
+            with contextlib.suppress(RuntimeError):  # whoever holds the store is gone: torch says so
                 self._post()
-            except RuntimeError:  # whoever holds the store is gone: torch says so
-                continue
-            if time.monotonic() - self.since >= self.timeout:
-                self._judge()
+                # A process that reads waits for nobody, however long it takes.
+                if not self.task and time.monotonic() - self.since >= self.timeout:
+                    self._judge(self.since)
 
-    def _judge(self) -> None:
-        try:
-            before = self._posts()
-            if not self._pause(3):
-                return
-            ranks, said = describe(before, self._posts(), self.timeout, 3 * self.interval)
-            # Those who wait speak first: the end of the one that stands still would end them with less to say.
-            if self.rank in ranks and not self._pause(5):
-                return
-        except RuntimeError:
+    def _judge(self, since: float) -> None:
+        before = after = self._posts()
+        if before:
+            self._pause(3)
+            after = self._posts()
+        if not after:
             ranks, said = [0], "rank 0, which holds the processes' meeting place, does not answer"
-        if ranks:
-            self._give_up(said)
-
-    def _give_up(self, blamed: str) -> None:
-        print(f"[rank {self.rank}] error: {blamed} (--timeout_s {self.timeout:g})", file=sys.stderr, flush=True)
-        os._exit(1)  # its main thread is inside a collective and stays there
+        else:
+            ranks, said = describe(before, after, self.timeout, 3 * self.interval)
+        if self.rank in ranks:
+            # Those who wait speak first: the end of the one that stands still would end them with less to say.
+            self._pause(5)
+        if ranks and since == self.since and not self._ended.is_set():
+            sys.stderr.write(f"[rank {self.rank}] error: {said} (--timeout_s {self.timeout:g})\n")  # print is silenced
+            sys.stderr.flush()
+            os._exit(1)  # the main thread is inside a collective and stays there
 
 
 def describe(before: list[dict], after: list[dict], timeout: float, silence: float) -> tuple[list[int], str]:
-    """From what the ranks said twice, `silence` seconds apart: whom they wait for, and in words; nobody and
-    "" when that cannot be told, and torch's own timeouts have to do."""
-    silent = [rank for rank, post in enumerate(after) if post["number"] == before[rank]["number"]]
+    """From what the ranks said twice, `silence` seconds apart: whom they wait for, and in words; nobody and "" when
+    that cannot be told, and torch's own timeouts have to do."""
+    living = {rank: post for rank, post in enumerate(after) if not post["ended"]}
+    silent = [rank for rank, post in living.items() if post["number"] == before[rank]["number"]]
     if silent:
         return silent, f"{_ranks(silent)} not answered for {silence:.0f} s: stopped, or its node is gone"
-    stuck = [rank for rank, post in enumerate(after) if post["task"] and post["for"] >= timeout]
+    long = {rank: post for rank, post in living.items() if post["for"] >= timeout}
+    stuck = [rank for rank, post in long.items() if post["task"]]
     if stuck:
         post = after[stuck[0]]
         return stuck, f"{_ranks(stuck)} been {post['task']} for {post['for']:.0f} s, in step {post['step']}"
-    first, last = min(post["step"] for post in after), max(post["step"] for post in after)
-    behind = [rank for rank, post in enumerate(after) if post["step"] == first and post["for"] >= timeout]
-    if first < last and behind:
+    first, last = (choose((post["step"] for post in long.values()), default=0) for choose in (min, max))
+    behind = [rank for rank, post in long.items() if post["step"] == first]
+    if first < last and first == min(post["step"] for post in living.values()):
         seconds = after[behind[0]]["for"]
         return behind, f"{_ranks(behind)} been in step {first} for {seconds:.0f} s, while others are in step {last}"
     return [], ""
@@ -140,7 +155,7 @@ def reading(batches: Iterable) -> Iterator:
     """The batches; while each is waited for, this process waits for its images and for nobody else."""
     batches = iter(batches)
     while True:
-        moved(task="waiting for images")
+        moved(task=READING)
         try:
             batch = next(batches)
         except StopIteration:

@@ -1,5 +1,6 @@
-"""A main for `launch.started_ranks`: one pretraining in which rank 1 stands still in its third step, while it waits for
-images, computes, is stopped as a whole, or for a second only (`images FLAGS…`, `step`, `process`, `second`).
+"""One pretraining in which a rank stands still in its third step, while it waits for images, computes, or is stopped as
+a whole (`images RANK FLAGS…`, `step`, `process`); for two seconds only (`moment`); or seems to: all wait long for their
+first images (`start`), or rank 0 has much to do after the others have ended (`end`).
 """
 
 import os
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import main_pretrain
 from methods import Pretrainer
+from util.ledger import Record
 from util.loading import Loader
 
 FOREVER = 1000
@@ -42,15 +44,24 @@ def get_args_parser():
     return SimpleNamespace(parse_args=list)
 
 
+def at_the_end(act) -> None:
+    original = Record.finish
+    Record.finish = lambda *args: act() or original(*args)
+
+
 def main(words):
-    kind = words[0]
-    if os.environ["RANK"] == "1":
+    kind, rank = words[0], words[1]
+    if kind == "start":
+        in_batch(0, lambda: time.sleep(6))
+    elif os.environ["RANK"] == rank:
         if kind == "images":
             in_batch(2, lambda: time.sleep(FOREVER))
-        elif kind == "second":
-            in_batch(2, lambda: time.sleep(1))
+        elif kind == "moment":
+            in_batch(2, lambda: time.sleep(2))
         elif kind == "step":
             in_step(3, lambda: time.sleep(FOREVER))
-        else:
+        elif kind == "process":
             in_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
-    main_pretrain.main(main_pretrain.get_args_parser().parse_args(words[1:]))
+        elif kind == "end":
+            at_the_end(lambda: time.sleep(6))
+    main_pretrain.main(main_pretrain.get_args_parser().parse_args(words[2:]))

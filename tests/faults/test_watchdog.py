@@ -1,6 +1,7 @@
 """A rank that stands still is named by the others within the time they wait; one that is only slow is let be."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -18,40 +19,50 @@ FLAGS = f"{SMALL} --batch_size 8 --epochs 1 --warmup_epochs 0 --num_workers 0 --
 
 
 @pytest.mark.parametrize(
-    "kind, said",
+    "kind, rank, said",
     [
-        ("images", "rank 1 has been waiting for images for "),
-        ("step", "rank 1 has been in step 2 for "),
-        ("process", "rank 1 has not answered for "),
+        ("images", 0, "rank 0 has been waiting for images for "),
+        ("step", 1, "rank 1 has been in step 2 for "),
+        ("process", 1, "rank 1 has not answered for "),
+        # It holds the store, which is what does not answer then.
+        ("process", 0, "rank 0, which holds the processes' meeting place, does not answer"),
     ],
 )
-def test_the_rank_that_stands_still_is_named(kind, said, image_folder, tmp_path):
+def test_the_rank_that_stands_still_is_named(kind, rank, said, image_folder, tmp_path):
     """The two wait for each other in every step, so that the other one cannot get ahead by more than one."""
-    flags = f"{kind} {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 6"
+    flags = f"{kind} {rank} {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 6"
     run = Forked("stuck_script", flags, 2)
     began = time.monotonic()
-    run.ranks[0].join(60)
-    seconds, code = time.monotonic() - began, run.ranks[0].exitcode
+    run.ranks[1 - rank].join(90)
+    seconds, code = time.monotonic() - began, run.ranks[1 - rank].exitcode
     os.killpg(run.pid, signal.SIGKILL)
     output, _ = run.communicate()
     assert code == 1, output
-    (line,) = [line for line in outputs_of(output) if line.startswith("[rank 0]")]
-    assert said in line and "(--timeout_s 6)" in line
-    assert seconds < 40  # 6 to wait, 2 to look twice, and the start beside other tests
+    assert [line for line in complaints(output) if line.startswith(f"[rank {1 - rank}]") and said in line], output
+    assert "(--timeout_s 6)" in output
+    assert seconds < 60  # 6 to wait, 2 to 6 to look twice, and the start beside other tests
 
 
-def outputs_of(output: str) -> list[str]:
+def complaints(output: str) -> list[str]:
     return [line for line in output.splitlines() if "error:" in line]
 
 
 def test_a_slow_rank_is_waited_for_and_named(image_folder, tmp_path):
-    flags = f"second {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 60"
+    flags = f"moment 1 {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 60"
     output = ranks("stuck_script", flags, 2)
-    assert "note: rank 1 waited 1 of " in output and not outputs_of(output)
+    assert re.search(r"note: rank 1 waited \d+ of ", output) and not complaints(output), output
 
 
-def post(number=5, step=7, task="", seconds=0.0):
-    return {"number": number, "step": step, "task": task, "for": seconds}
+@pytest.mark.parametrize("kind", ["start", "end"])
+def test_no_healthy_run_is_ended(kind, image_folder, tmp_path):
+    """Twice as long as the time to wait: for the first images, on all ranks; on rank 0, when the other has ended."""
+    flags = f"{kind} 0 {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 3"
+    assert not complaints(ranks("stuck_script", flags, 2))
+    assert (tmp_path / "encoder.safetensors").is_file() and (tmp_path / "results.jsonl").is_file()
+
+
+def post(number=5, step=7, task="", seconds=0.0, ended=False):
+    return {"number": number, "step": step, "task": task, "for": seconds, "ended": ended}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +79,10 @@ def post(number=5, step=7, task="", seconds=0.0):
          "ranks 0, 1 have been in step 6 for 40 s, while others are in step 7"),
         # All in one step: a collective that does not end, which is torch's to say.
         ([post(seconds=50), post(seconds=50), post(seconds=50)], ""),
+        # Nobody ahead has waited for so long.
+        ([post(step=6, seconds=40), post(seconds=1), post(seconds=2)], ""),
+        # It has ended, and writes no more.
+        ([post(step=9, seconds=40), post(4, 9, seconds=40, ended=True), post(step=9)], ""),
         # Behind, but moving.
         ([post(step=6, seconds=1), post(seconds=50), post(seconds=50)], ""),
     ],
