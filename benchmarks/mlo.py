@@ -25,6 +25,8 @@ VARIANTS = {
     "fd, every 5": "--mlo_hypergrad fd --mlo_update_every 5",
     "jvp, every 1": "--mlo_hypergrad jvp",
     "jvp, every 5": "--mlo_hypergrad jvp --mlo_update_every 5",
+    "solve, every 1": "--mlo_stage2 solve",
+    "solve, every 5": "--mlo_stage2 solve --mlo_update_every 5",
     "naive, every 1": "--mlo_hypergrad fd",
 }
 CYCLE = 10  # steps after which every variant has moved its masking network equally often
@@ -59,7 +61,7 @@ class MLOVariant(_measure.Variant):
         method._draw = lambda stage: task.batch
         if self.naive:  # in place of stage III and all that follows from it
             method.batches = [SimpleNamespace(batch=lambda _: task.batch)] * 2
-            method.stage2.paths = lambda *_: (0.0, 0.0, {"direct": {}})
+            method.stage2.paths = lambda *_: ({}, {"direct": {}})
             method._move = self.move_naively
 
     def watch_parts(self) -> None:

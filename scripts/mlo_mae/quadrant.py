@@ -6,8 +6,8 @@ For every seed: plain MAE for a moment, whose encoder MLO-MAE goes on with, slow
 (why both matter: docs/mlo.md). Then the area under the ROC curve of the masking network's probabilities, patches inside
 the quadrant against those outside (0.5: no difference; above: it removes the inside), as it was drawn and as it was
 learned. Last, the same MAE goes on with masks that stay as they are, the learned one and its mirror image (it removes
-what the other keeps), and is probed linearly: the direction that was learned should be the one that serves the task.
-What is finished is skipped.
+what the other keeps): the validation loss of the best head after one epoch and after all, which the learned one should
+lower, and a linear probe. What is finished is skipped.
 """
 
 import argparse
@@ -19,15 +19,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from methods.mask_net import load_mask_net  # noqa: E402
+from methods.mlo_solved import Fit, standardized  # noqa: E402
 from models_mae import build_model  # noqa: E402
 from util.datasets import IMAGENET, read_images  # noqa: E402
 from util.errors import UserError, user_errors  # noqa: E402
+from util.features import mae_features  # noqa: E402
 from util.loading import KeyedDataset  # noqa: E402
 from util.transforms import eval_transform  # noqa: E402
 
@@ -38,6 +41,7 @@ LEARNING = (
     "--mlo_stage2 solve --mlo_mask_lr 0.1"
 )
 MODEL = "vit_micro_patch4"
+RIDGE = 0.01
 
 
 def python(*words: str) -> None:
@@ -63,18 +67,38 @@ def probe(folder: Path, checkpoint: Path, data: Path, seed: int) -> float:
     return json.loads((folder / "probe.json").read_text())["result"]["test_acc1"]
 
 
+def images(data: Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """All of a split, and their labels."""
+    args = SimpleNamespace(dataset="imagefolder", data_path=str(data), seed=0, in_chans=3)
+    dataset = KeyedDataset(read_images(args, train=train), eval_transform((32, 32), *IMAGENET, None), args)
+    samples = [dataset[place] for place in range(len(dataset))]
+    return torch.stack([s.image for s in samples]), torch.tensor([s.target for s in samples])
+
+
 @torch.no_grad()
 def separation(checkpoint: Path, data: Path) -> tuple[float, float, float]:
     """Area under the curve, and the mean probability inside and outside, over the validation images."""
     net, embedding = load_mask_net(str(checkpoint), build_model(f"mae_{MODEL}"))
-    args = SimpleNamespace(dataset="imagefolder", data_path=str(data), seed=0, in_chans=3)
-    images = KeyedDataset(read_images(args, train=False), eval_transform((32, 32), *IMAGENET, None), args)
-    p = net(embedding.network(torch.stack([images[place].image for place in range(len(images))]))).sigmoid()
+    p = net(embedding.network(images(data, train=False)[0])).sigmoid()
     inside = torch.zeros(8, 8, dtype=torch.bool)
     inside[:4, :4] = True  # upper left
     inside = inside.flatten()
     area = roc_auc_score(inside.expand(p.shape).flatten().numpy(), p.flatten().numpy())
     return area, p[:, inside].mean().item(), p[:, ~inside].mean().item()
+
+
+def validation_loss(checkpoint: Path, data: Path) -> float:
+    """Of the head that is best on the training images (--mlo_stage2 solve), on the validation images."""
+    model = build_model(f"mae_{MODEL}", norm_pix_loss=True)
+    model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
+    found = []
+    for train in (True, False):
+        imgs, targets = images(data, train)
+        found.append((torch.cat([mae_features(model, part, "avg") for part in imgs.split(256)]).double(), targets))
+    (ours, targets), (theirs, labels) = found
+    fit = Fit(F.cross_entropy, torch.nn.Linear(ours.shape[1], 10), RIDGE)
+    solution = fit.solve(torch.zeros(10 * ours.shape[1] + 10).double(), ours, targets, 1e-6)
+    return F.cross_entropy(fit.logits(solution, standardized(theirs, ours)), labels).item()
 
 
 def changed(checkpoint: Path, to: Path, sign: float) -> Path:
@@ -101,6 +125,9 @@ def one_seed(out: Path, data: Path, seed: int, args) -> dict[str, float]:
     for name, source in (("learned", learned), ("mirrored", mirrored)):
         frozen = f"{PLAIN} {warm} --mlo_mae --mlo_frozen --mlo_mask_net {source}"
         checkpoint = pretrain(out / f"frozen-{name}-seed{seed}", data, seed + 100, args.after, frozen)
+        for epochs in (1, args.after):
+            loss = validation_loss(checkpoint.with_name(f"checkpoint-{epochs - 1}.pth"), data)
+            row[f"validation loss, {name}, after {epochs}"] = loss
         row[f"probe {name}"] = probe(out / f"probe-{name}-seed{seed}", checkpoint, data, seed)
     return row
 

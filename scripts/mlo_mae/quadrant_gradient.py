@@ -1,40 +1,34 @@
-"""Which way does the hypergradient point on the quadrant task, on average? What quadrant.py should find, and how noisy.
+"""Which way does the hypergradient point on the quadrant task, and how firmly? What quadrant.py should find.
 
-python scripts/mlo_mae/quadrant_gradient.py OUT        OUT: the folder of quadrant.py; three minutes a seed on one core
+python scripts/mlo_mae/quadrant_gradient.py OUT        OUT: the folder of quadrant.py; two minutes a seed on one core
 
-For the plain MAE of every seed, a linear head is trained on the features of four fifths of the training images: to its
-optimum (logistic regression), or for `--head_steps` of AdamW, as a head would be in a run. Then, for many pairs of
-batches (held-out images for the direction, others for the errors), the rate of change of the removed patches' errors
-along the direction that raises the held-out loss, scaled as Adam scales steps: minus the learning rate times that is
-what the weight of a patch does to the held-out loss in the next step, so where it is positive a weight should rise.
-Masks are those of the masking network as it was drawn. Mean inside the quadrant and outside over the batches, in
-standard errors; and the difference in one batch, in deviations.
+For the plain MAE of every seed and many pairs of labelled batches (stages II and III), the head is solved for on the
+first, and the held-out loss of the second is differentiated with the head as it is (the direct path), and with the head
+solved anew (the whole derivative). Along each direction, scaled as Adam scales steps, the rate of change of the removed
+patches' errors on other images, under random masks: minus the learning rate times that is what the weight of a patch
+does to the held-out loss in the next step, so where it is positive a weight should rise. Mean inside the quadrant and
+outside; and the difference between them in one pair of batches, in its deviations.
 """
 
 import argparse
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from quadrant import MODEL, ROOT
-from sklearn.linear_model import LogisticRegression
+from quadrant import MODEL, RIDGE, ROOT, images
 from timm.optim import param_groups_weight_decay
 
 sys.path.insert(0, str(ROOT))
 
 from methods import Pretrainer
-from methods.hypergrad import Residuals, exact_arithmetic, rates_fd
-from methods.mask_net import load_mask_net
+from methods.hypergrad import Residuals, dot, exact_arithmetic, norm, rates_fd
+from methods.mlo_solved import Fit
 from methods.mlo_stages import gradient_of, step_along, trained
 from models_mae import build_model
 from util.checkpoint import list_checkpoints
-from util.datasets import IMAGENET, read_images
 from util.errors import user_errors
-from util.features import encoder_features, mae_features
-from util.loading import KeyedDataset
-from util.transforms import eval_transform
+from util.features import encoder_features
 
 
 def newest(folder: Path) -> Path:
@@ -52,83 +46,80 @@ def load(checkpoint: Path):
     return model.eval(), optimizer
 
 
-def all_images(data: Path):
-    args = SimpleNamespace(dataset="imagefolder", data_path=str(data), seed=0, in_chans=3)
-    dataset = KeyedDataset(read_images(args, train=True), eval_transform((32, 32), *IMAGENET, None), args)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    samples = [dataset[place] for place in order]
-    return torch.stack([s.image for s in samples]), torch.tensor([s.target for s in samples])
+class Problem:
+    """The autoencoder of one seed, its optimizer, and images for training and held-out ones."""
+
+    def __init__(self, folder: Path, split, ridge: float):
+        torch.manual_seed(0)
+        self.model, self.optimizer = load(newest(folder))
+        self.images, self.targets = split
+        self.cut = len(self.images) * 4 // 5
+        self.fit = Fit(F.cross_entropy, torch.nn.Linear(self.model.cls_token.shape[-1], 10), ridge)
+
+    def draw(self, size: int, held_out: bool = False) -> torch.Tensor:
+        count = len(self.images) - self.cut if held_out else self.cut
+        return torch.randperm(count)[:size] + self.cut * held_out
+
+    def directions(self, size: int):
+        """(direct path, path through the head) of one pair of batches, and the held-out top-1 in percent."""
+        places = self.draw(size), self.draw(size, held_out=True)
+        features = [encoder_features(self.model, self.images[part], "avg") for part in places]
+        batches = [(f.detach().double(), self.targets[part]) for f, part in zip(features, places)]
+        unknowns = sum(p.numel() for p in self.fit.head.parameters())
+        solution = self.fit.solve(torch.zeros(unknowns).double(), *batches[0])
+        _, logits, *sent = self.fit.through(solution, *batches)
+        head, direct = (gradient_of((f * s.float()).sum(), trained(self.model)) for f, s in zip(features, sent))
+        return direct, head, 100 * (logits.argmax(1) == batches[1][1]).double().mean().item()
+
+    def rates(self, direction, imgs, ids_keep, ids_removed) -> torch.Tensor:
+        """Mean rate of the removed patches inside the quadrant and outside."""
+        scaled = step_along(self.optimizer, trained(self.model), direction, "adam")
+        scaled = {f"model.{name}": value for name, value in scaled.items()}
+        weights = {f"model.{name}": p.detach() for name, p in trained(self.model).items()}
+        with exact_arithmetic(self.model):
+            found = rates_fd(Residuals(self.model, False), weights, scaled, (imgs, ids_keep, ids_removed), 1e-2)
+        inside = (ids_removed // 8 < 4) & (ids_removed % 8 < 4)  # upper left
+        return torch.stack([found[inside].mean(), found[~inside].mean()])
+
+    def pair(self, size: int) -> tuple[torch.Tensor, float, float]:
+        """Rates (direct and whole) x (inside, outside) of one pair of batches, the cosine of the paths, top-1."""
+        direct, head, top1 = self.directions(size)
+        imgs = self.images[self.draw(128)]
+        out = self.model.forward_pretrain(imgs, 0.75, torch.rand(128, 64))
+        whole = {name: direct[name] + head[name] for name in direct}
+        rates = [self.rates(direction, imgs, out.ids_keep, out.ids_removed) for direction in (direct, whole)]
+        return torch.stack(rates), (dot(direct, head) / (norm(direct) * norm(head))).item(), top1
 
 
-def best_head(features, targets) -> torch.nn.Linear:
-    """The one optimum of the penalised cross-entropy on standardised features."""
-    mean, spread = features.mean(0), features.std(0)
-    standard = ((features - mean) / spread).double().numpy()
-    fitted = LogisticRegression(C=0.01, max_iter=3000, tol=1e-6).fit(standard, targets.numpy())
-    head = torch.nn.Linear(features.shape[1], 10).requires_grad_(False)
-    head.weight.copy_(torch.from_numpy(fitted.coef_).float() / spread)
-    head.bias.copy_(torch.from_numpy(fitted.intercept_).float() - head.weight @ mean)
-    return head
-
-
-def trained_head(features, targets, steps: int) -> torch.nn.Linear:
-    """After some steps of AdamW on the features as they are."""
-    head = torch.nn.Linear(features.shape[1], 10)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
-    for _ in range(steps):
-        batch = torch.randint(len(features), (256,))
-        F.cross_entropy(head(features[batch]), targets[batch]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return head.requires_grad_(False)
-
-
-def rates(model, optimizer, head, net, train, held_out, size: int) -> tuple[float, float]:
-    """Mean rate of the removed patches inside the quadrant and outside, from one pair of batches."""
-    batch = torch.randperm(len(held_out[0]))[:size]
-    loss = F.cross_entropy(head(encoder_features(model, held_out[0][batch], "avg")), held_out[1][batch])
-    direction = step_along(optimizer, trained(model), gradient_of(loss, trained(model)), "adam")
-    direction = {f"model.{name}": value for name, value in direction.items()}
-    imgs = train[0][torch.randperm(len(train[0]))[:size]]
-    out = model.forward_pretrain(imgs, 0.75, net[0](net[1].network(imgs)).detach())
-    weights = {f"model.{name}": p.detach() for name, p in trained(model).items()}
-    with exact_arithmetic(model):
-        found = rates_fd(Residuals(model, False), weights, direction, (imgs, out.ids_keep, out.ids_removed), 1e-2)
-    rows, columns = out.ids_removed // 8, out.ids_removed % 8
-    inside = (rows < 4) & (columns < 4)  # upper left
-    return found[inside].mean().item(), found[~inside].mean().item()
+def line(seed: int, name: str, rates: torch.Tensor, cosine: float, top1: float) -> str:
+    """`rates` (pairs, 2) inside and outside."""
+    errors = rates.mean(0) / rates.std(0) * len(rates) ** 0.5
+    difference = rates[:, 0] - rates[:, 1]
+    return (
+        f"| {seed} | {top1:.0f} | {cosine:+.3f} | {name} | {errors[0]:+.1f} | {errors[1]:+.1f} | "
+        f"{int((difference > 0).sum())} of {len(rates)} | {difference.mean() / difference.std():+.2f} |"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--batches", type=int, default=20)
-    parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--head_steps", type=int, default=0, help="0: to its optimum")
-    parser.add_argument("--masks", default="before", choices=["before", "mlo"], help="as drawn, or as learned")
+    parser.add_argument("--pairs", type=int, default=12, help="of batches")
+    parser.add_argument("--batch_size", type=int, default=256, help="labelled images in each of the two")
+    parser.add_argument("--ridge", type=float, default=RIDGE, help="as --mlo_ridge")
     args = parser.parse_args()
-    imgs, targets = all_images(args.out / "data")
-    cut = len(imgs) * 4 // 5
-    train, held_out = (imgs[:cut], targets[:cut]), (imgs[cut:], targets[cut:])
-    print("| seed | head, held-out top-1 | inside, standard errors | outside | inside > outside in | difference in one "
-          "batch, deviations |\n|---|---|---|---|---|---|")  # fmt: skip
+    imgs, targets = images(args.out / "data", train=True)
+    order = torch.randperm(len(imgs), generator=torch.Generator().manual_seed(0))
+    print("| seed | held-out top-1 | cosine of the paths | derivative | inside, standard errors | outside | inside > "
+          "outside in | difference in one pair, deviations |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
     for seed in args.seeds:
-        torch.manual_seed(seed)
-        last = newest(args.out / f"mae-seed{seed}")
-        model, optimizer = load(last)
-        source = newest(args.out / f"{args.masks}-seed{seed}")
-        net = load_mask_net(str(source), model)
-        features = torch.cat([mae_features(model, part, "avg") for part in train[0].split(256)])
-        steps = args.head_steps
-        head = trained_head(features, train[1], steps) if steps else best_head(features, train[1])
-        top1 = (head(mae_features(model, held_out[0], "avg")).argmax(1) == held_out[1]).float().mean().item()
-        found = torch.tensor([rates(model, optimizer, head, net, train, held_out, args.batch_size)
-                              for _ in range(args.batches)])  # fmt: skip
-        errors = found.mean(0) / found.std(0) * len(found) ** 0.5
-        difference = found[:, 0] - found[:, 1]
-        print(f"| {seed} | {100 * top1:.1f} | {errors[0]:+.1f} | {errors[1]:+.1f} | {int((difference > 0).sum())} of "
-              f"{len(found)} | {difference.mean() / difference.std():+.2f} |", flush=True)  # fmt: skip
+        problem = Problem(args.out / f"mae-seed{seed}", (imgs[order], targets[order]), args.ridge)
+        found = [problem.pair(args.batch_size) for _ in range(args.pairs)]
+        rates = torch.stack([rates for rates, _, _ in found])
+        cosine, top1 = (sum(pair[place] for pair in found) / len(found) for place in (1, 2))
+        for place, name in enumerate(("direct path", "whole")):
+            print(line(seed, name, rates[:, place], cosine, top1), flush=True)
 
 
 if __name__ == "__main__":
