@@ -310,12 +310,12 @@ class MLOMAE(Method):
 
     def set_extra_state(self, state):
         self.step, self.updates, self.drawn = state["step"], state["updates"], list(state["drawn"])
-        device = self.net.layers[0].weight.device
+        rhythm, device = [self.unroll, self.every], self.net.layers[0].weight.device
         for optimizer, saved in zip(self._optimizers(), state["optimizers"]):
             optimizer.load_state_dict(saved)
         self.window = [
             InnerStep({n: w.to(device) for n, w in s["weights"].items()}, [], s["lr"], s["applied"].to(device))
-            for s in (state["window"] if state["rhythm"] == [self.unroll, self.every] else [])
+            for s in (state["window"] if state.get("rhythm", rhythm) == rhythm else [])
         ]
 
     def rank_state(self):
@@ -326,10 +326,19 @@ class MLOMAE(Method):
     def load_rank_state(self, state):
         device = self.net.layers[0].weight.device
         for step, batches in zip(self.window, state):
-            step.batches = [Batch(**{name: value.to(device) for name, value in b.items()}) for b in batches]
+            step.batches = [Batch(**{name: value.to(device) for name, value in _removed(b).items()}) for b in batches]
 
 
 # Flags and files ----------------------------------------------------------------------------------------------------
+
+
+def _removed(batch: Tensors) -> Tensors:
+    """A batch of a checkpoint. Once (until 382ca59) it said where every patch had gone, not which were removed."""
+    if "ids_removed" in batch:
+        return batch
+    order = batch["ids_restore"].argsort(dim=1)  # visible patches first
+    kept = batch["ids_keep"]
+    return {"imgs": batch["imgs"], "ids_keep": kept, "ids_removed": order[:, kept.shape[1] :]}
 
 
 def _same_split(module, state, prefix, *_) -> None:
