@@ -1,12 +1,14 @@
 # shellcheck shell=bash disable=SC2034
 # Sourced by the other scripts: makes the virtual environment if there is none and installs what a requirements file
-# names, once per content of that file. Sets `python`.
+# names, once per content of that file; what is installed later does not change those versions. Sets `python`.
 #   VENV          where it is (default: .venv in the repository)
 #   REQUIREMENTS  what to install (default: requirements.txt)
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
 requirements=${REQUIREMENTS:-$root/requirements.txt}
+dev="$root/requirements-dev.txt"  # what the tests need besides
+[ "$(basename "$requirements")" != requirements-oldest.txt ] || dev="$root/requirements-dev-oldest.txt"
 
 find_python() {
     local candidate
@@ -27,7 +29,7 @@ install_requirements() { # requirements files
         stamp="$venv/.installed-$(basename "$file")"
         if ! cmp -s "$file" "$stamp"; then
             echo "installing $(basename "$file") into $venv"
-            "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file"
+            "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file" -c "$requirements"
             cp "$file" "$stamp"
         fi
     done

@@ -5,6 +5,6 @@
 #   bash scripts/soak.sh --minutes 600 --seed 1 --out soak.json
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
-install_requirements "$root/requirements-dev.txt"
+install_requirements "$dev"
 cd "$root"
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" exec "$python" tests/faults/soak.py "$@"

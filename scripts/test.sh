@@ -5,7 +5,7 @@
 #   bash scripts/test.sh tests/test_fixtures.py -k lars
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
-install_requirements "$root/requirements-dev.txt"
+install_requirements "$dev"
 cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
