@@ -42,6 +42,7 @@ SCRIPTS = {
     "cifar10_representation_study": (STUDY, 10), "maws/sweep": (SMALL, 10), "maws/scaling": (SMALL, 10),
     "reproduce": (["bootstrap_mae", "{out}", "--budget", "paper", "--data", "{data}", "--only", "mae"], 6),
     "quickstart": (FLAGS, 1), "soak": (["--out", "{out}/soak.json"], 1), "test": (["{out}/x.py"], 1),
+    "test_matrix": (["{out}/x.py"], 1),
 }  # fmt: skip
 
 
@@ -62,6 +63,8 @@ def place(tmp_path):
         (venv / f".installed-{name}").write_bytes((ROOT / name).read_bytes())
     (tmp_path / "cwd").mkdir()
     environment = {"PYTHON": str(venv / "bin" / "python"), "VENV": str(venv), "CALLS": str(tmp_path / "calls")}
+    (venv / "newest-3.11").symlink_to(venv)
+    environment |= {"VENVS": str(venv), "CASES": "newest-3.11"}
     environment |= {"TEACHER": str(out / "teacher.pth"), "GPUS": "1", "SEEDS": "0"}
     return out, data, {**os.environ, **environment}
 
