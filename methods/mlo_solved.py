@@ -60,9 +60,12 @@ class Fit:
     def logits(self, vector: Tensor, inputs: Tensor) -> Tensor:
         return functional_call(self.head, self.weights(vector), (inputs,))
 
+    def objective(self, vector: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(self.logits(vector, inputs), targets) + 0.5 * self.ridge * (vector @ vector)
+
     def slope(self, vector: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(objective, its gradient, in a graph) at a vector that requires one."""
-        value = self.loss(self.logits(vector, inputs), targets) + 0.5 * self.ridge * (vector @ vector)
+        value = self.objective(vector, inputs, targets)
         return value, torch.autograd.grad(value, vector, create_graph=True)[0]
 
     def solve(self, start: Tensor, features: Tensor, targets: Tensor, tolerance: float = 1e-9) -> Tensor:
@@ -76,13 +79,13 @@ class Fit:
             step = conjugate_gradients(curvature(vector, gradient), gradient.detach(), min(0.1, length.sqrt()))
             least, share = 1e-4 * (gradient.detach() @ step), 1.0
             while share > 1e-6:
-                tried = (vector - share * step).detach().requires_grad_()
-                if self.slope(tried, inputs, targets)[0] <= value - share * least:
+                tried = (vector - share * step).detach()
+                if self.objective(tried, inputs, targets) <= value - share * least:
                     break
                 share /= 2
             else:
                 break  # rounding allows no better
-            vector = tried
+            vector = tried.requires_grad_()
         return vector.detach()
 
     def through(self, solution: Tensor, batch: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]):
