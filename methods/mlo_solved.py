@@ -134,18 +134,19 @@ class SolvedHead(nn.Module):
             everyone = [
                 (gathered(f.detach()).double(), gathered(b.target)) for f, b in zip(features, (batch, held_out))
             ]
-            loss, logits, *sent = self._solve(*everyone)
+            fitted, loss, logits, *sent = self._solve(*everyone)
         paths = {"direct": self._back(features[1], sent[1], theta)}
         if self.head_path:
             paths["head"] = self._back(features[0], sent[0], theta)
-        return self.guide.logged(loss, logits, everyone[1][1]), paths
+        return {"stage2_loss": fitted, **self.guide.logged(loss, logits, everyone[1][1])}, paths
 
     def _solve(self, batch, held_out):
         fit = Fit(self.guide.loss, self.head, self.ridge)
         solution = fit.solve(torch.cat([p.flatten() for p in self.head.parameters()]).double(), *batch)
         for name, value in fit.weights(solution).items():
             self.head.get_parameter(name).copy_(value)
-        return fit.through(solution, batch, held_out)
+        fitted = fit.loss(fit.logits(solution, standardized(batch[0], batch[0])), batch[1])
+        return fitted, *fit.through(solution, batch, held_out)
 
     @staticmethod
     def _back(features: Tensor, sent: Tensor, theta: Tensors) -> Tensors:

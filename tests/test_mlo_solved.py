@@ -92,6 +92,7 @@ def test_the_total_derivative_is_exact():
     batches = [given.batch(0) for given in method.batches]
     logged, paths = method.stage2.paths(pretrainer.model, batches[1], batches[0])
     theta = {name: p.detach() for name, p in trained(pretrainer.model).items()}
+    assert set(logged) == {"stage2_loss", "stage3_loss", "stage3_top1"}
     torch.testing.assert_close(logged["stage3_loss"], of_theta(pretrainer, method, theta), rtol=1e-9, atol=0)
     for _ in range(3):
         along = {name: torch.randn_like(vector) for name, vector in paths["direct"].items()}
@@ -114,6 +115,22 @@ def test_what_the_head_can_undo_does_not_count():
     ours, theirs = (((features - batch[0].mean(0)) / scale @ basis) * scale for features, _ in (batch, held_out))
     direct, total = (of_theirs * theirs).sum(), (of_theirs * theirs).sum() + (of_ours * ours).sum()
     assert abs(total) < 1e-3 * abs(direct)
+
+
+def test_the_loss_of_stage_two_is_that_of_the_solution():
+    """Below what any other head that was tried has, the penalty counted."""
+    pretrainer, method, _ = small_vit("--mlo_unroll 1 --mlo_stage2 solve --mlo_ridge 0.1")
+    batches = [given.batch(0) for given in method.batches]
+    logged, _ = method.stage2.paths(pretrainer.model, batches[1], batches[0])
+    features = method.stage2.guide.features(pretrainer.model, batches[0].image).detach()
+    inputs = standardized(features, features)
+    head = torch.cat([p.detach().flatten() for p in method.stage2.head.parameters()])
+    loss = F.cross_entropy(method.stage2.head(inputs), batches[0].target)
+    torch.testing.assert_close(logged["stage2_loss"], loss.detach())
+    fit = Fit(F.cross_entropy, method.stage2.head, 0.1)
+    best = fit.objective(head, inputs, batches[0].target)
+    for _ in range(20):
+        assert fit.objective(head + 0.1 * torch.randn_like(head), inputs, batches[0].target) > best
 
 
 def test_one_path_can_be_left_out():
