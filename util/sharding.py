@@ -6,11 +6,10 @@ is the outermost unit. Checkpoints are folders, `checkpoint-E.dcp`: every proces
 2023, "PyTorch FSDP"; Rajbhandari et al. 2020 (ZeRO, stage 3).
 """
 
-import pickle
+import math
 import shutil
 import warnings
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -28,6 +27,7 @@ from util.checkpoint import write_tensors
 from util.checksum import crc32
 from util.distributed import from_main_process, gather_objects, get_rank, get_world_size, is_main_process
 from util.errors import UserError
+from util.tensor_list import FILE, Reader, read_tensors
 from util.weights_file import read_file
 
 REST = "rest.pth"  # written last: a folder without it is not whole
@@ -147,10 +147,13 @@ def _prefix(module: nn.Module, part: nn.Module) -> str:
 
 
 def load(folder: Path, module: nn.Module, optimizer) -> None:
-    """Undo `save`, on any number of processes. UserError when the folder is damaged, or its tensors are not those of
-    `module`."""
-    if not from_main_process(lambda: is_whole(folder)):
-        raise UserError(f"--resume {folder} is not whole or damaged: --resume auto takes the newest one that is whole")
+    """Undo `save`, on any number of processes. UserError when the folder is damaged or hostile, or its tensors are not
+    those of `module`."""
+    wrong = from_main_process(lambda: damage(folder))
+    if wrong:
+        raise UserError(
+            f"--resume {folder} is not whole or damaged ({wrong}): --resume auto takes the newest one that is whole"
+        )
     rest, reader = read_file(folder / REST), Reader(folder)
     stored = reader.read_metadata().state_dict_metadata
     for name, parameter in module.named_parameters():
@@ -164,7 +167,7 @@ def load(folder: Path, module: nn.Module, optimizer) -> None:
         sizes = [tuple(stored[name].size) if name in stored else None, _shape(wanted.get(name))]
         if sizes[0] != sizes[1]:
             raise UserError(f"--resume {folder} does not fit these flags: {name} is {sizes[0]} there, {sizes[1]} here")
-    dcp.load(wanted, storage_reader=reader)
+    read_tensors(wanted, reader)
     module.load_state_dict(rest["extra"], strict=False)
     for group, theirs in zip(optimizer.param_groups, rest["param_groups"]):
         group |= {name: value for name, value in theirs.items() if name not in ("params", "fused", "foreach")}
@@ -174,29 +177,57 @@ def _shape(tensor: torch.Tensor | None) -> tuple | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
+def _fits(rest: dict, stored: dict) -> bool:
+    """Whether `rest` has what `load` and `one_file` take from it, and its names are those of tensors in `stored`."""
+    kinds = {"names": list, "extra": dict, "exported": dict, "optimizer_names": list, "param_groups": list}
+    if not all(isinstance(rest.get(key), kind) for key, kind in kinds.items()):
+        return False
+    strings = [*rest["names"], *rest["extra"], *rest["optimizer_names"], *rest["exported"], *rest["exported"].values()]
+    groups, checksums = rest["param_groups"], rest.get("checksums", {})
+    if not all(isinstance(value, str) for value in strings) or not all(isinstance(group, dict) for group in groups):
+        return False
+    return isinstance(checksums, dict) and all(
+        name in rest["extra"] or f"module.{name}" in stored for name in rest["names"]
+    )
+
+
 def is_whole(folder: Path) -> bool:
-    """Whether every file is there, as long as the list of tensors says, and has its checksum (which folders of older
-    versions lack). `rest.pth` is written last."""
+    return not damage(folder)
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with it, "" when every file is there, as long as the list of tensors says, and has its checksum
+    (which folders of older versions lack). `rest.pth` is written last."""
     try:
         rest, metadata = read_file(folder / REST), Reader(folder).read_metadata()
-        ends = [(folder / part.relative_path, part.offset + part.length) for part in metadata.storage_data.values()]
-        if "names" not in rest or any(path.stat().st_size < end for path, end in ends):
-            return False
-        return all(crc32(folder / name) == crc for name, crc in rest.get("checksums", {}).items())
-    except (OSError, UserError, pickle.UnpicklingError, EOFError, AttributeError):
-        return False
+        if not _fits(rest, metadata.state_dict_metadata):
+            return f"{folder / REST} is not what --fsdp writes beside these tensors"
+        for entry in metadata.storage_data.values():
+            if (folder / entry.relative_path).stat().st_size < entry.offset + entry.length:
+                return f"{folder / entry.relative_path} is cut off"
+        for name, crc in rest.get("checksums", {}).items():
+            if name != ".metadata" and not (isinstance(name, str) and FILE.fullmatch(name)):
+                return f"{folder / REST} has a checksum of a file that --fsdp does not write"
+            if crc32(folder / name) != crc:
+                return f"the checksum of {folder / name} does not hold"
+    except OSError as error:
+        return f"{error.filename or folder} cannot be read: {error.strerror}"
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def one_file(folder: Path) -> dict:
-    """What the same run would have written as one file without `--fsdp`. UserError when the folder is not whole."""
-    if not is_whole(folder):
-        raise UserError(f"{folder} is no whole checkpoint of --fsdp (checkpoint-*.dcp)")
+    """What the same run would have written as one file without `--fsdp`. UserError when the folder is not whole, is
+    hostile, or needs more memory than there is."""
+    wrong = damage(folder)
+    if wrong:
+        raise UserError(f"{folder} is no whole checkpoint of --fsdp (checkpoint-*.dcp): {wrong}")
     rest, reader = read_file(folder / REST), Reader(folder)
-    stored = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in stored.items()}
+    tensors = _empty_tensors(folder, reader.read_metadata().state_dict_metadata)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        read_tensors(tensors, reader, no_dist=True)
     module = {
         name: rest["extra"][name] if name in rest["extra"] else tensors[f"module.{name}"] for name in rest["names"]
     }
@@ -210,31 +241,17 @@ def one_file(folder: Path) -> dict:
     return content | {key: _below(module, prefix) for key, prefix in rest["exported"].items()}
 
 
+def _empty_tensors(folder: Path, stored: dict) -> dict[str, torch.Tensor]:
+    """Zeros rather than `torch.empty`: whatever the list leaves out must not be filled from this process's memory."""
+    try:
+        return {name: torch.zeros(meta.size, dtype=meta.properties.dtype) for name, meta in stored.items()}
+    except (RuntimeError, MemoryError) as error:
+        needed = sum(math.prod(meta.size) * meta.properties.dtype.itemsize for meta in stored.values())
+        raise UserError(f"{folder} needs {needed / 1e9:.1f} GB of memory, more than there is free") from error
+
+
 _ONLY_HERE = {"names", "extra", "exported", "optimizer_names", "param_groups", "checksums"}
 
 
 def _below(state: dict, prefix: str) -> dict:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-class Reader(FileSystemReader):
-    """A folder's list of tensors is a pickle: nothing is made of it but torch's own descriptions of tensors."""
-
-    def read_metadata(self, *args, **kwargs):
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            return _Unpickler(file).load()
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        found = None
-        if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "torch"):
-            found = getattr(import_module(module), name, None)
-        described = isinstance(found, torch.dtype) or found is torch.Size or module.endswith("checkpoint.metadata")
-        if (module, name) in _HARMLESS or (described and isinstance(found, (type, torch.dtype))):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"the list of tensors asks for {module}.{name}")
-
-
-_HARMLESS = {("torch.serialization", "_get_layout"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
-_HARMLESS |= {("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("pathlib._local", "PosixPath")}
