@@ -9,11 +9,14 @@ import torch
 from launch import SMALL, log_rows, ranks
 from small_models import mae
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import main_pretrain
+import methods.rcmae
 import util.loading
 import util.shard_loading
 from main_pretrain import Watch
+from methods import Pretrainer
 from util.datasets import read_images
 
 CPU = torch.device("cpu")
@@ -66,3 +69,21 @@ def test_more_processes_than_pictures(image_folder, tmp_path, monkeypatch, datas
             monkeypatch.setattr(module, "get_rank", lambda rank=rank: rank)
             monkeypatch.setattr(module, "get_world_size", lambda: 9)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(watch().fixed, (imgs, noise)))
+
+
+def test_gradients_of_the_cosine_on_two_ranks(monkeypatch):
+    """Each rank sees every second image of the batch. Their gradients add up to those of one process, because an image
+    has the same mask."""
+    model, imgs, sent = mae(), torch.randn(6, 3, 16, 16), []
+    args = parsed("--data_path x --rc_mae")
+    methods.enabled_methods(args, methods.METHODS)
+    pretrainer = Pretrainer(model, [methods.rcmae.RCMAE(args, model)])
+    nn.init.normal_(pretrainer.methods["rc_mae"].teacher.network.decoder_pred.weight)
+    monkeypatch.setattr(methods.rcmae, "all_reduce_sum", lambda flat: sent.append(flat) or flat)
+    pretrainer.methods["rc_mae"].look(pretrainer, imgs, step=3)
+    monkeypatch.setattr(methods.rcmae, "get_world_size", lambda: 2, raising=False)
+    for rank in range(2):
+        monkeypatch.setattr(methods.rcmae, "get_rank", lambda rank=rank: rank)
+        pretrainer.methods["rc_mae"].look(pretrainer, imgs[rank::2], step=3)
+    for one, *two in zip(sent[:2], sent[2:4], sent[4:]):
+        torch.testing.assert_close(sum(two), one, rtol=1e-4, atol=1e-4 * one.abs().max().item())  # float32, other sums
