@@ -6,10 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from launch import SMALL, log_rows, ranks
 from small_models import mae
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import main_pretrain
 import methods.rcmae
@@ -17,7 +20,9 @@ import util.loading
 import util.shard_loading
 from main_pretrain import Watch
 from methods import Pretrainer
+from util import sharding
 from util.datasets import read_images
+from util.visual import heat_map
 
 CPU = torch.device("cpu")
 
@@ -87,3 +92,67 @@ def test_gradients_of_the_cosine_on_two_ranks(monkeypatch):
         pretrainer.methods["rc_mae"].look(pretrainer, imgs[rank::2], step=3)
     for one, *two in zip(sent[:2], sent[2:4], sent[4:]):
         torch.testing.assert_close(sum(two), one, rtol=1e-4, atol=1e-4 * one.abs().max().item())  # float32, other sums
+
+
+# --fsdp in bfloat16 ---------------------------------------------------------------------------------------------------
+
+
+class CastingNorm(nn.LayerNorm):
+    """In float32, whatever the type of its weights: what autocast makes of a norm on a GPU, and not on a CPU."""
+
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def after_epoch(image_folder, one_rank, monkeypatch):
+    """A function that returns loss, kNN accuracy and picture of one autoencoder after an epoch. With a type, the model
+    is spread by FSDP and its blocks are gathered in that type."""
+    args = parsed(f"--data_path {image_folder} --vis_freq 1 --knn_freq 1 --batch_size 32")
+    images, held_out = (read_images(args, train) for train in (True, False))
+
+    def policy(**settings):
+        return MixedPrecisionPolicy(**settings | ({"param_dtype": gathered} if "param_dtype" in settings else {}))
+
+    def measure(dtype):
+        nonlocal gathered
+        gathered, drawn = dtype, []
+        torch.manual_seed(0)
+        pretrainer = Pretrainer(mae(norm_layer=CastingNorm))
+        if gathered:
+            sharding.shard(pretrainer, pretrainer.model, [], CPU, gathered)
+        board = SimpleNamespace(image=lambda name, picture, epoch: drawn.append(picture))
+        run = SimpleNamespace(device=CPU, ended=True, amp_dtype=gathered or torch.float32, board=board)
+        row = Watch(args, run, pretrainer, images, held_out).after_epoch(0)
+        assert not torch.is_autocast_enabled("cpu")
+        return row["fixed_images_loss"], row["knn_top1"], *drawn
+
+    gathered = None
+    monkeypatch.setattr(sharding, "MixedPrecisionPolicy", policy)
+    return measure
+
+
+def test_blocks_gathered_in_bfloat16(after_epoch):
+    (loss, accuracy, picture), (whole_loss, whole_accuracy, whole) = after_epoch(torch.bfloat16), after_epoch(None)
+    # Each rounding to bfloat16 is one of at most 0.4 %, and they average out over pixels: measured 5e-5.
+    assert loss == pytest.approx(whole_loss, rel=2e-3) and loss != whole_loss
+    assert (picture - whole).abs().mean() < 2e-3
+    assert accuracy == pytest.approx(whole_accuracy, abs=5.1)  # one of 20 images may fall on the other side
+
+
+def test_heat_maps_of_what_autocast_made():
+    values = torch.rand(1, 4, 4).bfloat16()  # which numpy does not know
+    assert torch.equal(heat_map(values), heat_map(values.float()))
+
+
+def test_blocks_gathered_in_float32(after_epoch):
+    """Bit for bit what is drawn without --fsdp, in float32."""
+    (*numbers, picture), (*whole_numbers, whole) = after_epoch(torch.float32), after_epoch(None)
+    assert numbers == whole_numbers and torch.equal(picture, whole)

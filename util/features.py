@@ -41,11 +41,13 @@ def extract(encode, loader, device, amp_dtype) -> tuple[torch.Tensor, torch.Tens
 
 def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, classes: int, k=20, temperature=0.07):
     """Weighted k-nearest-neighbour scores (M, classes): cosine similarity, votes of weight exp(similarity / 0.07), the
-    protocol of Wu et al. 2018 and Caron et al. 2021 (DINO, Section 4.1)."""
+    protocol of Wu et al. 2018 and Caron et al. 2021 (DINO, Section 4.1). In the type of the features, also under
+    autocast."""
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     scores = []
     for part in test.split(1024):
-        similarity, nearest = (part @ train.T).topk(min(k, len(train)), dim=1)  # (m, k)
+        with torch.autocast(train.device.type, enabled=False):
+            similarity, nearest = (part @ train.T).topk(min(k, len(train)), dim=1)  # (m, k)
         votes = torch.zeros(len(part), classes)
         votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
         scores.append(votes)
