@@ -1,6 +1,5 @@
 """Pretrain a masked autoencoder: flags in, run out. The loop is in `engine_pretrain`, the methods are in `methods/`."""
 
-import copy
 import json
 from contextlib import nullcontext
 from functools import partial
@@ -183,7 +182,8 @@ def training_loader(args, images, device):
 
 
 class Watch:
-    """Reconstruction pictures and kNN accuracy of fixed images, between epochs."""
+    """Reconstruction pictures and kNN accuracy of fixed images, between epochs: the same images under the same masks on
+    any number of processes. The main process draws the pictures, so it alone reads their images."""
 
     COUNT = 8
 
@@ -193,7 +193,7 @@ class Watch:
         self.transform = eval_transform(input_size(args), self.mean, self.std, args.crop_pct)
         self.images, self.held_out = images, held_out
         self._loaders = None
-        self.fixed = self._fixed_images() if args.vis_freq else None
+        self.fixed = self._fixed_images() if args.vis_freq and is_main_process() else None
 
     def _fixed_images(self):
         images = self.held_out or self.images
@@ -201,16 +201,11 @@ class Watch:
             images = self._spread(images, self.COUNT)
         elif not isinstance(images, Shards):
             return None  # a stream of timm's
-        loader = build_loader(images, self.transform, self._here(), self.COUNT, train=False)
+        # Read in this process: a few images are not worth starting workers for.
+        loader = build_loader(images, self.transform, self.args, self.COUNT, train=False, num_workers=0, split=False)
         batch = next(iter(loader.begin(0)))
         imgs = batch.image[batch.bad == 0].to(self.run.device)
         return (imgs, fixed_noise(self.pretrainer.model, len(imgs), 0, self.run.device)) if len(imgs) else None
-
-    def _here(self):
-        """The flags with reading in this process: not worth starting workers for."""
-        here = copy.copy(self.args)
-        here.num_workers = 0
-        return here
 
     @staticmethod
     def _spread(images, count: int):
@@ -226,7 +221,7 @@ class Watch:
         shows = self.args.vis_freq and (last or epoch % self.args.vis_freq == 0)
         counts = self.args.knn_freq and (last or (epoch + 1) % self.args.knn_freq == 0)
         with sharding.whole(self.pretrainer) if shows or counts else nullcontext():
-            if shows and self.fixed and self.pretrainer.shows_pixels and is_main_process():
+            if shows and self.fixed and self.pretrainer.shows_pixels:
                 row["fixed_images_loss"] = self._show(epoch + 1)
             if counts:
                 row["knn_top1"] = self._knn()

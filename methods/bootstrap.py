@@ -12,6 +12,7 @@ from torch import nn
 from methods.base import Method, add_option
 from models_mae import MaskedAutoencoderViT, MaskedOutput, PatchEncoder
 from util.amp import widened
+from util.distributed import all_reduce_sum, average, get_world_size
 from util.ema import Frozen, copy_weights, ema_update
 from util.errors import UserError
 
@@ -44,15 +45,21 @@ def feature_loss(out: MaskedOutput, target: torch.Tensor) -> torch.Tensor:
 def collapse(features: torch.Tensor) -> dict[str, torch.Tensor]:
     """How much the features (..., D) still say: the deviation of a channel over tokens and images, averaged over the
     channels, and the effective rank, exp of the entropy of the normalised spectrum (Roy and Vetterli 2007), from 1
-    (everything on a line) to D. Both fall when a bootstrap collapses. NaN for features that are not finite."""
+    (everything on a line) to D. Both fall when a bootstrap collapses. NaN for features that are not finite.
+
+    Of the features of all ranks together, of which each has equally many: the rank of a few images is lower than that
+    of many. All ranks must call it."""
     x = features.reshape(-1, features.shape[-1]).double()
-    if not torch.isfinite(x).all():
-        return {"target_std": x.new_tensor(torch.nan), "target_rank": x.new_tensor(torch.nan)}
-    x = x - x.mean(dim=0)
+    x = x - average([x.mean(dim=0)])[0]
     with torch.autocast(x.device.type, enabled=False):  # in bf16 the rounding alone has a rank of ten
-        singular = torch.linalg.eigvalsh(x.T @ x).clamp(min=0).sqrt()
+        scatter = all_reduce_sum(x.T @ x)
+        if not torch.isfinite(scatter).all():
+            return {"target_std": x.new_tensor(torch.nan), "target_rank": x.new_tensor(torch.nan)}
+        singular = torch.linalg.eigvalsh(scatter).clamp(min=0).sqrt()
     p = singular / singular.sum().clamp(min=1e-12)
-    return {"target_std": x.std(dim=0).mean(), "target_rank": torch.exp(torch.special.entr(p).sum())}
+    ranks = get_world_size()
+    std = x.std(dim=0) if ranks == 1 else (scatter.diagonal() / (ranks * len(x) - 1)).sqrt()
+    return {"target_std": std.mean(), "target_rank": torch.exp(torch.special.entr(p).sum())}
 
 
 def copied_at(epoch: int, every: int, first_copy: bool) -> bool:

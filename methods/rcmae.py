@@ -15,7 +15,7 @@ from torch import nn
 from methods.base import Method, add_option
 from models_mae import MaskedAutoencoderViT, MaskedOutput
 from util.amp import widened
-from util.distributed import all_reduce_sum, get_rank
+from util.distributed import all_reduce_sum, get_rank, get_world_size
 from util.ema import Frozen, ema_update
 from util.errors import UserError
 from util.rng import redrawn, sample_noise
@@ -144,7 +144,8 @@ class RCMAE(Method):
 
     def look(self, pretrainer, imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
         model = pretrainer.model
-        places = torch.arange(len(imgs), device=imgs.device) + get_rank() * len(imgs)
+        # As one process would number the images of all ranks, so that an image has the same mask on any number of them.
+        places = torch.arange(len(imgs), device=imgs.device) * get_world_size() + get_rank()
         noise = sample_noise(step, 0, places, model.patch_embed.num_patches, stream=2)
         parts, out = pretrainer.losses(imgs, self.ratio, noise)
         target = next(iter(parts.values()))  # what is reconstructed comes first

@@ -80,6 +80,9 @@ def test_as_on_one_process(folders):
         assert largest_difference(tensors, many[part]) < 2e-4
     accuracies = [log_rows(folders / run)[-1]["knn_top1"] for run in ("1", "2")]
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.6)  # two of 360 digits may fall on the other side
+    for name in ("target_std", "target_rank"):
+        ((_, first),), ((_, second),) = (scalars(folders / run, f"train/{name}") for run in ("1", "2"))
+        assert first == pytest.approx(second, rel=1e-4)  # of the same 128 images
     assert one["step"] == many["step"] and one["methods"]["ema_mae._extra_state"]["ready"]
     assert one["optimizer"]["param_groups"] == many["optimizer"]["param_groups"]
     moments, states = one["optimizer"]["state"], many["optimizer"]["state"]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from util.amp import autocast, widened
-from util.distributed import get_world_size
+from util.distributed import gather_objects
 
 
 def encoder_features(model, imgs: torch.Tensor, pool: str) -> torch.Tensor:
@@ -32,22 +32,22 @@ def extract(encode, loader, device, amp_dtype) -> tuple[torch.Tensor, torch.Tens
         features.append(output.float().cpu()[good])
         targets.append(batch.target[good])
         indices.append(batch.index[good])
-    found = torch.cat(features), torch.cat(targets), torch.cat(indices)
-    if get_world_size() > 1:
-        parts: list = [None] * get_world_size()
-        torch.distributed.all_gather_object(parts, found)
-        found = tuple(torch.cat(column) for column in zip(*parts))
-    order = torch.argsort(found[2], stable=True)
-    return found[0][order], found[1][order]
+    # A rank has no batch where images are fewer than ranks: lists, which may be empty, are gathered, and joined here.
+    ranks = gather_objects((features, targets, indices))
+    features, targets, indices = (torch.cat([part for rank in column for part in rank]) for column in zip(*ranks))
+    order = torch.argsort(indices, stable=True)
+    return features[order], targets[order]
 
 
 def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, classes: int, k=20, temperature=0.07):
     """Weighted k-nearest-neighbour scores (M, classes): cosine similarity, votes of weight exp(similarity / 0.07), the
-    protocol of Wu et al. 2018 and Caron et al. 2021 (DINO, Section 4.1)."""
+    protocol of Wu et al. 2018 and Caron et al. 2021 (DINO, Section 4.1). In the type of the features, also under
+    autocast."""
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     scores = []
     for part in test.split(1024):
-        similarity, nearest = (part @ train.T).topk(min(k, len(train)), dim=1)  # (m, k)
+        with torch.autocast(train.device.type, enabled=False):
+            similarity, nearest = (part @ train.T).topk(min(k, len(train)), dim=1)  # (m, k)
         votes = torch.zeros(len(part), classes)
         votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
         scores.append(votes)

@@ -129,12 +129,13 @@ class EpochBatches(Sampler):
 
     Training: a permutation from (seed, epoch), cut into global batches; rank r takes every world-size-th sample from
     r on, and what does not fill a global batch is dropped. Evaluation (`shuffle=False`): every sample exactly once
-    over all ranks, in order, so ranks may differ by one sample.
+    over all ranks, in order, so ranks may differ by one sample, and a rank has none where samples are fewer than ranks.
+    With `split=False` every rank gets all samples.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int = 0, shuffle: bool = True):
+    def __init__(self, length: int, batch_size: int, seed: int = 0, shuffle: bool = True, split: bool = True):
         self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
-        self.rank, self.world = get_rank(), get_world_size()
+        self.rank, self.world = (get_rank(), get_world_size()) if split else (0, 1)
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -178,17 +179,18 @@ def _end_workers() -> None:
 
 
 class Loader:
-    """A DataLoader with `begin(epoch, batch)`; iterating starts there, `len` is the whole epoch."""
+    """A DataLoader with `begin(epoch, batch)`; iterating starts there, `len` is the whole epoch. `num_workers` replaces
+    the flag's; `split=False` gives every rank all samples (not of a stream)."""
 
-    def __init__(self, dataset, args, batch_size: int, shuffle: bool):
+    def __init__(self, dataset, args, batch_size: int, shuffle: bool, num_workers: int | None = None, split=True):
         self.dataset, self.batch_size = dataset, batch_size
         self.stream, self.shuffle = isinstance(dataset, IterableDataset), shuffle
         self.start = 0
-        common = self.options(args, args.num_workers)
+        common = self.options(args, args.num_workers if num_workers is None else num_workers)
         if self.stream:
             self.loader = DataLoader(dataset, batch_size=batch_size, **common)
         else:
-            self.batches = EpochBatches(len(dataset), batch_size, args.seed, shuffle)
+            self.batches = EpochBatches(len(dataset), batch_size, args.seed, shuffle, split)
             self.loader = DataLoader(dataset, batch_sampler=self.batches, **common)
 
     def options(self, args, workers: int) -> dict:
@@ -261,17 +263,23 @@ class Endless:
         return next_batch(self._batches)
 
 
-def build_loader(images, transform, args, batch_size: int, train: bool) -> Loader:
+def build_loader(
+    images, transform, args, batch_size: int, train: bool, num_workers: int | None = None, split: bool = True
+) -> Loader:
     """Batches of `images` (an `Images`, `Shards` or a stream of timm's). UserError when training has less than one
-    batch."""
+    batch. `num_workers` replaces the flag's. The ranks split the images among them; with `split=False` every rank reads
+    all of them, which a stream of timm's cannot (ValueError)."""
     if isinstance(images, Shards):
         from util.shard_loading import ShardLoader
 
-        loader = ShardLoader(images, transform, args, batch_size, train)
+        loader = ShardLoader(images, transform, args, batch_size, train, num_workers, split)
     elif isinstance(images, Images):
-        loader = Loader(KeyedDataset(images, transform, args, replace=train), args, batch_size, train)
+        data = KeyedDataset(images, transform, args, replace=train)
+        loader = Loader(data, args, batch_size, train, num_workers, split)
+    elif split:
+        loader = Loader(StreamDataset(images, transform, args), args, batch_size, train, num_workers)
     else:
-        loader = Loader(StreamDataset(images, transform, args), args, batch_size, train)
+        raise ValueError("the reader of a stream splits its images among the ranks by itself")
     if train:
         check_enough(len(loader.dataset), batch_size)
     return loader

@@ -133,16 +133,17 @@ class Section:
 class ShardDataset(IterableDataset):
     """`shards` through `transform`, in whole batches of `batch_size` of each worker. `train`: shuffled, every rank gets
     equally many batches, what fills none is left out, and what cannot be read is replaced (a sample comes twice only
-    then). Else: everything once, in order, ranks may differ by one image, and what cannot be read has `bad` set."""
+    then). Else: everything once, in order, ranks may differ by one image, and what cannot be read has `bad` set. With
+    `split=False` every rank gets all images."""
 
-    def __init__(self, shards: Shards, transform, args, batch_size: int, train: bool):
+    def __init__(self, shards: Shards, transform, args, batch_size: int, train: bool, split: bool = True):
         self.shards, self.batch_size, self.train = shards, batch_size, train
         self.seed, self.in_chans, self.buffer = args.seed, args.in_chans, args.shuffle_buffer if train else 1
         self.crop, self.transform = split_crop(transform) if getattr(args, "jpeg_draft", False) else (None, transform)
         classes = getattr(args, "nb_classes", None)
         self.labels = range(classes) if classes else range(-1, 2**31)
         self.at = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch and first batch; workers outlive an epoch
-        rank, world = get_rank(), get_world_size()
+        rank, world = (get_rank(), get_world_size()) if split else (0, 1)
         if train:
             mine = len(shards) // (batch_size * world) * batch_size
             self.first, self.last = rank * mine, (rank + 1) * mine
@@ -210,10 +211,12 @@ class ShardDataset(IterableDataset):
 class ShardLoader(Loader):
     """Batches of shards; entered at any batch."""
 
-    def __init__(self, shards: Shards, transform, args, batch_size: int, train: bool):
-        self.dataset = ShardDataset(shards, transform, args, batch_size, train)
+    def __init__(
+        self, shards: Shards, transform, args, batch_size: int, train: bool, num_workers: int | None = None, split=True
+    ):
+        self.dataset = ShardDataset(shards, transform, args, batch_size, train, split)
         self.batch_size, self.stream, self.shuffle, self.start = batch_size, True, train, 0
-        workers = min(args.num_workers, max(1, self.dataset.batches))
+        workers = min(args.num_workers if num_workers is None else num_workers, max(1, self.dataset.batches))
         options = self.options(args, workers) | {"persistent_workers": workers > 0}
         self.loader = DataLoader(self.dataset, batch_size=batch_size, **options)
 

@@ -9,7 +9,7 @@ is the outermost unit. Checkpoints are folders, `checkpoint-E.dcp`: every proces
 import math
 import shutil
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from util import disk
+from util.amp import autocast
 from util.checkpoint import write_tensors
 from util.checksum import crc32
 from util.distributed import from_main_process, gather_objects, get_rank, get_world_size, is_main_process
@@ -70,13 +71,18 @@ def is_sharded(module: nn.Module) -> bool:
 @contextmanager
 def whole(module: nn.Module):
     """Inside, every process holds all weights (for looking: no gradients), and what one of them does alone needs no
-    other. All of them must enter. Does nothing for a module that is not spread."""
+    other. All of them must enter. Does nothing for a module that is not spread.
+
+    Blocks that are gathered in bfloat16 take inputs of that type alone unless autocast is on, so it is on inside; where
+    all weights are float32, nothing changes."""
     units = [unit for unit in module.modules() if is_sharded(unit)] if is_sharded(module) else []
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
+    low = next((p for unit in units for p in unit.parameters() if p.dtype is torch.bfloat16), None)
     try:
-        yield
+        with nullcontext() if low is None else autocast(low.device, low.dtype):
+            yield
     finally:
         for unit in units:
             unit.set_reshard_after_forward(unit is not module, recurse=False)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid
 
+from util.amp import widened
 from util.rng import sample_noise
 
 LINE, ROW_LABEL = 15, 56  # pixels: height of a line of text, width of the labels before rows
@@ -56,7 +57,7 @@ def heat_map(values: torch.Tensor) -> torch.Tensor:
     """(N, H, W) in [0, 1] -> colours (N, 3, H, W), dark (0) to bright (1)."""
     from matplotlib import colormaps
 
-    return torch.from_numpy(colormaps["inferno"](values.cpu().numpy())[..., :3]).permute(0, 3, 1, 2).float()
+    return torch.from_numpy(colormaps["inferno"](widened(values).cpu().numpy())[..., :3]).permute(0, 3, 1, 2).float()
 
 
 def overlay(colours: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
