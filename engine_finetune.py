@@ -6,6 +6,7 @@ import torch
 
 from util.amp import autocast, choose_amp_dtype
 from util.distributed import is_main_process, shut_down, sync_buffers
+from util.finished import end_again
 from util.ledger import Record, write_json
 from util.log import Board
 from util.run import Run
@@ -68,8 +69,13 @@ def report(stats: dict, count: int, kind=TopK) -> None:
 
 def train(args, run: Run, val_loader, criterion, mixup_fn=None, kind=TopK) -> dict[str, float]:
     """All epochs; every `--eval_freq` of them and the last are followed by an evaluation by `kind`, and the weights
-    that are best by its headline are kept in `checkpoint-best.pth`."""
+    that are best by its headline are kept in `checkpoint-best.pth`. A run that was resumed at its end is not evaluated
+    again: {}."""
     stats = {}
+    if run.resumed_at_end:
+        end_again(run, [], lambda metrics: run.board.hparams(vars(run.record.args), _final(metrics)))
+        return stats
+    run.begin()
     while not run.ended and not run.stopped:
         train_one_epoch(run.module, criterion, run, mixup_fn)
         if run.stopped:
@@ -93,3 +99,8 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, kind=TopK) -> di
     run.enter()
     run.close()
     return stats
+
+
+def _final(metrics: dict[str, float]) -> dict[str, float]:
+    """Of a line of the log, the metrics that a run gives TensorBoard at its end, by the names that they have there."""
+    return {name.removeprefix("test_"): value for name, value in metrics.items() if not name.startswith("best_")}

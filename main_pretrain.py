@@ -19,6 +19,7 @@ from util.datasets import Part, input_size, mean_std, read_images
 from util.distributed import barrier, is_main_process
 from util.errors import UserError, user_errors
 from util.features import extract, knn_accuracy, mae_features
+from util.finished import end_again
 from util.kernels import choose_attention
 from util.leak import check_leak
 from util.ledger import Record, strict
@@ -261,15 +262,24 @@ def place(pretrainer: Pretrainer, args, device) -> None:
     pretrainer.to(device)
 
 
-def save_encoders(args, run: Run) -> None:
-    """The encoder alone, of the model and of what the methods export, as safetensors."""
+def encoders(run: Run) -> dict[Path, torch.nn.Module]:
+    """The models whose encoders a run leaves at its end, its own and what the methods export, by file."""
+    models = {"model": run.model, **run.exported()}
+    folder = Path(run.args.output_dir)
+    return {folder / f"encoder{key.removeprefix('model')}.safetensors": model for key, model in models.items()}
+
+
+def write_results(run: Run, metrics: dict[str, float]) -> None:
+    """What a run leaves at its end, but for its line in the ledger: encoders alone, as safetensors, and flags and
+    metrics for TensorBoard."""
+    args = run.record.args
     origin = {"epoch": run.epoch if run.position else run.epoch - 1, **run.record.state(run.images_seen())}
     flags = {name: value for name, value in vars(args).items() if name not in checkpoint.FREE_FLAGS}
     metadata = {name: json.dumps(strict(value)) for name, value in {**flags, "origin": origin}.items()}
-    for key, model in {"model": run.model, **run.exported()}.items():
+    for path, model in encoders(run).items():
         state = sharding.gathered(encoder_state(model.state_dict()))
-        path = Path(args.output_dir) / f"encoder{key.removeprefix('model')}.safetensors"
         run.saver.insist(path.name, partial(save_encoder, state, path, metadata))
+    run.board.hparams(vars(args), metrics)
 
 
 def main(args) -> None:
@@ -302,6 +312,10 @@ def main(args) -> None:
     pretrainer.attach(optimizer)
     record = Record("main_pretrain", args, weights, train=images, test=held_out if args.knn_freq else None)
     run = Run(args, device, loader, model, optimizer, pretrainer, resume, record)
+    if run.resumed_at_end:
+        end_again(run, list(encoders(run)), partial(write_results, run))
+        return
+    run.begin()
     watch = Watch(args, run, pretrainer, images, held_out)
     row = {}
     while not run.ended and not run.stopped:
@@ -310,8 +324,7 @@ def main(args) -> None:
             row = watch.after_epoch(run.epoch)
             run.finish_epoch(row)
     if not run.stopped and args.output_dir:
-        save_encoders(args, run)
-        run.board.hparams(vars(args), {**run.last_means, **row})
+        write_results(run, {**run.last_means, **row})
     run.enter()
     run.close()
 

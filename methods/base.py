@@ -82,12 +82,13 @@ class Method(nn.Module):
         """After optimizer step number `step` (from 0). `applied` is a device scalar: 0 where the step was skipped
         (a non-finite gradient), so that an average can be gated without waiting for the device."""
 
-    def metrics(self) -> dict[str, torch.Tensor | float]:
-        """Cheap values to log after every step, beside the parts of the loss."""
+    def metrics(self) -> dict[str, torch.Tensor | float | None]:
+        """Cheap values to log after every step, beside the parts of the loss. Names may depend on the step, but not on
+        the images of a rank: None where this one has no value, which is left out of the mean."""
         return {}
 
-    def look(self, pretrainer: "Pretrainer", imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor | float]:
-        """Costly values to log, every `look_every` steps, outside the time that is measured."""
+    def look(self, pretrainer: "Pretrainer", imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor | float | None]:
+        """Costly values to log, every `look_every` steps, outside the time that is measured; names as of `metrics`."""
         return {}
 
     def pictures(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, shown: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -192,7 +193,7 @@ class Pretrainer(nn.Module):
         """Whether the decoder is trained to predict pixels now, so that pictures of them mean something."""
         return not any(method.head_in_use for method in self.methods.values())
 
-    def metrics(self) -> dict[str, torch.Tensor | float]:
+    def metrics(self) -> dict[str, torch.Tensor | float | None]:
         return {name: value for method in self.methods.values() for name, value in method.metrics().items()}
 
     def pictures(self, imgs, shown) -> dict[str, torch.Tensor]:

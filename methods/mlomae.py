@@ -121,7 +121,7 @@ class MLOMAE(Method):
         self.ratio = args.mask_ratio
         self.drawn = [0, 0]  # batches of stages II and III
         self.window: list[InnerStep] = []
-        self._logged: dict[str, torch.Tensor] = {}
+        self._logged: dict[str, torch.Tensor | float | None] = {}
         self._model = [model]  # in a list: not a part of this module
 
     def divide(self, images):
@@ -192,8 +192,8 @@ class MLOMAE(Method):
         """The next labelled batch of stage II (0) or III (1), on the device."""
         batch = self.batches[stage].batch(self.drawn[stage])
         self.drawn[stage] += 1
-        if batch.bad.any():
-            self._logged["bad_labelled_images"] = float(batch.bad.sum())
+        # None where all are good: the mean is over batches with bad images, and every rank logs the name.
+        self._logged["bad_labelled_images"] = float(batch.bad.sum()) or self._logged.get("bad_labelled_images")
         device = self.net.layers[0].weight.device
         return batch._replace(
             image=batch.image.to(device, non_blocking=True), target=batch.target.to(device, non_blocking=True)

@@ -142,7 +142,7 @@ class RCMAE(Method):
         for name, head in self.heads.items():
             ema_update(head.network, self._students[name], 1 - self.momentum, applied)
 
-    def look(self, pretrainer, imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+    def look(self, pretrainer, imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor | None]:
         model = pretrainer.model
         # As one process would number the images of all ranks, so that an image has the same mask on any number of them.
         places = torch.arange(len(imgs), device=imgs.device) * get_world_size() + get_rank()
@@ -154,7 +154,7 @@ class RCMAE(Method):
         with torch.autocast(imgs.device.type, enabled=False):
             cosine = gradient_cosine(target * scale, parts["consistency"] * scale, shared)
         # While the teacher is still the student (a learning rate of 0 in the first step) there is no second gradient.
-        return {"grad_cosine": cosine} if torch.isfinite(cosine) else {}
+        return {"grad_cosine": cosine if torch.isfinite(cosine) else None}
 
     def metrics(self) -> dict[str, float]:
         return {"teacher_momentum": self.momentum}

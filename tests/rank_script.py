@@ -1,5 +1,5 @@
-"""A main for `launch.ranks`: one pretraining with trouble on rank 1 (`nan FLAGS…`), or with every gradient bucket
-counted (`count FLAGS…`). Prints lines that start with "rank R:".
+"""A main for `launch.ranks`: one pretraining with trouble on rank 1 (`nan FLAGS…`), with a metric that rank 1 alone
+logs (`metric FLAGS…`), or with every gradient bucket counted (`count FLAGS…`). Prints lines that start with "rank R:".
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import torch
 import main_pretrain
 import util.run
 import util.signals
+from methods import Pretrainer
 from models_mae import MaskedAutoencoderViT
 from util.errors import RunFailed, leave
 
@@ -32,6 +33,17 @@ def poison_rank_one():
         return original(self, *args) * (float("nan") if RANK == 1 and calls[0] == 4 else 1.0)
 
     MaskedAutoencoderViT.reconstruction_loss = reconstruction_loss
+
+
+def log_on_rank_one():
+    """Rank 1's second optimizer step logs a metric that rank 0's does not."""
+    calls, original = [0], Pretrainer.metrics
+
+    def metrics(self):
+        calls[0] += 1
+        return original(self) | ({"odd": 1.0} if RANK == 1 and calls[0] == 2 else {})
+
+    Pretrainer.metrics = metrics
 
 
 def count_buckets():
@@ -86,7 +98,7 @@ def get_args_parser():
 
 
 def main(words):
-    sent = count_buckets() if words[0] == "count" else poison_rank_one()
+    sent = {"count": count_buckets, "nan": poison_rank_one, "metric": log_on_rank_one}[words[0]]()
     methods, reductions = fingerprint_methods(), count_reductions()
     try:
         main_pretrain.main(main_pretrain.get_args_parser().parse_args(words[1:]))

@@ -118,6 +118,18 @@ def test_labelled_images_that_cannot_be_read(image_folder, tmp_path):
         pretrain(f"{labels} --mlo_batch_size 4 --data_path {image_folder} --epochs 1 --output_dir {tmp_path}/run")
 
 
+def test_a_labelled_image_that_cannot_be_read(image_folder, tmp_path):
+    """One rank of two gets it, in some steps: it is logged in these and no others, as on one process."""
+    shutil.copytree(image_folder / "train", tmp_path / "labels" / "train")
+    (tmp_path / "labels" / "train" / "class0" / "000.png").write_bytes(b"no image")
+    flags = MLO.replace("same", f"{tmp_path}/labels").replace("--batch_size 12", "--epochs 1")
+    flags = f"{flags} --data_path {image_folder} --mlo_batch_size"
+    pretrain(f"{flags} 12 --batch_size 12 --output_dir {tmp_path}/one")
+    ranks("main_pretrain", f"{flags} 6 --batch_size 6 --output_dir {tmp_path}/two", 2)
+    one, two = (scalars(tmp_path / name, "train/bad_labelled_images") for name in ("one", "two"))
+    assert one == two and {value for _, value in one} == {1.0} and len(one) < 8  # steps
+
+
 def test_the_same_images_by_another_path(image_folder, tmp_path):
     """A link to the pretraining images as --mlo_labels: what is held out is taken from stage I all the same."""
     (tmp_path / "other").symlink_to(image_folder)

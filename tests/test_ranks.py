@@ -24,6 +24,14 @@ def test_non_finite_on_one_rank_stops_both(image_folder, tmp_path):
     assert "flags/text_summary" in events.Tags()["tensors"]  # what waited in the event file's queue was written
 
 
+def test_a_metric_of_one_rank(image_folder, tmp_path):
+    """Both ranks name it at the reading after it was logged, before sums of different lengths meet."""
+    flags = f"metric {FLAGS} --print_freq 1 --data_path {image_folder} --output_dir {tmp_path}"
+    lines = said(ranks("rank_script", flags, 2))
+    assert len(lines) == 2
+    assert all("the metric 'odd' was logged on rank 1 and not on rank 0" in line for line in lines)
+
+
 def test_one_communication_per_step(image_folder, tmp_path):
     """12 micro-batches on each rank in windows of 3: four steps, four times the first bucket."""
     flags = f"count {FLAGS} --data_path {image_folder} --output_dir {tmp_path}"

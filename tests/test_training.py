@@ -19,6 +19,7 @@ from util.datasets import mean_std, read_images
 from util.encoder import load_encoder
 from util.errors import RunFailed, UserError
 from util.loading import build_loader
+from util.log import EpochMeter
 from util.lr_sched import adjust_learning_rate
 from util.rng import sample_noise, seeded
 from util.run import accumulation_window
@@ -244,6 +245,15 @@ def test_what_is_logged(image_folder, tmp_path):
     assert [row["epoch"] for row in rows] == [0, 1]
     assert {"train_loss", "train_lr", "epoch", "knn_top1"} <= set(rows[0])
     assert rows[1]["knn_top1"] > 60  # four colours: chance is 25
+
+
+def test_means_are_over_the_steps_that_have_a_value():
+    meter = EpochMeter(torch.device("cpu"))
+    for odd in (None, torch.tensor(4.0), None):
+        meter.add(loss=torch.tensor(1.5), odd=odd)
+    assert meter.read() == {"loss": 1.5, "odd": 4.0}
+    meter.add(odd=None)
+    assert meter.read() == {} and meter.means() == {"loss": 1.5, "odd": 4.0}
 
 
 def test_more_than_a_thousand_steps_an_epoch(tmp_path):

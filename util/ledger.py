@@ -4,6 +4,7 @@ A line says which code ran with which flags on what hardware and data, what it s
 `tools/collect.py` makes tables of them. A checkpoint carries the same, so that whatever judges it can say it too.
 """
 
+import argparse
 import datetime
 import fcntl
 import hashlib
@@ -158,6 +159,18 @@ def _names(images, root: str) -> list[str] | None:
     return [str(path).removeprefix(root) for path in images.paths] if hasattr(images, "paths") else None
 
 
+def metrics_of(log: str, epoch: float = math.inf) -> dict | None:
+    """Metrics of the last line of a log.txt, given as text, that is not of a later epoch; None where there is none."""
+    for line in reversed(log.splitlines()):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut off by a crash
+        if row.get("epoch", 0) <= epoch:
+            return {name: value for name, value in row.items() if name not in NO_METRICS}
+    return None
+
+
 def source_of(weights) -> dict | None:
     """What a run starts from (`util.weights.Weights`, None: nothing): the file, its hash, and what the file says of its
     own run, down to the run that one started from."""
@@ -177,7 +190,8 @@ class Record:
 
     def __init__(self, command: str, args, weights=None, **images):
         self.command, self.args, self.began, self.seconds_before = command, args, time.monotonic(), 0.0
-        self.revisions, self.earlier, self.source, self.data = [revision()], [], None, {}
+        self.revisions, self.source, self.data = [revision()], None, {}
+        self.stored, self.stored_flags, self._restored = {}, {}, False  # what the checkpoint of a resumed run says
         if is_main_process():
             self.source = source_of(weights)
         given = {name: split for name, split in images.items() if split is not None}
@@ -200,6 +214,8 @@ class Record:
                 )
 
     def state(self, images_seen: int) -> dict:
+        if self._restored:
+            return dict(self.stored)
         return {
             "revision": ", ".join(self.revisions),
             "images_seen": images_seen,
@@ -208,26 +224,32 @@ class Record:
             "source": self.source,
         }
 
-    def load_state(self, state: dict | None) -> None:
-        """Go on with the run that left `state` in its checkpoint (None: a checkpoint without)."""
-        state = state or {}
-        self.earlier = state.get("revision", "").split(", ") if state.get("revision") else []
-        self.revisions = self.earlier + [name for name in self.revisions if name not in self.earlier]
-        self.seconds_before, self.source = state.get("seconds", 0.0), state.get("source", self.source)
+    def load_state(self, state: dict | None, flags: dict | None = None) -> None:
+        """Go on with the run that left `state` and `flags` in its checkpoint (None: a checkpoint without)."""
+        self.stored, self.stored_flags = state or {}, flags or {}
+        earlier = self.stored.get("revision", "").split(", ") if self.stored.get("revision") else []
+        self.revisions = earlier + [name for name in self.revisions if name not in earlier]
+        self.seconds_before = self.stored.get("seconds", 0.0)
+        self.source = self.stored.get("source", self.source)
 
-    def finish(self, folder, trained_here: bool, images_seen: int, device: torch.device, dtype=None) -> None:
-        """Enter a training run that has reached its end, with the metrics of its log's last line. One that is resumed
-        there has nothing left to train, and a line already, unless it was killed in between."""
-        if not folder or not is_main_process():
-            return
-        if not trained_here:
-            has_line = any(row["command"] == self.command for row in read(Path(folder) / LEDGER))
-            if has_line or not self.earlier or not (Path(folder) / "log.txt").is_file():
-                return
-            self.revisions = self.earlier
-        last = json.loads((Path(folder) / "log.txt").read_text(encoding="utf-8").splitlines()[-1])
-        metrics = {name: value for name, value in last.items() if name not in NO_METRICS}
-        self.enter(folder, metrics, images_seen, device, dtype)
+    def restore(self) -> None:
+        """Say from now on exactly what the checkpoint said, flags included: this process adds nothing to the run."""
+        self._restored = True
+        if self.stored_flags:
+            self.args = argparse.Namespace()
+            vars(self.args).update(self.stored_flags)
+
+    def is_entered(self, folder) -> bool:
+        """Whether the ledger of `folder` has a line of this command for a run as long as the checkpoint's, or longer
+        (an extended run leaves one line for each of its ends)."""
+        lengths = [row.get("images_seen") for row in read(Path(folder) / LEDGER) if row["command"] == self.command]
+        return any(isinstance(seen, int) and seen >= self.stored.get("images_seen", 0) for seen in lengths)
+
+    def finish(self, folder, images_seen: int, device: torch.device, dtype=None) -> None:
+        """Enter a training run that has reached its end, with the metrics of its log's last line."""
+        if folder and is_main_process():
+            metrics = metrics_of((Path(folder) / "log.txt").read_text(encoding="utf-8"))
+            self.enter(folder, metrics, images_seen, device, dtype)
 
     def enter(self, folder, metrics: dict, images_seen: int, device: torch.device, dtype=None) -> None:
         """The line of this run in the ledger of `folder`. `images_seen` went through the network, with repetitions."""

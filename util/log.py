@@ -19,7 +19,15 @@ from torch.utils.tensorboard import FileWriter, SummaryWriter
 from tqdm import tqdm
 
 from util.disk import GrowingFile
-from util.distributed import all_reduce_sum, get_world_size, host_device, is_main_process
+from util.distributed import (
+    all_reduce_sum,
+    gather_objects,
+    get_world_size,
+    host_device,
+    is_main_process,
+    same_everywhere,
+)
+from util.errors import RunFailed
 
 
 class SmoothedValue:
@@ -125,8 +133,12 @@ class EpochMeter:
         self.counts: dict[str, float] = defaultdict(float)
 
     def add(self, count: float = 1, **values) -> None:
+        """Count each value `count` times. Ranks must add the same names between two readings; None is a name whose
+        value this rank does not have, and does not count."""
         for name, value in values.items():
             if value is None:
+                self.sums.setdefault(name, 0.0)
+                self.counts[name] += 0
                 continue
             if isinstance(value, torch.Tensor):  # numbers stay on the host: a copy to the device would wait for it
                 value = value.detach().to(torch.float64)
@@ -135,8 +147,10 @@ class EpochMeter:
             self.counts[name] += count
 
     def read(self) -> dict[str, float]:
-        """Means over all ranks since the last reading, one reduction; this is where the host waits for the device."""
+        """Means over all ranks since the last reading, of the names that any rank has a value of; this is where the
+        host waits for the device. RunFailed, on all ranks, when they added other names than each other."""
         names = sorted(self.sums)
+        check_same_names(names)
         if not names:
             return {}
         counts = torch.tensor([self.counts[name] for name in names], dtype=torch.float64, device=self.device)
@@ -144,15 +158,30 @@ class EpochMeter:
         pairs = all_reduce_sum(torch.stack([torch.stack(sums), counts])).tolist()
         self.sums.clear()
         self.counts.clear()
-        for name, total, count in zip(names, *pairs):
+        totals = {name: (total, count) for name, total, count in zip(names, *pairs) if count}
+        for name, (total, count) in totals.items():
             kept = self.epoch.setdefault(name, [0.0, 0.0])
             kept[0] += total
             kept[1] += count
-        return {name: total / count for name, total, count in zip(names, *pairs)}
+        return {name: total / count for name, (total, count) in totals.items()}
 
     def means(self) -> dict[str, float]:
         """Means over the epoch so far, of what has been read."""
         return {name: total / count for name, (total, count) in self.epoch.items()}
+
+
+def check_same_names(names: list[str]) -> None:
+    """RunFailed, on all ranks, when they log metrics of different `names`: a reduction would mix them up, or hang.
+    Names are gathered only when they differ; otherwise this is one small reduction on the host."""
+    if same_everywhere("\n".join(names)):
+        return
+    everyone = gather_objects(names)
+    name = min(name for theirs in everyone for name in theirs if any(name not in others for others in everyone))
+    logged = [name in theirs for theirs in everyone]
+    raise RunFailed(
+        f"the metric {name!r} was logged on rank {logged.index(True)} and not on rank {logged.index(False)}: every "
+        f"rank must log the same names in the same steps, with None where it has no value"
+    )
 
 
 class Progress:

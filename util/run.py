@@ -98,8 +98,7 @@ class Run:
         self.methods = getattr(self.module, "methods", None)
         self.amp_dtype = choose_amp_dtype(args.amp_dtype, device)
         self.scaler = NativeScalerWithGradNormCount(self.amp_dtype is torch.float16, device)
-        self.stop = StopRequest()
-        self.stopped = False
+        self.stop, self.stopped, self.board = StopRequest(), False, Board(None)
         self.steps_per_epoch = ceil(len(loader) / args.accum_iter)
         self.total_steps = settle_length(args, len(loader))
         self.epoch, self.position = args.start_epoch, 0  # next micro-batch
@@ -113,22 +112,26 @@ class Run:
         self.log, self.spike_log = GrowingFile(folder / "log.txt"), GrowingFile(folder / "spikes.jsonl")
         self.best_file = LateFile(folder / "checkpoint-best.pth", checkpoint.write_tensors)
         self.saver.files = [self.log, self.spike_log, self.best_file]
-        self.lr = 0.0
+        self.lr, self.resumed = 0.0, resume
         if resume is not None:
             state.resume(self, resume)
-        # From the place in the run, not from the file: right also with --start_epoch or with other batch flags.
-        # Optimizer steps since the beginning of the run.
+        # Optimizer steps of the run so far, not from the file: right also with --start_epoch or other batch flags.
         self.step = self.epoch * self.steps_per_epoch + self.position // args.accum_iter
         self._same_place_everywhere()
+        self.resumed_at_end = resume is not None and self.ended  # then `util.finished` follows, not `begin`
+
+    def begin(self) -> None:
+        """Prepare for training, and make the folders and the first files; no file changes before this."""
+        args, resume = self.args, self.resumed
         if args.compile:
             compile_blocks(self.module, *(n for method in self.all_methods() for n in method.networks_aside()))
-        self.flops = FlopMeter(device, self.amp_dtype) if args.log_mfu else None
+        self.flops = FlopMeter(self.device, self.amp_dtype) if args.log_mfu else None
         self.wrapped = self._wrap(self.module) if get_world_size() > 1 and not self.sharded else self.module
         checkpoint.make_output_dir(args)
         if resume is not None and args.output_dir:
-            trim_log(args.output_dir, self.epoch + self.ended)
+            trim_log(args.output_dir, self.epoch)
             checkpoint.abandon_later(args.output_dir, resume)
-        first = self.epoch + self.position / len(loader)
+        first = self.epoch + self.position / len(self.loader)
         self.board = Board(args.log_dir, purge_step=None if resume is None else int(first * 1000) + 1)
         self._describe()
         watchdog.moved(self.step)
@@ -365,7 +368,7 @@ class Run:
     def enter(self) -> None:
         """The line in the ledger of a run that has reached its end."""
         if not self.stopped:
-            place = self.args.output_dir, bool(self.last_means), self.images_seen(), self.device, self.amp_dtype
+            place = self.args.output_dir, self.images_seen(), self.device, self.amp_dtype
             self.saver.insist(checkpoint.LEDGER, lambda: self.record.finish(*place))
 
     # Checkpoints ---------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def resume(run, path: Path) -> None:
     """Put `run`, as it was made, where `path` was written. UserError when the file is not one of such a run."""
     state = _read(run, path)
     _load(run, path, state)
-    run.record.load_state(state.get("origin"))
+    run.record.load_state(state.get("origin"), checkpoint.flags_of(state))
     data = state.get("data") or {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}}
     _take_place(run, data)
     run.meter = EpochMeter(run.device, data["meter"])
