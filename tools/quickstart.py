@@ -29,8 +29,8 @@ NEIGHBOURS = (1, 5, 10, 20)
 SHOWN_NEIGHBOURS = (1, 20)  # the ledger has all
 ENCODERS = {"random": "untrained", "pretrained": "pretrained"}  # folder: title of the column
 ADVICE = (
-    "Read the few-shot rows first: they show what pretraining is worth where labels are few, while the linear probe uses\n"
-    "every training label and can hide the difference."
+    "Read the few-shot rows first: they show what pretraining is worth where labels are few, while the linear probe\n"
+    "uses every training label and can hide the difference."
 )
 NO_LABELS = (
     "These images have no labels, so there is no accuracy to compare: judge the reconstructions in the picture and\n"
