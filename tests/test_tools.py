@@ -200,6 +200,19 @@ def test_quickstart_table(tmp_path, image_folder, monkeypatch, capsys):
     assert calls == ["main_pretrain", "visualize"] and "have no labels" in capsys.readouterr().out
 
 
+def test_quickstart_goes_on_only_without_what_is_optional(tmp_path):
+    """An optional command may refuse its input (2); a needed one may not, and a crash (1) ends both."""
+    import quickstart
+
+    for code in (1, 2):
+        (tmp_path / f"{code}.py").write_text(f"raise SystemExit({code})")
+    quickstart.run(str(tmp_path / "2.py"), optional=True)
+    for code, optional in ((1, True), (1, False), (2, False)):
+        with pytest.raises(SystemExit) as ended:
+            quickstart.run(str(tmp_path / f"{code}.py"), optional=optional)
+        assert ended.value.code == code
+
+
 def test_shards_hold_every_image_as_it_was(image_folder, tmp_path, capsys):
     """Through the tool and back through the mains' reader: the same images, each once, with their labels; a broken one
     is named and left out, and a second start into the same folder is refused."""

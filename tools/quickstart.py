@@ -174,8 +174,10 @@ def summary(out: Path, shots: list[int]) -> str:
     for folder, title in ENCODERS.items():
         runs = _runs.read_runs([str(out / folder)])
         results[title] = {name: value for run in runs for name, value in run.row["metrics"].items()}
-    note = "± is the 95 % confidence interval of the mean over 10 draws of the labelled images.\n" if shots else ""
-    return f"{table(results, shots)}\n{note}{ADVICE if shots else ''}".rstrip()
+    lines = [table(results, shots)]
+    if "±" in lines[0]:
+        lines.append("± is the 95 % confidence interval of the mean over 10 draws of the labelled images.")
+    return "\n".join([*lines, ADVICE] if shots else lines)
 
 
 if __name__ == "__main__":
