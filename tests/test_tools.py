@@ -145,6 +145,74 @@ def test_quickstart_lists(image_folder, tmp_path, labelled):
     assert len(read_images(args, True)) == images
 
 
+@pytest.mark.parametrize(
+    ("sizes", "shots"), [((24, 30), [1, 2, 5, 10]), ((7, 30), [1, 2, 5, 7]), ((1, 30), [1]), ((24,), [])]
+)
+def test_quickstart_takes_as_many_labels_as_the_smallest_class_has(tmp_path, sizes, shots):
+    import quickstart
+
+    rows = [f"train/{label}/{i} \u2028.png\t{label}" for label, size in enumerate(sizes) for i in range(size)]
+    (tmp_path / "train.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    assert quickstart.shots_that_fit(tmp_path / "train.txt") == shots
+
+
+def test_quickstart_table(tmp_path, image_folder, monkeypatch, capsys):
+    """Every command parses with its real parser; each number of the ledgers is in its row and column, few-shot with its
+    interval; without labels nothing is compared, and the reason is printed."""
+    import fewshot
+    import quickstart
+
+    import main_linprobe
+    from util.ledger import append
+
+    parsers = {"main_pretrain": main_pretrain, "main_linprobe": main_linprobe, "visualize": visualize}
+    parsers |= {"knn": knn, "fewshot": fewshot}
+    values = {"untrained": 20.0, "pretrained": 60.0}
+
+    def fake_run(script, *flags, optional=False):
+        name = script.removesuffix(".py").removeprefix("tools/")
+        args = parsers[name].get_args_parser().parse_args(list(flags))
+        calls.append(name)
+        if name in ("main_pretrain", "visualize"):
+            return
+        base = values["pretrained" if args.finetune else "untrained"]
+        metrics = {"main_linprobe": {"test_acc1": base + 30}, "knn": {"knn1_acc1": base + 10, "knn20_acc1": base + 5}}
+        if name == "fewshot":
+            metrics[name] = {f"fewshot{k}_acc1": base + k for k in args.shots}
+            metrics[name] |= {f"fewshot{k}_interval95": k / 8 for k in args.shots}
+        folder = args.output_dir if name == "main_linprobe" else (tmp_path / args.out).parent
+        append(folder, {"command": name, "flags": {}, "metrics": metrics[name]})
+
+    monkeypatch.setattr(quickstart, "run", fake_run)
+    calls = []
+    out = ["--output_dir", str(tmp_path / "out")]
+    quickstart.main(quickstart.get_args_parser().parse_args(["--data_path", str(image_folder), *out]))
+    assert calls == ["main_pretrain", "visualize", *2 * ["main_linprobe", "knn", "fewshot"]]
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
+    assert rows["test accuracy in %"] == list(values)
+    assert rows["few-shot, 1 label a class"] == ["21.00 ± 0.12", "61.00 ± 0.12"]
+    assert rows["few-shot, 10 labels a class"] == ["30.00 ± 1.25", "70.00 ± 1.25"]
+    assert rows["1-NN, all labels"] == ["30.00", "70.00"] and rows["20-NN, all labels"] == ["25.00", "65.00"]
+    assert rows["linear probe, all labels"] == ["50.00", "90.00"]
+    calls = []
+    quickstart.main(quickstart.get_args_parser().parse_args(["--data_path", str(image_folder / "train"), *out]))
+    assert calls == ["main_pretrain", "visualize"] and "have no labels" in capsys.readouterr().out
+
+
+def test_quickstart_goes_on_only_without_what_is_optional(tmp_path):
+    """An optional command may refuse its input (2); a needed one may not, and a crash (1) ends both."""
+    import quickstart
+
+    for code in (1, 2):
+        (tmp_path / f"{code}.py").write_text(f"raise SystemExit({code})")
+    quickstart.run(str(tmp_path / "2.py"), optional=True)
+    for code, optional in ((1, True), (1, False), (2, False)):
+        with pytest.raises(SystemExit) as ended:
+            quickstart.run(str(tmp_path / f"{code}.py"), optional=optional)
+        assert ended.value.code == code
+
+
 def test_shards_hold_every_image_as_it_was(image_folder, tmp_path, capsys):
     """Through the tool and back through the mains' reader: the same images, each once, with their labels; a broken one
     is named and left out, and a second start into the same folder is refused."""

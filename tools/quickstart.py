@@ -1,4 +1,5 @@
-"""The whole way on small data: pretrain, probe, nearest neighbours, pictures, each beside an untrained encoder.
+"""The whole path on small data: pretrain, draw reconstructions, and compare the encoder with an untrained one by
+few-shot accuracy, nearest neighbours and a linear probe.
 
 Started by `scripts/quickstart.sh`. It runs the same commands that you would, and prints them.
 """
@@ -8,20 +9,33 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import _common
 import _runs
-import collect
 
 from util.errors import UserError, user_errors
 from util.listing import images_below
 
 ROOT = Path(__file__).resolve().parent.parent
+DIGITS_IMAGES = 1437  # of the training split
 DIGITS_EPOCHS = 22
 IMAGES_SEEN = 32_000  # about what 22 epochs of the digits are: minutes on two cores
 MOST_IMAGES = 20_000
 PROBE_BLRS = ("0.3", "1", "3", "10", "30", "100")
+SHOTS = (1, 2, 5, 10)
+NEIGHBOURS = (1, 5, 10, 20)
+SHOWN_NEIGHBOURS = (1, 20)  # the ledger has all
+ENCODERS = {"random": "untrained", "pretrained": "pretrained"}  # folder: title of the column
+ADVICE = (
+    "Read the few-shot rows first: they show what pretraining is worth where labels are few, while the linear probe\n"
+    "uses every training label and can hide the difference."
+)
+NO_LABELS = (
+    "These images have no labels, so there is no accuracy to compare: judge the reconstructions in the picture and\n"
+    "the loss in TensorBoard. For accuracies, sort labelled images into DIR/train/<class>/ and DIR/val/<class>/."
+)
 
 
 def get_args_parser():
@@ -70,12 +84,58 @@ def write_lists(root: Path, out: Path) -> tuple[list[str], int, bool]:
     return flags, len(splits["train"]), labelled
 
 
-def run(script: str, *flags: str) -> None:
-    """One of the project's commands, shown as it could be typed. Its failure is ours."""
+def shots_that_fit(train_list: Path) -> list[int]:
+    """Numbers of labels a class that a list of `write_lists` has images for; [] with fewer than two classes. Where the
+    smallest class has fewer images than SHOTS asks for, its size is the last number."""
+    lines = train_list.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    sizes = Counter(line.rpartition("\t")[2] for line in lines)
+    if len(sizes) < 2:
+        return []
+    return sorted({min(k, min(sizes.values())) for k in SHOTS})
+
+
+def run(script: str, *flags: str, optional: bool = False) -> None:
+    """Run one of the project's commands and show it as it could be typed. If it fails, the quickstart exits with its
+    code; an `optional` command may refuse its input (code 2), which leaves its rows of the table empty."""
     print(f"\n$ python {script} {shlex.join(flags)}", flush=True)
     code = subprocess.run([sys.executable, str(ROOT / script), *flags]).returncode
-    if code:
+    if code and not (optional and code == 2):
         sys.exit(code)
+
+
+def compare(out: Path, common: list[str], checkpoint: str, batch: int, images: int, shots: list[int]) -> None:
+    """Evaluate the untrained and the pretrained encoder, each into its folder below `out`."""
+    for name, weights in zip(ENCODERS, ("", checkpoint)):
+        encoder = ["--model", "vit_micro_patch4", "--finetune", weights]
+        probe = ["--global_pool", "--cache_features", "--batch_size", str(batch), "--probe_blrs", *PROBE_BLRS]
+        run("main_linprobe.py", *common, *encoder, *probe, "--output_dir", str(out / name), "--overwrite")
+        k = [str(k) for k in NEIGHBOURS if k <= images]
+        run("tools/knn.py", *common, *encoder, "--k", *k, "--out", str(out / name / "knn.json"))
+        if shots:
+            few = ["--shots", *map(str, shots), "--out", str(out / name / "fewshot.json")]
+            run("tools/fewshot.py", *common, *encoder, *few, optional=True)  # it refuses an unreadable image
+
+
+def table(results: dict[str, dict], shots: list[int]) -> str:
+    """Markdown with a row for each measure and a column for each encoder, from {column: metrics of its ledger}. A
+    measure that no encoder has is left out."""
+    measures = [(f"few-shot, {k} label{'s' * (k > 1)} a class", f"fewshot{k}") for k in shots]
+    measures += [(f"{k}-NN, all labels", f"knn{k}") for k in SHOWN_NEIGHBOURS]
+    measures += [("linear probe, all labels", "test")]
+    rows = [["test accuracy in %", *results], ["---"] * (1 + len(results))]
+    for title, name in measures:
+        if any(f"{name}_acc1" in metrics for metrics in results.values()):
+            rows.append([title, *(_cell(metrics, name) for metrics in results.values())])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows[1] = ["-" * width for width in widths]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows)
+
+
+def _cell(metrics: dict, name: str) -> str:
+    value, half = metrics.get(f"{name}_acc1"), metrics.get(f"{name}_interval95")
+    if value is None:
+        return ""
+    return f"{value:.2f}" + (f" ± {half:.2f}" if half else "")  # 0: every draw took all the images
 
 
 def main(args) -> None:
@@ -87,9 +147,11 @@ def main(args) -> None:
         # Sixteen images are the smallest batch that is worth the name; an epoch must hold at least one.
         batch, recipe = min(32, max(16, images // 8)), ["--aug", "mae"]
         epochs = args.epochs or max(1, min(100, round(IMAGES_SEEN / images)))
+        shots = shots_that_fit(out / "train.txt") if labelled else []
     else:
         # Digits are neither mirrored nor cut: a 6 must stay a 6.
         data, labelled, batch, recipe = ["--dataset", "digits"], True, 32, ["--aug", "none", "--mask_ratio", "0.6"]
+        images, shots = DIGITS_IMAGES, list(SHOTS)
         epochs = args.epochs or DIGITS_EPOCHS
     common = [*data, "--device", args.device, "--num_workers", str(args.num_workers)]
     recipe += ["--norm_pix_loss", "--lr", "1e-3", "--batch_size", str(batch)]
@@ -100,16 +162,22 @@ def main(args) -> None:
     picture = str(out / "reconstruction.png")
     run("tools/visualize.py", checkpoint, *data, "--num_workers", "0", "--out", picture)
     if labelled:
-        for name, weights in (("random", ""), ("pretrained", checkpoint)):
-            encoder = ["--model", "vit_micro_patch4", "--finetune", weights]
-            probe = ["--global_pool", "--cache_features", "--batch_size", str(batch), "--probe_blrs", *PROBE_BLRS]
-            run("main_linprobe.py", *common, *encoder, *probe, "--output_dir", str(out / name), "--overwrite")
-            run("tools/knn.py", *common, *encoder, "--out", str(out / name / "knn.json"))
-    print(f"\nDone in {time.monotonic() - began:.0f} s.")
-    if labelled:
-        judged = _runs.read_runs([str(out / "random"), str(out / "pretrained")])
-        print(collect.markdown(collect.make_table(judged, ["run"], ["test_acc1", "knn20_acc1", "knn1_acc1"])))
-    print(f"pictures      {picture}\nTensorBoard   tensorboard --logdir {out / 'mae'}")
+        compare(out, common, checkpoint, batch, images, shots)
+    print(f"\nDone in {time.monotonic() - began:.0f} s.\n")
+    print(summary(out, shots) if labelled else NO_LABELS)
+    print(f"\npictures      {picture}\nTensorBoard   tensorboard --logdir {out / 'mae'}")
+
+
+def summary(out: Path, shots: list[int]) -> str:
+    """The table of the ledgers that `compare` wrote, and how to read it."""
+    results = {}
+    for folder, title in ENCODERS.items():
+        runs = _runs.read_runs([str(out / folder)])
+        results[title] = {name: value for run in runs for name, value in run.row["metrics"].items()}
+    lines = [table(results, shots)]
+    if "±" in lines[0]:
+        lines.append("± is the 95 % confidence interval of the mean over 10 draws of the labelled images.")
+    return "\n".join([*lines, ADVICE] if shots else lines)
 
 
 if __name__ == "__main__":
