@@ -47,23 +47,30 @@ def get_args_parser() -> arguments.Parser:
     arguments.add_leak_argument(arguments.add_data_arguments(parser))
     group = parser.add_argument_group("labels")
     group.add_argument(
-        "--targets", choices=["single", "multilabel"], default="single",
+        "--targets",
+        choices=["single", "multilabel"],
+        default="single",
         help="multilabel: --dataset filelist with path<TAB>label,label,...; every image's labels weigh the same and "
         "sum to one; evaluation gives mean average precision and precision@1",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--label_vocab", default="", help="multilabel: all labels, one per line (default: of --train_list)"
     )
     group.add_argument(
-        "--label_noise", type=float, default=0.0, metavar="P",
+        "--label_noise",
+        type=float,
+        default=0.0,
+        metavar="P",
         help="for studies: with probability P a training label is replaced by another class; multilabel: each label is "
         "left out with probability P, and for each another is added with probability P, frequent ones more often",
-    )  # fmt: skip
+    )
     arguments.add_optimizer_arguments(parser, batch_size=64, epochs=50, warmup=5, blr=1e-3, wd=0.05, min_lr=1e-6)
     parser.add_argument(
-        "--trainable_blocks", type=int, metavar="N",
+        "--trainable_blocks",
+        type=int,
+        metavar="N",
         help="partial fine-tuning: the last N blocks, the norm and the head learn, the rest stays; 0: the head alone",
-    )  # fmt: skip
+    )
     parser.add_argument("--layer_decay", type=float, default=0.75, help="learning rate of a block over the next one's")
     group = parser.add_argument_group("augmentation")
     group.add_argument(

@@ -55,9 +55,11 @@ def get_args_parser() -> arguments.Parser:
         "--aug", choices=["rrc", "crop", "none"], help="random resized crop, or pad and crop (CIFAR and digits)"
     )
     parser.add_argument(
-        "--head", choices=["linear", "attentive"], default="linear",
+        "--head",
+        choices=["linear", "attentive"],
+        default="linear",
         help="attentive: one cross-attention of a learned query to the patches, then linear; by AdamW, --blr 1e-3",
-    )  # fmt: skip
+    )
     group = parser.add_argument_group("cached features")
     group.add_argument(
         "--cache_features", action="store_true", help="encode once, without augmentation; then only heads"
@@ -222,8 +224,14 @@ def probe_cached(model, loaders, classes: int, args, device, amp_dtype) -> dict:
         print(f"blr {blr:g}: {value:.2f} % of the held-out {len(held)} training images")
     if len(heads) > 1 and best in (0, len(heads) - 1):
         print(f"note: the best rate, {args.probe_blrs[best]:g}, is at the end of --probe_blrs; try a wider list")
-    return {"test_acc1": top1, "test_acc5": top5, "holdout_acc1": chosen_by[best], "blr": args.probe_blrs[best],
-            "train_images": len(rest), "test_images": len(test[0])}  # fmt: skip
+    return {
+        "test_acc1": top1,
+        "test_acc5": top5,
+        "holdout_acc1": chosen_by[best],
+        "blr": args.probe_blrs[best],
+        "train_images": len(rest),
+        "test_images": len(test[0]),
+    }
 
 
 def main(args) -> dict:

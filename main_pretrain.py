@@ -38,9 +38,12 @@ def get_args_parser() -> arguments.Parser:
     group = parser.add_argument_group("masked autoencoder")
     group.add_argument("--mask_ratio", default=0.75, type=float, help="share of the patches that is removed")
     group.add_argument(
-        "--mask_ratio_end", default=None, type=float, metavar="RATIO",
+        "--mask_ratio_end",
+        default=None,
+        type=float,
+        metavar="RATIO",
         help="curriculum: the share changes on a straight line from --mask_ratio to this (default: it stays)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--norm_pix_loss", action="store_true", help="compare patches normalised by their own statistics"
     )
@@ -48,21 +51,27 @@ def get_args_parser() -> arguments.Parser:
     group = arguments.add_data_arguments(parser)
     arguments.add_leak_argument(group)
     group.add_argument(
-        "--data_cache", default="none", choices=CACHES,
+        "--data_cache",
+        default="none",
+        choices=CACHES,
         help="decode every image once, into memory that all processes of a node share, or onto the GPU (as much as N x "
         "channels x height x width bytes), and augment whole batches there",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--cache_size", type=int, metavar="SIDE",
+        "--cache_size",
+        type=int,
+        metavar="SIDE",
         help="resize the shorter side to this and cut the longer one, for images of several sizes in a cache",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--nvjpeg", action="store_true", help="decode the JPEG files of a cache on the GPU, where CPU cores are few"
     )
     parser.add_argument(
-        "--aug", default="mae", choices=["mae", "crop", "three", "none"],
+        "--aug",
+        default="mae",
+        choices=["mae", "crop", "three", "none"],
         help="mae: resized crop and flip; crop: pad, crop and flip (CIFAR); three: 3-Augment; none: the whole image",
-    )  # fmt: skip
+    )
     arguments.add_optimizer_arguments(parser, batch_size=64, epochs=400, warmup=40, blr=1e-3, wd=0.05, min_lr=0.0)
     arguments.add_run_arguments(parser, save_freq=20, keep=0)
     group = parser.add_argument_group("looking while it trains")

@@ -157,9 +157,13 @@ class Pretrainer(nn.Module):
         wanted = tuple({block for method in methods for block in method.blocks()})
         head = next((method for method in methods if method.head_in_use), None)
         out = self.model.forward_pretrain(
-            imgs, mask_ratio, noise if scores is None else scores, wanted, head and head.prediction_head(),
+            imgs,
+            mask_ratio,
+            noise if scores is None else scores,
+            wanted,
+            head and head.prediction_head(),
             any(method.needs_all_patches for method in methods),
-        )  # fmt: skip
+        )
         out.head = head.name if head else ""
         named = ((method.part, method.patch_loss(self.model, imgs, out)) for method in methods)
         parts = {name: loss for name, loss in named if loss is not None}

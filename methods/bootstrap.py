@@ -93,17 +93,27 @@ class Bootstrap(Method):
     @staticmethod
     def add_shared_arguments(group):
         add_option(
-            group, Bootstrap.options, "bootstrap_norm", choices=["layernorm", "none"],
+            group,
+            Bootstrap.options,
+            "bootstrap_norm",
+            choices=["layernorm", "none"],
             help="target features, token by token: without their mean and scale, or as they are",
-        )  # fmt: skip
+        )
         add_option(
-            group, Bootstrap.options, "bootstrap_head", choices=["linear", "none"],
+            group,
+            Bootstrap.options,
+            "bootstrap_head",
+            choices=["linear", "none"],
             help="layer from the decoder to features; none needs both of one width",
-        )  # fmt: skip
+        )
         add_option(
-            group, Bootstrap.options, "bootstrap_layers", type=int, metavar="N",
+            group,
+            Bootstrap.options,
+            "bootstrap_layers",
+            type=int,
+            metavar="N",
             help="the target is the average over the last N blocks; more is smoother",
-        )  # fmt: skip
+        )
 
     # The target: pixels before there is one, features after.
 
@@ -181,9 +191,11 @@ class MAEK(Bootstrap):
     @staticmethod
     def add_arguments(group):
         group.add_argument(
-            "--mae_k", type=int, metavar="K",
+            "--mae_k",
+            type=int,
+            metavar="K",
             help="epochs between copies; the report: 10 best fine-tuned, 20 best linear, 1 and 2 too unsteady",
-        )  # fmt: skip
+        )
         Bootstrap.add_shared_arguments(group)
 
     @staticmethod
@@ -224,17 +236,27 @@ class EMAMAE(Bootstrap):
     def add_arguments(group):
         group.add_argument("--ema_mae", action="store_true", help="turn it on")
         add_option(
-            group, EMAMAE.options, "wse", type=int, metavar="N",
+            group,
+            EMAMAE.options,
+            "wse",
+            type=int,
+            metavar="N",
             help="warm-up epochs on pixels; 0 bootstraps from a random encoder; the report: 5 and 20 best",
-        )  # fmt: skip
+        )
         add_option(
-            group, EMAMAE.options, "tau", type=float,
+            group,
+            EMAMAE.options,
+            "tau",
+            type=float,
             help="share of the student in each update; the report: 0.005 far better linear, 0.1 to 0.3 fine-tuned",
-        )  # fmt: skip
+        )
         add_option(
-            group, EMAMAE.options, "ema_update", choices=["epoch", "step"],
+            group,
+            EMAMAE.options,
+            "ema_update",
+            choices=["epoch", "step"],
             help="update the target once per epoch or after every step",
-        )  # fmt: skip
+        )
 
     @staticmethod
     def enabled(args) -> bool:

@@ -122,10 +122,13 @@ def load_teacher(args) -> tuple[MaskedAutoencoderViT, Weights]:
                 f"{fits + patch} would fit"
             )
         teacher = models_mae.build_model(
-            name, img_size=size or stored.get("input_size") or _own_size(weights, patch), patch_size=patch,
+            name,
+            img_size=size or stored.get("input_size") or _own_size(weights, patch),
+            patch_size=patch,
             in_chans=args.in_chans,
-            norm_pix_loss=bool(stored.get("norm_pix_loss")), **decoder,
-        )  # fmt: skip
+            norm_pix_loss=bool(stored.get("norm_pix_loss")),
+            **decoder,
+        )
         report = load_into(teacher, weights)
     except UserError as error:
         raise UserError(str(error).replace("--model", "--dmae_teacher_model")) from None
@@ -203,40 +206,65 @@ class DMAE(Method):
         "Costs part of a forward pass of the teacher on the visible patches."
     )
     options = {  # noqa: RUF012
-        "dmae_teacher_model": None, "dmae_alpha": 1.0, "dmae_blocks": None, "dmae_proj": "linear", "dmae_loss": "l1",
-        "dmae_normalize": False, "dmae_teacher_pos": "inner", "dmae_teacher_size": None,
-    }  # fmt: skip
+        "dmae_teacher_model": None,
+        "dmae_alpha": 1.0,
+        "dmae_blocks": None,
+        "dmae_proj": "linear",
+        "dmae_loss": "l1",
+        "dmae_normalize": False,
+        "dmae_teacher_pos": "inner",
+        "dmae_teacher_size": None,
+    }
 
     @staticmethod
     def add_arguments(group):
         known = DMAE.options
         group.add_argument("--dmae_teacher", metavar="PATH", help="checkpoint of the teacher; turns it on")
         add_option(
-            group, known, "dmae_teacher_model", metavar="NAME",
+            group,
+            known,
+            "dmae_teacher_model",
+            metavar="NAME",
             help="its model, where the file does not say, e.g. mae_vit_large_patch16",
-        )  # fmt: skip
+        )
         add_option(group, known, "dmae_alpha", type=float, help="weight of the alignment loss")
         add_option(
-            group, known, "dmae_blocks", metavar="S:T[,S:T...]",
+            group,
+            known,
+            "dmae_blocks",
+            metavar="S:T[,S:T...]",
             help="student and teacher blocks to align, from 1; none given: three quarters of each depth, such as 9:18",
-        )  # fmt: skip
+        )
         add_option(
-            group, known, "dmae_proj", choices=["linear", "mlp", "none"],
+            group,
+            known,
+            "dmae_proj",
+            choices=["linear", "mlp", "none"],
             help="layer from the student's width to the teacher's; none needs both the same",
-        )  # fmt: skip
+        )
         add_option(group, known, "dmae_loss", choices=["l1", "l2"], help="mean absolute or squared difference")
         add_option(
-            group, known, "dmae_normalize", action="store_true",
+            group,
+            known,
+            "dmae_normalize",
+            action="store_true",
             help="compare directions only: tokens of length one, as the paper's release does",
-        )  # fmt: skip
+        )
         add_option(
-            group, known, "dmae_teacher_pos", choices=["inner", "fresh"],
+            group,
+            known,
+            "dmae_teacher_pos",
+            choices=["inner", "fresh"],
             help="positions where the teacher's grid is larger: its own at the inner places, or a sine-cosine table",
-        )  # fmt: skip
+        )
         add_option(
-            group, known, "dmae_teacher_size", type=int, metavar="N",
+            group,
+            known,
+            "dmae_teacher_size",
+            type=int,
+            metavar="N",
             help="image size whose grid the teacher's positions are resampled to; none: the one it was trained at",
-        )  # fmt: skip
+        )
 
     @staticmethod
     def enabled(args) -> bool:

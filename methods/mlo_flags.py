@@ -7,13 +7,33 @@ from methods.base import add_option
 from util.errors import UserError
 
 OPTIONS = {
-    "mlo_labels": None, "mlo_val_fraction": 0.2, "mlo_unroll": 2, "mlo_update_every": 1, "mlo_hypergrad": "fd",
-    "mlo_fd_alpha": None, "mlo_unroll_grad": "sum", "mlo_head_path": True, "mlo_precondition": "adam",
-    "mlo_ste": False, "mlo_normalize": False, "mlo_head_lr": None, "mlo_mask_lr": 1e-2, "mlo_weight_decay": 0.01,
-    "mlo_hidden": 512, "mlo_batch_size": None, "mlo_feature": "avg", "mlo_stage2": "linear", "mlo_prox": None,
-    "mlo_levels": 3, "blo_lambda": None, "mlo_mask_net": None, "mlo_frozen": False, "mlo_warmup_epochs": 0,
-    "mlo_head_norm": False, "mlo_ridge": None,
-}  # fmt: skip
+    "mlo_labels": None,
+    "mlo_val_fraction": 0.2,
+    "mlo_unroll": 2,
+    "mlo_update_every": 1,
+    "mlo_hypergrad": "fd",
+    "mlo_fd_alpha": None,
+    "mlo_unroll_grad": "sum",
+    "mlo_head_path": True,
+    "mlo_precondition": "adam",
+    "mlo_ste": False,
+    "mlo_normalize": False,
+    "mlo_head_lr": None,
+    "mlo_mask_lr": 1e-2,
+    "mlo_weight_decay": 0.01,
+    "mlo_hidden": 512,
+    "mlo_batch_size": None,
+    "mlo_feature": "avg",
+    "mlo_stage2": "linear",
+    "mlo_prox": None,
+    "mlo_levels": 3,
+    "blo_lambda": None,
+    "mlo_mask_net": None,
+    "mlo_frozen": False,
+    "mlo_warmup_epochs": 0,
+    "mlo_head_norm": False,
+    "mlo_ridge": None,
+}
 
 
 def add_arguments(group):
@@ -32,9 +52,12 @@ def add_arguments(group):
     option("mlo_unroll_grad", "count all unrolled steps, or the last alone", choices=["sum", "last"])
     option("mlo_head_path", "count what reaches the encoder through the step of the head", action="store_true")
     group.add_argument(
-        "--no_mlo_head_path", dest="mlo_head_path", action="store_false", default=argparse.SUPPRESS,
+        "--no_mlo_head_path",
+        dest="mlo_head_path",
+        action="store_false",
+        default=argparse.SUPPRESS,
         help="leave that out (one pass cheaper)",
-    )  # fmt: skip
+    )
     option("mlo_precondition", "steps as Adam scales them, or as of gradient descent", choices=["adam", "none"])
     option("mlo_ste", "let kept patches count in the hypergradient: sorting is passed over", action="store_true")
     option("mlo_normalize", "divide the loss by the sum of probabilities, not their number", action="store_true")

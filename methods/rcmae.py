@@ -70,29 +70,46 @@ class RCMAE(Method):
         "--checkpoint_key model_ema. Costs one more forward pass of the visible patches."
     )
     options = {  # noqa: RUF012
-        "rc_gamma": 1.0, "rc_momentum": 0.996, "rc_schedule": "cosine", "rc_mask": "same", "log_grad_cosine": 0,
-    }  # fmt: skip
+        "rc_gamma": 1.0,
+        "rc_momentum": 0.996,
+        "rc_schedule": "cosine",
+        "rc_mask": "same",
+        "log_grad_cosine": 0,
+    }
 
     @staticmethod
     def add_arguments(group):
         group.add_argument("--rc_mae", action="store_true", help="turn it on")
         add_option(group, RCMAE.options, "rc_gamma", type=float, help="weight of the consistency loss")
         add_option(
-            group, RCMAE.options, "rc_momentum", type=float,
+            group,
+            RCMAE.options,
+            "rc_momentum",
+            type=float,
             help="the teacher keeps this much of itself at every step, at the start; lower follows faster",
-        )  # fmt: skip
+        )
         add_option(
-            group, RCMAE.options, "rc_schedule", choices=["cosine", "constant"],
+            group,
+            RCMAE.options,
+            "rc_schedule",
+            choices=["cosine", "constant"],
             help="momentum: to 1 over the whole run, or constant (what the released code amounts to)",
-        )  # fmt: skip
+        )
         add_option(
-            group, RCMAE.options, "rc_mask", choices=["same", "different"],
+            group,
+            RCMAE.options,
+            "rc_mask",
+            choices=["same", "different"],
             help="the teacher sees the student's patches, or draws its own; the paper: same is better on detection",
-        )  # fmt: skip
+        )
         add_option(
-            group, RCMAE.options, "log_grad_cosine", type=int, metavar="F",
+            group,
+            RCMAE.options,
+            "log_grad_cosine",
+            type=int,
+            metavar="F",
             help="every F steps, log the cosine between the gradients of both losses; costs an extra pass (0: never)",
-        )  # fmt: skip
+        )
 
     @staticmethod
     def enabled(args) -> bool:

@@ -139,8 +139,12 @@ def test_a_method_through_the_main(image_folder, tmp_path, monkeypatch):
     parser = main_pretrain.get_args_parser()
     assert "Smooth (nobody 2026)" in parser.format_help()
     main_pretrain.main(parser.parse_args(flags.split()))
-    assert Smooth.calls == [("epoch", 0), *(("step", i) for i in range(3)),
-                            ("epoch", 1), *(("step", i) for i in range(3, 6))]  # fmt: skip
+    assert Smooth.calls == [
+        ("epoch", 0),
+        *(("step", i) for i in range(3)),
+        ("epoch", 1),
+        *(("step", i) for i in range(3, 6)),
+    ]
     state = checkpoint(tmp_path, "checkpoint-1.pth")
     assert state["methods"]["smooth.average"] == 6 and state["methods"]["smooth.scale"] != 1
     assert not any("smooth" in key for key in state["model"])

@@ -114,8 +114,13 @@ def test_the_valid_command_line(tool, box, tmp_path):
 
 @pytest.mark.parametrize("tool", VALID)
 def test_checkpoints(tool, box, tmp_path, capsys):
-    for name, said in {"missing.pth": "does not exist", "good": "is a directory", "cut.pth": "truncated or damaged",
-                       "text.pth": "not a checkpoint or is damaged", "cnn.pth": "no ViT weights"}.items():  # fmt: skip
+    for name, said in {
+        "missing.pth": "does not exist",
+        "good": "is a directory",
+        "cut.pth": "truncated or damaged",
+        "text.pth": "not a checkpoint or is damaged",
+        "cnn.pth": "no ViT weights",
+    }.items():
         line = refusal(capsys, tool, VALID[tool], box, tmp_path, name)
         assert said in line and name in line
     assert "'nope'" in refusal(capsys, tool, VALID[tool] + " --checkpoint_key nope", box, tmp_path)

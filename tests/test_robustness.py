@@ -233,8 +233,12 @@ def test_a_perfect_classifier_and_its_subsets(box, tmp_path):
     best, last = (torch.load(box / "out" / f"checkpoint-{name}.pth", weights_only=True) for name in ("best", 5))
     assert best["classes"] == last["classes"] == ["blue", "green", "grey", "red"]
     numbers = {str(place): COLOURS[name] for place, name in enumerate(sorted(COLOURS))}
-    sets = {"all": COLOURS, "some": {name: COLOURS[name] for name in ("red", "green")}, "numbers": numbers,
-            "wrong": {"red": COLOURS["green"]}}  # fmt: skip
+    sets = {
+        "all": COLOURS,
+        "some": {name: COLOURS[name] for name in ("red", "green")},
+        "numbers": numbers,
+        "wrong": {"red": COLOURS["green"]},
+    }
     folders = [write(tmp_path / name, colours) for name, colours in sets.items()]
     found = run(box / "out" / "checkpoint-best.pth", "--folders", *folders, "--out", tmp_path / "out" / "r.json")
     # Among the single class of the last folder, everything is red.
@@ -403,8 +407,15 @@ def test_mistakes(box, tmp_path, flags, said):
     torch.save({**state, "model": bare}, tmp_path / "bare.pth")
     (tmp_path / "names.txt").write_text("red\ngreen\n")
     write(tmp_path / "strange", {"purple": (200, 0, 200), "red": (200, 0, 0)}, 1)
-    places = dict(best=box / "out" / "checkpoint-best.pth", bare=tmp_path / "bare.pth", val=box / "data" / "val",
-                  strange=tmp_path / "strange", names=tmp_path / "names.txt", unnamed=tmp_path / "unnamed.pth",
-                  tmp=tmp_path, data=box / "data")  # fmt: skip
+    places = dict(
+        best=box / "out" / "checkpoint-best.pth",
+        bare=tmp_path / "bare.pth",
+        val=box / "data" / "val",
+        strange=tmp_path / "strange",
+        names=tmp_path / "names.txt",
+        unnamed=tmp_path / "unnamed.pth",
+        tmp=tmp_path,
+        data=box / "data",
+    )
     with pytest.raises(UserError, match=said):
         run(*flags.format(**places).split())

@@ -38,9 +38,12 @@ def add_checkpoint_flags(made: Parser, several: bool = False, what: str = "") ->
         "checkpoint", nargs="*" if several else "?", default=[] if several else "", metavar="CHECKPOINT", help=what
     )
     group.add_argument(
-        "--finetune", nargs="+" if several else None, default=[] if several else "", metavar="CHECKPOINT",
+        "--finetune",
+        nargs="+" if several else None,
+        default=[] if several else "",
+        metavar="CHECKPOINT",
         help="the same, as the mains name it",
-    )  # fmt: skip
+    )
 
 
 def all_named(args: argparse.Namespace) -> list[str]:

@@ -36,10 +36,12 @@ def get_args_parser():
     parser.add_argument("--block", type=int, default=-1, help="which block, from 0; negative from the end")
     parser.add_argument("--heads", action="store_true", help="a map for each attention head, too")
     parser.add_argument(
-        "--objective", choices=["auto", *OBJECTIVES], default="auto",
+        "--objective",
+        choices=["auto", *OBJECTIVES],
+        default="auto",
         help="what Grad-CAM explains: class, a classifier's score; feature, the distance of the image's feature from "
         "the mean of the images shown, for encoders; auto: class where every checkpoint has a classifier",
-    )  # fmt: skip
+    )
     parser.add_argument("--class_index", type=int, help="the class to explain; the predicted one by default")
     _common.add_feature_flags(parser)
     _common.add_model_flags(parser)

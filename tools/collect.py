@@ -211,9 +211,12 @@ def get_args_parser():
     parser.add_argument("--metric", nargs="+", default=[], help="METRIC or KIND:METRIC; accuracies when left out")
     parser.add_argument("--where", nargs="+", default=[], metavar="FLAG=VALUE", help="only runs with these flags")
     parser.add_argument(
-        "--strip", nargs="+", default=[], metavar="PREFIX",
+        "--strip",
+        nargs="+",
+        default=[],
+        metavar="PREFIX",
         help="beginnings of folder names: they become the kind of run, instead of the command",
-    )  # fmt: skip
+    )
     parser.add_argument("--allow_differing", nargs="+", default=[], metavar="FLAG", help="may differ inside a row")
     parser.add_argument("--allow_revisions", action="store_true", help="average runs of different code")
     parser.add_argument("--format", choices=["md", "csv", "latex"], default="md")

@@ -102,9 +102,11 @@ def main(args) -> float:
         exported = EXPORTERS[args.to](model, out, pool, flags)
         difference = largest_difference(model, exported, pool, flags.get("mask_ratio", 0.75))
     mean, std = ([round(value, 5) for value in flags[name]] for name in ("mean", "std"))
-    print(f"{out}: {exported.outputs}\n  {exported.code}\n  images {' x '.join(map(str, model.patch_embed.img_size))}, "
-          f"colours in [0, 1] normalised by mean {mean} and deviation {std}\n"
-          f"  checked on two random images: largest relative difference {difference:.1e}")  # fmt: skip
+    print(
+        f"{out}: {exported.outputs}\n  {exported.code}\n  images {' x '.join(map(str, model.patch_embed.img_size))}, "
+        f"colours in [0, 1] normalised by mean {mean} and deviation {std}\n"
+        f"  checked on two random images: largest relative difference {difference:.1e}"
+    )
     if not difference < 1e-4:  # rounding is far below, and a wrong tensor far above
         raise RunFailed(
             f"{out} does not compute what {_common.named(args)} does (difference {difference:.1e}); do not use it"

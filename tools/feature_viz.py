@@ -80,9 +80,15 @@ def ascend(judged: _judging.Judged, blocks: list[int], channels: list[int]) -> t
         random = torch.Generator().manual_seed(args.seed)  # every block from the same noise
         activation = channel_activation(model, block, args.layer)
         imgs, values = excite(
-            lambda imgs, activation=activation: activation(imgs, numbers), FourierImages(shape, random).to(device),
-            lambda imgs: (imgs - mean) / std, args.steps, args.lr, args.tv, jitter, random,
-        )  # fmt: skip
+            lambda imgs, activation=activation: activation(imgs, numbers),
+            FourierImages(shape, random).to(device),
+            lambda imgs: (imgs - mean) / std,
+            args.steps,
+            args.lr,
+            args.tv,
+            jitter,
+            random,
+        )
         drawn.append(imgs.cpu())
         measured.append(values.cpu())
         lost = int((values[1] <= values[0]).sum())

@@ -35,10 +35,12 @@ def get_args_parser():
         "--C", type=float, default=0.1, help="inverse strength of the L2 penalty, as in scikit-learn: lower is smoother"
     )
     parser.add_argument(
-        "--normalize", choices=NORMALIZE, default="standard",
+        "--normalize",
+        choices=NORMALIZE,
+        default="standard",
         help="features: standardised by 10,000 training images without labels (as the BatchNorm of MAE's linear "
         "probe does by its batches), of unit length, or as they are",
-    )  # fmt: skip
+    )
     add_leak_argument(parser)
     parser.add_argument("--out", default="", help="JSON file for the result; its folder gets the line of the ledger")
     return parser

@@ -31,10 +31,12 @@ def get_args_parser():
     parser.add_argument("--name", default="images", help="of the files: <name>-<split>-000000.tar")
     parser.add_argument("--splits", nargs="+", default=["train", "validation"], choices=["train", "validation"])
     parser.add_argument(
-        "--images_per_shard", type=int, default=2000,
+        "--images_per_shard",
+        type=int,
+        default=2000,
         help="at least as many shards as processes times --num_workers should come out, else several read the same one "
         "(100 to 300 MB each are usual)",
-    )  # fmt: skip
+    )
     return parser
 
 

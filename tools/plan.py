@@ -34,14 +34,18 @@ def get_args_parser():
     group.add_argument("--mask_ratio", type=float, default=0.75)
     group.add_argument("--amp_dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     group.add_argument(
-        "--teacher", default="none", choices=TEACHERS,
+        "--teacher",
+        default="none",
+        choices=TEACHERS,
         help="a method's copy: encoder, of whole images (--mae_k, --ema_mae); autoencoder (--rc_mae)",
-    )  # fmt: skip
+    )
     group = parser.add_argument_group("the hardware (assumptions, unless you measure them)")
     group.add_argument(
-        "--tflops", type=float, default=ASSUMED.tflops,
+        "--tflops",
+        type=float,
+        default=ASSUMED.tflops,
         help="that large matrix products reach: about 700 on an H100, 270 on an A100, a tenth of it in fp32",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--mfu", type=float, default=ASSUMED.mfu, help="percent of them that training reaches (--log_mfu)"
     )
@@ -120,14 +124,20 @@ def report(args, model: str, found: Plan) -> None:
     if not found.fits:
         print("  smaller needs: more GPUs, --input_size, a smaller model")
         return
-    print(f"  step        {time.step:.3g} s: compute {time.compute:.3g} s, communication that is not hidden "
-          f"{time.exposed:.3g} s ({traffic(found.sizes, setup) / 1e9:.1f} GB a GPU)")  # fmt: skip
+    print(
+        f"  step        {time.step:.3g} s: compute {time.compute:.3g} s, communication that is not hidden "
+        f"{time.exposed:.3g} s ({traffic(found.sizes, setup) / 1e9:.1f} GB a GPU)"
+    )
     rate = setup.batch * setup.accum / time.step
-    print(f"  data        {rate:.0f} images/s a GPU, {rate * min(setup.gpus, machine.node):.0f} a node: "
-          f"{math.ceil(rate / machine.decoded)} cores a GPU at {machine.decoded:g} images/s")  # fmt: skip
+    print(
+        f"  data        {rate:.0f} images/s a GPU, {rate * min(setup.gpus, machine.node):.0f} a node: "
+        f"{math.ceil(rate / machine.decoded)} cores a GPU at {machine.decoded:g} images/s"
+    )
     print(f"  limit       {time.limit}" + HINTS.get(time.limit, ""))
-    print(f"  time        {found.hours(args.epochs, args.images):.1f} hours for {args.epochs} epochs of {args.images} "
-          f"images, if training reaches {machine.mfu:g} % of {machine.tflops:g} TFLOP/s")  # fmt: skip
+    print(
+        f"  time        {found.hours(args.epochs, args.images):.1f} hours for {args.epochs} epochs of {args.images} "
+        f"images, if training reaches {machine.mfu:g} % of {machine.tflops:g} TFLOP/s"
+    )
     print(f"\n{command(args, model, found)}")
     if args.teacher != "none":
         print("and the flags of the method")

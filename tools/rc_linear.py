@@ -96,15 +96,22 @@ def draw(traces: dict[str, Trace], args) -> Figure:
     for name, trace in traces.items():
         (line,) = left.plot(trace.predicted, label=f"{name}: {REGIMES[name]}")
         left.plot(trace.measured, ".", color=line.get_color(), markersize=5)
-    left.set(xlabel="step", ylabel="consistency / reconstruction gradient (norm)",
-             title="measured (dots) and Proposition 4.1 (lines)")  # fmt: skip
+    left.set(
+        xlabel="step",
+        ylabel="consistency / reconstruction gradient (norm)",
+        title="measured (dots) and Proposition 4.1 (lines)",
+    )
     left.legend(fontsize="small")
     cosines = torch.linspace(-1, 1, 41).tolist()
     right.plot(cosines, [-args.lr * args.momentum * c**2 for c in cosines], label="-lr · momentum · cosine²")
-    right.plot(cosines, [taken_back(c, args.width, args.lr, args.momentum, args.seed) for c in cosines], ".",
-               label="measured")  # fmt: skip
-    right.set(xlabel="cosine of the present and the last input", ylabel="share of the last gradient in it",
-              title="the last step is taken back as far as inputs agree")  # fmt: skip
+    right.plot(
+        cosines, [taken_back(c, args.width, args.lr, args.momentum, args.seed) for c in cosines], ".", label="measured"
+    )
+    right.set(
+        xlabel="cosine of the present and the last input",
+        ylabel="share of the last gradient in it",
+        title="the last step is taken back as far as inputs agree",
+    )
     right.legend(fontsize="small")
     return figure
 

@@ -137,8 +137,10 @@ def _named(number: dict | None, star: str) -> dict | None:
     """With what its stars stand for."""
     if number is None:
         return None
-    return {name: [run.replace("*", star) for run in value] if isinstance(value, list) else value
-            for name, value in number.items()}  # fmt: skip
+    return {
+        name: [run.replace("*", star) for run in value] if isinstance(value, list) else value
+        for name, value in number.items()
+    }
 
 
 def _of_code_and_seeds(runs: list[Run], cell: collect.Cell) -> list[str]:

@@ -44,10 +44,13 @@ def get_args_parser():
     parser = _judging.parser("Robustness of a classifier.", features=False)
     group = parser.add_argument_group("what it is judged on")
     group.add_argument(
-        "--folders", nargs="+", default=[], metavar="DIR",
+        "--folders",
+        nargs="+",
+        default=[],
+        metavar="DIR",
         help="evaluation sets: class folders with the names of the training classes, or numbers as in ImageNet-V2; or "
         "ImageNet-C (corruption/severity/class)",
-    )  # fmt: skip
+    )
     group.add_argument("--classes", default="", help="text file: names of the classes in the order of the outputs")
     group.add_argument("--train_classes", default="", metavar="DIR", help="the same from the training folder")
     group.add_argument("--all_classes", action="store_true", help="predict among all classes, not a folder's own")
@@ -195,8 +198,10 @@ def means(errors: dict[str, list[float]]) -> dict[str, float]:
 
 def plain_folder(bench: Bench, evaluation: Evaluation) -> dict:
     accuracy = 100 - bench.error(evaluation)
-    print(f"{evaluation.name}: top-1 {accuracy:.2f} % on {len(evaluation.images)} images of {len(evaluation.places)} "
-          f"classes")  # fmt: skip
+    print(
+        f"{evaluation.name}: top-1 {accuracy:.2f} % on {len(evaluation.images)} images of {len(evaluation.places)} "
+        f"classes"
+    )
     return {"acc1": accuracy}
 
 
@@ -205,8 +210,10 @@ def foreign_images(bench: Bench, foreign: Evaluation, known: Evaluation) -> dict
     (_, outside), (_, inside) = bench.predict(bench.some(foreign)), bench.predict(known)
     found = {"aupr": detection_aupr(inside, outside)}
     chance = 100 * len(outside) / (len(inside) + len(outside))
-    print(f"{foreign.name}: AUPR {found['aupr']:.2f} % of {len(outside)} foreign among {len(inside)} known images "
-          f"(chance {chance:.2f} %)")  # fmt: skip
+    print(
+        f"{foreign.name}: AUPR {found['aupr']:.2f} % of {len(outside)} foreign among {len(inside)} known images "
+        f"(chance {chance:.2f} %)"
+    )
     return found
 
 

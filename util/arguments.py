@@ -28,9 +28,10 @@ class Parser(argparse.ArgumentParser):
 def add_model_arguments(parser, default_model: str, decoder: bool) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", default=default_model,
+        "--model",
+        default=default_model,
         help="an unknown name lists the known ones" + ("" if decoder else "; the checkpoint's by default"),
-    )  # fmt: skip
+    )
     group.add_argument(
         "--input_size", type=int, nargs="+", metavar=("H", "W"), help="image size in pixels; the model's own by default"
     )
@@ -40,14 +41,18 @@ def add_model_arguments(parser, default_model: str, decoder: bool) -> None:
     )
     if decoder:
         group.add_argument(
-            "--decoder", default="self", choices=["self", "cross"],
+            "--decoder",
+            default="self",
+            choices=["self", "cross"],
             help="self: MAE's; cross: CrossMAE's (another model: removed patches ask visible ones, not each other)",
-        )  # fmt: skip
+        )
         group.add_argument(
-            "--decoder_fraction", type=float, metavar="SHARE",
+            "--decoder_fraction",
+            type=float,
+            metavar="SHARE",
             help="with --decoder cross: share of the removed patches that is predicted (a third by default, which is "
             "the paper's 25%% of all patches at --mask_ratio 0.75; 1 is slower and was no better there)",
-        )  # fmt: skip
+        )
         group.add_argument("--decoder_embed_dim", type=int, help="decoder width instead of the model's own")
         group.add_argument("--decoder_depth", type=int, help="decoder blocks instead of the model's own")
         group.add_argument("--decoder_num_heads", type=int, help="decoder heads instead of the model's own")
@@ -62,29 +67,36 @@ def add_data_arguments(parser):
         help=f"{known} (WebDataset shards), or a name of timm's factory: hfds/..., tfds/...",
     )
     group.add_argument(
-        "--data_path", default="",
+        "--data_path",
+        default="",
         help="folder of the data set; with train/ and val/ for imagefolder. wds: a folder or http(s) URL with shards "
         "and their _info.json, or a pattern: DIR/x-{000..012}.tar, http://..., 'pipe:COMMAND x-{000..012}.tar'",
-    )  # fmt: skip
+    )
     group.add_argument("--train_list", default="", help="filelist: text file, path or path<TAB>label per line")
     group.add_argument("--val_list", default="", help="filelist: the same for validation")
     group.add_argument(
         "--allow_outside", action="store_true", help="filelist: paths and links may lead out of --data_path"
     )
     group.add_argument(
-        "--shuffle_buffer", type=int, default=1000, metavar="N",
+        "--shuffle_buffer",
+        type=int,
+        default=1000,
+        metavar="N",
         help="wds: images (as stored) that every worker keeps to shuffle among; the shards of tools/make_shards.py are "
         "mixed already, raise it for shards sorted by class as far as the memory allows; 1 leaves their order",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--shard_samples", type=int, metavar="N",
+        "--shard_samples",
+        type=int,
+        metavar="N",
         help="wds: images in every shard, where no _info.json beside the shards tells (local ones are counted)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--jpeg_draft", action="store_true",
+        "--jpeg_draft",
+        action="store_true",
         help="decode JPEGs at 1/2, 1/4 or 1/8 where the random crop is larger than the input by that: faster for small "
         "inputs from large photographs, and the pixels differ a little (benchmarks/README.md)",
-    )  # fmt: skip
+    )
     group.add_argument("--download", action="store_true", help="fetch the data set where its reader can")
     group.add_argument("--mean", type=float, nargs="+", help="channel means in [0, 1]; the data set's own by default")
     group.add_argument("--std", type=float, nargs="+", help="channel deviations; see tools/mean_std.py")
@@ -106,9 +118,10 @@ def add_data_arguments(parser):
 def add_leak_argument(group) -> None:
     """Of the commands that train on one split and measure on another."""
     group.add_argument(
-        "--check_leak", action="store_true",
+        "--check_leak",
+        action="store_true",
         help="read both splits before the start, and refuse to train on an image that is in the evaluation split",
-    )  # fmt: skip
+    )
 
 
 def number(text: str) -> float:
@@ -122,9 +135,11 @@ def add_optimizer_arguments(parser, batch_size: int, epochs: int, warmup: int, b
     group.add_argument("--batch_size", default=batch_size, type=int, help="images per process and forward pass")
     group.add_argument("--epochs", default=epochs, type=number, help="may be a fraction: 0.1, 2.5")
     group.add_argument(
-        "--max_steps", type=int, metavar="N",
+        "--max_steps",
+        type=int,
+        metavar="N",
         help="end after N optimizer steps, instead of --epochs; every schedule ends there too",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--accum_iter", default=1, type=int, help="forward passes per step; the gradient is the exact mean over them"
     )
@@ -145,9 +160,11 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
     group.add_argument("--device", default="auto", help="auto (CUDA if there is one), cuda, cuda:N or cpu")
     group.add_argument("--seed", default=0, type=int)
     group.add_argument(
-        "--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
+        "--amp_dtype",
+        default="auto",
+        choices=["auto", "bf16", "fp16", "fp32"],
         help="auto: bf16 where the hardware multiplies it fast, fp16 with loss scaling on older GPUs, else fp32",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--resume", default="", help="continue a run exactly: a checkpoint, or 'auto' for the newest whole one"
     )
@@ -157,22 +174,28 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
     group.add_argument("--save_steps", default=0, type=int, help="steps between checkpoints inside an epoch (0: none)")
     group.add_argument("--keep", default=keep, type=int, help="epoch checkpoints to keep, the newest ones (0: all)")
     group.add_argument(
-        "--save_patience", default=10.0, type=float, metavar="MINUTES",
+        "--save_patience",
+        default=10.0,
+        type=float,
+        metavar="MINUTES",
         help="how long the last checkpoint is tried again when the disk is full or away, before the run fails; an "
         "earlier one is tried again while the run goes on",
-    )  # fmt: skip
+    )
     group.add_argument("--print_freq", default=20, type=int, help="steps between lines, and TensorBoard points")
 
     group.add_argument(
-        "--spike_factor", type=float, metavar="F",
+        "--spike_factor",
+        type=float,
+        metavar="F",
         help="list the images of every step whose loss is more than F times the median of the 100 before, in "
         "spikes.jsonl; off unless given, try 2",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--deterministic", action="store_true",
+        "--deterministic",
+        action="store_true",
         help="use only algorithms that give the same bits every time, on GPUs, too, where they are slower; two runs "
         "with the same flags on the same hardware and versions are then the same",
-    )  # fmt: skip
+    )
 
 
 def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False) -> None:
@@ -187,41 +210,49 @@ def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False
         "is short. On a cluster: scripts/mae/slurm.sh, or torchrun --max_restarts 3, with --resume auto.",
     )
     group.add_argument(
-        "--attention", default="auto", choices=ATTENTION,
+        "--attention",
+        default="auto",
+        choices=ATTENTION,
         help="one fused kernel, or two matrix products and a softmax; auto takes what was measured to be faster here",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--compile", action="store_true",
+        "--compile",
+        action="store_true",
         help="compile the transformer blocks (torch.compile): takes a minute or more at the start, then saves time",
-    )  # fmt: skip
+    )
     if trains_blocks:
         group.add_argument(
-            "--grad_checkpoint", action="store_true",
+            "--grad_checkpoint",
+            action="store_true",
             help="compute blocks again in the backward pass: a third more time, far less memory",
-        )  # fmt: skip
+        )
     group.add_argument(
-        "--log_mfu", action="store_true",
+        "--log_mfu",
+        action="store_true",
         help="log the FLOPs per second of training as a share of what matrix products reach on this device",
-    )  # fmt: skip
+    )
 
 
 def add_distributed_arguments(parser, shards: bool = False) -> None:
     group = parser.add_argument_group("several processes (set by torchrun)")
     if shards:
         group.add_argument(
-            "--fsdp", action="store_true",
+            "--fsdp",
+            action="store_true",
             help="spread weights, gradients and optimizer states over the processes (FSDP2), for models that do not "
             "fit on one GPU; checkpoints become folders, of which tools/unshard.py makes one file",
-        )  # fmt: skip
+        )
     group.add_argument("--world_size", default=1, type=int, help="taken from the launcher")
     group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="taken from the launcher")
     group.add_argument("--dist_on_itp", action="store_true", help="read Open MPI's environment")
     group.add_argument("--dist_url", default="env://")
     group.add_argument("--dist_backend", default="auto", choices=["auto", "nccl", "gloo"])
     group.add_argument(
-        "--timeout_s", default=1800.0, type=float,
+        "--timeout_s",
+        default=1800.0,
+        type=float,
         help="seconds to wait for another rank: then the run says which one stands still, and ends",
-    )  # fmt: skip
+    )
 
 
 def add_finetuning_arguments(parser, pooled: bool) -> None:
