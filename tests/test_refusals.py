@@ -124,7 +124,7 @@ def test_checkpoints(tool, box, tmp_path, capsys):
         line = refusal(capsys, tool, VALID[tool], box, tmp_path, name)
         assert said in line and name in line
     assert "'nope'" in refusal(capsys, tool, VALID[tool] + " --checkpoint_key nope", box, tmp_path)
-    assert "name one twice" in refusal(capsys, tool, VALID[tool] + " --finetune b.pth", box, tmp_path)
+    assert "are aliases; give one of them" in refusal(capsys, tool, VALID[tool] + " --finetune b.pth", box, tmp_path)
     assert "vit_enormous" in refusal(capsys, tool, VALID[tool] + " --model vit_enormous", box, tmp_path)
     if tool not in ("knn", "fewshot"):  # there it is a random encoder, as in main_linprobe.py
         assert "CHECKPOINT" in refusal(capsys, tool, VALID[tool].replace("{ck}", ""), box, tmp_path)

@@ -30,13 +30,15 @@ KEPT += "decoder decoder_fraction decoder_embed_dim decoder_depth decoder_num_he
 def get_args_parser():
     parser = _common.Parser("Write a checkpoint in the format of another library, and check that it computes the same.")
     _common.add_checkpoint_flags(parser)
-    parser.add_argument("--to", required=True, choices=list(EXPORTERS))
+    parser.add_argument("--to", required=True, choices=list(EXPORTERS), metavar="FORMAT", help=", ".join(EXPORTERS))
     parser.add_argument("--out", required=True, help="file to write; hf-vit and hf-vitmae write a folder")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--encoder_only", action="store_true", help="leave out a classifier, or a decoder")
     _common.add_feature_flags(parser)
-    parser.add_argument("--mean", type=float, nargs="+", help="of the images, told in the new file; the run's own")
-    parser.add_argument("--std", type=float, nargs="+")
+    parser.add_argument(
+        "--mean", type=float, nargs="+", help="per-channel means for the new file; without it the run's own"
+    )
+    parser.add_argument("--std", type=float, nargs="+", help="per-channel standard deviations, likewise")
     _common.add_model_flags(parser)
     parser.set_defaults(dataset="imagefolder", data_path="", device="cpu", seed=0)
     return parser

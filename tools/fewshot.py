@@ -30,7 +30,9 @@ STATISTICS = 10_000  # training images, at most, whose mean and deviation standa
 def get_args_parser():
     parser = _judging.parser("Few-shot accuracy of a frozen encoder.")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 5, 10], help="labelled images of each class")
-    parser.add_argument("--draws", type=int, default=10, help="of labelled images; mean and interval are over these")
+    parser.add_argument(
+        "--draws", type=int, default=10, help="draws of labelled images, whose mean and interval are shown"
+    )
     parser.add_argument(
         "--C", type=float, default=0.1, help="inverse strength of the L2 penalty, as in scikit-learn: lower is smoother"
     )
