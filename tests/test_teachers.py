@@ -51,17 +51,17 @@ def test_illegal_combinations(teacher):
             made(f"--mae_k 1 --ema_mae --wse 1 {switches(names, teacher)}")
 
 
-OPTIONS = {name: method for method in METHODS for name in method.options}
+OWNERS = {option: method for method in METHODS for option in method.options}
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_flags_without_effect(option):
+@pytest.mark.parametrize("declared", OWNERS, ids=lambda declared: declared.name)
+def test_flags_without_effect(declared):
     """Every option is refused without its method, also when its value is the default."""
+    option, default, flag = declared.name, declared.default, OWNERS[declared].flag
     action = next(a for a in main_pretrain.get_args_parser()._actions if f"--{option}" in a.option_strings)
-    default = OPTIONS[option].options[option]
     values = [""] if action.nargs == 0 else [f" {value}" for value in (*(action.choices or ["1"]), default) if value]
-    switch = "--mae_k or --ema_mae" if option.startswith("bootstrap") else OPTIONS[option].flag
-    other = "--mae_k 1" if OPTIONS[option].flag == "--rc_mae" else "--rc_mae"
+    switch = "--mae_k or --ema_mae" if option.startswith("bootstrap") else flag
+    other = "--mae_k 1" if flag == "--rc_mae" else "--rc_mae"
     for value, beside in itertools.product(values, ("", other)):
         with pytest.raises(UserError, match=f"^--{option} has no effect without {switch}$"):
             made(f"{beside} --{option}{value}")
@@ -82,7 +82,7 @@ def test_help_names_paper_and_use():
     for method in METHODS:
         assert method.title in text and method.summary in text
         assert "Choose it" in method.summary and method.flag in text
-        assert all(f"--{option}" in text for option in method.options)
+        assert all(f"--{option.name}" in text for option in method.options)
 
 
 @pytest.mark.parametrize(
