@@ -269,7 +269,7 @@ def test_restricted_to_the_classes_of_the_folder(box, tmp_path):
 def test_foreign_images(box, tmp_path):
     """Known: the images of the classes of the foreign folder alone. Chance and order as printed and by hand."""
     foreign = write(tmp_path / "o", {"red": (150, 120, 90), "blue": (140, 128, 160)}, count=5, noise=60)
-    found = run(box / "out" / "checkpoint-best.pth", "--foreign", foreign, "--known", box / "data" / "val")
+    found = run(box / "out" / "checkpoint-best.pth", "--ood", foreign, "--in_distribution", box / "data" / "val")
     bench = robustness.open_bench(robustness.get_args_parser().parse_args([str(box / "out" / "checkpoint-best.pth")]))
     bench.judged.args.num_workers = 0
     outside = bench.predict(open_folder(foreign, bench.classes))[1]
@@ -286,12 +286,12 @@ def test_foreign_folders_called_otherwise(box, tmp_path, capsys):
     """Images that look like none of the classes, in folders of any name, against all images of the data set."""
     best, known = box / "out" / "checkpoint-best.pth", box / "data" / "val"
     foreign = write(tmp_path / "o", {"a": (128, 100, 90), "b": (140, 128, 60), "c": (90, 90, 40)}, count=5, noise=60)
-    found = run(best, "--foreign", foreign, "--known", known)
+    found = run(best, "--ood", foreign, "--in_distribution", known)
     assert "told from all 4" in capsys.readouterr().out
     assert 100 * 15 / (15 + 24) < found["o_aupr"] <= 100
     with pytest.raises(UserError, match=r"has the class 'a', which is none of the 4"):
         write(foreign, {"red": COLOURS["red"]}, 1)
-        run(best, "--foreign", foreign, "--known", known)
+        run(best, "--ood", foreign, "--in_distribution", known)
 
 
 # Corrupted sets -------------------------------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def test_a_probe_knows_its_classes(box, tmp_path):
         ("{best} --folders {val} --train_classes {strange} --classes {names}", "say the same twice"),
         ("{best} --folders {val} --classes {tmp}/none", "--classes .*none is not a text file"),
         ("{unnamed} --folders {val}", "does not say what its 4 classes are called"),
-        ("{best} --foreign {val}", "--foreign and --known go together"),
+        ("{best} --ood {val}", "--ood and --in_distribution go together"),
         ("{best} --folders {val} --images 0", "--images 0 must be positive"),
         ("{best} --folders {val} --frost {val}", "--frost is for --corrupt"),
         ("{best} --folders {val} --picture a.png", "--picture is for --corrupt"),
