@@ -84,6 +84,12 @@ def add_data_arguments(parser):
             help="wds: images in every shard, where no _info.json beside the shards says so (local ones are counted)",
         )
     )
+    _add_reading_arguments(group)
+    return group
+
+
+def _add_reading_arguments(group) -> None:
+    """How images are read and normalised."""
     group.add_argument(
         "--jpeg_draft",
         action="store_true",
@@ -116,7 +122,6 @@ def add_data_arguments(parser):
             help="end the run when a larger share of the images is unreadable",
         )
     )
-    return group
 
 
 def add_leak_argument(group) -> None:
@@ -169,6 +174,23 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
         choices=["auto", "bf16", "fp16", "fp32"],
         help="auto: bf16 where the hardware multiplies it fast, fp16 with loss scaling on older GPUs, else fp32",
     )
+    _add_checkpoint_arguments(group, save_freq, keep)
+    group.add_argument("--print_freq", default=20, type=int, help="steps between lines and between TensorBoard points")
+    group.add_argument(
+        "--spike_factor",
+        type=float,
+        help="list the images of every step whose loss is more than X times the median of the 100 before, in "
+        "spikes.jsonl; off unless given, try 2",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="use only algorithms that give the same bits every time, on GPUs, too, where they are slower; two runs "
+        "with the same flags on the same hardware and versions are then the same",
+    )
+
+
+def _add_checkpoint_arguments(group, save_freq: int, keep: int) -> None:
     group.add_argument(
         "--resume",
         default="",
@@ -189,19 +211,6 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
             help="how long the last checkpoint is retried while the disk is full or unmounted, before the run fails; "
             "an earlier one is retried while the run goes on",
         )
-    )
-    group.add_argument("--print_freq", default=20, type=int, help="steps between lines and between TensorBoard points")
-    group.add_argument(
-        "--spike_factor",
-        type=float,
-        help="list the images of every step whose loss is more than X times the median of the 100 before, in "
-        "spikes.jsonl; off unless given, try 2",
-    )
-    group.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="use only algorithms that give the same bits every time, on GPUs, too, where they are slower; two runs "
-        "with the same flags on the same hardware and versions are then the same",
     )
 
 
