@@ -17,6 +17,7 @@ from util.leak import check_leak
 from util.ledger import Record
 from util.loading import build_loader
 from util.lr_decay import param_groups_lrd
+from util.parser import Parser, rare
 from util.rng import seeded
 from util.run import Run, start
 from util.scores import MultiLabel, TopK
@@ -30,7 +31,7 @@ PRESETS = {
 }
 
 
-class PresetParser(arguments.Parser):
+class PresetParser(Parser):
     """`--aug_preset` changes defaults, so that a flag given beside it wins, wherever it stands."""
 
     def parse_known_args(self, args=None, namespace=None):
@@ -39,58 +40,93 @@ class PresetParser(arguments.Parser):
         return super().parse_known_args(args, namespace)
 
 
-def get_args_parser() -> arguments.Parser:
-    parser = PresetParser("Fine-tune a ViT for classification.")
-    arguments.add_model_arguments(parser, default_model=None, decoder=False)
-    parser.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth of the last block")
+def get_args_parser() -> Parser:
+    parser = PresetParser(
+        "Fine-tune a ViT for classification, train one from scratch, or evaluate one.",
+        usual="--finetune CHECKPOINT --data_path PATH",
+    )
+    group = arguments.add_model_arguments(parser, default_model=None, decoder=False)
+    group.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth of the last block")
     arguments.add_finetuning_arguments(parser, pooled=True)
     arguments.add_leak_argument(arguments.add_data_arguments(parser))
-    group = parser.add_argument_group("labels")
-    group.add_argument(
-        "--targets", choices=["single", "multilabel"], default="single",
-        help="multilabel: --dataset filelist with path<TAB>label,label,...; every image's labels weigh the same and "
-        "sum to one; evaluation gives mean average precision and precision@1",
-    )  # fmt: skip
-    group.add_argument(
-        "--label_vocab", default="", help="multilabel: all labels, one per line (default: of --train_list)"
+    add_label_arguments(parser.add_argument_group("labels"))
+    group = arguments.add_optimizer_arguments(
+        parser, batch_size=64, epochs=50, warmup=5, blr=1e-3, wd=0.05, min_lr=1e-6
     )
     group.add_argument(
-        "--label_noise", type=float, default=0.0, metavar="P",
-        help="for studies: with probability P a training label is replaced by another class; multilabel: each label is "
-        "left out with probability P, and for each another is added with probability P, frequent ones more often",
-    )  # fmt: skip
-    arguments.add_optimizer_arguments(parser, batch_size=64, epochs=50, warmup=5, blr=1e-3, wd=0.05, min_lr=1e-6)
-    parser.add_argument(
-        "--trainable_blocks", type=int, metavar="N",
+        "--trainable_blocks",
+        type=int,
         help="partial fine-tuning: the last N blocks, the norm and the head learn, the rest stays; 0: the head alone",
-    )  # fmt: skip
-    parser.add_argument("--layer_decay", type=float, default=0.75, help="learning rate of a block over the next one's")
-    group = parser.add_argument_group("augmentation")
-    group.add_argument(
-        "--aug_preset", choices=list(PRESETS), help="small: no mixing of labels; full: all of the paper's"
     )
-    group.add_argument(
-        "--aug", choices=["rrc", "crop"], help="random resized crop, or pad and crop (default for CIFAR and digits)"
-    )
-    group.add_argument("--color_jitter", type=float, help="strength; only without --aa")
-    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, e.g. rand-m9-mstd0.5")
-    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
-    group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
-    group.add_argument(
-        "--remode", default="pixel", choices=["pixel", "rand", "const"], help="random erasing: what fills the hole"
-    )
-    group.add_argument("--recount", type=int, default=1, help="random erasing: holes")
-    group.add_argument("--resplit", action="store_true", help="accepted as upstream, where it has no effect either")
-    group.add_argument("--mixup", type=float, default=0.0, help="mixup alpha; 0 is off")
-    group.add_argument("--cutmix", type=float, default=0.0, help="cutmix alpha; 0 is off")
-    group.add_argument("--cutmix_minmax", type=float, nargs="+", help="side of the cut; turns cutmix on")
-    group.add_argument("--mixup_prob", type=float, default=1.0, help="probability of mixing a batch at all")
-    group.add_argument("--mixup_switch_prob", type=float, default=0.5, help="probability of cutmix when both are on")
-    group.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"])
+    group.add_argument("--layer_decay", type=float, default=0.75, help="learning rate of a block over the next one's")
+    add_augmentation_arguments(parser.add_argument_group("augmentation"))
     arguments.add_run_arguments(parser, save_freq=1, keep=1)
     arguments.add_speed_arguments(parser)
     arguments.add_distributed_arguments(parser)
     return parser
+
+
+def add_label_arguments(group) -> None:
+    group.add_argument(
+        "--targets",
+        choices=["single", "multilabel"],
+        default="single",
+        help="multilabel: --dataset filelist with path<TAB>label,label,...; every image's labels weigh the same and "
+        "sum to one; evaluation gives mean average precision and precision@1",
+    )
+    group.add_argument(
+        "--label_vocab",
+        default="",
+        metavar="FILE",
+        help="multilabel: all labels, one per line; without it those of --train_list",
+    )
+    group.add_argument(
+        "--label_noise",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="for studies: with probability P a training label is replaced by another class; multilabel: each label is "
+        "left out with probability P, and for each another is added with probability P, frequent ones more often",
+    )
+
+
+def add_augmentation_arguments(group) -> None:
+    group.add_argument(
+        "--aug_preset",
+        choices=list(PRESETS),
+        help="defaults of the flags below; small: no mixing of labels; full: all of the paper's",
+    )
+    group.add_argument(
+        "--aug",
+        choices=["rrc", "crop"],
+        help="random resized crop, or pad and crop; without it crop for CIFAR and digits, else rrc",
+    )
+    group.add_argument("--color_jitter", type=float, help="strength; only without --aa")
+    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, or none")
+    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
+    rare(
+        group.add_argument(
+            "--remode", default="pixel", choices=["pixel", "rand", "const"], help="random erasing: what fills the hole"
+        )
+    )
+    rare(group.add_argument("--recount", type=int, default=1, help="random erasing: holes"))
+    rare(
+        group.add_argument("--resplit", action="store_true", help="accepted as upstream, where it has no effect either")
+    )
+    group.add_argument("--mixup", type=float, default=0.0, help="mixup alpha; 0 is off")
+    group.add_argument("--cutmix", type=float, default=0.0, help="cutmix alpha; 0 is off")
+    rare(group.add_argument("--cutmix_minmax", type=float, nargs="+", help="side of the cut; turns cutmix on"))
+    group.add_argument("--mixup_prob", type=float, default=1.0, help="probability of mixing a batch at all")
+    group.add_argument("--mixup_switch_prob", type=float, default=0.5, help="probability of cutmix when both are on")
+    rare(
+        group.add_argument(
+            "--mixup_mode",
+            default="batch",
+            choices=["batch", "pair", "elem"],
+            help="mix whole batches, pairs or images",
+        )
+    )
 
 
 def check(args) -> None:

@@ -30,13 +30,14 @@ from util.ledger import Record
 from util.loading import build_loader
 from util.log import Board, log_line
 from util.lr_sched import adjust_learning_rate
+from util.parser import Parser
 from util.rng import seeded
 from util.run import Run, start
 from util.transforms import check_channels, eval_transform, probe_transform
 from util.weights_file import read_file
 
 
-class ProbeParser(arguments.Parser):
+class ProbeParser(Parser):
     """`--head` changes the default of `--blr`, because it changes the optimizer."""
 
     def parse_known_args(self, args=None, namespace=None):
@@ -45,31 +46,44 @@ class ProbeParser(arguments.Parser):
         return super().parse_known_args(args, namespace)
 
 
-def get_args_parser() -> arguments.Parser:
-    parser = ProbeParser("Probe a frozen encoder with a linear classifier.")
+def get_args_parser() -> Parser:
+    parser = ProbeParser(
+        "Probe a frozen encoder with a linear classifier.", usual="--finetune CHECKPOINT --data_path PATH"
+    )
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     arguments.add_finetuning_arguments(parser, pooled=False)
-    arguments.add_leak_argument(arguments.add_data_arguments(parser))
+    group = arguments.add_data_arguments(parser)
+    arguments.add_leak_argument(group)
     arguments.add_optimizer_arguments(parser, batch_size=512, epochs=90, warmup=10, blr=0.1, wd=0.0, min_lr=0.0)
-    parser.add_argument(
-        "--aug", choices=["rrc", "crop", "none"], help="random resized crop, or pad and crop (CIFAR and digits)"
+    group.add_argument(
+        "--aug",
+        choices=["rrc", "crop", "none"],
+        help="random resized crop, or pad and crop; without it crop for CIFAR and digits, else rrc",
     )
-    parser.add_argument(
-        "--head", choices=["linear", "attentive"], default="linear",
-        help="attentive: one cross-attention of a learned query to the patches, then linear; by AdamW, --blr 1e-3",
-    )  # fmt: skip
+    group = parser.add_argument_group("head")
+    group.add_argument(
+        "--head",
+        choices=["linear", "attentive"],
+        default="linear",
+        help="attentive: one cross-attention of a learned query to the patches, then linear; trained by AdamW at "
+        "--blr 1e-3, where linear is trained by LARS",
+    )
     group = parser.add_argument_group("cached features")
     group.add_argument(
-        "--cache_features", action="store_true", help="encode once, without augmentation; then only heads"
+        "--cache_features",
+        action="store_true",
+        help="encode every image once, without augmentation, then train heads only",
     )
     group.add_argument(
         "--probe_blrs",
         type=float,
         nargs="+",
         default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0],
-        help="base rates, one head each",
+        help="base learning rates, one head each",
     )
-    group.add_argument("--probe_holdout", type=float, default=0.1, help="share of train that chooses the rate")
+    group.add_argument(
+        "--probe_holdout", type=float, default=0.1, help="share of the training images that chooses the rate"
+    )
     arguments.add_run_arguments(parser, save_freq=10, keep=1)
     arguments.add_speed_arguments(parser, trains_blocks=False)
     arguments.add_distributed_arguments(parser)
@@ -222,8 +236,14 @@ def probe_cached(model, loaders, classes: int, args, device, amp_dtype) -> dict:
         print(f"blr {blr:g}: {value:.2f} % of the held-out {len(held)} training images")
     if len(heads) > 1 and best in (0, len(heads) - 1):
         print(f"note: the best rate, {args.probe_blrs[best]:g}, is at the end of --probe_blrs; try a wider list")
-    return {"test_acc1": top1, "test_acc5": top5, "holdout_acc1": chosen_by[best], "blr": args.probe_blrs[best],
-            "train_images": len(rest), "test_images": len(test[0])}  # fmt: skip
+    return {
+        "test_acc1": top1,
+        "test_acc5": top5,
+        "holdout_acc1": chosen_by[best],
+        "blr": args.probe_blrs[best],
+        "train_images": len(rest),
+        "test_images": len(test[0]),
+    }
 
 
 def main(args) -> dict:

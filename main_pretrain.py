@@ -24,6 +24,7 @@ from util.kernels import choose_attention
 from util.leak import check_leak
 from util.ledger import Record, strict
 from util.loading import build_loader, check_enough
+from util.parser import Parser, rare
 from util.rng import seeded
 from util.run import Run, start
 from util.shards import Shards
@@ -32,49 +33,69 @@ from util.visual import denormalized, fixed_noise, grid, reconstruct
 from util.weights import encoder_state, load_into, read_weights, save_encoder
 
 
-def get_args_parser() -> arguments.Parser:
-    parser = arguments.Parser("Pretrain a masked autoencoder (He et al. 2022).")
+def get_args_parser() -> Parser:
+    parser = Parser(
+        "Pretrain a masked autoencoder (He et al. 2022), on its own or with one of the methods at the end.",
+        usual="--data_path PATH --output_dir DIR",
+    )
     arguments.add_model_arguments(parser, default_model="mae_vit_large_patch16", decoder=True)
     group = parser.add_argument_group("masked autoencoder")
     group.add_argument("--mask_ratio", default=0.75, type=float, help="share of the patches that is removed")
     group.add_argument(
-        "--mask_ratio_end", default=None, type=float, metavar="RATIO",
-        help="curriculum: the share changes on a straight line from --mask_ratio to this (default: it stays)",
-    )  # fmt: skip
-    group.add_argument(
-        "--norm_pix_loss", action="store_true", help="compare patches normalised by their own statistics"
+        "--mask_ratio_end",
+        type=float,
+        metavar="RATIO",
+        help="curriculum: the share changes on a straight line from --mask_ratio to this; without it the share stays",
     )
-    group.add_argument("--init_from", default="", help="start from the weights of this file (any MAE or ViT encoder)")
-    group = arguments.add_data_arguments(parser)
-    arguments.add_leak_argument(group)
     group.add_argument(
-        "--data_cache", default="none", choices=CACHES,
-        help="decode every image once, into memory that all processes of a node share, or onto the GPU (as much as N x "
-        "channels x height x width bytes), and augment whole batches there",
-    )  # fmt: skip
-    group.add_argument(
-        "--cache_size", type=int, metavar="SIDE",
-        help="resize the shorter side to this and cut the longer one, for images of several sizes in a cache",
-    )  # fmt: skip
-    group.add_argument(
-        "--nvjpeg", action="store_true", help="decode the JPEG files of a cache on the GPU, where CPU cores are few"
+        "--norm_pix_loss", action="store_true", help="compare patches normalised by their own mean and variance"
     )
-    parser.add_argument(
-        "--aug", default="mae", choices=["mae", "crop", "three", "none"],
-        help="mae: resized crop and flip; crop: pad, crop and flip (CIFAR); three: 3-Augment; none: the whole image",
-    )  # fmt: skip
+    group.add_argument(
+        "--init_from",
+        default="",
+        metavar="CHECKPOINT",
+        help="start from the weights of this file (any MAE or ViT encoder)",
+    )
+    add_image_arguments(arguments.add_data_arguments(parser))
     arguments.add_optimizer_arguments(parser, batch_size=64, epochs=400, warmup=40, blr=1e-3, wd=0.05, min_lr=0.0)
     arguments.add_run_arguments(parser, save_freq=20, keep=0)
-    group = parser.add_argument_group("looking while it trains")
-    group.add_argument("--vis_freq", default=20, type=int, help="epochs between reconstruction pictures (0: none)")
-    group.add_argument("--knn_freq", default=0, type=int, help="epochs between kNN accuracies on validation (0: none)")
-    group.add_argument(
-        "--knn_images", default=20000, type=int, help="images the kNN looks at, of each split, evenly spaced"
-    )
+    group = parser.add_argument_group("monitoring")
+    group.add_argument("--vis_freq", default=20, type=int, help="epochs between reconstruction pictures; 0: none")
+    group.add_argument("--knn_freq", default=0, type=int, help="epochs between kNN accuracies on validation; 0: none")
+    group.add_argument("--knn_images", default=20000, type=int, help="images of each split for kNN, evenly spaced")
     arguments.add_speed_arguments(parser, cached=True)
     arguments.add_distributed_arguments(parser, shards=True)
     add_method_arguments(parser, METHODS)
     return parser
+
+
+def add_image_arguments(group) -> None:
+    """The data flags of pretraining alone."""
+    arguments.add_leak_argument(group)
+    group.add_argument(
+        "--data_cache",
+        default="none",
+        choices=CACHES,
+        help="decode every image once, into memory that all processes of a node share, or onto the GPU (as much as N x "
+        "channels x height x width bytes), and augment whole batches there",
+    )
+    group.add_argument(
+        "--cache_size",
+        type=int,
+        metavar="SIDE",
+        help="resize the shorter side to this and cut the longer one, for images of several sizes in a cache",
+    )
+    rare(
+        group.add_argument(
+            "--nvjpeg", action="store_true", help="decode the JPEG files of a cache on the GPU, where CPU cores are few"
+        )
+    )
+    group.add_argument(
+        "--aug",
+        default="mae",
+        choices=["mae", "crop", "three", "none"],
+        help="mae: resized crop and flip; crop: pad, crop and flip (CIFAR); three: 3-Augment; none: the whole image",
+    )
 
 
 def check(args) -> list:

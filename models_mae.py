@@ -108,9 +108,14 @@ class PatchEncoder(RunsBlocks, nn.Module):
     ):
         super().__init__()
         self._config = dict(
-            img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, num_heads=num_heads,
-            mlp_ratio=mlp_ratio, norm_layer=norm_layer,
-        )  # fmt: skip
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            norm_layer=norm_layer,
+        )
         self.in_chans = in_chans
         block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)

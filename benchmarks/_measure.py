@@ -145,8 +145,10 @@ def report(options, times: dict, memory: dict) -> None:
     print("| variant | images/s | time of MAE's | quartiles | peak memory, MiB | of MAE's |\n|---|---|---|---|---|---|")
     for name, row in rows.items():
         low, high = row["quartiles"]
-        print(f"| {name} | {row['images_per_s']:.0f} | {row['time']:.2f} | {low:.2f} to {high:.2f} | "
-              f"{row['memory_mib']:.0f} | {row['memory']:.2f} |")  # fmt: skip
+        print(
+            f"| {name} | {row['images_per_s']:.0f} | {row['time']:.2f} | {low:.2f} to {high:.2f} | "
+            f"{row['memory_mib']:.0f} | {row['memory']:.2f} |"
+        )
     if options.out:
         Path(options.out).write_text(json.dumps({"options": vars(options), "rows": rows}, indent=2) + "\n")
 

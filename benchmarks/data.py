@@ -51,17 +51,30 @@ def make_set(sources: list[Path], folder: Path, size: tuple[int, int]) -> None:
 def paths(folder: Path, side: int, options) -> dict:
     """By name, something that makes one pass over the set when it is called."""
     args = SimpleNamespace(
-        dataset="imagefolder", data_path=str(folder), num_workers=options.num_workers, pin_mem=False, seed=0,
-        in_chans=3, data_cache="ram", cache_size=None, jpeg_draft=False, nvjpeg=False, shuffle_buffer=1000,
+        dataset="imagefolder",
+        data_path=str(folder),
+        num_workers=options.num_workers,
+        pin_mem=False,
+        seed=0,
+        in_chans=3,
+        data_cache="ram",
+        cache_size=None,
+        jpeg_draft=False,
+        nvjpeg=False,
+        shuffle_buffer=1000,
         shard_samples=None,
-    )  # fmt: skip
+    )
     images = read_images(args, train=True)
     common = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*IMAGENET)]
     crop = transforms.RandomResizedCrop(side, scale=(0.2, 1.0), interpolation=BICUBIC)
     plain = DataLoader(
-        ImageFolder(folder / "train", transforms.Compose([crop, *common])), options.batch_size, shuffle=True,
-        num_workers=options.num_workers, drop_last=True, persistent_workers=options.num_workers > 0,
-    )  # fmt: skip
+        ImageFolder(folder / "train", transforms.Compose([crop, *common])),
+        options.batch_size,
+        shuffle=True,
+        num_workers=options.num_workers,
+        drop_last=True,
+        persistent_workers=options.num_workers > 0,
+    )
     transform = pretrain_transform("mae", (side, side), *IMAGENET)
     files = build_loader(images, transform, args, options.batch_size, True)
     drafts = build_loader(images, transform, changed(args, jpeg_draft=True), options.batch_size, True)
@@ -94,8 +107,10 @@ def main(options) -> None:
     if not found:
         raise UserError(f"--data {options.data} holds no images")
     sources = found[:: max(1, len(found) // options.count)][: options.count]
-    print(f"{len(sources)} images, batch {options.batch_size}, {options.num_workers} workers, {options.rounds} rounds, "
-          f"torch {torch.__version__}\n")  # fmt: skip
+    print(
+        f"{len(sources)} images, batch {options.batch_size}, {options.num_workers} workers, {options.rounds} rounds, "
+        f"torch {torch.__version__}\n"
+    )
     print("| crop, pixels | JPEGs | path | images/s | torchvision = 1 | quartiles |\n|---|---|---|---|---|---|")
     for side in options.sizes:
         with tempfile.TemporaryDirectory() as name:
@@ -111,8 +126,11 @@ def main(options) -> None:
                 ratios = sorted(a / b for a, b in zip(values, speeds["torchvision"]))
                 low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
                 height, width = SETS[side]
-                print(f"| {side} | {height}x{width} | {way} | {statistics.median(values):.0f} | "
-                      f"{statistics.median(ratios):.2f} | {low:.2f} to {high:.2f} |", flush=True)  # fmt: skip
+                print(
+                    f"| {side} | {height}x{width} | {way} | {statistics.median(values):.0f} | "
+                    f"{statistics.median(ratios):.2f} | {low:.2f} to {high:.2f} |",
+                    flush=True,
+                )
 
 
 def get_args_parser():

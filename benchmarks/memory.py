@@ -109,14 +109,23 @@ def compared(options, setup: Setup, config: dict | None = None) -> tuple[str, fl
 def setups(options) -> list[tuple[str, Setup]]:
     """(type, setup) for every choice."""
     return [
-        (name, Setup(batch, dist.get_world_size() if dist.is_initialized() else 1, fsdp=options.mode == "fsdp",
-                     element=DTYPES[name].itemsize, grad_checkpoint=again, teacher=teacher,
-                     fused=attention_is_fused("auto", torch.device(options.device), DTYPES[name])))
+        (
+            name,
+            Setup(
+                batch,
+                dist.get_world_size() if dist.is_initialized() else 1,
+                fsdp=options.mode == "fsdp",
+                element=DTYPES[name].itemsize,
+                grad_checkpoint=again,
+                teacher=teacher,
+                fused=attention_is_fused("auto", torch.device(options.device), DTYPES[name]),
+            ),
+        )
         for name in options.amp_dtype
         for batch in options.batch_size
         for again in (False, True)
         for teacher in options.teacher
-    ]  # fmt: skip
+    ]
 
 
 def join(options) -> None:

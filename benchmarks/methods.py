@@ -24,9 +24,17 @@ PARTS = {
     "dmae": "--dmae_teacher {teacher}",
 }
 VARIANTS = [
-    "mae", "mae_k", "ema_mae", "rc_mae", "dmae",
-    "mae_k+rc_mae", "mae_k+dmae", "ema_mae+rc_mae", "ema_mae+dmae", "rc_mae+dmae",
-]  # fmt: skip
+    "mae",
+    "mae_k",
+    "ema_mae",
+    "rc_mae",
+    "dmae",
+    "mae_k+rc_mae",
+    "mae_k+dmae",
+    "ema_mae+rc_mae",
+    "ema_mae+dmae",
+    "rc_mae+dmae",
+]
 
 
 def make_teacher(options, folder: str) -> str:

@@ -40,13 +40,22 @@ def hugging_face(model, seed: int = 0):
     assert height == width
     decoder = model.decoder_blocks[0]
     torch.manual_seed(seed)
-    return ViTMAEForPreTraining(ViTMAEConfig(
-        image_size=height, patch_size=model.patch_embed.patch_size[0], hidden_size=model.cls_token.shape[-1],
-        num_hidden_layers=len(model.blocks), num_attention_heads=block.attn.num_heads,
-        intermediate_size=block.mlp.fc1.out_features, decoder_hidden_size=model.mask_token.shape[-1],
-        decoder_num_hidden_layers=len(model.decoder_blocks), decoder_num_attention_heads=decoder.attn.num_heads,
-        decoder_intermediate_size=decoder.mlp.fc1.out_features, layer_norm_eps=1e-6, norm_pix_loss=True,
-    ))  # fmt: skip
+    return ViTMAEForPreTraining(
+        ViTMAEConfig(
+            image_size=height,
+            patch_size=model.patch_embed.patch_size[0],
+            hidden_size=model.cls_token.shape[-1],
+            num_hidden_layers=len(model.blocks),
+            num_attention_heads=block.attn.num_heads,
+            intermediate_size=block.mlp.fc1.out_features,
+            decoder_hidden_size=model.mask_token.shape[-1],
+            decoder_num_hidden_layers=len(model.decoder_blocks),
+            decoder_num_attention_heads=decoder.attn.num_heads,
+            decoder_intermediate_size=decoder.mlp.fc1.out_features,
+            layer_norm_eps=1e-6,
+            norm_pix_loss=True,
+        )
+    )
 
 
 class Lightly(nn.Module):
@@ -61,16 +70,23 @@ class Lightly(nn.Module):
 
         self.utils, self.patch = utils, model.patch_embed.patch_size[0]
         vit = VisionTransformer(
-            img_size=model.patch_embed.img_size, patch_size=self.patch, embed_dim=model.cls_token.shape[-1],
-            depth=len(model.blocks), num_heads=model.blocks[0].attn.num_heads, num_classes=0,
+            img_size=model.patch_embed.img_size,
+            patch_size=self.patch,
+            embed_dim=model.cls_token.shape[-1],
+            depth=len(model.blocks),
+            num_heads=model.blocks[0].attn.num_heads,
+            num_classes=0,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        )  # fmt: skip
+        )
         self.backbone = MaskedVisionTransformerTIMM(vit=vit)
         self.decoder = MAEDecoderTIMM(
-            num_patches=model.patch_embed.num_patches, patch_size=self.patch, embed_dim=model.cls_token.shape[-1],
-            decoder_embed_dim=model.mask_token.shape[-1], decoder_depth=len(model.decoder_blocks),
+            num_patches=model.patch_embed.num_patches,
+            patch_size=self.patch,
+            embed_dim=model.cls_token.shape[-1],
+            decoder_embed_dim=model.mask_token.shape[-1],
+            decoder_depth=len(model.decoder_blocks),
             decoder_num_heads=model.decoder_blocks[0].attn.num_heads,
-        )  # fmt: skip
+        )
 
     def forward(self, imgs, mask_ratio):
         utils, length = self.utils, self.backbone.sequence_length
@@ -189,12 +205,16 @@ def main(options, argv: list[str]) -> None:
     floors = {dtype: floor(options, dtype) for dtype in options.types}
     times, memory = measure(names, options, argv)
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
-    print(f"{options.model}, batch {options.batch_size}, {torch.get_num_threads()} threads"
-          f"{_measure.clocked(options)}, {device}, torch {torch.__version__}, {options.rounds} rounds; "
-          f"floors (images/s): {', '.join(f'{dtype} {value:.0f}' for dtype, value in floors.items())}\n")  # fmt: skip
+    print(
+        f"{options.model}, batch {options.batch_size}, {torch.get_num_threads()} threads"
+        f"{_measure.clocked(options)}, {device}, torch {torch.__version__}, {options.rounds} rounds; "
+        f"floors (images/s): {', '.join(f'{dtype} {value:.0f}' for dtype, value in floors.items())}\n"
+    )
     against = [f"Hugging Face {dtype}" for dtype in options.types] if "Hugging Face" in kinds else names[:1]
-    print(f"| implementation | images/s | {' | '.join(f'speed, {name} = 1' for name in against)} | of the floor | "
-          f"peak memory, MiB |\n|{'---|' * (4 + len(against))}")  # fmt: skip
+    print(
+        f"| implementation | images/s | {' | '.join(f'speed, {name} = 1' for name in against)} | of the floor | "
+        f"peak memory, MiB |\n|{'---|' * (4 + len(against))}"
+    )
     rows = {}
     for name in names:
         speed = options.batch_size / statistics.median(times[name])
@@ -202,8 +222,11 @@ def main(options, argv: list[str]) -> None:
         cells = [f"{statistics.median(r):.2f} ({r[len(r) // 4]:.2f} to {r[-1 - len(r) // 4]:.2f})" for r in ratios]
         share = speed / floors[name.rsplit(" ", 1)[1]]
         print(f"| {name} | {speed:.0f} | {' | '.join(cells)} | {share:.0%} | {memory[name]:.0f} |")
-        rows[name] = {"images_per_s": speed, "ratios": dict(zip(against, map(statistics.median, ratios))),
-                      "memory_mib": memory[name]}  # fmt: skip
+        rows[name] = {
+            "images_per_s": speed,
+            "ratios": dict(zip(against, map(statistics.median, ratios))),
+            "memory_mib": memory[name],
+        }
     if options.out:
         Path(options.out).write_text(json.dumps({"floors": floors, "rows": rows}, indent=2) + "\n")
 

@@ -1,11 +1,11 @@
 """The seam between the engine and a pretraining method: what a method may do, and the module that the engine calls."""
 
 import argparse
-from typing import ClassVar
 
 import torch
 from torch import nn
 
+from methods.options import Option
 from models_mae import MaskedAutoencoderViT, MaskedOutput, masked_mean
 from util.datasets import Images
 from util.errors import UserError
@@ -14,30 +14,32 @@ from util.errors import UserError
 class Method(nn.Module):
     """A pretraining method. Every hook is optional; a method overrides what it needs and nothing else.
 
-    `flag` is the switch that turns it on and is named in refusals. `slot` says what it decides alone: "target" (what
-    is reconstructed), "mask" (what is removed) or None (it only adds terms); one method per slot.
+    `switch` is the flag that turns it on; `options` are its other flags, which are refused when no method that has them
+    is on. `slot` says what it decides alone: "target" (what is reconstructed), "mask" (what is removed) or None (it
+    only adds terms); one method per slot.
     A method is a module so that its networks, buffers and schedule position are in the checkpoint, under `methods`.
     """
 
     name: str
     title: str  # of its group of flags in --help, with the paper's name
     summary = ""  # below the title: what it does, when to choose it
-    flag: str
+    switch: Option
+    options: tuple[Option, ...] = ()
+    flag: str  # of `switch`, as refusals name it
     slot: str | None = None
     excludes: tuple[str, ...] = ()  # names of methods it cannot run beside
-    # Its flags beside the switch, with their defaults: they are refused when no method that knows them is on.
-    options: ClassVar[dict[str, object]] = {}
     part = "reconstruction"  # name, in the log, of what `patch_loss` returns
     look_every = 0  # optimizer steps between two calls of `look` (0: never)
 
-    @staticmethod
-    def add_arguments(group: argparse._ArgumentGroup) -> None:
-        """Its flags."""
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "switch" in vars(cls):
+            cls.flag = f"--{cls.switch.name}"
 
-    @staticmethod
-    def enabled(args: argparse.Namespace) -> bool:
+    @classmethod
+    def enabled(cls, args: argparse.Namespace) -> bool:
         """Whether the flags ask for it."""
-        return False
+        return getattr(args, cls.switch.name) != cls.switch.default
 
     @staticmethod
     def check(args: argparse.Namespace) -> None:
@@ -158,9 +160,13 @@ class Pretrainer(nn.Module):
         wanted = tuple({block for method in methods for block in method.blocks()})
         head = next((method for method in methods if method.head_in_use), None)
         out = self.model.forward_pretrain(
-            imgs, mask_ratio, noise if scores is None else scores, wanted, head and head.prediction_head(),
+            imgs,
+            mask_ratio,
+            noise if scores is None else scores,
+            wanted,
+            head and head.prediction_head(),
             any(method.needs_all_patches for method in methods),
-        )  # fmt: skip
+        )
         out.head = head.name if head else ""
         named = ((method.part, method.patch_loss(self.model, imgs, out)) for method in methods)
         parts = {name: loss for name, loss in named if loss is not None}
@@ -216,24 +222,30 @@ def _first(values):
 
 
 def add_method_arguments(parser: argparse.ArgumentParser, known: list[type[Method]]) -> None:
-    """One titled group of flags per method."""
+    """One titled group of flags per method; an option that several methods share is in the group of the first."""
+    added = set()
     for method in known:
-        method.add_arguments(parser.add_argument_group(method.title, method.summary or None))
+        group = parser.add_argument_group(method.title, method.summary or None)
+        method.switch.add_to(group, always=True)
+        for option in method.options:
+            if option.name not in added:
+                option.add_to(group)
+                added.add(option.name)
 
 
 def enabled_methods(args: argparse.Namespace, known: list[type[Method]]) -> list[type[Method]]:
     """The methods that the flags ask for; UserError when two of them cannot run together, or when a flag has no effect
     because no method that knows it is on. Options that were not given get their defaults."""
     chosen = [method for method in known if method.enabled(args)]
-    in_use = {name for method in chosen for name in method.options}
+    in_use = {option.name for method in chosen for option in method.options}
     for dest in vars(args):
-        owners = [method.flag for method in known if dest in method.options and dest not in in_use]
-        if owners:
+        owners = [method.flag for method in known if any(option.name == dest for option in method.options)]
+        if owners and dest not in in_use:
             raise UserError(f"--{dest} has no effect without {' or '.join(owners)}")
     for method in chosen:
-        for name, default in method.options.items():
-            if not hasattr(args, name):
-                setattr(args, name, default)
+        for option in method.options:
+            if not hasattr(args, option.name):
+                setattr(args, option.name, option.default)
         method.check(args)
     for i, one in enumerate(chosen):
         for other in chosen[i + 1 :]:
@@ -244,12 +256,4 @@ def enabled_methods(args: argparse.Namespace, known: list[type[Method]]) -> list
     return chosen
 
 
-def add_option(group, known: dict, name: str, help: str, **kwargs) -> None:
-    """A flag that means something only with its method: absent from the flags unless given, so that
-    `enabled_methods` can tell. Its default is in `known`, the method's `options`."""
-    default = known[name]
-    shown = "off" if default is False else "none" if default is None else default
-    group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{help} (default: {shown})", **kwargs)
-
-
-__all__ = ["Method", "Pretrainer", "add_method_arguments", "add_option", "enabled_methods", "masked_mean"]
+__all__ = ["Method", "Option", "Pretrainer", "add_method_arguments", "enabled_methods", "masked_mean"]

@@ -9,7 +9,7 @@ Shapes: N images, L patches, D encoder width, d decoder width.
 import torch
 from torch import nn
 
-from methods.base import Method, add_option
+from methods.base import Method, Option
 from models_mae import MaskedAutoencoderViT, MaskedOutput, PatchEncoder
 from util.amp import widened
 from util.distributed import all_reduce_sum, average, get_world_size
@@ -77,7 +77,25 @@ class Bootstrap(Method):
     """What MAE-K and EMA-MAE share. `age` is that of the target's weights in epochs (of an average, their mean)."""
 
     slot = "target"
-    options = {"bootstrap_norm": "layernorm", "bootstrap_head": "linear", "bootstrap_layers": 1}  # noqa: RUF012
+    options = (
+        Option(
+            "bootstrap_norm",
+            "layernorm",
+            "target features, token by token: without their mean and scale, or as they are",
+            choices=("layernorm", "none"),
+            rare=True,
+        ),
+        Option(
+            "bootstrap_head",
+            "linear",
+            "layer from the decoder to features; none needs both of one width",
+            choices=("linear", "none"),
+            rare=True,
+        ),
+        Option(
+            "bootstrap_layers", 1, "the target is the average over the last N blocks; more is smoother", metavar="N"
+        ),
+    )
 
     def __init__(self, args, model: MaskedAutoencoderViT):
         super().__init__()
@@ -96,21 +114,6 @@ class Bootstrap(Method):
         self.head = nn.Identity() if args.bootstrap_head == "none" else nn.Linear(decoder_width, width)
         for weight in self.head.parameters():
             nn.init.xavier_uniform_(weight) if weight.ndim > 1 else nn.init.zeros_(weight)
-
-    @staticmethod
-    def add_shared_arguments(group):
-        add_option(
-            group, Bootstrap.options, "bootstrap_norm", choices=["layernorm", "none"],
-            help="target features, token by token: without their mean and scale, or as they are",
-        )  # fmt: skip
-        add_option(
-            group, Bootstrap.options, "bootstrap_head", choices=["linear", "none"],
-            help="layer from the decoder to features; none needs both of one width",
-        )  # fmt: skip
-        add_option(
-            group, Bootstrap.options, "bootstrap_layers", type=int, metavar="N",
-            help="the target is the average over the last N blocks; more is smoother",
-        )  # fmt: skip
 
     # The target: pixels before there is one, features after.
 
@@ -177,25 +180,20 @@ def _idle(head: nn.Module) -> torch.Tensor | float:
 class MAEK(Bootstrap):
     """The target is a copy of the student, made at the start of every K-th epoch from K on."""
 
-    name, flag = "mae_k", "--mae_k"
+    name = "mae_k"
+    switch = Option(
+        "mae_k",
+        None,
+        "epochs between copies; turns this method on. The report: 10 best fine-tuned, 20 best linear, 1 and 2 unstable",
+        type=int,
+        metavar="K",
+    )
     title = "MAE-K (Li, Bootstrap-MAE)"
     summary = (
         "After K epochs on pixels, reconstruct the features that a copy of the encoder computes from the whole image; "
         "the copy is renewed every K epochs. Choose it for small models and data that are fine-tuned, where pixels "
         "teach too little; each step also costs a forward pass of whole images."
     )
-
-    @staticmethod
-    def add_arguments(group):
-        group.add_argument(
-            "--mae_k", type=int, metavar="K",
-            help="epochs between copies; the report: 10 best fine-tuned, 20 best linear, 1 and 2 too unsteady",
-        )  # fmt: skip
-        Bootstrap.add_shared_arguments(group)
-
-    @staticmethod
-    def enabled(args) -> bool:
-        return args.mae_k is not None
 
     @staticmethod
     def check(args) -> None:
@@ -218,34 +216,30 @@ class MAEK(Bootstrap):
 class EMAMAE(Bootstrap):
     """The target is a copy of the student at epoch WSE, then their moving average."""
 
-    name, flag = "ema_mae", "--ema_mae"
+    name, switch = "ema_mae", Option("ema_mae", False, "turn this method on")
     title = "EMA-MAE (Li, Bootstrap-MAE)"
     summary = (
         "As MAE-K, but after WSE epochs on pixels the target follows the encoder as a slow moving average instead of "
         "jumping. Choose it where features are used frozen (the report: better linear probes than MAE-K); watch "
         "target_std and target_rank, a large tau can collapse. Takes --bootstrap_* too."
     )
-    options = {**Bootstrap.options, "wse": 20, "tau": 0.005, "ema_update": "epoch"}  # noqa: RUF012
-
-    @staticmethod
-    def add_arguments(group):
-        group.add_argument("--ema_mae", action="store_true", help="turn it on")
-        add_option(
-            group, EMAMAE.options, "wse", type=int, metavar="N",
-            help="warm-up epochs on pixels; 0 bootstraps from a random encoder; the report: 5 and 20 best",
-        )  # fmt: skip
-        add_option(
-            group, EMAMAE.options, "tau", type=float,
-            help="share of the student in each update; the report: 0.005 far better linear, 0.1 to 0.3 fine-tuned",
-        )  # fmt: skip
-        add_option(
-            group, EMAMAE.options, "ema_update", choices=["epoch", "step"],
-            help="update the target once per epoch or after every step",
-        )  # fmt: skip
-
-    @staticmethod
-    def enabled(args) -> bool:
-        return args.ema_mae
+    options = (
+        *Bootstrap.options,
+        Option(
+            "wse",
+            20,
+            "warm-up epochs on pixels; 0 bootstraps from a random encoder; the report: 5 and 20 best",
+            metavar="N",
+        ),
+        Option(
+            "tau",
+            0.005,
+            "share of the student in each update; the report: 0.005 far better linear, 0.1 to 0.3 fine-tuned",
+        ),
+        Option(
+            "ema_update", "epoch", "update the target once per epoch or after every step", choices=("epoch", "step")
+        ),
+    )
 
     @staticmethod
     def check(args) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import models_mae
-from methods.base import Method, add_option, masked_mean
+from methods.base import Method, Option, masked_mean
 from models_mae import MaskedAutoencoderViT, MaskedOutput
 from util.amp import widened
 from util.datasets import mean_std
@@ -122,10 +122,13 @@ def load_teacher(args) -> tuple[MaskedAutoencoderViT, Weights]:
                 f"{fits + patch} would fit"
             )
         teacher = models_mae.build_model(
-            name, img_size=size or stored.get("input_size") or _own_size(weights, patch), patch_size=patch,
+            name,
+            img_size=size or stored.get("input_size") or _own_size(weights, patch),
+            patch_size=patch,
             in_chans=args.in_chans,
-            norm_pix_loss=bool(stored.get("norm_pix_loss")), **decoder,
-        )  # fmt: skip
+            norm_pix_loss=bool(stored.get("norm_pix_loss")),
+            **decoder,
+        )
         report = load_into(teacher, weights)
     except UserError as error:
         raise UserError(str(error).replace("--model", "--dmae_teacher_model")) from None
@@ -195,52 +198,59 @@ class DMAE(Method):
     """Adds `dmae_alpha` times the alignment loss, summed over the aligned pairs. The teacher is not in checkpoints: its
     path and hash are."""
 
-    name, flag = "dmae", "--dmae_teacher"
+    name = "dmae"
+    switch = Option("dmae_teacher", None, "checkpoint of the teacher; turns this method on", metavar="PATH")
     title = "DMAE (Bai et al., CVPR 2023)"
     summary = (
         "Also match the middle features of a bigger, pretrained MAE on the same visible patches. Choose it where such "
         "a teacher exists (the released ViT-L, say), whatever its patch and image size; holds at a mask ratio of 0.9. "
         "Costs part of a forward pass of the teacher on the visible patches."
     )
-    options = {  # noqa: RUF012
-        "dmae_teacher_model": None, "dmae_alpha": 1.0, "dmae_blocks": None, "dmae_proj": "linear", "dmae_loss": "l1",
-        "dmae_normalize": False, "dmae_teacher_pos": "inner", "dmae_teacher_size": None,
-    }  # fmt: skip
-
-    @staticmethod
-    def add_arguments(group):
-        known = DMAE.options
-        group.add_argument("--dmae_teacher", metavar="PATH", help="checkpoint of the teacher; turns it on")
-        add_option(
-            group, known, "dmae_teacher_model", metavar="NAME",
-            help="its model, where the file does not say, e.g. mae_vit_large_patch16",
-        )  # fmt: skip
-        add_option(group, known, "dmae_alpha", type=float, help="weight of the alignment loss")
-        add_option(
-            group, known, "dmae_blocks", metavar="S:T[,S:T...]",
-            help="student and teacher blocks to align, from 1; none given: three quarters of each depth, such as 9:18",
-        )  # fmt: skip
-        add_option(
-            group, known, "dmae_proj", choices=["linear", "mlp", "none"],
-            help="layer from the student's width to the teacher's; none needs both the same",
-        )  # fmt: skip
-        add_option(group, known, "dmae_loss", choices=["l1", "l2"], help="mean absolute or squared difference")
-        add_option(
-            group, known, "dmae_normalize", action="store_true",
-            help="compare directions only: tokens of length one, as the paper's release does",
-        )  # fmt: skip
-        add_option(
-            group, known, "dmae_teacher_pos", choices=["inner", "fresh"],
-            help="positions where the teacher's grid is larger: its own at the inner places, or a sine-cosine table",
-        )  # fmt: skip
-        add_option(
-            group, known, "dmae_teacher_size", type=int, metavar="N",
-            help="image size whose grid the teacher's positions are resampled to; none: the one it was trained at",
-        )  # fmt: skip
-
-    @staticmethod
-    def enabled(args) -> bool:
-        return args.dmae_teacher is not None
+    options = (
+        Option(
+            "dmae_teacher_model",
+            None,
+            "its model, where the file does not say, e.g. mae_vit_large_patch16",
+            metavar="NAME",
+        ),
+        Option("dmae_alpha", 1.0, "weight of the alignment loss"),
+        Option(
+            "dmae_blocks",
+            None,
+            "student and teacher blocks to align, from 1; without it three quarters of each depth, such as 9:18",
+            metavar="S:T[,S:T...]",
+        ),
+        Option(
+            "dmae_proj",
+            "linear",
+            "layer from the student's width to the teacher's; none needs both the same",
+            choices=("linear", "mlp", "none"),
+            rare=True,
+        ),
+        Option("dmae_loss", "l1", "mean absolute or squared difference", choices=("l1", "l2"), rare=True),
+        Option(
+            "dmae_normalize",
+            False,
+            "compare directions only: tokens of length one, as the paper's release does",
+            rare=True,
+        ),
+        Option(
+            "dmae_teacher_pos",
+            "inner",
+            "position embedding where the teacher's grid is larger: the inner part of its own, or a sine-cosine table",
+            choices=("inner", "fresh"),
+            rare=True,
+        ),
+        Option(
+            "dmae_teacher_size",
+            None,
+            "image size to whose grid the teacher's position embedding is resampled; without it the one it was "
+            "trained at",
+            type=int,
+            metavar="N",
+            rare=True,
+        ),
+    )
 
     @staticmethod
     def check(args) -> None:

@@ -70,8 +70,10 @@ def without(images, others: Part):
     whole = images.images if isinstance(images, Part) else images
     if not isinstance(whole, Files) or not isinstance(others.images, Files):
         if whole is not others.images:
-            print("note: images for pretraining and labelled ones come from different readers: if they share images, "
-                  "stage I sees what stage III holds out")  # fmt: skip
+            print(
+                "note: images for pretraining and labelled ones come from different readers: if they share images, "
+                "stage I sees what stage III holds out"
+            )
         return images
     taken = {os.path.realpath(others.name(place)) for place in range(len(others))}
     places = [place for place in range(len(images)) if os.path.realpath(images.name(place)) not in taken]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from methods import mlo_flags
-from methods.base import Method
+from methods.base import Method, Option
 from methods.guide import Classification
 from methods.hypergrad import (
     Residuals,
@@ -85,7 +85,8 @@ class InnerStep:
 class MLOMAE(Method):
     """Removes the patches of highest probability, weights the loss by it, and moves T in `after_update`."""
 
-    name, flag, slot = "mlo_mae", "--mlo_mae", "mask"
+    name, slot = "mlo_mae", "mask"
+    switch = Option("mlo_mae", False, "turn this method on")
     excludes = ("mae_k", "ema_mae", "rc_mae", "dmae")
     title = "MLO-MAE (Guo et al.)"
     summary = (
@@ -97,12 +98,7 @@ class MLOMAE(Method):
     # Masking-network updates between two in which the two paths of the hypergradient are computed separately.
     PATHS_EVERY = 20
 
-    add_arguments = staticmethod(mlo_flags.add_arguments)
     check = staticmethod(mlo_flags.check)
-
-    @staticmethod
-    def enabled(args) -> bool:
-        return args.mlo_mae
 
     def __init__(self, args, model: MaskedAutoencoderViT):
         super().__init__()

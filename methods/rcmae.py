@@ -12,7 +12,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from methods.base import Method, add_option
+from methods.base import Method, Option
 from models_mae import MaskedAutoencoderViT, MaskedOutput
 from util.amp import widened
 from util.distributed import all_reduce_sum, get_rank, get_world_size
@@ -62,41 +62,42 @@ class RCMAE(Method):
     """Adds `rc_gamma` times the consistency loss; `model_ema` in the checkpoint is the teacher, a full MAE, which the
     paper fine-tunes."""
 
-    name, flag = "rc_mae", "--rc_mae"
+    name, switch = "rc_mae", Option("rc_mae", False, "turn this method on")
     title = "RC-MAE (Lee et al., ICLR 2023)"
     summary = (
         "Also agree with the reconstruction of an EMA teacher that sees the same patches. Choose it to get further in "
         "fewer epochs, for dense tasks, or for weights that are an average: the paper evaluates the teacher, "
         "--checkpoint_key model_ema. Costs one more forward pass of the visible patches."
     )
-    options = {  # noqa: RUF012
-        "rc_gamma": 1.0, "rc_momentum": 0.996, "rc_schedule": "cosine", "rc_mask": "same", "log_grad_cosine": 0,
-    }  # fmt: skip
-
-    @staticmethod
-    def add_arguments(group):
-        group.add_argument("--rc_mae", action="store_true", help="turn it on")
-        add_option(group, RCMAE.options, "rc_gamma", type=float, help="weight of the consistency loss")
-        add_option(
-            group, RCMAE.options, "rc_momentum", type=float,
-            help="the teacher keeps this much of itself at every step, at the start; lower follows faster",
-        )  # fmt: skip
-        add_option(
-            group, RCMAE.options, "rc_schedule", choices=["cosine", "constant"],
-            help="momentum: to 1 over the whole run, or constant (what the released code amounts to)",
-        )  # fmt: skip
-        add_option(
-            group, RCMAE.options, "rc_mask", choices=["same", "different"],
-            help="the teacher sees the student's patches, or draws its own; the paper: same is better on detection",
-        )  # fmt: skip
-        add_option(
-            group, RCMAE.options, "log_grad_cosine", type=int, metavar="F",
-            help="every F steps, log the cosine between the gradients of both losses; costs an extra pass (0: never)",
-        )  # fmt: skip
-
-    @staticmethod
-    def enabled(args) -> bool:
-        return args.rc_mae
+    options = (
+        Option("rc_gamma", 1.0, "weight of the consistency loss"),
+        Option(
+            "rc_momentum",
+            0.996,
+            "momentum of the teacher at the start: its own share at every step; a lower one follows faster",
+        ),
+        Option(
+            "rc_schedule",
+            "cosine",
+            "momentum: rising to 1 over the whole run, or constant (what the released code amounts to)",
+            choices=("cosine", "constant"),
+            rare=True,
+        ),
+        Option(
+            "rc_mask",
+            "same",
+            "the teacher sees the student's patches, or draws its own; the paper: same is better on detection",
+            choices=("same", "different"),
+            rare=True,
+        ),
+        Option(
+            "log_grad_cosine",
+            0,
+            "every F steps, log the cosine between the gradients of both losses; costs an extra pass; 0: never",
+            metavar="F",
+            rare=True,
+        ),
+    )
 
     @staticmethod
     def check(args) -> None:

@@ -31,9 +31,14 @@ def launch(main: str, flags: str, processes: int = 1, restarts: int = 0, **optio
     """In a process group of its own, with one thread per process: the machine may have only two cores."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        command(main, flags, processes, restarts), env=env, start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
-    )  # fmt: skip
+        command(main, flags, processes, restarts),
+        env=env,
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
 
 
 def ranks(main: str, flags: str, processes: int, seconds: float = 180) -> str:

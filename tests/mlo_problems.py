@@ -116,10 +116,11 @@ def small_vit(flags, dtype=torch.float64, depth=2, inner_lr=0.1, head_lr=0.3):
         head.observe(3 * draw(50, 24) + draw(24))
     pool = 0 if "cls" in flags else slice(1, None)
     task = Task(
-        lambda m, x: m.encode(m.embed(x))[0][:, pool].reshape(len(x), -1, 24).mean(dim=1), head,
+        lambda m, x: m.encode(m.embed(x))[0][:, pool].reshape(len(x), -1, 24).mean(dim=1),
+        head,
         labelled(draw(2, 6, 3, 16, 16), torch.randint(3, (2, 6))),
         labelled(draw(2, 5, 3, 16, 16), torch.randint(3, (2, 5))),
-    )  # fmt: skip
+    )
     pretrainer, method = the_method(model, task, f"--mlo_hidden 20 {flags}", inner_lr, head_lr)
     return pretrainer, method, draw(4, 24, 3, 16, 16)
 

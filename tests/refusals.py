@@ -96,8 +96,18 @@ def put_images(folder: Path, count: int = 2) -> None:
 def put_data(data: Path) -> None:
     for name in ("empty", "hollow/train/a", "hollow/train/b", "flat/val"):
         (data / name).mkdir(parents=True)
-    for name in ("good/train/a", "good/train/b", "good/val/a", "good/val/b", "no_train/val/a", "no_val/train/a",
-                 "flat/train", "stranger/train/a", "stranger/val/c", "tiny/train/n1/images"):  # fmt: skip
+    for name in (
+        "good/train/a",
+        "good/train/b",
+        "good/val/a",
+        "good/val/b",
+        "no_train/val/a",
+        "no_val/train/a",
+        "flat/train",
+        "stranger/train/a",
+        "stranger/val/c",
+        "tiny/train/n1/images",
+    ):
         put_images(data / name)
     for name in ("a", "b"):
         put_images(data / "single/train" / name, 1)

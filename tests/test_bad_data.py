@@ -28,8 +28,9 @@ SHARED = {
     "--dataset filelist --data_path {box}/data/good --train_list {box}/lists/empty.txt": "lists/empty.txt",
     "--dataset filelist --data_path {box}/data/good --train_list {box}/lists/mixed.txt": "lists/mixed.txt",
     "--dataset filelist --data_path {box}/data/good --train_list {box}/files/pictures/0.png": "pictures/0.png",
-    "--dataset filelist --data_path {box}/data/good --train_list {box}/lists/ghosts.txt":
-        "lists/ghosts.txt | nowhere/0.png",
+    "--dataset filelist --data_path {box}/data/good --train_list {box}/lists/ghosts.txt": (
+        "lists/ghosts.txt | nowhere/0.png"
+    ),
     "--dataset cifar10 --data_path {box}/data/empty": "--data_path | data/empty | --download",
     "--dataset cifar100 --data_path {box}/data/missing": "--data_path | data/missing | --download",
     "--dataset tiny_imagenet --data_path ": "--data_path",
@@ -45,7 +46,7 @@ SHARED = {
     f"--output_dir {'{box}'}/{'x' * 300}": "--output_dir",
     "--log_dir {box}/file": "--log_dir | {box}/file",
     "--log_dir {box}/file/below": "--log_dir | {box}/file/below",
-}  # fmt: skip
+}
 PRETRAIN = {
     "--knn_freq 1 --dataset folder --data_path {box}/data/good": "--knn_freq",
     "--knn_freq 1 --data_path {box}/data/no_val": "data/no_val | val/",

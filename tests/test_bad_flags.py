@@ -37,7 +37,7 @@ SHARED = {
     "--device mps": "--device | mps",
     "--device cpu:x": "--device | cpu:x",
     "--resume {box}/files/truncated.pth --overwrite": "--resume | --overwrite",
-}  # fmt: skip
+}
 PRETRAIN = {
     **{f"--mask_ratio {value}": "--mask_ratio" for value in (0, 1, 1.5, -0.5, 0.9, "nan", 1e-20, "most")},
     "--aug sepia": "--aug | sepia",
@@ -66,8 +66,11 @@ TRANSFER = {
 FINETUNE = {
     "--eval --finetune {box}/pretrain/checkpoint-0.pth --compile": "--compile has no effect with --eval",
     "--eval --finetune {box}/pretrain/checkpoint-0.pth --grad_checkpoint": "--grad_checkpoint has no effect",
-    **{f"--{name} {value}": f"--{name}" for name in ("drop_path", "smoothing", "reprob", "layer_decay")
-       for value in (-0.1, 1.1, "nan")},
+    **{
+        f"--{name} {value}": f"--{name}"
+        for name in ("drop_path", "smoothing", "reprob", "layer_decay")
+        for value in (-0.1, 1.1, "nan")
+    },
     **{f"--{name} 2 --mixup 0.8": f"--{name}" for name in ("mixup_prob", "mixup_switch_prob")},
     "--layer_decay 0": "--layer_decay",
     "--mixup -1": "--mixup",
@@ -89,7 +92,7 @@ FINETUNE = {
     "--remode stripes": "--remode | stripes",
     "--recount 0": "--recount",
     "--recount -1": "--recount",
-}  # fmt: skip
+}
 LINPROBE = {
     "--cache_features --compile": "--compile has no effect",
     "--cache_features --log_mfu": "--log_mfu has no effect",

@@ -23,9 +23,18 @@ def test_the_folder_of_another_run_is_refused(program, other, box, capsys):
     assert_names(line, f"--output_dir {box / other} | --resume | --overwrite")
 
 
-@pytest.mark.parametrize("left", ["log.txt", "args.json", "checkpoint-3-7.pth", ".checkpoint-0.pth.tmp",
-                                  "events.out.tfevents.1.host", "encoder.safetensors",
-                                  "probe.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "left",
+    [
+        "log.txt",
+        "args.json",
+        "checkpoint-3-7.pth",
+        ".checkpoint-0.pth.tmp",
+        "events.out.tfevents.1.host",
+        "encoder.safetensors",
+        "probe.json",
+    ],
+)
 def test_one_file_of_another_run_is_enough(left, box, tmp_path, capsys):
     (tmp_path / left).write_text("of another run\n")
     assert left in refusal(capsys, "pretrain", "", box, "--output_dir", str(tmp_path))
@@ -46,9 +55,15 @@ def test_overwrite_deletes_the_run_and_nothing_else(box, tmp_path):
     events = {path.name for path in (tmp_path / "run").glob("events*")}
     assert len(events) == 1
     assert {path.name for path in (tmp_path / "run").iterdir()} - events == {
-        "notes.txt", "checkpoint-mine.pth", "checkpoint-0.pth.backup", "log.txt", "args.json", "checkpoint-0.pth",
-        "encoder.safetensors", "results.jsonl",
-    }  # fmt: skip
+        "notes.txt",
+        "checkpoint-mine.pth",
+        "checkpoint-0.pth.backup",
+        "log.txt",
+        "args.json",
+        "checkpoint-0.pth",
+        "encoder.safetensors",
+        "results.jsonl",
+    }
     assert (tmp_path / "run/log.txt").read_text().count("\n") == 1
 
 
@@ -107,9 +122,14 @@ def clean_environment(**variables) -> dict[str, str]:
 def run_command(argv: list[str], folder: Path, seconds: float = 120) -> subprocess.CompletedProcess:
     """A command with all its descendants, which end with it however it ends."""
     process = subprocess.Popen(
-        argv, cwd=folder, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        argv,
+        cwd=folder,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         out, error = process.communicate(timeout=seconds)
     finally:

@@ -91,8 +91,11 @@ CASES += [
 ]
 # what no main resumes
 NO_RUN = {
-    **{f"files/{name}": f"{name} | {words}" for name, words in FOREIGN_FILES.items() if name[:-4] not in
-       ("no_weights", "cnn", "narrow", "grey")},
+    **{
+        f"files/{name}": f"{name} | {words}"
+        for name, words in FOREIGN_FILES.items()
+        if name[:-4] not in ("no_weights", "cnn", "narrow", "grey")
+    },
     "missing.pth": "{box}/missing.pth",
     "files": "{box}/files",
     "files/pictures/0.png": "pictures/0.png",
@@ -102,7 +105,7 @@ NO_RUN = {
     "files/odd_epoch.pth": "odd_epoch.pth",
     "files/no_optimizer_state.pth": "no_optimizer_state.pth",
     "pretrain/encoder.safetensors": "encoder.safetensors",
-}  # fmt: skip
+}
 CASES += [(program, f"--resume {{box}}/{name}", names) for program in MAINS for name, names in NO_RUN.items()]
 CASES += [
     ("pretrain", "--resume {box}/finetune/checkpoint-0.pth", "finetune/checkpoint-0.pth | --model vit_micro_patch4"),

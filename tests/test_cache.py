@@ -23,8 +23,10 @@ from util.transforms import eval_transform, pretrain_transform
 
 RNG = np.random.default_rng(0)
 CPU = torch.device("cpu")
-BASE = "--model mae_vit_micro_patch4 --input_size 16 --norm_pix_loss --warmup_epochs 0 --epochs 2 --lr 1e-3 " \
-    "--vis_freq 0 --batch_size 16 --device cpu --amp_dtype fp32 --num_workers 1 --save_freq 1"  # fmt: skip
+BASE = (
+    "--model mae_vit_micro_patch4 --input_size 16 --norm_pix_loss --warmup_epochs 0 --epochs 2 --lr 1e-3 "
+    "--vis_freq 0 --batch_size 16 --device cpu --amp_dtype fp32 --num_workers 1 --save_freq 1"
+)
 
 
 def noisy(count, height, width, channels=3):
@@ -92,8 +94,9 @@ def test_crop_boxes_are_drawn_as_torchvisions(size):
 def test_colours_are_pillows():
     images = noisy(4, 24, 24)
     floats = images.float()
-    assert (batch_aug.grey(floats) - torch.stack([pixels(picture(x).convert("L").convert("RGB")) for x in images])
-            ).abs().max() <= 1  # fmt: skip
+    assert (
+        batch_aug.grey(floats) - torch.stack([pixels(picture(x).convert("L").convert("RGB")) for x in images])
+    ).abs().max() <= 1
     for radius in (0.1, 0.3, 1.0, 2.0):  # pillow rounds after each of its six passes
         blurred = gaussian_blur(floats, torch.full((4,), radius))
         theirs = torch.stack([pixels(picture(x).filter(ImageFilter.GaussianBlur(radius))) for x in images])

@@ -15,8 +15,10 @@ from models_mae import build_model
 from util.errors import UserError
 from util.weights import load_into, read_weights
 
-SMALL = "--model mae_vit_micro_patch4 --input_size 16 --aug none --num_workers 0 --warmup_epochs 0 --epochs 1 " \
-    "--lr 1e-3 --vis_freq 1 --batch_size 16 --device cpu --amp_dtype fp32 --decoder cross"  # fmt: skip
+SMALL = (
+    "--model mae_vit_micro_patch4 --input_size 16 --aug none --num_workers 0 --warmup_epochs 0 --epochs 1 "
+    "--lr 1e-3 --vis_freq 1 --batch_size 16 --device cpu --amp_dtype fp32 --decoder cross"
+)
 
 
 def made(**overrides):

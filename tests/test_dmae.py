@@ -53,9 +53,20 @@ def test_teacher_is_checked_and_not_stored(image_folder, tmp_path, teacher, caps
 def test_untrained_teacher_is_seen(tmp_path, capsys):
     args = "--norm_pix_loss"
     model = made(args)[0].model
-    torch.save({"model": model.state_dict(), "args": {"model": "mae_vit_micro_patch4", "norm_pix_loss": True,
-                "input_size": 16, "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}},
-               tmp_path / "raw.pth")  # fmt: skip
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "args": {
+                "model": "mae_vit_micro_patch4",
+                "norm_pix_loss": True,
+                "input_size": 16,
+                "decoder_embed_dim": 32,
+                "decoder_depth": 1,
+                "decoder_num_heads": 2,
+            },
+        },
+        tmp_path / "raw.pth",
+    )
     pretrainer, _ = made(f"{args} --dmae_teacher {tmp_path}/raw.pth")
     pretrainer(torch.randn(8, 3, 16, 16), 0.75, torch.rand(8, 16))
     assert "WARNING: hardly better" in capsys.readouterr().out
@@ -74,8 +85,10 @@ def test_larger_teacher_grid(tmp_path, positions):
     whole = build_model("mae_vit_micro_patch4", img_size=64, patch_size=8)
     with torch.no_grad():
         whole.pos_embed.normal_()
-    torch.save({"model": whole.state_dict(), "args": {"model": "mae_vit_micro_patch4", "patch_size": 8,
-                "input_size": 64}}, tmp_path / "t.pth")  # fmt: skip
+    torch.save(
+        {"model": whole.state_dict(), "args": {"model": "mae_vit_micro_patch4", "patch_size": 8, "input_size": 64}},
+        tmp_path / "t.pth",
+    )
     pretrainer, _ = made(f"--dmae_teacher {tmp_path}/t.pth --dmae_teacher_pos {positions}")
     method = pretrainer.methods["dmae"]
     imgs = torch.randn(2, 3, 16, 16)

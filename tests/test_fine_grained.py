@@ -47,8 +47,10 @@ def cars(root):
     (root / "devkit").mkdir(parents=True)
     names = np.array(["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Audi TT RS Coupe 2012"], dtype=object)
     savemat(root / "devkit" / "cars_meta.mat", {"class_names": names})
-    for file, folder, first in (("devkit/cars_train_annos.mat", "cars_train", 10),
-                                ("cars_test_annos_withlabels.mat", "cars_test", 100)):  # fmt: skip
+    for file, folder, first in (
+        ("devkit/cars_train_annos.mat", "cars_train", 10),
+        ("cars_test_annos_withlabels.mat", "cars_test", 100),
+    ):
         rows = [(f"{i:05d}.jpg", 1 + i * 2 % 3, first + 10 * i) for i in range(6)]
         for name, _, level in rows:
             picture(root / folder / name, level)

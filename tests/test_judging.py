@@ -192,7 +192,7 @@ def test_names_of_a_checkpoint(pretrained, image_folder, capsys):
     assert run(knn, "random", *flags, *random) == run(knn, *flags, *random, "--global_pool")
     assert "the encoder is random" in capsys.readouterr().out
     assert run(knn, "random", *flags, *random, "--cls_token") == run(knn, "random", *flags, *random, "--pool", "cls")
-    with pytest.raises(UserError, match="name one twice"):
+    with pytest.raises(UserError, match="are aliases; give one of them"):
         run(knn, "random", "--finetune", "a.pth", *flags)
 
 

@@ -34,11 +34,17 @@ def write(
 ) -> dict:
     """A line as a main writes it, by hand."""
     row = {
-        "command": command, "finished": "2030-01-01", "revision": revision, "images_seen": 5, "seconds": 1.0,
+        "command": command,
+        "finished": "2030-01-01",
+        "revision": revision,
+        "images_seen": 5,
+        "seconds": 1.0,
         "flags": {"blr": 0.1, "output_dir": str(folder), "num_workers": seed, **flags, "seed": seed},
-        "data": {"test": {"images": 4, "sha256": data}}, "hardware": {"amp_dtype": "bfloat16"},
-        "source": source, "metrics": metrics or {"test_acc1": 50.0},
-    }  # fmt: skip
+        "data": {"test": {"images": 4, "sha256": data}},
+        "hardware": {"amp_dtype": "bfloat16"},
+        "source": source,
+        "metrics": metrics or {"test_acc1": 50.0},
+    }
     ledger.append(folder, row)
     return row
 

@@ -215,11 +215,18 @@ def test_dmae_float32(golden, name):
 
 
 OTHER_NAMES = [
-    ("encoder.proj_st_2_teach.", "projection."), ("decoder.mask_token", "mask_token"),
-    ("decoder.pos_embedding", "decoder_pos_embed"), ("decoder.input_layer.", "decoder_embed."),
-    ("decoder.neck.", "decoder_blocks."), ("decoder.norm.", "decoder_norm."), ("decoder.pred_proj.", "decoder_pred."),
-    ("encoder.", ""), ("pos_embedding", "pos_embed"), ("input_layer.", "patch_embed."), ("backbone.", "blocks."),
-]  # fmt: skip
+    ("encoder.proj_st_2_teach.", "projection."),
+    ("decoder.mask_token", "mask_token"),
+    ("decoder.pos_embedding", "decoder_pos_embed"),
+    ("decoder.input_layer.", "decoder_embed."),
+    ("decoder.neck.", "decoder_blocks."),
+    ("decoder.norm.", "decoder_norm."),
+    ("decoder.pred_proj.", "decoder_pred."),
+    ("encoder.", ""),
+    ("pos_embedding", "pos_embed"),
+    ("input_layer.", "patch_embed."),
+    ("backbone.", "blocks."),
+]
 
 
 def renamed(group):
@@ -241,10 +248,19 @@ def test_dmae_geometry(golden, name):
     meta, grid = ref.meta, (ref.meta["grid"],) * 2
     part = meta["student"]
     student = MaskedAutoencoderViT(
-        meta["img_dim"], meta["patch_size"], 3, part["embed_dim"], part["num_layers"], part["num_heads"],
-        part["dec_embed_dim"], part["dec_num_layers"], part["dec_num_heads"], part["ratio"],
-        partial(nn.LayerNorm, eps=1e-6), norm_pix_loss=True,
-    )  # fmt: skip
+        meta["img_dim"],
+        meta["patch_size"],
+        3,
+        part["embed_dim"],
+        part["num_layers"],
+        part["num_heads"],
+        part["dec_embed_dim"],
+        part["dec_num_layers"],
+        part["dec_num_heads"],
+        part["ratio"],
+        partial(nn.LayerNorm, eps=1e-6),
+        norm_pix_loss=True,
+    )
     weights = renamed(ref.group("student/"))
     projection = dmae._projection("mlp", part["embed_dim"], meta["teacher"]["embed_dim"])
     projection.load_state_dict({k[11:]: weights.pop(k) for k in list(weights) if k.startswith("projection.")})
@@ -256,9 +272,15 @@ def test_dmae_geometry(golden, name):
     size = (grid[0] * patch, grid[1] * patch)
     assert size == (meta["resize"],) * 2
     teacher = PatchEncoder(
-        size, patch, 3, meta["teacher"]["embed_dim"], meta["teacher"]["num_layers"], meta["teacher"]["num_heads"],
-        meta["teacher"]["ratio"], partial(nn.LayerNorm, eps=1e-6),
-    )  # fmt: skip
+        size,
+        patch,
+        3,
+        meta["teacher"]["embed_dim"],
+        meta["teacher"]["num_layers"],
+        meta["teacher"]["num_heads"],
+        meta["teacher"]["ratio"],
+        partial(nn.LayerNorm, eps=1e-6),
+    )
     teacher.load_state_dict({**teacher.state_dict(), **renamed(ref.group("teacher/"))})
     teacher = teacher.double()
 

@@ -9,7 +9,7 @@ from launch import checkpoint, log_rows, scalars
 
 import main_pretrain
 import methods
-from methods import Method, Pretrainer, add_method_arguments, enabled_methods
+from methods import Method, Option, Pretrainer, add_method_arguments, enabled_methods
 from models_mae import build_model, pick
 from util.errors import UserError
 
@@ -17,7 +17,8 @@ from util.errors import UserError
 class Smooth(Method):
     """Penalises the latent's size, replaces the target, and keeps an average of its own."""
 
-    name, title, flag, slot = "smooth", "Smooth (nobody 2026)", "--smooth", "target"
+    name, title, slot = "smooth", "Smooth (nobody 2026)", "target"
+    switch = Option("smooth", 0.0, "weight of the penalty")
     calls: ClassVar[list] = []
 
     def __init__(self, args, model):
@@ -25,14 +26,6 @@ class Smooth(Method):
         self.weight = args.smooth
         self.scale = torch.nn.Parameter(torch.ones(()))
         self.register_buffer("average", torch.zeros(()))
-
-    @staticmethod
-    def add_arguments(group):
-        group.add_argument("--smooth", type=float, default=0.0, help="weight of the penalty")
-
-    @staticmethod
-    def enabled(args):
-        return args.smooth != 0
 
     @staticmethod
     def check(args):
@@ -57,15 +50,8 @@ class Smooth(Method):
 
 
 class Rival(Smooth):
-    name, title, flag = "rival", "Rival", "--rival"
-
-    @staticmethod
-    def add_arguments(group):
-        group.add_argument("--rival", action="store_true")
-
-    @staticmethod
-    def enabled(args):
-        return args.rival
+    name, title = "rival", "Rival"
+    switch = Option("rival", False, "turn it on")
 
     @staticmethod
     def check(args):
@@ -139,8 +125,12 @@ def test_a_method_through_the_main(image_folder, tmp_path, monkeypatch):
     parser = main_pretrain.get_args_parser()
     assert "Smooth (nobody 2026)" in parser.format_help()
     main_pretrain.main(parser.parse_args(flags.split()))
-    assert Smooth.calls == [("epoch", 0), *(("step", i) for i in range(3)),
-                            ("epoch", 1), *(("step", i) for i in range(3, 6))]  # fmt: skip
+    assert Smooth.calls == [
+        ("epoch", 0),
+        *(("step", i) for i in range(3)),
+        ("epoch", 1),
+        *(("step", i) for i in range(3, 6)),
+    ]
     state = checkpoint(tmp_path, "checkpoint-1.pth")
     assert state["methods"]["smooth.average"] == 6 and state["methods"]["smooth.scale"] != 1
     assert not any("smooth" in key for key in state["model"])

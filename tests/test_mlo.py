@@ -61,12 +61,15 @@ def test_the_split_is_disjoint_stratified_and_seeded():
     assert (train, val) == stratified_split(images, 0.2, 3) != stratified_split(images, 0.2, 4)
 
 
-@pytest.mark.parametrize("counts,fraction,said", [
-    ([5, 1, 5], 0.2, "class 'c1' has fewer than two images"),
-    ([100, 3], 0.01, r"--mlo_val_fraction 0.01 leaves class 'c1' of 3 images empty .* between 0.33 and 0.67 fits"),
-    ([100, 3], 0.99, r"--mlo_val_fraction 0.99 leaves class 'c1' of 3 images empty"),
-    ([10], 0.2, "only one class"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "counts,fraction,said",
+    [
+        ([5, 1, 5], 0.2, "class 'c1' has fewer than two images"),
+        ([100, 3], 0.01, r"--mlo_val_fraction 0.01 leaves class 'c1' of 3 images empty .* between 0.33 and 0.67 fits"),
+        ([100, 3], 0.99, r"--mlo_val_fraction 0.99 leaves class 'c1' of 3 images empty"),
+        ([10], 0.2, "only one class"),
+    ],
+)
 def test_splits_that_are_refused(counts, fraction, said):
     with pytest.raises(UserError, match=said):
         stratified_split(labels(counts), fraction, 0)
@@ -200,12 +203,14 @@ def test_warm_up(image_folder, tmp_path):
 
 
 FORMS = {
-    "sum": "--mlo_unroll 4", "last, adam": "--mlo_unroll 4 --mlo_unroll_grad last --mlo_precondition adam",
-    "two levels": "--mlo_unroll 4 --mlo_levels 2", "fine-tuned": "--mlo_unroll 4 --mlo_stage2 finetune --mlo_prox 0.1",
+    "sum": "--mlo_unroll 4",
+    "last, adam": "--mlo_unroll 4 --mlo_unroll_grad last --mlo_precondition adam",
+    "two levels": "--mlo_unroll 4 --mlo_levels 2",
+    "fine-tuned": "--mlo_unroll 4 --mlo_stage2 finetune --mlo_prox 0.1",
     "solved": "--mlo_unroll 4 --mlo_stage2 solve",
     "accumulated, every other": "--mlo_unroll 2 --mlo_update_every 2 --accum_iter 2 --mlo_ste --mlo_hypergrad jvp "
     "--mlo_head_norm",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("flags", FORMS.values(), ids=FORMS)

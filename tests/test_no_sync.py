@@ -71,8 +71,10 @@ def watched(monkeypatch):
 
 
 def pretrain(folder, data, flags):
-    flags = f"{SMALL} --data_path {data} --aug none --num_workers 0 --batch_size 16 --vis_freq 0 --warmup_epochs 0 " \
-        f"--epochs 2 --clip_grad 1 --output_dir {folder} {flags}"  # fmt: skip
+    flags = (
+        f"{SMALL} --data_path {data} --aug none --num_workers 0 --batch_size 16 --vis_freq 0 --warmup_epochs 0 "
+        f"--epochs 2 --clip_grad 1 --output_dir {folder} {flags}"
+    )
     main_pretrain.main(main_pretrain.get_args_parser().parse_args(flags.split()))
 
 

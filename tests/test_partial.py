@@ -91,8 +91,9 @@ def test_attentive_probe(image_folder, tmp_path):
     state = checkpoint(tmp_path / "a", "checkpoint-0.pth")
     assert state["args"]["blr"] == 1e-3 and "head.0.query" in state["model"]
     learned = sum(len(group["params"]) for group in state["optimizer"]["param_groups"])
-    assert learned == sum(name.startswith("head.") and "running" not in name and "tracked" not in name
-                          for name in state["model"])  # fmt: skip
+    assert learned == sum(
+        name.startswith("head.") and "running" not in name and "tracked" not in name for name in state["model"]
+    )
     again = start(
         main_linprobe, f"{flags} --eval --resume {tmp_path / 'a/checkpoint-0.pth'} --output_dir {tmp_path / 'b'}"
     )

@@ -29,9 +29,8 @@ LARGE, LARGEST = (sizes_of(MODELS[f"mae_vit_{name}"].config) for name in ("large
 
 def options(dtype: str) -> argparse.Namespace:
     flags = ["--model", "mae_deit_tiny_patch4"]
-    return argparse.Namespace(**vars(memory.get_args_parser().parse_args(flags)) | {
-        "model": "mae_deit_tiny_patch4", "amp_dtype": dtype, "mask_ratio": 0.75,
-    })  # fmt: skip
+    chosen = {"model": "mae_deit_tiny_patch4", "amp_dtype": dtype, "mask_ratio": 0.75}
+    return argparse.Namespace(**vars(memory.get_args_parser().parse_args(flags)) | chosen)
 
 
 def model_of(config: dict, setup: Setup):

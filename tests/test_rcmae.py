@@ -33,8 +33,15 @@ def test_rc_mae_whole_run(golden):
     model = mae(ref.meta["ema"]["model"], norm_pix_loss=True)
     model.load_state_dict(ref.group("e2e/student0/"))
     model = model.double()
-    args = argparse.Namespace(**e2e, min_lr_=0, rc_gamma=e2e["gamma"], rc_momentum=e2e["momentum_base"],
-                              rc_schedule="cosine", rc_mask="same", log_grad_cosine=0)  # fmt: skip
+    args = argparse.Namespace(
+        **e2e,
+        min_lr_=0,
+        rc_gamma=e2e["gamma"],
+        rc_momentum=e2e["momentum_base"],
+        rc_schedule="cosine",
+        rc_mask="same",
+        log_grad_cosine=0,
+    )
     pretrainer = Pretrainer(model, [RCMAE(args, model)], e2e["epochs"] * e2e["iters"])
     groups = param_groups_weight_decay(
         pretrainer, e2e["weight_decay"], no_weight_decay_list=pretrainer.no_weight_decay()

@@ -114,12 +114,17 @@ def test_the_valid_command_line(tool, box, tmp_path):
 
 @pytest.mark.parametrize("tool", VALID)
 def test_checkpoints(tool, box, tmp_path, capsys):
-    for name, said in {"missing.pth": "does not exist", "good": "is a directory", "cut.pth": "truncated or damaged",
-                       "text.pth": "not a checkpoint or is damaged", "cnn.pth": "no ViT weights"}.items():  # fmt: skip
+    for name, said in {
+        "missing.pth": "does not exist",
+        "good": "is a directory",
+        "cut.pth": "truncated or damaged",
+        "text.pth": "not a checkpoint or is damaged",
+        "cnn.pth": "no ViT weights",
+    }.items():
         line = refusal(capsys, tool, VALID[tool], box, tmp_path, name)
         assert said in line and name in line
     assert "'nope'" in refusal(capsys, tool, VALID[tool] + " --checkpoint_key nope", box, tmp_path)
-    assert "name one twice" in refusal(capsys, tool, VALID[tool] + " --finetune b.pth", box, tmp_path)
+    assert "are aliases; give one of them" in refusal(capsys, tool, VALID[tool] + " --finetune b.pth", box, tmp_path)
     assert "vit_enormous" in refusal(capsys, tool, VALID[tool] + " --model vit_enormous", box, tmp_path)
     if tool not in ("knn", "fewshot"):  # there it is a random encoder, as in main_linprobe.py
         assert "CHECKPOINT" in refusal(capsys, tool, VALID[tool].replace("{ck}", ""), box, tmp_path)

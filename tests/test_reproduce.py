@@ -21,13 +21,28 @@ from util.errors import UserError
 
 PAPERS = json.loads(reproduce.PUBLISHED.read_text(encoding="utf-8"))
 AS_PUBLISHED = {
-    "model": "vit_base_patch8", "patch_size": 8, "input_size": 64, "dataset": "tiny_imagenet", "epochs": 300,
-    "warmup_epochs": 10, "batch_size": 64, "accum_iter": 2, "world_size": 1, "aug_preset": "full",
-}  # fmt: skip
+    "model": "vit_base_patch8",
+    "patch_size": 8,
+    "input_size": 64,
+    "dataset": "tiny_imagenet",
+    "epochs": 300,
+    "warmup_epochs": 10,
+    "batch_size": 64,
+    "accum_iter": 2,
+    "world_size": 1,
+    "aug_preset": "full",
+}
 PRETRAINED = {
-    "model": "mae_vit_base_patch8", "mask_ratio": 0.75, "batch_size": 16, "accum_iter": 1, "world_size": 8,
-    "epochs": 500, "warmup_epochs": 50, "patch_size": None, "decoder_depth": None,
-}  # fmt: skip
+    "model": "mae_vit_base_patch8",
+    "mask_ratio": 0.75,
+    "batch_size": 16,
+    "accum_iter": 1,
+    "world_size": 8,
+    "epochs": 500,
+    "warmup_epochs": 50,
+    "patch_size": None,
+    "decoder_depth": None,
+}
 
 
 def write(folder, accuracy=50.0, seed=0, pretrained=(), images=100000, revision="abc", **flags):
@@ -37,10 +52,17 @@ def write(folder, accuracy=50.0, seed=0, pretrained=(), images=100000, revision=
     if pretrained is not None:
         source = {"path": "x", "flags": PRETRAINED | dict(pretrained) | {"seed": seed}, "source": None}
     row = {
-        "command": "main_finetune", "finished": "2030-01-01", "revision": revision, "images_seen": 5, "seconds": 1.0,
-        "flags": AS_PUBLISHED | flags | {"seed": seed}, "data": {"train": {"images": images, "sha256": "d"}},
-        "hardware": {"amp_dtype": "bfloat16"}, "metrics": {"test_acc1": accuracy}, "source": source,
-    }  # fmt: skip
+        "command": "main_finetune",
+        "finished": "2030-01-01",
+        "revision": revision,
+        "images_seen": 5,
+        "seconds": 1.0,
+        "flags": AS_PUBLISHED | flags | {"seed": seed},
+        "data": {"train": {"images": images, "sha256": "d"}},
+        "hardware": {"amp_dtype": "bfloat16"},
+        "metrics": {"test_acc1": accuracy},
+        "source": source,
+    }
     ledger.append(folder, row)
 
 
@@ -66,21 +88,42 @@ def test_mean_deviation_and_published(tmp_path, capsys):
     assert line in capsys.readouterr().out and line in (tmp_path / "reproduced.md").read_text()
     with open(tmp_path / "reproduced.csv") as file:
         first = next(csv.DictReader(file))
-    assert first == {"run": "mask75", "metric": "finetune:test_acc1", "mean": "72.0", "deviation": "2.0", "n": "3",
-                     "published": "72.58", "from": "Table 1", "differs": ""}  # fmt: skip
+    assert first == {
+        "run": "mask75",
+        "metric": "finetune:test_acc1",
+        "mean": "72.0",
+        "deviation": "2.0",
+        "n": "3",
+        "published": "72.58",
+        "from": "Table 1",
+        "differs": "",
+    }
 
 
 def test_what_differs_is_named(tmp_path):
     """Of the run, of its pretraining, and what follows from a flag: batch, decoder and patches of another model."""
     write(
-        tmp_path / "finetune-mask75-seed0", pretrained={"epochs": 20, "world_size": 4, "model": "mae_vit_micro_patch4"},
-        model="vit_micro_patch4", patch_size=4, input_size=[32, 32], dataset="imagefolder", images=50000, epochs=5,
-    )  # fmt: skip
+        tmp_path / "finetune-mask75-seed0",
+        pretrained={"epochs": 20, "world_size": 4, "model": "mae_vit_micro_patch4"},
+        model="vit_micro_patch4",
+        patch_size=4,
+        input_size=[32, 32],
+        dataset="imagefolder",
+        images=50000,
+        epochs=5,
+    )
     assert table(tmp_path)["mask75", "finetune:test_acc1"].differs == [
-        "model vit_micro, not vit_base", "patch_size 4, not 8", "images.train 50000, not 100000",
-        "input_size 32, not 64", "pretrain.batch 64, not 128", "pretrain.epochs 20, not 500",
-        "pretrain.decoder_depth 2, not 8", "pretrain.decoder_embed_dim 96, not 512", "epochs 5, not 300", "one seed",
-    ]  # fmt: skip
+        "model vit_micro, not vit_base",
+        "patch_size 4, not 8",
+        "images.train 50000, not 100000",
+        "input_size 32, not 64",
+        "pretrain.batch 64, not 128",
+        "pretrain.epochs 20, not 500",
+        "pretrain.decoder_depth 2, not 8",
+        "pretrain.decoder_embed_dim 96, not 512",
+        "epochs 5, not 300",
+        "one seed",
+    ]
 
 
 def test_a_reader_of_folders_does_not_name_its_set(tmp_path):
@@ -107,9 +150,12 @@ def test_what_is_missing_and_what_has_no_number(tmp_path, capsys):
     write(tmp_path / "finetune-dmae90-seed0", pretrained={"mask_ratio": 0.9})
     rows = table(tmp_path, runs=["mask75", "mask90", "dmae75", "dmae90"])
     assert list(rows) == [
-        ("mask75", "finetune:test_acc1"), ("mask75", "finetune_small:test_acc1"), ("mask90", "finetune:test_acc1"),
-        ("dmae75", "finetune:test_acc1"), ("dmae90", "finetune:test_acc1"),
-    ]  # fmt: skip
+        ("mask75", "finetune:test_acc1"),
+        ("mask75", "finetune_small:test_acc1"),
+        ("mask90", "finetune:test_acc1"),
+        ("dmae75", "finetune:test_acc1"),
+        ("dmae90", "finetune:test_acc1"),
+    ]
     said = capsys.readouterr().out
     assert "| mask75 | fine-tuned | missing | 72.58 | Table 1 |  |" in said
     assert "| mask90 | fine-tuned | missing | below mask75 | Section 8 |  |" in said

@@ -218,7 +218,17 @@ def test_checkpoint_layout(tmp_path):
     assert set(state) == {"model", "optimizer", "epoch", "step", "scaler", "args", "methods", "rng", "origin", "data"}
     assert state["epoch"] == 0 and state["step"] == STEPS
     assert isinstance(state["args"], dict) and state["args"]["model"] == "mae_vit_micro_patch4"
-    assert {"cls_token", "mask_token", "pos_embed", "decoder_pos_embed", "patch_embed.proj.weight", "norm.bias",
-            "blocks.0.attn.qkv.weight", "decoder_embed.weight", "decoder_blocks.0.mlp.fc2.bias",
-            "decoder_norm.weight", "decoder_pred.bias"} <= set(state["model"])  # fmt: skip
+    assert {
+        "cls_token",
+        "mask_token",
+        "pos_embed",
+        "decoder_pos_embed",
+        "patch_embed.proj.weight",
+        "norm.bias",
+        "blocks.0.attn.qkv.weight",
+        "decoder_embed.weight",
+        "decoder_blocks.0.mlp.fc2.bias",
+        "decoder_norm.weight",
+        "decoder_pred.bias",
+    } <= set(state["model"])
     assert (tmp_path / "encoder.safetensors").exists()

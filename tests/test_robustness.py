@@ -233,8 +233,12 @@ def test_a_perfect_classifier_and_its_subsets(box, tmp_path):
     best, last = (torch.load(box / "out" / f"checkpoint-{name}.pth", weights_only=True) for name in ("best", 5))
     assert best["classes"] == last["classes"] == ["blue", "green", "grey", "red"]
     numbers = {str(place): COLOURS[name] for place, name in enumerate(sorted(COLOURS))}
-    sets = {"all": COLOURS, "some": {name: COLOURS[name] for name in ("red", "green")}, "numbers": numbers,
-            "wrong": {"red": COLOURS["green"]}}  # fmt: skip
+    sets = {
+        "all": COLOURS,
+        "some": {name: COLOURS[name] for name in ("red", "green")},
+        "numbers": numbers,
+        "wrong": {"red": COLOURS["green"]},
+    }
     folders = [write(tmp_path / name, colours) for name, colours in sets.items()]
     found = run(box / "out" / "checkpoint-best.pth", "--folders", *folders, "--out", tmp_path / "out" / "r.json")
     # Among the single class of the last folder, everything is red.
@@ -265,7 +269,7 @@ def test_restricted_to_the_classes_of_the_folder(box, tmp_path):
 def test_foreign_images(box, tmp_path):
     """Known: the images of the classes of the foreign folder alone. Chance and order as printed and by hand."""
     foreign = write(tmp_path / "o", {"red": (150, 120, 90), "blue": (140, 128, 160)}, count=5, noise=60)
-    found = run(box / "out" / "checkpoint-best.pth", "--foreign", foreign, "--known", box / "data" / "val")
+    found = run(box / "out" / "checkpoint-best.pth", "--ood", foreign, "--in_distribution", box / "data" / "val")
     bench = robustness.open_bench(robustness.get_args_parser().parse_args([str(box / "out" / "checkpoint-best.pth")]))
     bench.judged.args.num_workers = 0
     outside = bench.predict(open_folder(foreign, bench.classes))[1]
@@ -282,12 +286,12 @@ def test_foreign_folders_called_otherwise(box, tmp_path, capsys):
     """Images that look like none of the classes, in folders of any name, against all images of the data set."""
     best, known = box / "out" / "checkpoint-best.pth", box / "data" / "val"
     foreign = write(tmp_path / "o", {"a": (128, 100, 90), "b": (140, 128, 60), "c": (90, 90, 40)}, count=5, noise=60)
-    found = run(best, "--foreign", foreign, "--known", known)
+    found = run(best, "--ood", foreign, "--in_distribution", known)
     assert "told from all 4" in capsys.readouterr().out
     assert 100 * 15 / (15 + 24) < found["o_aupr"] <= 100
     with pytest.raises(UserError, match=r"has the class 'a', which is none of the 4"):
         write(foreign, {"red": COLOURS["red"]}, 1)
-        run(best, "--foreign", foreign, "--known", known)
+        run(best, "--ood", foreign, "--in_distribution", known)
 
 
 # Corrupted sets -------------------------------------------------------------------------------------------------------
@@ -386,7 +390,7 @@ def test_a_probe_knows_its_classes(box, tmp_path):
         ("{best} --folders {val} --train_classes {strange} --classes {names}", "say the same twice"),
         ("{best} --folders {val} --classes {tmp}/none", "--classes .*none is not a text file"),
         ("{unnamed} --folders {val}", "does not say what its 4 classes are called"),
-        ("{best} --foreign {val}", "--foreign and --known go together"),
+        ("{best} --ood {val}", "--ood and --in_distribution go together"),
         ("{best} --folders {val} --images 0", "--images 0 must be positive"),
         ("{best} --folders {val} --frost {val}", "--frost is for --corrupt"),
         ("{best} --folders {val} --picture a.png", "--picture is for --corrupt"),
@@ -403,8 +407,15 @@ def test_mistakes(box, tmp_path, flags, said):
     torch.save({**state, "model": bare}, tmp_path / "bare.pth")
     (tmp_path / "names.txt").write_text("red\ngreen\n")
     write(tmp_path / "strange", {"purple": (200, 0, 200), "red": (200, 0, 0)}, 1)
-    places = dict(best=box / "out" / "checkpoint-best.pth", bare=tmp_path / "bare.pth", val=box / "data" / "val",
-                  strange=tmp_path / "strange", names=tmp_path / "names.txt", unnamed=tmp_path / "unnamed.pth",
-                  tmp=tmp_path, data=box / "data")  # fmt: skip
+    places = dict(
+        best=box / "out" / "checkpoint-best.pth",
+        bare=tmp_path / "bare.pth",
+        val=box / "data" / "val",
+        strange=tmp_path / "strange",
+        names=tmp_path / "names.txt",
+        unnamed=tmp_path / "unnamed.pth",
+        tmp=tmp_path,
+        data=box / "data",
+    )
     with pytest.raises(UserError, match=said):
         run(*flags.format(**places).split())

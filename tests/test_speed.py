@@ -16,8 +16,10 @@ from util import kernels
 from util.kernels import attention_is_fused
 from util.mfu import flop_counter, matrix_rate
 
-BASE = "--model mae_vit_micro_patch4 --input_size 16 --aug none --norm_pix_loss --num_workers 0 --warmup_epochs 0 " \
-    "--epochs 1 --lr 1e-3 --vis_freq 0 --batch_size 16 --device cpu"  # fmt: skip
+BASE = (
+    "--model mae_vit_micro_patch4 --input_size 16 --aug none --norm_pix_loss --num_workers 0 --warmup_epochs 0 "
+    "--epochs 1 --lr 1e-3 --vis_freq 0 --batch_size 16 --device cpu"
+)
 
 
 def pretrain(folder, flags):
@@ -135,8 +137,10 @@ def test_checkpointed_run_is_the_same(image_folder, tmp_path, methods, recompute
 
 def test_finetuning_checkpointed_is_the_same(image_folder, tmp_path, recomputed):
     """With drop path, whose random numbers must be drawn alike the second time."""
-    common = f"--model vit_micro_patch4 --input_size 16 --data_path {image_folder} --aug crop --num_workers 0 " \
-        f"--epochs 1 --warmup_epochs 0 --lr 1e-3 --batch_size 16 --drop_path 0.3 --amp_dtype fp32"  # fmt: skip
+    common = (
+        f"--model vit_micro_patch4 --input_size 16 --data_path {image_folder} --aug crop --num_workers 0 "
+        f"--epochs 1 --warmup_epochs 0 --lr 1e-3 --batch_size 16 --drop_path 0.3 --amp_dtype fp32"
+    )
     for name, flag in (("a", ""), ("b", "--grad_checkpoint")):
         flags = f"{common} {flag} --output_dir {tmp_path / name}".split()
         main_finetune.main(main_finetune.get_args_parser().parse_args(flags))

@@ -82,8 +82,12 @@ def test_stopped_and_started_again(sweep, tmp_path):
     assert code == 0, said
     names = [call[0] for call in calls]
     assert names == ["main_finetune.py"] + [
-        "main_pretrain.py", "main_linprobe.py", "knn.py", "main_finetune.py", "collect.py",
-    ]  # fmt: skip
+        "main_pretrain.py",
+        "main_linprobe.py",
+        "knn.py",
+        "main_finetune.py",
+        "collect.py",
+    ]
     assert all("--resume" in call for call in calls if call[0] in ("main_pretrain.py", "main_finetune.py"))
     assert [call[0] for call in sweep("bootstrap_mae", *flags)[2]] == ["collect.py"]
 
@@ -97,9 +101,10 @@ RUNS = {
 }
 # Runs that a smaller budget leaves out, and those it has in their place.
 LEFT_OUT = {
-    ("bootstrap_mae", "cpu_small"): {"wse50"}, ("bootstrap_mae", "gpu_hour"): {"k1"},
+    ("bootstrap_mae", "cpu_small"): {"wse50"},
+    ("bootstrap_mae", "gpu_hour"): {"k1"},
     ("mlo_mae", "cpu_small"): {"mae-patch4", "patch4"},
-}  # fmt: skip
+}
 INSTEAD = {("mlo_mae", "cpu_small"): {"mae-patch2", "patch2"}}
 WHERE = {"paper": ["--data", "{}"], "gpu_hour": ["--gpu_hour", "--data", "{}"], "cpu_small": ["--cpu_small"]}
 # Effective batch and epochs of every pretraining.
@@ -303,9 +308,13 @@ def enter(calls, images: int) -> None:
         flags |= {"patch_size": (source or flags)["patch_size"] or model["patch_size"]}
         flags |= {"input_size": flags["input_size"] or model["img_size"]}
         row = {
-            "command": main.removesuffix(".py"), "flags": flags, "data": {"train": {"images": images}}, "seed": 0,
-            "source": source and {"path": args.finetune, "flags": source}, "metrics": {"test_acc1": 50.0},
-        }  # fmt: skip
+            "command": main.removesuffix(".py"),
+            "flags": flags,
+            "data": {"train": {"images": images}},
+            "seed": 0,
+            "source": source and {"path": args.finetune, "flags": source},
+            "metrics": {"test_acc1": 50.0},
+        }
         ledger.append(args.output_dir, row)
 
 
@@ -341,9 +350,8 @@ def test_a_table_that_was_interrupted(sweep, tmp_path):
     flags = ("mlo_mae", str(tmp_path / "out"), "--budget", "cpu_small", "--only", "mae")
     (tmp_path / "stop").touch()
     code, said, calls = sweep(".", *flags, script="reproduce")
-    assert code == 1 and "start the sweep again" in said and calls[-1][:4] == [
-        "reproduce.py", str(tmp_path / "out"), "--paper", "mlo_mae/cifar10",
-    ]  # fmt: skip
+    assert code == 1 and "start the sweep again" in said
+    assert calls[-1][:4] == ["reproduce.py", str(tmp_path / "out"), "--paper", "mlo_mae/cifar10"]
     (tmp_path / "stop").unlink()
     code, said, calls = sweep(".", *flags, script="reproduce")
     assert code == 0 and [call[0] for call in calls] == ["main_finetune.py", "collect.py", "reproduce.py"]

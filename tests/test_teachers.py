@@ -51,17 +51,17 @@ def test_illegal_combinations(teacher):
             made(f"--mae_k 1 --ema_mae --wse 1 {switches(names, teacher)}")
 
 
-OPTIONS = {name: method for method in METHODS for name in method.options}
+OWNERS = {option: method for method in METHODS for option in method.options}
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_flags_without_effect(option):
+@pytest.mark.parametrize("declared", OWNERS, ids=lambda declared: declared.name)
+def test_flags_without_effect(declared):
     """Every option is refused without its method, also when its value is the default."""
+    option, default, flag = declared.name, declared.default, OWNERS[declared].flag
     action = next(a for a in main_pretrain.get_args_parser()._actions if f"--{option}" in a.option_strings)
-    default = OPTIONS[option].options[option]
     values = [""] if action.nargs == 0 else [f" {value}" for value in (*(action.choices or ["1"]), default) if value]
-    switch = "--mae_k or --ema_mae" if option.startswith("bootstrap") else OPTIONS[option].flag
-    other = "--mae_k 1" if OPTIONS[option].flag == "--rc_mae" else "--rc_mae"
+    switch = "--mae_k or --ema_mae" if option.startswith("bootstrap") else flag
+    other = "--mae_k 1" if flag == "--rc_mae" else "--rc_mae"
     for value, beside in itertools.product(values, ("", other)):
         with pytest.raises(UserError, match=f"^--{option} has no effect without {switch}$"):
             made(f"{beside} --{option}{value}")
@@ -82,33 +82,39 @@ def test_help_names_paper_and_use():
     for method in METHODS:
         assert method.title in text and method.summary in text
         assert "Choose it" in method.summary and method.flag in text
-        assert all(f"--{option}" in text for option in method.options)
+        assert all(f"--{option.name}" in text for option in method.options)
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ("--mae_k 0", "--mae_k 0 must be at least 1 epoch"),
-    ("--ema_mae --wse -1", "--wse -1 must not be negative"),
-    ("--ema_mae --tau 1.5", "--tau 1.5 must lie between 0"),
-    ("--ema_mae --tau nan", "--tau nan is not finite"),
-    ("--mae_k 1 --bootstrap_head none", "--bootstrap_head none needs .* --decoder_embed_dim 128, not 32"),
-    ("--mae_k 1 --bootstrap_layers 5", "--bootstrap_layers 5 must be between 1 and the encoder's 4"),
-    ("--rc_mae --rc_gamma -1", "--rc_gamma -1.0 must not be negative"),
-    ("--rc_mae --rc_momentum 1.1", "--rc_momentum 1.1 must lie between 0 and 1"),
-    ("--rc_mae --log_grad_cosine -2", "--log_grad_cosine -2 must not be negative"),
-    ("--rc_mae --rc_gamma 0 --log_grad_cosine 5", "--log_grad_cosine has no effect with --rc_gamma 0"),
-    ("--rc_mae --rc_gamma 0 --rc_mask different", "--rc_mask has no effect with --rc_gamma 0"),
-    ("--dmae_teacher {t} --dmae_alpha 0", "--dmae_alpha 0.0 must be positive"),
-    ("--dmae_teacher {t} --dmae_blocks 9", "--dmae_blocks 9 must be student:teacher pairs"),
-    ("--dmae_teacher {t} --dmae_blocks 1:5", "--dmae_blocks 1:5 is out of range: .* 1 to 4, the teacher 1 to 4"),
-    ("--dmae_teacher {t} --dmae_blocks 1:2,1:3", "--dmae_blocks 1:2,1:3 aligns a block of the student twice"),
-    ("--dmae_teacher {t} --dmae_teacher_model mae_vit_base_patch16", "--dmae_teacher_model"),
-    ("--dmae_teacher {t} --dmae_teacher_model nonsense", "nonsense"),
-    ("--dmae_teacher /nowhere.pth", "/nowhere.pth does not exist"),
-    # Three pairings of grids that cannot meet (the teacher has patches of 4 pixels, 4x4 of them).
-    ("--dmae_teacher {t} --input_size 32", "8x8 patches do not fit into the teacher's 4x4: --dmae_teacher_size 32"),
-    ("--dmae_teacher {t} --dmae_teacher_size 20", "whole number of tokens .*: --dmae_teacher_size 16 or 24 does"),
-    ("--dmae_teacher {t} --dmae_teacher_size 18", "--dmae_teacher_size 18 must be a multiple .* 4: 16 or 20 would fit"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--mae_k 0", "--mae_k 0 must be at least 1 epoch"),
+        ("--ema_mae --wse -1", "--wse -1 must not be negative"),
+        ("--ema_mae --tau 1.5", "--tau 1.5 must lie between 0"),
+        ("--ema_mae --tau nan", "--tau nan is not finite"),
+        ("--mae_k 1 --bootstrap_head none", "--bootstrap_head none needs .* --decoder_embed_dim 128, not 32"),
+        ("--mae_k 1 --bootstrap_layers 5", "--bootstrap_layers 5 must be between 1 and the encoder's 4"),
+        ("--rc_mae --rc_gamma -1", "--rc_gamma -1.0 must not be negative"),
+        ("--rc_mae --rc_momentum 1.1", "--rc_momentum 1.1 must lie between 0 and 1"),
+        ("--rc_mae --log_grad_cosine -2", "--log_grad_cosine -2 must not be negative"),
+        ("--rc_mae --rc_gamma 0 --log_grad_cosine 5", "--log_grad_cosine has no effect with --rc_gamma 0"),
+        ("--rc_mae --rc_gamma 0 --rc_mask different", "--rc_mask has no effect with --rc_gamma 0"),
+        ("--dmae_teacher {t} --dmae_alpha 0", "--dmae_alpha 0.0 must be positive"),
+        ("--dmae_teacher {t} --dmae_blocks 9", "--dmae_blocks 9 must be student:teacher pairs"),
+        ("--dmae_teacher {t} --dmae_blocks 1:5", "--dmae_blocks 1:5 is out of range: .* 1 to 4, the teacher 1 to 4"),
+        ("--dmae_teacher {t} --dmae_blocks 1:2,1:3", "--dmae_blocks 1:2,1:3 aligns a block of the student twice"),
+        ("--dmae_teacher {t} --dmae_teacher_model mae_vit_base_patch16", "--dmae_teacher_model"),
+        ("--dmae_teacher {t} --dmae_teacher_model nonsense", "nonsense"),
+        ("--dmae_teacher /nowhere.pth", "/nowhere.pth does not exist"),
+        # Three pairings of grids that cannot meet (the teacher has patches of 4 pixels, 4x4 of them).
+        ("--dmae_teacher {t} --input_size 32", "8x8 patches do not fit into the teacher's 4x4: --dmae_teacher_size 32"),
+        ("--dmae_teacher {t} --dmae_teacher_size 20", "whole number of tokens .*: --dmae_teacher_size 16 or 24 does"),
+        (
+            "--dmae_teacher {t} --dmae_teacher_size 18",
+            "--dmae_teacher_size 18 must be a multiple .* 4: 16 or 20 would fit",
+        ),
+    ],
+)
 def test_refusals(flags, message, teacher):
     with pytest.raises(UserError, match=message):
         made(flags.format(t=teacher))
@@ -148,8 +154,12 @@ def test_teachers_stay_asleep(teacher):
     pretrainer.before_epoch(1)
     pretrainer.train()
     parts = pretrainer.methods
-    sleepers = [parts["ema_mae"].target, parts["rc_mae"].teacher, *parts["rc_mae"].heads.values(),
-                parts["dmae"]._teacher[0]]  # fmt: skip
+    sleepers = [
+        parts["ema_mae"].target,
+        parts["rc_mae"].teacher,
+        *parts["rc_mae"].heads.values(),
+        parts["dmae"]._teacher[0],
+    ]
     for sleeper in sleepers:
         assert not any(module.training for module in sleeper.modules())
         assert not any(p.requires_grad for p in sleeper.parameters())
@@ -166,7 +176,7 @@ def test_teachers_stay_asleep(teacher):
     # The target sees all 16 patches, the others the 4 visible ones; the pretrained one stops after block 3 of 4.
     assert [(name, tokens) for name, tokens, _ in seen] == (
         [("target", 17)] * 4 + [("ema", 5)] * 4 + [("pretrained", 5)] * 3
-    )  # fmt: skip
+    )
     assert not hasattr(sleepers[-1].network, "decoder_blocks")
 
 
@@ -180,8 +190,9 @@ def test_skipped_steps_move_no_teacher():
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert moved == {"ema_mae.head.weight", "ema_mae.head.bias"}
     stepped(pretrainer, 1, applied=1.0)
-    assert not torch.equal(before["rc_mae.teacher.network.decoder_pred.weight"],
-                           after["rc_mae.teacher.network.decoder_pred.weight"])  # fmt: skip
+    assert not torch.equal(
+        before["rc_mae.teacher.network.decoder_pred.weight"], after["rc_mae.teacher.network.decoder_pred.weight"]
+    )
 
 
 def test_average_after_real_steps_only(image_folder, tmp_path, monkeypatch):

@@ -235,8 +235,15 @@ def test_what_is_logged(image_folder, tmp_path):
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     tags = events.Tags()
-    assert {"train/loss", "train/reconstruction", "train/lr", "train/grad_norm", "speed/images_per_s",
-            "speed/data_wait_percent", "knn_top1"} <= set(tags["scalars"])  # fmt: skip
+    assert {
+        "train/loss",
+        "train/reconstruction",
+        "train/lr",
+        "train/grad_norm",
+        "speed/images_per_s",
+        "speed/data_wait_percent",
+        "knn_top1",
+    } <= set(tags["scalars"])
     assert [x for x, _ in scalars(tmp_path, "train/loss")] == [333, 666, 1000, 1333, 1666, 2000]
     assert len(events.Images("reconstruction")) == 2
     assert "flags/text_summary" in tags["tensors"]
@@ -312,8 +319,13 @@ def test_a_frozen_encoder_stays_frozen(image_folder, tmp_path):
     main_linprobe.main(main_linprobe.get_args_parser().parse_args(flags.split()))
     first, last = (checkpoint(tmp_path, f"checkpoint-{epoch}.pth")["model"] for epoch in (0, 1))
     moved = {key for key in first if not torch.equal(first[key], last[key])}
-    assert moved == {"head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked", "head.1.weight",
-                     "head.1.bias"}  # fmt: skip
+    assert moved == {
+        "head.0.running_mean",
+        "head.0.running_var",
+        "head.0.num_batches_tracked",
+        "head.1.weight",
+        "head.1.bias",
+    }
 
 
 def test_init_from_takes_weights_only(plain_run, tmp_path):

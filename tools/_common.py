@@ -10,20 +10,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import models_mae
-from util.arguments import Parser, add_data_arguments, check_numbers
+from util.arguments import add_data_arguments, check_numbers
 from util.datasets import Files, Part, input_size, mean_std, read_images
 from util.encoder import set_norm_eps, told_by_shapes
 from util.errors import UserError
 from util.loading import KeyedDataset
+from util.parser import Parser
 from util.transforms import check_channels, eval_transform
 from util.weights import load_into, read_weights
 
 
-def parser(description: str) -> Parser:
-    """A parser with the data flags of the mains; a tool looks once, so it starts few workers."""
-    made = Parser(description)
+def parser(description: str, usual: str = "--data_path PATH") -> Parser:
+    """A parser with the data flags of the mains; a tool reads every image once, so it starts few workers."""
+    made = Parser(description, usual)
     add_data_arguments(made)
-    made.add_argument("--seed", default=0, type=int)
+    made.add_argument("--seed", default=0, type=int, help="seed of everything drawn at random")
     made.set_defaults(num_workers=2)
     return made
 
@@ -32,15 +33,20 @@ def add_checkpoint_flags(made: Parser, several: bool = False, what: str = "") ->
     """CHECKPOINT, or as the mains name it; `several` may be named, or one. `named` or `all_named` reads them."""
     group = made.add_argument_group("checkpoint")
     what = (
-        what or "ours, the official MAE's, timm's or Hugging Face's; the name of a timm model; random: an untrained one"
+        what
+        or "a file of ours, the official MAE's, timm's or Hugging Face's; the name of a timm model; or random: an "
+        "untrained encoder"
     )
     group.add_argument(
         "checkpoint", nargs="*" if several else "?", default=[] if several else "", metavar="CHECKPOINT", help=what
     )
     group.add_argument(
-        "--finetune", nargs="+" if several else None, default=[] if several else "", metavar="CHECKPOINT",
-        help="the same, as the mains name it",
-    )  # fmt: skip
+        "--finetune",
+        nargs="+" if several else None,
+        default=[] if several else "",
+        metavar="CHECKPOINT",
+        help="CHECKPOINT under the name that the mains use",
+    )
 
 
 def all_named(args: argparse.Namespace) -> list[str]:
@@ -48,7 +54,7 @@ def all_named(args: argparse.Namespace) -> list[str]:
     given = [[names] if isinstance(names, str) else names for names in (args.checkpoint, args.finetune) if names]
     if len(given) > 1:
         one, other = (" ".join(names) for names in given)
-        raise UserError(f"CHECKPOINT {one} and --finetune {other} name one twice: give one of them")
+        raise UserError(f"CHECKPOINT {one} and --finetune {other} are aliases; give one of them")
     return given[0] if given else []
 
 
@@ -60,22 +66,26 @@ def named(args: argparse.Namespace, needed: str = "") -> str:
 
 
 def add_model_flags(made: Parser) -> None:
-    group = made.add_argument_group("model (from the checkpoint where it says)")
+    group = made.add_argument_group("model", "What the checkpoint does not say.")
     group.add_argument("--checkpoint_key", default="model", help="which weights of the file: model, or model_ema")
     group.add_argument("--model", help="e.g. mae_vit_base_patch16")
-    group.add_argument("--input_size", type=int, nargs="+", metavar=("H", "W"))
-    group.add_argument("--patch_size", type=int)
-    group.add_argument("--in_chans", type=int)
+    group.add_argument("--input_size", type=int, nargs="+", metavar=("H", "W"), help="image size in pixels")
+    group.add_argument("--patch_size", type=int, help="side of a patch in pixels")
+    group.add_argument("--in_chans", type=int, help="channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA")
 
 
 def add_feature_flags(made: Parser, default: str | None = None) -> None:
     """Which tokens the feature of an encoder reads; None: what its classifier reads, else [cls]."""
-    own = "" if default else "; by default what the classifier reads, else [cls]"
+    own = "" if default else "; without it what the classifier reads, else [cls]"
     made.add_argument(
-        "--pool", choices=["avg", "cls"], default=default, help="feature: mean of patches, or [cls]" + own
+        "--pool", choices=["avg", "cls"], default=default, help="feature: mean of the patch tokens, or [cls]" + own
     )
     made.add_argument("--global_pool", action="store_const", const="avg", dest="pool", help="--pool avg")
     made.add_argument("--cls_token", action="store_const", const="cls", dest="pool", help="--pool cls")
+
+
+def add_device_flag(made: Parser) -> None:
+    made.add_argument("--device", default="auto", help="auto (CUDA if there is one), cuda, cuda:N or cpu")
 
 
 def settle_pool(args: argparse.Namespace, model, path: str) -> str:
@@ -90,10 +100,16 @@ def settle_pool(args: argparse.Namespace, model, path: str) -> str:
 
 def add_picture_flags(made: Parser, masked: bool = True) -> None:
     """Which images to draw, where, and, where they are `masked`, with how much removed."""
-    made.add_argument("--data", default="", help="an image, or a folder of images; instead of --dataset/--data_path")
+    made.add_argument(
+        "--data", default="", metavar="PATH", help="an image, or a folder of images; instead of --dataset/--data_path"
+    )
     made.add_argument("--out", required=True, help="PNG file to write")
     if masked:
-        made.add_argument("--mask_ratio", type=float, help="the run's own by default, else 0.75")
+        made.add_argument(
+            "--mask_ratio",
+            type=float,
+            help="share of the patches that is removed; without it that of the run, else 0.75",
+        )
     made.add_argument("--count", type=int, default=8, help="images, evenly spaced over the set")
 
 

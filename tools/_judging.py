@@ -36,11 +36,16 @@ def parser(description: str, several: bool = False, features: bool = True):
     _common.add_checkpoint_flags(made, several)
     if features:
         _common.add_feature_flags(made, default="avg")
-    made.add_argument("--nb_classes", type=int, help="classes of the data set, which is the default")
+    made.add_argument("--nb_classes", type=int, help="classes; without it the data set's")
     _common.add_model_flags(made)
-    made.add_argument("--batch_size", type=int, default=256)
-    made.add_argument("--device", default="auto")
-    made.add_argument("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
+    made.add_argument("--batch_size", type=int, default=256, help="images per forward pass")
+    _common.add_device_flag(made)
+    made.add_argument(
+        "--amp_dtype",
+        default="auto",
+        choices=["auto", "bf16", "fp16", "fp32"],
+        help="auto: bf16 where the hardware multiplies it fast, fp16 on older GPUs, else fp32",
+    )
     return made
 
 

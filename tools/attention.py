@@ -32,18 +32,22 @@ def get_args_parser():
     parser = _common.parser("Draw the attention of [cls] and Grad-CAM of one or several checkpoints.")
     _common.add_checkpoint_flags(parser, several=True)
     _common.add_picture_flags(parser, masked=False)
-    parser.add_argument("--show", nargs="+", choices=MAPS, default=MAPS)
-    parser.add_argument("--block", type=int, default=-1, help="which block, from 0; negative from the end")
+    parser.add_argument(
+        "--show", nargs="+", choices=MAPS, default=MAPS, metavar="MAP", help=f"some of {' '.join(MAPS)}"
+    )
+    parser.add_argument("--block", type=int, default=-1, help="block from 0; negative from the end")
     parser.add_argument("--heads", action="store_true", help="a map for each attention head, too")
     parser.add_argument(
-        "--objective", choices=["auto", *OBJECTIVES], default="auto",
+        "--objective",
+        choices=["auto", *OBJECTIVES],
+        default="auto",
         help="what Grad-CAM explains: class, a classifier's score; feature, the distance of the image's feature from "
         "the mean of the images shown, for encoders; auto: class where every checkpoint has a classifier",
-    )  # fmt: skip
-    parser.add_argument("--class_index", type=int, help="the class to explain; the predicted one by default")
+    )
+    parser.add_argument("--class_index", type=int, help="the class to explain; without it the predicted one")
     _common.add_feature_flags(parser)
     _common.add_model_flags(parser)
-    parser.add_argument("--device", default="auto")
+    _common.add_device_flag(parser)
     return parser
 
 

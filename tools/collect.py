@@ -1,7 +1,7 @@
 """Tables and curves from the ledgers (`results.jsonl`) of finished runs: mean ± sample deviation over seeds.
 
-python tools/collect.py OUT --by method,mask_ratio --metric test_acc1
-python tools/collect.py OUT --by mask_ratio --metric knn20_acc1 --x mask_ratio --plot curve.png
+    python tools/collect.py OUT --by method,mask_ratio --metric test_acc1
+    python tools/collect.py OUT --by mask_ratio --plot curve.png
 
 Flags of the pretraining that a judged checkpoint comes from are `pretrain.NAME`, of what that started from
 `pretrain2.NAME` (`finetune.NAME` of a fine-tuned one); a bare NAME means them too where the run has no such flag.
@@ -10,7 +10,6 @@ Beside flags there are `command`, `run` (the folder's name without -seed<n>), `m
 must not differ in anything but the seed.
 """
 
-import argparse
 import csv
 import io
 import re
@@ -203,24 +202,30 @@ FORMATS = {"md": markdown, "latex": latex}
 
 def get_args_parser():
     parser = _common.Parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folders", nargs="+", help=f"every {LEDGER} in these folders and below is read")
     parser.add_argument(
-        "--by", default="run", help="flags that tell the rows apart, with commas between (default: run)"
+        "--by", default="run", metavar="FLAGS", help="flags that tell the rows apart, with commas between"
     )
-    parser.add_argument("--metric", nargs="+", default=[], help="METRIC or KIND:METRIC; accuracies when left out")
+    parser.add_argument(
+        "--metric", nargs="+", default=[], metavar="METRIC", help="METRIC or KIND:METRIC; without it all accuracies"
+    )
     parser.add_argument("--where", nargs="+", default=[], metavar="FLAG=VALUE", help="only runs with these flags")
     parser.add_argument(
-        "--strip", nargs="+", default=[], metavar="PREFIX",
+        "--strip",
+        nargs="+",
+        default=[],
+        metavar="PREFIX",
         help="beginnings of folder names: they become the kind of run, instead of the command",
-    )  # fmt: skip
+    )
     parser.add_argument("--allow_differing", nargs="+", default=[], metavar="FLAG", help="may differ inside a row")
     parser.add_argument("--allow_revisions", action="store_true", help="average runs of different code")
-    parser.add_argument("--format", choices=["md", "csv", "latex"], default="md")
-    parser.add_argument("--digits", type=int, default=2, help="decimals (default: 2); csv has all")
-    parser.add_argument("--out", default="", help="write the table here instead of printing it")
+    parser.add_argument("--format", choices=["md", "csv", "latex"], default="md", help="format of the table")
+    parser.add_argument("--digits", type=int, default=2, help="decimals; csv has all")
+    parser.add_argument("--out", default="", metavar="FILE", help="write the table here instead of printing it")
     parser.add_argument("--plot", default="", metavar="PNG", help="draw the metrics over --x")
-    parser.add_argument("--x", default="", help="the flag of --by on the horizontal axis (default: its last)")
+    parser.add_argument(
+        "--x", default="", metavar="FLAG", help="the flag of --by on the horizontal axis; without it the last"
+    )
     return parser
 
 

@@ -30,13 +30,15 @@ KEPT += "decoder decoder_fraction decoder_embed_dim decoder_depth decoder_num_he
 def get_args_parser():
     parser = _common.Parser("Write a checkpoint in the format of another library, and check that it computes the same.")
     _common.add_checkpoint_flags(parser)
-    parser.add_argument("--to", required=True, choices=list(EXPORTERS))
+    parser.add_argument("--to", required=True, choices=list(EXPORTERS), metavar="FORMAT", help=", ".join(EXPORTERS))
     parser.add_argument("--out", required=True, help="file to write; hf-vit and hf-vitmae write a folder")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--encoder_only", action="store_true", help="leave out a classifier, or a decoder")
     _common.add_feature_flags(parser)
-    parser.add_argument("--mean", type=float, nargs="+", help="of the images, told in the new file; the run's own")
-    parser.add_argument("--std", type=float, nargs="+")
+    parser.add_argument(
+        "--mean", type=float, nargs="+", help="per-channel means for the new file; without it the run's own"
+    )
+    parser.add_argument("--std", type=float, nargs="+", help="per-channel standard deviations, likewise")
     _common.add_model_flags(parser)
     parser.set_defaults(dataset="imagefolder", data_path="", device="cpu", seed=0)
     return parser
@@ -102,9 +104,11 @@ def main(args) -> float:
         exported = EXPORTERS[args.to](model, out, pool, flags)
         difference = largest_difference(model, exported, pool, flags.get("mask_ratio", 0.75))
     mean, std = ([round(value, 5) for value in flags[name]] for name in ("mean", "std"))
-    print(f"{out}: {exported.outputs}\n  {exported.code}\n  images {' x '.join(map(str, model.patch_embed.img_size))}, "
-          f"colours in [0, 1] normalised by mean {mean} and deviation {std}\n"
-          f"  checked on two random images: largest relative difference {difference:.1e}")  # fmt: skip
+    print(
+        f"{out}: {exported.outputs}\n  {exported.code}\n  images {' x '.join(map(str, model.patch_embed.img_size))}, "
+        f"colours in [0, 1] normalised by mean {mean} and deviation {std}\n"
+        f"  checked on two random images: largest relative difference {difference:.1e}"
+    )
     if not difference < 1e-4:  # rounding is far below, and a wrong tensor far above
         raise RunFailed(
             f"{out} does not compute what {_common.named(args)} does (difference {difference:.1e}); do not use it"

@@ -24,24 +24,22 @@ def get_args_parser():
     parser = _common.Parser("Draw images that excite single channels of an encoder, at several depths.")
     _common.add_checkpoint_flags(parser)
     parser.add_argument("--out", required=True, help="PNG file to write")
-    parser.add_argument(
-        "--blocks", type=int, nargs="+", help="which blocks, from 0; four from first to last by default"
-    )
+    parser.add_argument("--blocks", type=int, nargs="+", help="blocks, from 0; without it four from first to last")
     parser.add_argument("--layer", choices=LAYERS, default="mlp", help="mlp: inside the MLP; block: its output")
-    parser.add_argument("--channels", type=int, nargs="+", help="which channels; --count of them, evenly, by default")
+    parser.add_argument("--channels", type=int, nargs="+", help="channels; without it --count of them, evenly spaced")
     parser.add_argument("--count", type=int, default=6, help="channels of each block")
-    parser.add_argument("--steps", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=0.05, help="of Adam; higher: stronger colours, less shape")
+    parser.add_argument("--steps", type=int, default=256, help="steps of Adam")
+    parser.add_argument("--lr", type=float, default=0.05, help="learning rate; higher: stronger colours, less shape")
     parser.add_argument("--tv", type=float, default=0.2, help="weight of smoothness, the activation having 1")
     parser.add_argument(
         "--jitter",
         type=int,
-        help="pixels of shift at each step; half a patch by default, less shows the grid of patches",
+        help="pixels of shift at each step; without it half a patch; less shows the grid of patches",
     )
-    parser.add_argument("--mean", type=float, nargs="+", help="of the images, by default the run's own")
-    parser.add_argument("--std", type=float, nargs="+")
-    parser.add_argument("--seed", default=0, type=int)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--mean", type=float, nargs="+", help="per-channel means; without it the run's own")
+    parser.add_argument("--std", type=float, nargs="+", help="per-channel standard deviations, likewise")
+    parser.add_argument("--seed", default=0, type=int, help="seed of the initial images and of the shifts")
+    _common.add_device_flag(parser)
     _common.add_model_flags(parser)
     parser.set_defaults(dataset="imagefolder", data_path="")
     return parser
@@ -80,9 +78,15 @@ def ascend(judged: _judging.Judged, blocks: list[int], channels: list[int]) -> t
         random = torch.Generator().manual_seed(args.seed)  # every block from the same noise
         activation = channel_activation(model, block, args.layer)
         imgs, values = excite(
-            lambda imgs, activation=activation: activation(imgs, numbers), FourierImages(shape, random).to(device),
-            lambda imgs: (imgs - mean) / std, args.steps, args.lr, args.tv, jitter, random,
-        )  # fmt: skip
+            lambda imgs, activation=activation: activation(imgs, numbers),
+            FourierImages(shape, random).to(device),
+            lambda imgs: (imgs - mean) / std,
+            args.steps,
+            args.lr,
+            args.tv,
+            jitter,
+            random,
+        )
         drawn.append(imgs.cpu())
         measured.append(values.cpu())
         lost = int((values[1] <= values[0]).sum())

@@ -30,15 +30,19 @@ STATISTICS = 10_000  # training images, at most, whose mean and deviation standa
 def get_args_parser():
     parser = _judging.parser("Few-shot accuracy of a frozen encoder.")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 5, 10], help="labelled images of each class")
-    parser.add_argument("--draws", type=int, default=10, help="of labelled images; mean and interval are over these")
+    parser.add_argument(
+        "--draws", type=int, default=10, help="draws of labelled images, whose mean and interval are shown"
+    )
     parser.add_argument(
         "--C", type=float, default=0.1, help="inverse strength of the L2 penalty, as in scikit-learn: lower is smoother"
     )
     parser.add_argument(
-        "--normalize", choices=NORMALIZE, default="standard",
+        "--normalize",
+        choices=NORMALIZE,
+        default="standard",
         help="features: standardised by 10,000 training images without labels (as the BatchNorm of MAE's linear "
         "probe does by its batches), of unit length, or as they are",
-    )  # fmt: skip
+    )
     add_leak_argument(parser)
     parser.add_argument("--out", default="", help="JSON file for the result; its folder gets the line of the ledger")
     return parser

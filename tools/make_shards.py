@@ -28,13 +28,22 @@ from util.transforms import to_channels
 def get_args_parser():
     parser = _common.parser(__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="folder for the shards; made if it is not there")
-    parser.add_argument("--name", default="images", help="of the files: <name>-<split>-000000.tar")
-    parser.add_argument("--splits", nargs="+", default=["train", "validation"], choices=["train", "validation"])
+    parser.add_argument("--name", default="images", help="name of the files: <name>-<split>-000000.tar")
     parser.add_argument(
-        "--images_per_shard", type=int, default=2000,
+        "--splits",
+        nargs="+",
+        default=["train", "validation"],
+        choices=["train", "validation"],
+        metavar="SPLIT",
+        help="train, validation or both",
+    )
+    parser.add_argument(
+        "--images_per_shard",
+        type=int,
+        default=2000,
         help="at least as many shards as processes times --num_workers should come out, else several read the same one "
         "(100 to 300 MB each are usual)",
-    )  # fmt: skip
+    )
     return parser
 
 

@@ -15,9 +15,9 @@ from util.transforms import check_channels
 
 
 def get_args_parser():
-    parser = _common.parser("Channel means and deviations of a training set.")
-    parser.add_argument("--in_chans", type=int, default=3)
-    parser.add_argument("--limit", type=int, default=0, help="look at this many images, evenly spaced (0: all)")
+    parser = _common.parser("Per-channel means and standard deviations of a training set.")
+    parser.add_argument("--in_chans", type=int, default=3, help="channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA")
+    parser.add_argument("--limit", type=int, default=0, help="read this many images, evenly spaced; 0: all")
     return parser
 
 

@@ -12,9 +12,9 @@ import math
 import _common  # noqa: F401  puts the project on the path
 
 import models_mae
-from util.arguments import Parser
 from util.errors import UserError, user_errors
 from util.footprint import GIB, TEACHERS, learned, sizes_of
+from util.parser import Parser
 from util.plan import Machine, Plan, flops_per_image, plan, traffic
 
 ASSUMED = Machine()
@@ -25,23 +25,29 @@ def get_args_parser():
     parser.add_argument("model", nargs="+", help="e.g. mae_vit_large_patch16; several make a table")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8], help="in all nodes together; several make a table")
     parser.add_argument("--gpu_mem", type=float, default=ASSUMED.gpu_mem, help="memory of a GPU in GiB")
-    group = parser.add_argument_group("the run")
+    group = parser.add_argument_group("run")
     group.add_argument("--effective_batch", type=int, default=4096, help="images in a step, all GPUs together")
-    group.add_argument("--epochs", type=int, default=800)
-    group.add_argument("--images", type=int, default=1281167, help="of the training set (default: ImageNet-1k)")
-    group.add_argument("--input_size", type=int, help="side of the images; the model's own by default")
+    group.add_argument("--epochs", type=int, default=800, help="epochs of the run")
+    group.add_argument(
+        "--images", type=int, default=1281167, help="images of the training set, here those of ImageNet-1k"
+    )
+    group.add_argument("--input_size", type=int, help="side of the images in pixels; without it the model's own")
     group.add_argument("--patch_size", type=int, help="instead of the model's own")
-    group.add_argument("--mask_ratio", type=float, default=0.75)
-    group.add_argument("--amp_dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    group.add_argument("--mask_ratio", type=float, default=0.75, help="share of the patches that is removed")
+    group.add_argument("--amp_dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="arithmetic of the blocks")
     group.add_argument(
-        "--teacher", default="none", choices=TEACHERS,
+        "--teacher",
+        default="none",
+        choices=TEACHERS,
         help="a method's copy: encoder, of whole images (--mae_k, --ema_mae); autoencoder (--rc_mae)",
-    )  # fmt: skip
-    group = parser.add_argument_group("the hardware (assumptions, unless you measure them)")
+    )
+    group = parser.add_argument_group("hardware (assumptions, unless you measure them)")
     group.add_argument(
-        "--tflops", type=float, default=ASSUMED.tflops,
-        help="that large matrix products reach: about 700 on an H100, 270 on an A100, a tenth of it in fp32",
-    )  # fmt: skip
+        "--tflops",
+        type=float,
+        default=ASSUMED.tflops,
+        help="TFLOP/s of large matrix products: about 700 on an H100, 270 on an A100, a tenth of it in fp32",
+    )
     group.add_argument(
         "--mfu", type=float, default=ASSUMED.mfu, help="percent of them that training reaches (--log_mfu)"
     )
@@ -49,7 +55,7 @@ def get_args_parser():
     group.add_argument(
         "--network", type=float, default=ASSUMED.network, help="GB/s between nodes, all adapters of a node together"
     )
-    group.add_argument("--gpus_per_node", type=int, default=ASSUMED.node)
+    group.add_argument("--gpus_per_node", type=int, default=ASSUMED.node, help="GPUs of a node")
     group.add_argument("--cores", type=int, default=ASSUMED.cores, help="CPU cores for a GPU, to prepare images")
     group.add_argument("--decoded", type=float, default=ASSUMED.decoded, help="images a core prepares in a second")
     return parser
@@ -120,14 +126,20 @@ def report(args, model: str, found: Plan) -> None:
     if not found.fits:
         print("  smaller needs: more GPUs, --input_size, a smaller model")
         return
-    print(f"  step        {time.step:.3g} s: compute {time.compute:.3g} s, communication that is not hidden "
-          f"{time.exposed:.3g} s ({traffic(found.sizes, setup) / 1e9:.1f} GB a GPU)")  # fmt: skip
+    print(
+        f"  step        {time.step:.3g} s: compute {time.compute:.3g} s, communication that is not hidden "
+        f"{time.exposed:.3g} s ({traffic(found.sizes, setup) / 1e9:.1f} GB a GPU)"
+    )
     rate = setup.batch * setup.accum / time.step
-    print(f"  data        {rate:.0f} images/s a GPU, {rate * min(setup.gpus, machine.node):.0f} a node: "
-          f"{math.ceil(rate / machine.decoded)} cores a GPU at {machine.decoded:g} images/s")  # fmt: skip
+    print(
+        f"  data        {rate:.0f} images/s a GPU, {rate * min(setup.gpus, machine.node):.0f} a node: "
+        f"{math.ceil(rate / machine.decoded)} cores a GPU at {machine.decoded:g} images/s"
+    )
     print(f"  limit       {time.limit}" + HINTS.get(time.limit, ""))
-    print(f"  time        {found.hours(args.epochs, args.images):.1f} hours for {args.epochs} epochs of {args.images} "
-          f"images, if training reaches {machine.mfu:g} % of {machine.tflops:g} TFLOP/s")  # fmt: skip
+    print(
+        f"  time        {found.hours(args.epochs, args.images):.1f} hours for {args.epochs} epochs of {args.images} "
+        f"images, if training reaches {machine.mfu:g} % of {machine.tflops:g} TFLOP/s"
+    )
     print(f"\n{command(args, model, found)}")
     if args.teacher != "none":
         print("and the flags of the method")

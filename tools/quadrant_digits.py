@@ -4,7 +4,6 @@ The one made-up data set on which it is known what a masking network should find
 (train/<digit>/ and val/<digit>/), the same for the same seed.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image, ImageFilter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util.datasets import read_images
 from util.errors import UserError, user_errors
+from util.parser import Parser
 
 QUADRANTS = {"upper-left": (0, 0), "upper-right": (0, 1), "lower-left": (1, 0), "lower-right": (1, 1)}
 
@@ -55,14 +55,24 @@ def write(folder: Path, quadrant: str, copies: int, size: int, seed: int) -> int
     return count
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def get_args_parser() -> Parser:
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where to write train/ and val/")
-    parser.add_argument("--quadrant", default="upper-left", choices=QUADRANTS)
-    parser.add_argument("--copies", default=4, type=int, help="of every training digit, each on its own texture")
+    parser.add_argument(
+        "--quadrant",
+        default="upper-left",
+        choices=QUADRANTS,
+        metavar="NAME",
+        help=f"the quadrant with the digit: {', '.join(QUADRANTS)}",
+    )
+    parser.add_argument("--copies", default=4, type=int, help="copies of every training digit, each on its own texture")
     parser.add_argument("--size", default=32, type=int, help="side of the canvas in pixels")
-    parser.add_argument("--seed", default=0, type=int)
-    args = parser.parse_args()
+    parser.add_argument("--seed", default=0, type=int, help="seed of the textures")
+    return parser
+
+
+def main() -> None:
+    args = get_args_parser().parse_args()
     if os.path.lexists(args.folder) and not (args.folder.is_dir() and not os.listdir(args.folder)):
         raise UserError(f"{args.folder} is there already and not an empty folder: give another one")
     if args.copies < 1 or args.size < 16 or args.size % 2 or args.seed < 0:

@@ -43,8 +43,8 @@ def get_args_parser():
     parser.add_argument("--data_path", default="", help="a folder of images; scikit-learn's digits without it")
     parser.add_argument("--output_dir", default="output/quickstart", help="is written anew every time")
     parser.add_argument("--epochs", type=int, help="more is better; the default takes minutes on two cores")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--num_workers", type=int, default=1)
+    _common.add_device_flag(parser)
+    parser.add_argument("--num_workers", type=int, default=1, help="processes that read images")
     return parser
 
 

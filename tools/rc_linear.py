@@ -15,8 +15,8 @@ import _common  # noqa: F401
 import torch
 from matplotlib.figure import Figure
 
-from util.arguments import Parser
 from util.errors import UserError, user_errors
+from util.parser import Parser
 
 REGIMES = {
     "similar": "inputs around one direction",
@@ -96,15 +96,22 @@ def draw(traces: dict[str, Trace], args) -> Figure:
     for name, trace in traces.items():
         (line,) = left.plot(trace.predicted, label=f"{name}: {REGIMES[name]}")
         left.plot(trace.measured, ".", color=line.get_color(), markersize=5)
-    left.set(xlabel="step", ylabel="consistency / reconstruction gradient (norm)",
-             title="measured (dots) and Proposition 4.1 (lines)")  # fmt: skip
+    left.set(
+        xlabel="step",
+        ylabel="consistency / reconstruction gradient (norm)",
+        title="measured (dots) and Proposition 4.1 (lines)",
+    )
     left.legend(fontsize="small")
     cosines = torch.linspace(-1, 1, 41).tolist()
     right.plot(cosines, [-args.lr * args.momentum * c**2 for c in cosines], label="-lr · momentum · cosine²")
-    right.plot(cosines, [taken_back(c, args.width, args.lr, args.momentum, args.seed) for c in cosines], ".",
-               label="measured")  # fmt: skip
-    right.set(xlabel="cosine of the present and the last input", ylabel="share of the last gradient in it",
-              title="the last step is taken back as far as inputs agree")  # fmt: skip
+    right.plot(
+        cosines, [taken_back(c, args.width, args.lr, args.momentum, args.seed) for c in cosines], ".", label="measured"
+    )
+    right.set(
+        xlabel="cosine of the present and the last input",
+        ylabel="share of the last gradient in it",
+        title="the last step is taken back as far as inputs agree",
+    )
     right.legend(fontsize="small")
     return figure
 
@@ -134,13 +141,13 @@ def main(args) -> dict[str, Trace]:
 
 def get_args_parser():
     parser = Parser("RC-MAE's Proposition 4.1 in a linear model: prints the error, draws the figure.")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=50, help="steps of the student")
     parser.add_argument("--width", type=int, default=64, help="length of an input")
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--momentum", type=float, default=0.9, help="of the teacher")
+    parser.add_argument("--lr", type=float, default=0.1, help="learning rate")
+    parser.add_argument("--momentum", type=float, default=0.9, help="momentum of the teacher")
     parser.add_argument("--gamma", type=float, default=1.0, help="weight of the consistency loss")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="rc_linear.png")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and inputs")
+    parser.add_argument("--out", default="rc_linear.png", help="PNG file to write")
     return parser
 
 

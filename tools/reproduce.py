@@ -1,6 +1,6 @@
 """A paper's table beside ours: published numbers, those of the ledgers of a sweep, and what differs in the setting.
 
-python tools/reproduce.py OUT --paper bootstrap_mae --runs mae k10
+    python tools/reproduce.py OUT --paper bootstrap_mae --runs mae k10
 
 scripts/reproduce.sh runs a sweep and calls this. What was published is in tools/published.json: for the runs of a sweep
 their numbers (or, where we have no number of the paper's, which runs they are above or below), and the paper's setting
@@ -8,7 +8,6 @@ under the names that tools/collect.py gives to flags: `pretrain.epochs` of the p
 null means that the paper does not say. `batch` is the effective one; `model` is without its patch size.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -137,8 +136,10 @@ def _named(number: dict | None, star: str) -> dict | None:
     """With what its stars stand for."""
     if number is None:
         return None
-    return {name: [run.replace("*", star) for run in value] if isinstance(value, list) else value
-            for name, value in number.items()}  # fmt: skip
+    return {
+        name: [run.replace("*", star) for run in value] if isinstance(value, list) else value
+        for name, value in number.items()
+    }
 
 
 def _of_code_and_seeds(runs: list[Run], cell: collect.Cell) -> list[str]:
@@ -188,10 +189,11 @@ def comma_separated(rows: list[Row]) -> str:
 
 def get_args_parser():
     parser = _common.Parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("out", metavar="OUT", help="the folder of a sweep; reproduced.md and reproduced.csv go there")
     parser.add_argument("--paper", required=True, help="as in tools/published.json; mlo_mae/SET of that paper")
-    parser.add_argument("--runs", nargs="+", required=True, help="of the sweep, in the order of the table")
+    parser.add_argument(
+        "--runs", nargs="+", required=True, metavar="RUN", help="runs of the sweep, in the order of the table"
+    )
     return parser
 
 

@@ -42,22 +42,46 @@ from util.transforms import eval_transform, to_channels
 
 def get_args_parser():
     parser = _judging.parser("Robustness of a classifier.", features=False)
-    group = parser.add_argument_group("what it is judged on")
+    parser.usual = "--folders DIR"
+    group = parser.add_argument_group("evaluation sets")
     group.add_argument(
-        "--folders", nargs="+", default=[], metavar="DIR",
+        "--folders",
+        nargs="+",
+        default=[],
+        metavar="DIR",
         help="evaluation sets: class folders with the names of the training classes, or numbers as in ImageNet-V2; or "
         "ImageNet-C (corruption/severity/class)",
-    )  # fmt: skip
-    group.add_argument("--classes", default="", help="text file: names of the classes in the order of the outputs")
-    group.add_argument("--train_classes", default="", metavar="DIR", help="the same from the training folder")
+    )
+    group.add_argument(
+        "--classes", default="", metavar="FILE", help="text file: names of the classes in the order of the outputs"
+    )
+    group.add_argument(
+        "--train_classes",
+        default="",
+        metavar="DIR",
+        help="training folder: its class folders are the names of the classes",
+    )
     group.add_argument("--all_classes", action="store_true", help="predict among all classes, not a folder's own")
     group.add_argument("--clean", default="", metavar="DIR", help="the clean images of ImageNet-C, for relative errors")
+    # The ledgers of earlier versions have these two flags under their first names, which also still parse.
     group.add_argument(
-        "--foreign", default="", metavar="DIR", help="images of no class: ImageNet-O, or other class folders"
+        "--ood",
+        "--foreign",
+        dest="foreign",
+        default="",
+        metavar="DIR",
+        help="out-of-distribution images, of no class: ImageNet-O, or other class folders",
     )
-    group.add_argument("--known", default="", metavar="DIR", help="with --foreign: images of the classes (val folder)")
-    group.add_argument("--images", type=int, help="of each set, drawn at random; all by default")
-    group = parser.add_argument_group("corruptions made here")
+    group.add_argument(
+        "--in_distribution",
+        "--known",
+        dest="known",
+        default="",
+        metavar="DIR",
+        help="with --ood: images of the classes (val folder)",
+    )
+    group.add_argument("--images", type=int, help="images of each set, drawn at random; without it all")
+    group = parser.add_argument_group("corruptions of the images that are read")
     group.add_argument("--corrupt", action="store_true", help="corrupt the --folders, or without any the --dataset")
     group.add_argument("--corruptions", nargs="+", default=list(NAMES), choices=NAMES, metavar="NAME", help="some only")
     group.add_argument("--frost", default="", metavar="DIR", help="photographs of frost, instead of a made-up texture")
@@ -68,9 +92,11 @@ def get_args_parser():
 
 def check(args) -> None:
     if not (args.folders or args.foreign or args.corrupt):
-        raise UserError("nothing to judge: give --folders, --corrupt (with --dataset or --folders), or --foreign")
+        raise UserError("nothing to judge: give --folders, --corrupt (with --dataset or --folders), or --ood")
     if bool(args.foreign) != bool(args.known):
-        raise UserError("--foreign and --known go together: images of no class are told from images of the classes")
+        raise UserError(
+            "--ood and --in_distribution go together: images of no class are detected among images of the classes"
+        )
     if args.images is not None and args.images < 1:
         raise UserError(f"--images {args.images} must be positive")
     if args.seed < 0:
@@ -195,8 +221,10 @@ def means(errors: dict[str, list[float]]) -> dict[str, float]:
 
 def plain_folder(bench: Bench, evaluation: Evaluation) -> dict:
     accuracy = 100 - bench.error(evaluation)
-    print(f"{evaluation.name}: top-1 {accuracy:.2f} % on {len(evaluation.images)} images of {len(evaluation.places)} "
-          f"classes")  # fmt: skip
+    print(
+        f"{evaluation.name}: top-1 {accuracy:.2f} % on {len(evaluation.images)} images of {len(evaluation.places)} "
+        f"classes"
+    )
     return {"acc1": accuracy}
 
 
@@ -205,8 +233,10 @@ def foreign_images(bench: Bench, foreign: Evaluation, known: Evaluation) -> dict
     (_, outside), (_, inside) = bench.predict(bench.some(foreign)), bench.predict(known)
     found = {"aupr": detection_aupr(inside, outside)}
     chance = 100 * len(outside) / (len(inside) + len(outside))
-    print(f"{foreign.name}: AUPR {found['aupr']:.2f} % of {len(outside)} foreign among {len(inside)} known images "
-          f"(chance {chance:.2f} %)")  # fmt: skip
+    print(
+        f"{foreign.name}: AUPR {found['aupr']:.2f} % of {len(outside)} foreign among {len(inside)} known images "
+        f"(chance {chance:.2f} %)"
+    )
     return found
 
 

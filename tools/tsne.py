@@ -26,9 +26,13 @@ PCA_DIMENSIONS = 50  # to which features are reduced first, as van der Maaten an
 
 def get_args_parser():
     parser = _judging.parser("t-SNE of test features, and the intra-/inter-class similarity ratio.", several=True)
-    parser.add_argument("--images", type=int, default=2000, help="of the test split, drawn once for all (0: all)")
+    parser.add_argument(
+        "--images", type=int, default=2000, help="images of the test split, drawn once for all checkpoints; 0: all"
+    )
     parser.add_argument("--perplexity", type=float, default=30.0, help="about how many neighbours a point has")
-    parser.add_argument("--titles", nargs="+", default=[], help="above the pictures; the checkpoints' names otherwise")
+    parser.add_argument(
+        "--titles", nargs="+", default=[], help="above the pictures; without it the names of the checkpoints"
+    )
     parser.add_argument(
         "--out", required=True, help="PNG file; the numbers go beside it (.json), into the folder's ledger too"
     )

@@ -3,21 +3,27 @@
 The file serves every other command, and goes on without --fsdp; its memory is needed once, on the CPU.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util.checkpoint import write_tensors
 from util.errors import UserError, user_errors
+from util.parser import Parser
 from util.sharding import one_file
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def get_args_parser() -> Parser:
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="checkpoint-*.dcp")
-    parser.add_argument("out", type=Path, nargs="?", help="FOLDER's name with .pth by default")
-    args = parser.parse_args()
+    parser.add_argument(
+        "out", type=Path, nargs="?", metavar="FILE", help="file to write; without it FOLDER's name with .pth"
+    )
+    return parser
+
+
+def main() -> None:
+    args = get_args_parser().parse_args()
     out = args.out or args.folder.with_suffix(".pth")
     if out.exists():
         raise UserError(f"{out} exists: name another file, or delete it")

@@ -19,8 +19,11 @@ def get_args_parser():
     parser = _common.parser("Draw what an autoencoder sees and makes of it.")
     _common.add_checkpoint_flags(parser, what="a file with a decoder: ours, the official MAE's or Hugging Face's")
     _common.add_picture_flags(parser)
-    parser.add_argument("--norm_pix_loss", action=_common.argparse.BooleanOptionalAction,
-                        help="for files that do not say whether they were trained with it")  # fmt: skip
+    parser.add_argument(
+        "--norm_pix_loss",
+        action=_common.argparse.BooleanOptionalAction,
+        help="for files that do not say whether they were trained with it",
+    )
     _common.add_model_flags(parser)
     return parser
 

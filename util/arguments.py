@@ -1,56 +1,49 @@
 """Flags that the mains share, in titled groups. Names and defaults are the official MAE's wherever it has the flag."""
 
-import argparse
 import math
-import os
-import sys
 
 from util.datasets import READERS
 from util.distributed import get_world_size
 from util.errors import UserError
 from util.kernels import ATTENTION
+from util.parser import rare
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line instead of printing the usage of eighty flags; once, not once per rank."""
-
-    def __init__(self, description: str):
-        super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-
-    def error(self, message):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
-        sys.exit(2)
-
-
-def add_model_arguments(parser, default_model: str, decoder: bool) -> None:
+def add_model_arguments(parser, default_model: str | None, decoder: bool):
     group = parser.add_argument_group("model")
+    own = "; without it the checkpoint's"
     group.add_argument(
-        "--model", default=default_model,
-        help="an unknown name lists the known ones" + ("" if decoder else "; the checkpoint's by default"),
-    )  # fmt: skip
+        "--model", default=default_model, help="an unknown name lists the known ones" + own * (not decoder)
+    )
     group.add_argument(
-        "--input_size", type=int, nargs="+", metavar=("H", "W"), help="image size in pixels; the model's own by default"
+        "--input_size", type=int, nargs="+", metavar=("H", "W"), help="image size in pixels; without it the model's own"
     )
     group.add_argument("--patch_size", type=int, help="instead of the model's own")
     group.add_argument(
-        "--in_chans", type=int, default=3 if decoder else None, help="1 grey, 2 grey and alpha, 3 RGB, 4 RGBA"
+        "--in_chans",
+        type=int,
+        default=3 if decoder else None,
+        help="channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA" + own * (not decoder),
     )
     if decoder:
         group.add_argument(
-            "--decoder", default="self", choices=["self", "cross"],
-            help="self: MAE's; cross: CrossMAE's (another model: removed patches ask visible ones, not each other)",
-        )  # fmt: skip
+            "--decoder",
+            default="self",
+            choices=["self", "cross"],
+            help="self: MAE's; cross: CrossMAE's, another model, whose mask tokens cross-attend to visible tokens and "
+            "not to each other",
+        )
         group.add_argument(
-            "--decoder_fraction", type=float, metavar="SHARE",
-            help="with --decoder cross: share of the removed patches that is predicted (a third by default, which is "
-            "the paper's 25%% of all patches at --mask_ratio 0.75; 1 is slower and was no better there)",
-        )  # fmt: skip
+            "--decoder_fraction",
+            type=float,
+            metavar="SHARE",
+            help="with --decoder cross: share of the removed patches that is predicted; without it a third, the "
+            "paper's 25%% of all patches at --mask_ratio 0.75; 1 is slower and was no better there",
+        )
         group.add_argument("--decoder_embed_dim", type=int, help="decoder width instead of the model's own")
         group.add_argument("--decoder_depth", type=int, help="decoder blocks instead of the model's own")
         group.add_argument("--decoder_num_heads", type=int, help="decoder heads instead of the model's own")
+    return group
 
 
 def add_data_arguments(parser):
@@ -59,56 +52,85 @@ def add_data_arguments(parser):
     group.add_argument(
         "--dataset",
         default="imagefolder",
+        metavar="NAME",
         help=f"{known} (WebDataset shards), or a name of timm's factory: hfds/..., tfds/...",
     )
     group.add_argument(
-        "--data_path", default="",
+        "--data_path",
+        default="",
         help="folder of the data set; with train/ and val/ for imagefolder. wds: a folder or http(s) URL with shards "
         "and their _info.json, or a pattern: DIR/x-{000..012}.tar, http://..., 'pipe:COMMAND x-{000..012}.tar'",
-    )  # fmt: skip
-    group.add_argument("--train_list", default="", help="filelist: text file, path or path<TAB>label per line")
-    group.add_argument("--val_list", default="", help="filelist: the same for validation")
-    group.add_argument(
-        "--allow_outside", action="store_true", help="filelist: paths and links may lead out of --data_path"
     )
     group.add_argument(
-        "--shuffle_buffer", type=int, default=1000, metavar="N",
+        "--train_list", default="", metavar="FILE", help="filelist: text file, path or path<TAB>label per line"
+    )
+    group.add_argument("--val_list", default="", metavar="FILE", help="filelist: the same for validation")
+    rare(
+        group.add_argument(
+            "--allow_outside", action="store_true", help="filelist: paths and links may lead out of --data_path"
+        )
+    )
+    group.add_argument(
+        "--shuffle_buffer",
+        type=int,
+        default=1000,
         help="wds: images (as stored) that every worker keeps to shuffle among; the shards of tools/make_shards.py are "
-        "mixed already, raise it for shards sorted by class as far as the memory allows; 1 leaves their order",
-    )  # fmt: skip
+        "mixed already, raise it for shards sorted by class as far as the memory allows; 1 keeps their order",
+    )
+    rare(
+        group.add_argument(
+            "--shard_samples",
+            type=int,
+            help="wds: images in every shard, where no _info.json beside the shards says so (local ones are counted)",
+        )
+    )
+    _add_reading_arguments(group)
+    return group
+
+
+def _add_reading_arguments(group) -> None:
+    """How images are read and normalised."""
     group.add_argument(
-        "--shard_samples", type=int, metavar="N",
-        help="wds: images in every shard, where no _info.json beside the shards tells (local ones are counted)",
-    )  # fmt: skip
-    group.add_argument(
-        "--jpeg_draft", action="store_true",
+        "--jpeg_draft",
+        action="store_true",
         help="decode JPEGs at 1/2, 1/4 or 1/8 where the random crop is larger than the input by that: faster for small "
         "inputs from large photographs, and the pixels differ a little (benchmarks/README.md)",
-    )  # fmt: skip
+    )
     group.add_argument("--download", action="store_true", help="fetch the data set where its reader can")
-    group.add_argument("--mean", type=float, nargs="+", help="channel means in [0, 1]; the data set's own by default")
-    group.add_argument("--std", type=float, nargs="+", help="channel deviations; see tools/mean_std.py")
     group.add_argument(
-        "--crop_pct", type=float, help="evaluation: share of the resized side that is kept; 0.875 at 160-224 px, else 1"
+        "--mean", type=float, nargs="+", help="per-channel means in [0, 1]; without it the data set's own"
+    )
+    group.add_argument("--std", type=float, nargs="+", help="per-channel standard deviations; see tools/mean_std.py")
+    rare(
+        group.add_argument(
+            "--crop_pct",
+            type=float,
+            help="evaluation: share of the resized side that is kept; without it 0.875 at 160-224 px, else 1",
+        )
     )
     group.add_argument(
-        "--num_workers", default=10, type=int, help="processes that read images; 0 reads in the main one"
+        "--num_workers", default=10, type=int, help="processes that read images; 0 reads in the main process"
     )
-    group.add_argument("--pin_mem", action="store_true", help="pin memory for faster copies to the GPU")
-    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+    rare(group.add_argument("--pin_mem", action="store_true", help="pin memory for faster copies to the GPU"))
+    rare(group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not"))
     group.set_defaults(pin_mem=True)
-    group.add_argument(
-        "--max_bad_fraction", type=float, default=0.01, help="end the run when more images than this are unreadable"
+    rare(
+        group.add_argument(
+            "--max_bad_fraction",
+            type=float,
+            default=0.01,
+            help="end the run when a larger share of the images is unreadable",
+        )
     )
-    return group
 
 
 def add_leak_argument(group) -> None:
     """Of the commands that train on one split and measure on another."""
     group.add_argument(
-        "--check_leak", action="store_true",
+        "--check_leak",
+        action="store_true",
         help="read both splits before the start, and refuse to train on an image that is in the evaluation split",
-    )  # fmt: skip
+    )
 
 
 def number(text: str) -> float:
@@ -122,57 +144,74 @@ def add_optimizer_arguments(parser, batch_size: int, epochs: int, warmup: int, b
     group.add_argument("--batch_size", default=batch_size, type=int, help="images per process and forward pass")
     group.add_argument("--epochs", default=epochs, type=number, help="may be a fraction: 0.1, 2.5")
     group.add_argument(
-        "--max_steps", type=int, metavar="N",
+        "--max_steps",
+        type=int,
         help="end after N optimizer steps, instead of --epochs; every schedule ends there too",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--accum_iter", default=1, type=int, help="forward passes per step; the gradient is the exact mean over them"
     )
-    group.add_argument("--weight_decay", type=float, default=wd)
+    group.add_argument("--weight_decay", type=float, default=wd, help="weight decay; biases and norms have none")
     group.add_argument("--lr", type=float, help="absolute learning rate; overrides --blr")
     group.add_argument(
         "--blr", type=float, default=blr, help="lr = blr * effective batch / 256 (batch_size * accum_iter * processes)"
     )
     group.add_argument("--min_lr", type=float, default=min_lr, help="lower bound of the cosine")
-    group.add_argument("--warmup_epochs", type=number, default=warmup)
-    group.add_argument("--clip_grad", type=float, help="largest gradient norm; helps against spikes, try 1 to 3")
+    group.add_argument("--warmup_epochs", type=number, default=warmup, help="epochs of linear warm-up")
+    group.add_argument("--clip_grad", type=float, help="largest gradient norm; helps against loss spikes, try 1 to 3")
+    return group
 
 
 def add_run_arguments(parser, save_freq: int, keep: int) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="./output_dir", help="checkpoints and log.txt; empty writes nothing")
-    group.add_argument("--log_dir", help="TensorBoard events; the output folder by default")
+    rare(group.add_argument("--log_dir", help="TensorBoard events; without it the output folder"))
     group.add_argument("--device", default="auto", help="auto (CUDA if there is one), cuda, cuda:N or cpu")
-    group.add_argument("--seed", default=0, type=int)
+    group.add_argument("--seed", default=0, type=int, help="seed of weights, masks, augmentation and order")
     group.add_argument(
-        "--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
+        "--amp_dtype",
+        default="auto",
+        choices=["auto", "bf16", "fp16", "fp32"],
         help="auto: bf16 where the hardware multiplies it fast, fp16 with loss scaling on older GPUs, else fp32",
-    )  # fmt: skip
-    group.add_argument(
-        "--resume", default="", help="continue a run exactly: a checkpoint, or 'auto' for the newest whole one"
     )
-    group.add_argument("--overwrite", action="store_true", help="delete the run that --output_dir holds")
-    group.add_argument("--start_epoch", default=0, type=int, help="first epoch, when not resuming")
-    group.add_argument("--save_freq", default=save_freq, type=int, help="epochs between checkpoints")
-    group.add_argument("--save_steps", default=0, type=int, help="steps between checkpoints inside an epoch (0: none)")
-    group.add_argument("--keep", default=keep, type=int, help="epoch checkpoints to keep, the newest ones (0: all)")
+    _add_checkpoint_arguments(group, save_freq, keep)
+    group.add_argument("--print_freq", default=20, type=int, help="steps between lines and between TensorBoard points")
     group.add_argument(
-        "--save_patience", default=10.0, type=float, metavar="MINUTES",
-        help="how long the last checkpoint is tried again when the disk is full or away, before the run fails; an "
-        "earlier one is tried again while the run goes on",
-    )  # fmt: skip
-    group.add_argument("--print_freq", default=20, type=int, help="steps between lines, and TensorBoard points")
-
-    group.add_argument(
-        "--spike_factor", type=float, metavar="F",
-        help="list the images of every step whose loss is more than F times the median of the 100 before, in "
+        "--spike_factor",
+        type=float,
+        help="list the images of every step whose loss is more than X times the median of the 100 before, in "
         "spikes.jsonl; off unless given, try 2",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--deterministic", action="store_true",
+        "--deterministic",
+        action="store_true",
         help="use only algorithms that give the same bits every time, on GPUs, too, where they are slower; two runs "
         "with the same flags on the same hardware and versions are then the same",
-    )  # fmt: skip
+    )
+
+
+def _add_checkpoint_arguments(group, save_freq: int, keep: int) -> None:
+    group.add_argument(
+        "--resume",
+        default="",
+        metavar="CHECKPOINT",
+        help="continue a run exactly: a checkpoint, or 'auto' for the newest whole one",
+    )
+    group.add_argument("--overwrite", action="store_true", help="delete the run that --output_dir holds")
+    rare(group.add_argument("--start_epoch", default=0, type=int, help="first epoch, when not resuming"))
+    group.add_argument("--save_freq", default=save_freq, type=int, help="epochs between checkpoints")
+    group.add_argument("--save_steps", default=0, type=int, help="steps between checkpoints inside an epoch; 0: none")
+    group.add_argument("--keep", default=keep, type=int, help="epoch checkpoints to keep, the newest ones; 0: all")
+    rare(
+        group.add_argument(
+            "--save_patience",
+            default=10.0,
+            type=float,
+            metavar="MINUTES",
+            help="how long the last checkpoint is retried while the disk is full or unmounted, before the run fails; "
+            "an earlier one is retried while the run goes on",
+        )
+    )
 
 
 def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False) -> None:
@@ -181,65 +220,80 @@ def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False
     gpu = "--data_cache device for small images, " * cached
     memory = ", ".join(["--accum_iter", *["--grad_checkpoint"] * trains_blocks, *["then --fsdp"] * cached])
     group = parser.add_argument_group(
-        "speed and memory (the results do not depend on these, but for rounding)",
-        f"On a laptop: the defaults{laptop}. On one GPU: {gpu}as many --num_workers as cores for files, --compile for "
-        f"runs of more than an hour. On one node: torchrun or scripts/, a process for each GPU; {memory} where memory "
-        "is short. On a cluster: scripts/mae/slurm.sh, or torchrun --max_restarts 3, with --resume auto.",
+        "speed and memory",
+        f"These change results by rounding only. On a laptop: the defaults{laptop}. On one GPU: {gpu}as many "
+        f"--num_workers as cores for files, --compile for runs of more than an hour. On one node: torchrun or "
+        f"scripts/, a process for each GPU; {memory} where memory is short. On a cluster: scripts/mae/slurm.sh, or "
+        f"torchrun --max_restarts 3, with --resume auto.",
     )
     group.add_argument(
-        "--attention", default="auto", choices=ATTENTION,
-        help="one fused kernel, or two matrix products and a softmax; auto takes what was measured to be faster here",
-    )  # fmt: skip
+        "--attention",
+        default="auto",
+        choices=ATTENTION,
+        help="fused: one kernel; matmul: two matrix products and a softmax; auto: whichever was measured to be faster",
+    )
     group.add_argument(
-        "--compile", action="store_true",
+        "--compile",
+        action="store_true",
         help="compile the transformer blocks (torch.compile): takes a minute or more at the start, then saves time",
-    )  # fmt: skip
+    )
     if trains_blocks:
         group.add_argument(
-            "--grad_checkpoint", action="store_true",
+            "--grad_checkpoint",
+            action="store_true",
             help="compute blocks again in the backward pass: a third more time, far less memory",
-        )  # fmt: skip
+        )
     group.add_argument(
-        "--log_mfu", action="store_true",
+        "--log_mfu",
+        action="store_true",
         help="log the FLOPs per second of training as a share of what matrix products reach on this device",
-    )  # fmt: skip
+    )
 
 
 def add_distributed_arguments(parser, shards: bool = False) -> None:
     group = parser.add_argument_group("several processes (set by torchrun)")
     if shards:
         group.add_argument(
-            "--fsdp", action="store_true",
+            "--fsdp",
+            action="store_true",
             help="spread weights, gradients and optimizer states over the processes (FSDP2), for models that do not "
             "fit on one GPU; checkpoints become folders, of which tools/unshard.py makes one file",
-        )  # fmt: skip
-    group.add_argument("--world_size", default=1, type=int, help="taken from the launcher")
-    group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="taken from the launcher")
-    group.add_argument("--dist_on_itp", action="store_true", help="read Open MPI's environment")
-    group.add_argument("--dist_url", default="env://")
-    group.add_argument("--dist_backend", default="auto", choices=["auto", "nccl", "gloo"])
+        )
+    rare(group.add_argument("--world_size", default=1, type=int, help="taken from the launcher"))
+    rare(group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="taken from the launcher"))
+    rare(group.add_argument("--dist_on_itp", action="store_true", help="read Open MPI's environment"))
+    rare(group.add_argument("--dist_url", default="env://", help="where the processes meet"))
+    rare(
+        group.add_argument(
+            "--dist_backend", default="auto", choices=["auto", "nccl", "gloo"], help="auto: gloo, and nccl between GPUs"
+        )
+    )
     group.add_argument(
-        "--timeout_s", default=1800.0, type=float,
-        help="seconds to wait for another rank: then the run says which one stands still, and ends",
-    )  # fmt: skip
+        "--timeout_s",
+        default=1800.0,
+        type=float,
+        help="seconds to wait for another rank; then the run names the hanging rank and aborts",
+    )
 
 
 def add_finetuning_arguments(parser, pooled: bool) -> None:
     """What fine-tuning and probing share: which weights, which feature, how many classes."""
     group = parser.add_argument_group("transfer")
-    group.add_argument("--finetune", default="", help="checkpoint of the encoder; without it the encoder is random")
+    group.add_argument(
+        "--finetune", default="", metavar="CHECKPOINT", help="weights of the encoder; without it they are random"
+    )
     group.add_argument(
         "--checkpoint_key", default="model", help="which weights of that file: model, or model_ema (RC-MAE's teacher)"
     )
     group.add_argument("--global_pool", action="store_true", help="feature: mean of the patch tokens")
     group.add_argument("--cls_token", action="store_false", dest="global_pool", help="feature: the [cls] token")
     group.set_defaults(global_pool=pooled)
-    group.add_argument("--nb_classes", type=int, help="classes of the data set, which is the default")
+    group.add_argument("--nb_classes", type=int, help="classes; without it the data set's")
     group.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune), do not train")
     group.add_argument(
         "--eval_freq", type=int, default=1, help="epochs between evaluations; the last epoch always has one"
     )
-    group.add_argument("--dist_eval", action="store_true", help="accepted; evaluation is always spread and exact")
+    rare(group.add_argument("--dist_eval", action="store_true", help="accepted; evaluation is always spread and exact"))
 
 
 def check_numbers(args) -> None:

@@ -144,8 +144,11 @@ class Saver:
         except SaveFailed as error:
             delay = _delay(self._failures)
             self._failures, self._next = self._failures + 1, time.monotonic() + delay
-            print(f"no checkpoint could be written to {self.folder} ({error}): the run goes on and tries again in "
-                  f"{delay:g} s; {self._newest()}", flush=True)  # fmt: skip
+            print(
+                f"no checkpoint could be written to {self.folder} ({error}): the run goes on and tries again in "
+                f"{delay:g} s; {self._newest()}",
+                flush=True,
+            )
 
     def _attempt(self, write) -> None:
         everywhere(self._prepare)
@@ -178,8 +181,10 @@ class Saver:
                         f"of trying (--save_patience); {self._newest()}"
                     ) from error
                 delay = min(_delay(failures), self.patience - waited)
-                print(f"{what} cannot be written to {self.folder} ({reason(error)}): the next attempt is in {delay:g} "
-                      f"s", flush=True)  # fmt: skip
+                print(
+                    f"{what} cannot be written to {self.folder} ({reason(error)}): the next attempt is in {delay:g} s",
+                    flush=True,
+                )
             watchdog.moved()
             time.sleep(delay)
             waited, failures = waited + delay, failures + 1

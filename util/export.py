@@ -134,12 +134,16 @@ def to_timm(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Expo
 def _hf_config(model) -> dict:
     image = list(model.patch_embed.img_size)
     return dict(
-        image_size=image[0] if image[0] == image[1] else image, patch_size=model.patch_embed.patch_size[0],
-        num_channels=model.patch_embed.proj.in_channels, hidden_size=model.cls_token.shape[-1],
-        num_hidden_layers=len(model.blocks), num_attention_heads=model.blocks[0].attn.num_heads,
-        intermediate_size=model.blocks[0].mlp.fc1.out_features, layer_norm_eps=model.blocks[0].norm1.eps,
+        image_size=image[0] if image[0] == image[1] else image,
+        patch_size=model.patch_embed.patch_size[0],
+        num_channels=model.patch_embed.proj.in_channels,
+        hidden_size=model.cls_token.shape[-1],
+        num_hidden_layers=len(model.blocks),
+        num_attention_heads=model.blocks[0].attn.num_heads,
+        intermediate_size=model.blocks[0].mlp.fc1.out_features,
+        layer_norm_eps=model.blocks[0].norm1.eps,
         qkv_bias=True,
-    )  # fmt: skip
+    )
 
 
 def _save_hf(transformers, kind: str, config, model, out: Path, flags: dict, **options) -> None:
@@ -211,11 +215,15 @@ def to_hf_vitmae(model, out: Path, pool: str, flags: dict) -> Exported:
     config = transformers.ViTMAEConfig(**_hf_config(model), mask_ratio=ratio)
     if whole:
         block = model.decoder_blocks[0]
-        config.update(dict(
-            decoder_hidden_size=model.mask_token.shape[-1], decoder_num_hidden_layers=len(model.decoder_blocks),
-            decoder_num_attention_heads=block.attn.num_heads, decoder_intermediate_size=block.mlp.fc1.out_features,
-            norm_pix_loss=model.norm_pix_loss,
-        ))  # fmt: skip
+        config.update(
+            dict(
+                decoder_hidden_size=model.mask_token.shape[-1],
+                decoder_num_hidden_layers=len(model.decoder_blocks),
+                decoder_num_attention_heads=block.attn.num_heads,
+                decoder_intermediate_size=block.mlp.fc1.out_features,
+                norm_pix_loss=model.norm_pix_loss,
+            )
+        )
     kind = "ViTMAEForPreTraining" if whole else "ViTMAEModel"
     _save_hf(transformers, kind, config, model, out, flags)
 
@@ -240,9 +248,11 @@ def to_safetensors(model, out: Path, pool: str, flags: dict) -> Exported:
     def again(imgs, noise=None):
         theirs = copy.deepcopy(model)
         theirs.load_state_dict(load_file(out))
-        return [theirs(imgs, flags.get("mask_ratio", 0.75), noise)[1]] if noise is not None else list(
-            PlainEncoder(theirs, pool)(imgs)
-        )  # fmt: skip
+        return (
+            [theirs(imgs, flags.get("mask_ratio", 0.75), noise)[1]]
+            if noise is not None
+            else list(PlainEncoder(theirs, pool)(imgs))
+        )
 
     return Exported(f'state = safetensors.torch.load_file("{out}")', "tensors in the official MAE's names", again)
 

@@ -51,9 +51,16 @@ def sizes_of(config: dict, mask_ratio: float = 0.75, in_chans: int = 3) -> Sizes
     if not 0 < visible < patches:
         raise UserError(f"--mask_ratio {mask_ratio} must leave and remove at least one of {patches} patches")
     return Sizes(
-        config["embed_dim"], config["depth"], config["num_heads"], config["decoder_embed_dim"],
-        config["decoder_depth"], config["decoder_num_heads"], patches, visible, in_chans * patch**2,
-    )  # fmt: skip
+        config["embed_dim"],
+        config["depth"],
+        config["num_heads"],
+        config["decoder_embed_dim"],
+        config["decoder_depth"],
+        config["decoder_num_heads"],
+        patches,
+        visible,
+        in_chans * patch**2,
+    )
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,10 @@ def images_below(folder: Path, others: Counter | None = None) -> list[str]:
 
 def say_others(folder: Path, others: Counter) -> None:
     if others:
-        print(f"note: {others.total()} files below {shown(str(folder))} are left out by their endings "
-              f"({' '.join(others)}); known are {' '.join(IMG_EXTENSIONS)}")  # fmt: skip
+        print(
+            f"note: {others.total()} files below {shown(str(folder))} are left out by their endings "
+            f"({' '.join(others)}); known are {' '.join(IMG_EXTENSIONS)}"
+        )
 
 
 def class_names(folder: Path) -> list[str]:
@@ -59,15 +61,19 @@ def say_odd_classes(folder: Path, classes: list[str], used: set[int]) -> None:
     """What is perhaps not meant: classes without images, and ones that a file system elsewhere would have made one."""
     empty = [name for place, name in enumerate(classes) if place not in used]
     if empty:
-        print(f"note: {shown(str(folder))} has {len(empty)} class folders without images, {empty[0]!r} is one of them; "
-              f"each counts as a class")  # fmt: skip
+        print(
+            f"note: {shown(str(folder))} has {len(empty)} class folders without images, {empty[0]!r} is one of them; "
+            f"each counts as a class"
+        )
     alike = {}
     for name in classes:
         alike.setdefault(name.casefold(), []).append(name)
     for names in alike.values():
         if len(names) > 1:
-            print(f"note: the class folders {' and '.join(map(repr, names))} differ in case only; they are "
-                  f"{len(names)} classes")  # fmt: skip
+            print(
+                f"note: the class folders {' and '.join(map(repr, names))} differ in case only; they are "
+                f"{len(names)} classes"
+            )
 
 
 # Lists ----------------------------------------------------------------------------------------------------------------

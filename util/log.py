@@ -317,8 +317,10 @@ class Board:
     def flags(self, args: dict) -> None:
         if self.writer is not None:
             # Flags hold names of files, which may hold anything: neither markup nor the end of a cell or of code.
-            shown = {name: html.escape(str(value)).translate({ord("|"): "&#124;", ord("`"): "&#96;", 10: " "})
-                     for name, value in args.items()}  # fmt: skip
+            shown = {
+                name: html.escape(str(value)).translate({ord("|"): "&#124;", ord("`"): "&#96;", 10: " "})
+                for name, value in args.items()
+            }
             rows = "\n".join(f"| {name} | <code>{value}</code> |" for name, value in sorted(shown.items()))
             self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{rows}")
 

@@ -159,8 +159,10 @@ class ShardDataset(IterableDataset):
         order, seed = list(range(len(self.shards.urls))), self.seed * 1_000_003 + epoch
         if self.train:
             random.Random(seed).shuffle(order)
-        edges = (self.first + self.batch_size * (w * (self.batches // workers) + min(w, self.batches % workers))
-                 for w in (worker, worker + 1))  # fmt: skip
+        edges = (
+            self.first + self.batch_size * (w * (self.batches // workers) + min(w, self.batches % workers))
+            for w in (worker, worker + 1)
+        )
         start, stop = (min(edge, self.last) for edge in edges)
         return Section(self.shards, order, start, stop, self.buffer, seed * 65_537 + start, replace=self.train)
 
@@ -232,6 +234,8 @@ class ShardLoader(Loader):
 
     def order(self) -> str:
         data = self.dataset
-        return (f"{len(data.shards.urls)} shards with {len(data)} images by {get_world_size()} x "
-                f"{max(1, self.loader.num_workers)} processes, in batches of {data.batch_size}, buffer "
-                f"{data.buffer}")  # fmt: skip
+        return (
+            f"{len(data.shards.urls)} shards with {len(data)} images by {get_world_size()} x "
+            f"{max(1, self.loader.num_workers)} processes, in batches of {data.batch_size}, buffer "
+            f"{data.buffer}"
+        )

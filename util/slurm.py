@@ -14,10 +14,10 @@ WARNING_SECONDS = 120  # before the time limit: enough to finish a step and writ
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ngpus", default=8, type=int, help="GPUs, and processes, per node")
-    parser.add_argument("--nodes", default=2, type=int)
+    parser.add_argument("--nodes", default=2, type=int, help="nodes of the job")
     parser.add_argument("--timeout", default=4320, type=int, help="minutes; the job then saves and requeues")
-    parser.add_argument("--job_dir", default="", help="logs and results; %%j is the job's number")
-    parser.add_argument("--partition", default="learnfair")
+    parser.add_argument("--job_dir", default="", help="logs and results; %%j is the job's number; without it jobs/%%j")
+    parser.add_argument("--partition", default="learnfair", help="partition of the scheduler")
     parser.add_argument("--use_volta32", action="store_true", help="ask for 32 GB V100s")
     parser.add_argument("--comment", default="", help="passed to the scheduler")
     parser.add_argument("--cluster", default="slurm", choices=["slurm", "local"], help="local: on this machine")

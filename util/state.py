@@ -116,8 +116,10 @@ def _take_place(run, data: dict) -> None:
         run.epoch, run.position = run.epoch + 1, 0
     order = data.get("order", run.loader.order())
     if run.position and order != run.loader.order():
-        print(f"note: the rest of this epoch has other images than the interrupted run's, which read {order}; "
-              f"this one reads {run.loader.order()}")  # fmt: skip
+        print(
+            f"note: the rest of this epoch has other images than the interrupted run's, which read {order}; "
+            f"this one reads {run.loader.order()}"
+        )
 
 
 def _check_methods(run, path: Path, state: dict) -> None:

@@ -126,8 +126,10 @@ class Spikes:
 def describe_spike(spike: dict, written: str) -> str:
     """A line about it, and where its images are listed."""
     names = ", ".join(map(shown, spike["images"][:2]))
-    return (f"loss spike at step {spike['step']}: {spike['loss']:.4g}, {spike['loss'] / spike['usual']:.3g} times the "
-            f"usual {spike['usual']:.4g}; its {len(spike['images'])} images ({names}, ...) {written}")  # fmt: skip
+    return (
+        f"loss spike at step {spike['step']}: {spike['loss']:.4g}, {spike['loss'] / spike['usual']:.3g} times the "
+        f"usual {spike['usual']:.4g}; its {len(spike['images'])} images ({names}, ...) {written}"
+    )
 
 
 class Overflows:
@@ -141,9 +143,11 @@ class Overflows:
             return
         longest, current = self.scaler.overflows()
         if longest >= OVERFLOWS and not self._said:
-            print(f"note: fp16 gradients overflowed in {longest} steps in a row (until step {step}), none of which "
-                  f"changed a weight; the scale of the loss is now {self.scaler.scale:.3g}: use --amp_dtype bf16 or "
-                  f"fp32, or --clip_grad 1, if this goes on")  # fmt: skip
+            print(
+                f"note: fp16 gradients overflowed in {longest} steps in a row (until step {step}), none of which "
+                f"changed a weight; the scale of the loss is now {self.scaler.scale:.3g}: use --amp_dtype bf16 or "
+                f"fp32, or --clip_grad 1, if this goes on"
+            )
         self._said = current >= OVERFLOWS
         if self.scaler.scale < NO_SMALLER_SCALE:
             raise RunFailed("fp16 overflows at every scale of the loss: use --amp_dtype bf16 or fp32, or --clip_grad 1")

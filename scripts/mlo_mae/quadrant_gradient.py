@@ -111,8 +111,10 @@ def main() -> None:
     args = parser.parse_args()
     imgs, targets = images(args.out / "data", train=True)
     order = torch.randperm(len(imgs), generator=torch.Generator().manual_seed(0))
-    print("| seed | held-out top-1 | cosine of the paths | derivative | inside, standard errors | outside | inside > "
-          "outside in | difference in one pair, deviations |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+    print(
+        "| seed | held-out top-1 | cosine of the paths | derivative | inside, standard errors | outside | inside > "
+        "outside in | difference in one pair, deviations |\n|---|---|---|---|---|---|---|---|"
+    )
     for seed in args.seeds:
         problem = Problem(args.out / f"mae-seed{seed}", (imgs[order], targets[order]), args.ridge)
         found = [problem.pair(args.batch_size) for _ in range(args.pairs)]

@@ -18,8 +18,11 @@ FLAGS = DIGITS.replace("--batch_size 64", "--batch_size 64 --accum_iter 2")
 FLAGS += f" --num_workers 1 --save_steps {SAVE_STEPS} --save_freq 1 --print_freq 1 --knn_freq 1 --knn_images 200"
 EVENTS = {"step": 22, "accumulation": 22, "write": 8, "rename": 8, "evaluation": 2, "worker": 2800}  # in a whole run
 METHODS = {
-    "mae": "", "maek": "--mae_k 1", "rcmae": "--rc_mae", "mlo": "--mlo_mae --mlo_labels same --mlo_hidden 16",
-}  # fmt: skip
+    "mae": "",
+    "maek": "--mae_k 1",
+    "rcmae": "--rc_mae",
+    "mlo": "--mlo_mae --mlo_labels same --mlo_hidden 16",
+}
 
 
 class Broken(AssertionError):

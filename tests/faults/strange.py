@@ -99,8 +99,10 @@ def huge(format: str) -> bytes:
         return b"P6\n%d %d\n255\n" % (side, side)
     content = bytearray(encoded(plain(size=(16, 16)), format))
     place, form = {
-        "JPEG": (content.find(b"\xff\xc0") + 5, ">HH"), "GIF": (6, "<HH"), "BMP": (18, "<ii"),
-    }[format]  # fmt: skip
+        "JPEG": (content.find(b"\xff\xc0") + 5, ">HH"),
+        "GIF": (6, "<HH"),
+        "BMP": (18, "<ii"),
+    }[format]
     struct.pack_into(form, content, place, side, side)
     return bytes(content)
 
@@ -116,7 +118,7 @@ BAD = {
     "floats below 0": encoded(Image.fromarray(np.array([[-1, 1]], np.float32)), "TIFF"),
     "integers above 16 bits": encoded(Image.fromarray(np.array([[0, 70_000]], np.int32)), "TIFF"),
     "a text of 200 MB inside": png(1, 1, 8, 2, b"\0abc", (b"zTXt", b"a\0\0" + zlib.compress(bytes(200 << 20), 1))),
-}  # fmt: skip
+}
 
 
 def write_shard(path, members: dict[str, bytes | tarfile.TarInfo]) -> None:

@@ -47,8 +47,11 @@ class Place:
         if args.data_cache != "none":
             images = cache_images(images, args, torch.device("cpu"))
         batches = build_loader(images, PLAIN8, args, 5, train=False).begin(0)
-        found = [(i, (pixels, bad)) for pixels, _, index, bads in batches for pixels, i, bad in
-                 zip(pixels, index.tolist(), bads.tolist())]  # fmt: skip
+        found = [
+            (i, (pixels, bad))
+            for pixels, _, index, bads in batches
+            for pixels, i, bad in zip(pixels, index.tolist(), bads.tolist())
+        ]
         return dict(found)
 
 
@@ -121,8 +124,21 @@ def test_a_transparent_value_of_sixteen_bits(tmp_path):
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-NAMES = ["a b.png", "ünï ☃.png", "-rf.png", "$(touch x).png", "new\nline.png", "esc\x1b[31m.png", "u\u2028v.png",
-         " lead.png", "'q\".png", os.fsdecode(b"latin\xe9.png"), "%s {} \\n.png", "CAT.png", "cat.png"]  # fmt: skip
+NAMES = [
+    "a b.png",
+    "ünï ☃.png",
+    "-rf.png",
+    "$(touch x).png",
+    "new\nline.png",
+    "esc\x1b[31m.png",
+    "u\u2028v.png",
+    " lead.png",
+    "'q\".png",
+    os.fsdecode(b"latin\xe9.png"),
+    "%s {} \\n.png",
+    "CAT.png",
+    "cat.png",
+]
 
 
 def test_names(tmp_path, capfd):

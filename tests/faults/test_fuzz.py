@@ -279,14 +279,23 @@ def test_configurations(place, tensors, content):
 
 ROW = {"command": "main_pretrain", "flags": {"seed": 0, "epochs": 2}, "metrics": {"test_acc1": 50.5}, "data": {}}
 ROW |= {"source": None, "seed": 0, "revision": "abc", "finished": "2026-01-01", "images_seen": 3, "seconds": 1.5}
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXT, lambda inner: st.lists(inner) |
-                    st.dictionaries(st.sampled_from(sorted(ROW)) | TEXT, inner), max_leaves=5)  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(sorted(ROW)) | TEXT, inner),
+    max_leaves=5,
+)
 
 
 @settings(max_examples=120, **FUZZ)
-@given(damaged((json.dumps(ROW) + "\n").encode() * 2) | st.fixed_dictionaries(
-    {"command": JSON, "flags": JSON, "metrics": JSON}, optional={name: JSON for name in ROW if name not in (
-        "command", "flags", "metrics")}).map(json.dumps).map(str.encode))  # fmt: skip
+@given(
+    damaged((json.dumps(ROW) + "\n").encode() * 2)
+    | st.fixed_dictionaries(
+        {"command": JSON, "flags": JSON, "metrics": JSON},
+        optional={name: JSON for name in ROW if name not in ("command", "flags", "metrics")},
+    )
+    .map(json.dumps)
+    .map(str.encode)
+)
 def test_ledgers(place, content):
     """A line is read or named; a table is made of what is left, or refused."""
     folder = place / "ledger"

@@ -121,9 +121,11 @@ def test_lists_of_published_sets_name_nothing_outside(tmp_path, stray):
         read_images(flags("--dataset", "tiny_imagenet", "--data_path", tmp_path), False)
     (tmp_path / "images").mkdir()
     for name, text in {
-        "images": f"1 a.jpg\n2 {stray}", "image_class_labels": "1 1\n2 1", "train_test_split": "1 1\n2 1",
+        "images": f"1 a.jpg\n2 {stray}",
+        "image_class_labels": "1 1\n2 1",
+        "train_test_split": "1 1\n2 1",
         "classes": "1 a",
-    }.items():  # fmt: skip
+    }.items():
         (tmp_path / f"{name}.txt").write_text(text)
     save(tmp_path / "images" / "a.jpg")
     with pytest.raises(UserError, match="which is not below --data_path"):
@@ -146,12 +148,14 @@ def test_shards_do_not_escape(tmp_path, monkeypatch, capfd):
     (tmp_path / "shards").mkdir()
     image, path = encoded(plain(), "PNG"), tmp_path / "shards" / "x-train-000.tar"
     members = {
-        "../../escaped.png": image, f"{tmp_path}/absolute.png": image,
+        "../../escaped.png": image,
+        f"{tmp_path}/absolute.png": image,
         "soft.png": link(tarfile.SYMTYPE, "../secret.png"),
         "hard.png": link(tarfile.LNKTYPE, f"{tmp_path}/secret.png"),
         "pipe.png": link(tarfile.FIFOTYPE, ""),
-        "device.png": link(tarfile.CHRTYPE, ""), "inside.png": image,
-    }  # fmt: skip
+        "device.png": link(tarfile.CHRTYPE, ""),
+        "inside.png": image,
+    }
     write_shard(path, members)
     before = sorted(tmp_path.rglob("*"))
     opened = []

@@ -33,17 +33,27 @@ FLAGS = ["--data_path", "{data}", "--output_dir", "{out}"]
 SMALL = [*STUDY, "--cpu_small"]
 # Script, its arguments, and how many commands it starts at least.
 SCRIPTS = {
-    "mae/pretrain": (FLAGS, 1), "mae/finetune": ([*FLAGS, "--finetune", "{out}/x.pth"], 1),
-    "mae/linprobe": ([*FLAGS, "--finetune", "{out}/x.pth"], 1), "mae/slurm": (["pretrain", *FLAGS], 1),
-    "mae/cifar10_study": (["{data}", "{out}"], 10), "bootstrap_mae/sweep": ([*STUDY, "--only", "mae k10"], 9),
-    "dmae/sweep": ([*STUDY, "--only", "mask75 dmae75"], 9), "rc_mae/sweep": ([*STUDY, "--only", "mae same"], 12),
-    "mlo_mae/sweep": ([*STUDY, "--only", "mae mlo"], 9), "mlo_mae/cifar10_study": ([*STUDY, "--only", "mae mlo"], 9),
-    "mlo_mae/equal_time": ([*STUDY, "--only", "mlo"], 6), "cifar10_methods_study": ([*STUDY, "--only", "mae dmae"], 10),
-    "cifar10_representation_study": (STUDY, 10), "maws/sweep": (SMALL, 10), "maws/scaling": (SMALL, 10),
+    "mae/pretrain": (FLAGS, 1),
+    "mae/finetune": ([*FLAGS, "--finetune", "{out}/x.pth"], 1),
+    "mae/linprobe": ([*FLAGS, "--finetune", "{out}/x.pth"], 1),
+    "mae/slurm": (["pretrain", *FLAGS], 1),
+    "mae/cifar10_study": (["{data}", "{out}"], 10),
+    "bootstrap_mae/sweep": ([*STUDY, "--only", "mae k10"], 9),
+    "dmae/sweep": ([*STUDY, "--only", "mask75 dmae75"], 9),
+    "rc_mae/sweep": ([*STUDY, "--only", "mae same"], 12),
+    "mlo_mae/sweep": ([*STUDY, "--only", "mae mlo"], 9),
+    "mlo_mae/cifar10_study": ([*STUDY, "--only", "mae mlo"], 9),
+    "mlo_mae/equal_time": ([*STUDY, "--only", "mlo"], 6),
+    "cifar10_methods_study": ([*STUDY, "--only", "mae dmae"], 10),
+    "cifar10_representation_study": (STUDY, 10),
+    "maws/sweep": (SMALL, 10),
+    "maws/scaling": (SMALL, 10),
     "reproduce": (["bootstrap_mae", "{out}", "--budget", "paper", "--data", "{data}", "--only", "mae"], 6),
-    "quickstart": (FLAGS, 1), "soak": (["--out", "{out}/soak.json"], 1), "test": (["{out}/x.py"], 1),
+    "quickstart": (FLAGS, 1),
+    "soak": (["--out", "{out}/soak.json"], 1),
+    "test": (["{out}/x.py"], 1),
     "test_matrix": (["{out}/x.py"], 1),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -75,9 +85,13 @@ def test_names_arrive_whole(tmp_path, place, name, processes):
     arguments, least = SCRIPTS[name]
     words = [word.format(out=out, data=data) for word in arguments]
     done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / f"{name}.sh"), *words], env=environment | {"GPUS": processes},
-        cwd=tmp_path / "cwd", capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        ["bash", str(ROOT / "scripts" / f"{name}.sh"), *words],
+        env=environment | {"GPUS": processes},
+        cwd=tmp_path / "cwd",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list(tmp_path.rglob("pwned*"))
     assert not list((tmp_path / "cwd").iterdir())

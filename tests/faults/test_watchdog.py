@@ -70,13 +70,19 @@ def post(number=5, step=7, task="", seconds=0.0, ended=False):
     [
         # The step of rank 2 says where it stands; what ranks 0 and 1 do is wait for it.
         ([post(), post(), post(4, 6, seconds=99)], "rank 2 has not answered for 3 s: stopped, or its node is gone"),
-        ([post(seconds=50), post(task="reading", seconds=60), post(seconds=50)],
-         "rank 1 has been reading for 60 s, in step 7"),
+        (
+            [post(seconds=50), post(task="reading", seconds=60), post(seconds=50)],
+            "rank 1 has been reading for 60 s, in step 7",
+        ),
         # A rank that reads and has only begun to is not what the others wait for.
-        ([post(step=6, seconds=40), post(task="reading", seconds=2), post(seconds=50)],
-         "rank 0 has been in step 6 for 40 s, while others are in step 7"),
-        ([post(step=6, seconds=40), post(step=6, seconds=41), post(seconds=50)],
-         "ranks 0, 1 have been in step 6 for 40 s, while others are in step 7"),
+        (
+            [post(step=6, seconds=40), post(task="reading", seconds=2), post(seconds=50)],
+            "rank 0 has been in step 6 for 40 s, while others are in step 7",
+        ),
+        (
+            [post(step=6, seconds=40), post(step=6, seconds=41), post(seconds=50)],
+            "ranks 0, 1 have been in step 6 for 40 s, while others are in step 7",
+        ),
         # All in one step: a collective that does not end, which is torch's to say.
         ([post(seconds=50), post(seconds=50), post(seconds=50)], ""),
         # Nobody ahead has waited for so long.
@@ -86,7 +92,7 @@ def post(number=5, step=7, task="", seconds=0.0, ended=False):
         # Behind, but moving.
         ([post(step=6, seconds=1), post(seconds=50), post(seconds=50)], ""),
     ],
-)  # fmt: skip
+)
 def test_who_is_waited_for(after, said):
     before = [post(number=4) for _ in after]
     assert describe(before, after, timeout=30, silence=3)[1] == said

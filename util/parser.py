@@ -1,0 +1,140 @@
+"""The parser of every command: `--help` without the rare flags, and mistakes in one line."""
+
+import argparse
+import os
+import shutil
+import sys
+import textwrap
+
+WIDEST = 100  # columns of --help on a wider terminal: longer lines are hard to read
+
+
+def rare(action: argparse.Action) -> argparse.Action:
+    """Mark the flag of `add_argument` as one that `--help` leaves to `--help_all`."""
+    action.rare = True
+    return action
+
+
+def default_of(action: argparse.Action):
+    """The value that a flag has in the end where it is not given: `settled` of a method's option, which is absent from
+    the parsed flags unless given, else argparse's."""
+    return getattr(action, "settled", action.default)
+
+
+def shown_default(action: argparse.Action) -> str:
+    """How `--help` shows the default of a flag, such as "(default: 20)"; "" where there is nothing to show."""
+    value = default_of(action)
+    if action.nargs == 0:  # of two switches for one value, the one that is on
+        return "(default)" if action.const is not None and action.const == value else ""
+    if value is None or value == argparse.SUPPRESS or value in ("", []):
+        return ""
+    if isinstance(value, (list, tuple)):
+        everything = action.choices and list(value) == list(action.choices)
+        return f"(default: {'all' if everything else ' '.join(map(_shown, value))})"
+    return f"(default: {_shown(value)})"
+
+
+def _shown(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """One spelling of every flag (the others are kept for old commands), short metavars, and each default once."""
+
+    def __init__(self, prog: str, **kwargs):
+        width = min(shutil.get_terminal_size().columns, WIDEST) - 2
+        super().__init__(prog, **{"max_help_position": 28, "width": width} | kwargs)
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        both = isinstance(action, (argparse.BooleanOptionalAction, argparse._HelpAction))
+        names = ", ".join(action.option_strings if both else action.option_strings[:1])
+        if action.nargs == 0:
+            return names
+        return f"{names} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+    def _get_default_metavar_for_optional(self, action):
+        if action.type is int:
+            return "N"
+        return "X" if action.type is float else action.dest.rsplit("_", 1)[-1].upper()
+
+    def _get_default_metavar_for_positional(self, action):
+        return action.dest.upper()
+
+    def _get_help_string(self, action):
+        default = shown_default(action).replace("%", "%%")
+        return f"{action.help or ''} {default}".strip()
+
+    def _fill_text(self, text, width, indent):
+        """Fills every paragraph but the indented ones, which are commands."""
+        paragraphs = text.strip("\n").split("\n\n")
+        lines = [[p] if p.startswith("  ") else self._split_lines(p, width - len(indent)) for p in paragraphs]
+        return "\n\n".join("\n".join(indent + line for line in paragraph) for paragraph in lines)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
+class HelpAll(argparse.Action):
+    """`--help_all`: the help with the rare flags."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser._print_message(parser.format_help(everything=True), sys.stdout)
+        parser.exit()
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line instead of printing the usage of eighty flags; once, not once per rank.
+
+    `usual`: the flags of a usual call, for the usage line; required flags and positional arguments are always in it.
+    """
+
+    def __init__(self, description: str, usual: str = ""):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+        self.usual = usual
+        self._positionals.title, self._optionals.title = "arguments", "flags"
+        self.add_argument("--help_all", action=HelpAll, help="show this message with the rarely used flags")
+
+    def error(self, message):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+    def usage_line(self) -> str:
+        """PROGRAM POSITIONAL --required FLAG [flags]. Positional arguments come first: after a flag that takes a list,
+        they would be part of the list."""
+        formatter = self._get_formatter()
+        words = [self.prog]
+        for action in self._actions:
+            if not action.option_strings:
+                words.append(formatter._format_args(action, action.dest.upper()))
+        for action in self._actions:
+            if action.option_strings and action.required:
+                words.append(formatter._format_action_invocation(action))
+        return " ".join([*words, *filter(None, [self.usual]), "[flags]"])
+
+    def format_usage(self) -> str:
+        return f"usage: {self.usage_line()}\n"
+
+    def format_help(self, everything: bool = False) -> str:
+        """The help; with `everything`, the rare flags too."""
+        rarely = [action for action in self._actions if hasattr(action, "rare")]
+        left_out = [] if everything else rarely
+        if not rarely:
+            left_out = [action for action in self._actions if isinstance(action, HelpAll)]
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage_line().replace("%", "%%"), [], [])
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            shown = [action for action in group._group_actions if action not in left_out]
+            formatter.start_section(group.title)
+            formatter.add_text(group.description if shown else None)
+            formatter.add_arguments(shown)
+            formatter.end_section()
+        if rarely and not everything:
+            formatter.add_text(f"{len(rarely)} rarely used flags are left out here: see --help_all.")
+        return formatter.format_help()
