@@ -121,7 +121,7 @@ class Run:
         self.step = self.epoch * self.steps_per_epoch + self.position // args.accum_iter
         self._same_place_everywhere()
         if args.compile:
-            compile_blocks(self.module, *(n for method in self.all_methods() for n in method.networks_aside()))
+            compile_blocks(self.module, *(n for method in self.all_methods() for n in method.external_networks()))
         self.flops = FlopMeter(device, self.amp_dtype) if args.log_mfu else None
         self.wrapped = self._wrap(self.module) if get_world_size() > 1 and not self.sharded else self.module
         checkpoint.make_output_dir(args)
