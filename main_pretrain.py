@@ -182,9 +182,9 @@ def validation_images(args, images):
     return held_out
 
 
-def divide(methods, args, images):
+def split_images(methods, args, images):
     """The images to pretrain on and those to look at: the methods' division of the training set, if one makes any."""
-    divided = next((d for d in (method.divide(images) for method in methods) if d is not None), None)
+    divided = next((d for d in (method.split_images(images) for method in methods) if d is not None), None)
     if divided and args.knn_freq and getattr(divided[0], "classes", None) != divided[1].classes:
         raise UserError(
             "--knn_freq needs one set of labels, and the held-out images have others than those pretrained on"
@@ -278,7 +278,7 @@ def place(pretrainer: Pretrainer, args, device) -> None:
     dtype = choose_amp_dtype(args.amp_dtype, device)
     if args.fsdp:
         sharding.check_sharded(args, device, dtype)
-        aside = [network for method in pretrainer.methods.values() for network in method.networks_aside()]
+        aside = [network for method in pretrainer.methods.values() for network in method.external_networks()]
         sharding.shard(pretrainer, pretrainer.model, aside, device, dtype)
     pretrainer.to(device)
 
@@ -323,7 +323,7 @@ def main(args) -> None:
         print(load_into(model, weights))
     with seeded(args.seed, 1):
         methods = [method(args, model) for method in chosen]
-        images, held_out = divide(methods, args, images)
+        images, held_out = split_images(methods, args, images)
         loader = training_loader(args, images, device)
         pretrainer = Pretrainer(model, methods, arguments.settle_length(args, len(loader)))
     arguments.settle_learning_rate(args)

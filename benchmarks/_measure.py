@@ -64,7 +64,7 @@ class Variant:
 
     def train_step(self) -> None:
         with autocast(self.device, self.dtype):
-            loss, _, _ = self.pretrainer(self.imgs, mask_ratio=self.ratio)
+            loss = sum(self.pretrainer(self.imgs, mask_ratio=self.ratio).values())
         self.scaler(loss, self.optimizer, parameters=self.pretrainer.parameters())
         self.optimizer.zero_grad(set_to_none=True)
         self.pretrainer.after_update(self.imgs, self.count, self.scaler.applied)

@@ -46,7 +46,7 @@ class Step(_measure.Variant):
 
     def train_step(self) -> None:
         with _measure.autocast(self.device, self.dtype):
-            loss, _, _ = self.pretrainer(self.imgs, mask_ratio=self.ratio, noise=self.noise)
+            loss = sum(self.pretrainer(self.imgs, mask_ratio=self.ratio, noise=self.noise).values())
         self.first_loss = loss.detach() if self.first_loss is None else self.first_loss
         self.scaler(loss, self.optimizer, parameters=self.pretrainer.parameters())
         self.optimizer.zero_grad(set_to_none=True)

@@ -122,7 +122,7 @@ class Bootstrap(Method):
         return self.ready
 
     @property
-    def part(self) -> str:
+    def loss_name(self) -> str:
         return "features" if self.ready else "reconstruction"
 
     def prediction_head(self) -> nn.Module:
@@ -149,12 +149,12 @@ class Bootstrap(Method):
 
     def begin(self, model, methods, steps: int) -> None:
         self.epoch_steps = steps / self.epochs
-        self.look_every = max(1, round(self.epoch_steps))
+        self.diagnostics_every = max(1, round(self.epoch_steps))
 
     def metrics(self) -> dict[str, float]:
         return {"feature_stage": float(self.ready), "target_age_epochs": self.age if self.ready else 0.0}
 
-    def look(self, pretrainer, imgs, step) -> dict[str, torch.Tensor]:
+    def diagnostics(self, pretrainer, imgs, step) -> dict[str, torch.Tensor]:
         if not self.ready:
             return {}
         with torch.no_grad():

@@ -302,7 +302,7 @@ class DMAE(Method):
             tokens = teacher.embed_patches(teacher.patchify(resized(imgs, self.size)), ids_keep)
             return teacher.encode(tokens, [block for _, block in self.pairs])[1]
 
-    def networks_aside(self) -> list[nn.Module]:
+    def external_networks(self) -> list[nn.Module]:
         return [self._teacher[0]]
 
     def first_batch(self, model: MaskedAutoencoderViT, imgs: torch.Tensor) -> None:

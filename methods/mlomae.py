@@ -120,7 +120,7 @@ class MLOMAE(Method):
         self._logged: dict[str, torch.Tensor | float | None] = {}
         self._model = [model]  # in a list: not a part of this module
 
-    def divide(self, images):
+    def split_images(self, images):
         if self.frozen:
             return None
         guide = Classification(self.args, images)
@@ -157,7 +157,7 @@ class MLOMAE(Method):
         with torch.autocast(imgs.device.type, enabled=False):
             return self.net(self.tokens(model, imgs))
 
-    def scores(self, model, imgs):
+    def scores(self, model, imgs, noise):
         if self._recording() and (not self.window or self.window[-1].applied is not None):
             weights = {f"model.{name}": p.detach().clone() for name, p in trained(model).items()}
             self.window.append(InnerStep(weights))

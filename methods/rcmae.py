@@ -116,7 +116,7 @@ class RCMAE(Method):
     def __init__(self, args, model: MaskedAutoencoderViT):
         super().__init__()
         self.gamma, self.base, self.schedule = args.rc_gamma, args.rc_momentum, args.rc_schedule
-        self.own_mask, self.look_every, self.ratio = args.rc_mask == "different", args.log_grad_cosine, args.mask_ratio
+        self.own_mask, self.diagnostics_every, self.ratio = args.rc_mask == "different", args.log_grad_cosine, args.mask_ratio
         self.steps, self.momentum = 1, args.rc_momentum
         self.teacher = Frozen(deepcopy(model))
         self.heads = nn.ModuleDict()  # of methods that reconstruct something else than pixels: name -> the teacher's
@@ -143,17 +143,17 @@ class RCMAE(Method):
         for name, head in self.heads.items():
             ema_update(head.network, self._students[name], 1 - self.momentum, applied)
 
-    def look(self, pretrainer, imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor | None]:
+    def diagnostics(self, pretrainer, imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor | None]:
         model = pretrainer.model
         # As one process would number the images of all ranks, so that an image has the same mask on any number of them.
         places = torch.arange(len(imgs), device=imgs.device) * get_world_size() + get_rank()
         noise = sample_noise(step, 0, places, model.patch_embed.num_patches, stream=2)
-        parts, out = pretrainer.losses(imgs, self.ratio, noise)
-        target = next(iter(parts.values()))  # what is reconstructed comes first
+        losses, out = pretrainer.forward_with_output(imgs, self.ratio, noise)
+        target = next(iter(losses.values()))  # the loss of the predictions comes first
         shared = [parameter for parameter in model.parameters() if parameter.requires_grad]
         scale = out.pred.numel()  # sums instead of means: under fp16 the gradients of means are zeros
         with torch.autocast(imgs.device.type, enabled=False):
-            cosine = gradient_cosine(target * scale, parts["consistency"] * scale, shared)
+            cosine = gradient_cosine(target * scale, losses["consistency"] * scale, shared)
         # While the teacher is still the student (a learning rate of 0 in the first step) there is no second gradient.
         return {"grad_cosine": cosine if torch.isfinite(cosine) else None}
 

@@ -75,7 +75,7 @@ def the_method(model, task, flags="", inner_lr=0.1, head_lr=0.2, net=None, steps
 
 
 def train_step(pretrainer, method, imgs, ratio):
-    loss, _, _ = pretrainer(imgs, ratio)
+    loss = sum(pretrainer(imgs, ratio).values())
     loss.backward()
     method.inner.step()
     method.inner.zero_grad()

@@ -44,7 +44,7 @@ def stepped(pretrainer, count=1, applied=1.0, first=0):
     pretrainer.train()
     for step in range(first, first + count):
         imgs, noise = torch.randn(4, 3, 16, 16), torch.rand(4, 16)
-        pretrainer(imgs, 0.75, noise)[0].backward()
+        sum(pretrainer(imgs, 0.75, noise).values()).backward()
         optimizer.step()
         gradients = {name: p.grad for name, p in pretrainer.named_parameters()}
         optimizer.zero_grad()

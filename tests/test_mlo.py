@@ -84,7 +84,7 @@ def test_stage_one_never_sees_what_is_held_out(image_folder, run):
     args.input_size = 16
     images = util.datasets.read_images(args, train=True)
     method = MLOMAE(args, main_pretrain.build(args))
-    first, looked_at = method.divide(images)
+    first, looked_at = method.split_images(images)
     assert set(method.held_out.tolist()) == held_out
     names = {images.name(place) for place in held_out}
     stages = [first, method.batches[0].loader.dataset.images, method.batches[1].loader.dataset.images]
@@ -105,7 +105,7 @@ def test_a_file_that_is_listed_twice(image_folder, tmp_path):
     args.input_size = 16
     images = util.datasets.read_images(args, train=True)
     method = MLOMAE(args, main_pretrain.build(args))
-    stages = (*method.divide(images), method.batches[0].loader.dataset.images)
+    stages = (*method.split_images(images), method.batches[0].loader.dataset.images)
     first, held_out, second = ({part.name(place) for place in range(len(part))} for part in stages)
     assert held_out and first and not held_out & first and not held_out & second
 

@@ -91,9 +91,16 @@ class NativeScalerWithGradNormCount:
 
     def __call__(self, loss, optimizer, clip_grad=None, parameters=None, create_graph=False, update_grad=True):
         """Back-propagate; with `update_grad` also step. Returns the gradient norm (a device scalar) of a step."""
+        self.backward(loss, create_graph)
+        return self.step(optimizer, parameters, clip_grad) if update_grad else None
+
+    def backward(self, loss: torch.Tensor, create_graph: bool = False) -> None:
+        """Back-propagate the (scaled) loss."""
         self._scaler.scale(loss).backward(create_graph=create_graph)
-        if not update_grad:
-            return None
+
+    def step(self, optimizer, parameters, clip_grad: float | None = None) -> torch.Tensor:
+        """Clip the gradients of `parameters` to the norm `clip_grad`, and step where they are finite. Returns their
+        norm before clipping, a scalar on the device."""
         parameters = [p for p in parameters if p.grad is not None]
         self._scaler.unscale_(optimizer)
         norm = get_grad_norm_(parameters)

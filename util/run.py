@@ -124,7 +124,7 @@ class Run:
         """Prepare for training, and make the folders and the first files; no file changes before this."""
         args, resume = self.args, self.resumed
         if args.compile:
-            compile_blocks(self.module, *(n for method in self.all_methods() for n in method.networks_aside()))
+            compile_blocks(self.module, *(n for method in self.all_methods() for n in method.external_networks()))
         self.flops = FlopMeter(self.device, self.amp_dtype) if args.log_mfu else None
         self.wrapped = self._wrap(self.module) if get_world_size() > 1 and not self.sharded else self.module
         checkpoint.make_output_dir(args)

@@ -39,7 +39,7 @@ def fault(kind: str, run: Run) -> None:
     elif kind == "gradient":
         last.register_hook(lambda gradient: gradient * float("inf"))
     elif kind == "teacher":
-        poison(next(run.methods["dmae"].networks_aside()[0].parameters()))
+        poison(next(run.methods["dmae"].external_networks()[0].parameters()))
 
 
 def main(words):

@@ -50,7 +50,7 @@ FAULTS = {
     ),
     "NaN in a teacher": (
         "--dmae_teacher {teacher}",
-        lambda run: [poison(p) for p in run.methods["dmae"].networks_aside()[0].parameters()],
+        lambda run: [poison(p) for p in run.methods["dmae"].external_networks()[0].parameters()],
         "became",
     ),
     "NaN in the masking network": (
