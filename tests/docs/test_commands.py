@@ -5,6 +5,7 @@ that records what the script would start, and that is parsed; sweeps only list t
 """
 
 import functools
+import itertools
 import os
 import re
 import shlex
@@ -104,13 +105,13 @@ def started(tmp_path):
 
 def passed_on(arguments: list[str]) -> list[str]:
     """What a sweep hands to every pretraining."""
-    rest, found = iter(arguments), []
+    rest, extra = iter(arguments), []
     for word in rest:
         for _ in range(SWEEP_FLAGS.get(word, 0)):
             next(rest)
-        if word not in SWEEP_FLAGS and (word.startswith("--") or found):
-            found.append(word)
-    return found
+        if word not in SWEEP_FLAGS and (word.startswith("--") or extra):
+            extra.append(word)
+    return extra
 
 
 @functools.cache
@@ -135,7 +136,7 @@ def check(command: Command, started) -> list[str]:
     if program == "-m":  # of python: pytest, zipfile
         return missing([word for word in arguments if "/" in word])
     if program in OTHER_PROGRAMS:
-        return missing([file for flag, file in zip(arguments, arguments[1:]) if flag == "-r"])
+        return missing([file for flag, file in itertools.pairwise(arguments) if flag == "-r"])
     if not (ROOT / program).is_file() or not program.endswith((".py", ".sh")):
         return [f"{program} is no command of this project"]
     return check_shell(command, started) if program.endswith(".sh") else [complaint(program, arguments, whole)]
@@ -155,7 +156,9 @@ def test_scripts_are_shell():
 
 def test_flags_in_prose():
     """Each flag that a page names is one of a command, hidden aliases included, or is made on the page."""
-    scripts = tracked("*.py", "tools/*.py", "benchmarks/*.py", "scripts/*/*.py", "tests/freeze.py", "tests/faults/soak.py")
+    scripts = tracked(
+        "*.py", "tools/*.py", "benchmarks/*.py", "scripts/*/*.py", "tests/freeze.py", "tests/faults/soak.py"
+    )
     commands = [script for script in scripts if '__name__ == "__main__"' in (ROOT / script).read_text()]
     known = set(SWEEP_FLAGS) | OTHER_FLAGS | set().union(*map(options, commands))
     for page in PAGES:
@@ -166,7 +169,7 @@ def test_flags_in_prose():
 
 
 def test_what_is_a_command():
-    text = "`A=1 bash a.sh X` and `b.py --c` and `main_pretrain.py`\n```bash\npython d.py \\\n  --e 'f # g' …  # h\n```\n"
+    text = "`A=1 bash a.sh X`, `b.py --c`, `main_pretrain.py`\n```bash\npython d.py \\\n  --e 'f # g' …  # h\n```\n"
     assert commands_of(text) == [
         Command("tools/d.py", ["--e", "f # g"], {}, False),
         Command("a.sh", ["X"], {"A": "1"}, True),

@@ -17,13 +17,13 @@ UNWRITTEN = {ROOT / "docs/adding_a_method.md"}  # pages that may still be missin
 
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives the headings of `page`."""
-    seen, found = Counter(), set()
+    seen, slugs = Counter(), set()
     for heading in HEADING.findall(without_blocks(page.read_text(encoding="utf-8"))):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)  # of a link its text counts
         slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
-        found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+        slugs.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
         seen[slug] += 1
-    return found
+    return slugs
 
 
 def targets(text: str) -> list[str]:
@@ -76,5 +76,6 @@ def test_every_page_can_be_reached():
 
 def test_anchors_are_those_of_github(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# RC-MAE's `x` 4.1: a_b\n```bash\n# a comment\n```\n## Two, words\n## Two words\n## [A link](b.md)\n")
+    text = "# RC-MAE's `x` 4.1: a_b\n```bash\n# no heading\n```\n## Two, words\n## Two words\n## [A link](b.md)\n"
+    page.write_text(text)
     assert anchors(page) == {"rc-maes-x-41-a_b", "two-words", "two-words-1", "a-link"}
