@@ -1,0 +1,177 @@
+"""Every command of the documentation exists, and its flags are flags of that command.
+
+Nothing is run: a Python command is parsed by its own parser. A shell script is started with a stand-in for python
+that records what the script would start, and that is parsed; sweeps only list their runs.
+"""
+
+import functools
+import itertools
+import os
+import re
+import shlex
+import subprocess
+from typing import NamedTuple
+
+import pytest
+from helpers.pages import PAGES, ROOT, blocks, inline_code, name
+from helpers.parsers import complaint, options, tracked
+
+FLAG = re.compile(r"--[a-z][a-z0-9_]*")
+ASSIGNMENT = re.compile(r"[A-Z_]+=.*", re.DOTALL)
+OTHER_PROGRAMS = {"pip", "tensorboard"}
+OTHER_FLAGS = {"--max_restarts", "--nproc_per_node", "--standalone"}  # of torchrun
+PYTEST_SCRIPTS = {"scripts/test.sh", "scripts/test_matrix.sh"}  # their arguments go to pytest
+# What the sweeps read themselves, with the number of values; everything else goes to each pretraining.
+SWEEP_FLAGS = {"--data": 1, "--only": 1, "--budget": 1, "--cpu_small": 0, "--gpu_hour": 0, "--list": 0}
+EXAMPLES = {"PAPER": "dmae", "BUDGET": "cpu_small"}  # for placeholders that a script checks
+STAND_IN = """#!/bin/bash
+[ "$1" != -c ] || { echo 1; exit; }
+printf '%s\\0' "$@" $'\\n' >> "$CALLS"
+"""
+
+
+class Command(NamedTuple):
+    """A line of a page that starts a `program`: a script by its path, or another one by its name."""
+
+    program: str
+    arguments: list[str]
+    variables: dict[str, str]  # set before it
+    whole: bool = True  # nothing that is required is missing
+
+
+def words_of(line: str) -> list[str]:
+    """Without comments; none where the line is no code of a shell."""
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError:  # a single quote
+        return []
+
+
+def parse(line: str) -> Command | None:
+    """None where nothing is started. A line with an ellipsis is a part of a command."""
+    words, variables = [word for word in words_of(line) if word != "…"], {}
+    while words and ASSIGNMENT.fullmatch(words[0]):
+        variable, _, value = words.pop(0).partition("=")
+        variables[variable] = value
+    if words and words[0] == "torchrun":
+        words = words[next((i for i, word in enumerate(words) if word.endswith(".py")), len(words)) :]
+    elif words and words[0] in ("python", "bash"):
+        words = words[1:]
+    if not words:
+        return None
+    program = words[0]
+    if program.endswith(".py") and "/" not in program and not (ROOT / program).exists():
+        program = f"tools/{program}"  # tools are also named without their folder
+    return Command(program, words[1:], variables, "…" not in line)
+
+
+def commands_of(text: str) -> list[Command]:
+    """The lines of the bash blocks of a page, and the spans of code that begin with a script."""
+    lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    commands = [parse(line) for line in lines]
+    for span in inline_code(text):
+        command = parse(span)
+        if command and command.program.endswith((".py", ".sh")) and len(words_of(span)) > 1:
+            starts = words_of(span)[0] in ("python", "bash", "torchrun") or command.variables
+            commands.append(command._replace(whole=bool(starts) and command.whole))
+    return [command for command in commands if command]
+
+
+def missing(paths: list[str]) -> list[str]:
+    return [f"{path} does not exist" for path in paths if not (ROOT / path).exists()]
+
+
+@pytest.fixture
+def started(tmp_path):
+    """Runs a shell script -> the commands of this project that it would start, as (script, arguments)."""
+    calls, binaries = tmp_path / "calls", tmp_path / "venv/bin"
+    binaries.mkdir(parents=True)
+    (binaries / "python").write_text(STAND_IN)
+    (binaries / "python").chmod(0o755)
+    fixed = {"PATH": os.environ["PATH"], "CALLS": str(calls), "VENV": str(tmp_path / "venv"), "GPUS": "1"}
+
+    def run(script: str, arguments: list[str], variables: dict[str, str]) -> list[tuple[str, list[str]]]:
+        calls.write_text("")
+        done = subprocess.run(
+            ["bash", str(ROOT / script), *arguments], env={**fixed, "PYTHON": str(binaries / "python"), **variables},
+            cwd=tmp_path, timeout=60, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert done.returncode == 0, f"bash {script} {shlex.join(arguments)}: {done.stdout}"
+        recorded = [call.split("\0") for call in calls.read_text().split("\0\n\0") if call]
+        return [(words[0].removeprefix(f"{ROOT}/"), words[1:]) for words in recorded if words[0].endswith(".py")]
+
+    return run
+
+
+def passed_on(arguments: list[str]) -> list[str]:
+    """What a sweep hands to every pretraining."""
+    rest, extra = iter(arguments), []
+    for word in rest:
+        for _ in range(SWEEP_FLAGS.get(word, 0)):
+            next(rest)
+        if word not in SWEEP_FLAGS and (word.startswith("--") or extra):
+            extra.append(word)
+    return extra
+
+
+@functools.cache
+def is_sweep(script: str) -> bool:
+    return bool(re.search(r"^\. .*(_sweep|_cifar10_small)\.sh|--list\)", (ROOT / script).read_text(), re.MULTILINE))
+
+
+def check_shell(command: Command, started) -> list[str]:
+    script, arguments = command.program, [EXAMPLES.get(word, word) for word in command.arguments]
+    if script in PYTEST_SCRIPTS:
+        return missing([word for word in arguments if word.endswith(".py")])
+    if is_sweep(script):
+        started(script, [*arguments, "--list"], command.variables)  # refuses unknown runs, papers and budgets
+        return [complaint("main_pretrain.py", passed_on(arguments))]
+    commands = started(script, arguments, command.variables)
+    return [complaint(*each) for each in commands] or [f"{script} starts nothing"]
+
+
+def check(command: Command, started) -> list[str]:
+    """What is wrong with a command; empty strings are no complaints."""
+    program, arguments, _, whole = command
+    if program == "-m":  # of python: pytest, zipfile
+        return missing([word for word in arguments if "/" in word])
+    if program in OTHER_PROGRAMS:
+        return missing([file for flag, file in itertools.pairwise(arguments) if flag == "-r"])
+    if not (ROOT / program).is_file() or not program.endswith((".py", ".sh")):
+        return [f"{program} is no command of this project"]
+    return check_shell(command, started) if program.endswith(".sh") else [complaint(program, arguments, whole)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands(page, started):
+    commands = commands_of(page.read_text(encoding="utf-8"))
+    assert [wrong for command in commands for wrong in check(command, started) if wrong] == []
+
+
+def test_scripts_are_shell():
+    scripts = [str(ROOT / script) for script in tracked("scripts/*.sh", "scripts/*/*.sh")]
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_flags_in_prose():
+    """Each flag that a page names is one of a command, hidden aliases included, or is made on the page."""
+    scripts = tracked(
+        "*.py", "tools/*.py", "benchmarks/*.py", "scripts/*/*.py", "tests/freeze.py", "tests/faults/soak.py"
+    )
+    commands = [script for script in scripts if '__name__ == "__main__"' in (ROOT / script).read_text()]
+    known = set(SWEEP_FLAGS) | OTHER_FLAGS | set().union(*map(options, commands))
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        named = {flag for span in inline_code(text) for flag in FLAG.findall(span)}
+        made_here = {flag for block in blocks(text, "python") for flag in FLAG.findall(block)}
+        assert sorted(named - made_here - known) == [], name(page)
+
+
+def test_what_is_a_command():
+    text = "`A=1 bash a.sh X`, `b.py --c`, `main_pretrain.py`\n```bash\npython d.py \\\n  --e 'f # g' …  # h\n```\n"
+    assert commands_of(text) == [
+        Command("tools/d.py", ["--e", "f # g"], {}, False),
+        Command("a.sh", ["X"], {"A": "1"}, True),
+        Command("tools/b.py", ["--c"], {}, False),
+    ]

@@ -1,0 +1,88 @@
+"""The argument parsers of the project's commands, got from the commands themselves: each is started in this process as
+`python SCRIPT` would, up to the moment at which it parses its flags."""
+
+import argparse
+import contextlib
+import functools
+import io
+import re
+import runpy
+import sys
+from pathlib import Path
+from unittest import mock
+
+from helpers.pages import ROOT
+
+PARSE = argparse.ArgumentParser.parse_args
+PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*")  # N, FILE, BUDGET: what a reader replaces
+
+
+class _Parser(BaseException):
+    """Carries a parser out of a command, through all that handles errors there."""
+
+
+def _hand_over(parser, *_):
+    raise _Parser(parser)
+
+
+@functools.cache
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """The parser of a script, named by its path from the root of the repository."""
+    path = ROOT / script
+    with (
+        mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
+        mock.patch.object(sys, "argv", [str(path)]),
+        mock.patch.object(argparse.ArgumentParser, "parse_args", _hand_over),
+    ):
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except _Parser as handed_over:
+            parser = handed_over.args[0]
+        else:
+            raise AssertionError(f"{script} parses no flags")
+    _accept_placeholders(parser)
+    return parser
+
+
+def _accept_placeholders(parser) -> None:
+    """Where a number, or one of several words, is due, a placeholder is accepted, too."""
+    value, check = parser._get_value, parser._check_value
+
+    def get_value(action, text):
+        is_text = action.type in (None, str, Path)
+        return 1 if PLACEHOLDER.fullmatch(text) and not is_text else value(action, text)
+
+    def check_value(action, given):
+        stands_for_a_word = isinstance(given, str) and PLACEHOLDER.fullmatch(given)
+        if not stands_for_a_word and not (given == 1 and action.type is not None):
+            check(action, given)
+
+    parser._get_value, parser._check_value = get_value, check_value
+
+
+def complaint(script: str, words: list[str], whole: bool = True) -> str:
+    """What the script's parser has against these arguments, else an empty string. Of a command that is not `whole`
+    nothing that is required may be missing."""
+    parser, stderr = parser_of(script), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        for action in () if whole else parser._actions:
+            stack.enter_context(mock.patch.object(action, "required", False))
+        stack.enter_context(contextlib.redirect_stderr(stderr))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # of --help
+        try:
+            PARSE(parser, words)
+        except SystemExit as end:
+            if not end.code:
+                return ""
+            return f"python {script} {' '.join(words)}: {stderr.getvalue().strip().splitlines()[-1]}"
+    return ""
+
+
+def options(script: str) -> set[str]:
+    """The flags of a script, hidden ones included."""
+    return set(parser_of(script)._option_string_actions)
+
+
+def tracked(*patterns: str) -> list[str]:
+    """Scripts that match, by their path from the root of the repository, in order."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
