@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from util.amp import autocast, choose_amp_dtype
-from util.distributed import is_main_process, shut_down, sync_buffers
-from util.finished import end_again
-from util.ledger import Record, write_json
-from util.log import Board
-from util.run import Run
-from util.scores import TopK
+from evaluation.scores import TopK
+from util.compute.precision import autocast, choose_amp_dtype
+from util.parallel.distributed import is_main_process, shut_down, sync_buffers
+from util.report.ledger import Record, write_json
+from util.report.tensorboard import Board
+from util.training.finished import end_again
+from util.training.run import Run
 
 
 def train_one_epoch(model, criterion, run: Run, mixup_fn=None) -> None:
@@ -28,7 +28,7 @@ def train_one_epoch(model, criterion, run: Run, mixup_fn=None) -> None:
 
 @torch.no_grad()
 def evaluate(loader, model, device, amp_dtype=torch.float32, kind=TopK) -> dict[str, float]:
-    """The scores of `kind` (`util.scores`: top-1 and top-5 in percent, mean cross-entropy per image) over all ranks.
+    """The scores of `kind` over all ranks (`evaluation.scores`: top-1 and top-5 in percent, mean cross-entropy).
 
     `loader` is made with `train=False`: every image is on exactly one rank, none is padded in. Unreadable images are
     left out, and counted under `skipped`.

@@ -3,8 +3,8 @@
 import torch
 
 from methods import Pretrainer
-from util.rng import sample_noise
-from util.run import Run
+from util.data.sample_rng import sample_noise
+from util.training.run import Run
 
 
 def mask_ratio_at(step: int, steps: int, args) -> float:

@@ -8,20 +8,23 @@ from timm.layers import trunc_normal_
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from engine_finetune import evaluate_once, train
-from util import arguments, checkpoint
+from evaluation.encoder import build_encoder, count_classes, settle_model
+from evaluation.scores import MultiLabel, TopK
+from util import arguments
+from util.checkpoint.resume import find_resume
+from util.checkpoint.same_run import stored_args
+from util.data.build import build_loader
+from util.data.labels import read_labelled, with_noise
+from util.data.leak import check_leak
+from util.data.sample_rng import seeded
+from util.data.transforms import check_channels
 from util.datasets import build_transform
-from util.encoder import build_encoder, count_classes, settle_model
 from util.errors import UserError, user_errors
-from util.labels import read_labelled, with_noise
-from util.leak import check_leak
-from util.ledger import Record
-from util.loading import build_loader
 from util.lr_decay import param_groups_lrd
 from util.parser import Parser, rare
-from util.rng import seeded
-from util.run import Run, start
-from util.scores import MultiLabel, TopK
-from util.transforms import check_channels
+from util.report.ledger import Record
+from util.training.run import Run, start
+from util.training.run_length import settle_learning_rate, settle_length
 
 # The two regularization regimes of Garcia, Senel and Frantzolas ("Exploring: Masked Autoencoders Are Scalable Vision
 # Learners", Section 3): `full` is the recipe of He et al. 2022 (Table 9), `small` leaves out what mixes labels.
@@ -232,7 +235,7 @@ def main(args) -> dict[str, float]:
     check(args)
     args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
     device = start(args)
-    resume = checkpoint.find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
+    resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
     if resume is not None and not args.eval:
         _take_model_flags(args, resume)
     weights, (images, held_out), classes = prepare(args, resume)
@@ -253,8 +256,8 @@ def main(args) -> dict[str, float]:
         return evaluate_once(args, model, val_loader, device, record, kind)
     names, images = getattr(images, "classes", None), with_noise(images, args)
     loader = build_loader(images, build_transform(True, args), args, args.batch_size, train=True)
-    arguments.settle_length(args, len(loader))
-    arguments.settle_learning_rate(args)
+    settle_length(args, len(loader))
+    settle_learning_rate(args)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     run = Run(args, device, loader, model, optimizer, resume=resume, record=record, classes=names)
@@ -263,7 +266,7 @@ def main(args) -> dict[str, float]:
 
 def _take_model_flags(args, path: Path) -> None:
     """A resumed run has the model of its checkpoint, unless flags say otherwise (and are then compared)."""
-    stored = checkpoint.stored_args(path)
+    stored = stored_args(path)
     for name in ("model", "patch_size", "in_chans", "input_size"):
         if getattr(args, name) is None:
             setattr(args, name, stored.get(name))

@@ -15,26 +15,34 @@ from timm.layers import trunc_normal_
 from torch import nn
 
 from engine_finetune import evaluate_once, train
+from evaluation.encoder import build_encoder, count_classes, settle_model
+from evaluation.features import extract
 from models_vit import AttentivePool
-from util import arguments, checkpoint
-from util.amp import choose_amp_dtype
-from util.datasets import input_size, mean_std, read_images
-from util.disk import GrowingFile, Saver
-from util.distributed import is_main_process, shut_down
-from util.encoder import build_encoder, count_classes, settle_model
+from util import arguments
+from util.checkpoint.atomic import write_tensors
+from util.checkpoint.files import LEDGER
+from util.checkpoint.output_dir import make_output_dir
+from util.checkpoint.resume import find_resume
+from util.checkpoint.retry import GrowingFile, Saver
+from util.checkpoint.same_run import plain
+from util.compute.precision import choose_amp_dtype
+from util.data.build import build_loader
+from util.data.image_format import input_size, mean_std
+from util.data.leak import check_leak
+from util.data.readers import read_images
+from util.data.sample_rng import seeded
+from util.data.transforms import check_channels, eval_transform, probe_transform
 from util.errors import UserError, user_errors
-from util.features import extract
 from util.lars import LARS
-from util.leak import check_leak
-from util.ledger import Record
-from util.loading import build_loader
-from util.log import Board, log_line
 from util.lr_sched import adjust_learning_rate
+from util.parallel.distributed import is_main_process, shut_down
 from util.parser import Parser
-from util.rng import seeded
-from util.run import Run, start
-from util.transforms import check_channels, eval_transform, probe_transform
-from util.weights_file import read_file
+from util.report.ledger import Record
+from util.report.log import log_line
+from util.report.tensorboard import Board
+from util.training.run import Run, start
+from util.training.run_length import settle_learning_rate, settle_length
+from util.weights.file import read_file
 
 
 class ProbeParser(Parser):
@@ -251,7 +259,7 @@ def main(args) -> dict:
     check(args)
     args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
     device = start(args)
-    resume = checkpoint.find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
+    resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
     weights = settle_model(args, str(resume) if args.eval else args.finetune)
     check_channels(args.in_chans)
     args.aug = args.aug or ("crop" if args.dataset in ("cifar10", "cifar100", "digits") else "rrc")
@@ -276,8 +284,8 @@ def main(args) -> dict:
         load_probe(probe, resume)
         return evaluate_once(args, probe, test_loader, device, record)
     loader = build_loader(images, probe_transform(args.aug, input_size(args), mean, std), args, args.batch_size, True)
-    arguments.settle_length(args, len(loader))
-    arguments.settle_learning_rate(args)
+    settle_length(args, len(loader))
+    settle_learning_rate(args)
     kind = torch.optim.AdamW if args.head == "attentive" else LARS
     optimizer = kind(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     names = getattr(images, "classes", None)
@@ -288,7 +296,7 @@ def main(args) -> dict:
 def _cached(args, model, train_loader, test_loader, device, record, names) -> dict:
     amp_dtype = choose_amp_dtype(args.amp_dtype, device)
     result = probe_cached(model, (train_loader, test_loader), args.nb_classes, args, device, amp_dtype)
-    checkpoint.make_output_dir(args)
+    make_output_dir(args)
     print(
         f"linear probe: top-1 {result['test_acc1']:.2f} %  top-5 {result['test_acc5']:.2f} %  (blr {result['blr']:g})"
     )
@@ -299,7 +307,7 @@ def _cached(args, model, train_loader, test_loader, device, record, names) -> di
     if args.output_dir and is_main_process():
         content = {
             "model": model.state_dict(),
-            "args": {name: checkpoint.plain(value) for name, value in vars(args).items()},
+            "args": {name: plain(value) for name, value in vars(args).items()},
             "origin": record.state(images),
             **({"classes": list(names)} if names else {}),
         }
@@ -308,11 +316,11 @@ def _cached(args, model, train_loader, test_loader, device, record, names) -> di
         log = GrowingFile(folder / "log.txt")
         log.add(log_line(result))
         saver.insist(log.path.name, log.write)
-        saver.insist(CLASSIFIER, lambda: checkpoint.write_tensors(folder / CLASSIFIER, content))
+        saver.insist(CLASSIFIER, lambda: write_tensors(folder / CLASSIFIER, content))
         flags = json.dumps({**vars(args), "result": result}, indent=2, default=str)
         saver.insist("probe.json", lambda: (folder / "probe.json").write_text(flags + "\n"))
         place = args.output_dir, result, images, device, amp_dtype
-        saver.insist(checkpoint.LEDGER, lambda: record.enter(*place))
+        saver.insist(LEDGER, lambda: record.enter(*place))
     shut_down()
     return result
 

@@ -10,27 +10,34 @@ from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import evaluate_reconstruction, train_one_epoch
+from evaluation.features import extract, knn_accuracy
 from methods import METHODS, Pretrainer, add_method_arguments, enabled_methods
-from util import arguments, checkpoint, sharding
-from util.amp import choose_amp_dtype
-from util.batch_aug import BatchTransform
-from util.cache import CACHES, CachedLoader, cache_images
-from util.datasets import Part, input_size, mean_std, read_images
-from util.distributed import barrier, is_main_process
+from models_encoder import mae_features
+from util import arguments
+from util.checkpoint.resume import find_resume
+from util.checkpoint.same_run import FREE_FLAGS
+from util.compute.kernels import choose_attention
+from util.compute.precision import choose_amp_dtype
+from util.data.batch_aug import BatchTransform
+from util.data.build import build_loader, check_enough
+from util.data.cache import CACHES, CachedLoader, cache_images
+from util.data.image_format import input_size, mean_std
+from util.data.leak import check_leak
+from util.data.readers import read_images
+from util.data.sample_rng import seeded
+from util.data.shards import Shards
+from util.data.sources import Part
+from util.data.transforms import check_channels, eval_transform, pretrain_transform, three_augment
 from util.errors import UserError, user_errors
-from util.features import extract, knn_accuracy, mae_features
-from util.finished import end_again
-from util.kernels import choose_attention
-from util.leak import check_leak
-from util.ledger import Record, strict
-from util.loading import build_loader, check_enough
+from util.parallel.distributed import barrier, is_main_process
+from util.parallel.fsdp import check_sharded, gathered, shard, whole
 from util.parser import Parser, rare
-from util.rng import seeded
-from util.run import Run, start
-from util.shards import Shards
-from util.transforms import check_channels, eval_transform, pretrain_transform, three_augment
-from util.visual import denormalized, fixed_noise, grid, reconstruct
-from util.weights import encoder_state, load_into, read_weights, save_encoder
+from util.report.ledger import Record, strict
+from util.report.pictures import denormalized, fixed_noise, grid, reconstruct
+from util.training.finished import end_again
+from util.training.run import Run, start
+from util.training.run_length import settle_learning_rate, settle_length
+from util.weights.load import encoder_state, load_into, read_weights, save_encoder
 
 
 def get_args_parser() -> Parser:
@@ -242,7 +249,7 @@ class Watch:
         last = self.run.ended
         shows = self.args.vis_freq and (last or epoch % self.args.vis_freq == 0)
         counts = self.args.knn_freq and (last or (epoch + 1) % self.args.knn_freq == 0)
-        with sharding.whole(self.pretrainer) if shows or counts else nullcontext():
+        with whole(self.pretrainer) if shows or counts else nullcontext():
             if shows and self.fixed and self.pretrainer.shows_pixels:
                 row["fixed_images_loss"] = self._show(epoch + 1)
             if counts:
@@ -277,9 +284,9 @@ def place(pretrainer: Pretrainer, args, device) -> None:
     """Put it on this process's device: all of it, or its share."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
     if args.fsdp:
-        sharding.check_sharded(args, device, dtype)
+        check_sharded(args, device, dtype)
         aside = [network for method in pretrainer.methods.values() for network in method.external_networks()]
-        sharding.shard(pretrainer, pretrainer.model, aside, device, dtype)
+        shard(pretrainer, pretrainer.model, aside, device, dtype)
     pretrainer.to(device)
 
 
@@ -295,10 +302,10 @@ def write_results(run: Run, metrics: dict[str, float]) -> None:
     metrics for TensorBoard."""
     args = run.record.args
     origin = {"epoch": run.epoch if run.position else run.epoch - 1, **run.record.state(run.images_seen())}
-    flags = {name: value for name, value in vars(args).items() if name not in checkpoint.FREE_FLAGS}
+    flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     metadata = {name: json.dumps(strict(value)) for name, value in {**flags, "origin": origin}.items()}
     for path, model in encoders(run).items():
-        state = sharding.gathered(encoder_state(model.state_dict()))
+        state = gathered(encoder_state(model.state_dict()))
         run.saver.insist(path.name, partial(save_encoder, state, path, metadata))
     run.board.hparams(vars(args), metrics)
 
@@ -317,7 +324,7 @@ def main(args) -> None:
     images = read_images(args, train=True)
     if args.check_leak:
         check_leak(images, read_images(args, train=False))
-    resume = checkpoint.find_resume(args.resume, args.output_dir) if args.resume else None
+    resume = find_resume(args.resume, args.output_dir) if args.resume else None
     weights = read_weights(args.init_from) if args.init_from and resume is None else None
     if weights is not None:
         print(load_into(model, weights))
@@ -325,8 +332,8 @@ def main(args) -> None:
         methods = [method(args, model) for method in chosen]
         images, held_out = split_images(methods, args, images)
         loader = training_loader(args, images, device)
-        pretrainer = Pretrainer(model, methods, arguments.settle_length(args, len(loader)))
-    arguments.settle_learning_rate(args)
+        pretrainer = Pretrainer(model, methods, settle_length(args, len(loader)))
+    settle_learning_rate(args)
     place(pretrainer, args, device)
     groups = param_groups_weight_decay(pretrainer, args.weight_decay, no_weight_decay_list=pretrainer.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)

@@ -6,15 +6,15 @@ visible ones, P predicted ones, D encoder width, d decoder width. In a mask 1 me
 
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from math import ceil
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
 from timm.models import vision_transformer
 from torch import nn
 
+from models_encoder import Block, PatchEncoder, pick, spread
 from util.architectures import DECODERS, DEFAULT_DECODER, ENCODERS, check_geometry, look_up
-from util.kernels import RunsBlocks
 from util.pos_embed import get_2d_sincos_pos_embed
 
 
@@ -61,108 +61,6 @@ class MaskedOutput:
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """`values` (N, P) in the order of the image, 0 where nothing was predicted: (N, L)."""
         return values if self.all_patches else spread(values, self.ids_predicted, self.scores.shape[1])
-
-
-def pick(values, ids):
-    """The entries of values (N, L, ...) at `ids` (N, M): (N, M, ...)."""
-    ids = ids.reshape(*ids.shape, *[1] * (values.dim() - 2))
-    return torch.gather(values, 1, ids.expand(-1, -1, *values.shape[2:]))
-
-
-def spread(values, ids, length):
-    """(N, M) put at the places `ids` (N, M) of zeros (N, length), differentiably."""
-    return values.new_zeros(len(values), length).scatter(1, ids, values)
-
-
-class Block(vision_transformer.Block):
-    """timm's block, that can be asked for some of its outputs alone."""
-
-    def forward(self, x, first: int = 0):
-        """(N, M, D) -> (N, M - first, D): the tokens from `first` on; those before are keys and values only."""
-        if not first:
-            return super().forward(x)
-        attention = self.attn
-        queries, keys, values = attention.qkv(self.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
-        queries, keys, values = (part.transpose(1, 2) for part in (queries[:, first:], keys, values))
-        if attention.fused_attn:
-            found = F.scaled_dot_product_attention(queries, keys, values)
-        else:
-            found = (queries * attention.scale @ keys.transpose(-2, -1)).softmax(dim=-1) @ values
-        x = x[:, first:] + attention.proj(found.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
-
-
-class PatchEncoder(RunsBlocks, nn.Module):
-    """The encoder of a masked autoencoder: patch embedding, [cls], fixed positions, blocks, norm."""
-
-    def __init__(
-        self,
-        img_size=224,
-        patch_size=16,
-        in_chans=3,
-        embed_dim=1024,
-        depth=24,
-        num_heads=16,
-        mlp_ratio=4.0,
-        norm_layer=nn.LayerNorm,
-    ):
-        super().__init__()
-        self._config = dict(
-            img_size=img_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            norm_layer=norm_layer,
-        )
-        self.in_chans = in_chans
-        block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        positions = self.patch_embed.num_patches + 1
-        self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim), requires_grad=False)
-        self.blocks = nn.ModuleList([block(embed_dim, num_heads) for _ in range(depth)])
-        self.norm = norm_layer(embed_dim)
-
-    def embed(self, imgs):
-        """Patch tokens with their positions, without [cls]: (N, L, D)."""
-        return self.patch_embed(imgs) + self.pos_embed[:, 1:]
-
-    def embed_patches(self, patches, ids):
-        """The same for the patches at `ids` (N, M) alone, from all pixels (N, L, p * p * C): (N, M, D)."""
-        kernel = self.patch_embed.proj
-        weight = kernel.weight.permute(0, 2, 3, 1).flatten(1)  # channels last, as in `patchify`
-        return F.linear(pick(patches, ids), weight, kernel.bias) + self.pos_embed[0, 1:][ids]
-
-    def patchify(self, imgs):
-        """(N, C, H, W) -> (N, L, p * p * C); inside a patch the order is row, column, channel."""
-        (rows, columns), (p, q) = self.patch_embed.grid_size, self.patch_embed.patch_size
-        expected = (self.in_chans, *self.patch_embed.img_size)
-        if tuple(imgs.shape[1:]) != expected:  # as many pixels in another order would pass below
-            raise ValueError(f"images are {tuple(imgs.shape[1:])}, channels first, and the model takes {expected}")
-        x = imgs.reshape(imgs.shape[0], self.in_chans, rows, p, columns, q)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(imgs.shape[0], rows * columns, p * q * self.in_chans)
-
-    def encode(self, tokens, return_blocks=()):
-        """[cls], blocks and norm over tokens (N, M, D) -> latent (N, 1 + M, D), {block: its output before the norm}."""
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
-        x = torch.cat([cls_token, tokens], dim=1)
-        outputs = {}
-        for index, block in enumerate(self.blocks):
-            x = self.run_block(block, x)
-            if index in return_blocks:
-                outputs[index] = x
-        return self.norm(x), outputs
-
-    def encoder_copy(self, depth=None, img_size=None, pos_embed=None):
-        """An encoder of its own with the same weights, cut after `depth` blocks (None: all of them); for images of
-        another size with the position table `pos_embed` (1, 1 + L, D) of their grid."""
-        config = self._config | {"depth": len(self.blocks) if depth is None else depth}
-        twin = PatchEncoder(**config | ({} if img_size is None else {"img_size": img_size}))
-        state = self.state_dict() | ({} if pos_embed is None else {"pos_embed": pos_embed})
-        twin.load_state_dict({name: state[name] for name in twin.state_dict()})
-        return twin.to(self.cls_token)
 
 
 class MaskedAutoencoderViT(PatchEncoder):
@@ -348,9 +246,7 @@ def _builder(name: str, config: dict):
     def build(decoder: str = "self", **overrides) -> MaskedAutoencoderViT:
         merged = {**config, **overrides}
         check_geometry(merged)
-        kind = MaskedAutoencoderViT
-        if decoder == "cross":  # imported here, because it builds on this file
-            from models_cross import CrossMaskedAutoencoderViT as kind
+        kind = CrossMaskedAutoencoderViT if decoder == "cross" else MaskedAutoencoderViT
         return kind(norm_layer=partial(nn.LayerNorm, eps=1e-6), **merged)
 
     build.__name__ = name
@@ -378,3 +274,67 @@ def build_model(name: str, **overrides) -> MaskedAutoencoderViT:
     Raises UserError for an unknown name (listing the known ones) and for sizes that do not fit together.
     """
     return look_up(MODELS, name)(**{key: value for key, value in overrides.items() if value is not None})
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries (N, P, d) over a memory (N, M, d)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.scale, self.fused_attn = heads, (width // heads) ** -0.5, True
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+    def forward(self, x, memory):
+        queries = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        keys, values = self.kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.fused_attn:
+            found = F.scaled_dot_product_attention(queries, keys, values)
+        else:
+            found = (queries * self.scale @ keys.transpose(-2, -1)).softmax(dim=-1) @ values
+        return self.proj(found.transpose(1, 2).flatten(2))
+
+
+class CrossBlock(vision_transformer.Block):
+    """Cross-attention and a perceptron, each after a norm: (N, P, d), memory (N, M, d) -> (N, P, d). No query sees
+    another one."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, norm_layer):
+        super().__init__(width, heads, mlp_ratio, norm_layer=norm_layer)
+        self.attn = CrossAttention(width, heads)
+
+    def forward(self, x, memory):
+        x = x + self.attn(self.norm1(x), memory)
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossMaskedAutoencoderViT(MaskedAutoencoderViT):
+    """Each predicted patch is decoded from the visible ones, independently of the others: so `decoder_fraction` of the
+    removed patches may be predicted and compared, for that fraction of the decoder's work (their prediction ratio is
+    `decoder_fraction` * mask ratio)."""
+
+    def __init__(self, *, decoder_depth=8, decoder_fraction=1.0, mlp_ratio=4.0, norm_layer=nn.LayerNorm, **config):
+        super().__init__(decoder_depth=0, mlp_ratio=mlp_ratio, norm_layer=norm_layer, **config)
+        self.decoder_fraction = decoder_fraction
+        width, heads = self.mask_token.shape[-1], config.get("decoder_num_heads", 16)
+        self.decoder_cross_blocks = nn.ModuleList(
+            [CrossBlock(width, heads, mlp_ratio, norm_layer) for _ in range(decoder_depth)]
+        )
+        self.initialize_weights()
+
+    def to_predict(self, ids_removed):
+        """They are in the order of their scores: where those are noise, the first ones are chosen by chance."""
+        return ids_removed[:, : ceil(ids_removed.shape[1] * self.decoder_fraction)]
+
+    def decode_removed(self, latent, ids_keep, ids_removed):
+        """(N, P, d), in the order of `ids_removed`, whichever (N, P) those are."""
+        x = self.mask_token + self.decoder_pos_embed[0, 1:][ids_removed]
+        memory = self.decoder_embed(latent)
+        for block in self.decoder_cross_blocks:
+            x = self.run_block(block, x, memory)
+        return self.decoder_norm(x)
+
+    def decode(self, latent, ids_restore):
+        """(N, L, d): visible patches are asked for as if they had been removed."""
+        ids = torch.argsort(ids_restore, dim=1)
+        visible = latent.shape[1] - 1
+        return pick(self.decode_removed(latent, ids[:, :visible], ids), ids_restore)

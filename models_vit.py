@@ -8,7 +8,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from util.architectures import ENCODERS, check_geometry, look_up
-from util.kernels import RunsBlocks
+from util.compute.kernels import RunsBlocks
 
 
 class AttentivePool(nn.Module):

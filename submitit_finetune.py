@@ -1,8 +1,8 @@
-"""`main_finetune.py` as a SLURM job: see `util/slurm.py` and scripts/mae/slurm.sh."""
+"""`main_finetune.py` as a SLURM job: see `util/parallel/slurm.py` and scripts/mae/slurm.sh."""
 
 import main_finetune
 from util.errors import user_errors
-from util.slurm import launch
+from util.parallel.slurm import launch
 
 if __name__ == "__main__":
     with user_errors("submitit_finetune.py"):

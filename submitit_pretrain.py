@@ -1,8 +1,8 @@
-"""`main_pretrain.py` as a SLURM job: see `util/slurm.py` and scripts/mae/slurm.sh."""
+"""`main_pretrain.py` as a SLURM job: see `util/parallel/slurm.py` and scripts/mae/slurm.sh."""
 
 import main_pretrain
 from util.errors import user_errors
-from util.slurm import launch
+from util.parallel.slurm import launch
 
 if __name__ == "__main__":
     with user_errors("submitit_pretrain.py"):

@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 import main_pretrain  # noqa: E402
 from methods import METHODS, Pretrainer, enabled_methods  # noqa: E402
 from models_mae import build_model  # noqa: E402
-from util.amp import NativeScalerWithGradNormCount, autocast, choose_amp_dtype  # noqa: E402
-from util.distributed import choose_device  # noqa: E402
+from util.compute.precision import NativeScalerWithGradNormCount, autocast, choose_amp_dtype  # noqa: E402
+from util.parallel.distributed import choose_device  # noqa: E402
 
 
 class Variant:

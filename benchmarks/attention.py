@@ -3,7 +3,7 @@
 python benchmarks/attention.py                           on the CPU, bf16 and fp32, 17 to 1025 tokens
 python benchmarks/attention.py --device cuda
 
-`--attention auto` (util/kernels.py) follows this table.
+`--attention auto` (util/compute/kernels.py) follows this table.
 """
 
 import argparse
@@ -14,8 +14,8 @@ import _measure  # noqa: F401  puts the repository on the path
 import torch
 import torch.nn.functional as F
 
-from util.amp import DTYPES
-from util.kernels import attention_is_fused
+from util.compute.kernels import attention_is_fused
+from util.compute.precision import DTYPES
 
 
 def fused(q, k, v):

@@ -26,12 +26,13 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from util.batch_aug import BatchTransform
-from util.cache import CachedLoader, cache_images
-from util.datasets import IMAGENET, read_images
+from util.data.batch_aug import BatchTransform
+from util.data.build import build_loader
+from util.data.cache import CachedLoader, cache_images
+from util.data.image_format import IMAGENET
+from util.data.readers import read_images
+from util.data.transforms import BICUBIC, pretrain_transform
 from util.errors import UserError, user_errors
-from util.loading import build_loader
-from util.transforms import BICUBIC, pretrain_transform
 
 # Side of the crop: (height, width) of the JPEGs.
 SETS = {32: (32, 32), 64: (64, 64), 96: (375, 500), 224: (375, 500)}

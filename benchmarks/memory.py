@@ -1,4 +1,4 @@
-"""Memory at the peak of a training step: what util/footprint.py predicts, beside what the real code allocates.
+"""Memory at the peak of a training step: what planning/footprint.py predicts, beside what the real code allocates.
 
 python benchmarks/memory.py                                              on the CPU: small models
 python benchmarks/memory.py --device cuda --model mae_vit_base_patch16 --batch_size 64 256 --amp_dtype bf16
@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from models_mae import MODELS, MaskedAutoencoderViT
-from util.amp import DTYPES
-from util.distributed import setup_for_distributed
+from planning.footprint import GIB, Setup, moments, sizes_of
+from util.compute.kernels import attention_is_fused
+from util.compute.precision import DTYPES
 from util.errors import UserError, user_errors
-from util.footprint import GIB, Setup, moments, sizes_of
-from util.kernels import attention_is_fused
-from util.sharding import shard
+from util.parallel.distributed import setup_for_distributed
+from util.parallel.fsdp import shard
 
 METHODS = {"none": "", "encoder": "--mae_k 1", "autoencoder": "--rc_mae"}  # one of each kind of teacher
 TOLERANCE = 0.15

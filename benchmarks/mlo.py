@@ -16,7 +16,7 @@ import _measure
 import torch
 
 from benchmarks.unrolled import unrolled
-from methods import guide
+from methods.mlo import labelled_task
 from util.errors import user_errors
 
 VARIANTS = {
@@ -32,7 +32,7 @@ VARIANTS = {
 CYCLE = 10  # steps after which every variant has moved its masking network equally often
 
 
-class RandomTask(guide.Classification):
+class RandomTask(labelled_task.Classification):
     """Ten classes, given to random images at random: costs what a real task costs, reading images apart."""
 
     def __init__(self, imgs, pool="avg"):

@@ -24,12 +24,12 @@ import torch
 from torch import nn
 
 from models_mae import build_model
-from util.amp import DTYPES, autocast
-from util.distributed import choose_device
+from util.compute.kernels import attention_is_fused, compile_blocks
+from util.compute.precision import DTYPES, autocast
 from util.errors import user_errors
-from util.kernels import attention_is_fused, compile_blocks
-from util.mfu import flop_counter, matrix_rate
-from util.weights import load_into, read_weights
+from util.parallel.distributed import choose_device
+from util.report.mfu import flop_counter, matrix_rate
+from util.weights.load import load_into, read_weights
 
 
 def hugging_face(model, seed: int = 0):

@@ -2,7 +2,8 @@
 
 import torch
 
-from models_mae import MaskedAutoencoderViT, MaskedOutput, masked_mean, pick, visible_patches
+from models_encoder import pick
+from models_mae import MaskedAutoencoderViT, MaskedOutput, masked_mean, visible_patches
 
 PIECES = ("embed", "order", "removed", "last")
 

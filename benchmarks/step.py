@@ -14,8 +14,8 @@ import _measure
 import torch
 from plain import plain
 
+from util.compute.kernels import attention_is_fused, compile_blocks
 from util.errors import user_errors
-from util.kernels import attention_is_fused, compile_blocks
 
 # Name: (attention, pieces of the step, compiled).
 VARIANTS = {

@@ -6,8 +6,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from methods.hypergrad import PatchErrors, Tokens, weighted_loss
-from methods.mlo_stages import trained
+from methods.mlo.hypergradient import PatchErrors, Tokens, weighted_loss
+from methods.mlo.inner_problems import trained
 
 
 @sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative

@@ -1,10 +1,12 @@
 """Pretraining methods beyond plain MAE. To add one: a file here, its class in `METHODS`, a test file."""
 
-from methods.base import Method, Option, Pretrainer, add_method_arguments, enabled_methods
+from methods.base import Method, Option
 from methods.bootstrap import EMAMAE, MAEK
 from methods.dmae import DMAE
-from methods.mlomae import MLOMAE
+from methods.mlo.method import MLOMAE
+from methods.pretrainer import Pretrainer
 from methods.rcmae import RCMAE
+from methods.selection import add_method_arguments, enabled_methods
 
 METHODS: list[type[Method]] = [MAEK, EMAMAE, RCMAE, DMAE, MLOMAE]
 

@@ -1,4 +1,4 @@
-"""The seam between the engine and a pretraining method: what a method may do, and the module that the engine calls."""
+"""The interface of a pretraining method: the hooks that `methods/pretrainer.py` calls in a training step."""
 
 import argparse
 
@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from methods.options import Option
-from models_mae import MaskedAutoencoderViT, MaskedOutput, masked_mean
-from util.datasets import Images
-from util.errors import UserError
+from models_mae import MaskedAutoencoderViT, MaskedOutput
+from util.data.sources import Images
 
 
 class Method(nn.Module):
@@ -169,134 +168,3 @@ class Method(nn.Module):
         """Whole models of its own (an EMA teacher, say) that are stored beside `model`, under these keys, with the
         tensor names of `model`."""
         return {}
-
-
-class Pretrainer(nn.Module):
-    """The autoencoder and the enabled methods as one module: what DDP and FSDP wrap and the engine calls.
-
-    `pretrainer(imgs, mask_ratio, noise)` gives the terms of the loss; their sum is back-propagated.
-    """
-
-    def __init__(self, model: MaskedAutoencoderViT, methods: list[Method] | tuple = (), steps: int = 1):
-        super().__init__()
-        self.model = model
-        self.methods = nn.ModuleDict({method.name: method for method in methods})
-        self._seen_a_batch = False
-        for method in methods:
-            method.begin(model, list(methods), steps)
-
-    def forward(self, imgs, mask_ratio=0.75, noise=None) -> dict[str, torch.Tensor]:
-        """imgs (N, C, H, W), noise (N, L) or None (drawn here) -> the weighted terms of the loss, scalars by name. The
-        first one is the loss of the predictions."""
-        return self.forward_with_output(imgs, mask_ratio, noise)[0]
-
-    def forward_with_output(self, imgs, mask_ratio=0.75, noise=None) -> tuple[dict[str, torch.Tensor], MaskedOutput]:
-        """The same, with everything that the terms were computed from."""
-        methods = self.methods.values()
-        self.first_batch(imgs)
-        if noise is None:
-            noise = torch.rand(len(imgs), self.model.patch_embed.num_patches, device=imgs.device)
-        scores = _first(method.scores(self.model, imgs, noise) for method in methods)
-        blocks = tuple({block for method in methods for block in method.blocks()})
-        head = next((method for method in methods if method.head_in_use), None)
-        out = self.model.forward_pretrain(
-            imgs,
-            mask_ratio,
-            noise if scores is None else scores,
-            blocks,
-            head and head.prediction_head(),
-            any(method.needs_all_patches for method in methods),
-        )
-        out.head = head.name if head else ""
-        named = ((method.loss_name, method.patch_loss(self.model, imgs, out)) for method in methods)
-        losses = {name: loss for name, loss in named if loss is not None}
-        losses = losses or {"reconstruction": self.model.reconstruction_loss(out)}
-        for method in methods:
-            losses |= method.terms(self.model, imgs, out)
-        return losses, out
-
-    def first_batch(self, imgs) -> None:
-        """Show the first batch to the methods, once in this process."""
-        if not self._seen_a_batch:
-            self._seen_a_batch = True
-            for method in self.methods.values():
-                method.first_batch(self.model, imgs)
-
-    def attach(self, optimizer) -> None:
-        for method in self.methods.values():
-            method.attach(optimizer)
-
-    def before_epoch(self, epoch: int) -> None:
-        for method in self.methods.values():
-            method.before_epoch(self.model, epoch)
-
-    def after_update(self, imgs, step: int, applied: torch.Tensor) -> None:
-        for method in self.methods.values():
-            method.after_update(self.model, imgs, step, applied)
-
-    @property
-    def shows_pixels(self) -> bool:
-        """Whether the decoder is now trained to predict pixels, so that pictures of its output mean something."""
-        return not any(method.head_in_use for method in self.methods.values())
-
-    def metrics(self) -> dict[str, torch.Tensor | float | None]:
-        return {name: value for method in self.methods.values() for name, value in method.metrics().items()}
-
-    def pictures(self, imgs, shown) -> dict[str, torch.Tensor]:
-        return {k: v for method in self.methods.values() for k, v in method.pictures(self.model, imgs, shown).items()}
-
-    def distributions(self, imgs) -> dict[str, torch.Tensor]:
-        return {k: v for method in self.methods.values() for k, v in method.distributions(self.model, imgs).items()}
-
-    def diagnostics_due(self, step: int) -> list[Method]:
-        """The methods whose diagnostics are due after this step."""
-        return [m for m in self.methods.values() if m.diagnostics_every and step % m.diagnostics_every == 0]
-
-    def no_weight_decay(self) -> set[str]:
-        return {f"methods.{key}.{name}" for key, method in self.methods.items() for name in method.no_weight_decay()}
-
-    def external_networks(self) -> list[nn.Module]:
-        return [network for method in self.methods.values() for network in method.external_networks()]
-
-
-def _first(values):
-    """The first value that is not None: slots guarantee that there is at most one."""
-    return next((value for value in values if value is not None), None)
-
-
-def add_method_arguments(parser: argparse.ArgumentParser, known: list[type[Method]]) -> None:
-    """One titled group of flags per method; an option that several methods share is in the group of the first."""
-    added = set()
-    for method in known:
-        group = parser.add_argument_group(method.title, method.summary or None)
-        method.switch.add_to(group, always=True)
-        for option in method.options:
-            if option.name not in added:
-                option.add_to(group)
-                added.add(option.name)
-
-
-def enabled_methods(args: argparse.Namespace, known: list[type[Method]]) -> list[type[Method]]:
-    """The methods that the flags ask for; UserError when two of them cannot run together, or when a flag has no effect
-    because no method that knows it is on. Options that were not given get their defaults."""
-    chosen = [method for method in known if method.enabled(args)]
-    in_use = {option.name for method in chosen for option in method.options}
-    for dest in vars(args):
-        owners = [method.flag for method in known if any(option.name == dest for option in method.options)]
-        if owners and dest not in in_use:
-            raise UserError(f"--{dest} has no effect without {' or '.join(owners)}")
-    for method in chosen:
-        for option in method.options:
-            if not hasattr(args, option.name):
-                setattr(args, option.name, option.default)
-        method.check(args)
-    for i, one in enumerate(chosen):
-        for other in chosen[i + 1 :]:
-            if one.slot is not None and one.slot == other.slot:
-                raise UserError(f"{one.flag} and {other.flag} both decide the {one.slot}: give one of them")
-            if other.name in one.excludes or one.name in other.excludes:
-                raise UserError(f"{one.flag} and {other.flag} cannot be combined: give one of them")
-    return chosen
-
-
-__all__ = ["Method", "Option", "Pretrainer", "add_method_arguments", "enabled_methods", "masked_mean"]

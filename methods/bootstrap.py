@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from methods.base import Method, Option
-from models_mae import MaskedAutoencoderViT, MaskedOutput, PatchEncoder
-from util.amp import widened
-from util.distributed import all_reduce_sum, average, get_world_size
-from util.ema import Frozen, copy_weights, ema_update
+from models_encoder import PatchEncoder
+from models_mae import MaskedAutoencoderViT, MaskedOutput
+from util.compute.ema import Frozen, copy_weights, ema_update
+from util.compute.precision import widened
 from util.errors import UserError
+from util.parallel.distributed import all_reduce_sum, average, get_world_size
 
 # The mathematics ----------------------------------------------------------------------------------------------------
 

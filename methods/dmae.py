@@ -18,14 +18,14 @@ from torch import nn
 import models_mae
 from methods.base import Method, Option, masked_mean
 from models_mae import MaskedAutoencoderViT, MaskedOutput
-from util.amp import widened
-from util.datasets import mean_std
-from util.ema import Frozen
+from util.compute.ema import Frozen
+from util.compute.precision import widened
+from util.data.image_format import mean_std
+from util.data.sample_rng import sample_noise
 from util.errors import UserError
 from util.pos_embed import get_2d_sincos_pos_embed
-from util.rng import sample_noise
-from util.weights import Weights, load_into, models_that_fit, read_weights
-from util.weights_names import is_decoder
+from util.weights.load import Weights, load_into, models_that_fit, read_weights
+from util.weights.names import is_decoder
 
 # The mathematics ----------------------------------------------------------------------------------------------------
 

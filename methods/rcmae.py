@@ -14,11 +14,11 @@ from torch import nn
 
 from methods.base import Method, Option
 from models_mae import MaskedAutoencoderViT, MaskedOutput
-from util.amp import widened
-from util.distributed import all_reduce_sum, get_rank, get_world_size
-from util.ema import Frozen, ema_update
+from util.compute.ema import Frozen, ema_update
+from util.compute.precision import widened
+from util.data.sample_rng import redrawn, sample_noise
 from util.errors import UserError
-from util.rng import redrawn, sample_noise
+from util.parallel.distributed import all_reduce_sum, get_rank, get_world_size
 
 # The mathematics ----------------------------------------------------------------------------------------------------
 
@@ -116,7 +116,11 @@ class RCMAE(Method):
     def __init__(self, args, model: MaskedAutoencoderViT):
         super().__init__()
         self.gamma, self.base, self.schedule = args.rc_gamma, args.rc_momentum, args.rc_schedule
-        self.own_mask, self.diagnostics_every, self.ratio = args.rc_mask == "different", args.log_grad_cosine, args.mask_ratio
+        self.own_mask, self.diagnostics_every, self.ratio = (
+            args.rc_mask == "different",
+            args.log_grad_cosine,
+            args.mask_ratio,
+        )
         self.steps, self.momentum = 1, args.rc_momentum
         self.teacher = Frozen(deepcopy(model))
         self.heads = nn.ModuleDict()  # of methods that reconstruct something else than pixels: name -> the teacher's

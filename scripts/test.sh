@@ -2,7 +2,7 @@
 # Installs what the tests need, checks the style, runs the suite, two files at a time, one thread each (WORKERS=4: four).
 # Arguments go to pytest:
 #   bash scripts/test.sh
-#   bash scripts/test.sh tests/test_fixtures.py -k lars
+#   bash scripts/test.sh tests/models/test_fixtures.py -k lars
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 install_requirements "$dev"

@@ -2,7 +2,7 @@
 # The suite (test.sh) on the oldest and the newest supported versions of everything, with Python 3.11 and 3.12 where they
 # are installed, one after the other; then a table. Exit code 1 if anything fails. Arguments go to pytest:
 #   bash scripts/test_matrix.sh
-#   bash scripts/test_matrix.sh tests/test_fixtures.py tests/test_frozen.py
+#   bash scripts/test_matrix.sh tests/models/test_fixtures.py tests/util/checkpoint/test_frozen.py
 #   CASES   which ones (default: oldest-3.11 oldest-3.12 newest-3.11 newest-3.12)
 #   VENVS   where their environments are, or are made, by these names (default: .venv-matrix in the repository; about
 #           7 GB each)

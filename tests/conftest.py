@@ -12,10 +12,10 @@ from timm.layers import set_fused_attn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from refusals import box as box  # noqa: E402  fixtures
-from refusals import pristine as pristine  # noqa: E402
-from refusals import untouched as untouched  # noqa: E402
-from teachers import teacher as teacher  # noqa: E402
+from helpers.refusals import box as box  # noqa: E402  fixtures
+from helpers.refusals import pristine as pristine  # noqa: E402
+from helpers.refusals import untouched as untouched  # noqa: E402
+from helpers.teachers import teacher as teacher  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

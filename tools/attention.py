@@ -7,19 +7,20 @@ Grad-CAM is taken at the first norm of the last block, as in MLO-MAE (Guo et al.
 the picture holds the maps unscaled, a .json what was drawn; the ledger gets a line for each checkpoint.
 """
 
+import sys
 from pathlib import Path
 
-import _common
-import _judging
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
+from evaluation import command_line, judging
+from evaluation.saliency import attended_share, block_at, cls_attention, grad_cam
 from util.errors import UserError, user_errors
-from util.ledger import Record, write_json
-from util.saliency import attended_share, block_at, cls_attention, grad_cam
-from util.visual import captioned, denormalized, grid, labelled, overlay, rgb
+from util.report.ledger import Record, write_json
+from util.report.pictures import captioned, denormalized, grid, labelled, overlay, rgb
 
 MAPS = ["attention", "gradcam"]
 OBJECTIVES = {
@@ -29,9 +30,9 @@ OBJECTIVES = {
 
 
 def get_args_parser():
-    parser = _common.parser("Draw the attention of [cls] and Grad-CAM of one or several checkpoints.")
-    _common.add_checkpoint_flags(parser, several=True)
-    _common.add_picture_flags(parser, masked=False)
+    parser = command_line.parser("Draw the attention of [cls] and Grad-CAM of one or several checkpoints.")
+    command_line.add_checkpoint_flags(parser, several=True)
+    command_line.add_picture_flags(parser, masked=False)
     parser.add_argument(
         "--show", nargs="+", choices=MAPS, default=MAPS, metavar="MAP", help=f"some of {' '.join(MAPS)}"
     )
@@ -45,22 +46,22 @@ def get_args_parser():
         "the mean of the images shown, for encoders; auto: class where every checkpoint has a classifier",
     )
     parser.add_argument("--class_index", type=int, help="the class to explain; without it the predicted one")
-    _common.add_feature_flags(parser)
-    _common.add_model_flags(parser)
-    _common.add_device_flag(parser)
+    command_line.add_feature_flags(parser)
+    command_line.add_model_flags(parser)
+    command_line.add_device_flag(parser)
     return parser
 
 
 class Subject:
     """One checkpoint, with the images in its own size and normalisation."""
 
-    def __init__(self, judged: _judging.Judged):
+    def __init__(self, judged: judging.Judged):
         self.judged, self.model, args = judged, judged.model.requires_grad_(False), judged.args
         self.path = args.checkpoint
         self.title = str(Path(*Path(self.path).with_suffix("").parts[-2:]))
         block_at(self.model, args.block)
-        self.pool = _common.settle_pool(args, self.model, self.path)
-        imgs, mean, std, self.part = _common.chosen_images(args, self.model)
+        self.pool = command_line.settle_pool(args, self.model, self.path)
+        imgs, mean, std, self.part = command_line.chosen_images(args, self.model)
         self.shown = rgb(denormalized(imgs, mean, std))
         self.imgs = imgs.to(judged.device)
         self.grid = tuple(self.model.patch_embed.grid_size)
@@ -170,8 +171,8 @@ def drawing(shown: torch.Tensor, columns: list[tuple[str, torch.Tensor]]) -> Ima
 @torch.no_grad()
 def main(args) -> list[dict[str, torch.Tensor]]:
     """The maps of each checkpoint, as `Subject.maps` has them."""
-    out = _common.check_out(args, ".png")
-    subjects = [Subject(judged) for judged in _judging.open_each(args, _judging.open_trained)]
+    out = command_line.check_out(args, ".png")
+    subjects = [Subject(judged) for judged in judging.open_each(args, judging.open_trained)]
     objective = settle_objective(args, subjects) if "gradcam" in args.show else ""
     records = [Record("attention", s.judged.args, s.judged.weights, shown=s.part) for s in subjects]
     found = [subject.maps(args, objective) for subject in subjects]
@@ -186,7 +187,7 @@ def main(args) -> list[dict[str, torch.Tensor]]:
     print(f"{out}: {text}")
     for i, (subject, record, maps) in enumerate(zip(subjects, records, found)):
         picture = {"maps": to_tensor(drawing(subject.shown, columns[i]))}
-        _judging.publish(subject.judged, record, metrics_of(maps), len(subject.part), f"attention-{i}", picture)
+        judging.publish(subject.judged, record, metrics_of(maps), len(subject.part), f"attention-{i}", picture)
         if "attended" in maps:
             heads = ", ".join(f"{share:.0%}" for share in maps["attended"].mean(dim=0))
             print(f"  {subject.path}: share of the patches that [cls] attends to, by head: {heads}")

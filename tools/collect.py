@@ -10,160 +10,15 @@ Beside flags there are `command`, `run` (the folder's name without -seed<n>), `m
 must not differ in anything but the seed.
 """
 
-import csv
-import io
-import re
-import statistics
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 
-import _common
-from _runs import Run, canonical, check_alike, check_names, choose, once_each, read_runs, shown_value
-
-from util.checkpoint import LEDGER
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from evaluation import command_line
+from evaluation.runs import check_names, choose, read_runs, shown_value
+from evaluation.tables import Table, comma_separated, latex, make_table, markdown
+from util.checkpoint.files import LEDGER
 from util.errors import UserError, user_errors
-
-USUAL = re.compile(r"acc\d|top1|ratio|mAP")  # metrics of a table that asks for none
-
-
-@dataclass
-class Cell:
-    mean: float
-    deviation: float | None  # sample deviation; None for one run
-    n: int
-
-
-@dataclass
-class Table:
-    """`rows` holds (values of `by`, {column: cell}); a column is (kind of run, metric)."""
-
-    by: list[str]
-    columns: list[tuple[str, str]]
-    rows: list[tuple[tuple, dict[tuple[str, str], Cell]]]
-
-    def titles(self) -> list[str]:
-        names = [metric for _, metric in self.columns]
-        alone = len(names) == len(set(names))
-        return [metric if alone else f"{kind} {metric}" for kind, metric in self.columns]
-
-    def count(self, cells) -> int:
-        return max(cell.n for cell in cells.values())
-
-
-def make_table(runs: list[Run], by: list[str], metrics: list[str] = (), free=(), allow_revisions=False) -> Table:
-    """Group `runs` by flags and average each metric over seeds. UserError for an unknown flag or metric, and for a
-    group whose runs differ in anything but the seed."""
-    check_names(runs, by)
-    columns = _columns(runs, metrics)
-    groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(tuple(canonical(run.get(name)) for name in by), []).append(run)
-    keys = {run.key_of(name) for run in runs for name in by} | set(by) | set(free)
-    rows = []
-    for members in groups.values():
-        values = tuple(members[0].get(name) for name in by)
-        title = ", ".join(f"{name}={shown_value(value)}" for name, value in zip(by, values)) or "of all runs"
-        cells = {}
-        for kind, metric in columns:
-            chosen = [run for run in members if run.kind == kind and metric in run.row["metrics"]]
-            if chosen:
-                chosen = once_each(chosen)
-                check_alike(chosen, title, keys, allow_revisions)
-                cells[kind, metric] = _cell(chosen, metric)
-        if cells:
-            rows.append((values, cells))
-    place = {value: i for i, value in enumerate(dict.fromkeys(shown_value(v) for values, _ in rows for v in values))}
-    rows.sort(key=lambda row: [_rank(value, place[shown_value(value)]) for value in row[0]])
-    return Table(list(by), columns, rows)
-
-
-def _rank(value, place: int) -> tuple:
-    """Numbers by size, the rest as it came."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return (0, value) if number else (1, place)
-
-
-def _columns(runs: list[Run], metrics) -> list[tuple[str, str]]:
-    """(kind, metric) for each of `metrics`, which are METRIC or KIND:METRIC; the usual ones when none is named."""
-    known = list(dict.fromkeys((run.kind, name) for run in runs for name in run.row["metrics"]))
-    if not metrics:  # not the best on the test set
-        metrics = [name for name in dict.fromkeys(name for _, name in known) if USUAL.search(name)]
-        metrics = [name for name in metrics if not name.startswith("best_")]
-    chosen = []
-    for metric in metrics:
-        kind, _, name = metric.rpartition(":")
-        found = [column for column in known if column[1] == name and kind in ("", column[0])]
-        if not found:
-            names = ", ".join(sorted({f"{kind}:{name}" for kind, name in known}))
-            raise UserError(f"--metric {metric} is in none of these {len(runs)} runs; they have {names or 'none'}")
-        chosen += found
-    if not chosen:
-        names = ", ".join(sorted({name for _, name in known}))
-        raise UserError(f"none of these {len(runs)} runs has an accuracy: choose a --metric of {names or 'none'}")
-    return list(dict.fromkeys(chosen))
-
-
-def _cell(runs: list[Run], metric: str) -> Cell:
-    values = []
-    for run in runs:
-        value = run.row["metrics"][metric]
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"{metric} of {run.place} is {value}, not a finite number: choose other runs with --where")
-        values.append(value)
-    return Cell(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
-
-
-# Showing --------------------------------------------------------------------------------------------------------------
-
-
-def _text(table: Table, digits: int, sign: str) -> list[list[str]]:
-    """Rows of cells; a cell with fewer runs than its row says so."""
-    lines = []
-    for values, cells in table.rows:
-        n = table.count(cells)
-        line = [*map(shown_value, values), str(n)]
-        for column in table.columns:
-            cell = cells.get(column)
-            text = "" if cell is None else f"{cell.mean:.{digits}f}"
-            if cell is not None and cell.deviation is not None:
-                text += f" {sign} {cell.deviation:.{digits}f}"
-            line.append(text + (f" (n = {cell.n})" if cell is not None and cell.n != n else ""))
-        lines.append(line)
-    return lines
-
-
-def markdown(table: Table, digits: int = 2) -> str:
-    head = [*table.by, "n", *table.titles()]
-    lines = [head, ["---"] * len(head), *_text(table, digits, "±")]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
-
-
-def latex(table: Table, digits: int = 2) -> str:
-    """A `tabular` with the rules of booktabs."""
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    special |= {char: f"\\{char}" for char in "_%&#{}$"}
-
-    def escaped(cells):
-        return " & ".join("".join(special.get(char, char) for char in cell) for cell in cells) + r" \\"
-
-    head = [*table.by, "n", *table.titles()]
-    body = [escaped(line).replace("±", r"$\pm$") for line in _text(table, digits, "±")]
-    columns = "l" * len(table.by) + "r" * (len(head) - len(table.by))
-    begin = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", escaped(head), r"\midrule"]
-    return "\n".join([*begin, *body, r"\bottomrule", r"\end{tabular}"])
-
-
-def comma_separated(table: Table) -> str:
-    """Full precision; mean, deviation and n of every metric in columns of their own."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    parts = [f"{title} {part}" for title in table.titles() for part in ("mean", "deviation", "n")]
-    writer.writerow([*table.by, *parts])
-    for values, cells in table.rows:
-        found = [cells.get(column) for column in table.columns]
-        numbers = [(cell.mean, cell.deviation, cell.n) if cell else ("", "", 0) for cell in found]
-        writer.writerow([*map(shown_value, values), *(number for triple in numbers for number in triple)])
-    return text.getvalue().rstrip("\n")
 
 
 def plot(table: Table, x: str, path: Path) -> None:
@@ -201,7 +56,7 @@ FORMATS = {"md": markdown, "latex": latex}
 
 
 def get_args_parser():
-    parser = _common.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("folders", nargs="+", help=f"every {LEDGER} in these folders and below is read")
     parser.add_argument(
         "--by", default="run", metavar="FLAGS", help="flags that tell the rows apart, with commas between"

@@ -7,19 +7,20 @@ What was checked goes beside the result, into a .json, TensorBoard and the ledge
 """
 
 import copy
+import sys
 import warnings
 from pathlib import Path
 
-import _common
-import _judging
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
+from evaluation import command_line, judging
+from evaluation.export import EXAMPLES, EXPORTERS, largest_difference
 from util.arguments import check_numbers
-from util.datasets import mean_std
+from util.data.image_format import mean_std
+from util.data.transforms import check_channels
 from util.errors import RunFailed, UserError, user_errors
-from util.export import EXAMPLES, EXPORTERS, largest_difference
-from util.ledger import Record, write_json
-from util.transforms import check_channels
+from util.report.ledger import Record, write_json
 
 SUFFIXES = {"timm": ".safetensors", "safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 # Flags that the new file tells, too.
@@ -28,18 +29,20 @@ KEPT += "decoder decoder_fraction decoder_embed_dim decoder_depth decoder_num_he
 
 
 def get_args_parser():
-    parser = _common.Parser("Write a checkpoint in the format of another library, and check that it computes the same.")
-    _common.add_checkpoint_flags(parser)
+    parser = command_line.Parser(
+        "Write a checkpoint in the format of another library, and check that it computes the same."
+    )
+    command_line.add_checkpoint_flags(parser)
     parser.add_argument("--to", required=True, choices=list(EXPORTERS), metavar="FORMAT", help=", ".join(EXPORTERS))
     parser.add_argument("--out", required=True, help="file to write; hf-vit and hf-vitmae write a folder")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--encoder_only", action="store_true", help="leave out a classifier, or a decoder")
-    _common.add_feature_flags(parser)
+    command_line.add_feature_flags(parser)
     parser.add_argument(
         "--mean", type=float, nargs="+", help="per-channel means for the new file; without it the run's own"
     )
     parser.add_argument("--std", type=float, nargs="+", help="per-channel standard deviations, likewise")
-    _common.add_model_flags(parser)
+    command_line.add_model_flags(parser)
     parser.set_defaults(dataset="imagefolder", data_path="", device="cpu", seed=0)
     return parser
 
@@ -51,18 +54,18 @@ def check_out(args) -> Path:
         raise UserError(f"--out {out} must end in {suffix} for --to {args.to}")
     if out.is_dir() if suffix else out.is_file():
         raise UserError(f"--out {out} is a {'folder' if suffix else 'file'}, and --to {args.to} writes the other")
-    if out.resolve() == Path(_common.named(args)).resolve():
+    if out.resolve() == Path(command_line.named(args)).resolve():
         raise UserError(f"--out {out} is the checkpoint itself: name another place")
     if not args.overwrite and (any(out.iterdir()) if out.is_dir() else out.exists()):
         raise UserError(f"--out {out} exists: give --overwrite, or another place")
-    return _common.check_out(args)
+    return command_line.check_out(args)
 
 
-def load(args) -> tuple[_judging.Judged, str, dict]:
+def load(args) -> tuple[judging.Judged, str, dict]:
     """The autoencoder or encoder to export, which tokens its feature reads (cls, avg), and the flags of its file."""
     check_numbers(args)
-    path = _common.named(args, "to export")
-    weights = _judging.read(path, args.checkpoint_key)
+    path = command_line.named(args, "to export")
+    weights = judging.read(path, args.checkpoint_key)
     if weights is None:
         raise UserError("name a CHECKPOINT to export: random is a model of no use elsewhere")
     whole = args.to in ("hf-vitmae", "safetensors") and weights.has_decoder and not args.encoder_only
@@ -73,17 +76,17 @@ def load(args) -> tuple[_judging.Judged, str, dict]:
         )
     if whole:
         args, pool = copy.copy(args), args.pool or "cls"
-        model = _common.load_autoencoder(path, args)
-        judged = _judging.Judged(args, weights, model, torch.device("cpu"), torch.float32)
+        model = command_line.load_autoencoder(path, args)
+        judged = judging.Judged(args, weights, model, torch.device("cpu"), torch.float32)
         print(f"{path}: {weights.origin}")
     else:
-        judged = _judging.open_trained(args, path, head=not args.encoder_only)
-        pool = _common.settle_pool(args, judged.model, path)
+        judged = judging.open_trained(args, path, head=not args.encoder_only)
+        pool = command_line.settle_pool(args, judged.model, path)
     check_channels(judged.args.in_chans)
     return judged, pool, flags_of(judged, None if whole else pool)
 
 
-def flags_of(judged: _judging.Judged, pool: str | None) -> dict:
+def flags_of(judged: judging.Judged, pool: str | None) -> dict:
     """What the new file tells; `pool` is None for an autoencoder."""
     args, model, stored = judged.args, judged.model, judged.weights.args
     flags = {name: stored[name] for name in KEPT.split() if stored.get(name) is not None}
@@ -111,12 +114,12 @@ def main(args) -> float:
     )
     if not difference < 1e-4:  # rounding is far below, and a wrong tensor far above
         raise RunFailed(
-            f"{out} does not compute what {_common.named(args)} does (difference {difference:.1e}); do not use it"
+            f"{out} does not compute what {command_line.named(args)} does (difference {difference:.1e}); do not use it"
         )
     result = {"largest_difference": difference}
     beside = Path(f"{out}.json") if out.is_dir() else out
     write_json(beside, judged.args, result=result, outputs=exported.outputs, code=exported.code, told=flags)
-    _judging.publish(judged, record, result, EXAMPLES)
+    judging.publish(judged, record, result, EXAMPLES)
     return difference
 
 

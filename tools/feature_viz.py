@@ -7,22 +7,25 @@ A .npz of the name of the picture holds the images and how much they excite thei
 are in a .json, in TensorBoard and in the ledger of the folder, too.
 """
 
-import _common
-import _judging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
-from util.datasets import mean_std
+from evaluation import command_line, judging
+from evaluation.feature_viz import LAYERS, FourierImages, channel_activation, excite
+from util.data.image_format import mean_std
 from util.errors import UserError, user_errors
-from util.feature_viz import LAYERS, FourierImages, channel_activation, excite
-from util.ledger import Record, write_json
-from util.visual import captioned, grid, labelled, rgb
+from util.report.ledger import Record, write_json
+from util.report.pictures import captioned, grid, labelled, rgb
 
 
 def get_args_parser():
-    parser = _common.Parser("Draw images that excite single channels of an encoder, at several depths.")
-    _common.add_checkpoint_flags(parser)
+    parser = command_line.Parser("Draw images that excite single channels of an encoder, at several depths.")
+    command_line.add_checkpoint_flags(parser)
     parser.add_argument("--out", required=True, help="PNG file to write")
     parser.add_argument("--blocks", type=int, nargs="+", help="blocks, from 0; without it four from first to last")
     parser.add_argument("--layer", choices=LAYERS, default="mlp", help="mlp: inside the MLP; block: its output")
@@ -39,8 +42,8 @@ def get_args_parser():
     parser.add_argument("--mean", type=float, nargs="+", help="per-channel means; without it the run's own")
     parser.add_argument("--std", type=float, nargs="+", help="per-channel standard deviations, likewise")
     parser.add_argument("--seed", default=0, type=int, help="seed of the initial images and of the shifts")
-    _common.add_device_flag(parser)
-    _common.add_model_flags(parser)
+    command_line.add_device_flag(parser)
+    command_line.add_model_flags(parser)
     parser.set_defaults(dataset="imagefolder", data_path="")
     return parser
 
@@ -67,7 +70,7 @@ def chosen(args, model) -> tuple[list[int], list[int]]:
     return blocks, channels
 
 
-def ascend(judged: _judging.Judged, blocks: list[int], channels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def ascend(judged: judging.Judged, blocks: list[int], channels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Images in [0, 1] (blocks, channels, C, H, W) and activations before and after (blocks, 2, channels)."""
     args, model, device = judged.args, judged.model.requires_grad_(False), judged.device
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in mean_std(args))
@@ -107,8 +110,8 @@ def metrics_of(blocks: list[int], activations: torch.Tensor) -> dict[str, float]
 def main(args) -> tuple[torch.Tensor, torch.Tensor]:
     """What `ascend` found."""
     check_values(args)
-    out = _common.check_out(args, ".png")
-    judged = _judging.open_trained(args, _common.named(args, "(a file, a timm model, or random)"), head=False)
+    out = command_line.check_out(args, ".png")
+    judged = judging.open_trained(args, command_line.named(args, "(a file, a timm model, or random)"), head=False)
     blocks, channels = chosen(args, judged.model)
     record = Record("feature_viz", judged.args, judged.weights)
     images, activations = ascend(judged, blocks, channels)
@@ -123,7 +126,7 @@ def main(args) -> tuple[torch.Tensor, torch.Tensor]:
     shown = dict(shown_blocks=blocks, shown_channels=channels, activations=activations.tolist())
     write_json(out, judged.args, result=metrics, caption=text, **shown)
     images_seen = len(blocks) * len(channels) * (args.steps + 2)  # and once before and after
-    _judging.publish(judged, record, metrics, images_seen, picture={"images": to_tensor(picture)})
+    judging.publish(judged, record, metrics, images_seen, picture={"images": to_tensor(picture)})
     print(f"{out}: {text}")
     return images, activations
 

@@ -8,27 +8,29 @@ test split. A draw of more images contains those of fewer, and one seed draws th
 """
 
 import math
+import sys
 import warnings
+from pathlib import Path
 
-import _common
-import _judging
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from scipy import stats
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler, normalize
 
+from evaluation import command_line, judging
 from util.arguments import add_leak_argument
-from util.datasets import Part
+from util.data.sources import Part
 from util.errors import UserError, user_errors
-from util.ledger import Record, write_json
+from util.report.ledger import Record, write_json
 
 NORMALIZE = ("standard", "l2", "none")
 STATISTICS = 10_000  # training images, at most, whose mean and deviation standardise: so that not all need be encoded
 
 
 def get_args_parser():
-    parser = _judging.parser("Few-shot accuracy of a frozen encoder.")
+    parser = judging.parser("Few-shot accuracy of a frozen encoder.")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 5, 10], help="labelled images of each class")
     parser.add_argument(
         "--draws", type=int, default=10, help="draws of labelled images, whose mean and interval are shown"
@@ -55,7 +57,7 @@ def check(args) -> None:
         raise UserError(f"--draws {args.draws} must be at least 2: an interval needs a deviation")
     if not 0 < args.C < math.inf:
         raise UserError(f"--C {args.C} must be positive and finite")
-    _common.check_out(args, ".json")
+    command_line.check_out(args, ".json")
 
 
 def draw(labels: np.ndarray, most: int, seed: int, number: int) -> np.ndarray:
@@ -125,8 +127,8 @@ def needed_images(images, args) -> tuple[Part, list[np.ndarray], np.ndarray]:
 def main(args) -> dict:
     """Mean accuracy in percent and half its 95 % interval, for every number of shots."""
     check(args)
-    judged = _judging.open_encoder(args, _common.named(args))
-    images, held_out = _judging.labelled_splits(judged.args)
+    judged = judging.open_encoder(args, command_line.named(args))
+    images, held_out = judging.labelled_splits(judged.args)
     part, draws, of = needed_images(images, args)
     record = Record("fewshot", judged.args, judged.weights, train=images, test=held_out)
     (train, labels), (test, test_labels) = ([x.numpy() for x in judged.features(split)] for split in (part, held_out))
@@ -143,7 +145,7 @@ def main(args) -> dict:
         print(f"{k:3d} per class: {mean:.2f} ± {half:.2f} %  (95 % interval of the mean over {args.draws} draws)")
     if args.out:
         write_json(args.out, judged.args, result=result, draws_acc1=found)
-    _judging.publish(judged, record, result, len(part) + len(held_out))
+    judging.publish(judged, record, result, len(part) + len(held_out))
     return result
 
 

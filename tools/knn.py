@@ -3,17 +3,19 @@
 python tools/knn.py output_dir/checkpoint-399.pth --data_path DIR --out output_dir/knn.json
 """
 
-import _common
-import _judging
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from evaluation import command_line, judging
+from evaluation.features import knn_accuracy
 from util.arguments import add_leak_argument
 from util.errors import UserError, user_errors
-from util.features import knn_accuracy
-from util.ledger import Record, write_json
+from util.report.ledger import Record, write_json
 
 
 def get_args_parser():
-    parser = _judging.parser("k-nearest-neighbour accuracy of a frozen encoder.")
+    parser = judging.parser("k-nearest-neighbour accuracy of a frozen encoder.")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 5, 10, 20], help="neighbours; one accuracy each")
     add_leak_argument(parser)
     parser.add_argument("--out", default="", help="JSON file for the result; its folder gets the line of the ledger")
@@ -24,9 +26,9 @@ def main(args) -> dict:
     """Accuracy by k, in percent."""
     if min(args.k) < 1:
         raise UserError("--k must be positive")
-    _common.check_out(args, ".json")
-    judged = _judging.open_encoder(args, _common.named(args))
-    images, held_out = _judging.labelled_splits(judged.args)
+    command_line.check_out(args, ".json")
+    judged = judging.open_encoder(args, command_line.named(args))
+    images, held_out = judging.labelled_splits(judged.args)
     if max(args.k) > len(images):
         raise UserError(f"--k {max(args.k)}: there are only {len(images)} training images")
     record = Record("knn", judged.args, judged.weights, train=images, test=held_out)
@@ -35,7 +37,7 @@ def main(args) -> dict:
     print("  ".join(f"{k}-NN {result[f'knn{k}_acc1']:.2f} %" for k in args.k))
     if args.out:
         write_json(args.out, judged.args, result=result)
-    _judging.publish(judged, record, result, len(images) + len(held_out))
+    judging.publish(judged, record, result, len(images) + len(held_out))
     return result
 
 

@@ -14,19 +14,21 @@ import sys
 import tarfile
 from pathlib import Path
 
-import _common
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from util.datasets import Images, read_images
+from evaluation import command_line
+from util.data.images import BROKEN_IMAGE, say_unreadable
+from util.data.readers import read_images
+from util.data.sources import Images
+from util.data.transforms import to_channels
 from util.errors import UserError, user_errors
-from util.images import BROKEN_IMAGE, say_unreadable
-from util.transforms import to_channels
 
 
 def get_args_parser():
-    parser = _common.parser(__doc__.split("\n")[0])
+    parser = command_line.parser(__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="folder for the shards; made if it is not there")
     parser.add_argument("--name", default="images", help="name of the files: <name>-<split>-000000.tar")
     parser.add_argument(

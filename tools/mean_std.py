@@ -4,18 +4,23 @@ python tools/mean_std.py --data_path DIR
 python tools/mean_std.py --dataset folder --data_path DIR --in_chans 1
 """
 
-import _common
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torchvision.transforms.functional import pil_to_tensor
 
-from util.datasets import Images, read_images
+from evaluation import command_line
+from util.data.readers import read_images
+from util.data.samples import KeyedDataset
+from util.data.sources import Images
+from util.data.transforms import check_channels
 from util.errors import UserError, user_errors
-from util.loading import KeyedDataset
-from util.transforms import check_channels
 
 
 def get_args_parser():
-    parser = _common.parser("Per-channel means and standard deviations of a training set.")
+    parser = command_line.parser("Per-channel means and standard deviations of a training set.")
     parser.add_argument("--in_chans", type=int, default=3, help="channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA")
     parser.add_argument("--limit", type=int, default=0, help="read this many images, evenly spaced; 0: all")
     return parser

@@ -8,14 +8,16 @@ above all: take it from a short run with --log_mfu. Formulas, checks and assumpt
 """
 
 import math
+import sys
+from pathlib import Path
 
-import _common  # noqa: F401  puts the project on the path
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
+from evaluation import command_line  # noqa: F401  puts the project on the path
+from planning.footprint import GIB, TEACHERS, learned, sizes_of
+from planning.plan import Machine, Plan, flops_per_image, plan, traffic
 from util.errors import UserError, user_errors
-from util.footprint import GIB, TEACHERS, learned, sizes_of
 from util.parser import Parser
-from util.plan import Machine, Plan, flops_per_image, plan, traffic
 
 ASSUMED = Machine()
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from util.datasets import read_images
+from util.data.readers import read_images
 from util.errors import UserError, user_errors
 from util.parser import Parser
 

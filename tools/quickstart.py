@@ -12,11 +12,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import _common
-import _runs
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from evaluation import command_line, runs
+from util.data.file_lists import images_below
 from util.errors import UserError, user_errors
-from util.listing import images_below
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS_IMAGES = 1437  # of the training split
@@ -39,11 +38,11 @@ NO_LABELS = (
 
 
 def get_args_parser():
-    parser = _common.Parser("Pretrain a small masked autoencoder and look at what it learned.")
+    parser = command_line.Parser("Pretrain a small masked autoencoder and look at what it learned.")
     parser.add_argument("--data_path", default="", help="a folder of images; scikit-learn's digits without it")
     parser.add_argument("--output_dir", default="output/quickstart", help="is written anew every time")
     parser.add_argument("--epochs", type=int, help="more is better; the default takes minutes on two cores")
-    _common.add_device_flag(parser)
+    command_line.add_device_flag(parser)
     parser.add_argument("--num_workers", type=int, default=1, help="processes that read images")
     return parser
 
@@ -172,8 +171,8 @@ def summary(out: Path, shots: list[int]) -> str:
     """The table of the ledgers that `compare` wrote, and how to read it."""
     results = {}
     for folder, title in ENCODERS.items():
-        runs = _runs.read_runs([str(out / folder)])
-        results[title] = {name: value for run in runs for name, value in run.row["metrics"].items()}
+        finished = runs.read_runs([str(out / folder)])
+        results[title] = {name: value for run in finished for name, value in run.row["metrics"].items()}
     lines = [table(results, shots)]
     if "±" in lines[0]:
         lines.append("± is the 95 % confidence interval of the mean over 10 draws of the labelled images.")

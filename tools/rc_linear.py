@@ -8,13 +8,15 @@ directions where inputs are similar and leaves them alone where they are orthogo
 python tools/rc_linear.py --out rc_linear.png
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import _common  # noqa: F401
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from matplotlib.figure import Figure
 
+from evaluation import command_line  # noqa: F401
 from util.errors import UserError, user_errors
 from util.parser import Parser
 

@@ -11,16 +11,17 @@ null means that the paper does not say. `batch` is the effective one; `model` is
 import csv
 import io
 import json
+import sys
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import _common
-import collect
-from _runs import Run, read_runs, shown_value
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from evaluation import command_line
+from evaluation.runs import Run, read_runs, shown_value
+from evaluation.tables import Cell, make_table
 from util.architectures import own_config
-from util.checkpoint import LEDGER
+from util.checkpoint.files import LEDGER
 from util.errors import UserError, user_errors
 
 PUBLISHED = Path(__file__).with_name("published.json")
@@ -41,7 +42,7 @@ class Row:
 
     run: str
     metric: str
-    cell: collect.Cell | None
+    cell: Cell | None
     said: dict | None
     differs: list[str]
 
@@ -122,7 +123,7 @@ def make_rows(paper: dict, names: list[str], runs: list[Run]) -> list[Row]:
                 continue
             row = Row(name, metric, None, _named(number, star), [])
             if found:
-                table = collect.make_table(found, ["run"], [metric], allow_revisions=True)
+                table = make_table(found, ["run"], [metric], allow_revisions=True)
                 row.cell = table.rows[0][1][kind, key]
                 row.differs = _of_code_and_seeds(found, row.cell)
             if found and number:
@@ -142,13 +143,13 @@ def _named(number: dict | None, star: str) -> dict | None:
     }
 
 
-def _of_code_and_seeds(runs: list[Run], cell: collect.Cell) -> list[str]:
+def _of_code_and_seeds(runs: list[Run], cell: Cell) -> list[str]:
     revisions = {run.row.get("revision") for run in runs}
     more = [f"{len(revisions)} revisions of the code"] if len(revisions) > 1 else []
     return more + (["one seed"] if cell.n == 1 else [])
 
 
-def _shown_cell(cell: collect.Cell | None) -> str:
+def _shown_cell(cell: Cell | None) -> str:
     if cell is None:
         return "missing"
     deviation = "" if cell.deviation is None else f" ± {cell.deviation:.2f}"
@@ -188,7 +189,7 @@ def comma_separated(rows: list[Row]) -> str:
 
 
 def get_args_parser():
-    parser = _common.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("out", metavar="OUT", help="the folder of a sweep; reproduced.md and reproduced.csv go there")
     parser.add_argument("--paper", required=True, help="as in tools/published.json; mlo_mae/SET of that paper")
     parser.add_argument(

@@ -8,23 +8,20 @@ Mean corruption error: Hendrycks and Dietterich 2019. Predictions are among the 
 ImageNet-A and -O (Hendrycks et al. 2021, Natural Adversarial Examples) and -R (The Many Faces of Robustness).
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import _common
-import _judging
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torchvision import transforms
 
-from util.corruptions import NAMES, SEVERITIES, read_frost
-from util.datasets import Part, input_size, mean_std, read_images
-from util.errors import UserError, user_errors
-from util.features import extract
-from util.ledger import Record, describe_images, write_json
-from util.loading import build_loader
-from util.robustness import (
+from evaluation import command_line, judging
+from evaluation.corruptions import NAMES, SEVERITIES, read_frost
+from evaluation.features import extract
+from evaluation.robustness import (
     Classes,
     Corrupted,
     Evaluation,
@@ -37,11 +34,17 @@ from util.robustness import (
     open_folder,
     open_foreign,
 )
-from util.transforms import eval_transform, to_channels
+from util.data.build import build_loader
+from util.data.image_format import input_size, mean_std
+from util.data.readers import read_images
+from util.data.sources import Part
+from util.data.transforms import eval_transform, to_channels
+from util.errors import UserError, user_errors
+from util.report.ledger import Record, describe_images, write_json
 
 
 def get_args_parser():
-    parser = _judging.parser("Robustness of a classifier.", features=False)
+    parser = judging.parser("Robustness of a classifier.", features=False)
     parser.usual = "--folders DIR"
     group = parser.add_argument_group("evaluation sets")
     group.add_argument(
@@ -103,15 +106,15 @@ def check(args) -> None:
         raise UserError(f"--seed {args.seed} must not be negative")
     if (args.frost or args.picture) and not args.corrupt:
         raise UserError(f"--{'frost' if args.frost else 'picture'} is for --corrupt")
-    _common.check_out(args, ".json")
-    _common.check_out(args, ".png", flag="picture")
+    command_line.check_out(args, ".json")
+    command_line.check_out(args, ".png", flag="picture")
 
 
 @dataclass
 class Bench:
     """The classifier, what its outputs mean, and how images come to it."""
 
-    judged: _judging.Judged
+    judged: judging.Judged
     classes: Classes
     photographs: list
     seen: int = 0  # images that went through it
@@ -150,7 +153,7 @@ class Bench:
         images = evaluation.images if images is None else images
         loader = build_loader(images, steps, judged.args, judged.args.batch_size, train=False)
         found, labels = extract(encode, loader, judged.device, judged.dtype)
-        _judging.check_readable(judged.args, images, len(found), evaluation.name)
+        judging.check_readable(judged.args, images, len(found), evaluation.name)
         if len(found) < len(images):
             print(f"{evaluation.name}: {len(images) - len(found)} unreadable images left out")
         self.seen += len(images)
@@ -285,10 +288,10 @@ def draw(bench: Bench, evaluation: Evaluation, path: str, count: int = 2) -> Non
 
 
 def open_bench(args) -> Bench:
-    judged = _judging.open_classifier(args)
+    judged = judging.open_classifier(args)
     if args.corrupt and judged.args.in_chans not in (1, 3):
         raise UserError(f"--corrupt is for images of 1 or 3 channels: the classifier reads {judged.args.in_chans}")
-    path, count = _common.named(args), judged.model.num_classes
+    path, count = command_line.named(args), judged.model.num_classes
     classes = known_classes(path, count, judged.weights.classes or None, args.classes, args.train_classes)
     return Bench(judged, classes, read_frost(args.frost) if args.frost else [])
 
@@ -343,7 +346,7 @@ def main(args) -> dict:
         result |= {f"{foreign[0].name}_{name}": value for name, value in foreign_images(bench, *foreign).items()}
     if args.out:
         write_json(args.out, bench.judged.args, result=result, errors=errors)
-    _judging.publish(bench.judged, record, result, bench.seen)
+    judging.publish(bench.judged, record, result, bench.seen)
     return result
 
 

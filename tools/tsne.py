@@ -7,25 +7,27 @@ Picture and ratio are Figure 7 and Table 14 of "Downstream Task Guided Masking L
 Multi-Level Optimization" (MLO-MAE, Appendix C.3).
 """
 
+import sys
 from pathlib import Path
 
-import _common
-import _judging
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from util.datasets import Part, read_images
-from util.encoder import count_classes
+from evaluation import command_line, judging
+from evaluation.encoder import count_classes
+from util.data.readers import read_images
+from util.data.sources import Part
 from util.errors import UserError, user_errors
-from util.ledger import Record, write_json
+from util.report.ledger import Record, write_json
 
 PCA_DIMENSIONS = 50  # to which features are reduced first, as van der Maaten and Hinton 2008 do (Section 4.2)
 
 
 def get_args_parser():
-    parser = _judging.parser("t-SNE of test features, and the intra-/inter-class similarity ratio.", several=True)
+    parser = judging.parser("t-SNE of test features, and the intra-/inter-class similarity ratio.", several=True)
     parser.add_argument(
         "--images", type=int, default=2000, help="images of the test split, drawn once for all checkpoints; 0: all"
     )
@@ -40,14 +42,14 @@ def get_args_parser():
 
 
 def check(args) -> None:
-    names = _common.all_named(args)
+    names = command_line.all_named(args)
     if args.titles and len(args.titles) != len(names):
         raise UserError(f"--titles has {len(args.titles)} for {len(names)} checkpoints: one each, or none")
     if args.images < 0:
         raise UserError(f"--images {args.images} must not be negative; 0 takes all")
     if not 1 < args.perplexity < float("inf"):
         raise UserError(f"--perplexity {args.perplexity} must be a number above 1")
-    _common.check_out(args, ".png")
+    command_line.check_out(args, ".png")
 
 
 def class_similarity(features: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -121,7 +123,7 @@ def default_title(checkpoint: str) -> str:
     return f"{path.resolve().parent.name}/{path.stem}" if path.is_file() else checkpoint
 
 
-def judge(judged: _judging.Judged, number: int) -> tuple:
+def judge(judged: judging.Judged, number: int) -> tuple:
     """Similarities, points (M, 2), labels (M,) and images of one checkpoint."""
     args = judged.args
     images = chosen_images(args)
@@ -130,14 +132,14 @@ def judge(judged: _judging.Judged, number: int) -> tuple:
     features, labels = judged.features(images)
     result = class_similarity(features, labels)
     points = embed(features, args.perplexity, args.seed)
-    _judging.publish(judged, record, result, len(images), f"tsne-{number}")
+    judging.publish(judged, record, result, len(images), f"tsne-{number}")
     return result, points, labels.numpy(), images
 
 
 def main(args) -> list[dict]:
     """The similarities of every checkpoint. A random encoder is of the first one's model, unless --model says else."""
     check(args)
-    opened = _judging.open_each(args, _judging.open_encoder)
+    opened = judging.open_each(args, judging.open_encoder)
     names = [judged.args.checkpoint for judged in opened]
     found = [judge(judged, i) for i, judged in enumerate(opened)]
     results = []

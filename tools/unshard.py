@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from util.checkpoint import write_tensors
+from util.checkpoint.atomic import write_tensors
+from util.checkpoint.sharded import one_file
 from util.errors import UserError, user_errors
 from util.parser import Parser
-from util.sharding import one_file
 
 
 def get_args_parser() -> Parser:

@@ -2,10 +2,9 @@
 
 import math
 
-from util.datasets import READERS
-from util.distributed import get_world_size
+from util.compute.kernels import ATTENTION
+from util.data.readers import READERS
 from util.errors import UserError
-from util.kernels import ATTENTION
 from util.parser import rare
 
 
@@ -357,27 +356,3 @@ def settle_input_size(args, config: dict) -> None:
     """Write the image size that the model will have into the flags: an int, or [H, W] where they differ."""
     size = args.input_size or [config["img_size"]]
     args.input_size = size[0] if len(size) == 1 or size[0] == size[1] else list(size)
-
-
-def settle_length(args, batches: int) -> int:
-    """Optimizer steps of the run, whose epochs have so many `batches`; sets args.epochs to where the last of them ends.
-    UserError when --start_epoch lies behind that."""
-    per_epoch = math.ceil(batches / args.accum_iter)
-    whole, fraction = divmod(args.epochs, 1)
-    rest = math.ceil(round(fraction * batches) / args.accum_iter)
-    steps = args.max_steps or max(1, int(whole) * per_epoch + rest)
-    whole, rest = divmod(steps, per_epoch)
-    args.epochs = whole + min(rest * args.accum_iter, batches) / batches if rest else whole
-    if args.start_epoch >= args.epochs and not args.resume:
-        raise UserError(f"--start_epoch {args.start_epoch} leaves none of the {args.epochs:g} epochs to train")
-    return steps
-
-
-def settle_learning_rate(args) -> None:
-    """args.lr from --blr and the effective batch, as upstream; prints both."""
-    effective = args.batch_size * args.accum_iter * get_world_size()
-    if args.lr is None:
-        args.lr = args.blr * effective / 256
-    print(f"learning rate {args.lr:.3g} (base {args.lr * 256 / effective:.3g}), effective batch {effective}")
-    if args.warmup_epochs >= args.epochs:
-        print(f"note: --warmup_epochs {args.warmup_epochs} fills all {args.epochs:g} epochs: the rate never peaks")

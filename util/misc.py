@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from util.amp import NativeScalerWithGradNormCount, get_grad_norm_
-from util.checkpoint import checkpoint_name, plain, write_tensors
-from util.distributed import (
+from util.checkpoint.atomic import write_tensors
+from util.checkpoint.files import checkpoint_name
+from util.checkpoint.same_run import plain
+from util.compute.precision import NativeScalerWithGradNormCount, get_grad_norm_
+from util.parallel.distributed import (
     all_reduce_mean,
     get_rank,
     get_world_size,
@@ -13,8 +15,8 @@ from util.distributed import (
     is_main_process,
     setup_for_distributed,
 )
-from util.log import MetricLogger, SmoothedValue
-from util.weights_file import read_file
+from util.training.meters import MetricLogger, SmoothedValue
+from util.weights.file import read_file
 
 
 def save_on_master(content, path) -> None:
@@ -24,7 +26,7 @@ def save_on_master(content, path) -> None:
 
 
 def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler) -> None:
-    """A checkpoint with the official keys, for training loops of one's own; `util.run.Run` saves more."""
+    """A checkpoint with the official keys, for training loops of one's own; `util.training.run.Run` saves more."""
     content = {
         "model": model_without_ddp.state_dict(),
         "optimizer": optimizer.state_dict(),

@@ -25,14 +25,15 @@ from sklearn.metrics import roc_auc_score
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from methods.mask_net import load_mask_net  # noqa: E402
-from methods.mlo_solved import Fit, standardized  # noqa: E402
+from methods.mlo.masking_network import load_mask_net  # noqa: E402
+from methods.mlo.solved_head import Fit, standardized  # noqa: E402
+from models_encoder import mae_features  # noqa: E402
 from models_mae import build_model  # noqa: E402
-from util.datasets import IMAGENET, read_images  # noqa: E402
+from util.data.image_format import IMAGENET  # noqa: E402
+from util.data.readers import read_images  # noqa: E402
+from util.data.samples import KeyedDataset  # noqa: E402
+from util.data.transforms import eval_transform  # noqa: E402
 from util.errors import UserError, user_errors  # noqa: E402
-from util.features import mae_features  # noqa: E402
-from util.loading import KeyedDataset  # noqa: E402
-from util.transforms import eval_transform  # noqa: E402
 
 RECIPE = "--aug none --norm_pix_loss --vis_freq 100 --num_workers 0"
 PLAIN = "--batch_size 64 --lr 1e-3 --warmup_epochs 2"

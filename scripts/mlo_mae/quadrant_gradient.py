@@ -22,13 +22,13 @@ from timm.optim import param_groups_weight_decay
 sys.path.insert(0, str(ROOT))
 
 from methods import Pretrainer
-from methods.hypergrad import Residuals, dot, exact_arithmetic, norm, rates_fd
-from methods.mlo_solved import Fit
-from methods.mlo_stages import gradient_of, step_along, trained
+from methods.mlo.hypergradient import Residuals, dot, exact_arithmetic, norm, rates_fd
+from methods.mlo.inner_problems import gradient_of, step_along, trained
+from methods.mlo.solved_head import Fit
+from models_encoder import encoder_features
 from models_mae import build_model
-from util.checkpoint import list_checkpoints
+from util.checkpoint.files import list_checkpoints
 from util.errors import user_errors
-from util.features import encoder_features
 
 
 def newest(folder: Path) -> Path:

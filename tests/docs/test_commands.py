@@ -157,7 +157,7 @@ def test_scripts_are_shell():
 def test_flags_in_prose():
     """Each flag that a page names is one of a command, hidden aliases included, or is made on the page."""
     scripts = tracked(
-        "*.py", "tools/*.py", "benchmarks/*.py", "scripts/*/*.py", "tests/freeze.py", "tests/faults/soak.py"
+        "*.py", "tools/*.py", "benchmarks/*.py", "scripts/*/*.py", "tests/helpers/freeze.py", "tests/faults/soak.py"
     )
     commands = [script for script in scripts if '__name__ == "__main__"' in (ROOT / script).read_text()]
     known = set(SWEEP_FLAGS) | OTHER_FLAGS | set().union(*map(options, commands))

@@ -21,16 +21,17 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent.parent)]
 
 import torch  # noqa: E402
-from kills import EVENTS, METHODS, Broken, Killed  # noqa: E402
+from helpers.kills import EVENTS, METHODS, Broken, Killed  # noqa: E402
+from helpers.strange import GOOD  # noqa: E402
 from PIL import Image  # noqa: E402
-from strange import GOOD  # noqa: E402
 
 import main_pretrain  # noqa: E402
-from util.datasets import read_images  # noqa: E402
+from util.data.build import build_loader  # noqa: E402
+from util.data.readers import read_images  # noqa: E402
+from util.data.samples import KeyedDataset, UnreadableData  # noqa: E402
+from util.data.transforms import eval_transform  # noqa: E402
 from util.errors import UserError  # noqa: E402
-from util.loading import KeyedDataset, UnreadableData, build_loader  # noqa: E402
-from util.transforms import eval_transform  # noqa: E402
-from util.weights_file import read_file  # noqa: E402
+from util.weights.file import read_file  # noqa: E402
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 

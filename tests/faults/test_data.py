@@ -9,18 +9,20 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from helpers.plain_images import PLAIN, class_folders, flags, save
+from helpers.strange import BAD, DARK, EPS, GOOD, encoded, huge, plain, png, write_shard
 from PIL import Image
-from plain_images import PLAIN, class_folders, flags, save
-from strange import BAD, DARK, EPS, GOOD, encoded, huge, plain, png, write_shard
 from torchvision import transforms as tvt
 
-import util.cache
-from util.cache import Decoder, cache_images
-from util.datasets import Files, read_images
-from util.images import shown
-from util.ledger import describe_images
-from util.loading import KeyedDataset, UnreadableData, build_loader
-from util.transforms import to_channels
+import util.data.cache
+from util.data.build import build_loader
+from util.data.cache import Decoder, cache_images
+from util.data.images import shown
+from util.data.readers import read_images
+from util.data.samples import KeyedDataset, UnreadableData
+from util.data.sources import Files
+from util.data.transforms import to_channels
+from util.report.ledger import describe_images
 
 PLAIN8 = tvt.Compose([tvt.CenterCrop((8, 8)), PLAIN])
 
@@ -234,8 +236,10 @@ def test_decoding_on_a_device_follows_no_link_outside(tmp_path, monkeypatch):
     (tmp_path / "in" / "huge.jpg").write_bytes(huge("JPEG"))
     (tmp_path / "in" / "good.jpg").write_bytes(encoded(plain(), "JPEG"))
     given = []
-    original = util.cache.decode_jpeg
-    monkeypatch.setattr(util.cache, "decode_jpeg", lambda data, *rest: given.append(len(data)) or original(data, *rest))
+    original = util.data.cache.decode_jpeg
+    monkeypatch.setattr(
+        util.data.cache, "decode_jpeg", lambda data, *rest: given.append(len(data)) or original(data, *rest)
+    )
     paths = [str(tmp_path / "in" / f"{name}.jpg") for name in ("good", "link", "huge")]
     decoder = Decoder(Files(paths, [0] * 3, None, str(tmp_path / "in")), 3, None, torch.device("cpu"))
     given.clear()

@@ -4,8 +4,8 @@ import os
 
 import pytest
 import torch
-from inject import CLASSIFIER, FLAGS, after_step, finetune, pretrain
-from launch import checkpoint, log_rows, same_tensors, scalars
+from helpers.inject import CLASSIFIER, FLAGS, after_step, finetune, pretrain
+from helpers.launch import checkpoint, log_rows, same_tensors, scalars
 
 import main_linprobe
 

@@ -6,14 +6,16 @@ import sys
 
 import pytest
 import torch
-from inject import CLASSIFIER, FLAGS, FULL, FullDisk, after_step, finetune, pretrain
-from launch import ROOT, checkpoint, log_rows, ranks, same_tensors, scalars
+from helpers.inject import CLASSIFIER, FLAGS, FULL, FullDisk, after_step, finetune, pretrain
+from helpers.launch import ROOT, checkpoint, log_rows, ranks, same_tensors, scalars
 
-from util import disk
-from util.checkpoint import find_resume, save_checkpoint, write_atomically
-from util.checksum import damage
+from util.checkpoint import retry
+from util.checkpoint.atomic import write_atomically
+from util.checkpoint.resume import find_resume
+from util.checkpoint.save import save_checkpoint
 from util.errors import RunFailed, UserError
-from util.weights_file import read_file
+from util.weights.checksum import damage
+from util.weights.file import read_file
 
 
 def flip(path, place: int) -> None:
@@ -94,13 +96,13 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = save_checkpoint(tmp_path, 0, 0, {"model": {"w": torch.ones(1000)}})
     before = path.read_bytes()
     FullDisk(monkeypatch, full=True)
-    with pytest.raises(disk.SaveFailed, match="No space left on device"):  # what torch says is no OSError
+    with pytest.raises(retry.SaveFailed, match="No space left on device"):  # what torch says is no OSError
         save_checkpoint(tmp_path, 0, 0, {"model": {"w": torch.zeros(1000)}})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_growing_file_takes_back_what_was_cut_off(tmp_path, monkeypatch, capsys):
-    file, full = disk.GrowingFile(tmp_path / "log.txt"), FullDisk(monkeypatch)
+    file, full = retry.GrowingFile(tmp_path / "log.txt"), FullDisk(monkeypatch)
     file.append(b"one\n")
     full.full = True
     file.append(b"two\n")
@@ -141,7 +143,7 @@ def test_a_failed_save_is_tried_again_before_the_next_is_due(image_folder, tmp_p
     full = FullDisk(monkeypatch)
     flags = FLAGS.replace("--save_steps 1", "--save_steps 2").replace("--epochs 2", "--epochs 1")
     seen = []
-    monkeypatch.setattr("util.disk.FIRST", 0.0)
+    monkeypatch.setattr("util.checkpoint.retry.FIRST", 0.0)
     after_step(monkeypatch, 1, lambda _: setattr(full, "full", True))
     after_step(monkeypatch, 2, lambda _: setattr(full, "full", False))
     after_step(monkeypatch, 3, lambda _: seen.append([path.name for path in tmp_path.glob("checkpoint*")]))
@@ -176,7 +178,7 @@ def test_vanished_folder(undisturbed, image_folder, tmp_path, monkeypatch, capsy
 
 def test_vanished_disk_is_not_replaced_by_a_folder(tmp_path):
     """With its parent gone as well, it was a mounted disk: nothing is made in its place."""
-    file = disk.GrowingFile(tmp_path / "mounted" / "run" / "log.txt")
+    file = retry.GrowingFile(tmp_path / "mounted" / "run" / "log.txt")
     file.append(b"line\n")
     assert not (tmp_path / "mounted").exists() and file.waiting == b"line\n"
     (tmp_path / "mounted" / "run").mkdir(parents=True)
@@ -188,7 +190,7 @@ def test_read_only_folder_is_refused_at_the_start(image_folder, tmp_path, monkey
     def refuse(*_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("util.checkpoint.write_atomically", refuse)
+    monkeypatch.setattr("util.checkpoint.atomic.write_atomically", refuse)
     with pytest.raises(UserError, match=r"--output_dir .* cannot be written: Read-only file system"):
         pretrain(f"{FLAGS} --data_path {image_folder} --output_dir {tmp_path}")
 
@@ -197,7 +199,7 @@ def test_best_weights_wait_too(image_folder, tmp_path, monkeypatch):
     """The best checkpoint of the first epoch cannot be written then; it is, with the next checkpoint, unchanged by the
     training in between."""
     full, wanted = FullDisk(monkeypatch), []
-    original = disk.LateFile.put
+    original = retry.LateFile.put
 
     def put(self, content):
         if not wanted:
@@ -207,14 +209,14 @@ def test_best_weights_wait_too(image_folder, tmp_path, monkeypatch):
             full.full = False
             assert not self.path.exists()
 
-    monkeypatch.setattr(disk.LateFile, "put", put)
+    monkeypatch.setattr(retry.LateFile, "put", put)
     finetune(f"{CLASSIFIER} --data_path {image_folder} --output_dir {tmp_path}")
     assert same_tensors(checkpoint(tmp_path, "checkpoint-best.pth")["model"], wanted[0])
 
 
 def test_the_end_of_a_run_is_insisted_on(tmp_path, monkeypatch):
     """encoder.safetensors, the ledger: tried again; and a mistake of the user's is not taken for a full disk."""
-    monkeypatch.setattr("util.disk.FIRST", 0.001)
+    monkeypatch.setattr("util.checkpoint.retry.FIRST", 0.001)
     calls = []
 
     def write():
@@ -222,18 +224,18 @@ def test_the_end_of_a_run_is_insisted_on(tmp_path, monkeypatch):
         if len(calls) < 3:
             raise UserError("cannot be written") from FULL
 
-    disk.Saver(tmp_path, 1).insist("the ledger", write)
+    retry.Saver(tmp_path, 1).insist("the ledger", write)
     assert len(calls) == 3
     with pytest.raises(RunFailed, match="the ledger cannot be written"):
-        disk.Saver(tmp_path, 0).insist("the ledger", lambda: calls.clear() or write())
+        retry.Saver(tmp_path, 0).insist("the ledger", lambda: calls.clear() or write())
     with pytest.raises(UserError, match="another"):
-        disk.Saver(tmp_path, 0).insist("the ledger", lambda: (_ for _ in ()).throw(UserError("another")))
+        retry.Saver(tmp_path, 0).insist("the ledger", lambda: (_ for _ in ()).throw(UserError("another")))
 
 
 def test_two_ranks_while_the_disk_of_one_is_full(image_folder, tmp_path):
     """Rank 0 cannot write from step 3 to step 8; rank 1 goes on with it, and both end."""
     flags = FLAGS.replace("--batch_size 16", "--batch_size 8")
-    output = ranks("fault_script", f"full {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
+    output = ranks("helpers.fault_script", f"full {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
     assert "no checkpoint could be written" in output and "can be written" in output
     assert output.count("ended at step 12") == 2
     assert checkpoint(tmp_path, "checkpoint-1.pth")["step"] == 12
@@ -243,7 +245,7 @@ def test_two_ranks_while_the_disk_of_one_is_full(image_folder, tmp_path):
 def test_two_ranks_while_a_share_of_a_folder_cannot_be_written(image_folder, tmp_path):
     """--fsdp: rank 1 alone meets the full disk, both try again together."""
     flags = FLAGS.replace("--batch_size 16", "--batch_size 8") + " --fsdp --keep 1"
-    output = ranks("fault_script", f"share {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
+    output = ranks("helpers.fault_script", f"share {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
     assert "(No space left on device): the run goes on" in output and "checkpoint-0-3.dcp is the last good" in output
     assert output.count("ended at step 12") == 2
     assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-1.dcp"]

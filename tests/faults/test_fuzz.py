@@ -6,35 +6,33 @@ import io
 import json
 import os
 import pickle
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.plain_images import PLAIN, flags
+from helpers.strange import BAD, GOOD, NOISE, encoded, plain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from launch import ROOT
 from PIL import Image, features
-from plain_images import PLAIN, flags
 from safetensors.torch import save_file
-from strange import BAD, GOOD, NOISE, encoded, plain
 from torchvision import transforms as tvt
 
-sys.path.insert(0, str(ROOT / "tools"))
-import collect
-
-from util import ledger
-from util.cache import Decoder
-from util.datasets import Files, read_images
+from tools import collect
+from util.data.build import build_loader
+from util.data.cache import Decoder
+from util.data.file_lists import read_list
+from util.data.images import BROKEN_IMAGE, read_image
+from util.data.labels import read_vocabulary
+from util.data.readers import read_images
+from util.data.samples import KeyedDataset, UnreadableData
+from util.data.sources import Files
+from util.data.transforms import to_channels
 from util.errors import UserError
-from util.images import BROKEN_IMAGE, read_image
-from util.labels import read_vocabulary
-from util.listing import read_list
-from util.loading import KeyedDataset, UnreadableData, build_loader
-from util.transforms import to_channels
-from util.weights import read_file, read_weights
+from util.report import ledger
+from util.weights.load import read_file, read_weights
 
 SECONDS = 10  # that one example may take on a busy machine; the slowest take a tenth of one
 FUZZ = dict(derandomize=True, deadline=SECONDS * 1000, database=None, suppress_health_check=list(HealthCheck))

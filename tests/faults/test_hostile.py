@@ -12,10 +12,8 @@ import sys
 
 import pytest
 import torch
-from launch import ROOT, SMALL
+from helpers.launch import ROOT, SMALL
 from torch.distributed.checkpoint.metadata import Metadata
-
-sys.path.insert(0, str(ROOT / "tools"))
 
 from util.errors import user_errors
 

@@ -8,30 +8,27 @@ import io
 import math
 import os
 import pickle
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import freeze
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from forked import Forked
-from launch import ROOT, finish
+from helpers import freeze
+from helpers.forked import Forked
+from helpers.launch import finish
 from torch import nn
 from torch.distributed.checkpoint import metadata as description
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorProperties
 
-sys.path.insert(0, str(ROOT / "tools"))
-import unshard
-
-from util import sharding, tensor_list
-from util.checkpoint import write_tensors
-from util.checksum import crc32
+from tools import unshard
+from util.checkpoint import sharded, tensor_list
+from util.checkpoint.atomic import write_tensors
 from util.errors import UserError, user_errors
-from util.weights_file import read_file
+from util.weights.checksum import crc32
+from util.weights.file import read_file
 
 NAME = "module.model.weight"  # of the forged tensor, 4 x 4
 
@@ -58,15 +55,15 @@ def trained():
 @pytest.fixture
 def folder(tmp_path) -> Path:
     path = tmp_path / "checkpoint-0.dcp"
-    sharding.save(path, *trained(), {"epoch": 0}, {})
+    sharded.save(path, *trained(), {"epoch": 0}, {})
     return path
 
 
 def seal(folder: Path) -> None:
     """Renew the checksums after a change."""
-    rest = read_file(folder / sharding.REST)
+    rest = read_file(folder / sharded.REST)
     rest["checksums"] = {name: crc32(folder / name) for name in rest["checksums"]}
-    write_tensors(folder / sharding.REST, rest)
+    write_tensors(folder / sharded.REST, rest)
 
 
 def forge(folder: Path, change) -> None:
@@ -102,11 +99,11 @@ def bytes_for_a_tensor(folder: Path, target: Path, name: str = NAME) -> None:
 
 
 def one_file(folder: Path) -> None:
-    sharding.one_file(folder)
+    sharded.one_file(folder)
 
 
 def load(folder: Path) -> None:
-    sharding.load(folder, *trained())
+    sharded.load(folder, *trained())
 
 
 READERS = pytest.mark.parametrize("read", [one_file, load])
@@ -143,7 +140,9 @@ def test_resume_ends_in_one_sentence(tmp_path, monkeypatch):
     bytes_for_a_tensor(freeze.unpack(frozen, tmp_path / "run"), tmp_path / "owned", "module.model.cls_token")
     monkeypatch.chdir(tmp_path)
     flags = freeze.KINDS["fsdp"][1]
-    output = finish(Forked("frozen_script", f"{flags} --output_dir out --resume run/checkpoint-1-4.dcp", 2), code=2)
+    output = finish(
+        Forked("helpers.frozen_script", f"{flags} --output_dir out --resume run/checkpoint-1-4.dcp", 2), code=2
+    )
     assert "BytesStorageMetadata" in output and "Traceback" not in output
     assert not (tmp_path / "owned").exists()
 
@@ -282,7 +281,7 @@ def test_a_class_of_torch_is_not_changed(folder):
     for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata"):
         (folder / ".metadata").write_bytes(CLASS % name.encode() + b"(N}S'forged'\nI1\nstb.")
         seal(folder)
-        assert not sharding.is_whole(folder)
+        assert not sharded.is_whole(folder)
         assert not hasattr(getattr(description, name), "forged")
 
 
@@ -304,7 +303,7 @@ RESTS = {
 @pytest.mark.parametrize("name", RESTS)
 def test_a_forged_rest(read, name, folder):
     change, words = RESTS[name]
-    write_tensors(folder / sharding.REST, read_file(folder / sharding.REST) | change)
+    write_tensors(folder / sharded.REST, read_file(folder / sharded.REST) | change)
     with pytest.raises(UserError, match=words):
         read(folder)
 
@@ -315,14 +314,14 @@ def test_less_memory_than_the_folder_needs(folder, monkeypatch):
 
     monkeypatch.setattr(torch, "zeros", full)
     with pytest.raises(UserError, match=r"checkpoint-0\.dcp needs 0\.0 GB of memory"):
-        sharding.one_file(folder)
+        sharded.one_file(folder)
 
 
 def test_an_honest_folder(folder):
     """Comes back to the bit, both ways, and its list describes every tensor as torch's own reader does."""
     module, optimizer = trained()
-    sharding.load(folder, module, optimizer)
-    made = sharding.one_file(folder)
+    sharded.load(folder, module, optimizer)
+    made = sharded.one_file(folder)
     assert all(torch.equal(value, made["model"][name]) for name, value in module["model"].state_dict().items())
     state = optimizer.state[module["model"].weight]
     assert state["step"] == 1 and torch.equal(made["optimizer"]["state"][0]["exp_avg"], state["exp_avg"])

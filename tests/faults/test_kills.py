@@ -1,9 +1,9 @@
 """SIGKILL at the worst moments; `scripts/soak.sh` does the same for as long as one likes, at moments of chance, and to
-one rank of two (here that is `tests/test_resume.py::test_elastic_restart`)."""
+one rank of two (here that is `tests/mains/test_resume.py::test_elastic_restart`)."""
 
 import pytest
-from killed import WHERE
-from kills import EVENTS, Killed
+from helpers.killed import WHERE
+from helpers.kills import EVENTS, Killed
 
 
 @pytest.fixture(scope="module")

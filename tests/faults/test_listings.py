@@ -4,15 +4,15 @@ import os
 import tarfile
 
 import pytest
-from plain_images import PLAIN, class_folders, contents, flags, save
-from strange import DARK, encoded, plain, write_shard
+from helpers.plain_images import PLAIN, class_folders, contents, flags, save
+from helpers.strange import DARK, encoded, plain, write_shard
 from torchvision import transforms as tvt
 
-from util.datasets import read_images
+from util.data.build import build_loader
+from util.data.file_lists import images_below
+from util.data.readers import read_images
+from util.data.shards import count_images
 from util.errors import UserError
-from util.listing import images_below
-from util.loading import build_loader
-from util.shards import count_images
 
 PLAIN8 = tvt.Compose([tvt.CenterCrop((8, 8)), PLAIN])
 

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from inject import CLASSIFIER, FLAGS, after_step, finetune, poison, pretrain
-from launch import checkpoint, ranks
+from helpers.inject import CLASSIFIER, FLAGS, after_step, finetune, poison, pretrain
+from helpers.launch import checkpoint, ranks
 
-from util.amp import NativeScalerWithGradNormCount
-from util.checkpoint import list_checkpoints
+from util.checkpoint.files import list_checkpoints
+from util.compute.precision import NativeScalerWithGradNormCount
 from util.errors import RunFailed, UserError
-from util.run import Run
-from util.trouble import NO_SMALLER_SCALE, Overflows, Spikes
+from util.training.numerics import NO_SMALLER_SCALE, Overflows, Spikes
+from util.training.run import Run
 
 
 def last_parameter(run):
@@ -132,7 +132,7 @@ def test_one_rank_stops_both(image_folder, tmp_path, teacher_file, kind, said):
     flags = FLAGS.replace("--batch_size 16", "--batch_size 8").replace("--print_freq 1", "--print_freq 2")
     if kind == "teacher":
         flags += f" --dmae_teacher {teacher_file}"
-    output = ranks("fault_script", f"{kind} {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
+    output = ranks("helpers.fault_script", f"{kind} {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
     lines = {line for line in output.splitlines() if "became" in line and line.startswith("rank")}
     assert {line.split(":")[0] for line in lines} == {"rank 0", "rank 1"}
     assert all(said in line for line in lines)

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from launch import ROOT
+from helpers.launch import ROOT
 
 import main_pretrain
-from util import slurm
+from util.parallel import slurm
 
 HOSTILE = "a b; touch pwned1 $(touch pwned2) `touch pwned3` 'x \"y *?[z] --list & | #"
 # What the mains and tools leave behind; every call is a line of $CALLS, its words quoted.

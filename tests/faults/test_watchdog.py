@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from forked import Forked
-from launch import SMALL, ranks
+from helpers.forked import Forked
+from helpers.launch import SMALL, ranks
 
-from util.watchdog import describe, slow_reader
+from util.parallel.watchdog import describe, slow_reader
 
 FLAGS = f"{SMALL} --batch_size 8 --epochs 1 --warmup_epochs 0 --num_workers 0 --vis_freq 0 --device cpu --save_freq 9"
 
@@ -31,7 +31,7 @@ FLAGS = f"{SMALL} --batch_size 8 --epochs 1 --warmup_epochs 0 --num_workers 0 --
 def test_the_rank_that_stands_still_is_named(kind, rank, said, image_folder, tmp_path):
     """The two wait for each other in every step, so that the other one cannot get ahead by more than one."""
     flags = f"{kind} {rank} {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 6"
-    run = Forked("stuck_script", flags, 2)
+    run = Forked("helpers.stuck_script", flags, 2)
     began = time.monotonic()
     run.ranks[1 - rank].join(90)
     seconds, code = time.monotonic() - began, run.ranks[1 - rank].exitcode
@@ -49,7 +49,7 @@ def complaints(output: str) -> list[str]:
 
 def test_a_slow_rank_is_waited_for_and_named(image_folder, tmp_path):
     flags = f"moment 1 {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 60"
-    output = ranks("stuck_script", flags, 2)
+    output = ranks("helpers.stuck_script", flags, 2)
     assert re.search(r"note: rank 1 waited \d+ of ", output) and not complaints(output), output
 
 
@@ -57,7 +57,7 @@ def test_a_slow_rank_is_waited_for_and_named(image_folder, tmp_path):
 def test_no_healthy_run_is_ended(kind, image_folder, tmp_path):
     """Twice as long as the time to wait: for the first images, on all ranks; on rank 0, when the other has ended."""
     flags = f"{kind} 0 {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 3"
-    assert not complaints(ranks("stuck_script", flags, 2))
+    assert not complaints(ranks("helpers.stuck_script", flags, 2))
     assert (tmp_path / "encoder.safetensors").is_file() and (tmp_path / "results.jsonl").is_file()
 
 

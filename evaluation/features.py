@@ -1,0 +1,48 @@
+"""Frozen features of a data set, and what they are worth to a nearest-neighbour classifier."""
+
+import torch
+import torch.nn.functional as F
+
+from util.compute.precision import autocast
+from util.parallel.distributed import gather_objects
+
+
+@torch.no_grad()
+def extract(encode, loader, device, amp_dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encode(imgs)` over a loader made with `train=False` -> features (M, D) float32 and labels (M,), on the CPU, of
+    all ranks, in the order of the data set. Unreadable images are left out."""
+    features, targets, indices = [], [], []
+    for batch in loader.begin(0):
+        with autocast(device, amp_dtype):
+            output = encode(batch.image.to(device, non_blocking=True))
+        good = batch.bad == 0
+        features.append(output.float().cpu()[good])
+        targets.append(batch.target[good])
+        indices.append(batch.index[good])
+    # A rank has no batch where images are fewer than ranks: lists, which may be empty, are gathered, and joined here.
+    ranks = gather_objects((features, targets, indices))
+    features, targets, indices = (torch.cat([part for rank in column for part in rank]) for column in zip(*ranks))
+    order = torch.argsort(indices, stable=True)
+    return features[order], targets[order]
+
+
+def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, classes: int, k=20, temperature=0.07):
+    """Weighted k-nearest-neighbour scores (M, classes): cosine similarity, votes of weight exp(similarity / 0.07), the
+    protocol of Wu et al. 2018 and Caron et al. 2021 (DINO, Section 4.1). In the type of the features, also under
+    autocast."""
+    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    scores = []
+    for part in test.split(1024):
+        with torch.autocast(train.device.type, enabled=False):
+            similarity, nearest = (part @ train.T).topk(min(k, len(train)), dim=1)  # (m, k)
+        votes = torch.zeros(len(part), classes)
+        votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+        scores.append(votes)
+    return torch.cat(scores)
+
+
+def knn_accuracy(train, train_labels, test, test_labels, k: int = 20) -> float:
+    """Top-1 in percent of `knn_predict`. Features (M, D), labels (M,)."""
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    predicted = knn_predict(train, train_labels, test, classes, k).argmax(dim=1)
+    return 100.0 * (predicted == test_labels).float().mean().item()

@@ -1,0 +1,207 @@
+"""Finished runs, read from their ledgers: which flags each has, and whether two differ in anything but the seed."""
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluation import command_line  # noqa: F401  finds the project's modules
+from methods import METHODS
+from util.checkpoint.files import LEDGER
+from util.checkpoint.same_run import FREE_FLAGS
+from util.errors import UserError
+from util.report import ledger
+
+# What does not change the numbers but for rounding. How many processes there were does: it changes the batch.
+IRRELEVANT = FREE_FLAGS - {"world_size"} | {"out", "compile", "attention", "grad_checkpoint", "log_mfu", "no_pin_mem"}
+IRRELEVANT |= {"download", "train_list", "val_list", "max_bad_fraction", "dist_eval", "dist_on_itp", "resplit"}
+IRRELEVANT |= {"init_from", "data", "seed", "checkpoint"}
+NOT_COMPARED = {"run", "images_seen", "seconds", "images.train", "images.test"}  # to group by, not to compare
+TRAINING = {"main_pretrain", "main_finetune", "main_linprobe"}  # one such run in a folder
+
+
+@dataclass(eq=False)
+class Run:
+    """One line of a ledger. `flags` are all that it can be grouped by, under the names that the commands take."""
+
+    place: Path
+    row: dict
+    kind: str
+    flags: dict
+
+    @property
+    def seeds(self) -> tuple:
+        return tuple(sorted((key, value) for key, value in self.flags.items() if _bare(key) == "seed"))
+
+    def key_of(self, name: str) -> str:
+        """`name`, or where the run itself has no such flag that of its pretraining."""
+        return name if name in self.flags else f"pretrain.{name}"
+
+    def get(self, name: str):
+        return self.flags.get(self.key_of(name))
+
+
+def _bare(key: str) -> str:
+    return re.sub(r"^(pretrain|finetune)\d*\.", "", key)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_runs(folders: list[str], strip=()) -> list[Run]:
+    """Every run in the ledgers below `folders`, once: of a folder's training the last line counts, of judging the same
+    checkpoint in the same way too. UserError when there is none."""
+    found: dict[tuple, Run] = {}
+    for folder in folders:
+        ledgers = sorted(Path(folder).rglob(LEDGER))
+        if not ledgers:
+            print(f"note: {folder} holds no {LEDGER}, it is left out", file=sys.stderr)
+        for path in ledgers:
+            for row in ledger.read(path):
+                run = _run(path.resolve().parent, row, strip)
+                what = None if row["command"] in TRAINING else (_sameness(run), (row.get("source") or {}).get("sha256"))
+                found.pop((run.place, row["command"], what), None)
+                found[run.place, row["command"], what] = run
+    if not found:
+        some = " ".join(folders[:3])
+        raise UserError(f"{some}: no finished run (no {LEDGER} with a line in it)")
+    return list(found.values())
+
+
+def _run(place: Path, row: dict, strip) -> Run:
+    begin = next((prefix for prefix in strip if place.name.startswith(prefix)), "")
+    kind = begin.strip("-_ ") or row["command"]
+    name = re.sub(r"-seed\d+$", "", place.name.removeprefix(begin))
+    data = row.get("data") or {}
+    flags = {"run": name, "command": row["command"], "pretrained": bool(row.get("source")), **_own(row)}
+    flags |= {f"data.{split}": (value or {}).get("sha256") for split, value in data.items()}
+    dtype = (row.get("hardware") or {}).get("amp_dtype")
+    if flags.get("amp_dtype") == "auto" and dtype:
+        flags["amp_dtype"] = dtype
+    count = {"pretrain": 0, "finetune": 0}
+    source = row.get("source")
+    while source:
+        role = "pretrain" if "mask_ratio" in source["flags"] or not source["flags"] else "finetune"
+        count[role] += 1
+        prefix = f"{role}{count[role] if count[role] > 1 else ''}."
+        own = _own(source) | {"epoch": source.get("epoch")}
+        if not source["flags"]:  # a foreign file: nothing but its content says which it is
+            own["file"] = source.get("sha256") or source["path"]
+        flags |= {prefix + name: value for name, value in own.items()}
+        source = source.get("source")
+    return Run(place, row, kind, flags)
+
+
+def _own(row: dict) -> dict:
+    """The flags of a run, or of the run that wrote a checkpoint, and what else is known of it."""
+    flags = dict(row["flags"])
+    if "mask_ratio" in flags:
+        on = [method.name for method in METHODS if _enabled(method, flags)]
+        flags["method"] = "+".join(on) or "mae"
+    known = ("revision", "images_seen", "seconds")
+    counts = {f"images.{split}": (value or {}).get("images") for split, value in (row.get("data") or {}).items()}
+    return flags | counts | {name: row[name] for name in known if row.get(name) is not None}
+
+
+def _enabled(method, flags: dict) -> bool:
+    try:
+        return bool(method.enabled(argparse.Namespace(**flags)))
+    except AttributeError:  # a checkpoint from before there was this method
+        return False
+
+
+# Comparing ------------------------------------------------------------------------------------------------------------
+
+
+def canonical(value) -> str:
+    """As text; of a path that names the seed, without it."""
+    text = json.dumps(value, sort_keys=True)
+    return re.sub(r"seed\d+", "seed", text) if "/" in text else text
+
+
+def _compared(run: Run) -> dict[str, str]:
+    skip = IRRELEVANT | NOT_COMPARED
+    return {key: canonical(value) for key, value in run.flags.items() if _bare(key) not in skip}
+
+
+def _sameness(run: Run) -> tuple:
+    return tuple(sorted(_compared(run).items())), run.seeds
+
+
+def check_alike(runs: list[Run], title: str, free: set[str], allow_revisions: bool) -> None:
+    """UserError naming the first flag in which these runs differ; `free` are names that may."""
+    flags = [_compared(run) for run in runs]
+    keys = sorted({key for each in flags for key in each}, key=lambda key: (_bare(key) != key, key))
+    first = ("command", "pretrained", "method", "pretrain.method")  # what explains other differences
+    for key in sorted(keys, key=lambda key: key not in first):
+        if key in free or _bare(key) in free or (allow_revisions and _bare(key) == "revision"):
+            continue
+        values = [each.get(key) for each in flags]
+        if _bare(key).startswith("data.") and None in values:
+            continue  # one of them did not say
+        for other, value in zip(runs[1:], values[1:]):
+            if value != values[0]:
+                shown = [shown_value(run.flags[key]) if key in run.flags else "absent" for run in (runs[0], other)]
+                allow = "--allow_revisions" if _bare(key) == "revision" else f"--allow_differing {key}"
+                raise UserError(
+                    f"the row {title} would average runs that differ in {key}: {shown[0]} in {runs[0].place}, "
+                    f"{shown[1]} in {other.place}; add {key} to --by, choose with --where, or allow it with {allow}"
+                )
+
+
+def once_each(runs: list[Run]) -> list[Run]:
+    """Without earlier runs of the same flags and seeds in other folders, which are named."""
+    last: dict[tuple, Run] = {}
+    for run in sorted(runs, key=lambda run: run.row.get("finished", "")):
+        before = last.get(_sameness(run))
+        if before is not None:
+            print(f"note: {before.place} and {run.place} are one run with one seed: the later counts", file=sys.stderr)
+        last[_sameness(run)] = run
+    return [run for run in runs if run in last.values()]
+
+
+# Choosing -------------------------------------------------------------------------------------------------------------
+
+
+def check_names(runs: list[Run], names) -> None:
+    """UserError for a name that is a flag of none of these runs."""
+    known = {key for run in runs for key in run.flags}
+    known |= {key.removeprefix("pretrain.") for key in known}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3)
+            advice = f"; like it: {', '.join(near)}" if near else ""
+            raise UserError(f"{name} is no flag of any of these {len(runs)} runs{advice}")
+
+
+def choose(runs: list[Run], conditions: list[str]) -> list[Run]:
+    """The runs for which every `flag=value` holds; numbers are compared as numbers. UserError where none is left."""
+    pairs = [condition.partition("=") for condition in conditions]
+    for name, sign, _ in pairs:
+        if not sign:
+            raise UserError(f"--where {name} must be flag=value")
+    check_names(runs, [name for name, _, _ in pairs])
+    for name, _, wanted in pairs:
+        left = [run for run in runs if _is(run.get(name), wanted)]
+        if not left:
+            there = ", ".join(dict.fromkeys(shown_value(run.get(name)) for run in runs))
+            raise UserError(f"--where {name}={wanted} holds for no run; {name} is {there}")
+        runs = left
+    return runs
+
+
+def _is(value, wanted: str) -> bool:
+    try:
+        return not isinstance(value, bool) and float(value) == float(wanted)
+    except (TypeError, ValueError):
+        return shown_value(value).lower() == wanted.lower()
+
+
+def shown_value(value) -> str:
+    """As a person reads it."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "none" if value in (None, "") else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,78 @@
+"""The network that decides which patches are removed, and how one is taken from another run."""
+
+import torch
+from torch import nn
+
+from util.compute.ema import Frozen
+from util.errors import UserError
+from util.pos_embed import get_2d_sincos_pos_embed
+from util.weights.file import read_file
+
+
+class PatchTokens(nn.Module):
+    """A patch embedding with its positions, of its own: what a masking network saw when it was trained."""
+
+    def __init__(self, model):
+        super().__init__()
+        twin = model.encoder_copy(depth=0)
+        self.patch_embed, self.pos_embed = twin.patch_embed, twin.pos_embed
+
+    def forward(self, imgs):
+        return self.patch_embed(imgs) + self.pos_embed[:, 1:]
+
+
+class MaskingNetwork(nn.Module):
+    """Position-added patch tokens (N, L, D) -> logits (N, L) of being removed (Section 4.1). Tied to one grid."""
+
+    def __init__(self, patches: int, width: int, hidden: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(patches * width, hidden), nn.ReLU(), nn.Linear(hidden, patches))
+        for layer in (self.layers[0], self.layers[2]):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens):
+        return self.layers(tokens.flatten(1))
+
+    def groups(self) -> list[dict]:
+        """Parameter groups for AdamW, whose step has the same size in every weight: with tens of thousands of inputs
+        that would throw a logit from one end to the other at once. So a layer's rate is divided by its inputs (as in
+        Yang et al. 2021, Tensor Programs V, Table 3), and one rate serves every grid and width."""
+        linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        return [{"params": [layer.weight], "lr_scale": 1 / layer.in_features} for layer in linear] + [
+            {"params": [layer.bias for layer in linear]}
+        ]
+
+
+def load_mask_net(path: str, model, method: str = "mlo_mae") -> tuple[MaskingNetwork, Frozen]:
+    """The masking network of a checkpoint and the patch embedding that it saw. UserError when it is of another grid."""
+    content = read_file(path)
+    prefix = f"{method}.net."
+    state = {k.removeprefix(prefix): v for k, v in content.get("methods", {}).items() if k.startswith(prefix)}
+    if not state:
+        raise UserError(f"{path} holds no masking network: give a checkpoint of a run with --mlo_mae")
+    hidden, inputs = state["layers.0.weight"].shape
+    patches = state["layers.2.weight"].shape[0]
+    own = f"{method}.embedding.network."
+    embedding = {k.removeprefix(own): v for k, v in content["methods"].items() if k.startswith(own)} or {
+        k: v for k, v in content["model"].items() if k.startswith("patch_embed.") or k == "pos_embed"
+    }
+    kernel, needed = embedding["patch_embed.proj.weight"], model.patch_embed.proj.weight
+    grid = tuple(model.patch_embed.grid_size)
+    same = patches == model.patch_embed.num_patches and kernel.shape[1:] == needed.shape[1:]
+    if same:  # 8 x 8 patches are not 4 x 16: the table of positions tells
+        table = get_2d_sincos_pos_embed(kernel.shape[0], grid, cls_token=True)
+        same = torch.allclose(embedding["pos_embed"][0], torch.from_numpy(table).float(), atol=1e-4)
+    if not same:
+        raise UserError(
+            f"the masking network of {path} is for {patches} patches of {kernel.shape[-1]} pixels in {kernel.shape[1]} "
+            f"channels, this run has {grid[0]}x{grid[1]} of {needed.shape[-1]} in {needed.shape[1]}: give the same "
+            f"--input_size, --patch_size and --in_chans"
+        )
+    net = MaskingNetwork(patches, inputs // patches, hidden)
+    net.load_state_dict(state)
+    tokens = PatchTokens(model)
+    tokens.patch_embed.proj = nn.Conv2d(*kernel.shape[1::-1], kernel.shape[-2:], kernel.shape[-2:])
+    tokens.pos_embed = nn.Parameter(torch.empty_like(embedding["pos_embed"]))
+    tokens.load_state_dict(embedding)
+    return net, Frozen(tokens)

@@ -1,0 +1,297 @@
+"""Pictures of what an encoder computes: attention, Grad-CAM, images that excite a channel, each where it is known."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers.launch import scalars
+from PIL import Image
+from torch import nn
+
+import models_mae
+import models_vit
+from evaluation.feature_viz import FourierImages, channel_activation, excite, total_variation
+from evaluation.saliency import attended_share, cls_attention, grad_cam
+from tools import attention, feature_viz
+from util.errors import UserError
+from util.report import ledger
+from util.report.pictures import ROW_LABEL, overlay
+
+EXACT = dict(rtol=1e-5, atol=1e-6)  # float32, the same sums in another order
+
+
+def scrambled(**config):
+    model = models_vit.vit_micro_patch4(**{"img_size": 16, "num_classes": 3, **config})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def looks_at_brightness(classes=2):
+    """One block does something: [cls] asks for the brightness of a patch (coordinate 0) and adds what it finds to its
+    coordinate 3, which class 1 reads. Coordinates 1 and 2 hold constants, so that norms leave the order as it is."""
+    model = models_vit.vit_micro_patch4(img_size=16, num_classes=classes)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+    with torch.no_grad():
+        model.patch_embed.proj.weight[0] = 1 / 48
+        model.patch_embed.proj.bias[1:3] = torch.tensor([5.0, -5.0])
+        model.cls_token[0, 0, 1:3] = torch.tensor([5.0, -5.0])
+        block = model.blocks[-1].attn
+        block.qkv.bias[0] = 20.0  # the query, the same for every token
+        block.qkv.weight[128, 0] = 1.0  # keys and values: coordinate 0
+        block.qkv.weight[256, 0] = 1.0
+        block.proj.weight[3, 0] = 1.0
+        model.head.weight[1, 3] = 1.0
+    return model.eval()
+
+
+# --- attention
+
+
+@pytest.mark.parametrize("block", [0, 2, -1])
+def test_attention_is_the_softmax_of_queries_and_keys(block):
+    model, imgs, found = scrambled(), torch.randn(2, 3, 16, 16), []
+    before = model(imgs)
+    hook = model.blocks[block].attn.qkv.register_forward_hook(lambda module, inputs, output: found.append(output))
+    rows = cls_attention(model, imgs, block)
+    hook.remove()
+    q, k, _ = found[0].detach().reshape(2, 17, 3, 4, 32).permute(2, 0, 3, 1, 4)
+    expected = (torch.einsum("nhd,nhld->nhl", q[:, :, 0], k) / 32**0.5).softmax(dim=-1)
+    torch.testing.assert_close(rows, expected, **EXACT)
+    torch.testing.assert_close(rows.sum(dim=-1), torch.ones(2, 4), **EXACT)
+    assert model.blocks[block].attn.fused_attn and torch.equal(model(imgs), before)  # nothing is left behind
+
+
+def test_share_of_attended_patches():
+    """One patch of four, and all alike, whatever [cls] gives itself."""
+    rows = torch.tensor([[[0.6, 0.4, 0.0, 0.0, 0.0], [0.2, 0.2, 0.2, 0.2, 0.2]]])
+    torch.testing.assert_close(attended_share(rows), torch.tensor([[0.25, 1.0]]), **EXACT)
+
+
+# --- Grad-CAM
+
+
+def test_grad_cam_by_hand():
+    """With a last block that is its first norm alone, and a head on the mean of the patches, d score / d A = w / L."""
+    model = scrambled(global_pool=True)
+    model.fc_norm, model.blocks[-1].forward = nn.Identity(), model.blocks[-1].norm1.__call__
+    model.blocks = model.blocks[-1:]
+    nn.init.zeros_(model.blocks[0].norm1.bias)  # patches differ by more than they share: both signs before the relu
+    imgs = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        activations = model.forward_tokens(imgs)[:, 1:]
+    expected = (activations @ model.head.weight[1] / 16).relu()
+    assert 0 < (expected > 0).float().mean() < 1
+    torch.testing.assert_close(grad_cam(model, imgs, lambda: model(imgs)[:, 1]), expected.detach(), **EXACT)
+
+
+@pytest.mark.parametrize("global_pool", [False, True])
+def test_grad_cam_of_a_whole_block(global_pool):
+    """The rest of the network written out, from the first norm of the last block on, one image at a time."""
+    model, imgs = scrambled(global_pool=global_pool), torch.randn(2, 3, 16, 16)
+    found = grad_cam(model, imgs, lambda: model(imgs)[:, 2])
+    block, entering = model.blocks[-1], []
+    hook = block.register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0].detach()))
+    model(imgs)
+    hook.remove()
+    for i, x in enumerate(entering[0]):
+        a = block.norm1(x[None]).detach().requires_grad_(True)
+        y = x[None] + block.attn(a)
+        y = y + block.mlp(block.norm2(y))
+        feature = model.fc_norm(y[:, 1:].mean(1)) if global_pool else model.norm(y)[:, 0]
+        gradient = torch.autograd.grad(model.head(feature)[0, 2], a)[0][0, 1:]
+        expected = (a[0, 1:] @ gradient.mean(dim=0)).relu().detach()
+        torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-6)  # a gradient through four matrix products
+
+
+# --- the tool
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """Grey images with a bright patch at a place of its own, and a checkpoint that looks for it."""
+    (tmp_path / "images").mkdir()
+    places = [0, 5, 10, 15]
+    for i, place in enumerate(places):
+        pixels = np.full((16, 16, 3), 90, np.uint8)
+        row, column = divmod(place, 4)
+        pixels[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 250
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    args = {"model": "vit_micro_patch4", "input_size": 16, "mean": [0.35] * 3, "std": [0.2] * 3}
+    torch.save({"model": looks_at_brightness().state_dict(), "args": args}, tmp_path / "bright.pth")
+    return tmp_path, places
+
+
+def drawn(folder, *flags, checkpoints=("bright.pth",)):
+    options = [name if name == "random" else str(folder / name) for name in checkpoints] + [
+        "--data",
+        str(folder / "images"),
+    ]
+    options += ["--out", str(folder / "a.png"), *flags]
+    return attention.main(attention.get_args_parser().parse_args(options))
+
+
+def test_a_planted_patch_wins(planted, capsys):
+    folder, places = planted
+    (found,) = drawn(folder, "--class_index", "1")
+    assert found["gradcam"].flatten(1).argmax(dim=1).tolist() == places
+    assert found["attention"].mean(dim=1).flatten(1).argmax(dim=1).tolist() == places
+    numbers = np.load(folder / "a.npz")
+    assert np.array_equal(numbers["gradcam_0"], found["gradcam"].numpy()) and numbers["attention_0"].shape == (
+        4,
+        4,
+        4,
+        4,
+    )
+    total = numbers["attention_0"].sum(axis=(2, 3)) + numbers["to_cls_0"]
+    assert np.allclose(total, 1, atol=1e-6)  # float32
+    assert json.loads((folder / "a.json").read_text())["objective"] == "class"
+    # The map over the picture is brightest where the patch is.
+    dark = torch.zeros(4, 3, 16, 16)
+    over = overlay(dark, found["gradcam"]).mean(dim=1).unfold(1, 4, 4).unfold(2, 4, 4).mean(dim=(-1, -2))
+    assert over.flatten(1).argmax(dim=1).tolist() == places
+
+
+def test_checkpoints_side_by_side(planted):
+    """Each with its own size of image; heads add columns; without classifiers the feature is explained."""
+    folder, _ = planted
+    mae = {"model": "vit_micro_patch4", "input_size": 32}
+    encoder = models_vit.vit_micro_patch4(img_size=32, num_classes=0)
+    torch.save({"model": encoder.state_dict(), "args": mae}, folder / "encoder.pth")
+    both = ("bright.pth", "encoder.pth")
+    found = drawn(folder, "--heads", checkpoints=both)
+    assert found[0]["gradcam"].shape == (4, 4, 4) and found[1]["gradcam"].shape == (4, 8, 8)
+    assert json.loads((folder / "a.json").read_text())["objective"] == "feature"
+    width = Image.open(folder / "a.png").width
+    assert width == (1 + 2 * (1 + 4 + 1)) * (96 + 4) + 4
+    for i, (maps, name) in enumerate(zip(found, both)):
+        row = ledger.read(folder / "results.jsonl")[i]
+        assert row["command"] == "attention" and row["flags"]["checkpoint"] == str(folder / name)
+        assert row["data"]["shown"]["images"] == row["images_seen"] == 4 and row["source"]["sha256"]
+        assert row["metrics"]["attended_share"] == pytest.approx(maps["attended"].mean().item())
+        heads = [row["metrics"][f"attended_share_head{j}"] for j in range(4)]
+        assert np.mean(heads) == pytest.approx(row["metrics"]["attended_share"])
+        ((x, value),) = scalars(folder / f"tensorboard-attention-{i}", "attention/attended_share")
+        assert x == 1000 and value == pytest.approx(row["metrics"]["attended_share"])
+    random = drawn(folder, "--show", "attention", checkpoints=("random", "encoder.pth"))[0]
+    assert random["attention"].shape == (4, 4, 8, 8)  # of the other's model
+    drawn(folder, "--show", "attention", "--global_pool", checkpoints=("encoder.pth",))
+    assert Image.open(folder / "a.png").width == 2 * 2 * (96 + 4) + 4
+    for flags, right in (
+        ("--objective class", "encoder.pth has no classifier for Grad-CAM"),
+        ("--class_index 1", "encoder.pth has no classifier"),
+        ("--objective feature --class_index 1", "no effect"),
+        ("--block 4", "4 blocks, from 0 to 3"),
+        ("--count 0", "--count 0"),
+        ("--count 1 --objective feature", "at least two"),
+        ("--out x.jpg", "--out x.jpg must be a .png"),
+    ):
+        with pytest.raises(UserError, match=right):
+            drawn(folder, *flags.split(), checkpoints=both)
+    with pytest.raises(UserError, match="has 2 classes"):
+        drawn(folder, "--class_index", "2")
+
+
+# --- images that excite a channel
+
+
+def ascend(activation, count=1, size=16, steps=256, lr=0.1, tv=0.0, jitter=0, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    images = FourierImages((count, 3, size, size), random)
+    return excite(activation, images, lambda imgs: imgs, steps, lr, tv, jitter, random)
+
+
+def test_the_optimum_of_a_linear_channel():
+    """<w, x> over colours x in [0, 1] is largest where x is 1 for positive w and 0 for negative. All but the hardly
+    weighted pixels end on the right side, and 95 % of the way to the optimum is gone: the pull to grey, which is found
+    where w sigmoid'(z) = 0.01 z, keeps the colours from the bounds."""
+    stripes = torch.sin(torch.arange(16) * torch.pi / 4 + 0.3).expand(3, 16, 16)
+    for w in (stripes, -stripes, torch.randn(3, 16, 16)):
+        imgs, values = ascend(lambda imgs, w=w: (imgs * w).sum(dim=(1, 2, 3)))
+        best, worst = w.clamp(min=0).sum(), w.clamp(max=0).sum()
+        start, end = (values - worst) / (best - worst)
+        assert abs(start - 0.5) < 0.05 and end > 0.95  # from grey, which is half-way
+        clear = w.abs() > 0.1
+        assert ((imgs[0] > 0.5) == (w > 0))[clear].float().mean() > 0.99
+    logits = imgs[0].logit()
+    balance = w / w.square().mean().sqrt() * imgs[0] * (1 - imgs[0]) - 0.01 * logits
+    assert balance.abs().mean() < 0.002  # a tenth and less of the pull on a clear pixel
+
+
+def test_smoothness_and_jitter():
+    """Total variation by hand; it smooths; shifts leave what is the same everywhere."""
+    steps = torch.tensor([[0.0, 0.0], [1.0, 3.0]]).expand(1, 1, 2, 2)
+    assert total_variation(steps).item() == pytest.approx((1 + 3) / 2 + (0 + 2) / 2)
+    w = torch.randn(3, 16, 16)
+    rough, smooth = (ascend(lambda imgs: (imgs * w).sum(dim=(1, 2, 3)), tv=tv)[0] for tv in (0.0, 1.0))
+    assert total_variation(smooth) < 0.5 * total_variation(rough)
+    red = torch.tensor([1.0, -1.0, 0.0])[:, None, None]
+    (image,), _ = ascend(lambda imgs: (imgs * red).sum(dim=(1, 2, 3)), jitter=5)
+    assert image[0].min() > 0.95 and image[1].max() < 0.05
+
+
+@pytest.mark.parametrize("layer", ["mlp", "block"])
+def test_a_channel_at_its_depth(layer):
+    """The activation is the one a forward pass has there, and the blocks behind are neither used nor lost."""
+    model, imgs, found = scrambled(), torch.randn(3, 3, 16, 16), []
+    place = model.blocks[1].mlp.fc2 if layer == "mlp" else model.blocks[2]
+    hook = place.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
+    before = model(imgs)
+    hook.remove()
+    channels = torch.tensor([5, 0, 127])
+    expected = torch.stack([found[0][i, 1:, channel].mean() for i, channel in enumerate(channels)])
+    torch.testing.assert_close(channel_activation(model, 1, layer)(imgs, channels), expected, **EXACT)
+    assert len(model.blocks) == 4 and torch.equal(model(imgs), before)
+
+
+def visualised(folder, checkpoint, *flags):
+    options = [str(checkpoint), "--out", str(folder / "f.png"), "--device", "cpu", "--steps", "40", *flags]
+    return feature_viz.main(feature_viz.get_args_parser().parse_args(options))
+
+
+def test_feature_viz(tmp_path, capsys):
+    """Every channel at every depth is excited more than by grey, the same way each time; pixels of channels that know
+    one colour take that colour."""
+    args = {"model": "vit_micro_patch4", "input_size": 16, "mean": [0.5] * 3, "std": [0.2] * 3}
+    untrained = models_mae.mae_vit_micro_patch4(img_size=16)
+    torch.save({"model": untrained.state_dict(), "args": args}, tmp_path / "a.pth")
+    flags = "--count 3 --layer block --jitter 0".split()  # an untrained encoder knows a shifted patch for another
+    images, values = visualised(tmp_path, tmp_path / "a.pth", *flags)
+    assert images.shape == (4, 3, 3, 16, 16) and (values[:, 1] > values[:, 0]).all()
+    again, _ = visualised(tmp_path, tmp_path / "a.pth", *flags)
+    assert torch.equal(images, again)
+    assert np.array_equal(np.load(tmp_path / "f.npz")["images"], images.numpy())
+    row = ledger.read(tmp_path / "results.jsonl")[0]
+    assert row["command"] == "feature_viz" and row["metrics"]["excited_share"] == 1
+    assert row["metrics"]["block3_excited"] == pytest.approx(values[3, 1].mean().item())
+    assert json.loads((tmp_path / "f.json").read_text())["result"] == row["metrics"]
+    (_, value), *_ = scalars(tmp_path / "tensorboard-feature_viz", "feature_viz/block0_grey")
+    assert value == pytest.approx(values[0, 0].mean().item())
+    assert Image.open(tmp_path / "f.png").width == ROW_LABEL + 3 * (96 + 4) + 4
+    model = looks_at_brightness()
+    with torch.no_grad():  # coordinate 0: red less blue; two channels of the last MLP that read it, or its negative
+        model.patch_embed.proj.weight[0, 2] *= -1
+        model.patch_embed.proj.weight[0, 1] = 0
+        model.blocks[-1].mlp.fc1.weight[7, 0], model.blocks[-1].mlp.fc1.weight[9, 0] = 1.0, -1.0
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "red.pth")
+    flags = "--blocks 3 --channels 7 9 --steps 128 --lr 0.1".split()
+    ((red, blue),) = visualised(tmp_path, tmp_path / "red.pth", *flags)[0]
+    assert red[0].min() > 0.9 and red[2].max() < 0.1 and blue[0].max() < 0.1 and blue[2].min() > 0.9
+    visualised(tmp_path, tmp_path / "red.pth", "--blocks", "3", "--channels", "7", "8")  # 8 is dead
+    assert "; 1 of 2 no more than by grey" in capsys.readouterr().out
+    for flags, right in (
+        ("--blocks 4", "--blocks 4: the encoder has 4"),
+        ("--channels 512", "--channels 512: the encoder has 512 .mlp."),
+        ("--layer block --channels 128", "has 128 .block."),
+        ("--steps 0", "--steps 0"),
+        ("--lr nan", "--lr nan"),
+        ("--tv -1", "--tv"),
+        ("--out a.jpg", "must be a .png"),
+    ):
+        with pytest.raises(UserError, match=right):
+            visualised(tmp_path, tmp_path / "a.pth", *flags.split())

@@ -1,0 +1,195 @@
+"""The commands in tools/ that judge a checkpoint: what is wrong with flags, files and folders is one sentence on
+stderr, exit code 2, and nothing in the ledger. The mains have the same in `test_bad_input.py`."""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import models_mae
+import models_vit
+from methods.mlo.masking_network import MaskingNetwork
+from util.errors import user_errors
+
+SPLITS = "--data_path {box}/good --num_workers 0 --device cpu --batch_size 4"
+# A valid command line of each; {ck} is a checkpoint that the command can use, {out} what it writes.
+VALID = {
+    "knn": f"{{ck}} {SPLITS} --k 1 --out {{out}}/a.json",
+    "fewshot": f"{{ck}} {SPLITS} --shots 1 --draws 2 --out {{out}}/a.json",
+    "tsne": f"{{ck}} {SPLITS} --perplexity 2 --out {{out}}/a.png",
+    "robustness": f"{{ck}} {SPLITS} --corrupt --corruptions contrast --out {{out}}/a.json",
+    "attention": "{ck} --data {box}/good/val --out {out}/a.png --device cpu",
+    "feature_viz": "{ck} --steps 1 --count 1 --blocks 0 --jitter 0 --out {out}/a.png --device cpu",
+    "export": "{ck} --to timm --out {out}/a.safetensors",
+    "mask_maps": "{ck} --data {box}/good/val --out {out}/a.png",
+    "visualize": "{ck} --data {box}/good/val --out {out}/a.png",
+}
+USABLE = dict.fromkeys(VALID, "encoder.pth")
+USABLE |= {"robustness": "classifier.pth", "mask_maps": "mlo.pth", "visualize": "mae.pth"}
+SEEDED = set(VALID) - {"export"}
+WITH_DATA = ("knn", "fewshot", "tsne", "robustness")
+
+
+def put_images(folder, count=3):
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+
+
+def put_checkpoints(box):
+    flags = {"model": "vit_micro_patch4", "input_size": 16}
+    vit = {count: models_vit.vit_micro_patch4(img_size=16, num_classes=count).state_dict() for count in (0, 2)}
+    mae = models_mae.mae_vit_micro_patch4(img_size=16).state_dict()
+    contents = {
+        "encoder": {"model": vit[0], "args": flags},
+        "classifier": {"model": vit[2], "args": flags, "classes": ["a", "b"]},
+        "nameless": {"model": vit[2], "args": flags},
+        "mae": {"model": mae, "args": {**flags, "model": "mae_vit_micro_patch4"}},
+        "cnn": {"model": {"conv1.weight": torch.zeros(2, 3, 7, 7)}},
+    }
+    net = {f"mlo_mae.net.{name}": tensor for name, tensor in MaskingNetwork(16, 128, 32).state_dict().items()}
+    contents["mlo"] = {**contents["mae"], "methods": net}
+    for name, content in contents.items():
+        torch.save(content, box / f"{name}.pth")
+    (box / "cut.pth").write_bytes((box / "encoder.pth").read_bytes()[:5000])
+    (box / "text.pth").write_text("no checkpoint\n")
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory):
+    box = tmp_path_factory.mktemp("refusals")
+    for name in ("good", "three", "stranger"):
+        for split in ("train", "val"):
+            for label in "abc" if name == "three" else "ab":
+                put_images(box / name / split / label)
+    (box / "stranger" / "val" / "b").rename(box / "stranger" / "val" / "x")
+    (box / "empty").mkdir()
+    (box / "hollow" / "train" / "a").mkdir(parents=True)
+    (box / "hollow" / "val" / "a").mkdir(parents=True)
+    for split in ("train", "val"):
+        for label in "ab":
+            (box / "broken" / split / label).mkdir(parents=True)
+            for i in range(3):
+                (box / "broken" / split / label / f"{i}.png").write_bytes(b"no image")
+    (box / "names.txt").write_text("a\nb\nc\n")
+    put_checkpoints(box)
+    return box
+
+
+def call(tool, flags, box, out, checkpoint=None):
+    """`python tools/<tool>.py flags` in this process."""
+    places = dict(box=box, out=out, ck=box / (checkpoint or USABLE[tool]))
+    module = importlib.import_module(tool)
+    with user_errors(f"{tool}.py"):
+        module.main(module.get_args_parser().parse_args(flags.format(**places).split()))
+
+
+def refusal(capsys, tool, flags, box, out, checkpoint=None) -> str:
+    """The last line on stderr; before it there may be the names of unreadable images."""
+    with pytest.raises(SystemExit) as ended:
+        call(tool, flags, box, out, checkpoint)
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and ": error: " in lines[-1], lines
+    assert all(line.startswith("unreadable image") for line in lines[:-1])
+    assert not (out / "results.jsonl").exists()
+    return lines[-1]
+
+
+@pytest.mark.parametrize("tool", VALID)
+def test_the_valid_command_line(tool, box, tmp_path):
+    """What the refusals below differ from; what each leaves in the folder of --out."""
+    call(tool, VALID[tool], box, tmp_path / "new")
+    written = {path.name for path in (tmp_path / "new").iterdir()}
+    assert written & {"a.json", "a.png", "a.safetensors"}
+    if tool not in ("mask_maps", "visualize"):
+        assert {"a.json", "results.jsonl"} <= written and any(name.startswith("tensorboard-") for name in written)
+
+
+@pytest.mark.parametrize("tool", VALID)
+def test_checkpoints(tool, box, tmp_path, capsys):
+    for name, said in {
+        "missing.pth": "does not exist",
+        "good": "is a directory",
+        "cut.pth": "truncated or damaged",
+        "text.pth": "not a checkpoint or is damaged",
+        "cnn.pth": "no ViT weights",
+    }.items():
+        line = refusal(capsys, tool, VALID[tool], box, tmp_path, name)
+        assert said in line and name in line
+    assert "'nope'" in refusal(capsys, tool, VALID[tool] + " --checkpoint_key nope", box, tmp_path)
+    assert "are aliases; give one of them" in refusal(capsys, tool, VALID[tool] + " --finetune b.pth", box, tmp_path)
+    assert "vit_enormous" in refusal(capsys, tool, VALID[tool] + " --model vit_enormous", box, tmp_path)
+    if tool not in ("knn", "fewshot"):  # there it is a random encoder, as in main_linprobe.py
+        assert "CHECKPOINT" in refusal(capsys, tool, VALID[tool].replace("{ck}", ""), box, tmp_path)
+
+
+@pytest.mark.parametrize("tool", VALID)
+def test_places_to_write(tool, box, tmp_path, capsys):
+    """A folder that is a file, one where nobody may write, a folder in the place of the file, another ending."""
+    out = VALID[tool].split("--out ")[1].split()[0]
+    name = out.removeprefix("{out}/")
+    (tmp_path / name).mkdir()
+    assert "is a file" in refusal(capsys, tool, VALID[tool].replace(out, "{box}/names.txt/" + name), box, tmp_path)
+    assert "cannot be written" in refusal(capsys, tool, VALID[tool].replace(out, "/proc/" + name), box, tmp_path)
+    for wrong in (out, "{out}/a.doc"):
+        line = refusal(capsys, tool, VALID[tool].replace(out, wrong), box, tmp_path)
+        assert line.split("--out ")[1].startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize("tool", sorted(SEEDED))
+def test_numbers(tool, box, tmp_path, capsys):
+    for flag in ("--seed -1", "--seed 99999999999"):
+        assert f"{flag} must" in refusal(capsys, tool, f"{VALID[tool]} {flag}", box, tmp_path)
+    if tool != "feature_viz":
+        for flag in ("--num_workers -1", "--crop_pct 7"):
+            assert flag in refusal(capsys, tool, f"{VALID[tool]} {flag}", box, tmp_path)
+
+
+@pytest.mark.parametrize("tool", sorted(SEEDED - {"feature_viz"}))
+def test_images(tool, box, tmp_path, capsys):
+    """Folders without any, and images that cannot be read."""
+    split = "" if tool in WITH_DATA else "/val"
+    for name, said in {"missing": "missing", "empty": "empty", "hollow": "holds no images"}.items():
+        line = refusal(capsys, tool, VALID[tool].replace("{box}/good", "{box}/" + name), box, tmp_path)
+        assert said in line
+    line = refusal(capsys, tool, VALID[tool].replace(f"{{box}}/good{split}", f"{{box}}/broken{split}"), box, tmp_path)
+    assert "unreadable" in line or "could be read" in line
+
+
+@pytest.mark.parametrize(
+    ("tool", "flags", "checkpoint", "said"),
+    [
+        ("knn", "--data_path {box}/stranger", "", "class folder 'x', which the training folder has not"),
+        ("knn", "--nb_classes 7", "", "--nb_classes 7 contradicts the data set, which has 2 classes"),
+        ("knn", "--k 7", "", "--k 7: there are only 6 training images"),
+        ("knn", "--max_bad_fraction 2", "", "--max_bad_fraction 2.0 must lie in"),
+        ("fewshot", "--data_path {box}/stranger", "", "class folder 'x'"),
+        ("fewshot", "--shots 4", "", "--shots 4: class 0 has only 3 training images"),
+        ("tsne", "--data_path {box}/stranger", "", "class folder 'x'"),
+        ("robustness", "", "encoder.pth", "encoder.pth has no classifier"),
+        ("robustness", "--nb_classes 7", "", "--nb_classes 7: the classifier of"),
+        ("robustness", "--data_path {box}/three", "", "has the class 'c', which is none of the 2 classes"),
+        ("robustness", "--data_path {box}/three", "nameless.pth", "does not say what its 2 classes are called"),
+        ("robustness", "--folders {box}/stranger/val", "", "has the class 'x', which is none of the 2 classes"),
+        ("robustness", "--folders {box}/good/val --classes {box}/names.txt", "", "names 3 classes, and the classifier"),
+        ("robustness", "--clean {box}/nowhere", "", "--clean {box}/nowhere is for a folder like ImageNet-C"),
+        ("attention", "--class_index 0", "", "encoder.pth has no classifier for Grad-CAM"),
+        ("attention", "--class_index 2", "classifier.pth", "--class_index 2: "),
+        ("attention", "--pool avg", "classifier.pth", "--pool avg: {box}/classifier.pth was trained on the [cls]"),
+        ("export", "--to hf-vitmae --out {out}/a", "", "encoder.pth has no decoder"),
+        ("mask_maps", "", "mae.pth", "mae.pth holds no masking network"),
+        ("mask_maps", "", "encoder.pth", "an encoder without a decoder"),
+        ("visualize", "", "encoder.pth", "an encoder without a decoder"),
+    ],
+)
+def test_checkpoint_and_data_that_do_not_fit(tool, flags, checkpoint, said, box, tmp_path, capsys):
+    line = refusal(capsys, tool, f"{VALID[tool]} {flags}", box, tmp_path, checkpoint)
+    assert said.format(box=box) in line
+
+
+def test_a_name_that_is_nothing(box, tmp_path, capsys):
+    line = refusal(capsys, "knn", VALID["knn"].replace("{ck}", "vit_base_nonsense"), box, tmp_path)
+    assert "vit_base_nonsense is neither a file nor a model of timm's" in line

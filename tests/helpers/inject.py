@@ -1,0 +1,95 @@
+"""Injecting faults into runs of this process: at a step, into a disk."""
+
+import errno
+import signal
+
+import torch
+
+import main_finetune
+import main_pretrain
+import util.training.run
+from helpers.launch import SMALL
+from util.training.run import Run
+
+# Six steps an epoch on `image_folder`, a checkpoint and a reading of the metrics after every one.
+FLAGS = f"{SMALL} --aug none --num_workers 0 --batch_size 16 --vis_freq 0 --warmup_epochs 0 --epochs 2 --device cpu "
+FLAGS += "--save_steps 1 --save_freq 1 --print_freq 1"
+CLASSIFIER = "--model vit_micro_patch4 --input_size 16 --num_workers 0 --batch_size 16 --warmup_epochs 0 --epochs 2 "
+CLASSIFIER += "--device cpu --save_patience 0"
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def pretrain(flags: str) -> None:
+    main_pretrain.main(main_pretrain.get_args_parser().parse_args(flags.split()))
+
+
+def finetune(flags: str) -> dict:
+    return main_finetune.main(main_finetune.get_args_parser().parse_args(flags.split()))
+
+
+def after_step(patch, number: int, act) -> None:
+    """`act(run)` when `number` optimizer steps are done, saved and logged, before the next one (of that number)."""
+    original = Run._after_step
+
+    def after(self, progress):
+        original(self, progress)
+        if self.step == number:
+            act(self)
+
+    patch.setattr(Run, "_after_step", after)
+
+
+def poison(tensor: torch.Tensor, value: float = float("nan")) -> None:
+    """One element."""
+    with torch.no_grad():
+        tensor.view(-1)[0] = value
+
+
+class FullDisk:
+    """A disk that takes half of what a write gives it, and says that it is full, while `full`: for checkpoints (and
+    whatever else `util.checkpoint.files` writes) and for files that grow."""
+
+    def __init__(self, patch, full: bool = False):
+        self.full, self.refused = full, 0
+        patch.setattr("util.checkpoint.files.open", self.open, raising=False)
+        patch.setattr("util.checkpoint.retry.open", self.open, raising=False)
+        patch.setattr("util.checkpoint.retry.FIRST", 0.01)  # seconds between attempts
+
+    def open(self, path, mode="r", **options):
+        file = open(path, mode, **options)  # noqa: SIM115
+        return _HalfWritten(file, self) if self.full and mode in ("wb", "ab") else file
+
+
+class _HalfWritten:
+    def __init__(self, file, disk):
+        self.file, self.disk = file, disk
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, data):
+        self.file.write(bytes(data)[: len(data) // 2])
+        self.disk.refused += 1
+        raise FULL
+
+    def flush(self):
+        self.file.flush()
+
+    def fileno(self):
+        return self.file.fileno()
+
+
+def stop_at(monkeypatch, step):
+    """Raise SIGTERM in this process when optimizer step number `step` begins."""
+    original, calls = util.training.run.adjust_learning_rate, [0]
+
+    def adjust(*args):
+        calls[0] += 1
+        if calls[0] == step:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(util.training.run, "adjust_learning_rate", adjust)

@@ -1,0 +1,120 @@
+"""main_pretrain.py, which kills itself: `killed.py WHERE N RANK STEPS FLAGS…`. At the N-th time that rank RANK comes to
+
+    step          the end of an optimizer step
+    accumulation  a micro-batch inside a window
+    write         the writing of a checkpoint, of which half is on the disk
+    rename        the renaming of a checkpoint: before it (N even) or after it (N odd)
+    evaluation    the kNN evaluation
+    worker        an image, in a data worker
+
+that process sends itself SIGKILL; never when N is 0. Rank 0 appends the numbers of the steps that it does to the file
+STEPS.
+"""
+
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
+
+import torch  # noqa: E402
+
+import main_pretrain  # noqa: E402
+import util.checkpoint.files  # noqa: E402
+from util.data.samples import KeyedDataset  # noqa: E402
+from util.errors import user_errors  # noqa: E402
+from util.training.run import Run  # noqa: E402
+
+WHERE = ("step", "accumulation", "write", "rename", "evaluation", "worker")
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Countdown:
+    """`now()` is true at the N-th call."""
+
+    def __init__(self, number: int):
+        self.left = number
+
+    def now(self) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+
+def before(owner, name: str, act) -> None:
+    """`act(*args)` at the beginning of every call."""
+    original = getattr(owner, name)
+
+    def call(*args, **kwargs):
+        act(*args)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def half_written(path, write) -> None:
+    whole = io.BytesIO()
+    write(whole)
+    with open(path.with_name(f".{path.name}.tmp"), "wb") as file:
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        file.flush()
+        os.fsync(file.fileno())
+    kill()
+
+
+def arrange(where: str, number: int) -> None:
+    due = Countdown(number)
+    if where == "step":
+        before(Run, "_after_step", lambda *_: due.now() and kill())
+    elif where == "accumulation":
+        before(Run, "backward", lambda run, micro, *_: not micro.closes and due.now() and kill())
+    elif where == "write":
+        before(util.checkpoint.files, "write_atomically", lambda *args: due.now() and half_written(*args))
+    elif where == "rename":
+        original = os.replace
+
+        def replace(old, new):
+            ours = "checkpoint-" in str(new) and due.now()
+            if ours and number % 2 == 0:
+                kill()
+            original(old, new)
+            if ours:
+                kill()
+
+        os.replace = replace
+    elif where == "evaluation":
+        before(main_pretrain, "knn_accuracy", lambda *_: due.now() and kill())
+    elif where == "worker":
+        before(KeyedDataset, "__getitem__", lambda *_: torch.utils.data.get_worker_info() and due.now() and kill())
+
+
+def record_steps(path: str) -> None:
+    def append(run, *_):
+        with open(path, "a") as file:
+            file.write(f"{run.step}\n")
+
+    before(Run, "_after_step", append)
+
+
+def get_args_parser():
+    return SimpleNamespace(parse_args=list)
+
+
+def main(words):
+    where, number, rank, steps = words[0], int(words[1]), words[2], words[3]
+    here = os.environ.get("RANK", "0")
+    if number and here == rank:
+        arrange(where, number)
+    if here == "0":
+        record_steps(steps)
+    with user_errors("main_pretrain.py"):
+        main_pretrain.main(main_pretrain.get_args_parser().parse_args(words[4:]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,145 @@
+"""MLO-MAE driven on small problems, in float64 and with gradient descent in place of AdamW.
+
+One step of each problem is then what the fixtures and the unrolled graph compute.
+"""
+
+import re
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import main_pretrain
+from methods import Pretrainer
+from methods.mlo.inner_problems import trained
+from methods.mlo.labelled_task import Classification, StandardizedLinear
+from methods.mlo.method import MLOMAE
+from models_mae import MaskedAutoencoderViT
+
+EXACT = 1e-10  # float64: a chain of a few hundred operations, relative to the norm
+
+
+class Task:
+    """A guiding task on given batches."""
+
+    held_out, loss, score = [0], staticmethod(F.cross_entropy), staticmethod(Classification.score)
+    logged = Classification.logged
+
+    def __init__(self, features, head, train, val):
+        self.features, self.made = features, head
+        self.given = [SimpleNamespace(batch=lambda i, b=b: b[i % len(b)]) for b in (train, val)]
+
+    def head(self, width):
+        return self.made
+
+    def observe(self, head, features):
+        """A head that has observed its features before keeps to that."""
+
+    def batches(self, every):
+        return self.given
+
+
+class Labelled(SimpleNamespace):
+    def _replace(self, **changes):
+        return Labelled(**vars(self) | changes)
+
+
+def labelled(images, targets):
+    return [Labelled(image=x, target=y, bad=torch.zeros(len(y))) for x, y in zip(images, targets)]
+
+
+def the_method(model, task, flags="", inner_lr=0.1, head_lr=0.2, net=None, steps=1000):
+    """MLOMAE with gradient descent for all three problems; the masking network moves by its gradient."""
+    argv = f"--mlo_mae --mlo_labels same --amp_dtype fp32 --mlo_mask_lr 1 --mlo_precondition none {flags}".split()
+    argv += (
+        ["--mlo_head_lr", str(head_lr)]
+        if not {"2", "solve"} & set(re.findall(r"--mlo_(?:levels|stage2) (\w+)", flags))
+        else []
+    )
+    args = main_pretrain.get_args_parser().parse_args(argv)
+    main_pretrain.check(args)
+    method = MLOMAE(args, model)
+    method.use(task)
+    if net is not None:
+        method.net.load_state_dict(net)
+    method.to(next(model.parameters()).dtype)
+    method.optimizer = torch.optim.SGD(method.net.parameters(), lr=1)
+    if method.stage2.optimizer:
+        method.stage2.optimizer = torch.optim.SGD(method.stage2.parameters(), lr=head_lr)
+    pretrainer = Pretrainer(model, [method], steps)
+    method.head_lr = head_lr
+    pretrainer.attach(torch.optim.SGD(trained(model).values(), lr=inner_lr))
+    return pretrainer, method
+
+
+def train_step(pretrainer, method, imgs, ratio):
+    loss = sum(pretrainer(imgs, ratio).values())
+    loss.backward()
+    method.inner.step()
+    method.inner.zero_grad()
+    pretrainer.after_update(imgs, method.step, torch.ones(()))
+    return loss.detach()
+
+
+def move_of(pretrainer, method, batches, ratio) -> dict:
+    """The hypergradient that the masking network moves by after steps on `batches`."""
+    found, original = [], method.hypergradient
+    method.hypergradient = lambda *args: found.append(original(*args)) or found[-1]
+    for imgs in batches:
+        train_step(pretrainer, method, imgs, ratio)
+    return {name: sum(part[name] for part in found) for name in found[0]}
+
+
+def flat(gradients) -> torch.Tensor:
+    return torch.cat([g.detach().flatten() for g in (gradients.values() if isinstance(gradients, dict) else gradients)])
+
+
+def off(ours, theirs) -> float:
+    """Relative error in norm."""
+    ours, theirs = flat(ours), flat(theirs)
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def cosine(one, other) -> float:
+    one, other = flat(one).double(), flat(other).double()
+    return (one @ other / (one.norm() * other.norm())).item()  # torch's own is afraid of vectors this short
+
+
+def small_vit(flags, dtype=torch.float64, depth=2, inner_lr=0.1, head_lr=0.3):
+    """An autoencoder with a made-up task of three classes, on noise."""
+    model = MaskedAutoencoderViT(16, 4, 3, 24, depth, 2, 16, 1, 2, mlp_ratio=2.0, norm_pix_loss=True).to(dtype)
+    draw = partial(torch.randn, dtype=dtype)
+    head = (StandardizedLinear if "head_norm" in flags else nn.Linear)(24, 3).to(dtype).requires_grad_(False)
+    if "head_norm" in flags:
+        head.observe(3 * draw(50, 24) + draw(24))
+    pool = 0 if "cls" in flags else slice(1, None)
+    task = Task(
+        lambda m, x: m.encode(m.embed(x))[0][:, pool].reshape(len(x), -1, 24).mean(dim=1),
+        head,
+        labelled(draw(2, 6, 3, 16, 16), torch.randint(3, (2, 6))),
+        labelled(draw(2, 5, 3, 16, 16), torch.randint(3, (2, 5))),
+    )
+    pretrainer, method = the_method(model, task, f"--mlo_hidden 20 {flags}", inner_lr, head_lr)
+    return pretrainer, method, draw(4, 24, 3, 16, 16)
+
+
+def twice(make):
+    """The same thing made twice."""
+    state = torch.get_rng_state()
+    first = make()
+    torch.set_rng_state(state)
+    return first, make()
+
+
+def in_float(given):
+    def batch(number):
+        found = given.batch(number)
+        return found._replace(image=found.image.float())
+
+    return SimpleNamespace(batch=batch)
+
+
+def vars_of(batch):
+    return batch.imgs, batch.ids_keep, batch.ids_removed

@@ -1,0 +1,269 @@
+"""How bad input must be refused: one sentence on stderr that names the flag or file, exit code 2, not a file touched.
+
+Every case runs with `--overwrite` into the folder of another run, which must stay as it is; those of pretraining also
+into a folder that does not exist, which must not be created. Most run inside this process, a few are real commands.
+"""
+
+import builtins
+import os
+import random
+import shutil
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+from models_mae import MaskedAutoencoderViT
+from util.errors import user_errors
+from util.parallel.signals import SIGNALS
+
+MAINS = {"pretrain": main_pretrain, "finetune": main_finetune, "linprobe": main_linprobe}
+# four pictures of four patches each: an epoch is two steps
+COMMON = "--data_path {box}/data/good --input_size 8 --epochs 1 --warmup_epochs 0 --batch_size 2 --num_workers 0"
+COMMON += " --device cpu --amp_dtype fp32"
+BASE = {
+    "pretrain": f"{COMMON} --model mae_vit_micro_patch4 --vis_freq 0".split(),
+    "finetune": f"{COMMON} --model vit_micro_patch4".split(),
+    "linprobe": f"{COMMON} --model vit_micro_patch4".split(),
+}
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK")
+
+
+# --- the box: everything a test may name, and everything that must stay as it is
+
+
+@contextmanager
+def isolated(folder: Path):
+    """A main in this process leaves no trace: its signal handlers, `print`, random state and folder are undone."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    states, printer = (random.getstate(), np.random.get_state()), builtins.print
+    precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    argv, here = sys.argv, Path.cwd()
+    environment = {name: os.environ.pop(name) for name in LAUNCHERS if name in os.environ}
+    os.chdir(folder)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        os.chdir(here)
+        os.environ.update(environment)
+        sys.argv, builtins.print = argv, printer
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.benchmark = benchmark
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def command(program: str, box: Path, *flags: str) -> list[str]:
+    """A valid command line and `flags`, in which {box} is the box."""
+    return [flag.replace("{box}", str(box)) for flag in [*BASE[program], *flags]]
+
+
+def call(program: str, argv: list[str], folder: Path) -> None:
+    """`python main_<program>.py argv` in this process, started in `folder`."""
+    with isolated(folder):
+        sys.argv = [f"main_{program}.py"]
+        with user_errors(f"main_{program}.py"):
+            MAINS[program].main(MAINS[program].get_args_parser().parse_args(argv))
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Change time and size of everything below; a folder's time tells of files that came and went."""
+    found = {}
+    for parent, _, files in os.walk(folder):
+        for path in (parent, *(os.path.join(parent, name) for name in files)):
+            status = os.lstat(path)
+            found[path] = status.st_mtime_ns, status.st_size
+    return found
+
+
+def put_images(folder: Path, count: int = 2) -> None:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(folder / f"{i}.png")
+
+
+def put_data(data: Path) -> None:
+    for name in ("empty", "hollow/train/a", "hollow/train/b", "flat/val"):
+        (data / name).mkdir(parents=True)
+    for name in (
+        "good/train/a",
+        "good/train/b",
+        "good/val/a",
+        "good/val/b",
+        "no_train/val/a",
+        "no_val/train/a",
+        "flat/train",
+        "stranger/train/a",
+        "stranger/val/c",
+        "tiny/train/n1/images",
+    ):
+        put_images(data / name)
+    for name in ("a", "b"):
+        put_images(data / "single/train" / name, 1)
+        put_images(data / "single/val" / name, 1)
+    (data / "texts").mkdir()
+    (data / "texts/readme.txt").write_text("no image\n")
+    for name, annotations in {"foreign": "0.png\tn9\t0\t0\t8\t8\n", "cut": "0.png\n", "plain": None}.items():
+        shutil.copytree(data / "tiny/train", data / f"tiny_{name}/train")
+        if annotations:
+            put_images(data / f"tiny_{name}/val/images")
+            (data / f"tiny_{name}/val/val_annotations.txt").write_text(annotations)
+    (data / "corrupt/train/a").mkdir(parents=True)
+    for i in range(4):
+        (data / f"corrupt/train/a/{i}.png").write_bytes(b"no image")
+
+
+def put_lists(lists: Path) -> None:
+    lists.mkdir()
+    labelled = "".join(f"train/{name}/{i}.png\t{name}\n" for name in "ab" for i in range(2))
+    contents = {
+        "labelled": labelled,
+        "unlabelled": "train/a/0.png\ntrain/a/1.png\n",
+        "empty": "\n",
+        "mixed": "train/a/0.png\t1\ntrain/a/1.png\n",
+        "stranger": "val/a/0.png\tc\n",
+        "ghosts": "nowhere/0.png\nnowhere/1.png\n",
+        "odd": "train/a/0.png\t²\ntrain/a/1.png\t3\n",
+    }
+    for name, text in contents.items():
+        (lists / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+class Evil:
+    """What a hostile pickle asks for."""
+
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def put_files(files: Path, run: Path) -> None:
+    """Files that are no checkpoint of the micro model."""
+    files.mkdir()
+    put_images(files / "pictures", 1)
+    whole = (run / "checkpoint-0.pth").read_bytes()
+    (files / "truncated.pth").write_bytes(whole[: len(whole) // 2])
+    (files / "empty.pth").write_bytes(b"")
+    (files / "text.pth").write_text("no checkpoint\n")
+    small = MaskedAutoencoderViT(8, 4, 3, 64, 1, 4, 32, 1, 4)
+    decoder = MaskedAutoencoderViT(8, 4, 3, 128, 4, 4, 32, 1, 4)
+    grey = MaskedAutoencoderViT(8, 4, 1, 128, 4, 4, 96, 2, 4)
+    contents = {
+        "narrow": {"model": small.state_dict()},
+        "decoder": {"model": decoder.state_dict()},
+        "grey": {"model": grey.state_dict()},
+        "list": [1, 2],
+        "no_weights": {"epoch": 3},
+        "evil": Evil(),
+        "cnn": {"model": {"conv1.weight": torch.zeros(2, 3, 7, 7)}},
+    }
+    state = torch.load(run / "checkpoint-0.pth", weights_only=True)
+    contents |= {
+        "weights_only": {"model": state["model"]},
+        "odd_args": {**state, "args": 5},
+        "odd_model": {**state, "model": [1, 2]},
+        "odd_epoch": {**state, "epoch": "last", "data": None},
+        "odd_flags": {"model": state["model"], "args": {"model": 5, "input_size": "big"}},
+        "no_optimizer_state": {**state, "optimizer": {}},
+    }
+    for name, content in contents.items():
+        torch.save(content, files / f"{name}.pth")
+    (files / "cut.safetensors").write_bytes((run / "encoder.safetensors").read_bytes()[:1000])
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory):
+    """The box as it must be before and after every test: three finished runs, data folders, files of every kind."""
+    box = tmp_path_factory.mktemp("bad_input") / "box"
+    (box / "here").mkdir(parents=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # nothing here is large enough to share
+    put_data(box / "data")
+    for program in MAINS:
+        call(program, command(program, box, "--output_dir", f"{{box}}/{program}"), box / "here")
+    put_lists(box / "lists")
+    put_files(box / "files", box / "pretrain")
+    (box / "file").write_text("a file\n")
+    shutil.copytree(box, box.with_name("kept"))
+    yield box
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def untouched(pristine):
+    return listing(pristine)
+
+
+@pytest.fixture
+def box(pristine, untouched):
+    """The box, restored if a test that failed has touched it. Cases name paths in it as `{box}/...`."""
+    yield pristine
+    if listing(pristine) != untouched:
+        shutil.rmtree(pristine)
+        shutil.copytree(pristine.with_name("kept"), pristine)
+
+
+def refusal(capsys, program: str, flags: str | list[str], box: Path, *common: str) -> str:
+    """The one line with which `program` refuses `flags` (on top of a valid command line), after which the box is as
+    it was."""
+    flags = flags.split() if isinstance(flags, str) else flags
+    argv = command(program, box, *common, *flags)
+    before = listing(box)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        call(program, argv, box / "here")
+    error = capsys.readouterr().err
+    assert caught.value.code == 2, error
+    assert error.endswith("\n") and error.count("\n") == 1, f"not one line:\n{error}"
+    assert f"main_{program}.py: error: " in error
+    assert len(error) < 900, f"no sentence but {len(error)} characters"
+    assert listing(box) == before, "files were touched"
+    return error.strip()
+
+
+def assert_names(line: str, words: str) -> None:
+    for word in words.split(" | "):
+        assert word in line, f"{word!r} is not named: {line}"
+
+
+def split_flags(flags: str) -> list[str]:
+    """Like a shell, but a trailing space is an empty value."""
+    return flags.split(" ") if flags.endswith(" ") else flags.split()
+
+
+def cases(shared=(), transfer=(), **tables) -> list[tuple[str, str, str]]:
+    """(program, flags, names) of tables {flags: names}: `shared` of all mains, `transfer` of the two that read labels,
+    the others of the main whose name they have."""
+    found = [(program, *case) for program in MAINS for case in dict(shared).items()]
+    found += [(program, *case) for program in ("finetune", "linprobe") for case in dict(transfer).items()]
+    return found + [(program, *case) for program, table in tables.items() for case in table.items()]
+
+
+def parameters(found):
+    """(program, flags, names) of each case, by its command line."""
+    for program, flags, names in found:
+        text = f"{program} {flags}"
+        yield pytest.param(program, flags, names, id=text.replace("x" * 300, "xxx"))
+
+
+def assert_refused(capsys, program: str, flags: str, names: str, box: Path) -> None:
+    """One case: a new folder and that of another run, where each makes sense."""
+    flags = split_flags(flags.replace("{program}", program))
+    names = names.replace("{box}", str(box))
+    folders = [["--output_dir", "{box}/new"], ["--output_dir", f"{{box}}/{program}", "--overwrite"]]
+    if "--resume" in flags:
+        folders[1].pop()
+    if program != "pretrain" or "--output_dir" in flags:  # what makes the folder is common to all of them
+        folders.pop(0)
+    for folder in folders:
+        assert_names(refusal(capsys, program, flags, box, *folder), names)

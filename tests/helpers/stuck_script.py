@@ -1,0 +1,67 @@
+"""One pretraining in which a rank stands still in its third step, while it waits for images, computes, or is stopped as
+a whole (`images RANK FLAGS…`, `step`, `process`); for two seconds only (`moment`); or seems to: all wait long for their
+first images (`start`), or rank 0 has much to do after the others have ended (`end`).
+"""
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import main_pretrain
+from methods import Pretrainer
+from util.data.loader import Loader
+from util.report.ledger import Record
+
+FOREVER = 1000
+
+
+def in_step(number: int, act) -> None:
+    calls, original = [0], Pretrainer.after_update
+
+    def after_update(self, *args):
+        calls[0] += 1
+        if calls[0] == number:
+            act()
+        return original(self, *args)
+
+    Pretrainer.after_update = after_update
+
+
+def in_batch(number: int, act) -> None:
+    original = Loader.entered
+
+    def entered(self, iterator):
+        for place, batch in enumerate(original(self, iterator)):
+            if place == number:
+                act()
+            yield batch
+
+    Loader.entered = entered
+
+
+def get_args_parser():
+    return SimpleNamespace(parse_args=list)
+
+
+def at_the_end(act) -> None:
+    original = Record.finish
+    Record.finish = lambda *args: act() or original(*args)
+
+
+def main(words):
+    kind, rank = words[0], words[1]
+    if kind == "start":
+        in_batch(0, lambda: time.sleep(6))
+    elif os.environ["RANK"] == rank:
+        if kind == "images":
+            in_batch(2, lambda: time.sleep(FOREVER))
+        elif kind == "moment":
+            in_batch(2, lambda: time.sleep(2))
+        elif kind == "step":
+            in_step(3, lambda: time.sleep(FOREVER))
+        elif kind == "process":
+            in_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        elif kind == "end":
+            at_the_end(lambda: time.sleep(6))
+    main_pretrain.main(main_pretrain.get_args_parser().parse_args(words[2:]))

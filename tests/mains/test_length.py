@@ -1,0 +1,128 @@
+"""Runs that end inside an epoch: how many steps, where the schedules end, and that going on there is exact."""
+
+import argparse
+import json
+from math import ceil
+
+import pytest
+import torch
+from helpers.launch import SMALL, checkpoint, log_rows, same_tensors, scalars
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+from util.errors import UserError
+from util.lr_sched import learning_rate
+from util.training.run_length import settle_length
+
+# 96 training images in batches of 8: 12 batches, 6 steps an epoch.
+BASE = "--batch_size 8 --accum_iter 2 --num_workers 0 --device cpu --amp_dtype fp32 --print_freq 1 --save_freq 1"
+PRETRAIN = f"{SMALL} {BASE} --warmup_epochs 0.5 --lr 1e-3 --min_lr 1e-5 --vis_freq 0"
+FINETUNE = f"--model vit_micro_patch4 --input_size 16 {BASE} --warmup_epochs 0.5 --lr 1e-3 --min_lr 1e-5 --aug rrc"
+MAINS = {"pretrain": (main_pretrain, PRETRAIN), "finetune": (main_finetune, FINETUNE)}
+
+
+def start(kind, flags):
+    main, base = MAINS[kind]
+    return main.main(main.get_args_parser().parse_args(f"{base} {flags}".split()))
+
+
+def flags_of(**given):
+    return argparse.Namespace(
+        **{"epochs": 1, "max_steps": None, "accum_iter": 1, "start_epoch": 0, "resume": "", **given}
+    )
+
+
+@pytest.mark.parametrize(
+    "epochs,max_steps,accum,batches,steps,end",
+    [
+        (0.1, None, 1, 97, 10, 10 / 97),  # 9.7 batches
+        (0.1, None, 4, 97, 3, 12 / 97),  # 10 batches, up to the end of a window
+        (2.5, None, 1, 10, 25, 2.5),
+        (0.001, None, 1, 97, 1, 1 / 97),  # one step at least
+        (0.999, None, 1, 97, 97, 1),
+        (3, None, 4, 97, 75, 3),  # 24 windows and a short one
+        (3, 75, 4, 97, 75, 3),
+        (3, 74, 4, 97, 74, 2 + 96 / 97),
+        (50, 7, 1, 5, 7, 1.4),
+        (50, 1, 4, 5, 1, 0.8),
+    ],
+)
+def test_steps_and_end(epochs, max_steps, accum, batches, steps, end):
+    args = flags_of(epochs=epochs, max_steps=max_steps, accum_iter=accum)
+    for _ in range(2):  # the second time from its own result
+        assert settle_length(args, batches) == steps
+        assert args.epochs == pytest.approx(end, rel=1e-15)  # one division
+    assert steps <= ceil(end) * ceil(batches / accum)
+
+
+@pytest.mark.parametrize("kind", MAINS)
+@pytest.mark.parametrize("length,steps", [("--epochs 1.5", 9), ("--max_steps 8", 8)])
+def test_schedule_ends_with_the_run(kind, length, steps, image_folder, tmp_path):
+    """A point for every step; the last rate is the cosine's one step before its end."""
+    start(kind, f"--data_path {image_folder} {length} --output_dir {tmp_path}")
+    rates = scalars(tmp_path, "train/lr")
+    assert len(rates) == steps
+    flags = argparse.Namespace(lr=1e-3, min_lr=1e-5, warmup_epochs=0.5, epochs=steps / 6)
+    expected = [learning_rate(step / 6, flags) for step in range(steps)]
+    assert [rate for _, rate in rates] == pytest.approx(expected, rel=1e-6)  # events hold float32
+    state = checkpoint(tmp_path, f"checkpoint-1-{2 * (steps - 6)}.pth")
+    assert state["step"] == steps and state["origin"]["images_seen"] == 16 * steps
+    assert log_rows(tmp_path)[-1]["step"] == steps
+    entered = json.loads((tmp_path / "results.jsonl").read_text())
+    assert entered["images_seen"] == 16 * steps
+    if kind == "finetune":
+        assert "test_acc1" in entered["metrics"]
+
+
+@pytest.mark.parametrize("kind", MAINS)
+def test_resume_is_exact(kind, image_folder, tmp_path):
+    """From the end of the first epoch, and again at the end, where nothing is left to do."""
+    flags = f"--data_path {image_folder} --epochs 1.5 --output_dir {tmp_path}"
+    start(kind, flags)
+    end = tmp_path / "checkpoint-1-6.pth"
+    whole, rows = checkpoint(tmp_path, end.name), log_rows(tmp_path)
+    end.unlink()
+    start(kind, f"{flags} --resume auto")
+    state = checkpoint(tmp_path, end.name)
+    for key in ("model", "optimizer", "step", "rng"):
+        assert same_tensors(state[key], whole[key]), key
+    assert log_rows(tmp_path) == rows
+    entered = (tmp_path / "results.jsonl").read_text()
+    start(kind, f"{flags} --resume auto")
+    assert log_rows(tmp_path) == rows and (tmp_path / "results.jsonl").read_text() == entered
+
+
+def test_a_finished_part_can_be_made_longer(image_folder, tmp_path):
+    """With a constant rate, half an epoch and then the rest of it is one epoch."""
+    flags = f"--data_path {image_folder} --warmup_epochs 0 --min_lr 1e-3"
+    start("pretrain", f"{flags} --epochs 1 --output_dir {tmp_path / 'one'}")
+    start("pretrain", f"{flags} --epochs 0.5 --output_dir {tmp_path / 'two'}")
+    assert (tmp_path / "two" / "encoder.safetensors").exists()
+    start("pretrain", f"{flags} --epochs 1 --output_dir {tmp_path / 'two'} --resume auto")
+    one, two = (checkpoint(tmp_path / name, "checkpoint-0.pth") for name in ("one", "two"))
+    assert same_tensors(one["model"], two["model"]) and same_tensors(
+        one["optimizer"]["state"], two["optimizer"]["state"]
+    )
+    assert log_rows(tmp_path / "one") == log_rows(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    "main,flags,words",
+    [
+        (main_pretrain, "--max_steps 5 --rc_mae", "--max_steps and --rc_mae exclude each other"),
+        (main_pretrain, "--max_steps 0", "--max_steps 0 must be positive"),
+        (main_pretrain, "--epochs inf", "--epochs inf is not finite"),
+        (main_linprobe, "--cache_features --epochs 1.5", "whole --epochs"),
+        (main_linprobe, "--cache_features --max_steps 9", "whole --epochs"),
+        (main_finetune, "--max_steps 6 --start_epoch 2", "--start_epoch 2 leaves none of the 1 epochs"),
+    ],
+)
+def test_refusals(main, flags, words, image_folder, tmp_path):
+    base = FINETUNE if main is main_finetune else "--device cpu"
+    args = main.get_args_parser().parse_args(
+        f"{base} --data_path {image_folder} --output_dir {tmp_path} {flags}".split()
+    )
+    with pytest.raises(UserError, match=words):
+        main.main(args)
+    assert not torch.distributed.is_initialized() and not list(tmp_path.iterdir())

@@ -1,0 +1,139 @@
+"""MLO-MAE with a head that is solved for: its solution, and the derivative of stage III through it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.mlo_problems import small_vit
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from torch.func import functional_call
+
+from methods.mlo.inner_problems import trained
+from methods.mlo.solved_head import Fit, conjugate_gradients, standardized
+
+
+def problem(ridge=0.1, count=40, width=6, classes=3):
+    """Two batches of features of mixed scales, with labels that follow from them but for noise."""
+    rule, scales = torch.randn(width, classes).double(), torch.logspace(-2, 2, width).double()
+    batches = []
+    for _ in range(2):
+        features = torch.randn(count, width).double()
+        targets = (features @ rule + torch.randn(count, classes)).argmax(1)
+        batches.append((features * scales + 5, targets))
+    head = nn.Linear(width, classes).double().requires_grad_(False)
+    return Fit(F.cross_entropy, head, ridge), *batches
+
+
+def test_conjugate_gradients():
+    root = torch.randn(30, 30).double()
+    matrix, right = root @ root.T + 0.1 * torch.eye(30), torch.randn(30).double()
+    found = conjugate_gradients(lambda x: matrix @ x, right, 1e-12)
+    # The tolerance is on the residual; the condition number of some thousands stands between that and the solution.
+    torch.testing.assert_close(found, torch.linalg.solve(matrix, right), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_no_numbers_end_it_at_once(value):
+    """Conjugate gradients would go on to their limit; the run's own check says what is wrong."""
+    asked = []
+    conjugate_gradients(lambda x: asked.append(1) or value * x, torch.ones(50).double(), 1e-9)
+    assert len(asked) < 3
+    fit, (features, targets), _ = problem()
+    features[3, 2] = value
+    assert fit.solve(torch.zeros(21).double(), features, targets).isfinite().all()
+
+
+def test_the_solution_is_scikit_learns():
+    """Which does not penalise its intercept, so ours goes in as a feature that is always one."""
+    fit, (features, targets), _ = problem()
+    solution = fit.solve(torch.zeros(21).double(), features, targets)
+    inputs = torch.cat([standardized(features, features), torch.ones(40, 1)], dim=1).numpy()
+    theirs = LogisticRegression(C=1 / (40 * fit.ridge), fit_intercept=False, solver="newton-cg", tol=1e-10)
+    theirs.fit(inputs, targets.numpy())
+    ours = torch.cat([fit.weights(solution)["weight"], fit.weights(solution)["bias"][:, None]], dim=1)
+    torch.testing.assert_close(ours, torch.from_numpy(theirs.coef_), rtol=0, atol=1e-6)  # their tolerance
+
+
+def test_the_solution_does_not_depend_on_the_start():
+    fit, (features, targets), _ = problem()
+    one, other = (
+        fit.solve(start, features, targets) for start in (torch.zeros(21).double(), 5 * torch.randn(21).double())
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-7)  # a gradient of 1e-9 over the ridge of 0.1
+
+
+def of_theta(pretrainer, method, weights) -> torch.Tensor:
+    """L3 with the head solved anew, at other weights of the autoencoder."""
+    stage = method.stage2
+    fit = Fit(stage.guide.loss, stage.head, stage.ridge)
+    batches = [given.batch(0) for given in method.batches]
+    model = Encoded(pretrainer.model, stage.guide)
+    weights = {f"model.{name}": value for name, value in weights.items()}
+    ours, theirs = (functional_call(model, weights, (batch.image,)) for batch in batches)
+    solution = fit.solve(torch.zeros(75).double(), ours, batches[0].target, 1e-12)
+    return F.cross_entropy(fit.logits(solution, standardized(theirs, ours)), batches[1].target).detach()
+
+
+class Encoded(nn.Module):
+    def __init__(self, model, guide):
+        super().__init__()
+        self.model, self.guide = model, guide
+
+    def forward(self, imgs):
+        return self.guide.features(self.model, imgs)
+
+
+def test_the_total_derivative_is_exact():
+    """Against central differences of the whole: features, statistics, solution, loss. Float64: the difference of 1e-5
+    leaves 1e-10 of curvature and 1e-11 of rounding, relative to derivatives of about 1e-2."""
+    pretrainer, method, _ = small_vit("--mlo_unroll 1 --mlo_stage2 solve --mlo_ridge 0.1")
+    batches = [given.batch(0) for given in method.batches]
+    logged, paths = method.stage2.paths(pretrainer.model, batches[1], batches[0])
+    theta = {name: p.detach() for name, p in trained(pretrainer.model).items()}
+    assert set(logged) == {"stage2_loss", "stage3_loss", "stage3_top1"}
+    torch.testing.assert_close(logged["stage3_loss"], of_theta(pretrainer, method, theta), rtol=1e-9, atol=0)
+    for _ in range(3):
+        along = {name: torch.randn_like(vector) for name, vector in paths["direct"].items()}
+        plus, minus = (
+            of_theta(pretrainer, method, theta | {n: theta[n] + sign * 1e-5 * v for n, v in along.items()})
+            for sign in (1, -1)
+        )
+        ours = sum((along[name] * path[name]).sum() for path in paths.values() for name in path)
+        assert ours.item() == pytest.approx(((plus - minus) / 2e-5).item(), rel=1e-6, abs=1e-8)
+
+
+def test_what_the_head_can_undo_does_not_count():
+    """Another basis of the features changes nothing once the head is solved for, but where the ridge sees it; to a head
+    that stays as it is, it means a lot."""
+    fit, batch, held_out = problem(ridge=1e-6, count=400)
+    solution = fit.solve(torch.zeros(21).double(), *batch)
+    _, _, of_ours, of_theirs = fit.through(solution, batch, held_out)
+    basis = torch.randn(6, 6).double()
+    scale = batch[0].std(0)
+    ours, theirs = (((features - batch[0].mean(0)) / scale @ basis) * scale for features, _ in (batch, held_out))
+    direct, total = (of_theirs * theirs).sum(), (of_theirs * theirs).sum() + (of_ours * ours).sum()
+    assert abs(total) < 1e-3 * abs(direct)
+
+
+def test_the_loss_of_stage_two_is_that_of_the_solution():
+    """Below what any other head that was tried has, the penalty counted."""
+    pretrainer, method, _ = small_vit("--mlo_unroll 1 --mlo_stage2 solve --mlo_ridge 0.1")
+    batches = [given.batch(0) for given in method.batches]
+    logged, _ = method.stage2.paths(pretrainer.model, batches[1], batches[0])
+    features = method.stage2.guide.features(pretrainer.model, batches[0].image).detach()
+    inputs = standardized(features, features)
+    head = torch.cat([p.detach().flatten() for p in method.stage2.head.parameters()])
+    loss = F.cross_entropy(method.stage2.head(inputs), batches[0].target)
+    torch.testing.assert_close(logged["stage2_loss"], loss.detach())
+    fit = Fit(F.cross_entropy, method.stage2.head, 0.1)
+    best = fit.objective(head, inputs, batches[0].target)
+    for _ in range(20):
+        assert fit.objective(head + 0.1 * torch.randn_like(head), inputs, batches[0].target) > best
+
+
+def test_one_path_can_be_left_out():
+    pretrainer, method, _ = small_vit("--mlo_unroll 1 --mlo_stage2 solve --no_mlo_head_path")
+    batches = [given.batch(0) for given in method.batches]
+    assert list(method.stage2.paths(pretrainer.model, batches[1], batches[0])[1]) == ["direct"]

@@ -1,0 +1,267 @@
+"""Predicted memory and FLOPs against what steps of the real code allocate and compute; the plan made from them."""
+
+import argparse
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.launch import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import memory
+
+import main_pretrain
+from methods import Pretrainer
+from models_mae import MODELS, build_model
+from planning.footprint import Setup, learned, parts, peak, sizes_of, teacher_weights
+from planning.plan import Machine, candidates, flops_per_image, plan, seconds, traffic
+from tools import plan as tool
+from util.compute.precision import DTYPES, autocast
+from util.errors import UserError
+from util.report.mfu import flop_counter
+
+CPU = torch.device("cpu")
+TINY, MICRO = MODELS["mae_deit_tiny_patch4"].config, MODELS["mae_vit_micro_patch4"].config
+LARGE, LARGEST = (sizes_of(MODELS[f"mae_vit_{name}"].config) for name in ("large_patch16", "6.5b_patch14"))
+
+
+def options(dtype: str) -> argparse.Namespace:
+    flags = ["--model", "mae_deit_tiny_patch4"]
+    chosen = {"model": "mae_deit_tiny_patch4", "amp_dtype": dtype, "mask_ratio": 0.75}
+    return argparse.Namespace(**vars(memory.get_args_parser().parse_args(flags)) | chosen)
+
+
+def model_of(config: dict, setup: Setup):
+    model = build_model("mae_vit_micro_patch4", **config, norm_pix_loss=True)
+    model.set_grad_checkpointing(setup.grad_checkpoint)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = setup.fused
+    return model
+
+
+def kept(model, setup: Setup) -> int:
+    """Bytes of all storages that autograd keeps between forward and backward, each counted once."""
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    imgs = torch.randn(setup.batch, 3, *model.patch_embed.img_size)
+    dtype = torch.float32 if setup.element == 4 else torch.bfloat16
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(CPU, dtype):
+        loss = sum(Pretrainer(model)(imgs).values())
+    del loss
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "grad_checkpoint"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "matmul"])
+@pytest.mark.parametrize("element", [4, 2], ids=["fp32", "bf16"])
+def test_what_is_kept_for_the_backward_pass(element, fused, again):
+    """Per image: the difference between two batch sizes, in which weights and their bf16 copies cancel. The loss keeps
+    a number or two for a whole batch, nothing else is left out: to 0.1 %."""
+    few, more = (Setup(batch, element=element, fused=fused, grad_checkpoint=again) for batch in (2, 5))
+    model = model_of(MICRO, few)
+    per_image = (kept(model, more) - kept(model, few)) / 3
+    assert sum(part.saved for part in parts(sizes_of(MICRO), few)) == pytest.approx(per_image, rel=1e-3)
+
+
+def test_weights_are_those_of_the_models():
+    for name, build in MODELS.items():
+        with torch.device("meta"):
+            model = build()
+        sizes = sizes_of(build.config)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert (learned(sizes), sizes.frozen) == (trained, model.pos_embed.numel() + model.decoder_pos_embed.numel())
+        assert teacher_weights(sizes, "autoencoder") == sum(p.numel() for p in model.parameters()), name
+        decoder = sum(p.numel() for key, p in model.named_parameters() if key.startswith(("decoder", "mask_token")))
+        assert teacher_weights(sizes, "encoder") == teacher_weights(sizes, "autoencoder") - decoder
+
+
+@pytest.mark.parametrize("teacher", ["none", "encoder", "autoencoder"])
+@pytest.mark.parametrize("again", [False, True], ids=["", "grad_checkpoint"])
+def test_flops_are_those_that_torch_counts(teacher, again):
+    """Of matrix products, exactly; the head of MAE-K is a product more than the formula has, below 1 %."""
+    setup = Setup(3, element=4, grad_checkpoint=again, teacher=teacher)
+    step = memory.Step(options("fp32"), setup, MICRO)
+    with flop_counter() as counter:
+        step.called(step.imgs)[0].backward()
+    expected = setup.batch * sum(flops_per_image(sizes_of(MICRO), setup).values())
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01 if teacher == "encoder" else 0)
+
+
+SMALL = MODELS["mae_vit_small_patch16"].config  # at 224 px
+DEEP = MICRO | {"depth": 24, "decoder_depth": 6}
+
+
+def agree(setup: Setup, config: dict, tolerance: float = 0.05) -> str:
+    """The moment of the peak. The aim is 15 %. Measured are 1 % at the most: 5 % is room for another version of torch,
+    and less than any part that could be forgotten."""
+    dtype = {size.itemsize: name for name, size in DTYPES.items() if name != "fp16"}[setup.element]
+    moment, predicted, measured = memory.compared(options(dtype), setup, config)
+    assert predicted == pytest.approx(measured, rel=tolerance)
+    return moment
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "grad_checkpoint"])
+@pytest.mark.parametrize("element", [4, 2], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("config", [TINY, DEEP], ids=["tiny", "deep"])
+def test_peak_of_a_step(config, element, again):
+    for batch in (2, 8):
+        agree(Setup(batch, element=element, fused=element == 4, grad_checkpoint=again), config)
+
+
+@pytest.mark.parametrize(("element", "again"), [(4, False), (2, True)], ids=["fp32", "bf16, grad_checkpoint"])
+def test_peak_of_a_step_on_larger_images(element, again):
+    agree(Setup(2, element=element, fused=element == 4, grad_checkpoint=again), SMALL)
+
+
+@pytest.mark.parametrize("teacher", ["encoder", "autoencoder"])
+def test_peak_with_a_teacher(teacher):
+    agree(Setup(8, element=2, fused=False, teacher=teacher), TINY)
+
+
+def test_peak_of_an_accumulated_step():
+    """Gradients of the first micro-batch are there while the second one is at its peak."""
+    one, two = (Setup(16, accum=accum, element=2, fused=False) for accum in (1, 2))
+    agree(two, TINY)
+    less, more = (sum(peak(sizes_of(TINY), setup)[1].values()) for setup in (one, two))
+    assert more - less > 3 * learned(sizes_of(TINY))
+
+
+@pytest.fixture
+def alone():
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_peak_under_ddp(alone, monkeypatch):
+    """The buckets of one process are those of many. Gradients are there all the time, once."""
+    measured, predicted = memory.measured(memory.Step(options("bf16"), Setup(16, fused=False), TINY)), {}
+    for gpus in (2, 8):
+        predicted[gpus] = sum(peak(sizes_of(TINY), Setup(16, gpus=gpus, fused=False))[1].values())
+    assert predicted[2] == predicted[8] == pytest.approx(measured, rel=0.05)
+
+
+# The plan ------------------------------------------------------------------------------------------------------------
+
+
+def test_sharded_memory_shrinks_with_the_processes():
+    sharded = [peak(LARGEST, Setup(1, gpus=gpus, fsdp=True))[1] for gpus in (8, 64)]
+    assert sharded[0]["weights"] + sharded[0]["AdamW"] == 8 * (sharded[1]["weights"] + sharded[1]["AdamW"])
+    # Between epochs every process holds all weights in bf16, which outweighs a block or two.
+    moment, held = peak(LARGEST, Setup(1, gpus=512, fsdp=True))
+    assert moment == "between epochs" and held["gathered"] == 2 * (learned(LARGEST) + LARGEST.frozen)
+    assert sum(peak(LARGEST, Setup(1, gpus=64))[1].values()) > 16 * learned(LARGEST)  # fp32 weights, gradients, AdamW
+
+
+def test_traffic():
+    """Against counting what leaves a process in a ring: N - 1 messages of 1/N for each of gather and reduce-scatter."""
+    gpus, weights = 4, learned(LARGE)
+    pieces = (gpus - 1) * weights / gpus
+    assert traffic(LARGE, Setup(1, gpus=gpus)) == pytest.approx(pieces * 4 + pieces * 4)
+    assert traffic(LARGE, Setup(1, gpus=gpus, fsdp=True)) == pytest.approx(2 * pieces * 2 + pieces * 4)
+    assert traffic(LARGE, Setup(1)) == 0
+    teacher = traffic(LARGE, Setup(1, gpus=gpus, fsdp=True, teacher="autoencoder"))
+    assert teacher == pytest.approx(2 * pieces * 2 + pieces * 4 + pieces * 2, rel=1e-2)  # position tables beside
+
+
+def test_time_is_arithmetic_where_nothing_else_is_slow():
+    ideal = Machine(mfu=100, bandwidth=1e9, network=1e9, cores=10**9, hop=0, launch=0, memory_rate=1e9)
+    setup = Setup(32, gpus=16, accum=4)
+    time = seconds(LARGE, setup, ideal)
+    assert time.limit == "compute"
+    assert time.step == pytest.approx(128 * sum(flops_per_image(LARGE, setup).values()) / 700e12, rel=1e-4)
+    slow = seconds(LARGE, setup, replace(ideal, network=10))
+    # Hidden behind at most the backward pass of one micro-batch of four: two thirds of a quarter.
+    assert slow.exposed == pytest.approx(traffic(LARGE, setup) / 10e9 - time.step / 4 * 2 / 3, rel=1e-2)
+    assert slow.limit == "communication"
+    assert seconds(LARGE, setup, replace(ideal, cores=1)).limit == "data"
+    assert seconds(LARGE, setup, replace(ideal, launch=1.0)).limit == "few images a GPU"
+    inside = seconds(LARGE, replace(setup, gpus=8), replace(ideal, network=1e-3))
+    assert inside.exposed == pytest.approx(0)  # one node has no network
+
+
+@pytest.mark.parametrize("gpus", [1, 8, 64])
+@pytest.mark.parametrize("sizes", [LARGE, LARGEST], ids=["large", "6.5b"])
+def test_plan_fits_and_is_the_fastest(sizes, gpus):
+    """Against trying every candidate; more memory never makes it slower."""
+    times = []
+    for gpu_mem in (16.0, 80.0, 1000.0):
+        machine = Machine(gpu_mem=gpu_mem)
+        found = plan(sizes, machine, 4096, gpus)
+        setup = found.setup
+        assert setup.batch * setup.accum * setup.gpus == 4096 and (setup.gpus > 1 or not setup.fsdp)
+        every = [(sum(peak(sizes, s)[1].values()), s) for s in candidates(4096, gpus)]
+        fitting = [seconds(sizes, s, machine).step for size, s in every if size <= machine.usable]
+        assert found.fits == bool(fitting) == (found.gib <= gpu_mem)
+        if found.fits:
+            assert found.time.step <= 1.05 * min(fitting)
+            times.append(min(fitting))
+    assert times == sorted(times, reverse=True)
+
+
+def test_plan_takes_what_memory_asks_for():
+    assert plan(LARGE, Machine(), 4096, 8).setup.name == "ddp"
+    assert plan(LARGEST, Machine(), 4096, 8).setup.name == "fsdp"
+    assert plan(LARGE, Machine(gpu_mem=8), 4096, 1).fits
+    assert not plan(LARGEST, Machine(), 4096, 1).fits
+    assert not plan(LARGEST, Machine(), 4096, 8, shards=False).fits  # fp16, which --fsdp refuses
+
+
+def run(flags: str):
+    tool.main(tool.get_args_parser().parse_args(flags.split()))
+
+
+def test_the_command_is_one_that_the_main_takes(capsys):
+    run("mae_vit_large_patch16 --gpus 16 --gpu_mem 16 --epochs 100 --input_size 448")
+    report = capsys.readouterr().out
+    line = report.splitlines()[-1]
+    assert line.startswith("torchrun --nnodes=2") and "--nproc_per_node=8" in line
+    flags = line.split("main_pretrain.py")[1].replace("--fsdp", "").split()
+    args = main_pretrain.get_args_parser().parse_args(flags)
+    main_pretrain.check(args)
+    assert args.batch_size * args.accum_iter * 16 == 4096 and args.input_size == [448] and args.epochs == 100
+    # The lines of the memory's parts add up to what it says (each rounded to 0.005).
+    lines = [line.split() for line in report.splitlines() if line.startswith(" " * 16)]
+    total = float(report.split("memory ")[1].split()[0])
+    assert sum(float(words[0]) for words in lines) == pytest.approx(total, abs=0.005 * len(lines) + 0.05)
+    assert total < 16
+
+
+def test_hours(capsys):
+    """800 epochs of whole steps."""
+    found = plan(LARGE, Machine(), 4096, 8)
+    assert found.hours(800, 1281167) == pytest.approx(800 * (1281167 // 4096) * found.time.step / 3600)
+    run("mae_vit_large_patch16 mae_vit_6.5b_patch14 --gpus 1 8 --gpu_mem 40")
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 4 and "does not fit" in rows[2] and "fsdp" in rows[3]
+    assert len({row.count("|") for row in rows}) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("vit_enormous", "'vit_enormous' is not known; the known names are: .*mae_vit_6.5b_patch14"),
+        ("mae_vit_large_patch16 --gpus 0", "--gpus 0 must be at least 1"),
+        ("mae_vit_large_patch16 --gpus 12", "--gpus 12 must be whole nodes of --gpus_per_node 8"),
+        (
+            "mae_vit_large_patch16 --gpus 8 --effective_batch 100",
+            "--effective_batch 100 must be a multiple of --gpus 8",
+        ),
+        ("mae_vit_large_patch16 --gpu_mem -1", "--gpu_mem -1.0 must be positive"),
+        ("mae_vit_large_patch16 --gpu_mem nan", "--gpu_mem nan must be positive"),
+        ("mae_vit_large_patch16 --gpu_mem 1", "more than the 2.0 GiB"),
+        ("mae_vit_large_patch16 --mfu 140", "--mfu 140.0 must be at most 100"),
+        ("mae_vit_large_patch16 --mask_ratio 1", "--mask_ratio 1.0 must leave and remove at least one of 196"),
+        ("mae_vit_large_patch16 --input_size 225", "--input_size 225 225 must be a multiple of the patch size 16"),
+    ],
+)
+def test_bad_input(flags, message):
+    with pytest.raises(UserError, match=message):
+        run(flags)

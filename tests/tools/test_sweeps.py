@@ -1,0 +1,381 @@
+"""The papers' sweeps, with a stand-in for python that only leaves behind what the mains leave behind."""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+
+import pytest
+from helpers.launch import ROOT
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+from methods import METHODS, enabled_methods
+from tools import reproduce
+from util.architectures import own_config
+from util.report import ledger
+
+STAND_IN = r"""#!/bin/bash
+main=$(basename "$1"); shift
+printf '%q ' "$main" "$@" >> "$CALLS"; echo >> "$CALLS"
+previous=
+for word in "$@"; do
+    case $previous in --output_dir) folder=$word ;; --out) file=$word ;; --epochs) epochs=$word ;; esac
+    previous=$word
+done
+[ -z "$folder" ] || { mkdir -p "$folder"; touch "$folder/results.jsonl"; }
+case $main in
+    main_pretrain.py) touch "$folder/encoder.safetensors" ;;
+    main_linprobe.py) touch "$folder/probe.json" "$folder/checkpoint-$((${epochs%.*} - 1)).pth" ;;
+    main_finetune.py) [ -e "$STOP" ] || touch "$folder/checkpoint-$((${epochs%.*} - 1)).pth" ;;  # exit 0 all the same
+    knn.py) touch "$file" ;;
+    fewshot.py) mkdir -p "$(dirname "$file")"; touch "$file" ;;
+    collect.py) [ -z "$file" ] || touch "$file" ;;
+esac
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """-> start(name, *arguments): exit status, what it says, the commands it started."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+
+    def start(name, *arguments, script="sweep", **environment):
+        calls = tmp_path / "calls"
+        calls.write_text("")
+        env = {
+            **os.environ,
+            "PYTHON": str(stand_in),
+            "CALLS": str(calls),
+            "STOP": str(tmp_path / "stop"),
+            **environment,
+        }
+        done = subprocess.run(
+            ["bash", str(ROOT / "scripts" / name / f"{script}.sh"), *arguments], env=env, capture_output=True, text=True
+        )
+        return (
+            done.returncode,
+            done.stdout + done.stderr,
+            [shlex.split(line) for line in calls.read_text().splitlines()],
+        )
+
+    return start
+
+
+def test_stopped_and_started_again(sweep, tmp_path):
+    """A main that was stopped exits with 0 too: its run is not taken for finished. What is finished is not redone."""
+    out = str(tmp_path / "out")
+    flags = (out, "--cpu_small", "--only", "mae k10")
+    (tmp_path / "stop").touch()
+    code, said, calls = sweep("bootstrap_mae", *flags)
+    assert code == 1 and "stopped before" in said and "start the sweep again" in said
+    assert [call[0] for call in calls] == ["main_pretrain.py", "main_linprobe.py", "knn.py", "main_finetune.py"]
+    (tmp_path / "stop").unlink()
+    code, said, calls = sweep("bootstrap_mae", *flags)
+    assert code == 0, said
+    names = [call[0] for call in calls]
+    assert names == ["main_finetune.py"] + [
+        "main_pretrain.py",
+        "main_linprobe.py",
+        "knn.py",
+        "main_finetune.py",
+        "collect.py",
+    ]
+    assert all("--resume" in call for call in calls if call[0] in ("main_pretrain.py", "main_finetune.py"))
+    assert [call[0] for call in sweep("bootstrap_mae", *flags)[2]] == ["collect.py"]
+
+
+RUNS = {
+    "bootstrap_mae": "mae scratch k1 k2 k4 k5 k10 k20 wse0 wse5 wse20 wse50 wse20-tau0.1 wse20-tau0.3",
+    "rc_mae": "mae same different constant",
+    "dmae": "scratch mask75 mask50 mask90 depth1 width128 three-augment dmae75 dmae90",
+    "mlo_mae": "mae mlo unroll1 unroll5 mae-patch4 patch4 mae-patch8 patch8 ratio60 ratio80 ratio90 every5 blo "
+    "finetuned curriculum",
+}
+# Runs that a smaller budget leaves out, and those it has in their place.
+LEFT_OUT = {
+    ("bootstrap_mae", "cpu_small"): {"wse50"},
+    ("bootstrap_mae", "gpu_hour"): {"k1"},
+    ("mlo_mae", "cpu_small"): {"mae-patch4", "patch4"},
+}
+INSTEAD = {("mlo_mae", "cpu_small"): {"mae-patch2", "patch2"}}
+WHERE = {"paper": ["--data", "{}"], "gpu_hour": ["--gpu_hour", "--data", "{}"], "cpu_small": ["--cpu_small"]}
+# Effective batch and epochs of every pretraining.
+LENGTHS = {
+    ("bootstrap_mae", "paper"): (512, 200), ("rc_mae", "paper"): (4096, 1600),
+    ("dmae", "paper"): (128, 500), ("mlo_mae", "paper"): (128, 200),
+    ("bootstrap_mae", "gpu_hour"): (512, 100), ("rc_mae", "gpu_hour"): (512, 40),
+    ("dmae", "gpu_hour"): (128, 20), ("mlo_mae", "gpu_hour"): (128, 40),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("budget", WHERE)
+def test_every_command_is_legal(sweep, tmp_path, name, budget):
+    """All runs of the paper are there, and the mains understand what they are started with."""
+    where = [word.format(tmp_path) for word in WHERE[budget]]
+    code, said, calls = sweep(name, str(tmp_path / "out"), *where, TEACHER="teacher.pth", GPUS="1")
+    assert code == 0, said
+    parsers = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune, "main_linprobe.py": main_linprobe}
+    pretrained, seen = set(), set()
+    for main, *flags in calls:
+        if main not in parsers:
+            continue
+        args = parsers[main].get_args_parser().parse_args(flags)
+        parsers[main].check(args)
+        run = args.output_dir.split("/")[-1].removesuffix("-seed0")
+        seen.add(run)
+        assert not (getattr(args, "cache_features", False) and args.resume)  # which the probe refuses
+        if main == "main_pretrain.py" and run != "teacher":
+            pretrained.add(run)
+            enabled_methods(args, METHODS)
+            length = (args.batch_size * args.accum_iter, args.epochs)
+            assert length == LENGTHS.get((name, budget), length)
+    expected = set(RUNS[name].split()) - LEFT_OUT.get((name, budget), set()) | INSTEAD.get((name, budget), set())
+    assert pretrained == expected - {"scratch"}
+    tuned = {run.removeprefix("finetune-") for run in seen if run.startswith("finetune-")}
+    assert tuned == expected | ({"same-ema", "different-ema", "constant-ema"} if name == "rc_mae" else set())
+
+
+def test_an_hour_keeps_the_shares_of_the_paper(sweep, tmp_path):
+    """Half as many epochs: half of K, of the epochs before the bootstrap and of the warm-up."""
+    calls = sweep("bootstrap_mae", str(tmp_path / "out"), "--gpu_hour", "--data", str(tmp_path), GPUS="1")[2]
+    runs = {args.output_dir.split("/")[-1]: args for name, args in parsed(calls) if name == "main_pretrain.py"}
+    assert {args.epochs for args in runs.values()} == {100} and {args.warmup_epochs for args in runs.values()} == {20}
+    assert {name: args.mae_k for name, args in runs.items() if args.mae_k} == {
+        "k2-seed0": 1, "k4-seed0": 2, "k5-seed0": 3, "k10-seed0": 5, "k20-seed0": 10,
+    }  # fmt: skip
+    assert {name: (args.wse, args.tau) for name, args in runs.items() if args.ema_mae} == {
+        "wse0-seed0": (0, 0.005), "wse5-seed0": (3, 0.005), "wse20-seed0": (10, 0.005), "wse50-seed0": (25, 0.005),
+        "wse20-tau0.1-seed0": (10, 0.1), "wse20-tau0.3-seed0": (10, 0.3),
+    }  # fmt: skip
+
+
+def test_an_hour_is_too_short(sweep, tmp_path):
+    """Where a table does not fit, whatever the model."""
+    where = (str(tmp_path / "out"), "--gpu_hour", "--data", str(tmp_path))
+    for name, script, environment in (("mlo_mae", "sweep", {"SET": "imagenet"}), ("maws", "scaling", {})):
+        code, said, calls = sweep(name, *where, script=script, **environment)
+        assert code == 2 and "--gpu_hour" in said and not calls
+
+
+def test_more_processes_keep_the_papers_batch(sweep, tmp_path):
+    for name, effective in (("bootstrap_mae", 512), ("rc_mae", 4096), ("dmae", 128), ("mlo_mae", 128)):
+        run = "mask75" if name == "dmae" else "mae"
+        calls = sweep(name, str(tmp_path / name), "--data", str(tmp_path), "--only", run, GPUS="4")[2]
+        flags = next(call for call in calls if any("main_pretrain.py" in word for word in call))
+        start = next(i for i, word in enumerate(flags) if "main_pretrain.py" in word)
+        args = main_pretrain.get_args_parser().parse_args(flags[start + 1 :])
+        assert 4 * args.batch_size * args.accum_iter == effective
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "usage:"),
+        (("OUT",), "--data DIR is needed"),
+        (("OUT", "--cpu_small", "--only", "k3"), "--only k3 is no run"),
+        (("OUT", "--gpu_hour"), "--data DIR is needed"),
+        (("OUT", "--gpu_hour", "--data", ".", "--only", "k1"), "--only k1 is no run"),
+        (("OUT", "--gpu_hour", "--cpu_small"), "choose one"),
+    ],
+)
+def test_mistakes(sweep, arguments, message):
+    code, said, calls = sweep("bootstrap_mae", *arguments)
+    assert code == 2 and message in said and not calls
+
+
+def test_dmae_without_a_teacher(sweep, tmp_path):
+    code, said, calls = sweep(
+        "dmae", str(tmp_path / "out"), "--data", str(tmp_path), "--only", "mask75 dmae75", TEACHER=""
+    )
+    assert code == 0 and "name its teacher" in said
+    assert not any("--dmae_teacher" in call for call in calls)
+
+
+@pytest.mark.parametrize("setting,batch,epochs", [("cifar100", 128, 200), ("imagenet", 256, 50)])
+def test_other_settings_of_learned_masks(sweep, tmp_path, setting, batch, epochs):
+    where = ("--data", str(tmp_path), "--only", "mlo")
+    code, said, calls = sweep("mlo_mae", str(tmp_path / "out"), *where, SET=setting, GPUS="1")
+    assert code == 0, said
+    args = main_pretrain.get_args_parser().parse_args(calls[0][1:])
+    main_pretrain.check(args)
+    assert (args.batch_size, args.epochs, args.mlo_unroll) == (batch, epochs, 1 if setting == "imagenet" else 2)
+
+
+@pytest.fixture
+def cifar10(tmp_path):
+    """Its class folders, with an image each."""
+    for split in ("train", "val"):
+        for name in "airplane automobile bird cat deer dog frog horse ship truck".split():
+            (tmp_path / "cifar10" / split / name).mkdir(parents=True)
+            (tmp_path / "cifar10" / split / name / "1.png").touch()
+    return tmp_path / "cifar10"
+
+
+def parsed(calls):
+    """(main, flags) of the mains among the commands, as they understand them."""
+    mains = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune, "main_linprobe.py": main_linprobe}
+    found = [(name, mains[name].get_args_parser().parse_args(flags)) for name, *flags in calls if name in mains]
+    for name, args in found:
+        mains[name].check(args)
+    return found
+
+
+@pytest.mark.parametrize("budget", WHERE)
+def test_three_stages(sweep, tmp_path, cifar10, budget):
+    """Each initialisation and length of WSP: MAE made once for all lengths, every stage from the one before."""
+    out, where = tmp_path / "out", ["--data", str(cifar10), *([] if budget == "paper" else [f"--{budget}"])]
+    lists = {"WEAK": "w", "WEAK_LIST": "a", "WEAK_VAL": "b", "MAE_EPOCHS": "10", "WSP_EPOCHS": "0.5 1", "GPUS": "1"}
+    code, said, calls = sweep("maws", str(out), *where, **lists)
+    assert code == 0, said
+    runs = parsed(calls)
+    mae = {args.output_dir.split("/")[-1]: args.epochs for name, args in runs if name == "main_pretrain.py"}
+    assert mae == {"mae0.1-seed0": 1, "mae0.5-seed0": 5, "mae1-seed0": 10}
+    weak = [args for _, args in runs if getattr(args, "targets", "") == "multilabel"]
+    assert {(args.finetune.removeprefix(f"{out}/").split("-")[0], args.epochs) for args in weak} == {
+        (start, epochs) for start in ("", "mae0.1", "mae0.5", "mae1") for epochs in (0.5, 1)
+    }
+    assert all(args.warmup_epochs == args.epochs / 10 for args in weak)
+    tuned = [args for name, args in runs if name != "main_pretrain.py" and args not in weak]
+    assert len(tuned) == 16 and {args.finetune.rsplit("/", 1)[0] for args in tuned} == {a.output_dir for a in weak}
+    assert sum(call[0] == "fewshot.py" for call in calls) == 8 and sum("--plot" in call for call in calls) == 3
+    assert not [call for call in sweep("maws", str(out), *where, **lists)[2] if call[0] != "collect.py"]  # all is there
+
+
+def test_scaling_grid(sweep, tmp_path, cifar10):
+    """Smaller shares are parts of larger ones, in an order that is always the same; the steps are equal."""
+    where = [str(tmp_path / "out"), "--data", str(cifar10), "--cpu_small"]
+    code, said, calls = sweep("maws", *where, script="scaling", SHARES="0.5 1", STEPS="7")
+    # The small set takes the first 500 images of a class: here the one there is.
+    assert code == 0, said
+    runs = [args for name, args in parsed(calls) if name == "main_pretrain.py"]
+    assert {(args.model, args.max_steps) for args in runs} == {("mae_vit_micro_patch4", 7), ("mae_deit_tiny_patch4", 7)}
+    half, whole = ((tmp_path / "out" / "lists" / f"{share}.txt").read_text().split() for share in ("0.5", "1"))
+    assert len(half) == 5 and len(whole) == 10 and whole[:5] == half
+    assert whole != sorted(whole)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("OUT", "--cpu_small"), "--cpu_small needs --data CIFAR10"),
+        (("OUT", "--gpu_hour", "--data", "/"), "--gpu_hour wants CIFAR-10 as class folders"),
+        (("OUT", "--cpu_small", "--data", "/"), "has no train/airplane/"),
+        (("OUT", "--data", "x"), "the folder of the images with hashtags"),
+    ],
+)
+def test_mistakes_of_three_stages(sweep, arguments, message):
+    code, said, calls = sweep("maws", *arguments)
+    assert code != 0 and message in said and not calls
+
+
+# A paper's table ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", WHERE)
+def test_a_table_is_its_sweep_and_then_the_comparison(sweep, tmp_path, budget):
+    """What the sweep itself would start; then the table of all runs, though only one was wanted."""
+    out, where = tmp_path / "out", [word.format(tmp_path) for word in WHERE[budget] if word != f"--{budget}"]
+    flags = [*where, "--only", "k10"]
+    expected = sweep("bootstrap_mae", str(out), *flags, *([] if budget == "paper" else [f"--{budget}"]))[2]
+    shutil.rmtree(out)
+    code, said, calls = sweep(".", "bootstrap_mae", str(out), "--budget", budget, *flags, script="reproduce")
+    assert code == 0, said
+    assert calls[:-1] == expected and len(expected) == 5
+    left_out = LEFT_OUT.get(("bootstrap_mae", budget), set())
+    runs = [name for name in RUNS["bootstrap_mae"].split() if name not in left_out]
+    assert calls[-1] == ["reproduce.py", str(out), "--paper", "bootstrap_mae", "--runs", *runs]
+
+
+def enter(calls, images: int) -> None:
+    """The lines that the mains would write for these commands, in the folders that they name."""
+    pretrained = {}
+    for main, args in parsed(calls):
+        flags = vars(args)
+        if main == "main_pretrain.py":
+            pretrained[args.output_dir] = flags
+            continue
+        source = pretrained.get(os.path.dirname(args.finetune))
+        model = own_config((source or flags)["model"])
+        flags |= {"patch_size": (source or flags)["patch_size"] or model["patch_size"]}
+        flags |= {"input_size": flags["input_size"] or model["img_size"]}
+        row = {
+            "command": main.removesuffix(".py"),
+            "flags": flags,
+            "data": {"train": {"images": images}},
+            "seed": 0,
+            "source": source and {"path": args.finetune, "flags": source},
+            "metrics": {"test_acc1": 50.0},
+        }
+        ledger.append(args.output_dir, row)
+
+
+@pytest.mark.parametrize(
+    "name,images,expected",
+    [
+        # MAE's number is that of another run
+        ("bootstrap_mae", 50000, {"pretrain.mask_ratio 0.75, not 0.6"}),
+        ("rc_mae", 1281167, set()),
+        ("dmae", 100000, {"patch_size 8, not 16"}),  # without pretraining
+        ("mlo_mae", 50000, {"batch 128, not 64"}),
+    ],
+)
+def test_the_papers_budget_is_the_papers_setting(sweep, tmp_path, name, images, expected):
+    """The column of differences names what the sweep knowingly does otherwise, and nothing else."""
+    out = str(tmp_path / "out")
+    enter(sweep(name, out, "--data", str(tmp_path), TEACHER="teacher.pth", GPUS="1")[2], images)
+    paper = "mlo_mae/cifar10" if name == "mlo_mae" else name
+    rows = reproduce.main(argparse.Namespace(out=out, paper=paper, runs=RUNS[name].split()))
+    assert all(row.cell for row in rows) and {text for row in rows for text in row.differs} == expected | {"one seed"}
+
+
+def test_what_an_hour_changes(sweep, tmp_path):
+    out = str(tmp_path / "out")
+    enter(sweep("bootstrap_mae", out, "--gpu_hour", "--data", str(tmp_path), "--only", "k10", GPUS="1")[2], 50000)
+    rows = reproduce.main(argparse.Namespace(out=out, paper="bootstrap_mae", runs=["k10"]))
+    shorter = ["pretrain.epochs 100, not 200", "epochs 20, not 100", "pretrain.mae_k 5, not 10", "one seed"]
+    assert [row.differs for row in rows] == [shorter, [text for text in shorter if not text.startswith("epochs")]]
+
+
+def test_a_table_that_was_interrupted(sweep, tmp_path):
+    """It shows what there is, says with its exit status that this is not all, and is completed the next time."""
+    flags = ("mlo_mae", str(tmp_path / "out"), "--budget", "cpu_small", "--only", "mae")
+    (tmp_path / "stop").touch()
+    code, said, calls = sweep(".", *flags, script="reproduce")
+    assert code == 1 and "start the sweep again" in said
+    assert calls[-1][:4] == ["reproduce.py", str(tmp_path / "out"), "--paper", "mlo_mae/cifar10"]
+    (tmp_path / "stop").unlink()
+    code, said, calls = sweep(".", *flags, script="reproduce")
+    assert code == 0 and [call[0] for call in calls] == ["main_finetune.py", "collect.py", "reproduce.py"]
+    code, said, calls = sweep(".", *flags, script="reproduce", SET="cifar100")
+    assert code == 2 and "holds runs of mlo_mae/cifar10 cpu_small" in said and not calls
+
+
+def test_a_table_names_its_runs(sweep):
+    arguments = ("bootstrap_mae", "--budget", "gpu_hour", "--list")
+    code, said, calls = sweep(".", *arguments, script="reproduce")
+    assert code == 0 and "k10: --mae_k 5\n" in said and not calls
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ((), "PAPER is ''"),
+        (("simmim", "OUT"), "PAPER is 'simmim', and must be bootstrap_mae, dmae, rc_mae, mlo_mae or maws"),
+        (("dmae", "OUT"), "--budget is ''"),
+        (("dmae", "OUT", "--budget", "tpu"), "--budget is 'tpu', and must be cpu_small, gpu_hour or paper"),
+        (("dmae", "OUT", "--budget"), "--budget needs a value"),
+        (("dmae", "OUT", "--cpu_small"), "--budget cpu_small"),
+        (("dmae", "--budget", "cpu_small"), "OUT is missing"),
+        (("dmae", "OUT", "--budget", "gpu_hour"), "--data DIR is needed"),
+        (("dmae", "OUT", "--budget", "cpu_small", "--only", "k3"), "--only k3 is no run"),
+    ],
+)
+def test_mistakes_of_a_table(sweep, arguments, message):
+    code, said, calls = sweep(".", *arguments, script="reproduce")
+    assert code == 2 and message in said and said.count("error:") == 1 and not calls

@@ -1,0 +1,113 @@
+"""Jobs: the flags go where they belong, and a run that a signal ended is queued again under its own number."""
+
+import os
+import signal
+
+import pytest
+from helpers.forked import Forked
+from helpers.launch import DIGITS, checkpoint, finish, kill_when, log_rows, same_tensors, scalars
+
+import main_finetune
+import main_pretrain
+from util.errors import UserError
+from util.parallel import signals, slurm
+
+
+class FakeExecutor:
+    submitted: tuple = ()
+
+    def __init__(self, folder, cluster, **_):
+        FakeExecutor.folder = folder
+
+    def update_parameters(self, **parameters):
+        FakeExecutor.parameters = parameters
+
+    def submit(self, trainer):
+        FakeExecutor.trainer = trainer
+        return type("Job", (), {"job_id": "17"})()
+
+
+@pytest.fixture
+def executor(monkeypatch):
+    import submitit
+
+    monkeypatch.setattr(submitit, "AutoExecutor", FakeExecutor)
+    monkeypatch.setenv("PYTHONPATH", "")
+    return FakeExecutor
+
+
+def test_official_command_line(executor):
+    """The command of the official pretraining page, word for word."""
+    flags = "--job_dir /jobs/%j --nodes 8 --use_volta32 --batch_size 64 --model mae_vit_large_patch16 --norm_pix_loss "
+    flags += "--mask_ratio 0.75 --epochs 800 --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05 --data_path /imagenet"
+    slurm.launch(main_pretrain.main, main_pretrain.get_args_parser(), flags.split())
+    assert executor.parameters["nodes"] == 8 and executor.parameters["tasks_per_node"] == 8
+    assert executor.parameters["slurm_constraint"] == "volta32gb"
+    args = executor.trainer.args
+    assert (args.batch_size, args.blr, args.norm_pix_loss) == (64, 1.5e-4, True)
+    assert args.output_dir == "/jobs/%j" and args.resume == "auto"
+    assert not hasattr(args, "nodes")  # job flags are no part of the run's
+
+
+def test_presets_hold_in_jobs(executor):
+    slurm.launch(main_finetune.main, main_finetune.get_args_parser(), "--aug_preset full --mixup 0.2".split())
+    assert (executor.trainer.args.mixup, executor.trainer.args.cutmix) == (0.2, 1.0)
+
+
+def test_a_job_resumes_itself_only(executor):
+    with pytest.raises(UserError, match="--resume"):
+        slurm.launch(main_pretrain.main, main_pretrain.get_args_parser(), ["--resume", "x.pth"])
+
+
+@pytest.mark.parametrize("stopped", [None, "SIGUSR2"])
+def test_requeue_after_a_signal(tmp_path, monkeypatch, stopped):
+    """`scontrol requeue` with the job's number, by rank 0, only when a signal ended the run."""
+    import submitit
+
+    script = tmp_path / "scontrol"
+    script.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    job = dict(global_rank=0, num_tasks=1, local_rank=0, hostnames=["here"], hostname="here", job_id="17")
+    monkeypatch.setattr(submitit, "JobEnvironment", lambda: type("Env", (), job)())
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+    seen = []
+
+    def main(args):
+        seen.append(args.output_dir)
+        signals.stopped_by = stopped
+
+    args = main_pretrain.get_args_parser().parse_args(["--output_dir", "/jobs/%j"])
+    slurm.Trainer(main, args)()
+    monkeypatch.setattr(signals, "stopped_by", None)
+    assert seen == ["/jobs/17"]
+    called = tmp_path / "called"
+    assert called.exists() is bool(stopped)
+    assert not stopped or called.read_text().strip() == "requeue 17"
+
+
+def test_a_scheduler_that_ends_the_job_twice(tmp_path, monkeypatch):
+    """Time limit, requeue, and again: the job that has come to its end has the weights, log and curve of a run that
+    nobody disturbed, bit for bit and to the sample."""
+    script = tmp_path / "scontrol"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/queue\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    flags = f"{DIGITS} --num_workers 1 --save_steps 3 --print_freq 1 --save_freq 1 --resume auto"
+    finish(Forked("main_pretrain", f"{flags} --output_dir {tmp_path}/alone"))
+    run, queue = tmp_path / "job17", tmp_path / "queue"
+    job = f"17 {flags} --output_dir {tmp_path}/job%j"
+    for times, moment in enumerate(("checkpoint-0-3.pth", "checkpoint-1-*.pth"), start=1):
+        process = Forked("helpers.job_script", job)
+        kill_when(process, lambda moment=moment: list(run.glob(moment)), number=0)
+        os.killpg(process.pid, signal.SIGUSR2)  # to every process of the job, data workers too
+        finish(process)
+        assert queue.read_text().splitlines() == ["requeue 17"] * times
+    finish(Forked("helpers.job_script", job))
+    assert len(queue.read_text().splitlines()) == 2  # its end is no reason to queue it again
+    ours, theirs = (checkpoint(folder, "checkpoint-1.pth") for folder in (run, tmp_path / "alone"))
+    for key in ("model", "optimizer", "epoch", "step", "rng"):
+        assert same_tensors(ours[key], theirs[key]), key
+    assert log_rows(run) == log_rows(tmp_path / "alone")
+    assert scalars(run, "train/loss") == scalars(tmp_path / "alone", "train/loss")

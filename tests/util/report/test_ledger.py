@@ -1,0 +1,363 @@
+"""What finished runs write into the ledger, and the tables that are made of it."""
+
+import csv
+import hashlib
+import json
+import multiprocessing
+import statistics
+
+import pytest
+from helpers.launch import DIGITS, ranks, scalars
+from PIL import Image
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+from evaluation import runs
+from tools import collect
+from util.data.readers import read_images
+from util.errors import UserError
+from util.report import ledger
+
+TINY = f"{DIGITS} --num_workers 0 --epochs 1 --warmup_epochs 0"
+
+
+def run(main, flags: str):
+    return main.main(main.get_args_parser().parse_args(flags.split()))
+
+
+def write(
+    folder, command="main_linprobe", seed=0, metrics=None, source=None, revision="abc", data="d", **flags
+) -> dict:
+    """A line as a main writes it, by hand."""
+    row = {
+        "command": command,
+        "finished": "2030-01-01",
+        "revision": revision,
+        "images_seen": 5,
+        "seconds": 1.0,
+        "flags": {"blr": 0.1, "output_dir": str(folder), "num_workers": seed, **flags, "seed": seed},
+        "data": {"test": {"images": 4, "sha256": data}},
+        "hardware": {"amp_dtype": "bfloat16"},
+        "source": source,
+        "metrics": metrics or {"test_acc1": 50.0},
+    }
+    ledger.append(folder, row)
+    return row
+
+
+def pretraining(mask_ratio=0.75, seed=0, source=None, **flags) -> dict:
+    flags = {"mask_ratio": mask_ratio, "seed": seed, "rc_mae": False, **flags}
+    return {"path": f"/x/mae-seed{seed}/c.pth", "sha256": str(seed), "epoch": 3, "flags": flags, "source": source}
+
+
+def cells(*flags) -> dict:
+    """{values of --by: (mean, deviation, n) of the only column}."""
+    table = collect.main(collect.get_args_parser().parse_args([str(flag) for flag in flags]))
+    assert len(table.columns) == 1
+    found = {values: row[table.columns[0]] for values, row in table.rows}
+    return {values: (cell.mean, cell.deviation, cell.n) for values, cell in found.items()}
+
+
+# The file -------------------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_strict_json(tmp_path):
+    ledger.append(
+        tmp_path, {"command": "a", "flags": {"x": (1, tmp_path)}, "metrics": {"a": float("nan"), "b": -1e999}}
+    )
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    row = json.loads((tmp_path / "results.jsonl").read_text(), parse_constant=refuse)
+    assert row == {"command": "a", "flags": {"x": [1, str(tmp_path)]}, "metrics": {"a": None, "b": None}}
+
+
+def test_a_line_that_a_crash_cut_off(tmp_path, capsys):
+    """It costs itself, and neither its neighbours nor the next line."""
+    write(tmp_path, seed=0)
+    with open(tmp_path / "results.jsonl", "a") as file:
+        file.write('{"command": "main_lin')
+    write(tmp_path, seed=1)
+    assert [row["flags"]["seed"] for row in ledger.read(tmp_path / "results.jsonl")] == [0, 1]
+    assert "line 2 of" in capsys.readouterr().err
+
+
+def _append_many(folder, number):
+    for count in range(20):
+        ledger.append(folder, {"command": f"{number}-{count}", "flags": {"long": "x" * 20000}, "metrics": {}})
+
+
+def test_many_runs_end_at_once(tmp_path):
+    """Longer lines than a pipe takes in one piece, from four processes: each is there, whole, once."""
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_append_many, args=(tmp_path, number)) for number in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    names = [row["command"] for row in ledger.read(tmp_path / "results.jsonl")]
+    assert sorted(names) == sorted(f"{number}-{count}" for number in range(4) for count in range(20))
+
+
+def test_a_ledger_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/results.jsonl cannot be written"):
+        write(tmp_path / "file")
+    ledger.append("", {"command": "nowhere"})
+
+
+def test_the_hash_of_a_split(image_folder):
+    """It is that of names and labels; another order, part or label is another split, another place is not."""
+    args = main_pretrain.get_args_parser().parse_args(["--data_path", str(image_folder)])
+    from util.data.readers import read_images
+    from util.data.sources import Part
+
+    images = read_images(args, train=False)
+    found = ledger.describe_images(images, str(image_folder))
+    lines = [f"val/class{label}/{i:03d}.png\t{label}\n" for label in range(4) for i in range(5)]
+    assert found == {"images": 20, "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
+    part = Part(images, [3, 4, 7])
+    expected = hashlib.sha256("".join(lines[place] for place in (3, 4, 7)).encode()).hexdigest()
+    assert ledger.describe_images(part, str(image_folder) + "/") == {"images": 3, "sha256": expected}
+
+
+# What runs write ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """Two processes, so that one of them must keep silent."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    flags = TINY.replace("--batch_size 64", "--batch_size 32")
+    ranks("main_pretrain", f"{flags} --rc_mae --output_dir {folder}", 2)
+    return folder
+
+
+def test_a_pretraining_enters_itself(pretrained):
+    (row,) = ledger.read(pretrained / "results.jsonl")
+    log = json.loads((pretrained / "log.txt").read_text())
+    assert row["command"] == "main_pretrain" and row["source"] is None
+    assert row["metrics"]["train_loss"] == log["train_loss"] and "epoch" not in row["metrics"]
+    assert row["images_seen"] == 1437 // 64 * 64  # what does not fill a batch is dropped
+    assert row["data"]["train"]["images"] == 1437 and row["seconds"] > log["seconds"]
+    assert row["flags"]["rc_mae"] is True and row["flags"]["rc_momentum"] == 0.996
+    assert row["hardware"]["processes"] == 2 and row["revision"] == ledger.revision()
+
+
+def test_a_run_resumed_at_its_end(tmp_path):
+    """It has its line already; killed between checkpoint and line, it gets the line that it would have got."""
+    run(main_pretrain, f"{TINY} --output_dir {tmp_path}")
+    path = tmp_path / "results.jsonl"
+    (first,) = ledger.read(path)
+    run(main_pretrain, f"{TINY} --output_dir {tmp_path} --resume auto")
+    assert ledger.read(path) == [first]
+    path.unlink()
+    run(main_pretrain, f"{TINY} --output_dir {tmp_path} --resume auto")
+    (again,) = ledger.read(path)
+    for key in ("metrics", "images_seen", "data", "revision", "source"):
+        assert again[key] == first[key]
+    run(main_pretrain, f"{TINY} --output_dir {tmp_path} --overwrite")
+    assert len(ledger.read(path)) == 1
+
+
+@pytest.mark.parametrize("name", ["checkpoint-0.pth", "encoder.safetensors"])
+def test_a_probe_knows_its_pretraining(pretrained, tmp_path, name):
+    """Flags, epoch, images and content of the file, whichever of the run's files it starts from."""
+    flags = f"{DIGITS.split('--model')[0]} --num_workers 0 --cache_features --epochs 1 --batch_size 256"
+    result = run(main_linprobe, f"{flags} --finetune {pretrained / name} --output_dir {tmp_path}")
+    (row,) = ledger.read(tmp_path / "results.jsonl")
+    source, (before,) = row["source"], ledger.read(pretrained / "results.jsonl")
+    assert row["metrics"] == result and row["data"]["test"]["images"] == 360
+    assert source["sha256"] == hashlib.sha256((pretrained / name).read_bytes()).hexdigest()
+    assert source["flags"]["rc_mae"] is True and source["flags"]["mask_ratio"] == 0.75 and source["epoch"] == 0
+    assert source["images_seen"] == before["images_seen"] and source["data"] == before["data"]
+    (found,) = runs.read_runs([str(tmp_path)])
+    assert found.get("method") == found.get("pretrain.method") == "rc_mae" and found.get("rc_momentum") == 0.996
+
+
+def test_finetuning_and_its_evaluation(pretrained, tmp_path):
+    """The evaluation is a line of its own, with both runs before it; it agrees with the training's last one."""
+    flags = f"{DIGITS.split('--model')[0]} --num_workers 0 --batch_size 64 --epochs 1 --device cpu"
+    run(main_finetune, f"{flags} --finetune {pretrained}/checkpoint-0.pth --output_dir {tmp_path}")
+    run(main_finetune, f"{flags} --eval --resume auto --output_dir {tmp_path}")
+    trained, judged = ledger.read(tmp_path / "results.jsonl")
+    assert (trained["command"], judged["command"]) == ("main_finetune", "main_finetune --eval")
+    assert judged["metrics"]["test_acc1"] == pytest.approx(trained["metrics"]["test_acc1"])
+    assert json.loads((tmp_path / "eval.json").read_text())["result"] == judged["metrics"]
+    ((x, value),) = scalars(tmp_path / "tensorboard-eval", "eval/acc1")
+    assert x == 1000 and value == pytest.approx(judged["metrics"]["test_acc1"])  # after epoch 0
+    assert trained["source"]["flags"]["mask_ratio"] == 0.75
+    assert judged["source"]["flags"]["layer_decay"] == 0.75 and judged["source"]["source"] == trained["source"]
+    found = {one.row["command"]: one for one in runs.read_runs([str(tmp_path)])}
+    assert found["main_finetune --eval"].get("pretrain.mask_ratio") == 0.75
+    assert found["main_finetune --eval"].get("finetune.layer_decay") == 0.75
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_deviation(tmp_path, capsys):
+    """By hand; by the flags of the pretraining; numbers in their order."""
+    values = {0.9: [50.0, 54.0, 58.0], 0.5: [61.0]}
+    for ratio, accuracies in values.items():
+        for seed, value in enumerate(accuracies):
+            folder = tmp_path / f"probe-m{ratio}-seed{seed}"
+            source = pretraining(ratio, seed, init=f"/somewhere/seed{seed}/a.pth")
+            write(folder, seed=seed, metrics={"test_acc1": value}, source=source, finetune=source["path"])
+    assert cells(tmp_path, "--by", "mask_ratio") == {(0.5,): (61.0, None, 1), (0.9,): (54.0, 4.0, 3)}
+    assert "| 0.9 | 3 | 54.00 ± 4.00 |" in capsys.readouterr().out
+    assert list(cells(tmp_path, "--by", "pretrain.mask_ratio,method")) == [(0.5, "mae"), (0.9, "mae")]
+    assert cells(tmp_path, "--by", "run", "--where", "mask_ratio=0.90") == {("probe-m0.9",): (54.0, 4.0, 3)}
+
+
+def test_a_run_counts_once(tmp_path, capsys):
+    """Written twice because it was resumed, given twice, copied: the latest line."""
+    for seed in (0, 1):
+        write(tmp_path / f"a-seed{seed}", seed=seed, metrics={"test_acc1": 10.0})
+        write(tmp_path / f"a-seed{seed}", seed=seed, metrics={"test_acc1": 50.0 + seed}, blr=0.2)
+    assert cells(tmp_path, tmp_path / "a-seed0") == {("a",): (50.5, statistics.stdev([50, 51]), 2)}
+    assert capsys.readouterr().err == ""
+    write(tmp_path / "b" / "a-seed1", seed=1, metrics={"test_acc1": 51.0}, blr=0.2)
+    assert cells(tmp_path)["a",][2] == 2
+    assert "are one run with one seed" in capsys.readouterr().err
+
+
+def test_judging_the_same_checkpoint_again(tmp_path):
+    """The same judging of another file, or another judging of the same file, is another line; the same is not."""
+    for value, seed, k in ((1.0, 0, [5]), (2.0, 0, [5]), (4.0, 1, [5]), (8.0, 0, [20])):
+        write(tmp_path, "knn", metrics={"acc1": value}, source=pretraining(seed=seed), k=k)
+    found = runs.read_runs([str(tmp_path)])
+    assert sorted(one.row["metrics"]["acc1"] for one in found) == [2.0, 4.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said", "allow"),
+    [
+        ({"blr": 0.1}, {"blr": 0.3}, "differ in blr: 0.1 in .*, 0.3 in", "--allow_differing blr"),
+        ({"revision": "abc"}, {"revision": "abc+"}, "differ in revision: abc in", "--allow_revisions"),
+        ({"data": "x"}, {"data": "y"}, "differ in data.test", "--allow_differing data.test"),
+        ({"world_size": 1}, {"world_size": 2}, "differ in world_size", "--allow_differing world_size"),
+        ({}, {"new_flag": 1}, "differ in new_flag: absent in", "--allow_differing new_flag"),
+        ({"source": pretraining(0.5)}, {"source": pretraining(0.9)}, "pretrain.mask_ratio", "--by mask_ratio"),
+        ({"source": pretraining(0.5)}, {"source": None}, "differ in pretrained: True", "--by pretrained"),
+        ({"source": pretraining()}, {"source": pretraining(rc_mae=True)}, "pretrain.method: mae", "--by rc_mae"),
+        (
+            {"source": pretraining(source=pretraining(0.5))},
+            {"source": pretraining(source=pretraining(0.9))},
+            "differ in pretrain2.mask_ratio",
+            "--by pretrain2.mask_ratio",
+        ),
+        (
+            {"source": {"path": "a", "sha256": "1", "flags": {}}},
+            {"source": {"path": "b", "sha256": "2", "flags": {}}},
+            "differ in pretrain.file",
+            "--allow_differing file",
+        ),
+    ],
+)
+def test_what_must_not_be_averaged(tmp_path, one, other, said, allow):
+    write(tmp_path / "a-seed0", seed=0, **one)
+    write(tmp_path / "a-seed1", seed=1, **other)
+    with pytest.raises(UserError, match=said):
+        cells(tmp_path)
+    if said.startswith("pretrain.method"):  # the switch and the name that follows from it
+        allow += ",method"
+    assert sum(n for _, _, n in cells(tmp_path, *allow.split()).values()) == 2
+
+
+def test_what_may_differ(tmp_path):
+    """Paths, workers, and whatever else does not change the numbers; a path that names the seed."""
+    write(tmp_path / "a-seed0", num_workers=1, print_freq=3, device="cpu", masks="/x/m-seed0/c.pth", finetune="a")
+    write(tmp_path / "a-seed1", seed=1, num_workers=9, print_freq=4, device="auto", masks="/x/m-seed1/c.pth")
+    assert cells(tmp_path) == {("a",): (50.0, 0.0, 2)}
+    write(tmp_path / "a-seed2", seed=2, masks="/y/m-seed2/c.pth")
+    with pytest.raises(UserError, match="differ in masks"):
+        cells(tmp_path)
+
+
+def test_one_row_from_several_folders(tmp_path, capsys):
+    """Folders named after what was done with an encoder: one row of the encoder, a column for each."""
+    for seed in (0, 1):
+        write(tmp_path / f"probe-mae-seed{seed}", seed=seed, metrics={"test_acc1": 40.0 + seed, "train_loss": 1.0})
+        write(tmp_path / f"probe-mae-seed{seed}", "knn", seed=seed, metrics={"knn20_acc1": 30.0})
+        metrics = {"test_acc1": 60.0, "best_acc1": 65.0}
+        write(tmp_path / f"finetune-mae-seed{seed}", "main_finetune", seed=seed, metrics=metrics)
+    write(tmp_path / "finetune_small-mae-seed0", "main_finetune", seed=0, metrics={"test_acc1": 70.0})
+    strip = "--strip probe- finetune- finetune_small-".split()
+    collect.main(collect.get_args_parser().parse_args([str(tmp_path), *strip]))
+    out = capsys.readouterr().out.splitlines()
+    row = dict(zip(out[0].split(" | "), out[2].split(" | ")))
+    assert row["probe test_acc1"] == "40.50 ± 0.71" and row["finetune test_acc1"] == "60.00 ± 0.00"
+    assert row["finetune_small test_acc1"] == "70.00 (n = 1)" and not any("best" in title for title in row)
+    alone = ["--metric", "main_finetune:test_acc1", "--where", "run=finetune-mae"]
+    assert cells(tmp_path, *alone) == {("finetune-mae",): (60.0, 0.0, 2)}
+
+
+def test_other_forms(tmp_path):
+    for ratio, value in ((0.5, 50.0), (0.75, 60.25), (0.9, 55.0)):
+        write(tmp_path / f"r{ratio}", metrics={"test_acc1": value}, mask_ratio=ratio, model="a_b")
+    write(tmp_path / "r0.9-seed1", seed=1, metrics={"test_acc1": 56.0}, mask_ratio=0.9, model="a_b")
+    flags = [tmp_path, "--by", "model,mask_ratio", "--out"]
+    cells(*flags, tmp_path / "t.csv", "--format", "csv")
+    rows = list(csv.DictReader((tmp_path / "t.csv").open()))
+    assert [float(row["test_acc1 mean"]) for row in rows] == [50.0, 60.25, 55.5]
+    assert float(rows[2]["test_acc1 deviation"]) == pytest.approx(0.5**0.5) and rows[0]["test_acc1 deviation"] == ""
+    cells(*flags, tmp_path / "t.tex", "--format", "latex", "--digits", 1)
+    assert r"a\_b & 0.9 & 2 & 55.5 $\pm$ 0.7 \\" in (tmp_path / "t.tex").read_text()
+    cells(*flags, tmp_path / "t.md", "--plot", tmp_path / "c.png", "--x", "mask_ratio")
+    assert Image.open(tmp_path / "c.png").size == (900, 600)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--by mask_ration", "mask_ration is no flag of any of these 1 runs; like it: mask_ratio"),
+        ("--metric acc", "--metric acc is in none of these 1 runs; they have main_linprobe:test_acc1"),
+        ("--where mask_ratio", "must be flag=value"),
+        ("--where mask_ratio=0.5", "holds for no run; mask_ratio is 0.75"),
+        ("--plot {box}/a.png --x blr", "--x blr must be one of --by run"),
+        ("--plot {box}/a.png", "--x run is a number in none of these rows"),
+        ("--plot /nowhere/a.png --by blr", "--plot /nowhere/a.png must be in a folder that exists"),
+        ("--allow_differing blrr", "blrr is no flag"),
+    ],
+)
+def test_mistakes(tmp_path, flags, said):
+    write(tmp_path / "a", source=pretraining())
+    with pytest.raises(UserError, match=said):
+        cells(tmp_path, *flags.format(box=tmp_path).split())
+    with pytest.raises(UserError, match="no finished run"):
+        cells(tmp_path / "empty")
+
+
+def test_a_number_that_is_none(tmp_path):
+    write(tmp_path / "a", metrics={"test_acc1": float("nan")})
+    with pytest.raises(UserError, match=r"test_acc1 of .* is None, not a finite number"):
+        cells(tmp_path)
+
+
+def test_ranks_with_other_data_or_code(image_folder, tmp_path, monkeypatch):
+    """Found at the start, by what each rank reads; a rank outside a checkout says nothing of its revision."""
+
+    def others(change):
+        monkeypatch.setattr("util.parallel.distributed.gather_objects", lambda value: [value, change(value)])
+        monkeypatch.setattr("util.report.ledger.gather_objects", lambda value: [value, change(value)])
+
+    def record():
+        args = main_pretrain.get_args_parser().parse_args(["--data_path", str(image_folder)])
+        return ledger.Record("main_pretrain", args, train=read_images(args, True), test=read_images(args, False))
+
+    def other_names(value):
+        return {**value, "test": {**value["test"], "sha256": "0"}} if isinstance(value, dict) else value
+
+    others(lambda value: value)
+    assert record().data["train"]["images"] == 96
+    others(other_names)
+    with pytest.raises(UserError, match=r"rank 1 has other images for test below --data_path than rank 0 \(20 and 20"):
+        record()
+    others(lambda value: value if isinstance(value, dict) else "abc")
+    with pytest.raises(UserError, match="rank 1 runs revision abc of the code and rank 0"):
+        record()
+    others(lambda value: value if isinstance(value, dict) else "")
+    record()

@@ -1,0 +1,131 @@
+"""Files of weights and of runs that do not fit: damaged, hostile, of another model, of another kind of run."""
+
+import pytest
+from helpers.refusals import MAINS, assert_refused, cases, parameters
+
+# flags, and what the sentence must name (alternated by " | ")
+PRETRAIN = {
+    "--init_from {box}/missing.pth": "{box}/missing.pth",
+    "--init_from {box}/files": "{box}/files",
+    "--init_from {box}/files/pictures/0.png": "pictures/0.png",
+    "--init_from {box}/files/decoder.pth": "decoder.pth | --decoder_embed_dim",
+    "--init_from {box}/pretrain/checkpoint-0.pth --resume {box}/pretrain/checkpoint-0.pth": "--init_from | --resume",
+}
+TRANSFER = {
+    "--finetune {box}/missing.pth": "{box}/missing.pth",
+    "--finetune {box}/files": "{box}/files",
+    "--finetune {box}/files/pictures/0.png": "pictures/0.png",
+    "--finetune {box}/pretrain/checkpoint-0.pth --checkpoint_key teacher": "checkpoint-0.pth | 'teacher' | model",
+    "--finetune {box}/pretrain/checkpoint-0.pth --checkpoint_key epoch": "checkpoint-0.pth | 'epoch' | model",
+    "--finetune {box}/pretrain/checkpoint-0.pth --checkpoint_key optimizer": "checkpoint-0.pth",
+    "--finetune {box}/files/odd_flags.pth --model ": "odd_flags.pth",
+    "--finetune {box}/pretrain/checkpoint-0.pth --model vit_enormous": "--model | vit_enormous",
+    "--eval --resume auto --output_dir {box}/new": "--resume auto | {box}/new",
+    "--eval --resume {box}/missing.pth": "{box}/missing.pth",
+    "--eval --resume {box}/files/truncated.pth": "truncated.pth",
+    "--eval --resume {box}/pretrain/checkpoint-0.pth": "checkpoint-0.pth | classifier",
+    "--eval --resume {box}/{program}/checkpoint-0.pth --dataset digits": "checkpoint-0.pth | 2 classes | 10",
+}
+FINETUNE = {
+    "--eval --finetune {box}/pretrain/checkpoint-0.pth": "checkpoint-0.pth | classifier",
+    "--eval --resume {box}/linprobe/checkpoint-0.pth": "checkpoint-0.pth | classifier",
+    "--eval --resume {box}/finetune/checkpoint-0.pth --cls_token": "checkpoint-0.pth | classifier | pooled",
+}
+LINPROBE = {
+    "--eval --resume {box}/finetune/checkpoint-0.pth": "checkpoint-0.pth | classifier",
+}
+CASES = cases(transfer=TRANSFER, pretrain=PRETRAIN, finetune=FINETUNE, linprobe=LINPROBE)
+# what every flag that takes weights refuses
+FOREIGN_FILES = {
+    "truncated.pth": "truncated",
+    "empty.pth": "empty",
+    "text.pth": "not a checkpoint",
+    "list.pth": "list",
+    "no_weights.pth": "weights",
+    "cnn.pth": "ViT",
+    "evil.pth": "system",
+    "narrow.pth": "width 64 | width 128 | --model",
+    "grey.pth": "--in_chans 1",
+    "cut.safetensors": "damaged",
+}
+CASES += [
+    (program, f"{flag} {{box}}/files/{name}", f"{name} | {words}")
+    for program, flag in (("pretrain", "--init_from"), ("finetune", "--finetune"), ("linprobe", "--finetune"))
+    for name, words in FOREIGN_FILES.items()
+]
+
+# what may not differ from the run that is resumed
+RESUMED = {
+    "pretrain": {
+        "--model mae_deit_tiny_patch4": "--model mae_vit_micro_patch4 | mae_deit_tiny_patch4",
+        "--norm_pix_loss": "--norm_pix_loss False | True",
+        "--patch_size 2": "--patch_size | 2",
+        "--input_size 12": "--input_size 8 | 12",
+        "--input_size 8 12": "--input_size 8 | [8, 12]",
+        "--in_chans 1": "--in_chans 3 | 1",
+        "--decoder_embed_dim 48": "--decoder_embed_dim | 48",
+        "--decoder_depth 1": "--decoder_depth | 1",
+        "--decoder_num_heads 2": "--decoder_num_heads | 2",
+    },
+    "finetune": {
+        "--cls_token": "--global_pool True | False",
+        "--model deit_tiny_patch4": "--model vit_micro_patch4 | deit_tiny_patch4",
+    },
+    "linprobe": {"--global_pool": "--global_pool False | True"},
+}
+for program in ("finetune", "linprobe"):
+    RESUMED[program] |= {
+        "--patch_size 2": "--patch_size 4 | 2",
+        "--input_size 12": "--input_size 8 | 12",
+        "--in_chans 1": "--in_chans 3 | 1",
+        "--dataset digits": "--nb_classes 2 | 10",
+    }
+CASES += [
+    (
+        program,
+        f"--resume {{box}}/{program}/checkpoint-0.pth {flags}",
+        f"--resume | {program}/checkpoint-0.pth | {names}",
+    )
+    for program, cases in RESUMED.items()
+    for flags, names in cases.items()
+]
+# what no main resumes
+NO_RUN = {
+    **{
+        f"files/{name}": f"{name} | {words}"
+        for name, words in FOREIGN_FILES.items()
+        if name[:-4] not in ("no_weights", "cnn", "narrow", "grey")
+    },
+    "missing.pth": "{box}/missing.pth",
+    "files": "{box}/files",
+    "files/pictures/0.png": "pictures/0.png",
+    "files/no_weights.pth": "no_weights.pth | 'model'",
+    "files/weights_only.pth": "--resume | weights_only.pth | 'optimizer' | --init_from",
+    "files/odd_model.pth": "odd_model.pth",
+    "files/odd_epoch.pth": "odd_epoch.pth",
+    "files/no_optimizer_state.pth": "no_optimizer_state.pth",
+    "pretrain/encoder.safetensors": "encoder.safetensors",
+}
+CASES += [(program, f"--resume {{box}}/{name}", names) for program in MAINS for name, names in NO_RUN.items()]
+CASES += [
+    ("pretrain", "--resume {box}/finetune/checkpoint-0.pth", "finetune/checkpoint-0.pth | --model vit_micro_patch4"),
+    (
+        "finetune",
+        "--resume {box}/pretrain/checkpoint-0.pth",
+        "pretrain/checkpoint-0.pth | --model mae_vit_micro_patch4",
+    ),
+    ("finetune", "--resume {box}/finetune/checkpoint-best.pth", "checkpoint-best.pth | 'optimizer'"),
+    ("linprobe", "--resume {box}/finetune/checkpoint-0.pth", "finetune/checkpoint-0.pth | --global_pool"),
+    ("linprobe", "--resume {box}/finetune/checkpoint-0.pth --global_pool", "finetune/checkpoint-0.pth"),
+    ("finetune", "--resume {box}/files/odd_args.pth", "odd_args.pth"),
+    ("linprobe", "--resume {box}/files/odd_args.pth", "odd_args.pth"),
+    *((program, "--resume auto --output_dir ", "--resume auto | --output_dir") for program in MAINS),
+    # whatever else is wrong, the log of the resumed run was not trimmed
+    ("pretrain", "--resume {box}/pretrain/checkpoint-0.pth --epochs 2 --knn_freq 1 --dataset folder", "--knn_freq"),
+    ("pretrain", "--resume {box}/pretrain/checkpoint-0.pth --epochs 2 --log_dir {box}/file", "--log_dir | {box}/file"),
+]
+
+
+@pytest.mark.parametrize("program, flags, names", parameters(CASES))
+def test_is_refused(program, flags, names, box, capsys):
+    assert_refused(capsys, program, flags, names, box)

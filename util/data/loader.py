@@ -1,0 +1,171 @@
+"""From images to batches: which sample comes when, on which rank, with which random numbers.
+
+Everything is a function of (seed, epoch, sample index), so the number of workers does not matter, a run can be
+resumed at any sample, and the union of the ranks' batches is the batch that one process would have had.
+"""
+
+import atexit
+import math
+import signal
+import weakref
+from itertools import islice
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+
+from util.data.samples import Sample, UnreadableData
+from util.errors import UserError
+from util.parallel import watchdog
+from util.parallel.distributed import get_rank, get_world_size
+
+
+def _regroup(batches, size: int, drop_last: bool):
+    """Batches of `size` from those of several workers of a stream, each of which ends with a smaller one."""
+    rest = None
+    for batch in batches:
+        rest = batch if rest is None else Sample(*(torch.cat(pair) for pair in zip(rest, batch)))
+        while len(rest.index) >= size:
+            yield Sample(*(column[:size] for column in rest))
+            rest = Sample(*(column[size:] for column in rest))
+        rest = rest if len(rest.index) else None
+    if rest is not None and not drop_last:
+        yield rest
+
+
+class EpochBatches(Sampler):
+    """This rank's batches of keys (epoch, index).
+
+    Training: a permutation from (seed, epoch), cut into global batches; rank r takes every world-size-th sample from
+    r on, and what does not fill a global batch is dropped. Evaluation (`shuffle=False`): every sample exactly once
+    over all ranks, in order, so ranks may differ by one sample, and a rank has none where samples are fewer than ranks.
+    With `split=False` every rank gets all samples.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int = 0, shuffle: bool = True, split: bool = True):
+        self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
+        self.rank, self.world = (get_rank(), get_world_size()) if split else (0, 1)
+        self.epoch, self.start = 0, 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Begin `epoch` at batch number `start`."""
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return self.length // (self.batch_size * self.world)
+        return math.ceil(len(range(self.rank, self.length, self.world)) / self.batch_size)
+
+    def __iter__(self):
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(self.length, generator=generator).tolist()
+        else:
+            order = range(self.length)
+        mine = order[self.rank :: self.world]
+        for batch in range(self.start, len(self)):
+            indices = mine[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(self.epoch, index) for index in indices]
+
+
+def _outlive_signals(_worker_id: int) -> None:
+    """A scheduler signals every process of a job; only the main one answers, and it needs its workers to finish the
+    step. So a worker survives a SIGTERM, for half a minute: whoever wants to end it for good does not wait forever."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+
+
+_working = weakref.WeakSet()  # iterators that have workers
+
+
+@atexit.register
+def _end_workers() -> None:
+    """At exit, whoever still holds an iterator (a traceback, say): before python ends its children by SIGTERM, which
+    they would survive."""
+    for iterator in list(_working):
+        iterator._shutdown_workers()
+
+
+class Loader:
+    """A DataLoader with `begin(epoch, batch)`; iterating starts there, `len` is the whole epoch. `num_workers` replaces
+    the flag's; `split=False` gives every rank all samples (not of a stream)."""
+
+    def __init__(self, dataset, args, batch_size: int, shuffle: bool, num_workers: int | None = None, split=True):
+        self.dataset, self.batch_size = dataset, batch_size
+        self.stream, self.shuffle = isinstance(dataset, IterableDataset), shuffle
+        self.start = 0
+        common = self.options(args, args.num_workers if num_workers is None else num_workers)
+        if self.stream:
+            self.loader = DataLoader(dataset, batch_size=batch_size, **common)
+        else:
+            self.batches = EpochBatches(len(dataset), batch_size, args.seed, shuffle, split)
+            self.loader = DataLoader(dataset, batch_sampler=self.batches, **common)
+
+    def options(self, args, workers: int) -> dict:
+        """Of every DataLoader."""
+        return dict(
+            num_workers=workers,
+            pin_memory=args.pin_mem and torch.cuda.is_available(),
+            persistent_workers=workers > 0 and not self.stream,
+            worker_init_fn=_outlive_signals,
+            generator=torch.Generator().manual_seed(args.seed),  # so that a loader never draws from the global one
+        )
+
+    def begin(self, epoch: int, start: int = 0) -> "Loader":
+        self.start = start
+        if self.stream:
+            self.dataset.epoch = epoch
+            self.loader.generator.manual_seed(self.dataset.seed * 1_000_003 + epoch)  # timm shuffles by worker seeds
+            if hasattr(self.dataset.stream, "set_epoch"):
+                self.dataset.stream.set_epoch(epoch)
+        else:
+            self.batches.set_epoch(epoch, start)
+        return self
+
+    def __len__(self) -> int:
+        if not self.stream:
+            return len(self.batches)
+        size = self.batch_size * get_world_size()
+        return len(self.dataset) // size if self.shuffle else math.ceil(len(self.dataset) / size)
+
+    def order(self) -> str:
+        """What the order of an epoch depends on beside the seed, in words; empty where nothing matters."""
+        return ""
+
+    def __iter__(self):
+        iterator = iter(self.loader)
+        if self.loader.num_workers:
+            _working.add(iterator)
+        return watchdog.reading(self.entered(iterator))
+
+    def entered(self, iterator):
+        """The batches of a DataLoader's iterator from `self.start` on."""
+        if not self.stream:
+            return iterator
+        # A stream cannot be entered in the middle: what a resumed run has seen is read again and passed over.
+        batches = _regroup(iterator, self.batch_size, drop_last=self.shuffle)
+        return islice(batches, self.start, len(self) if self.shuffle else None)
+
+
+def next_batch(batches) -> Sample:
+    """The next batch; UserError, in one sentence, where image after image is unreadable (from a data worker that comes
+    with the worker's traceback in its text)."""
+    try:
+        return next(batches)
+    except UnreadableData as error:
+        raise UserError(str(error).strip().splitlines()[-1].split("UnreadableData: ")[-1]) from None
+
+
+class Endless:
+    """Batches of a training loader one after the other, epoch after epoch, from any number on."""
+
+    def __init__(self, loader: Loader):
+        self.loader, self._next, self._batches = loader, -1, None
+
+    def batch(self, number: int) -> Sample:
+        """Batch `number`, counted from 0 over all epochs; asking for them in order reads ahead."""
+        epoch, start = divmod(number, len(self.loader))
+        if number != self._next or not start:
+            self._batches = iter(self.loader.begin(epoch, start))
+        self._next = number + 1
+        return next_batch(self._batches)

@@ -1,0 +1,135 @@
+"""Lists of images (`Images`) from files, arrays, Hugging Face tables and torchvision data sets."""
+
+import io
+import os
+from abc import ABC, abstractmethod
+
+import numpy as np
+from PIL import Image
+
+from util.data.file_lists import (
+    is_below,
+)
+from util.data.images import open_image, open_regular, read_image
+
+
+class Images(ABC):
+    """A list of images with integer labels (-1 where there are none): what every reader below returns.
+
+    `classes` is the list of label names, None without labels. `load(i)` may raise what pillow raises; `name(i)` says
+    which file or record that was.
+    """
+
+    classes: list[str] | None = None
+    targets: list[int]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @abstractmethod
+    def load(self, index: int) -> Image.Image:
+        """Image number `index`, in whatever mode it is stored."""
+
+    def open(self, index: int) -> Image.Image:
+        """The same, perhaps not decoded yet."""
+        return self.load(index)
+
+    def file(self, index: int) -> str:
+        """Path of the file that this image is, "" where it is none. OSError for one that must not be read."""
+        return ""
+
+    def target(self, index: int) -> int:
+        """The label of an image that was loaded (some sets learn it only then)."""
+        return self.targets[index]
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+
+class Files(Images):
+    """Images in files; with `within` a folder that no link may lead out of."""
+
+    def __init__(self, paths: list[str], targets: list[int], classes: list[str] | None, within: str = ""):
+        self.paths, self.targets, self.classes, self.within = np.array(paths), targets, classes, within
+
+    def load(self, index):
+        with open_regular(self.file(index)) as file:
+            return read_image(file)
+
+    def open(self, index):
+        with open_regular(self.file(index)) as file:
+            return open_image(io.BytesIO(file.read()))
+
+    def file(self, index):
+        path = str(self.paths[index])  # what numpy calls its strings would be in pillow's messages
+        if self.within and not is_below(os.path.realpath(path), self.within):
+            raise OSError(f"a link that leads out of --data_path {self.within}: --allow_outside follows it")
+        return path
+
+    def name(self, index):
+        return str(self.paths[index])
+
+
+class Arrays(Images):
+    """Images in memory: (N, H, W) or (N, H, W, C) uint8."""
+
+    def __init__(self, arrays: np.ndarray, targets, classes: list[str]):
+        self.arrays, self.targets, self.classes = arrays, [int(t) for t in targets], list(classes)
+
+    def load(self, index):
+        return Image.fromarray(self.arrays[index])
+
+
+class Part(Images):
+    """Some images of another list, by their places in it."""
+
+    def __init__(self, images: Images, places):
+        self.images, self.places, self.classes = images, [int(place) for place in places], images.classes
+        self.targets = [images.targets[place] for place in self.places]
+
+    def load(self, index):
+        return self.images.load(self.places[index])
+
+    def open(self, index):
+        return self.images.open(self.places[index])
+
+    def file(self, index):
+        return self.images.file(self.places[index])
+
+    def target(self, index):
+        return self.images.target(self.places[index])
+
+    def name(self, index):
+        return self.images.name(self.places[index])
+
+
+class HuggingFaceImages(Images):
+    """`hfds/...` by the table of timm's reader. timm's own data set would skip what it cannot read, make everything
+    RGB, and want a label."""
+
+    def __init__(self, reader):
+        self.table, self.column = reader.dataset, reader.image_key
+        labelled = reader.label_key in self.table.column_names
+        self.targets = [int(t) for t in self.table[reader.label_key]] if labelled else [-1] * len(self.table)
+        self.classes = sorted(reader.class_to_idx, key=reader.class_to_idx.get) or None
+
+    def load(self, index):
+        record = self.table[index][self.column]
+        with io.BytesIO(record["bytes"]) if record["bytes"] else open_regular(record["path"]) as file:
+            return read_image(file)
+
+    def name(self, index):
+        return f"{index}: {self.table[index][self.column]['path']}"
+
+
+class TorchvisionImages(Images):
+    """A torchvision set."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.targets = [int(t) for t in dataset.targets] if hasattr(dataset, "targets") else [-1] * len(dataset)
+        self.classes = list(dataset.classes) if hasattr(dataset, "classes") else None
+
+    def load(self, index):
+        img, self.targets[index] = self.dataset[index]
+        return img

@@ -1,0 +1,97 @@
+"""A main as a SLURM job through submitit. When its time is nearly over the run saves and the job is queued again."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from util.errors import UserError, user_errors
+from util.parallel import signals
+
+WARNING_SECONDS = 120  # before the time limit: enough to finish a step and write a checkpoint
+
+
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ngpus", default=8, type=int, help="GPUs, and processes, per node")
+    parser.add_argument("--nodes", default=2, type=int, help="nodes of the job")
+    parser.add_argument("--timeout", default=4320, type=int, help="minutes; the job then saves and requeues")
+    parser.add_argument("--job_dir", default="", help="logs and results; %%j is the job's number; without it jobs/%%j")
+    parser.add_argument("--partition", default="learnfair", help="partition of the scheduler")
+    parser.add_argument("--use_volta32", action="store_true", help="ask for 32 GB V100s")
+    parser.add_argument("--comment", default="", help="passed to the scheduler")
+    parser.add_argument("--cluster", default="slurm", choices=["slurm", "local"], help="local: on this machine")
+
+
+class Trainer:
+    """What submitit sends to every process of the job. Always resumes: a requeued job finds its own checkpoints."""
+
+    def __init__(self, main, args: argparse.Namespace):
+        self.main, self.args = main, args
+
+    def __call__(self):
+        import submitit
+
+        job = submitit.JobEnvironment()
+        os.environ.update(
+            RANK=str(job.global_rank),
+            WORLD_SIZE=str(job.num_tasks),
+            LOCAL_RANK=str(job.local_rank),
+            MASTER_ADDR=job.hostnames[0],
+            MASTER_PORT=str(20000 + int(str(job.job_id).split("_")[0]) % 20000),
+        )
+        self.args.output_dir = self.args.output_dir.replace("%j", str(job.job_id))
+        print(f"process {job.global_rank} of {job.num_tasks} on {job.hostname}")
+        if os.environ["WORLD_SIZE"] == "1":
+            del os.environ["RANK"], os.environ["WORLD_SIZE"]
+        with user_errors(sys.argv[0]):
+            self.main(self.args)
+        if signals.stopped_by and job.global_rank == 0:
+            requeue(str(job.job_id))
+
+
+def requeue(job_id: str) -> None:
+    """Put this job back into the queue under its own number."""
+    print(f"stopped by {signals.stopped_by}: requeueing job {job_id}", flush=True)
+    subprocess.run(["scontrol", "requeue", job_id], check=True)
+
+
+def launch(main, main_parser, argv: list[str] | None = None):
+    """Submit `main` with the job flags and the main's own flags of `argv`; returns submitit's job."""
+    import submitit
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_job_arguments(parser)
+    main_parser.description += " As a SLURM job."
+    add_job_arguments(main_parser.add_argument_group("job"))
+    args = main_parser.parse_args(argv)
+    names = vars(parser.parse_args([]))
+    job = argparse.Namespace(**{name: getattr(args, name) for name in names})
+    for name in names:
+        delattr(args, name)
+    folder = job.job_dir or str(Path("jobs") / "%j")
+    if args.output_dir == main_parser.get_default("output_dir"):
+        args.output_dir = folder
+    if not getattr(args, "eval", False):
+        if args.resume not in ("", "auto"):
+            raise UserError("--resume of a job is 'auto' (it may be requeued); start from a file with --init_from")
+        args.resume = "auto"
+    executor = submitit.AutoExecutor(folder=folder, cluster=job.cluster, slurm_max_num_timeout=30)
+    executor.update_parameters(
+        name="mae",
+        nodes=job.nodes,
+        tasks_per_node=job.ngpus,
+        gpus_per_node=job.ngpus if job.cluster == "slurm" else 0,
+        cpus_per_task=10,
+        timeout_min=job.timeout,
+        slurm_partition=job.partition,
+        slurm_signal_delay_s=WARNING_SECONDS,
+        **({"slurm_constraint": "volta32gb"} if job.use_volta32 else {}),
+        **({"slurm_comment": job.comment} if job.comment else {}),
+    )
+    # The job unpickles `Trainer` wherever it starts, so it must find this package.
+    root = str(Path(__file__).resolve().parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    submitted = executor.submit(Trainer(main, args))
+    print(f"job {submitted.job_id}, logs and results in {folder.replace('%j', str(submitted.job_id))}")
+    return submitted

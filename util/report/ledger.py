@@ -1,0 +1,267 @@
+"""The ledger: a finished run leaves one line in `results.jsonl` of its output folder, with all that a table needs.
+
+A line says which code ran with which flags on what hardware and data, what it started from, and what came out;
+`tools/collect.py` makes tables of them. A checkpoint carries the same, so that whatever judges it can say it too.
+"""
+
+import argparse
+import datetime
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from util.checkpoint.files import LEDGER
+from util.checkpoint.same_run import plain
+from util.errors import UserError
+from util.parallel.distributed import find_difference, gather_objects, get_world_size, is_main_process
+
+NO_METRICS = ("epoch", "step", "seconds", "bad_images")  # what else a line of log.txt has
+
+
+def revision() -> str:
+    """Git revision of the code, with a plus when it has changes; empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+# The file -------------------------------------------------------------------------------------------------------------
+
+
+def strict(value):
+    """`value` in what strict JSON has: numbers that are not finite become null, what is no JSON its text."""
+    if isinstance(value, dict):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (bool, int, str, type(None))) else str(value)
+
+
+def append(folder: str | Path | None, row: dict) -> None:
+    """One line more in the folder's ledger, by the main process; nothing for an empty `folder`.
+
+    Written in one piece and synced, under a lock: runs may end at the same time. A line that a crash cut off stays
+    alone on its line. UserError when the folder cannot be written.
+    """
+    if not folder or not is_main_process():
+        return
+    line = json.dumps(strict(row), allow_nan=False).encode() + b"\n"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(Path(folder) / LEDGER, "ab+", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line
+            file.write(line)
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{Path(folder) / LEDGER} cannot be written: {error.strerror}") from error
+
+
+def write_json(path: str | Path, args, **content) -> None:
+    """The flags, and what came out, as strict JSON beside or at `path`, by the main process. UserError when it cannot
+    be written."""
+    if not is_main_process():
+        return
+    path = Path(path).with_suffix(".json")
+    text = json.dumps(strict({**vars(args), **content}), indent=2, allow_nan=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def read(path: str | Path) -> list[dict]:
+    """The lines of a ledger, oldest first; [] where there is none. What is no line of ours is named and left out."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and _is_line(row):
+            rows.append(row)
+        elif line.strip():
+            print(f"note: line {number} of {path} is damaged, it is left out", file=sys.stderr)
+    return rows
+
+
+def _is_line(row: dict) -> bool:
+    """Whether it has what tables are made of, as `Record.enter` writes it."""
+    data, source = row.get("data") or {}, row.get("source") or {}
+    splits = [split or {} for split in data.values()] if isinstance(data, dict) else []
+    dicts = [row.get("flags"), row.get("metrics"), row.get("hardware") or {}, data, source, *splits]
+    texts = [row.get("command"), row.get("finished") or "", row.get("revision") or ""]
+    if not all(isinstance(each, dict) for each in dicts) or not all(isinstance(text, str) for text in texts):
+        return False
+    return not source or ("path" in source and _is_line({**source, "command": "", "metrics": {}}))
+
+
+# What a line says -----------------------------------------------------------------------------------------------------
+
+
+def hardware(device: torch.device, dtype: torch.dtype | None) -> dict:
+    """Device, processes, and what decides how it calculates."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "processes": get_world_size(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "amp_dtype": str(dtype).split(".")[-1] if dtype else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def describe_images(images, data_path: str = "") -> dict:
+    """How many images, and a hash of the labels with what is at hand of the images: names below `data_path` of files,
+    pixels of arrays. Two runs with the same hash were given the same images. A stream is not counted."""
+    if not hasattr(images, "load"):
+        return {"images": None, "sha256": None}
+    digest = hashlib.sha256()
+    names = _names(images, str(Path(data_path).expanduser()) + os.sep if data_path else "")
+    for place, target in enumerate(images.targets):
+        digest.update(f"{names[place] if names else ''}\t{target}\n".encode(errors="surrogateescape"))
+    if hasattr(images, "arrays"):
+        digest.update(images.arrays.tobytes())
+    return {"images": len(images), "sha256": digest.hexdigest()}
+
+
+def _names(images, root: str) -> list[str] | None:
+    if hasattr(images, "places"):
+        names = _names(images.images, root)
+        return [names[place] for place in images.places] if names else [str(place) for place in images.places]
+    return [str(path).removeprefix(root) for path in images.paths] if hasattr(images, "paths") else None
+
+
+def metrics_of(log: str, epoch: float = math.inf) -> dict | None:
+    """Metrics of the last line of a log.txt, given as text, that is not of a later epoch; None where there is none."""
+    for line in reversed(log.splitlines()):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut off by a crash
+        if row.get("epoch", 0) <= epoch:
+            return {name: value for name, value in row.items() if name not in NO_METRICS}
+    return None
+
+
+def source_of(weights) -> dict | None:
+    """What a run starts from (`util.weights.load.Weights`, or None): the file, its hash, and what it says of its own run, down to the run that one started from."""
+    if weights is None:
+        return None
+    sha256 = None
+    if os.path.isfile(weights.path):
+        with open(weights.path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    flags = {name: plain(value) for name, value in weights.args.items()}
+    return {"path": weights.path, "sha256": sha256, "flags": flags, **weights.history}
+
+
+class Record:
+    """What a run knows of itself. `images` are its splits by name, `weights` what it starts from. `state` goes into
+    checkpoints, so that a resumed run is still one run. UserError where a rank has other images, or other code."""
+
+    def __init__(self, command: str, args, weights=None, **images):
+        self.command, self.args, self.began, self.seconds_before = command, args, time.monotonic(), 0.0
+        self.revisions, self.source, self.data = [revision()], None, {}
+        self.stored, self.stored_flags, self._restored = {}, {}, False  # what the checkpoint of a resumed run says
+        if is_main_process():
+            self.source = source_of(weights)
+        given = {name: split for name, split in images.items() if split is not None}
+        self.data = {name: describe_images(split, args.data_path) for name, split in given.items()}
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        found = find_difference(self.data)
+        if found:
+            split, first, rank, theirs = found
+            raise UserError(
+                f"rank {rank} has other images for {split} below --data_path than rank 0 ({theirs['images']} and "
+                f"{first['images']}, or other names or labels): give every node the same data"
+            )
+        revisions = gather_objects(self.revisions[0])
+        for rank, theirs in enumerate(revisions):
+            if theirs and revisions[0] and theirs != revisions[0]:  # outside a checkout it cannot be told
+                raise UserError(
+                    f"rank {rank} runs revision {theirs} of the code and rank 0 {revisions[0]}: install one of them"
+                )
+
+    def state(self, images_seen: int) -> dict:
+        if self._restored:
+            return dict(self.stored)
+        return {
+            "revision": ", ".join(self.revisions),
+            "images_seen": images_seen,
+            "seconds": self.seconds_before + time.monotonic() - self.began,
+            "data": self.data,
+            "source": self.source,
+        }
+
+    def load_state(self, state: dict | None, flags: dict | None = None) -> None:
+        """Go on with the run that left `state` and `flags` in its checkpoint (None: a checkpoint without)."""
+        self.stored, self.stored_flags = state or {}, flags or {}
+        earlier = self.stored.get("revision", "").split(", ") if self.stored.get("revision") else []
+        self.revisions = earlier + [name for name in self.revisions if name not in earlier]
+        self.seconds_before = self.stored.get("seconds", 0.0)
+        self.source = self.stored.get("source", self.source)
+
+    def restore(self) -> None:
+        """Say from now on exactly what the checkpoint said, flags included: this process adds nothing to the run."""
+        self._restored = True
+        if self.stored_flags:
+            self.args = argparse.Namespace()
+            vars(self.args).update(self.stored_flags)
+
+    def is_entered(self, folder) -> bool:
+        """Whether the ledger of `folder` has a line of this command for a run as long as the checkpoint's, or longer
+        (an extended run leaves one line for each of its ends)."""
+        lengths = [row.get("images_seen") for row in read(Path(folder) / LEDGER) if row["command"] == self.command]
+        return any(isinstance(seen, int) and seen >= self.stored.get("images_seen", 0) for seen in lengths)
+
+    def finish(self, folder, images_seen: int, device: torch.device, dtype=None) -> None:
+        """Enter a training run that has reached its end, with the metrics of its log's last line."""
+        if folder and is_main_process():
+            metrics = metrics_of((Path(folder) / "log.txt").read_text(encoding="utf-8"))
+            self.enter(folder, metrics, images_seen, device, dtype)
+
+    def enter(self, folder, metrics: dict, images_seen: int, device: torch.device, dtype=None) -> None:
+        """The line of this run in the ledger of `folder`. `images_seen` went through the network, with repetitions."""
+        if not is_main_process():
+            return
+        row = {
+            "command": self.command,
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seed": getattr(self.args, "seed", None),
+            **self.state(images_seen),
+            "flags": {name: plain(value) for name, value in vars(self.args).items()},
+            "hardware": hardware(device, dtype),
+            "metrics": metrics,
+        }
+        append(folder, row)

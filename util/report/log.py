@@ -1,0 +1,103 @@
+"""Progress on the terminal, and the lines of `log.txt`."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from util.errors import RunFailed
+from util.parallel.distributed import gather_objects, is_main_process, same_everywhere
+
+
+def check_same_names(names: list[str]) -> None:
+    """RunFailed, on all ranks, when they log metrics of different `names`: a reduction would mix them up, or hang.
+    Names are gathered only when they differ; otherwise this is one small reduction on the host."""
+    if same_everywhere("\n".join(names)):
+        return
+    everyone = gather_objects(names)
+    name = min(name for theirs in everyone for name in theirs if any(name not in others for others in everyone))
+    logged = [name in theirs for theirs in everyone]
+    raise RunFailed(
+        f"the metric {name!r} was logged on rank {logged.index(True)} and not on rank {logged.index(False)}: every "
+        f"rank must log the same names in the same steps, with None where it has no value"
+    )
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere; silent on the other ranks."""
+
+    def __init__(self, header: str, total: int, start: int = 0):
+        self.header, self.total, self.position = header, total, start
+        self.bar = None
+        if is_main_process() and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=start, desc=header, unit="batch", dynamic_ncols=True, leave=False)
+
+    def advance(self, position: int) -> None:
+        if self.bar is not None:
+            self.bar.update(position - self.position)
+        self.position = position
+
+    def say(self, values: dict[str, float], seconds_left: float) -> None:
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        elif is_main_process():
+            width = len(str(self.total))
+            left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
+            print(f"{self.header} [{self.position:{width}d}/{self.total}]  {text}  left {left}", flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Clock:
+    """Wall time, images and time spent waiting for data since the last reading."""
+
+    def __init__(self):
+        self.began = self.started = time.perf_counter()
+        self.images, self.waited, self.steps = 0, 0.0, 0
+
+    def seconds_per_step(self) -> float:
+        self.steps += 1
+        return (time.perf_counter() - self.started) / self.steps
+
+    def pause(self, seconds: float) -> None:
+        """Do not count this much of the time that has passed."""
+        self.began += seconds
+        self.started += seconds
+
+    def read(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        rates = {
+            "images_per_s": self.images / seconds,
+            "data_wait_percent": 100 * self.waited / seconds,
+            "seconds": seconds,
+        }
+        self.began, self.images, self.waited = time.perf_counter(), 0, 0.0
+        return rates
+
+
+def log_line(row: dict) -> bytes:
+    """One JSON object in a line, as upstream's `log.txt`."""
+    return json.dumps(row).encode() + b"\n"
+
+
+def trim_log(output_dir: str, epoch: int) -> None:
+    """Drop the lines of `epoch` and later: a resumed run writes them again."""
+    path = Path(output_dir) / "log.txt"
+    if not is_main_process() or not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line).get("epoch", -1) < epoch:
+                kept.append(line)
+        except json.JSONDecodeError:
+            continue  # the line that was being written when the run died
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)

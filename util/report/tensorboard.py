@@ -1,0 +1,126 @@
+"""TensorBoard event files that survive a full disk."""
+
+import atexit
+import html
+import io
+import itertools
+import os
+import socket
+import time
+from pathlib import Path
+
+import torch
+from tensorboard.compat.proto import event_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import FileWriter, SummaryWriter
+
+from util.checkpoint.retry import GrowingFile
+from util.parallel.distributed import (
+    is_main_process,
+)
+
+_event_files = itertools.count()
+
+
+class EventFile:
+    """A TensorBoard event file. tensorboard's own is written by a thread that ends for good at the first full disk, in
+    the middle of a record; here whole records wait in memory until they can be written."""
+
+    def __init__(self, folder: str):
+        place = f"{socket.gethostname()}.{os.getpid()}.{next(_event_files)}"
+        self.folder = folder
+        self.file = GrowingFile(Path(folder) / f"events.out.tfevents.{int(time.time()):010d}.{place}")
+        self.add_event(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self.file.write()
+
+    def get_logdir(self) -> str:
+        return self.folder
+
+    def add_event(self, event) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self.file.add(record.getvalue())
+
+    def flush(self) -> None:
+        self.file.append()
+
+    close = flush
+
+
+class Events(SummaryWriter):
+    """torch's writer of pictures, texts and numbers, into an `EventFile`."""
+
+    def _get_file_writer(self):
+        if self.file_writer is None:
+            self.file_writer = _FileWriter(self.log_dir)
+            self.all_writers = {self.log_dir: self.file_writer}
+            if self.purge_step is not None:
+                log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                self.file_writer.add_event(event_pb2.Event(step=self.purge_step, session_log=log))
+        return self.file_writer
+
+
+class _FileWriter(FileWriter):
+    def __init__(self, folder: str):
+        self.event_writer = EventFile(folder)  # and no other
+
+
+class Board:
+    """TensorBoard on the main process, nothing on the others. The x axis is epoch * 1000, so that runs with different
+    batch sizes lie over each other; several values on one x are never written. A full disk does not end it."""
+
+    def __init__(self, log_dir: str | None, purge_step: int | None = None):
+        self.writer = None
+        self.last: dict[str, int] = {}
+        if log_dir and is_main_process():
+            os.makedirs(log_dir, exist_ok=True)
+            self.writer = Events(log_dir, purge_step=purge_step)
+            atexit.register(self.writer.close)  # a run that fails shows its last points too
+
+    def scalars(self, values: dict[str, float], epoch: float) -> None:
+        x = int(epoch * 1000)
+        for name, value in values.items():
+            if self.writer is not None and x > self.last.get(name, -1):
+                self.writer.add_scalar(name, value, x)
+                self.last[name] = x
+        self.flush()
+
+    def image(self, name: str, image, epoch: float) -> None:
+        """`image` is (3, H, W) in [0, 1]."""
+        if self.writer is not None:
+            self.writer.add_image(name, image, int(epoch * 1000))
+
+    def histogram(self, name: str, values: torch.Tensor, epoch: float) -> None:
+        if self.writer is not None:
+            self.writer.add_histogram(name, values.detach().float().cpu(), int(epoch * 1000))
+
+    def flags(self, args: dict) -> None:
+        if self.writer is not None:
+            # Flags hold names of files, which may hold anything: neither markup nor the end of a cell or of code.
+            shown = {
+                name: html.escape(str(value)).translate({ord("|"): "&#124;", ord("`"): "&#96;", 10: " "})
+                for name, value in args.items()
+            }
+            rows = "\n".join(f"| {name} | <code>{value}</code> |" for name, value in sorted(shown.items()))
+            self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{rows}")
+
+    def hparams(self, args: dict, metrics: dict[str, float]) -> None:
+        """Flags and final metrics for the HPARAMS tab, in the run's own event file."""
+        if self.writer is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        simple = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in args.items()}
+        for summary in hparams(simple, {f"final/{name}": value for name, value in metrics.items()}):
+            self.writer.file_writer.add_summary(summary)
+        for name, value in metrics.items():
+            self.writer.add_scalar(f"final/{name}", value)
+
+    def flush(self) -> None:
+        if self.writer is not None:
+            self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            atexit.unregister(self.writer.close)

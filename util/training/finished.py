@@ -1,0 +1,47 @@
+"""A run that is resumed where it had ended: nothing is left to train, and its files stay as they are.
+
+A run that was killed after its last checkpoint lacks some of its results: these are written now, with the flags and the
+history that the checkpoint holds, whatever flags it is resumed with.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from util.checkpoint.files import LEDGER
+from util.checkpoint.output_dir import make_output_dir
+from util.compute.precision import choose_amp_dtype
+from util.parallel.distributed import from_main_process
+from util.report.ledger import metrics_of
+from util.report.tensorboard import Board
+
+
+def end_again(run, files: list[Path], write: Callable[[dict[str, float]], None]) -> None:
+    """End `run` (`util.training.run.Run`), which was resumed at its end. `files` are its results beside the ledger's line;
+    `write(metrics)` writes them. All ranks must call it."""
+    metrics, names = from_main_process(lambda: _unwritten(run, files))
+    done = run.epoch + run.position / len(run.loader)
+    state = f"already finished: {run.resumed} is the state after {done:g} epochs, and the run has {run.args.epochs:g}"
+    print(f"{state}; nothing is trained{'; its results are written: ' + ', '.join(names) if names else ' or written'}")
+    if names:
+        run.record.restore()
+        make_output_dir(run.args)
+        run.board = Board(run.args.log_dir)
+        write(metrics)
+    if LEDGER in names:
+        dtype = choose_amp_dtype(getattr(run.record.args, "amp_dtype", "auto"), run.device)
+        line = run.args.output_dir, metrics, run.images_seen(), run.device, dtype
+        run.saver.insist(LEDGER, lambda: run.record.enter(*line))
+    run.close()
+
+
+def _unwritten(run, files: list[Path]) -> tuple[dict[str, float], list[str]]:
+    """The metrics in the log's line of the checkpoint's epoch, and the names of the results: none where all of them are
+    there. A checkpoint from before there was a ledger gets no line."""
+    if not run.args.output_dir:
+        return {}, []
+    log, epoch = Path(run.args.output_dir) / "log.txt", run.epoch if run.position else run.epoch - 1
+    metrics = metrics_of(log.read_text(encoding="utf-8"), epoch) if log.is_file() else None
+    line = bool(run.record.stored) and metrics is not None and not run.record.is_entered(run.args.output_dir)
+    if not line and all(path.is_file() for path in files):
+        return {}, []
+    return metrics or {}, [path.name for path in files] + [LEDGER] * line

@@ -1,0 +1,157 @@
+"""The content of a training run's checkpoint, and how a run (`util.training.run.Run`) resumes from it bit-identically."""
+
+import functools
+from pathlib import Path
+from textwrap import shorten
+
+from util.checkpoint import sharded
+from util.checkpoint.same_run import check_same_run, flags_of, plain
+from util.checkpoint.save import save_checkpoint, save_folder
+from util.data.sample_rng import get_rng_state, set_rng_state
+from util.errors import UserError
+from util.parallel.distributed import gather_objects, get_rank, get_world_size
+from util.training.meters import EpochMeter
+from util.weights.file import read_file
+
+
+def content(run) -> dict:
+    """What a checkpoint holds."""
+    return {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "methods": run.methods.state_dict() if run.methods is not None else {},
+        **{key: model.state_dict() for key, model in run.exported().items()},
+        **_rest(run),
+    }
+
+
+def _rest(run) -> dict:
+    """All of it but the states of networks and optimizer. `epoch` is the last one that was finished or, inside an
+    epoch, that one."""
+    samples = run.position * run.args.batch_size * get_world_size()
+    by_rank = gather_objects(_rank_states(run))
+    return {
+        "epoch": run.epoch if run.position else run.epoch - 1,
+        "step": run.step,
+        "scaler": run.scaler.state_dict(),
+        "args": {name: plain(value) for name, value in vars(run.args).items()},
+        **({"methods_by_rank": by_rank} if any(by_rank) else {}),
+        **({"classes": list(run.classes)} if run.classes else {}),
+        "rng": gather_objects(get_rng_state(run.device)),
+        "origin": run.record.state(run.images_seen()),
+        "data": {
+            "epoch": run.epoch,
+            "samples": samples,
+            "order": run.loader.order(),
+            "meter": run.meter.epoch,
+            "best": run.best,
+            "shows_pixels": getattr(run.module, "shows_pixels", True),
+        },
+    }
+
+
+def _rank_states(run) -> dict[str, object]:
+    """What the methods must keep of this process alone."""
+    states = {name: method.rank_state() for name, method in (run.methods.items() if run.methods else ())}
+    return {name: state for name, state in states.items() if state is not None}
+
+
+def save(run) -> None:
+    """Write a file, or with `--fsdp` a folder; all processes must call it. SaveFailed on all when that is not possible
+    now."""
+    place = run.args.output_dir, run.epoch if run.position else run.epoch - 1, run.position
+    if not run.sharded:
+        save_checkpoint(*place, content(run), run.args.keep)
+        return
+    rest = {**_rest(run), "methods": {name.split(".")[0]: None for name in run.methods.state_dict()}}
+    write = functools.partial(
+        sharded.save, module=run.module, optimizer=run.optimizer, rest=rest, exported=run.exported()
+    )
+    save_folder(*place, write, run.args.keep)
+
+
+def resume(run, path: Path) -> None:
+    """Put `run`, as it was made, where `path` was written. UserError when the file is not one of such a run."""
+    state = _read(run, path)
+    _load(run, path, state)
+    run.record.load_state(state.get("origin"), flags_of(state))
+    data = state.get("data") or {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}}
+    _take_place(run, data)
+    run.meter = EpochMeter(run.device, data["meter"])
+    run.best = data.get("best", 0.0)
+    rng = state.get("rng", [])
+    if len(rng) == get_world_size():
+        set_rng_state(rng[get_rank()], run.device)
+        for name, own in (state.get("methods_by_rank") or [{}] * len(rng))[get_rank()].items():
+            run.methods[name].load_rank_state(own)
+    elif rng:
+        print(f"note: {path.name} was written by {len(rng)} processes, so random numbers outside the data differ")
+    print(f"resumed {path}: epoch {run.epoch}, batch {run.position}")
+
+
+def _read(run, path: Path) -> dict:
+    """The content of a file, or what a folder holds beside its tensors, when it is of a run like this one."""
+    if path.is_dir() and not run.sharded:
+        raise UserError(f"--resume {path} was written with --fsdp: give it, or one file from tools/unshard.py")
+    if run.sharded and not path.is_dir():
+        raise UserError(
+            f"--resume {path} is one file, and --fsdp goes on from folders (checkpoint-*.dcp): start from its "
+            f"weights with --init_from, or go on without --fsdp"
+        )
+    state = read_file(path / sharded.REST if run.sharded else path)
+    needed = {"epoch": int} if run.sharded else {"model": dict, "optimizer": dict, "epoch": int}
+    missing = [key for key, kind in needed.items() if not isinstance(state.get(key), kind)]
+    if missing:
+        raise UserError(f"--resume {path} has no {missing[0]!r}: for weights alone use --init_from or --finetune")
+    check_same_run(path, flags_of(state), vars(run.args))
+    if run.classes and state.get("classes", run.classes) != run.classes:
+        raise UserError(f"--resume {path} was trained on other labels than these: give the same data and vocabulary")
+    return state
+
+
+def _take_place(run, data: dict) -> None:
+    """Epoch and batch; with other batch flags than the file's, back to where a window begins."""
+    run.epoch = data["epoch"]
+    run.position = data["samples"] // (run.args.batch_size * get_world_size())
+    run.position -= run.position % run.args.accum_iter
+    if run.position >= len(run.loader):
+        run.epoch, run.position = run.epoch + 1, 0
+    order = data.get("order", run.loader.order())
+    if run.position and order != run.loader.order():
+        print(
+            f"note: the rest of this epoch has other images than the interrupted run's, which read {order}; "
+            f"this one reads {run.loader.order()}"
+        )
+
+
+def _check_methods(run, path: Path, state: dict) -> None:
+    if run.methods is None:
+        return
+    keys = state.get("methods", {}), run.methods.state_dict()
+    theirs, ours = ({key.split(".")[0] for key in names} for names in keys)
+    if theirs != ours:
+        before, now = (", ".join(sorted(names)) or "none" for names in (theirs, ours))
+        raise UserError(
+            f"--resume {path} was written with other methods ({before}) than this run has ({now}): give the "
+            f"same flags, or start a new run from its weights with --init_from"
+        )
+
+
+def _load(run, path: Path, state: dict) -> None:
+    _check_methods(run, path, state)
+    if run.sharded:
+        sharded.load(path, run.module, run.optimizer)
+        return
+    # Which implementation steps is this run's choice, whatever wrote the file (official ones do not say).
+    for theirs, ours in zip(state["optimizer"].get("param_groups", []), run.optimizer.param_groups):
+        theirs |= {name: ours[name] for name in ("fused", "foreach", "capturable") if name in ours}
+    try:
+        run.model.load_state_dict(state["model"])
+        if run.methods is not None:
+            run.methods.load_state_dict(state.get("methods", {}))
+        run.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = shorten(str(error).strip().splitlines()[-1], 200)
+        raise UserError(f"--resume {path} does not fit these flags: {reason}") from error
+    if state.get("scaler") and run.scaler.enabled:
+        run.scaler.load_state_dict(state["scaler"])

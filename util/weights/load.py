@@ -1,0 +1,309 @@
+"""The one loader for weights of any origin: MAE, fine-tuned and timm ViT checkpoints, Hugging Face ViT and ViTMAE.
+
+`read_weights` recognises a file and brings its tensors to our names, which are those of the released MAE checkpoints;
+`load_into` fills a model and reports what became of every tensor. Nothing is dropped or left out without a line there.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass, field
+from math import prod
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from util.architectures import ENCODERS
+from util.errors import UserError
+from util.pos_embed import interpolate_grid
+from util.weights.file import first_bytes, read_file, save_state
+from util.weights.geometry import depth, geometry, is_sincos, patch_grids, source_grid
+from util.weights.hf_folder import folder_flags, folder_weights
+from util.weights.names import (
+    ENCODER,
+    ENCODER_AREA,
+    HF_MASK_TOKEN,
+    KNOWN,
+    from_hugging_face,
+    is_decoder,
+    without_wrappers,
+)
+from util.weights.report import LoadReport, some, summary, why_no_head, why_unused
+
+
+@dataclass
+class Weights:
+    """A file, read and recognised; `state` is in our names."""
+
+    path: str
+    origin: str
+    state: dict[str, Tensor]
+    args: dict = field(default_factory=dict)  # flags stored in the file
+    dropped: list[str] = field(default_factory=list)  # entries of the file that are no part of an encoder, MAE or head
+    history: dict = field(default_factory=dict)  # what its run says of itself (`util.report.ledger.Record.state`)
+    classes: list[str] = field(default_factory=list)  # names of its classifier's outputs, where the file says them
+
+    @property
+    def has_decoder(self) -> bool:
+        return any(name.startswith("decoder_") for name in self.state)
+
+
+def read_weights(path, key: str = "model") -> Weights:
+    """Read and recognise a file. `key` is where the weights lie in it; a bare state dict has none and needs none.
+
+    Raises UserError for whatever `read_file` refuses, for a key that the file lacks (listing those it has), for a file
+    without ViT weights, and for a ViT with parts that ours lacks (layer scale, register tokens, ...).
+    """
+    path = folder_weights(os.fspath(path))
+    return recognise(read_file(path), path, key)
+
+
+def recognise(raw: dict, path: str, key: str = "model") -> Weights:
+    """The content of a file as `read_weights` gives it; `path` names it in messages."""
+    named, others = _split(_select(raw, key, path))
+    state = {}
+    for name, tensor in named.items():
+        plain = without_wrappers(name)
+        if plain in state:
+            raise UserError(f"{path} holds {plain} twice, with and without a prefix: keep one of the two models in it")
+        state[plain] = tensor
+    state, converted = from_hugging_face(state)
+    if not {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= state.keys():
+        raise UserError(
+            f"{path} holds no ViT weights (its tensors: {summary(list(named), 6) or 'none'}): "
+            "a MAE, timm ViT or Hugging Face ViT checkpoint is needed"
+        )
+    _refuse_other_encoders(state, path)
+    others += [name for name in state if not KNOWN.match(name)]
+    state = {name: tensor for name, tensor in state.items() if KNOWN.match(name)}
+    weights = Weights(path, "", state, _stored_args(raw, path), others)
+    weights.history = _history(raw, weights.args)
+    weights.classes = [str(name) for name in raw.get("classes") or []]
+    weights.origin = _origin(weights) + ", Hugging Face names" * converted
+    return weights
+
+
+def _select(raw: dict, key: str, path: str) -> dict:
+    if isinstance(raw.get(key), dict):
+        return raw[key]
+    bare = any(isinstance(value, Tensor) for value in raw.values())
+    if bare and key == "model":
+        return raw
+    if key in raw:
+        raise UserError(f"{path} holds a {type(raw[key]).__name__} under {key!r}, not weights: {_keys(raw)}")
+    if bare:
+        raise UserError(f"{path} has no key {key!r}: it is a bare state dict, leave --checkpoint_key at its default")
+    raise UserError(f"{path} has no key {key!r}: {_keys(raw)}")
+
+
+def _keys(raw: dict) -> str:
+    named = {str(key): _split(value)[0] for key, value in raw.items() if isinstance(value, dict)}
+    keys = [key for key in named if any(_is_patch_kernel(name) for name in named[key])]
+    keys = keys or [key for key in named if named[key]]
+    if keys:
+        return f"--checkpoint_key must be one of its keys with weights ({', '.join(keys)})"
+    return f"it holds no weights, only the keys {some([str(key) for key in raw], 8) or '(none)'}"
+
+
+def _is_patch_kernel(name: str) -> bool:
+    return without_wrappers(name) == "patch_embed.proj.weight" or name.endswith("patch_embeddings.projection.weight")
+
+
+def _split(content: dict) -> tuple[dict[str, Tensor], list[str]]:
+    """-> the named tensors, the names of everything else."""
+    named = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    return named, [str(key) for key in content if key not in named]
+
+
+def _refuse_other_encoders(state: dict, path: str) -> None:
+    """An unknown tensor inside the encoder, or a token next to it, would change every feature if it were dropped."""
+
+    def matters(name):
+        is_token = "." not in name and state[name].ndim >= 2
+        return not KNOWN.match(name) and name != HF_MASK_TOKEN and (is_token or ENCODER_AREA.match(name))
+
+    extra = [name for name in state if matters(name)]
+    if extra:
+        raise UserError(
+            f"{path} is not a plain ViT: it has {some(extra)}, which our encoder lacks and cannot leave out; a ViT "
+            "without layer scale, query-key norms, register or distillation tokens is needed"
+        )
+    kernel = state["patch_embed.proj.weight"]
+    if kernel.ndim != 4 or not all(tensor.is_floating_point() for tensor in encoder_state(state).values()):
+        raise UserError(
+            f"{path} has patch kernels of shape {tuple(kernel.shape)} and type {kernel.dtype}: "
+            "a ViT for images (D, C, p, p) with floating-point weights is needed"
+        )
+
+
+def _origin(weights: Weights) -> str:
+    if weights.has_decoder:
+        return "MAE (encoder and decoder)"
+    if any(name.startswith("head.") for name in weights.state):
+        return "ViT classifier"
+    # Only MAE keeps its positions at the sine-cosine table; other encoders of these names train them.
+    table = weights.state.get("pos_embed")
+    fixed = any(is_sincos(table, grid) for grid in patch_grids(weights.state, weights.args))
+    return "MAE encoder" if fixed and "fc_norm.weight" not in weights.state else "ViT encoder"
+
+
+def _stored_args(raw: dict, path: str) -> dict:
+    """Flags of the file; in a safetensors file they are its metadata, numbers and lists written as JSON. Beside the
+    weights of a Hugging Face folder, what its configuration says."""
+    args = raw.get("args")
+    if isinstance(args, argparse.Namespace):
+        return vars(args)
+    if isinstance(args, dict):
+        return args
+    stored = folder_flags(path)
+    if os.path.isfile(path) and first_bytes(path)[8:] == b"{":
+        with safe_open(path, framework="pt") as file:
+            stored |= {key: _parsed(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+    return stored
+
+
+def _history(raw: dict, args: dict) -> dict:
+    """What our runs write beside the weights; in a safetensors file it is among the metadata."""
+    origin = args.pop("origin", None) or raw.get("origin")
+    known = ("epoch", "revision", "images_seen", "seconds", "data", "source")
+    said = {name: origin[name] for name in known if name in origin} if isinstance(origin, dict) else {}
+    return {"epoch": raw.get("epoch"), **said}
+
+
+def _parsed(value: str):
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False) -> LoadReport:
+    """Fill `model` (MaskedAutoencoderViT or VisionTransformer) and say what became of every tensor.
+
+    The encoder must be complete and of the model's shape; positions are interpolated to its patch grid. A decoder is
+    taken as a whole or, when the file has none, not at all. A head is taken when it fits and `ignore_head` is not set.
+    Raises UserError, with the model unchanged, when encoder or decoder do not fit.
+    """
+    own = model.state_dict()
+    _check_geometry(own, weights)
+    _check_heads(model, weights)
+    report = LoadReport(weights.path, weights.origin, note=_other_eps(model, weights))
+    report.head = why_no_head(own, weights.state, ignore_head)
+    chosen = {name: tensor for name, tensor in weights.state.items() if name in own}
+    if report.head:
+        report.head += f" (it tells {len(weights.classes)} labels: {some(weights.classes)})" if weights.classes else ""
+        report.skipped = [name for name in weights.state if name.startswith("head.")]
+        chosen = {name: tensor for name, tensor in chosen.items() if name not in report.skipped}
+    if not weights.has_decoder:
+        chosen.pop("mask_token", None)  # masked image modelling inside the encoder: another thing
+    _interpolate(model, chosen, weights, report)
+    _check_complete(own, chosen, weights)
+
+    report.taken = [name for name in own if name in chosen and name not in report.interpolated]
+    report.missing = [name for name in own if name not in chosen]
+    left = [name for name in weights.state if name not in chosen and name not in report.skipped]
+    report.unexpected = left + weights.dropped
+    for name in report.unexpected:
+        report.reasons.setdefault(why_unused(name, own), []).append(name)
+    model.load_state_dict({**own, **chosen})
+    return report
+
+
+def models_that_fit(weights: Weights) -> list[str]:
+    """Names of the known encoders with the width, depth and patch size of these weights."""
+    found = geometry(weights.state)[:3]
+    return [
+        name
+        for name, config in ENCODERS.items()
+        if (config["embed_dim"], config["depth"], (config["patch_size"],) * 2) == found
+    ]
+
+
+def _check_geometry(own: dict, weights: Weights) -> None:
+    found, wanted = geometry(weights.state), geometry(own)
+    if found == wanted:
+        return
+    fitting = models_that_fit(weights)
+    advice = ""
+    if len(fitting) == 1:
+        advice = f"; --model {'mae_' if 'mask_token' in own else ''}{fitting[0]} fits the file"
+    if found.channels != wanted.channels:
+        advice += f"; --in_chans {found.channels} is needed" if not advice else f" with --in_chans {found.channels}"
+    raise UserError(f"{weights.path} is a ViT of {found}, but the model (--model) has {wanted}{advice}")
+
+
+def _check_heads(model: nn.Module, weights: Weights) -> None:
+    """Shapes do not show the number of attention heads: where the file's flags tell it, the model must have it."""
+    name = str(weights.args.get("model")).removeprefix("mae_").removesuffix("_dec512d8b")
+    stored = {"num_heads": ENCODERS.get(name, {}).get("num_heads"), **weights.args}
+    for prefix in ("", "decoder_"):
+        heads, blocks = stored.get(f"{prefix}num_heads"), getattr(model, f"{prefix}blocks", ())
+        if not isinstance(heads, int) or not len(blocks) or (prefix and not weights.has_decoder):
+            continue
+        if blocks[0].attn.num_heads != heads:
+            raise UserError(
+                f"{weights.path} was trained with {heads} attention heads, but the model has "
+                f"{blocks[0].attn.num_heads} (--{prefix}num_heads or --model)"
+            )
+
+
+def _other_eps(model: nn.Module, weights: Weights) -> str:
+    """What to say where the file was computed with another epsilon of the layer norms than the model has. A bare state
+    dict does not tell its own; ours, MAE's and timm's is 1e-6."""
+    stored = weights.args.get("layer_norm_eps")
+    eps = next((module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)), stored)
+    if stored in (None, eps):
+        return ""
+    return (
+        f"its layer norms have an epsilon of {stored:g}, here it is {eps:g}: features differ slightly from the file's"
+    )
+
+
+def _interpolate(model: nn.Module, chosen: dict, weights: Weights, report: LoadReport) -> None:
+    """Bring the positions in `chosen` to the model's patch grid, and say so in the report."""
+    target = tuple(model.patch_embed.grid_size)
+    source = source_grid(weights.state, weights.args, target, weights.path)
+    if source == target:
+        return
+    report.grids = " -> ".join(f"{rows}x{columns}" for rows, columns in (source, target))
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if name in chosen and chosen[name].ndim == 3 and chosen[name].shape[1] == prod(source) + 1:
+            chosen[name] = interpolate_grid(chosen[name].float(), source, target)
+            report.interpolated.append(name)
+
+
+def _check_complete(own: dict, chosen: dict, weights: Weights) -> None:
+    """Refuse an encoder, or a decoder if the file has one, that is not complete or not of the model's shapes."""
+    wrong = [name for name in own if name in chosen and chosen[name].shape != own[name].shape]
+    missing = [name for name in own if name not in chosen]
+    decoder = [name for name in weights.state if name.startswith("decoder_") and name not in own]
+    if "mask_token" in own and weights.has_decoder:
+        decoder += [name for name in wrong + missing if is_decoder(name)]
+        if decoder:
+            raise UserError(
+                f"{weights.path} has a decoder of {_decoder(weights.state)}, but the model has one of {_decoder(own)}, "
+                f"and they differ in {some(decoder)} (--decoder, --decoder_embed_dim, --decoder_depth)"
+            )
+    lost = [name for name in missing if ENCODER.match(name) and not name.startswith("norm.")]
+    if lost:
+        raise UserError(f"{weights.path} lacks {some(lost)} of the encoder: a complete ViT with [cls] is needed")
+    if wrong:
+        shapes = f"{tuple(chosen[wrong[0]].shape)} in the file and {tuple(own[wrong[0]].shape)} in the model"
+        raise UserError(f"{weights.path} does not fit the model (--model): {wrong[0]} is {shapes}")
+
+
+def _decoder(state: dict) -> str:
+    embed = state.get("decoder_embed.weight")
+    width = "unknown width" if embed is None else f"width {embed.shape[0]}"
+    crosses = depth(state, "decoder_cross_blocks")
+    return f"{width}, depth {crosses} (cross)" if crosses else f"{width}, depth {depth(state, 'decoder_blocks')}"
+
+
+def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Only the encoder of a state in our names: [cls], positions, patch embedding, blocks and norm."""
+    return {name: tensor for name, tensor in state.items() if ENCODER.match(name)}
+
+
+def save_encoder(state: dict[str, Tensor], path, metadata: dict[str, str]) -> None:
+    """Write the encoder of `state` as safetensors, whole or not at all. `metadata` comes back as `Weights.args`."""
+    save_state(encoder_state(state), path, metadata)

@@ -1,0 +1,95 @@
+"""What loading made of a file, tensor by tensor, in words."""
+
+import re
+from dataclasses import dataclass, field
+
+from util.weights.names import is_decoder
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor: the first three lists together are the model's, the last two the file's leftovers.
+
+    A head of the file that was left out is in `skipped`, the model's own then in `missing`.
+    """
+
+    path: str
+    origin: str
+    taken: list[str] = field(default_factory=list)
+    interpolated: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    grids: str = ""  # "14x14 -> 16x16" when positions were interpolated
+    head: str = ""  # why the head was skipped
+    reasons: dict[str, list[str]] = field(default_factory=dict)  # of `unexpected`
+    note: str = ""
+
+    def __str__(self):
+        lines = [f"{self.path}: {self.origin}", f"taken: {summary(self.taken)}"]
+        if self.interpolated:
+            lines.append(f"interpolated: {summary(self.interpolated)}, {self.grids}")
+        if self.missing:
+            lines.append(f"missing in the file, kept at their initial value: {summary(self.missing)}")
+        lines += [f"not used: {summary(names)} ({reason})" for reason, names in self.reasons.items()]
+        if self.skipped:
+            lines.append(f"skipped: {self.head}")
+        if self.note:
+            lines.append(f"note: {self.note}")
+        return "\n  ".join(lines)
+
+
+def why_no_head(own: dict, state: dict, ignore_head: bool) -> str:
+    """The reason not to take the file's head into the model's, empty when it fits or either has none."""
+    theirs, ours = ({name: t.shape for name, t in s.items() if name.startswith("head.")} for s in (state, own))
+    if not theirs:
+        return ""
+    if ignore_head:
+        return "head: left out, as asked"
+    if not ours or (theirs == ours and _feature_norm(state) == _feature_norm(own)):
+        return ""
+    if theirs.keys() != ours.keys():
+        return f"head: {some(list(theirs))} in the file, {some(list(ours))} here: new"
+    if theirs != ours:
+        classes = [shapes[max(shapes)][0] for shapes in (theirs, ours)]  # of the last layer's weight
+        return f"head: {classes[0]} classes in the file, {classes[1]} here: new"
+    # The shapes fit, but a head trained on one feature says nothing about the other.
+    return f"head: reads {_feature_norm(state)} in the file, {_feature_norm(own)} here: new"
+
+
+def _feature_norm(state: dict) -> str:
+    return "pooled patches (fc_norm)" if "fc_norm.weight" in state else "the [cls] token (norm)"
+
+
+def why_unused(name: str, own: dict) -> str:
+    if is_decoder(name):
+        return "of masked image modelling in the encoder" if "mask_token" in own else "decoder, not needed"
+    if name.startswith(("norm.", "fc_norm.")):
+        return f"this model reads {_feature_norm(own)}"
+    if name.startswith("head."):
+        return "this model has no head"
+    return "no part of a ViT's encoder, MAE decoder or head"
+
+
+def summary(names: list[str], most: int | None = None) -> str:
+    """Names by group: `blocks.0-11 (144 tensors), norm (2 tensors), cls_token`, at most so many groups."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        group = re.match(r"\w*blocks(?=\.\d+\.)|[^.]*", name)[0]
+        groups.setdefault(group, []).append(name)
+    texts = [_group_text(group, members) for group, members in groups.items()]
+    return ", ".join(texts[:most]) + ", ..." * (most is not None and len(texts) > most)
+
+
+def _group_text(group: str, members: list[str]) -> str:
+    if len(members) == 1:
+        return members[0]
+    depths = sorted({int(name.split(".")[1]) for name in members}) if group.endswith("blocks") else []
+    if depths:
+        group += f".{depths[0]}-{depths[-1]}" if len(depths) > 1 else f".{depths[0]}"
+    return f"{group} ({len(members)} tensors)"
+
+
+def some(names: list[str], most: int = 2) -> str:
+    """The first names in full, where a user must recognise them: `a, b and 3 more`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
