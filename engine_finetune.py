@@ -1,4 +1,5 @@
-"""The supervised loop, for fine-tuning and linear probing, and an evaluation that counts every image once."""
+"""The supervised loop, for fine-tuning and linear probing: one training step, and what follows a step and an epoch; and
+an evaluation that counts every image once."""
 
 from pathlib import Path
 
@@ -13,17 +14,21 @@ from util.training.finished import end_again
 from util.training.run import Run
 
 
-def train_one_epoch(model, criterion, run: Run, mixup_fn=None) -> None:
+def train_one_epoch(run: Run, criterion, mixup_fn=None) -> None:
     """Train for the rest of the current epoch. `mixup_fn` turns (imgs, labels) into mixed images and soft targets."""
-    model.train()
-    for micro in run.micro_batches("train"):
-        imgs = micro.batch.image.to(run.device, non_blocking=True)
-        targets = micro.batch.target.to(run.device, non_blocking=True)
+    run.train_module.train()
+    for batch in run.batches("train"):
+        imgs = batch.samples.image.to(run.device, non_blocking=True)  # (N, C, H, W)
+        targets = batch.samples.target.to(run.device, non_blocking=True)
         if mixup_fn is not None:
             imgs, targets = mixup_fn(imgs, targets)
-        with run.forward_context(micro):
-            loss = criterion(run.wrapped(imgs), targets)
-            run.backward(micro, loss)
+
+        with run.autocast(batch):
+            losses = {"loss": criterion(run.ddp_model(imgs), targets)}
+        run.backward(losses, batch)
+        if batch.is_last_of_window:
+            run.optimizer_step()
+            run.finish_step()  # logs; writes a checkpoint every --save_steps steps; notices signals
 
 
 @torch.no_grad()
@@ -68,35 +73,32 @@ def report(stats: dict, count: int, kind=TopK) -> None:
 
 
 def train(args, run: Run, val_loader, criterion, mixup_fn=None, kind=TopK) -> dict[str, float]:
-    """All epochs; every `--eval_freq` of them and the last are followed by an evaluation by `kind`, and the weights
-    that are best by its headline are kept in `checkpoint-best.pth`. A run that was resumed at its end is not evaluated
-    again: {}."""
+    """Train to the end of the run, or until a signal stops it -> the last evaluation.
+
+    Every `--eval_freq` epochs and after the last one, the scores of `kind` are computed, and the weights with the best
+    headline score are kept in checkpoint-best.pth. A run that was resumed at its end is not evaluated again: {}.
+    """
     stats = {}
     if run.resumed_at_end:
         end_again(run, [], lambda metrics: run.board.hparams(vars(run.record.args), _final(metrics)))
         return stats
     run.begin()
     while not run.ended and not run.stopped:
-        train_one_epoch(run.module, criterion, run, mixup_fn)
+        train_one_epoch(run, criterion, mixup_fn)
         if run.stopped:
             break
-        if (run.epoch + 1) % args.eval_freq and not run.ended:
-            run.finish_epoch({})
-            continue
-        sync_buffers(run.module)
-        stats = evaluate(val_loader, run.module, run.device, run.amp_dtype, kind)
-        report(stats, len(val_loader.dataset), kind)
-        if stats[kind.headline] > run.best:
-            run.best = stats[kind.headline]
-            if args.output_dir:
-                content = run.content()
-                best = {key: content[key] for key in ("model", "epoch", "args", "origin", "classes") if key in content}
-                if is_main_process():
-                    run.best_file.put(best)
-        run.finish_epoch({f"test_{name}": value for name, value in stats.items()} | {f"best_{kind.headline}": run.best})
+        row = {}
+        if (run.epoch + 1) % args.eval_freq == 0 or run.ended:
+            sync_buffers(run.train_module)
+            stats = evaluate(val_loader, run.train_module, run.device, run.amp_dtype, kind)
+            report(stats, len(val_loader.dataset), kind)
+            run.checkpoints.save_best(run, stats[kind.headline])
+            row = {f"test_{name}": value for name, value in stats.items()}
+            row[f"best_{kind.headline}"] = run.checkpoints.best
+        run.finish_epoch(row)  # logs the epoch; writes a checkpoint every --save_freq epochs
     if not run.stopped and is_main_process():
-        run.board.hparams(vars(args), {**run.last_means, **stats})
-    run.enter()
+        run.board.hparams(vars(args), {**run.reporter.last_means, **stats})
+    run.append_to_ledger()
     run.close()
     return stats
 

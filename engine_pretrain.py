@@ -1,46 +1,61 @@
-"""The pretraining loop. It calls one object and gets a loss; which methods are in it, it does not know."""
+"""The pretraining loop: one training step, and what follows a step and an epoch.
+
+The loop calls `run.ddp_model` and gets the terms of the loss; which methods compute them, it does not know. A new
+method is a file in `methods/` (docs/adding_a_method.md); its hooks are called from `methods/pretrainer.py`.
+"""
 
 import torch
 
-from methods import Pretrainer
+from methods.pretrainer import Pretrainer
 from util.data.sample_rng import sample_noise
 from util.training.run import Run
 
 
-def mask_ratio_at(step: int, steps: int, args) -> float:
-    """Share of removed patches in optimizer step `step` (from 0) of `steps`: `--mask_ratio`, or on a straight line from
-    there to `--mask_ratio_end` in the last step."""
-    if args.mask_ratio_end is None:
-        return args.mask_ratio
-    return args.mask_ratio + (args.mask_ratio_end - args.mask_ratio) * min(1.0, step / max(1, steps - 1))
+def mask_ratio_at(step: int, steps: int, start: float, end: float | None) -> float:
+    """Share of removed patches in optimizer step `step` (from 0) of `steps`: `start`, or on a straight line from there
+    to `end` in the last step."""
+    if end is None:
+        return start
+    return start + (end - start) * min(1.0, step / max(1, steps - 1))
+
+
+def train(pretrainer: Pretrainer, run: Run, args, monitor) -> dict[str, float]:
+    """Train to the end of the run, or until a signal stops it -> the last row of `monitor` (previews and kNN)."""
+    row = {}
+    while not run.ended and not run.stopped:
+        train_one_epoch(pretrainer, run, args)
+        if not run.stopped:
+            row = monitor.after_epoch(run.epoch)
+            run.finish_epoch(row)  # logs the epoch; writes a checkpoint every --save_freq epochs
+    return row
 
 
 def train_one_epoch(pretrainer: Pretrainer, run: Run, args) -> None:
-    """Train for the rest of the current epoch; `run.stopped` says that a signal ended it early."""
+    """Train for the rest of the current epoch; `run.stopped` is set when a signal ended it early."""
     pretrainer.train()
     if run.position == 0:
         pretrainer.before_epoch(run.epoch)
-    length = pretrainer.model.patch_embed.num_patches
-    for micro in run.micro_batches("pretrain"):
-        imgs = micro.batch.image.to(run.device, non_blocking=True)
-        indices = micro.batch.index.to(run.device, non_blocking=True)
-        noise = sample_noise(args.seed, run.epoch, indices, length)
+    patches = pretrainer.model.patch_embed.num_patches
+    for batch in run.batches("pretrain"):
+        imgs = batch.samples.image.to(run.device, non_blocking=True)  # (N, C, H, W)
+        indices = batch.samples.index.to(run.device, non_blocking=True)
+        noise = sample_noise(args.seed, run.epoch, indices, patches)  # (N, L), decides the masks
+        mask_ratio = mask_ratio_at(run.step, run.total_steps, args.mask_ratio, args.mask_ratio_end)
         pretrainer.first_batch(imgs)
-        with run.forward_context(micro):
-            loss, _, _ = run.wrapped(imgs, mask_ratio=mask_ratio_at(run.step, run.total_steps, args), noise=noise)
-            run.backward(micro, loss, **pretrainer.parts)
-        if micro.closes:
-            pretrainer.after_update(imgs, run.step, run.scaler.applied)
-            run.meter.add(**pretrainer.metrics())
-            for method in pretrainer.looking(run.step):
-                with run.untimed():
-                    run.meter.add(**method.look(pretrainer, imgs, run.step))
+
+        with run.autocast(batch):
+            losses = run.ddp_model(imgs, mask_ratio=mask_ratio, noise=noise)  # weighted terms by name
+        run.backward(losses, batch)
+        if batch.is_last_of_window:
+            applied = run.optimizer_step()
+            pretrainer.after_update(imgs, run.step, applied)  # moving averages, the outer levels of MLO-MAE
+            log_metrics(pretrainer, run, imgs)
+            run.finish_step()  # logs; writes a checkpoint every --save_steps steps; notices signals
 
 
-@torch.no_grad()
-def evaluate_reconstruction(pretrainer: Pretrainer, imgs, noise, mask_ratio: float) -> float:
-    """Reconstruction loss of fixed images under fixed masks: comparable between epochs."""
-    pretrainer.eval()
-    loss, _, _ = pretrainer.model(imgs, mask_ratio=mask_ratio, noise=noise)
-    pretrainer.train()
-    return loss.item()
+def log_metrics(pretrainer: Pretrainer, run: Run, imgs: torch.Tensor) -> None:
+    """What the methods have to log after a step."""
+    run.log(**pretrainer.metrics())
+    for method in pretrainer.diagnostics_due(run.step):
+        with run.diagnostics():
+            run.log(**method.diagnostics(pretrainer, imgs, run.step))

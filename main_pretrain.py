@@ -1,7 +1,6 @@
 """Pretrain a masked autoencoder: flags in, run out. The loop is in `engine_pretrain`, the methods are in `methods/`."""
 
 import json
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -9,10 +8,9 @@ import torch
 from timm.optim import param_groups_weight_decay
 
 import models_mae
-from engine_pretrain import evaluate_reconstruction, train_one_epoch
-from evaluation.features import extract, knn_accuracy
+from engine_pretrain import train
+from evaluation.monitor import Monitor
 from methods import METHODS, Pretrainer, add_method_arguments, enabled_methods
-from models_encoder import mae_features
 from util import arguments
 from util.checkpoint.resume import find_resume
 from util.checkpoint.same_run import FREE_FLAGS
@@ -25,15 +23,11 @@ from util.data.image_format import input_size, mean_std
 from util.data.leak import check_leak
 from util.data.readers import read_images
 from util.data.sample_rng import seeded
-from util.data.shards import Shards
-from util.data.sources import Part
-from util.data.transforms import check_channels, eval_transform, pretrain_transform, three_augment
+from util.data.transforms import check_channels, pretrain_transform, three_augment
 from util.errors import UserError, user_errors
-from util.parallel.distributed import barrier, is_main_process
-from util.parallel.fsdp import check_sharded, gathered, shard, whole
+from util.parallel.fsdp import check_sharded, gathered, shard
 from util.parser import Parser, rare
 from util.report.ledger import Record, strict
-from util.report.pictures import denormalized, fixed_noise, grid, reconstruct
 from util.training.finished import end_again
 from util.training.run import Run, start
 from util.training.run_length import settle_learning_rate, settle_length
@@ -210,89 +204,18 @@ def training_loader(args, images, device):
     return CachedLoader(cache_images(images, args, device), transform, args, args.batch_size)
 
 
-class Watch:
-    """Reconstruction pictures and kNN accuracy of fixed images, between epochs: the same images under the same masks on
-    any number of processes. The main process draws the pictures, so it alone reads their images."""
-
-    COUNT = 8
-
-    def __init__(self, args, run: Run, pretrainer: Pretrainer, images, held_out):
-        self.args, self.run, self.pretrainer = args, run, pretrainer
-        self.mean, self.std = mean_std(args)
-        self.transform = eval_transform(input_size(args), self.mean, self.std, args.crop_pct)
-        self.images, self.held_out = images, held_out
-        self._loaders = None
-        self.fixed = self._fixed_images() if args.vis_freq and is_main_process() else None
-
-    def _fixed_images(self):
-        images = self.held_out or self.images
-        if hasattr(images, "load"):
-            images = self._spread(images, self.COUNT)
-        elif not isinstance(images, Shards):
-            return None  # a stream of timm's
-        # Read in this process: a few images are not worth starting workers for.
-        loader = build_loader(images, self.transform, self.args, self.COUNT, train=False, num_workers=0, split=False)
-        batch = next(iter(loader.begin(0)))
-        imgs = batch.image[batch.bad == 0].to(self.run.device)
-        return (imgs, fixed_noise(self.pretrainer.model, len(imgs), 0, self.run.device)) if len(imgs) else None
-
-    @staticmethod
-    def _spread(images, count: int):
-        """`count` images, evenly spaced over the set (which is usually sorted by class)."""
-        if len(images) <= count:
-            return images
-        return Part(images, torch.linspace(0, len(images) - 1, count).long().tolist())
-
-    def after_epoch(self, epoch: int) -> dict[str, float]:
-        """What there is to report after `epoch`, by name."""
-        row = {}
-        last = self.run.ended
-        shows = self.args.vis_freq and (last or epoch % self.args.vis_freq == 0)
-        counts = self.args.knn_freq and (last or (epoch + 1) % self.args.knn_freq == 0)
-        with whole(self.pretrainer) if shows or counts else nullcontext():
-            if shows and self.fixed and self.pretrainer.shows_pixels:
-                row["fixed_images_loss"] = self._show(epoch + 1)
-            if counts:
-                row["knn_top1"] = self._knn()
-            barrier()
-        return row
-
-    def _show(self, epoch: int) -> float:
-        """Pictures and histograms of the fixed images; their reconstruction loss."""
-        (imgs, noise), ratio = self.fixed, self.args.mask_ratio
-        pictures = reconstruct(self.pretrainer.model, imgs, ratio, noise, self.mean, self.std)
-        self.run.board.image("reconstruction", grid(pictures.cpu()), epoch)
-        pixels = denormalized(imgs, self.mean, self.std)
-        for name, picture in self.pretrainer.pictures(imgs, pixels).items():
-            self.run.board.image(name, picture.cpu(), epoch)
-        for name, values in self.pretrainer.distributions(imgs).items():
-            self.run.board.histogram(name, values, epoch)
-        return evaluate_reconstruction(self.pretrainer, imgs, noise, ratio)
-
-    def _knn(self) -> float:
-        if self._loaders is None:
-            few = [self._spread(images, self.args.knn_images) for images in (self.images, self.held_out)]
-            self._loaders = [build_loader(i, self.transform, self.args, self.args.batch_size, False) for i in few]
-        model = self.pretrainer.model.eval()
-        device, dtype = self.run.device, self.run.amp_dtype
-        splits = [extract(lambda x: mae_features(model, x, "avg"), loader, device, dtype) for loader in self._loaders]
-        model.train()
-        return knn_accuracy(*splits[0], *splits[1])
-
-
-def place(pretrainer: Pretrainer, args, device) -> None:
-    """Put it on this process's device: all of it, or its share."""
+def move_or_shard(pretrainer: Pretrainer, args, device) -> None:
+    """Move it to this process's device: all of it, or with `--fsdp` its share."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
     if args.fsdp:
         check_sharded(args, device, dtype)
-        aside = [network for method in pretrainer.methods.values() for network in method.external_networks()]
-        shard(pretrainer, pretrainer.model, aside, device, dtype)
+        shard(pretrainer, pretrainer.model, pretrainer.external_networks(), device, dtype)
     pretrainer.to(device)
 
 
 def encoders(run: Run) -> dict[Path, torch.nn.Module]:
     """The models whose encoders a run leaves at its end, its own and what the methods export, by file."""
-    models = {"model": run.model, **run.exported()}
+    models = {"model": run.saved_model, **run.exported()}
     folder = Path(run.args.output_dir)
     return {folder / f"encoder{key.removeprefix('model')}.safetensors": model for key, model in models.items()}
 
@@ -306,7 +229,7 @@ def write_results(run: Run, metrics: dict[str, float]) -> None:
     metadata = {name: json.dumps(strict(value)) for name, value in {**flags, "origin": origin}.items()}
     for path, model in encoders(run).items():
         state = gathered(encoder_state(model.state_dict()))
-        run.saver.insist(path.name, partial(save_encoder, state, path, metadata))
+        run.checkpoints.saver.insist(path.name, partial(save_encoder, state, path, metadata))
     run.board.hparams(vars(args), metrics)
 
 
@@ -334,7 +257,7 @@ def main(args) -> None:
         loader = training_loader(args, images, device)
         pretrainer = Pretrainer(model, methods, settle_length(args, len(loader)))
     settle_learning_rate(args)
-    place(pretrainer, args, device)
+    move_or_shard(pretrainer, args, device)
     groups = param_groups_weight_decay(pretrainer, args.weight_decay, no_weight_decay_list=pretrainer.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     pretrainer.attach(optimizer)
@@ -344,16 +267,10 @@ def main(args) -> None:
         end_again(run, list(encoders(run)), partial(write_results, run))
         return
     run.begin()
-    watch = Watch(args, run, pretrainer, images, held_out)
-    row = {}
-    while not run.ended and not run.stopped:
-        train_one_epoch(pretrainer, run, args)
-        if not run.stopped:
-            row = watch.after_epoch(run.epoch)
-            run.finish_epoch(row)
+    row = train(pretrainer, run, args, Monitor(args, run, pretrainer, images, held_out))
     if not run.stopped and args.output_dir:
-        write_results(run, {**run.last_means, **row})
-    run.enter()
+        write_results(run, {**run.reporter.last_means, **row})
+    run.append_to_ledger()
     run.close()
 
 

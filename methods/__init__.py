@@ -1,9 +1,10 @@
 """Pretraining methods beyond plain MAE. To add one: a file here, its class in `METHODS`, a test file."""
 
-from methods.base import Method, Option
+from methods.base import Method
 from methods.bootstrap import EMAMAE, MAEK
 from methods.dmae import DMAE
 from methods.mlo.method import MLOMAE
+from methods.options import Option
 from methods.pretrainer import Pretrainer
 from methods.rcmae import RCMAE
 from methods.selection import add_method_arguments, enabled_methods

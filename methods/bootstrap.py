@@ -9,7 +9,8 @@ Shapes: N images, L patches, D encoder width, d decoder width.
 import torch
 from torch import nn
 
-from methods.base import Method, Option
+from methods.base import Method
+from methods.options import Option
 from models_encoder import PatchEncoder
 from models_mae import MaskedAutoencoderViT, MaskedOutput
 from util.compute.ema import Frozen, copy_weights, ema_update

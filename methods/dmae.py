@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import models_mae
-from methods.base import Method, Option, masked_mean
-from models_mae import MaskedAutoencoderViT, MaskedOutput
+from methods.base import Method
+from methods.options import Option
+from models_mae import MaskedAutoencoderViT, MaskedOutput, masked_mean
 from util.compute.ema import Frozen
 from util.compute.precision import widened
 from util.data.image_format import mean_std

@@ -12,7 +12,8 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from methods.base import Method, Option
+from methods.base import Method
+from methods.options import Option
 from models_mae import MaskedAutoencoderViT, MaskedOutput
 from util.compute.ema import Frozen, ema_update
 from util.compute.precision import widened

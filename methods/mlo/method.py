@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from methods.base import Method, Option
+from methods.base import Method
 from methods.mlo import flags
 from methods.mlo.hypergradient import (
     Residuals,
@@ -44,6 +44,7 @@ from methods.mlo.inner_problems import (
 from methods.mlo.labelled_task import Classification
 from methods.mlo.masking_network import MaskingNetwork, load_mask_net
 from methods.mlo.solved_head import SolvedHead
+from methods.options import Option
 from models_encoder import spread
 from models_mae import MaskedAutoencoderViT, MaskedOutput
 from util.compute.precision import autocast, choose_amp_dtype

@@ -18,7 +18,7 @@ from util.training.run import Run
 
 
 def last_parameter(run):
-    return list(run.model.parameters())[-1]
+    return list(run.saved_model.parameters())[-1]
 
 
 def poison_last(run, value=math.nan):
@@ -93,7 +93,7 @@ def test_a_weight_that_no_loss_reads(image_folder, tmp_path, monkeypatch):
     """It would be in the next checkpoint, which takes the place of a good one: that is not written."""
 
     def spoil(run):
-        run.model.register_buffer("unused", torch.full((3,), math.inf))
+        run.saved_model.register_buffer("unused", torch.full((3,), math.inf))
 
     after_step(monkeypatch, 3, spoil)
     with pytest.raises(RunFailed, match=r"weight model.unused is non-finite after step 4: not saved"):
@@ -114,7 +114,7 @@ def test_a_moment_of_the_optimizer(image_folder, tmp_path, monkeypatch):
 
 
 def test_fine_tuning_too(image_folder, tmp_path, monkeypatch):
-    after_step(monkeypatch, 7, lambda run: poison(run.model.head.weight))
+    after_step(monkeypatch, 7, lambda run: poison(run.saved_model.head.weight))
     with pytest.raises(RunFailed, match=r"loss became non-finite at step 7 .*weight head.weight"):
         finetune(f"{CLASSIFIER} --data_path {image_folder} --output_dir {tmp_path} --print_freq 1")
     assert checkpoint(tmp_path, "checkpoint-0.pth")["epoch"] == 0

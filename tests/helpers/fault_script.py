@@ -33,7 +33,7 @@ def no_space(*_):
 
 
 def fault(kind: str, run: Run) -> None:
-    last = list(run.model.parameters())[-1]
+    last = list(run.saved_model.parameters())[-1]
     if kind == "weight":
         poison(last)
     elif kind == "gradient":

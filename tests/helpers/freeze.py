@@ -1,5 +1,6 @@
 """Freezes the format of checkpoints: tiny runs, by the code of any revision, that are stopped half-way, with what that
-code did afterwards (tests/fixtures/frozen/README.md). tests/util/checkpoint/test_frozen.py lets today's code do the same.
+code did afterwards (tests/fixtures/frozen/README.md). tests/util/checkpoint/test_frozen.py lets today's code do the
+same.
 
     python tests/helpers/freeze.py                                   the format of this working tree, every kind of run
     python tests/helpers/freeze.py --only mae finetune               these kinds

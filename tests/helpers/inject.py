@@ -29,14 +29,14 @@ def finetune(flags: str) -> dict:
 
 def after_step(patch, number: int, act) -> None:
     """`act(run)` when `number` optimizer steps are done, saved and logged, before the next one (of that number)."""
-    original = Run._after_step
+    original = Run.finish_step
 
-    def after(self, progress):
-        original(self, progress)
+    def after(self):
+        original(self)
         if self.step == number:
             act(self)
 
-    patch.setattr(Run, "_after_step", after)
+    patch.setattr(Run, "finish_step", after)
 
 
 def poison(tensor: torch.Tensor, value: float = float("nan")) -> None:
@@ -47,11 +47,11 @@ def poison(tensor: torch.Tensor, value: float = float("nan")) -> None:
 
 class FullDisk:
     """A disk that takes half of what a write gives it, and says that it is full, while `full`: for checkpoints (and
-    whatever else `util.checkpoint.files` writes) and for files that grow."""
+    whatever else `util.checkpoint.atomic` writes) and for files that grow."""
 
     def __init__(self, patch, full: bool = False):
         self.full, self.refused = full, 0
-        patch.setattr("util.checkpoint.files.open", self.open, raising=False)
+        patch.setattr("util.checkpoint.atomic.open", self.open, raising=False)
         patch.setattr("util.checkpoint.retry.open", self.open, raising=False)
         patch.setattr("util.checkpoint.retry.FIRST", 0.01)  # seconds between attempts
 

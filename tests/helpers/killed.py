@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 import torch  # noqa: E402
 
 import main_pretrain  # noqa: E402
-import util.checkpoint.files  # noqa: E402
+import util.checkpoint.atomic  # noqa: E402
 from util.data.samples import KeyedDataset  # noqa: E402
 from util.errors import user_errors  # noqa: E402
 from util.training.run import Run  # noqa: E402
@@ -70,11 +70,11 @@ def half_written(path, write) -> None:
 def arrange(where: str, number: int) -> None:
     due = Countdown(number)
     if where == "step":
-        before(Run, "_after_step", lambda *_: due.now() and kill())
+        before(Run, "finish_step", lambda *_: due.now() and kill())
     elif where == "accumulation":
-        before(Run, "backward", lambda run, micro, *_: not micro.closes and due.now() and kill())
+        before(Run, "backward", lambda run, losses, batch: not batch.is_last_of_window and due.now() and kill())
     elif where == "write":
-        before(util.checkpoint.files, "write_atomically", lambda *args: due.now() and half_written(*args))
+        before(util.checkpoint.atomic, "write_atomically", lambda *args: due.now() and half_written(*args))
     elif where == "rename":
         original = os.replace
 
@@ -98,7 +98,7 @@ def record_steps(path: str) -> None:
         with open(path, "a") as file:
             file.write(f"{run.step}\n")
 
-    before(Run, "_after_step", append)
+    before(Run, "finish_step", append)
 
 
 def get_args_parser():

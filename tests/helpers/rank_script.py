@@ -12,6 +12,7 @@ import torch
 import main_pretrain
 import util.parallel.signals
 import util.training.run
+import util.training.stepping
 from methods import Pretrainer
 from models_mae import MaskedAutoencoderViT
 from util.errors import RunFailed, leave
@@ -48,7 +49,7 @@ def log_on_rank_one():
 
 def count_buckets():
     """-> a list that grows by one with every gradient bucket that DDP sends."""
-    sent, original = [], util.training.run.Run._wrap
+    sent, original = [], util.training.stepping.Stepper._wrap
 
     def hook(_state, bucket):
         sent.append(bucket.index())
@@ -60,7 +61,7 @@ def count_buckets():
         wrapped.register_comm_hook(None, hook)
         return wrapped
 
-    util.training.run.Run._wrap = wrap
+    util.training.stepping.Stepper._wrap = wrap
     return sent
 
 

@@ -18,7 +18,7 @@ import main_pretrain
 import methods.rcmae
 import util.data.loader
 import util.data.shard_loader
-from main_pretrain import Watch
+from evaluation.monitor import Monitor
 from methods import Pretrainer
 from util.checkpoint import sharded
 from util.data.readers import read_images
@@ -67,9 +67,9 @@ def test_more_processes_than_pictures(image_folder, tmp_path, monkeypatch, datas
     data = image_folder if dataset == "imagefolder" else shards(tmp_path, image_folder)
     args = parsed(f"--dataset {dataset} --data_path {data}")
     images = read_images(args, train=True)
-    watch = partial(Watch, args, SimpleNamespace(device=CPU), SimpleNamespace(model=mae()), images, None)
+    watch = partial(Monitor, args, SimpleNamespace(device=CPU), SimpleNamespace(model=mae()), images, None)
     imgs, noise = watch().fixed
-    assert len(imgs) == len(noise) == Watch.COUNT
+    assert len(imgs) == len(noise) == Monitor.COUNT
     for rank in (0, 8):
         for module in (util.data.loader, util.data.shard_loader):
             monkeypatch.setattr(module, "get_rank", lambda rank=rank: rank)
@@ -131,7 +131,7 @@ def after_epoch(image_folder, one_rank, monkeypatch):
             shard(pretrainer, pretrainer.model, [], CPU, gathered)
         board = SimpleNamespace(image=lambda name, picture, epoch: drawn.append(picture))
         run = SimpleNamespace(device=CPU, ended=True, amp_dtype=gathered or torch.float32, board=board)
-        row = Watch(args, run, pretrainer, images, held_out).after_epoch(0)
+        row = Monitor(args, run, pretrainer, images, held_out).after_epoch(0)
         assert not torch.is_autocast_enabled("cpu")
         return row["fixed_images_loss"], row["knn_top1"], *drawn
 

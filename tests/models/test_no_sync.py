@@ -42,7 +42,7 @@ class Waiting(TorchDispatchMode):
 def watched(monkeypatch):
     """Steps are watched, from their forward pass to what the methods do after them; reading the metrics is not, nor a
     closer look once an epoch, whose time is not counted."""
-    waiting, micro_batches, untimed = Waiting(), Run.micro_batches, Run.untimed
+    waiting, batches, diagnostics, finish_step = Waiting(), Run.batches, Run.diagnostics, Run.finish_step
 
     def watch(on):
         waiting.watching = on
@@ -50,21 +50,26 @@ def watched(monkeypatch):
             torch.cuda.set_sync_debug_mode("error" if on else "default")
 
     def stepwise(self, header):
-        for micro in micro_batches(self, header):
+        for batch in batches(self, header):
             watch(self.step > 0)  # what is made once, at the first step, may wait
-            yield micro
+            yield batch
             watch(False)
 
+    def finish(self):
+        watch(False)
+        finish_step(self)
+
     @contextmanager
-    def looking(self):
+    def unwatched(self):
         before = waiting.watching
         watch(False)
-        with untimed(self):
+        with diagnostics(self):
             yield
         watch(before)
 
-    monkeypatch.setattr(Run, "micro_batches", stepwise)
-    monkeypatch.setattr(Run, "untimed", looking)
+    monkeypatch.setattr(Run, "batches", stepwise)
+    monkeypatch.setattr(Run, "finish_step", finish)
+    monkeypatch.setattr(Run, "diagnostics", unwatched)
     with waiting:
         yield waiting
     watch(False)
@@ -94,7 +99,7 @@ def test_the_watch_sees(image_folder, tmp_path, watched, monkeypatch):
     """A number read in the middle of a step is found."""
     original = Run.backward
     monkeypatch.setattr(
-        Run, "backward", lambda self, micro, loss, **parts: (loss.item(), original(self, micro, loss, **parts))
+        Run, "backward", lambda self, losses, batch: (sum(losses.values()).item(), original(self, losses, batch))
     )
     pretrain(tmp_path, image_folder, "")
     assert set(watched.found) == {"_local_scalar_dense"} and len(watched.found) == 11

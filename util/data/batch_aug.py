@@ -1,7 +1,7 @@
 """Augmentation of whole batches on their device, with random numbers that belong to the sample.
 
-The distributions are those of the per-image transforms of `util.data.transforms` (pillow's and torchvision's). Images are
-uint8 tensors of one size. Draws are functions of (seed, epoch, sample index), so that the batch, the number of
+The distributions are those of the per-image transforms of `util.data.transforms` (pillow's and torchvision's). Images
+are uint8 tensors of one size. Draws are functions of (seed, epoch, sample index), so that the batch, the number of
 workers and the device make no difference.
 
 Shapes: N images, C channels, (H, W) pixels; values are 0..255 float32 until they are normalised.

@@ -173,7 +173,8 @@ def metrics_of(log: str, epoch: float = math.inf) -> dict | None:
 
 
 def source_of(weights) -> dict | None:
-    """What a run starts from (`util.weights.load.Weights`, or None): the file, its hash, and what it says of its own run, down to the run that one started from."""
+    """What a run starts from (`util.weights.load.Weights`, or None): the file, its hash, and what it says of its own
+    run, down to the run that one started from."""
     if weights is None:
         return None
     sha256 = None

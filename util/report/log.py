@@ -40,7 +40,7 @@ class Progress:
             self.bar.update(position - self.position)
         self.position = position
 
-    def say(self, values: dict[str, float], seconds_left: float) -> None:
+    def show(self, values: dict[str, float], seconds_left: float) -> None:
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self.bar is not None:
             self.bar.set_postfix_str(text)

@@ -57,27 +57,32 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = SECON
 
 
 class FlopMeter:
-    """Counts the first micro-batch of an epoch (its passes and those of teachers; not what methods do after the step),
-    and relates the speed to that. What `--grad_checkpoint` computes twice counts twice."""
+    """Counts the FLOPs of the first micro-batch of an epoch (its passes and those of teachers; not what methods do
+    after the step), and relates the speed to them. What `--grad_checkpoint` computes twice counts twice."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.rate = matrix_rate(device, dtype)
-        self.per_image, self.counted = 0.0, False
+        self.per_image, self.counted, self._flops = 0.0, False, 0
 
     def begin(self) -> None:
         """Count anew: an epoch may bring a teacher, or another mask ratio."""
-        self.counted = False
+        self.counted, self._flops = False, 0
 
     @contextlib.contextmanager
-    def counting(self, images: int):
-        """Around the passes over `images`; counts the first time since `begin`."""
+    def counting(self):
+        """Around the forward pass, and again around the backward pass, until `counted_images` closes the count."""
         if self.counted:
             yield
             return
         # Compiled code is not seen by the counter.
         with flop_counter() as counter, torch.compiler.set_stance("force_eager"):
             yield
-        self.per_image, self.counted = counter.get_total_flops() / images, True
+        self._flops += counter.get_total_flops()
+
+    def counted_images(self, images: int) -> None:
+        """Both passes over so many `images` were counted."""
+        if not self.counted:
+            self.per_image, self.counted = self._flops / images, True
 
     def utilisation(self, images_per_s: float) -> float:
         """In percent, at this speed of one process."""

@@ -16,8 +16,8 @@ from util.report.tensorboard import Board
 
 
 def end_again(run, files: list[Path], write: Callable[[dict[str, float]], None]) -> None:
-    """End `run` (`util.training.run.Run`), which was resumed at its end. `files` are its results beside the ledger's line;
-    `write(metrics)` writes them. All ranks must call it."""
+    """End `run` (`util.training.run.Run`), which was resumed at its end. `files` are its results beside the ledger's
+    line; `write(metrics)` writes them. All ranks must call it."""
     metrics, names = from_main_process(lambda: _unwritten(run, files))
     done = run.epoch + run.position / len(run.loader)
     state = f"already finished: {run.resumed} is the state after {done:g} epochs, and the run has {run.args.epochs:g}"
@@ -25,12 +25,12 @@ def end_again(run, files: list[Path], write: Callable[[dict[str, float]], None])
     if names:
         run.record.restore()
         make_output_dir(run.args)
-        run.board = Board(run.args.log_dir)
+        run.reporter.board = Board(run.args.log_dir)
         write(metrics)
     if LEDGER in names:
         dtype = choose_amp_dtype(getattr(run.record.args, "amp_dtype", "auto"), run.device)
         line = run.args.output_dir, metrics, run.images_seen(), run.device, dtype
-        run.saver.insist(LEDGER, lambda: run.record.enter(*line))
+        run.checkpoints.saver.insist(LEDGER, lambda: run.record.enter(*line))
     run.close()
 
 

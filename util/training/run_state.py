@@ -1,4 +1,5 @@
-"""The content of a training run's checkpoint, and how a run (`util.training.run.Run`) resumes from it bit-identically."""
+"""The content of a training run's checkpoint, and how a run (`util.training.run.Run`) resumes from it
+bit-identically."""
 
 import functools
 from pathlib import Path
@@ -17,7 +18,7 @@ from util.weights.file import read_file
 def content(run) -> dict:
     """What a checkpoint holds."""
     return {
-        "model": run.model.state_dict(),
+        "model": run.saved_model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "methods": run.methods.state_dict() if run.methods is not None else {},
         **{key: model.state_dict() for key, model in run.exported().items()},
@@ -33,7 +34,7 @@ def _rest(run) -> dict:
     return {
         "epoch": run.epoch if run.position else run.epoch - 1,
         "step": run.step,
-        "scaler": run.scaler.state_dict(),
+        "scaler": run.stepper.scaler.state_dict(),
         "args": {name: plain(value) for name, value in vars(run.args).items()},
         **({"methods_by_rank": by_rank} if any(by_rank) else {}),
         **({"classes": list(run.classes)} if run.classes else {}),
@@ -43,9 +44,9 @@ def _rest(run) -> dict:
             "epoch": run.epoch,
             "samples": samples,
             "order": run.loader.order(),
-            "meter": run.meter.epoch,
-            "best": run.best,
-            "shows_pixels": getattr(run.module, "shows_pixels", True),
+            "meter": run.reporter.meter.epoch,
+            "best": run.checkpoints.best,
+            "shows_pixels": getattr(run.train_module, "shows_pixels", True),
         },
     }
 
@@ -65,7 +66,7 @@ def save(run) -> None:
         return
     rest = {**_rest(run), "methods": {name.split(".")[0]: None for name in run.methods.state_dict()}}
     write = functools.partial(
-        sharded.save, module=run.module, optimizer=run.optimizer, rest=rest, exported=run.exported()
+        sharded.save, module=run.train_module, optimizer=run.optimizer, rest=rest, exported=run.exported()
     )
     save_folder(*place, write, run.args.keep)
 
@@ -77,8 +78,8 @@ def resume(run, path: Path) -> None:
     run.record.load_state(state.get("origin"), flags_of(state))
     data = state.get("data") or {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}}
     _take_place(run, data)
-    run.meter = EpochMeter(run.device, data["meter"])
-    run.best = data.get("best", 0.0)
+    run.reporter.meter = EpochMeter(run.device, data["meter"])
+    run.checkpoints.best = data.get("best", 0.0)
     rng = state.get("rng", [])
     if len(rng) == get_world_size():
         set_rng_state(rng[get_rank()], run.device)
@@ -140,18 +141,18 @@ def _check_methods(run, path: Path, state: dict) -> None:
 def _load(run, path: Path, state: dict) -> None:
     _check_methods(run, path, state)
     if run.sharded:
-        sharded.load(path, run.module, run.optimizer)
+        sharded.load(path, run.train_module, run.optimizer)
         return
     # Which implementation steps is this run's choice, whatever wrote the file (official ones do not say).
     for theirs, ours in zip(state["optimizer"].get("param_groups", []), run.optimizer.param_groups):
         theirs |= {name: ours[name] for name in ("fused", "foreach", "capturable") if name in ours}
     try:
-        run.model.load_state_dict(state["model"])
+        run.saved_model.load_state_dict(state["model"])
         if run.methods is not None:
             run.methods.load_state_dict(state.get("methods", {}))
         run.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = shorten(str(error).strip().splitlines()[-1], 200)
         raise UserError(f"--resume {path} does not fit these flags: {reason}") from error
-    if state.get("scaler") and run.scaler.enabled:
-        run.scaler.load_state_dict(state["scaler"])
+    if state.get("scaler") and run.stepper.scaler.enabled:
+        run.stepper.scaler.load_state_dict(state["scaler"])

@@ -348,9 +348,15 @@ def test_mask_maps(run, image_folder, tmp_path, capsys):
 
 def test_curriculum(image_folder, tmp_path):
     args = main_pretrain.get_args_parser().parse_args(["--mask_ratio", "0.5", "--mask_ratio_end", "0.9"])
-    assert [round(mask_ratio_at(step, 5, args), 6) for step in range(5)] == [0.5, 0.6, 0.7, 0.8, 0.9]
+    assert [round(mask_ratio_at(step, 5, args.mask_ratio, args.mask_ratio_end), 6) for step in range(5)] == [
+        0.5,
+        0.6,
+        0.7,
+        0.8,
+        0.9,
+    ]
     args.mask_ratio_end = None
-    assert mask_ratio_at(3, 5, args) == 0.5
+    assert mask_ratio_at(3, 5, args.mask_ratio, args.mask_ratio_end) == 0.5
     for method in ("", "--mlo_mae --mlo_labels same --mlo_hidden 8", "--rc_mae --rc_mask different"):
         flags = f"{BASE} --batch_size 12 --epochs 2 --mask_ratio 0.5 --mask_ratio_end 0.9 {method} --overwrite"
         pretrain(f"{flags} --data_path {image_folder} --output_dir {tmp_path}")

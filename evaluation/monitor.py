@@ -1,0 +1,97 @@
+"""Monitoring a pretraining run between epochs: reconstructions of preview images, and kNN accuracy."""
+
+from contextlib import nullcontext
+
+import torch
+
+from evaluation.features import extract, knn_accuracy
+from methods.pretrainer import Pretrainer
+from models_encoder import mae_features
+from util.data.build import build_loader
+from util.data.image_format import input_size, mean_std
+from util.data.shards import Shards
+from util.data.sources import Part
+from util.data.transforms import eval_transform
+from util.parallel.distributed import barrier, is_main_process
+from util.parallel.fsdp import whole
+from util.report.pictures import denormalized, fixed_noise, grid, reconstruct
+from util.training.run import Run
+
+
+class Monitor:
+    """Reconstruction pictures and kNN accuracy of fixed images, between epochs: the same images under the same masks on
+    any number of processes. The main process draws the pictures, so it alone reads their images."""
+
+    COUNT = 8
+
+    def __init__(self, args, run: Run, pretrainer: Pretrainer, images, held_out):
+        self.args, self.run, self.pretrainer = args, run, pretrainer
+        self.mean, self.std = mean_std(args)
+        self.transform = eval_transform(input_size(args), self.mean, self.std, args.crop_pct)
+        self.images, self.held_out = images, held_out
+        self._loaders = None
+        self.fixed = self._fixed_images() if args.vis_freq and is_main_process() else None
+
+    def _fixed_images(self):
+        images = self.held_out or self.images
+        if hasattr(images, "load"):
+            images = self._evenly_spaced(images, self.COUNT)
+        elif not isinstance(images, Shards):
+            return None  # a stream of timm's
+        # Read in this process: a few images are not worth starting workers for.
+        loader = build_loader(images, self.transform, self.args, self.COUNT, train=False, num_workers=0, split=False)
+        batch = next(iter(loader.begin(0)))
+        imgs = batch.image[batch.bad == 0].to(self.run.device)
+        return (imgs, fixed_noise(self.pretrainer.model, len(imgs), 0, self.run.device)) if len(imgs) else None
+
+    @staticmethod
+    def _evenly_spaced(images, count: int):
+        """`count` images, evenly spaced over the set (which is usually sorted by class)."""
+        if len(images) <= count:
+            return images
+        return Part(images, torch.linspace(0, len(images) - 1, count).long().tolist())
+
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        """What there is to report after `epoch`, by name."""
+        row = {}
+        last = self.run.ended
+        preview_due = self.args.vis_freq and (last or epoch % self.args.vis_freq == 0)
+        knn_due = self.args.knn_freq and (last or (epoch + 1) % self.args.knn_freq == 0)
+        with whole(self.pretrainer) if preview_due or knn_due else nullcontext():
+            if preview_due and self.fixed and self.pretrainer.shows_pixels:
+                row["fixed_images_loss"] = self._preview(epoch + 1)
+            if knn_due:
+                row["knn_top1"] = self._knn()
+            barrier()
+        return row
+
+    def _preview(self, epoch: int) -> float:
+        """Pictures and histograms of the fixed images; their reconstruction loss."""
+        (imgs, noise), ratio = self.fixed, self.args.mask_ratio
+        pictures = reconstruct(self.pretrainer.model, imgs, ratio, noise, self.mean, self.std)
+        self.run.board.image("reconstruction", grid(pictures.cpu()), epoch)
+        pixels = denormalized(imgs, self.mean, self.std)
+        for name, picture in self.pretrainer.pictures(imgs, pixels).items():
+            self.run.board.image(name, picture.cpu(), epoch)
+        for name, values in self.pretrainer.distributions(imgs).items():
+            self.run.board.histogram(name, values, epoch)
+        return evaluate_reconstruction(self.pretrainer, imgs, noise, ratio)
+
+    def _knn(self) -> float:
+        if self._loaders is None:
+            few = [self._evenly_spaced(images, self.args.knn_images) for images in (self.images, self.held_out)]
+            self._loaders = [build_loader(i, self.transform, self.args, self.args.batch_size, False) for i in few]
+        model = self.pretrainer.model.eval()
+        device, dtype = self.run.device, self.run.amp_dtype
+        splits = [extract(lambda x: mae_features(model, x, "avg"), loader, device, dtype) for loader in self._loaders]
+        model.train()
+        return knn_accuracy(*splits[0], *splits[1])
+
+
+@torch.no_grad()
+def evaluate_reconstruction(pretrainer: Pretrainer, imgs, noise, mask_ratio: float) -> float:
+    """Reconstruction loss of fixed images under fixed masks: comparable between epochs."""
+    pretrainer.eval()
+    loss, _, _ = pretrainer.model(imgs, mask_ratio=mask_ratio, noise=noise)
+    pretrainer.train()
+    return loss.item()

@@ -1,0 +1,43 @@
+"""When a training run writes its checkpoints, and what it refuses to write."""
+
+from pathlib import Path
+
+from util.checkpoint.atomic import write_tensors
+from util.checkpoint.retry import GrowingFile, LateFile, Saver
+from util.errors import RunFailed
+from util.parallel.distributed import is_main_process
+from util.training import run_state
+from util.training.numerics import broken_state
+
+
+class Checkpointer:
+    """The checkpoints of a run, and the file of its best weights. `logs` are written before every checkpoint."""
+
+    def __init__(self, args, logs: list[GrowingFile]):
+        self.writes = bool(args.output_dir)
+        self.saver = Saver(args.output_dir, args.save_patience)
+        self.best_file = LateFile(Path(args.output_dir) / "checkpoint-best.pth", write_tensors)
+        self.saver.files = [*logs, self.best_file]
+        self.best = 0.0  # highest score so far
+
+    def save(self, run, last: bool = False) -> None:
+        """A checkpoint of `run`, if the disk takes it (`util.checkpoint.retry.Saver`), which the `last` one must.
+        RunFailed instead of a checkpoint with numbers that are not finite."""
+        if not self.writes:
+            return
+        moments = {name: run.optimizer.state.get(p, {}) for name, p in run.train_module.named_parameters()}
+        broken = broken_state({"weight": run.train_module.state_dict(), "optimizer state": moments})
+        if broken:
+            raise RunFailed(f"{broken} is non-finite after step {run.step}: not saved, the last checkpoint is good")
+        self.saver.save(lambda: run_state.save(run), last)
+
+    def save_best(self, run, score: float) -> None:
+        """Keep the weights of `run` in checkpoint-best.pth when their `score` is the highest so far."""
+        if score <= self.best:
+            return
+        self.best = score
+        if self.writes:
+            content = run_state.content(run)
+            best = {key: content[key] for key in ("model", "epoch", "args", "origin", "classes") if key in content}
+            if is_main_process():
+                self.best_file.put(best)

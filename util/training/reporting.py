@@ -1,0 +1,129 @@
+"""What a training run reports: progress on the terminal, TensorBoard, `log.txt`, `spikes.jsonl`; and the errors that
+end it: losses that are not finite, too many unreadable images, fp16 that overflows."""
+
+from pathlib import Path
+
+import torch
+
+from util.checkpoint.retry import GrowingFile
+from util.data.samples import Sample
+from util.errors import UserError
+from util.parallel.distributed import gather_objects, get_world_size, is_main_process
+from util.parallel.watchdog import slow_reader
+from util.report.log import Clock, Progress, log_line
+from util.report.tensorboard import Board
+from util.training.batches import MicroBatch
+from util.training.meters import EpochMeter
+from util.training.numerics import Finite, Overflows, Spikes, describe_spike
+
+
+class Reporter:
+    """Collects metrics on the device, step by step, and reads them every `--print_freq` steps: only there the host
+    waits for the device. The methods that take `run` read its position (`util.training.run.Run`)."""
+
+    def __init__(self, args, device: torch.device, scaler):
+        self.device, self.scaler = device, scaler
+        self.meter = EpochMeter(device)
+        self.finite, self.spikes, self.overflows = Finite(device), Spikes(args.spike_factor), Overflows(scaler)
+        folder = Path(args.output_dir)
+        self.log, self.spike_log = GrowingFile(folder / "log.txt"), GrowingFile(folder / "spikes.jsonl")
+        self.writes = bool(args.output_dir)
+        self.board = Board(None)  # until training begins
+        self.clock, self.waited, self.progress = Clock(), 0.0, None
+        self.unreadable = 0  # images since the last reading
+        self.last_means: dict[str, float] = {}  # of the last finished epoch
+
+    # Every step: nothing here waits for the device ------------------------------------------------------------------
+
+    def begin_epoch(self, run, header: str) -> None:
+        self.progress = Progress(f"{header} {run.epoch}", run.last_position(), run.position)
+        self.clock, self.waited = Clock(), 0.0
+
+    def count_batch(self, samples: Sample, seconds_waited: float) -> None:
+        """The images of a micro-batch were read."""
+        self.clock.waited += seconds_waited
+        self.clock.images += len(samples.target) * get_world_size()
+
+    def add_losses(self, step: int, losses: dict[str, torch.Tensor], batch: MicroBatch) -> None:
+        """The total loss, named "loss", and its terms, of one micro-batch."""
+        self.meter.add(len(batch.samples.target), **losses)
+        self.finite.watch(step, losses)
+        self.spikes.watch(step, losses["loss"], batch.samples.index)
+        self.unreadable += int(batch.samples.bad.sum())  # a number on the host: nothing waits
+
+    def add_step(self, step: int, norm: torch.Tensor) -> None:
+        """The gradient norm of an optimizer step."""
+        if self.scaler.enabled:  # a step that overflowed has no norm, and is counted instead
+            norm = torch.where(self.scaler.applied > 0, norm, torch.zeros_like(norm))
+            self.meter.add(skipped_steps=1 - self.scaler.applied)
+        else:
+            self.finite.watch(step, {"gradient": norm})
+        self.meter.add(grad_norm=norm)
+
+    # Every --print_freq steps ---------------------------------------------------------------------------------------
+
+    def read(self, run) -> None:
+        """Read the metrics, which waits for the device; look for trouble; log. Raises RunFailed or UserError."""
+        self.meter.add(bad_images=self.unreadable)
+        self.unreadable = 0
+        values = self.meter.read()
+        self._report_spikes(run)
+        self.overflows.read(run.step)
+        self.finite.read(run.epoch, run.train_module)
+        self._check_unreadable(run)
+        bad = values.pop("bad_images")
+        rates = self._rates(run)
+        per_batch = self.meter.epoch["seconds"][0] / max(1, run.position)
+        left = per_batch * (run.last_position() - run.position)
+        self.progress.show({"loss": values["loss"], "lr": run.lr, **rates}, left)
+        if self.device.type == "cuda":
+            rates["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        points = {f"train/{name}": value for name, value in values.items()}
+        points |= {"train/lr": run.lr, **{f"speed/{name}": value for name, value in rates.items()}}
+        if bad:
+            points["data/bad_images"] = bad
+        self.board.scalars(points, run.fractional_epoch())
+
+    def _rates(self, run) -> dict[str, float]:
+        """Speeds since the last reading; adds the time to the epoch's."""
+        self.waited += self.clock.waited
+        rates = self.clock.read()
+        if run.stepper.flops:
+            rates["mfu_percent"] = run.stepper.flops.utilisation(rates["images_per_s"] / get_world_size())
+        self.meter.epoch["seconds"] = [self.meter.epoch.get("seconds", [0.0])[0] + rates.pop("seconds"), 1]
+        return rates
+
+    def _report_spikes(self, run) -> None:
+        for spike in self.spikes.read(run.image_name):
+            if self.writes:
+                self.spike_log.append(log_line({"epoch": run.epoch, **spike}))
+            print(describe_spike(spike, f"are in {self.spike_log.path}" if self.writes else "are not written"))
+
+    def _check_unreadable(self, run) -> None:
+        count = self.meter.epoch.get("bad_images", [0.0])[0]
+        images = run.last_position() * run.args.batch_size * get_world_size()
+        if count > run.args.max_bad_fraction * images:
+            raise UserError(
+                f"{int(count)} of {images} images of this epoch are unreadable, more than --max_bad_fraction "
+                f"{run.args.max_bad_fraction:g} allows; their names are above"
+            )
+
+    # Every epoch ----------------------------------------------------------------------------------------------------
+
+    def finish_epoch(self, run, row: dict[str, float]) -> None:
+        """Log the means of the epoch that has just ended, and `row` beside them."""
+        means = self.meter.means()
+        seconds, bad = means.pop("seconds"), self.meter.epoch.get("bad_images", [0.0])[0]
+        means.pop("bad_images", None)
+        stats = {f"train_{name}": value for name, value in {**means, "lr": run.lr}.items()}
+        self.last_means = stats
+        if self.writes and is_main_process():
+            counts = {"epoch": run.epoch, "step": run.step, "seconds": seconds, "bad_images": int(bad)}
+            self.log.append(log_line({**stats, **row, **counts}))
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in {**stats, **row}.items())
+        print(f"epoch {run.epoch}: {shown}  {seconds:.1f} s" + (f"  unreadable images {int(bad)}" if bad else ""))
+        slow = slow_reader(gather_objects(self.waited), seconds)
+        if slow:
+            print(f"note: {slow}")
+        self.board.scalars(row, run.fractional_epoch())
+        self.board.flush()
