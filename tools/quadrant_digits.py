@@ -71,8 +71,8 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def main() -> None:
-    args = get_args_parser().parse_args()
+def main(args=None) -> None:
+    args = args or get_args_parser().parse_args()
     if os.path.lexists(args.folder) and not (args.folder.is_dir() and not os.listdir(args.folder)):
         raise UserError(f"{args.folder} is there already and not an empty folder: give another one")
     if args.copies < 1 or args.size < 16 or args.size % 2 or args.seed < 0:

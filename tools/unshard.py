@@ -22,8 +22,8 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def main() -> None:
-    args = get_args_parser().parse_args()
+def main(args=None) -> None:
+    args = args or get_args_parser().parse_args()
     out = args.out or args.folder.with_suffix(".pth")
     if out.exists():
         raise UserError(f"{out} exists: name another file, or delete it")

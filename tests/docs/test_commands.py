@@ -164,7 +164,8 @@ def test_flags_in_prose():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         named = {flag for span in inline_code(text) for flag in FLAG.findall(span)}
-        made_here = {flag for block in blocks(text, "python") for flag in FLAG.findall(block)}
+        code = "\n".join(blocks(text, "python"))
+        made_here = {*FLAG.findall(code), *(f"--{option}" for option in re.findall(r'Option\(\s*"(\w+)"', code))}
         assert sorted(named - made_here - known) == [], name(page)
 
 
