@@ -11,7 +11,7 @@ from timm.layers import PatchEmbed
 from timm.models import vision_transformer
 from torch import nn
 
-from util.compute.kernels import RunsBlocks
+from util.compute.kernels import GradCheckpointMixin
 from util.compute.precision import widened
 
 
@@ -28,13 +28,13 @@ def mae_features(model, imgs: torch.Tensor, pool: str) -> torch.Tensor:
     return encoder_features(model, imgs, pool)
 
 
-def pick(values, ids):
+def gather_tokens(values, ids):
     """The entries of values (N, L, ...) at `ids` (N, M): (N, M, ...)."""
     ids = ids.reshape(*ids.shape, *[1] * (values.dim() - 2))
     return torch.gather(values, 1, ids.expand(-1, -1, *values.shape[2:]))
 
 
-def spread(values, ids, length):
+def scatter_tokens(values, ids, length):
     """(N, M) put at the places `ids` (N, M) of zeros (N, length), differentiably."""
     return values.new_zeros(len(values), length).scatter(1, ids, values)
 
@@ -57,7 +57,7 @@ class Block(vision_transformer.Block):
         return x + self.mlp(self.norm2(x))
 
 
-class PatchEncoder(RunsBlocks, nn.Module):
+class PatchEncoder(GradCheckpointMixin, nn.Module):
     """The encoder of a masked autoencoder: patch embedding, [cls], fixed positions, blocks, norm."""
 
     def __init__(
@@ -98,7 +98,7 @@ class PatchEncoder(RunsBlocks, nn.Module):
         """The same for the patches at `ids` (N, M) alone, from all pixels (N, L, p * p * C): (N, M, D)."""
         kernel = self.patch_embed.proj
         weight = kernel.weight.permute(0, 2, 3, 1).flatten(1)  # channels last, as in `patchify`
-        return F.linear(pick(patches, ids), weight, kernel.bias) + self.pos_embed[0, 1:][ids]
+        return F.linear(gather_tokens(patches, ids), weight, kernel.bias) + self.pos_embed[0, 1:][ids]
 
     def patchify(self, imgs):
         """(N, C, H, W) -> (N, L, p * p * C); inside a patch the order is row, column, channel."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.models import vision_transformer
 from torch import nn
 
-from models_encoder import Block, PatchEncoder, pick, spread
+from models_encoder import Block, PatchEncoder, gather_tokens, scatter_tokens
 from util.architectures import DECODERS, DEFAULT_DECODER, ENCODERS, check_geometry, look_up
 from util.pos_embed import get_2d_sincos_pos_embed
 
@@ -24,7 +24,7 @@ class MaskedOutput:
 
     The decoder's outputs are of P patches: in training of those that the loss compares, in the order of `ids_predicted`
     (all removed ones, unless the decoder predicts fewer); of all L in the order of the image where `all_patches` was
-    asked for. `of`, `mean` and `spread` hide which.
+    asked for. `select_predicted`, `mean_over_predicted` and `scatter_predicted` hide which.
     """
 
     latent: torch.Tensor  # (N, 1 + V, D), after the encoder's norm, [cls] first
@@ -50,17 +50,17 @@ class MaskedOutput:
         """(N, L)."""
         return torch.ones_like(self.scores, dtype=torch.float32).scatter_(1, self.ids_keep, 0.0)
 
-    def of(self, values: torch.Tensor) -> torch.Tensor:
+    def select_predicted(self, values: torch.Tensor) -> torch.Tensor:
         """Those of `values` (N, L, ...) that belong to the P predicted patches."""
-        return values if self.all_patches else pick(values, self.ids_predicted)
+        return values if self.all_patches else gather_tokens(values, self.ids_predicted)
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
+    def mean_over_predicted(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of `values` (N, P) over those patches, with `all_patches` over the removed ones: a scalar."""
         return masked_mean(values, self.mask) if self.all_patches else values.mean()
 
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
+    def scatter_predicted(self, values: torch.Tensor) -> torch.Tensor:
         """`values` (N, P) in the order of the image, 0 where nothing was predicted: (N, L)."""
-        return values if self.all_patches else spread(values, self.ids_predicted, self.scores.shape[1])
+        return values if self.all_patches else scatter_tokens(values, self.ids_predicted, self.scores.shape[1])
 
 
 class MaskedAutoencoderViT(PatchEncoder):
@@ -130,7 +130,7 @@ class MaskedAutoencoderViT(PatchEncoder):
         if noise is None:
             noise = torch.rand(x.shape[:2], device=x.device)
         ids_keep, mask, ids_restore = self.choose_visible(noise, mask_ratio)
-        return pick(x, ids_keep), mask, ids_restore
+        return gather_tokens(x, ids_keep), mask, ids_restore
 
     def forward_encoder(self, imgs, mask_ratio, noise=None):
         """-> latent (N, 1 + V, D), mask (N, L), ids_restore (N, L)."""
@@ -141,7 +141,7 @@ class MaskedAutoencoderViT(PatchEncoder):
         """The decoder up to its norm, for every patch in the order of the image: (N, L, d)."""
         ids_shuffle = torch.argsort(ids_restore, dim=1)
         visible = latent.shape[1] - 1
-        return pick(self._decode(latent, ids_shuffle[:, :visible], ids_shuffle[:, visible:]), ids_restore)
+        return gather_tokens(self._decode(latent, ids_shuffle[:, :visible], ids_shuffle[:, visible:]), ids_restore)
 
     def to_predict(self, ids_removed):
         """Of the removed patches (N, L - V), those that training predicts: (N, P)."""
@@ -188,11 +188,11 @@ class MaskedAutoencoderViT(PatchEncoder):
 
     def patch_errors(self, out):
         """Mean squared error of every predicted patch: (N, P)."""
-        return ((out.pred - self.patch_target(out.of(out.patches))) ** 2).mean(dim=-1)
+        return ((out.pred - self.patch_target(out.select_predicted(out.patches))) ** 2).mean(dim=-1)
 
     def reconstruction_loss(self, out):
         """What `forward_loss` computes, from a `MaskedOutput`: a scalar."""
-        return out.mean(self.patch_errors(out))
+        return out.mean_over_predicted(self.patch_errors(out))
 
     def forward_pretrain(
         self, imgs, mask_ratio=0.75, scores=None, return_blocks=(), head=None, all_patches=False
@@ -337,4 +337,4 @@ class CrossMaskedAutoencoderViT(MaskedAutoencoderViT):
         """(N, L, d): visible patches are asked for as if they had been removed."""
         ids = torch.argsort(ids_restore, dim=1)
         visible = latent.shape[1] - 1
-        return pick(self.decode_removed(latent, ids[:, :visible], ids), ids_restore)
+        return gather_tokens(self.decode_removed(latent, ids[:, :visible], ids), ids_restore)

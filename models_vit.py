@@ -8,7 +8,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from util.architectures import ENCODERS, check_geometry, look_up
-from util.compute.kernels import RunsBlocks
+from util.compute.kernels import GradCheckpointMixin
 
 
 class AttentivePool(nn.Module):
@@ -27,7 +27,7 @@ class AttentivePool(nn.Module):
         return self.attention(query, tokens, tokens, need_weights=False)[0][:, 0]
 
 
-class VisionTransformer(RunsBlocks, nn.Module):
+class VisionTransformer(GradCheckpointMixin, nn.Module):
     """ViT (Dosovitskiy et al. 2021) whose feature is the [cls] token or, with `global_pool`, the mean of the patches.
 
     With `global_pool` the patches of the last block are averaged un-normed and `fc_norm` follows; without, `norm` is

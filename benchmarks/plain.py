@@ -2,7 +2,7 @@
 
 import torch
 
-from models_encoder import pick
+from models_encoder import gather_tokens
 from models_mae import MaskedAutoencoderViT, MaskedOutput, masked_mean, visible_patches
 
 PIECES = ("embed", "order", "removed", "last")
@@ -21,7 +21,11 @@ class PlainMAE(MaskedAutoencoderViT):
         scores = torch.rand(patches.shape[:2], device=imgs.device) if scores is None else scores
         ids_keep, _, ids_restore = self.choose_visible(scores, mask_ratio)
         ids_removed = torch.argsort(ids_restore, dim=1)[:, visible_patches(scores.shape[1], mask_ratio) :]
-        tokens = self.embed_patches(patches, ids_keep) if "embed" in self.pieces else pick(self.embed(imgs), ids_keep)
+        tokens = (
+            self.embed_patches(patches, ids_keep)
+            if "embed" in self.pieces
+            else gather_tokens(self.embed(imgs), ids_keep)
+        )
         latent, blocks = self.encode(tokens, return_blocks)
         removed = "removed" in self.pieces and not all_patches
         if "order" in self.pieces:
@@ -30,7 +34,7 @@ class PlainMAE(MaskedAutoencoderViT):
             )
         else:
             decoded = self._decode_in_order(latent, ids_restore)
-            decoded = pick(decoded, ids_removed) if removed else decoded
+            decoded = gather_tokens(decoded, ids_removed) if removed else decoded
         pred = (head or self.decoder_pred)(decoded)
         return MaskedOutput(
             latent, pred, patches, ids_keep, ids_removed, ids_removed, scores, decoded, mask_ratio, not removed, blocks
@@ -47,7 +51,7 @@ class PlainMAE(MaskedAutoencoderViT):
     def _decode_in_order(self, latent, ids_restore):
         x = self.decoder_embed(latent)
         mask_tokens = self.mask_token.to(x.dtype).expand(len(x), ids_restore.shape[1] + 1 - x.shape[1], -1)
-        patches = pick(torch.cat([x[:, 1:], mask_tokens], dim=1), ids_restore)
+        patches = gather_tokens(torch.cat([x[:, 1:], mask_tokens], dim=1), ids_restore)
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = self.run_block(block, x)

@@ -10,12 +10,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import models_mae
-from evaluation.encoder import set_norm_eps, told_by_shapes
+from evaluation.encoder import infer_config_from_shapes, set_norm_eps
 from util.arguments import add_data_arguments, check_numbers
 from util.data.image_format import MEAN_STD, input_size, mean_std
 from util.data.readers import read_images
 from util.data.samples import KeyedDataset
-from util.data.sources import Files, Part
+from util.data.sources import Files, Subset
 from util.data.transforms import check_channels, eval_transform
 from util.errors import UserError
 from util.parser import Parser
@@ -161,7 +161,7 @@ def images_of(args: argparse.Namespace):
         return read_images(args, train=True)
 
 
-def chosen_images(args: argparse.Namespace, model, ratio: float = 0.0) -> tuple[torch.Tensor, tuple, tuple, Part]:
+def chosen_images(args: argparse.Namespace, model, ratio: float = 0.0) -> tuple[torch.Tensor, tuple, tuple, Subset]:
     """`--count` images (N, C, H, W), evenly spaced over the set, with the mean and deviation they were normalised by;
     last which part of the set they are, the unreadable ones with them.
 
@@ -176,7 +176,7 @@ def chosen_images(args: argparse.Namespace, model, ratio: float = 0.0) -> tuple[
     images = images_of(args)
     dataset = KeyedDataset(images, eval_transform(input_size(args), mean, std, args.crop_pct), args, replace=False)
     places = torch.linspace(0, len(images) - 1, min(args.count, len(images))).long().tolist()
-    part = Part(images, places)
+    part = Subset(images, places)
     samples = [sample for sample in (dataset[place] for place in places) if not sample.bad]
     if not samples:
         raise UserError("none of the chosen images could be read; their names are above")
@@ -194,7 +194,9 @@ def load_autoencoder(path: str, args: argparse.Namespace) -> models_mae.MaskedAu
             f"{path} holds an encoder without a decoder ({weights.origin}), so there is nothing to reconstruct with: "
             f"give a full pretraining checkpoint (checkpoint-*.pth, or the official mae_visualize_* files)"
         )
-    stored = told_by_shapes(weights) | {key: value for key, value in weights.args.items() if value is not None}
+    stored = infer_config_from_shapes(weights) | {
+        key: value for key, value in weights.args.items() if value is not None
+    }
     name = args.model or stored.get("model")
     if name is None:
         raise UserError(f"{path} does not say which model it is: give --model")

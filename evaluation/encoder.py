@@ -51,7 +51,7 @@ def _only_fit(weights: Weights | None) -> str | None:
     return fitting[0] if len(fitting) == 1 else None
 
 
-def told_by_shapes(weights: Weights) -> dict:
+def infer_config_from_shapes(weights: Weights) -> dict:
     """The model flags as far as the tensors alone tell them: for files that store none."""
     kernel, table = weights.state["patch_embed.proj.weight"], weights.state.get("pos_embed")
     flags = {"model": _only_fit(weights), "in_chans": kernel.shape[1], "patch_size": kernel.shape[-1]}
@@ -77,7 +77,9 @@ def load_encoder(args, source: str | Weights, head: bool = True):
     """
     weights = read_weights(source, args.checkpoint_key) if isinstance(source, str) else source
     path = weights.path
-    weights.args = told_by_shapes(weights) | {key: value for key, value in weights.args.items() if value is not None}
+    weights.args = infer_config_from_shapes(weights) | {
+        key: value for key, value in weights.args.items() if value is not None
+    }
     if not (args.model or weights.args.get("model")):
         raise UserError(f"{path} does not say which model it is: give --model")
     settle_model(args, weights)

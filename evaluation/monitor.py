@@ -10,7 +10,7 @@ from models_encoder import mae_features
 from util.data.build import build_loader
 from util.data.image_format import input_size, mean_std
 from util.data.shards import Shards
-from util.data.sources import Part
+from util.data.sources import Subset
 from util.data.transforms import eval_transform
 from util.parallel.distributed import barrier, is_main_process
 from util.parallel.fsdp import whole
@@ -49,7 +49,7 @@ class Monitor:
         """`count` images, evenly spaced over the set (which is usually sorted by class)."""
         if len(images) <= count:
             return images
-        return Part(images, torch.linspace(0, len(images) - 1, count).long().tolist())
+        return Subset(images, torch.linspace(0, len(images) - 1, count).long().tolist())
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """What there is to report after `epoch`, by name."""

@@ -179,7 +179,7 @@ class Corrupted(Images):
         img = to_channels(self.images.load(index), shape.in_chans)
         small = img.height < shape.size[0] or img.width < shape.size[1]
         img = img if small else shape.to_size(img)
-        number = self.images.places[index] if hasattr(self.images, "places") else index
+        number = self.images.indices[index] if hasattr(self.images, "indices") else index
         img = corrupt(img, self.corruption, self.severity, self.seed, number, self.photographs)
         return shape.to_size(img) if small else img
 

@@ -41,7 +41,7 @@ def normalized(features: torch.Tensor) -> torch.Tensor:
 
 def feature_loss(out: MaskedOutput, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error per patch, averaged over the removed patches, of `out.pred` and `target`, both (N, P, D)."""
-    return out.mean(((widened(out.pred) - widened(target)) ** 2).mean(dim=-1))
+    return out.mean_over_predicted(((widened(out.pred) - widened(target)) ** 2).mean(dim=-1))
 
 
 def collapse(features: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -134,7 +134,7 @@ class Bootstrap(Method):
         if not self.ready:
             return model.reconstruction_loss(out) + _idle(self.head)
         with torch.no_grad():
-            target = widened(out.of(target_features(self.target.network, imgs, self.layers)))
+            target = widened(out.select_predicted(target_features(self.target.network, imgs, self.layers)))
             target = normalized(target) if self.normalize else target
         return feature_loss(out, target) + _idle(model.decoder_pred)
 

@@ -61,7 +61,7 @@ def aligned_blocks(text: str | None, student_depth: int, teacher_depth: int) -> 
     return [(student - 1, teacher - 1) for student, teacher in pairs]
 
 
-def margins(student: tuple[int, int], teacher: tuple[int, int], patch: int) -> tuple[int, int]:
+def grid_offset(student: tuple[int, int], teacher: tuple[int, int], patch: int) -> tuple[int, int]:
     """Tokens of the teacher's grid above and left of the student's, which lies in its middle.
 
     So padding the image to the teacher's size is never needed: the padding would be cut away, token by token.
@@ -179,7 +179,7 @@ def _shown(values) -> str:
 
 
 @torch.no_grad()
-def introduction(teacher: MaskedAutoencoderViT, imgs: torch.Tensor, mask_ratio: float) -> str:
+def teacher_sanity_check(teacher: MaskedAutoencoderViT, imgs: torch.Tensor, mask_ratio: float) -> str:
     """The teacher's own reconstruction loss on these images (64 of them are enough), at its own size and in float32,
     beside that of predicting nothing."""
     teacher = teacher.requires_grad_(False).to(imgs.device).eval()
@@ -284,7 +284,7 @@ class DMAE(Method):
     def _cut(self, whole: MaskedAutoencoderViT, grid: tuple[int, int], positions: str) -> Frozen:
         """The teacher's encoder for the student's grid, up to its last aligned block."""
         patch, native = whole.patch_embed.patch_size, tuple(whole.patch_embed.grid_size)
-        offset = margins(grid, native, patch[0])
+        offset = grid_offset(grid, native, patch[0])
         table = inner_positions(whole.pos_embed, native, grid, offset)
         if positions == "fresh":
             values = get_2d_sincos_pos_embed(table.shape[-1], grid, cls_token=True)
@@ -309,7 +309,7 @@ class DMAE(Method):
     def first_batch(self, model: MaskedAutoencoderViT, imgs: torch.Tensor) -> None:
         if self._whole is None:
             return
-        print(introduction(self._whole[0], imgs, self.ratio))
+        print(teacher_sanity_check(self._whole[0], imgs, self.ratio))
         self._whole = None
         if imgs.is_cuda:  # the peak that is logged is that of training
             torch.cuda.reset_peak_memory_stats(imgs.device)

@@ -27,7 +27,7 @@ from util.parallel.distributed import all_reduce_sum, get_rank, get_world_size
 def consistency_loss(out: MaskedOutput, teacher: torch.Tensor) -> torch.Tensor:
     """Mean squared difference per patch, averaged over the removed patches, of the student's `out.pred` and what the
     teacher predicts for the same patches, both (N, P, F)."""
-    return out.mean(((widened(out.pred) - widened(teacher.detach())) ** 2).mean(dim=-1))
+    return out.mean_over_predicted(((widened(out.pred) - widened(teacher.detach())) ** 2).mean(dim=-1))
 
 
 def momentum_at(step: int, steps: int, base: float, schedule: str = "cosine") -> float:
@@ -43,7 +43,7 @@ def predict(model: MaskedAutoencoderViT, head: nn.Module, imgs, scores, out: Mas
     lowest `scores` (N, L); where those are the student's own, it sees what the student sees."""
     same = scores is out.scores and not out.all_patches
     teacher = model.forward_pretrain(imgs, out.mask_ratio, scores, head=head, all_patches=not same)
-    return teacher.pred if same else out.of(teacher.pred)
+    return teacher.pred if same else out.select_predicted(teacher.pred)
 
 
 def gradient_cosine(one: torch.Tensor, other: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:

@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from evaluation import command_line, judging
 from util.arguments import add_leak_argument
-from util.data.sources import Part
+from util.data.sources import Subset
 from util.errors import UserError, user_errors
 from util.report.ledger import Record, write_json
 
@@ -111,7 +111,7 @@ def interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
-def needed_images(images, args) -> tuple[Part, list[np.ndarray], np.ndarray]:
+def needed_images(images, args) -> tuple[Subset, list[np.ndarray], np.ndarray]:
     """The training images that are looked at, the draws as places among them, and which of them give the statistics."""
     if not hasattr(images, "load"):
         raise UserError(f"--dataset {args.dataset} is a stream, of which no images can be drawn")
@@ -121,7 +121,7 @@ def needed_images(images, args) -> tuple[Part, list[np.ndarray], np.ndarray]:
         : STATISTICS if args.normalize == "standard" else 0
     ]
     places = np.unique(np.concatenate([some, *(chosen.ravel() for chosen in draws)]))
-    return Part(images, places), [np.searchsorted(places, chosen) for chosen in draws], np.isin(places, some)
+    return Subset(images, places), [np.searchsorted(places, chosen) for chosen in draws], np.isin(places, some)
 
 
 def main(args) -> dict:

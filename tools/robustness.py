@@ -37,7 +37,7 @@ from evaluation.robustness import (
 from util.data.build import build_loader
 from util.data.image_format import input_size, mean_std
 from util.data.readers import read_images
-from util.data.sources import Part
+from util.data.sources import Subset
 from util.data.transforms import eval_transform, to_channels
 from util.errors import UserError, user_errors
 from util.report.ledger import Record, describe_images, write_json
@@ -135,7 +135,7 @@ class Bench:
         if count is None or count >= total:
             return evaluation
         chosen = np.sort(np.random.default_rng(self.judged.args.seed).permutation(total)[:count])
-        return Evaluation(evaluation.name, Part(evaluation.images, chosen), evaluation.places)
+        return Evaluation(evaluation.name, Subset(evaluation.images, chosen), evaluation.places)
 
     @torch.no_grad()
     def predict(self, evaluation: Evaluation, images=None, crop_pct=None) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from sklearn.manifold import TSNE
 from evaluation import command_line, judging
 from evaluation.encoder import count_classes
 from util.data.readers import read_images
-from util.data.sources import Part
+from util.data.sources import Subset
 from util.errors import UserError, user_errors
 from util.report.ledger import Record, write_json
 
@@ -80,7 +80,7 @@ def chosen_images(args):
         raise UserError(f"--dataset {args.dataset} is a stream, of which no images can be drawn")
     if 0 < args.images < len(images):
         generator = torch.Generator().manual_seed(args.seed)
-        images = Part(images, torch.randperm(len(images), generator=generator)[: args.images].sort().values.tolist())
+        images = Subset(images, torch.randperm(len(images), generator=generator)[: args.images].sort().values.tolist())
     return images
 
 

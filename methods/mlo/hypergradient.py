@@ -20,7 +20,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models_encoder import pick
+from models_encoder import gather_tokens
 from util.compute.precision import full_precision
 
 Tensors = dict[str, torch.Tensor]
@@ -51,7 +51,7 @@ class Residuals(nn.Module):
         if self.all_patches:
             decoded = model.decode(latent, torch.argsort(torch.cat([ids_keep, ids_removed], dim=1), dim=1))
         else:
-            decoded, patches = model.decode_removed(latent, ids_keep, ids_removed), pick(patches, ids_removed)
+            decoded, patches = model.decode_removed(latent, ids_keep, ids_removed), gather_tokens(patches, ids_removed)
         return model.decoder_pred(decoded) - model.patch_target(patches)
 
 

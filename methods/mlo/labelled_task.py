@@ -19,7 +19,7 @@ from util.data.image_format import input_size, mean_std
 from util.data.leak import check_leak
 from util.data.loader import Endless
 from util.data.readers import read_images
-from util.data.sources import Files, Images, Part
+from util.data.sources import Files, Images, Subset
 from util.data.transforms import eval_transform, pretrain_transform
 from util.errors import UserError
 from util.parallel.distributed import average, get_world_size
@@ -68,9 +68,9 @@ def stratified_split(images: Images, fraction: float, seed: int) -> tuple[list[i
     return sorted(train.tolist()), sorted(val.tolist())
 
 
-def without(images, others: Part):
+def without(images, others: Subset):
     """`images` less those that are the same files as `others`; a printed note where that cannot be told."""
-    whole = images.images if isinstance(images, Part) else images
+    whole = images.images if isinstance(images, Subset) else images
     if not isinstance(whole, Files) or not isinstance(others.images, Files):
         if whole is not others.images:
             print(
@@ -80,7 +80,7 @@ def without(images, others: Part):
         return images
     taken = {os.path.realpath(others.name(place)) for place in range(len(others))}
     places = [place for place in range(len(images)) if os.path.realpath(images.name(place)) not in taken]
-    return images if len(places) == len(images) else Part(images, places)
+    return images if len(places) == len(images) else Subset(images, places)
 
 
 class StandardizedLinear(nn.Linear):
@@ -120,9 +120,9 @@ class Classification:
         labelled = labelled_images(args, images)
         self.classes = len(labelled.classes)
         train, self.held_out = stratified_split(labelled, args.mlo_val_fraction, args.seed)
-        self.val_images = Part(labelled, self.held_out)
+        self.val_images = Subset(labelled, self.held_out)
         # Stages I and II see nothing of stage III, neither a file that is listed twice nor one under another path.
-        self.train_images = without(Part(labelled, train), self.val_images)
+        self.train_images = without(Subset(labelled, train), self.val_images)
         self.pretrain_images = self.train_images if labelled is images else without(images, self.val_images)
 
     def batches(self, every: tuple[int, int]) -> tuple[Endless, Endless]:

@@ -45,7 +45,7 @@ from methods.mlo.labelled_task import Classification
 from methods.mlo.masking_network import MaskingNetwork, load_mask_net
 from methods.mlo.solved_head import SolvedHead
 from methods.options import Option
-from models_encoder import spread
+from models_encoder import scatter_tokens
 from models_mae import MaskedAutoencoderViT, MaskedOutput
 from util.compute.precision import autocast, choose_amp_dtype
 from util.report.pictures import mask_picture
@@ -64,7 +64,7 @@ class Batch:
     def of_image(self, values) -> torch.Tensor:
         """Of the removed patches (N, L - V) or of all (N, L) -> (N, L), 0 elsewhere."""
         length = self.ids_keep.shape[1] + self.ids_removed.shape[1]
-        return values if values.shape[1] == length else spread(values, self.ids_removed, length)
+        return values if values.shape[1] == length else scatter_tokens(values, self.ids_removed, length)
 
     @property
     def mask(self) -> torch.Tensor:
@@ -177,7 +177,7 @@ class MLOMAE(Method):
             self.window[-1].batches.append(Batch(imgs, out.ids_keep, out.ids_removed))
         # Weights can shrink the loss without anybody reconstructing better: this shows it.
         self._logged["mask_weight"] = (weights * out.mask).sum() / out.mask.sum()
-        return weighted_loss(out.spread(model.patch_errors(out)), weights, out.mask, self.normalize)
+        return weighted_loss(out.scatter_predicted(model.patch_errors(out)), weights, out.mask, self.normalize)
 
     def terms(self, model, imgs, out):
         if self.frozen or self.args.mlo_levels == 3:

@@ -93,10 +93,10 @@ def test_only_what_is_needed_is_encoded(monkeypatch):
     args = fewshot.get_args_parser().parse_args([*DATA.split(), "--shots", "2", "--draws", "3"])
     images = read_images(args, train=True)
     part, draws, of = fewshot.needed_images(images, args)
-    assert of.sum() == 50 and 50 <= len(part) <= 50 + 3 * 2 * 10 and len(set(part.places)) == len(part)
+    assert of.sum() == 50 and 50 <= len(part) <= 50 + 3 * 2 * 10 and len(set(part.indices)) == len(part)
     for number, chosen in enumerate(draws):
         whole = fewshot.draw(np.array(images.targets), 2, 0, number)
-        assert (np.array(part.places)[chosen] == whole).all()
+        assert (np.array(part.indices)[chosen] == whole).all()
 
 
 def test_standardising_needs_the_training_split_alone():

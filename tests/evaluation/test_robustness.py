@@ -320,7 +320,7 @@ def test_corrupt_a_data_set(box, tmp_path, capsys):
 def test_corrupted_before_and_after_the_size(tmp_path):
     """A smaller image is corrupted as it is, a larger one in the size of the input; a part like the whole."""
     from evaluation.robustness import Corrupted, Shape
-    from util.data.sources import Arrays, Part
+    from util.data.sources import Arrays, Subset
     from util.data.transforms import eval_transform
 
     images = Arrays(np.stack([np.asarray(photograph(32, seed)) for seed in range(3)]), [0, 1, 0], ["a", "b"])
@@ -331,7 +331,7 @@ def test_corrupted_before_and_after_the_size(tmp_path):
     smaller = eval_transform((16, 16), [0.5] * 3, [0.5] * 3).transforms[0]
     found = Corrupted(images, "gaussian_noise", 2, Shape(smaller, (16, 16), 3), 5)
     assert found.load(1).tobytes() == corrupt(smaller(images.load(1)), "gaussian_noise", 2, 5, 1).tobytes()
-    part = Corrupted(Part(images, [1, 2]), "gaussian_noise", 2, Shape(smaller, (16, 16), 3), 5)
+    part = Corrupted(Subset(images, [1, 2]), "gaussian_noise", 2, Shape(smaller, (16, 16), 3), 5)
     assert part.load(0).tobytes() == found.load(1).tobytes() and part.target(0) == 1
 
 

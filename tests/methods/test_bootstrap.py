@@ -57,7 +57,7 @@ def test_mae_k_by_hand():
     assert ages == pytest.approx([0, 0, 1, 2, 1])
     imgs, noise = torch.randn(4, 3, 16, 16), torch.rand(4, 16)
     parts, out = pretrainer.losses(imgs, 0.75, noise)
-    target = methods.bootstrap.normalized(out.of(target_features(copied, imgs)))
+    target = methods.bootstrap.normalized(out.select_predicted(target_features(copied, imgs)))
     expected = ((method.head(out.decoded) - target) ** 2).mean()
     assert parts["features"].item() == pytest.approx(expected.item(), rel=1e-5)
 

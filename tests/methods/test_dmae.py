@@ -1,4 +1,4 @@
-"""DMAE: the teacher's geometry, its file, its introduction."""
+"""DMAE: the teacher's geometry, its file, its sanity check."""
 
 import re
 
@@ -8,7 +8,7 @@ from helpers.launch import checkpoint, log_rows
 from helpers.teachers import BASE, made, pretrain, switches
 
 from methods.dmae import DMAE, aligned_blocks
-from models_encoder import pick
+from models_encoder import gather_tokens
 from models_mae import build_model
 from util.errors import UserError
 
@@ -99,7 +99,7 @@ def test_larger_teacher_grid(tmp_path, positions):
     fresh = build_model("mae_vit_micro_patch4", img_size=16).pos_embed
     table = whole.pos_embed[:, 1:][:, kept] if positions == "inner" else fresh[:, 1:]
     cls = (whole.pos_embed if positions == "inner" else fresh)[:, :1]
-    x = torch.cat([(whole.cls_token + cls).expand(2, -1, -1), pick(tokens + table, ids)], 1)
+    x = torch.cat([(whole.cls_token + cls).expand(2, -1, -1), gather_tokens(tokens + table, ids)], 1)
     for block in whole.blocks[:3]:
         x = block(x)
     assert torch.allclose(features, x, atol=1e-5)

@@ -9,7 +9,7 @@ from helpers.tolerances import RTOL64, TOL32, close
 from torch import nn
 
 from methods import bootstrap, dmae, rcmae
-from models_encoder import PatchEncoder, pick
+from models_encoder import PatchEncoder, gather_tokens
 from models_mae import MaskedAutoencoderViT
 from util.compute.ema import ema_update
 
@@ -47,8 +47,8 @@ def test_bootstrap(golden, normalize, all_patches):
         features = bootstrap.target_features(target, imgs)
     close(features, ref["target"])
     close(bootstrap.normalized(features), ref["target_normalized"])
-    close(out.decoded, out.of(ref["pred"]))
-    loss = bootstrap.feature_loss(out, out.of(bootstrap.normalized(features) if normalize else features))
+    close(out.decoded, out.select_predicted(ref["pred"]))
+    loss = bootstrap.feature_loss(out, out.select_predicted(bootstrap.normalized(features) if normalize else features))
     close(loss, ref[f"loss_{name}"])
     loss.backward()
     same_gradients(student, ref.group(f"grad_{name}/"))
@@ -61,7 +61,7 @@ def test_bootstrap_float32(golden):
     ref = golden("bootstrap")
     student, target = bootstrapped(ref, torch.float32)
     out = student.forward_pretrain(ref["imgs"], float(ref["mask_ratio"]), ref["noise"], head=nn.Identity())
-    features = out.of(bootstrap.target_features(target, ref["imgs"]))
+    features = out.select_predicted(bootstrap.target_features(target, ref["imgs"]))
     close(bootstrap.feature_loss(out, bootstrap.normalized(features)), ref["loss_norm_f32"], TOL32)
     close(bootstrap.feature_loss(out, features), ref["loss_nonorm_f32"], TOL32)
 
@@ -100,8 +100,8 @@ def consistent(ref, dtype, all_patches=True):
 def test_rc_mae(golden, gamma, all_patches):
     ref = golden("rc_mae")
     student, out, prediction, reconstruction, consistency = consistent(ref, torch.float64, all_patches)
-    close(out.pred, out.of(ref["student_pred"]))
-    close(prediction, out.of(ref["teacher_pred"]))
+    close(out.pred, out.select_predicted(ref["student_pred"]))
+    close(prediction, out.select_predicted(ref["teacher_pred"]))
     close(reconstruction, ref["loss_student"])
     close(consistency, ref["loss_consistency"])
     total = reconstruction + gamma * consistency
@@ -163,7 +163,7 @@ def distilled(ref, dtype):
     imgs = ref["imgs"].to(dtype)
     out = student.forward_pretrain(imgs, float(ref["mask_ratio"]), ref["noise"], meta["aligned"])
     with torch.no_grad():
-        tokens = pick(teacher.embed(imgs), out.ids_keep)
+        tokens = gather_tokens(teacher.embed(imgs), out.ids_keep)
         features = teacher.encode(tokens, meta["teacher_aligned"])[1]
     kind = {"fc-1layer": "linear", "mlp-1layer": "mlp", None: "none"}[meta["proj_mode"]]
     width, teacher_width = meta["student"]["embed_dim"], meta["teacher"]["embed_dim"]
@@ -263,7 +263,7 @@ def test_dmae_geometry(golden, name):
     student, projection = student.double(), projection.double()
 
     patch, side = meta["teacher"]["patch_size"], meta["teacher_img"] // meta["teacher"]["patch_size"]
-    assert dmae.margins(grid, (side, side), patch) == (meta["margin_tokens"],) * 2
+    assert dmae.grid_offset(grid, (side, side), patch) == (meta["margin_tokens"],) * 2
     size = (grid[0] * patch, grid[1] * patch)
     assert size == (meta["resize"],) * 2
     teacher = PatchEncoder(
@@ -285,17 +285,17 @@ def test_dmae_geometry(golden, name):
     out = student.forward_pretrain(imgs, float(ref["mask_ratio"]), ref["noise"], [part["extract_lay"] - 1])
     last = meta["teacher"]["num_layers"] - 1
     with torch.no_grad():
-        features = teacher.encode(pick(teacher.embed(larger), out.ids_keep), [last])[1][last]
+        features = teacher.encode(gather_tokens(teacher.embed(larger), out.ids_keep), [last])[1][last]
     projected = projection(out.blocks[part["extract_lay"] - 1])
     close(features, ref["teacher_out"])
     close(projected, ref["student_projected"])
     distillation = dmae.alignment_loss(projected, features)
     close(distillation, ref["loss_dist"])
     # That reference normalises pixels with 1e-5 where MAE has 1e-6: the one difference.
-    patches = out.of(student.patchify(imgs))
+    patches = out.select_predicted(student.patchify(imgs))
     mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
     error = ((out.pred - (patches - mean) / (var + 1e-5).sqrt()) ** 2).mean(-1)
-    reconstruction = out.mean(error)
+    reconstruction = out.mean_over_predicted(error)
     close(reconstruction, ref["loss_rec"])
     (reconstruction + float(ref["alpha"]) * distillation).backward()
     gradients = renamed(ref.group("grad/"))

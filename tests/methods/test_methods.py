@@ -10,7 +10,7 @@ from helpers.launch import checkpoint, log_rows, scalars
 import main_pretrain
 import methods
 from methods import Method, Option, Pretrainer, add_method_arguments, enabled_methods
-from models_encoder import pick
+from models_encoder import gather_tokens
 from models_mae import build_model
 from util.errors import UserError
 
@@ -40,7 +40,7 @@ class Smooth(Method):
         self.calls.append(("epoch", epoch))
 
     def patch_loss(self, model, imgs, out):
-        return out.mean(((out.pred - 1) ** 2).mean(-1))
+        return out.mean_over_predicted(((out.pred - 1) ** 2).mean(-1))
 
     def terms(self, model, imgs, out):
         return {"penalty": self.weight * self.scale * out.blocks[1].square().mean()}
@@ -90,7 +90,7 @@ def test_pretrainer_without_methods_is_a_bare_mae():
     assert list(losses) == ["reconstruction"]
     assert torch.allclose(losses["reconstruction"], expected[0], rtol=1e-6)  # summed in another order
     removed = model.choose_visible(noise, 0.5)[2].argsort(dim=1)[:, 8:]
-    assert torch.allclose(out.pred, pick(expected[1], removed), atol=1e-6)
+    assert torch.allclose(out.pred, gather_tokens(expected[1], removed), atol=1e-6)
 
 
 def test_terms_of_the_loss():

@@ -41,8 +41,8 @@ def test_mae_float64(golden, name, trained):
     if trained:
         out = model.forward_pretrain(imgs, ratio, noise)
         assert torch.equal(out.mask, mask) and torch.equal(out.ids_restore, ref["ids_restore"])
-        close(out.pred, out.of(ref["pred"]))
-        assert torch.equal(out.spread(out.of(mask)), mask)
+        close(out.pred, out.select_predicted(ref["pred"]))
+        assert torch.equal(out.scatter_predicted(out.select_predicted(mask)), mask)
         loss = model.reconstruction_loss(out)
     loss.backward()
     latent, _, ids_restore = model.forward_encoder(imgs, ratio, noise)

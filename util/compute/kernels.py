@@ -48,7 +48,7 @@ def make_deterministic() -> None:
     torch.backends.cudnn.deterministic = True
 
 
-class RunsBlocks:
+class GradCheckpointMixin:
     """A transformer whose blocks may keep only their inputs for the backward pass and compute the rest again there."""
 
     grad_checkpointing = False

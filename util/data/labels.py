@@ -9,13 +9,13 @@ import torch
 
 from util.data.file_lists import read_lines, read_list, sorted_labels
 from util.data.readers import need_path, read_images
-from util.data.sources import Files, Images, Part
+from util.data.sources import Files, Images, Subset
 from util.errors import UserError
 
 NOISE = 0x6E6F6973  # a stream of random numbers of its own beside --seed
 
 
-class Relabelled(Part):
+class Relabelled(Subset):
     """Another list's images with other labels."""
 
     def __init__(self, images: Images, targets: list):

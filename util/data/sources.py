@@ -80,27 +80,27 @@ class Arrays(Images):
         return Image.fromarray(self.arrays[index])
 
 
-class Part(Images):
-    """Some images of another list, by their places in it."""
+class Subset(Images):
+    """Some images of another list, by their indices in it."""
 
-    def __init__(self, images: Images, places):
-        self.images, self.places, self.classes = images, [int(place) for place in places], images.classes
-        self.targets = [images.targets[place] for place in self.places]
+    def __init__(self, images: Images, indices):
+        self.images, self.indices, self.classes = images, [int(index) for index in indices], images.classes
+        self.targets = [images.targets[index] for index in self.indices]
 
     def load(self, index):
-        return self.images.load(self.places[index])
+        return self.images.load(self.indices[index])
 
     def open(self, index):
-        return self.images.open(self.places[index])
+        return self.images.open(self.indices[index])
 
     def file(self, index):
-        return self.images.file(self.places[index])
+        return self.images.file(self.indices[index])
 
     def target(self, index):
-        return self.images.target(self.places[index])
+        return self.images.target(self.indices[index])
 
     def name(self, index):
-        return self.images.name(self.places[index])
+        return self.images.name(self.indices[index])
 
 
 class HuggingFaceImages(Images):

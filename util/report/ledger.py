@@ -154,9 +154,9 @@ def describe_images(images, data_path: str = "") -> dict:
 
 
 def _names(images, root: str) -> list[str] | None:
-    if hasattr(images, "places"):
+    if hasattr(images, "indices"):
         names = _names(images.images, root)
-        return [names[place] for place in images.places] if names else [str(place) for place in images.places]
+        return [names[place] for place in images.indices] if names else [str(place) for place in images.indices]
     return [str(path).removeprefix(root) for path in images.paths] if hasattr(images, "paths") else None
 
 

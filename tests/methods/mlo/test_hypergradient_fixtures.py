@@ -13,7 +13,7 @@ from benchmarks.unrolled import unrolled
 from methods.mlo import hypergradient
 from methods.mlo.hypergradient import PatchErrors, Tokens, exact_arithmetic, weighted_loss
 from methods.mlo.method import MLOMAE
-from models_encoder import pick
+from models_encoder import gather_tokens
 from models_mae import MaskedAutoencoderViT
 
 
@@ -37,7 +37,7 @@ class TinyAutoencoder(nn.Module):
         return imgs @ self.We + self.be + self.pos
 
     def embed_patches(self, patches, ids):
-        return pick(self.embed(patches), ids)
+        return gather_tokens(self.embed(patches), ids)
 
     def encode(self, tokens, return_blocks=()):
         return torch.tanh(tokens.mean(dim=1) @ self.W1 + self.b1), {}
@@ -49,7 +49,7 @@ class TinyAutoencoder(nn.Module):
         return decoded @ self.Wd + self.bd
 
     def decode_removed(self, latent, ids_keep, ids_removed):
-        return pick(self.decode(latent, None), ids_removed)
+        return gather_tokens(self.decode(latent, None), ids_removed)
 
     def patch_target(self, patches):
         return patches

@@ -18,7 +18,7 @@ from engine_pretrain import mask_ratio_at
 from methods.mlo.labelled_task import StandardizedLinear, stratified_split, without
 from methods.mlo.method import MLOMAE
 from tools import mask_maps
-from util.data.sources import Arrays, Part
+from util.data.sources import Arrays, Subset
 from util.errors import UserError
 
 BASE = f"{SMALL} --warmup_epochs 0 --lr 1e-3 --num_workers 0 --vis_freq 0 --print_freq 1 --device cpu --amp_dtype fp32"
@@ -137,9 +137,9 @@ def test_the_same_images_by_another_path(image_folder, tmp_path):
     everything = util.data.readers.read_images(args, train=True)
     args.dataset, args.data_path = "imagefolder", str(tmp_path / "other")
     labelled = util.data.readers.read_images(args, train=True)
-    left = without(everything, Part(labelled, range(10)))
+    left = without(everything, Subset(labelled, range(10)))
     assert len(left) == len(everything) - 10
-    assert without(everything, Part(labels([3]), range(3))) is everything
+    assert without(everything, Subset(labels([3]), range(3))) is everything
 
 
 def test_labels_from_another_folder(image_folder, tmp_path):

@@ -17,7 +17,7 @@ from util.data.image_format import IMAGENET
 from util.data.jpeg_draft import DraftedCrop, split_crop
 from util.data.sample_rng import seeded
 from util.data.samples import KeyedDataset
-from util.data.sources import Files, Part
+from util.data.sources import Files, Subset
 from util.errors import UserError
 
 SIZE = (32, 32)
@@ -123,7 +123,7 @@ def test_through_the_loader(photograph, tmp_path, capfd):
     files = Files(
         [str(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.png")], [0, 1, 2, 3, 4], None
     )
-    files = Part(files, [0, 1, 2, 3, 4])
+    files = Subset(files, [0, 1, 2, 3, 4])
     plain, small = dataset(files), dataset(files, "--jpeg_draft")
     for index in (0, 1, 2, 4):
         one, other = plain[(2, index)], small[(2, index)]

@@ -12,7 +12,7 @@ import main_linprobe
 import main_pretrain
 from tools import fewshot, knn
 from util.data.leak import check_leak
-from util.data.sources import Arrays, Part
+from util.data.sources import Arrays, Subset
 from util.errors import UserError
 
 VIT = "--model vit_micro_patch4 --input_size 16 --device cpu --num_workers 0 --check_leak"
@@ -61,9 +61,9 @@ def test_arrays_parts_and_unreadable_images(tmp_path):
     """Arrays are compared by their pixels, not by their places; an unreadable image is like no other."""
     pixels = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
     images = Arrays(pixels, range(10), "abcdefghij")
-    check_leak(Part(images, [0, 1, 2]), Part(images, [3, 4]))
+    check_leak(Subset(images, [0, 1, 2]), Subset(images, [3, 4]))
     with pytest.raises(UserError, match=r"2 of 3 .*image 4 = image 4, image 5 = image 5"):
-        check_leak(Part(images, [2, 4, 5]), Part(images, [5, 4, 9]))
+        check_leak(Subset(images, [2, 4, 5]), Subset(images, [5, 4, 9]))
 
     class Broken(Arrays):
         def load(self, index):

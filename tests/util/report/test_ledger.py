@@ -112,13 +112,13 @@ def test_the_hash_of_a_split(image_folder):
     """It is that of names and labels; another order, part or label is another split, another place is not."""
     args = main_pretrain.get_args_parser().parse_args(["--data_path", str(image_folder)])
     from util.data.readers import read_images
-    from util.data.sources import Part
+    from util.data.sources import Subset
 
     images = read_images(args, train=False)
     found = ledger.describe_images(images, str(image_folder))
     lines = [f"val/class{label}/{i:03d}.png\t{label}\n" for label in range(4) for i in range(5)]
     assert found == {"images": 20, "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
-    part = Part(images, [3, 4, 7])
+    part = Subset(images, [3, 4, 7])
     expected = hashlib.sha256("".join(lines[place] for place in (3, 4, 7)).encode()).hexdigest()
     assert ledger.describe_images(part, str(image_folder) + "/") == {"images": 3, "sha256": expected}
 
