@@ -240,7 +240,7 @@ def write(folder, name, text):
         ("--targets single --label_vocab x", "", "--label_vocab has no effect"),
         ("--label_noise 1.5", "", r"--label_noise 1.5 must lie in \[0, 1\]"),
         ("--eval --finetune x --label_noise 0.5", "", "--label_noise has no effect with --eval"),
-        ("--train_list {}", "train0.png\ntrain1.png", "has no labels; --targets multilabel wants"),
+        ("--train_list {}", "train0.png\ntrain1.png", "has no labels; --targets multilabel needs"),
         ("--train_list {}", "train0.png\tred\ntrain1.png\t , ", "has no label for .*train1.png"),
         ("--val_list {}", "val0.png\tpink", "has the label 'pink', which is not in .*train.txt"),
         ("--label_vocab {}", "red\ngreen", "has the label 'blue', which is not in --label_vocab"),

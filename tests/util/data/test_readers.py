@@ -114,7 +114,7 @@ def test_filelist(tmp_path):
         ((["0.png\ta", "1.png"], None), True, "mixes lines"),
         ((["0.png\ta\tb"], None), True, "several tabs"),
         (([], None), True, "is empty"),
-        ((None, None), True, "needs --train_list"),
+        ((None, None), True, "needs two text files: --train_list"),
         ((["0.png\ta"], ["1.png\tb"]), False, "'b'"),
         ((["0.png"], ["1.png\tb"]), False, "'b'"),
         ((["0.png\ta"], None), False, "needs two text files"),

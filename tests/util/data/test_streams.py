@@ -241,7 +241,7 @@ def test_all_shards_bad(tmp_path):
     with pytest.raises(UnreadableData, match=r"6 shards in a row could not be read.*invalid header"):
         list(loader_of(root).begin(0))
     (root / "_info.json").unlink()
-    with pytest.raises(UserError, match="none of the 6 shards holds an image"):
+    with pytest.raises(UserError, match="none of the 6 shards contains an image"):
         loader_of(root)
 
 
