@@ -219,7 +219,7 @@ def test_pipes_devices_and_links(tmp_path, reader, capfd):
     batch = next(iter(build_loader(images, PLAIN8, args, 6, train=False)))
     assert batch.bad.tolist() == [0, 1, 1, 1, 1, 0]
     for place in (1, 2):
-        with pytest.raises(OSError, match="not a file|a link out"):
+        with pytest.raises(OSError, match=r"not a file|a link out"):
             images.open(place)
     said = capfd.readouterr().err
     assert "it is a pipe or a device" in said and "symbolic links" in said

@@ -224,7 +224,7 @@ def test_a_run_and_what_comes_after(lists, tmp_path, capsys):
     assert f"mAP {stats['mAP']:.2f} %  precision@1 {stats['precision1']:.2f} %" in output
     capsys.readouterr()
     main_finetune.main(parse(lists, f"--finetune {tmp_path / 'checkpoint-0.pth'} --output_dir {tmp_path / 'next'}"))
-    assert "it tells 3 labels: blue, green and 1 more" in capsys.readouterr().out
+    assert "its 3 labels: blue, green and 1 more" in capsys.readouterr().out
 
 
 def write(folder, name, text):
