@@ -20,7 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from evaluation import command_line
-from util.data.images import BROKEN_IMAGE, say_unreadable
+from util.data.images import BROKEN_IMAGE, warn_unreadable
 from util.data.readers import read_images
 from util.data.sources import Images
 from util.data.transforms import to_channels
@@ -76,7 +76,7 @@ def write_shard(path: Path, images: Images, places: list[int], progress) -> int:
                 ending, data = content(images, place)
             except BROKEN_IMAGE as error:
                 with progress.external_write_mode(sys.stderr):
-                    say_unreadable(images.name(place), error, "; left out")
+                    warn_unreadable(images.name(place), error, "; left out")
                 continue
             add(tar, f"{place:09d}.{ending}", data)
             add(tar, f"{place:09d}.cls", str(images.target(place)).encode())

@@ -196,7 +196,7 @@ def test_the_epsilon_of_a_folder(tmp_path, capsys):
         again, said = printed_model(capsys.readouterr().out), {"timm": lambda x: x, "hf-vit": lambda x: x[0][:, 0]}
         torch.testing.assert_close(said[to](again(imgs)), expected, **CLOSE)
     report = load_into(models_mae.mae_vit_micro_patch4(img_size=16), read_weights(tmp_path / "vit"))
-    assert "note: its layer norms have an epsilon of 0.001, here it is 1e-06" in str(report)
+    assert "note: its layer norms have an epsilon of 0.001, the model's have 1e-06" in str(report)
     content = json.loads((tmp_path / "vit" / "config.json").read_text())
     (tmp_path / "vit" / "config.json").write_text(json.dumps({**content, "layer_norm_eps": "small"}))
     assert "layer_norm_eps of 'small'" in refused(tmp_path / "vit", "--to", "timm", "--out", tmp_path / "c.safetensors")

@@ -151,7 +151,7 @@ def test_numbers(tool, box, tmp_path, capsys):
 def test_images(tool, box, tmp_path, capsys):
     """Folders without any, and images that cannot be read."""
     split = "" if tool in WITH_DATA else "/val"
-    for name, said in {"missing": "missing", "empty": "empty", "hollow": "holds no images"}.items():
+    for name, said in {"missing": "missing", "empty": "empty", "hollow": "contains no images"}.items():
         line = refusal(capsys, tool, VALID[tool].replace("{box}/good", "{box}/" + name), box, tmp_path)
         assert said in line
     line = refusal(capsys, tool, VALID[tool].replace(f"{{box}}/good{split}", f"{{box}}/broken{split}"), box, tmp_path)
@@ -161,7 +161,7 @@ def test_images(tool, box, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("tool", "flags", "checkpoint", "said"),
     [
-        ("knn", "--data_path {box}/stranger", "", "class folder 'x', which the training folder has not"),
+        ("knn", "--data_path {box}/stranger", "", "class folder 'x', which is not in the training folder"),
         ("knn", "--nb_classes 7", "", "--nb_classes 7 contradicts the data set, which has 2 classes"),
         ("knn", "--k 7", "", "--k 7: there are only 6 training images"),
         ("knn", "--max_bad_fraction 2", "", "--max_bad_fraction 2.0 must lie in"),

@@ -17,7 +17,7 @@ from torchvision import transforms as tvt
 import util.data.cache
 from util.data.build import build_loader
 from util.data.cache import Decoder, cache_images
-from util.data.images import shown
+from util.data.images import printable
 from util.data.readers import read_images
 from util.data.samples import KeyedDataset, UnreadableData
 from util.data.sources import Files
@@ -151,7 +151,7 @@ def test_names(tmp_path, capfd):
         (tmp_path / "train" / folder / "bad\n\x1b[2J.png").write_bytes(b"")
     args = flags("--data_path", tmp_path, "--num_workers", 1)
     images = read_images(args, True)
-    assert "'Cat é' and 'cat é' differ in case only; they are 2 classes" in capfd.readouterr().out
+    assert "'Cat é' and 'cat é' differ only in case; they count as 2 classes" in capfd.readouterr().out
     good = [place for place in range(len(images)) if "bad" not in images.name(place)]
     read = [(images.load(place).getpixel((0, 0))[0], images.targets[place]) for place in good]
     assert sorted(read) == sorted((20 * label + number, label) for label in range(3) for number in range(len(NAMES)))
@@ -163,7 +163,7 @@ def test_names(tmp_path, capfd):
 
 
 def test_shown():
-    assert [shown(name) for name in ("a b ü", "a\nb", "\udcff")] == ["a b ü", r"'a\nb'", r"'\udcff'"]
+    assert [printable(name) for name in ("a b ü", "a\nb", "\udcff")] == ["a b ü", r"'a\nb'", r"'\udcff'"]
 
 
 def test_vanished_files_are_counted_and_replaced(tmp_path, capfd):
@@ -219,7 +219,7 @@ def test_pipes_devices_and_links(tmp_path, reader, capfd):
     batch = next(iter(build_loader(images, PLAIN8, args, 6, train=False)))
     assert batch.bad.tolist() == [0, 1, 1, 1, 1, 0]
     for place in (1, 2):
-        with pytest.raises(OSError, match=r"no file|leads out"):
+        with pytest.raises(OSError, match=r"not a file|a link out"):
             images.open(place)
     said = capfd.readouterr().err
     assert "it is a pipe or a device" in said and "symbolic links" in said

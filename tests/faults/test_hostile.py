@@ -138,7 +138,7 @@ def test_resume_auto(evil, image_folder, tmp_path, capsys, monkeypatch):
     shutil.copy(evil, tmp_path / "run" / "checkpoint-7.pth")
     if evil.name == "zip.pth":
         said = run(f"main_pretrain {line} --resume auto", capsys, monkeypatch, data=image_folder, out=tmp_path / "run")
-        assert "checkpoint-7.pth is refused because its pickle asks for posix.mkdir" in said
+        assert "checkpoint-7.pth is refused because its pickle refers to posix.mkdir" in said
     else:
         main_pretrain.main(main_pretrain.get_args_parser().parse_args([*flags, "--resume", "auto"]))
         said = capsys.readouterr()

@@ -165,7 +165,7 @@ def test_a_pickle_in_a_file_of_tensors(read, folder, tmp_path):
     """Listed as a tensor, so torch reads it with weights_only=True."""
     info = add_payload(folder, NAME, tmp_path / "owned")
     forge(folder, lambda listed: listed.storage_data.update({MetadataIndex(NAME, (0, 0)): info}))
-    with pytest.raises(UserError, match="do not hold the tensors"):
+    with pytest.raises(UserError, match="do not contain the listed tensors"):
         read(folder)
     assert not (tmp_path / "owned").exists()
 
@@ -288,7 +288,7 @@ def test_a_class_of_torch_is_not_changed(folder):
 # The rest -------------------------------------------------------------------------------------------------------------
 
 CHECKSUM = "has a checksum of a file that --fsdp does not write"
-BESIDE = "is not what --fsdp writes beside these tensors"
+BESIDE = "does not belong to these tensors"
 RESTS = {
     "checksum outside": ({"checksums": {"/dev/zero": 0}}, CHECKSUM),
     "checksum above": ({"checksums": {"../secret": 0}}, CHECKSUM),

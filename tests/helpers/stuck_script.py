@@ -29,15 +29,15 @@ def in_step(number: int, act) -> None:
 
 
 def in_batch(number: int, act) -> None:
-    original = Loader.entered
+    original = Loader.skip_to_start
 
-    def entered(self, iterator):
+    def skip_to_start(self, iterator):
         for place, batch in enumerate(original(self, iterator)):
             if place == number:
                 act()
             yield batch
 
-    Loader.entered = entered
+    Loader.skip_to_start = skip_to_start
 
 
 def get_args_parser():

@@ -190,7 +190,7 @@ def test_an_official_checkpoint_can_be_resumed(tmp_path, image_folder):
 
 def test_auto_with_nothing_to_resume(tmp_path, capsys):
     assert find_resume("auto", str(tmp_path)) is None
-    assert "starting afresh" in capsys.readouterr().out
+    assert "starting a new run" in capsys.readouterr().out
 
 
 def test_keep(tmp_path):

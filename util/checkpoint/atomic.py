@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all."""
+"""Writing files completely or not at all."""
 
 import os
 from contextlib import suppress
@@ -8,8 +8,8 @@ import torch
 
 
 def write_atomically(path: Path, write) -> None:
-    """`write(file)` into a temporary file beside `path`, synced, then renamed: `path` is old or new, never half.
-    OSError when that is not possible; then nothing is left of it."""
+    """Call `write(file)` on a temporary file beside `path`, sync it and rename it to `path`, which is therefore either
+    the old file or the complete new one. Raises OSError when writing fails; then the temporary file is removed."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -20,7 +20,7 @@ def write_atomically(path: Path, write) -> None:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        # torch.save answers a full disk with a RuntimeError about the position in the file.
+        # On a full disk torch.save raises a RuntimeError about the position in the file, caused by the OSError.
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -32,5 +32,5 @@ def write_atomically(path: Path, write) -> None:
 
 
 def write_tensors(path: Path, content: dict) -> None:
-    """torch.save, whole or not at all."""
+    """Save `content` with torch.save, completely or not at all."""
     write_atomically(path, lambda file: torch.save(content, file))

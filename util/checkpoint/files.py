@@ -7,17 +7,17 @@
 import re
 from pathlib import Path
 
-LEDGER = "results.jsonl"  # of the runs that ended in a folder; see util/report/ledger.py
-_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.(?:pth|dcp)")
+LEDGER = "results.jsonl"  # results of the runs of a folder; see util/report/ledger.py
+NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.(?:pth|dcp)")
 
 
 def checkpoint_name(epoch: int, batch: int = 0, ending: str = "pth") -> str:
     return f"checkpoint-{epoch}-{batch}.{ending}" if batch else f"checkpoint-{epoch}.{ending}"
 
 
-def _position(path: Path) -> tuple[int, int] | None:
-    """(epoch, batch) at which a run continues from this file."""
-    match = _NAME.fullmatch(path.name)
+def resume_position(path: Path) -> tuple[int, int] | None:
+    """Return (epoch, batch) at which a run continues from this file, None when it is not named like a checkpoint."""
+    match = NAME.fullmatch(path.name)
     if not match:
         return None
     epoch, batch = int(match[1]), int(match[2] or 0)
@@ -25,6 +25,6 @@ def _position(path: Path) -> tuple[int, int] | None:
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoints of a run, the furthest first."""
-    found = [(position, path) for path in Path(output_dir).glob("checkpoint-*") if (position := _position(path))]
-    return [path for _, path in sorted(found, reverse=True)]
+    """Return the checkpoints of a run, the furthest first."""
+    paths = [path for path in Path(output_dir).glob("checkpoint-*") if resume_position(path)]
+    return sorted(paths, key=lambda path: (resume_position(path), path), reverse=True)

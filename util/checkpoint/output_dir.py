@@ -1,17 +1,17 @@
-"""`--output_dir` and `--log_dir`: checked before a run, made when nothing is left that could fail."""
+"""`--output_dir` and `--log_dir`: checked before a run, created after all other checks have passed."""
 
 import os
 from pathlib import Path
 
 from util.checkpoint.atomic import write_atomically
 from util.checkpoint.files import LEDGER, list_checkpoints
-from util.checkpoint.save import _remove
+from util.checkpoint.save import remove_checkpoint
 from util.errors import UserError
 from util.parallel.distributed import is_main_process
 
 
 def _files_of_a_run(folder: Path) -> list[Path]:
-    if not os.path.isdir(folder):  # unlike pathlib's, it says False to a name that is too long
+    if not os.path.isdir(folder):  # pathlib's raises for a name that is too long
         return []
     names = ("log.txt", "args.json", "checkpoint-best.pth", "probe.json", "probe.pth", "spikes.jsonl")
     old = [folder / name for name in names]
@@ -20,9 +20,9 @@ def _files_of_a_run(folder: Path) -> list[Path]:
     return [path for path in old if path.is_file() or path.suffix == ".dcp" or path.name.endswith(".dcp.tmp")]
 
 
-def _check_place(flag: str, folder: Path) -> None:
-    """UserError when `folder` cannot be a folder, or not one to write to."""
-    nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+def _check_folder(flag: str, folder: Path) -> None:
+    """Raise UserError when `folder` cannot be a folder, or cannot be written to."""
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not os.path.isdir(nearest):
         raise UserError(f"--{flag} {folder} cannot be a folder: {nearest} is a file")
     if not os.access(nearest, os.W_OK):
@@ -30,11 +30,11 @@ def _check_place(flag: str, folder: Path) -> None:
 
 
 def check_output_dir(args) -> None:
-    """UserError when `--output_dir` or `--log_dir` cannot be written, or when `--output_dir` holds another run and
-    neither `--resume` nor `--overwrite` was given."""
+    """Raise UserError when `--output_dir` or `--log_dir` cannot be written, or when `--output_dir` contains another run
+    and neither `--resume` nor `--overwrite` is given."""
     for flag in ("output_dir", "log_dir"):
         if getattr(args, flag):
-            _check_place(flag, Path(getattr(args, flag)))
+            _check_folder(flag, Path(getattr(args, flag)))
     if not args.output_dir or getattr(args, "eval", False):
         return
     folder = Path(args.output_dir)
@@ -42,12 +42,12 @@ def check_output_dir(args) -> None:
     if old and not args.resume and not args.overwrite:
         raise UserError(
             f"--output_dir {folder} holds another run ({old[0].name}): choose another folder, "
-            f"continue it with --resume auto, or delete it with --overwrite"
+            f"continue the run with --resume auto, or delete it with --overwrite"
         )
 
 
 def _try_writing(folder: Path) -> None:
-    """OSError on a full or read-only disk (os.access tells root that everything is allowed)."""
+    """Raise OSError on a full or read-only disk (for root, os.access is always true)."""
     probe = folder / f".writable-{os.getpid()}.tmp"
     try:
         write_atomically(probe, lambda file: file.write(bytes(4096)))
@@ -56,7 +56,8 @@ def _try_writing(folder: Path) -> None:
 
 
 def make_output_dir(args) -> None:
-    """Make the folders and, with `--overwrite`, delete the run in them: called when nothing is left that could fail."""
+    """Create both folders and, with `--overwrite`, delete the run in `--output_dir`; called after all other checks.
+    Raises UserError when a folder cannot be written."""
     if not is_main_process():
         return
     for flag in ("output_dir", "log_dir"):
@@ -73,5 +74,5 @@ def make_output_dir(args) -> None:
 
 def _delete_run(folder: Path) -> None:
     for path in _files_of_a_run(folder):
-        _remove(path)
+        remove_checkpoint(path)
     (folder / LEDGER).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Which checkpoint `--resume` continues from."""
+"""The checkpoint from which `--resume` continues."""
 
 import os
 import zipfile
@@ -12,11 +12,9 @@ from util.weights.checksum import damage
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the file is a zip archive (what torch.save writes) all of whose checksums hold; of a folder, whether
-    everything is there, with its checksums."""
+    """Whether a checkpoint is complete and undamaged: a file must be a zip archive (of torch.save) with correct
+    checksums; a folder of `--fsdp` must have all its files with correct checksums."""
     if path.is_dir():
-        pass  # which builds on this file
-
         return sharded.is_whole(path)
     try:
         return zipfile.is_zipfile(path) and not damage(path)
@@ -25,12 +23,12 @@ def is_whole(path: Path) -> bool:
 
 
 def find_resume(resume: str, output_dir: str, needed: bool = False) -> Path | None:
-    """The file that `--resume` means. `auto`: the furthest whole one of `output_dir`, or None (UserError if `needed`);
-    says what it skips."""
+    """Return the checkpoint of `--resume`. `auto` is the furthest undamaged one of `output_dir`; damaged ones are
+    skipped with a message. If there is none, returns None, or raises UserError if `needed`."""
     if resume != "auto":
         return Path(resume)
     if not output_dir:
-        raise UserError("--resume auto looks into --output_dir, which is empty")
+        raise UserError("--resume auto needs --output_dir, the folder of the run")
     return from_main_process(lambda: _newest_whole(output_dir, needed))
 
 
@@ -40,6 +38,6 @@ def _newest_whole(output_dir: str, needed: bool) -> Path | None:
             return path
         print(f"skipping {path}: the file is damaged")
     if needed:
-        raise UserError(f"--resume auto finds no whole checkpoint in --output_dir {output_dir}: name a file")
-    print(f"nothing to resume in {output_dir}: starting afresh")
+        raise UserError(f"--resume auto: there is no undamaged checkpoint in --output_dir {output_dir}: give a file")
+    print(f"nothing to resume in {output_dir}: starting a new run")
     return None

@@ -1,9 +1,7 @@
-"""Weights, gradients and optimizer states spread over the processes (FSDP2), for models that do not fit on one GPU.
+"""Checkpoints of `--fsdp`: folders `checkpoint-E.dcp` into which every process writes its share of the tensors.
 
-Every transformer block is gathered when it is used and spread again after it; what is left (embeddings, norms, heads)
-is the outermost unit. Checkpoints are folders, `checkpoint-E.dcp`: every process writes its share
-(torch.distributed.checkpoint), and `rest.pth` holds what is no tensor of a module. Source of the scheme: Zhao et al.
-2023, "PyTorch FSDP"; Rajbhandari et al. 2020 (ZeRO, stage 3).
+The tensors are written by torch.distributed.checkpoint; `rest.pth` holds everything else. A folder can be loaded on any
+number of processes, or made into one file. The sharding itself is in `util.parallel.fsdp`.
 """
 
 import math
@@ -25,30 +23,28 @@ from util.parallel.distributed import from_main_process, gather_objects, get_ran
 from util.weights.checksum import crc32
 from util.weights.file import read_file
 
-REST = "rest.pth"  # written last: a folder without it is not whole
-
-
-# Checkpoints --------------------------------------------------------------------------------------------------------
+REST = "rest.pth"  # written last: a folder without it is incomplete
 
 
 def _tensors(module: nn.Module, optimizer) -> dict[str, torch.Tensor]:
-    """Everything that is a tensor, spread or not, by name: `module.NAME` and `optimizer.NAME/KEY`."""
+    """Return all tensors, sharded or not, by name: `module.NAME` and `optimizer.NAME/KEY`."""
     names = {parameter: name for name, parameter in module.named_parameters()}
-    found = {f"module.{name}": value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
-    for parameter, state in optimizer.state.items():
-        found |= {f"optimizer.{names[parameter]}/{key}": value for key, value in state.items()}
-    return found
+    state = module.state_dict()
+    tensors = {f"module.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    for parameter, parameter_state in optimizer.state.items():
+        tensors |= {f"optimizer.{names[parameter]}/{key}": value for key, value in parameter_state.items()}
+    return tensors
 
 
 def save(folder: Path, module: nn.Module, optimizer, rest: dict, exported: dict[str, nn.Module]) -> None:
-    """Write a checkpoint into a new `folder`; all processes must call it. `rest` is the main process's; `exported` are
-    further whole models inside `module`, by their key in a checkpoint. SaveFailed on all ranks when the disk of one
-    does not take it."""
-    retry.everywhere(lambda: _make_anew(folder))
+    """Write a checkpoint into a new `folder`; all processes must call it. `rest` is the main process's content besides
+    tensors. `exported` are further complete models inside `module`, by their key in a checkpoint. Raises SaveFailed on
+    all ranks when one of them cannot write."""
+    retry.on_main_process(lambda: _make_anew(folder))
     try:
         dcp.save(_tensors(module, optimizer), storage_writer=FileSystemWriter(folder))
-    except CheckpointException as error:  # on all ranks, with what happened to each
-        causes = [cause for cause, _ in error.failures.values()]
+    except CheckpointException as error:  # raised on all ranks
+        causes = [cause for cause, _ in error.failures.values()]  # by rank
         if not all(isinstance(cause, (OSError, RuntimeError)) for cause in causes):
             raise
         raise retry.SaveFailed(retry.reason(causes[0])) from error
@@ -63,7 +59,7 @@ def save(folder: Path, module: nn.Module, optimizer, rest: dict, exported: dict[
         "param_groups": optimizer.state_dict()["param_groups"],
         "checksums": checksums,
     }
-    retry.everywhere(lambda: write_tensors(folder / REST, content))
+    retry.on_main_process(lambda: write_tensors(folder / REST, content))
 
 
 def _make_anew(folder: Path) -> None:
@@ -72,22 +68,22 @@ def _make_anew(folder: Path) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, int]:
-    """CRC-32 of the files that this process has just written."""
+    """Return the CRC-32 of the files that this process has just written."""
     mine = [*folder.glob(f"__{get_rank()}_*.distcp"), *([folder / ".metadata"] if is_main_process() else [])]
     return {path.name: crc32(path) for path in mine}
 
 
 def _prefix(module: nn.Module, part: nn.Module) -> str:
-    return next(f"{name}." for name, found in module.named_modules() if found is part)
+    return next(f"{name}." for name, submodule in module.named_modules() if submodule is part)
 
 
 def load(folder: Path, module: nn.Module, optimizer) -> None:
-    """Undo `save`, on any number of processes. UserError when the folder is damaged or hostile, or its tensors are not
-    those of `module`."""
-    wrong = from_main_process(lambda: damage(folder))
-    if wrong:
+    """Load a checkpoint on any number of processes, all of which must call it. Raises UserError when the folder is
+    damaged or hostile, or its tensors are not those of `module` and `optimizer`."""
+    problem = from_main_process(lambda: damage(folder))
+    if problem:
         raise UserError(
-            f"--resume {folder} is not whole or damaged ({wrong}): --resume auto takes the newest one that is whole"
+            f"--resume {folder} is incomplete or damaged ({problem}): --resume auto takes the newest undamaged one"
         )
     rest, reader = read_file(folder / REST), Reader(folder)
     stored = reader.read_metadata().state_dict_metadata
@@ -101,7 +97,10 @@ def load(folder: Path, module: nn.Module, optimizer) -> None:
     for name in wanted.keys() | stored.keys():
         sizes = [tuple(stored[name].size) if name in stored else None, _shape(wanted.get(name))]
         if sizes[0] != sizes[1]:
-            raise UserError(f"--resume {folder} does not fit these flags: {name} is {sizes[0]} there, {sizes[1]} here")
+            raise UserError(
+                f"--resume {folder} does not fit these flags: {name} has shape {sizes[0]} in the folder and {sizes[1]} "
+                f"in this run"
+            )
     read_tensors(wanted, reader)
     module.load_state_dict(rest["extra"], strict=False)
     for group, theirs in zip(optimizer.param_groups, rest["param_groups"]):
@@ -113,9 +112,9 @@ def _shape(tensor: torch.Tensor | None) -> tuple | None:
 
 
 def _fits(rest: dict, stored: dict) -> bool:
-    """Whether `rest` has what `load` and `one_file` take from it, and its names are those of tensors in `stored`."""
-    kinds = {"names": list, "extra": dict, "exported": dict, "optimizer_names": list, "param_groups": list}
-    if not all(isinstance(rest.get(key), kind) for key, kind in kinds.items()):
+    """Whether `rest` has the entries that `load` and `one_file` use, and its names are those of tensors in `stored`."""
+    types = {"names": list, "extra": dict, "exported": dict, "optimizer_names": list, "param_groups": list}
+    if not all(isinstance(rest.get(key), expected) for key, expected in types.items()):
         return False
     strings = [*rest["names"], *rest["extra"], *rest["optimizer_names"], *rest["exported"], *rest["exported"].values()]
     groups, checksums = rest["param_groups"], rest.get("checksums", {})
@@ -131,12 +130,12 @@ def is_whole(folder: Path) -> bool:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with it, "" when every file is there, as long as the list of tensors says, and has its checksum
-    (which folders of older versions lack). `rest.pth` is written last."""
+    """Return what is wrong with a folder, "" when every file exists in the length that the list of tensors gives, and
+    has its checksum (folders of older versions have none)."""
     try:
         rest, metadata = read_file(folder / REST), Reader(folder).read_metadata()
         if not _fits(rest, metadata.state_dict_metadata):
-            return f"{folder / REST} is not what --fsdp writes beside these tensors"
+            return f"{folder / REST} does not belong to these tensors"
         for entry in metadata.storage_data.values():
             if (folder / entry.relative_path).stat().st_size < entry.offset + entry.length:
                 return f"{folder / entry.relative_path} is cut off"
@@ -144,7 +143,7 @@ def damage(folder: Path) -> str:
             if name != ".metadata" and not (isinstance(name, str) and FILE.fullmatch(name)):
                 return f"{folder / REST} has a checksum of a file that --fsdp does not write"
             if crc32(folder / name) != crc:
-                return f"the checksum of {folder / name} does not hold"
+                return f"the checksum of {folder / name} does not match"
     except OSError as error:
         return f"{error.filename or folder} cannot be read: {error.strerror}"
     except UserError as error:
@@ -153,11 +152,11 @@ def damage(folder: Path) -> str:
 
 
 def one_file(folder: Path) -> dict:
-    """What the same run would have written as one file without `--fsdp`. UserError when the folder is not whole, is
-    hostile, or needs more memory than there is."""
-    wrong = damage(folder)
-    if wrong:
-        raise UserError(f"{folder} is no whole checkpoint of --fsdp (checkpoint-*.dcp): {wrong}")
+    """Return the checkpoint that the same run would have written without `--fsdp`. Raises UserError when the folder is
+    incomplete, damaged or hostile, or needs more memory than is free."""
+    problem = damage(folder)
+    if problem:
+        raise UserError(f"{folder} is not a complete checkpoint of --fsdp (checkpoint-*.dcp): {problem}")
     rest, reader = read_file(folder / REST), Reader(folder)
     tensors = _empty_tensors(folder, reader.read_metadata().state_dict_metadata)
     with warnings.catch_warnings():
@@ -177,12 +176,13 @@ def one_file(folder: Path) -> dict:
 
 
 def _empty_tensors(folder: Path, stored: dict) -> dict[str, torch.Tensor]:
-    """Zeros rather than `torch.empty`: whatever the list leaves out must not be filled from this process's memory."""
+    """Return zeros of the stored shapes. They are not `torch.empty`: gaps in a hostile list must not show the memory of
+    this process."""
     try:
         return {name: torch.zeros(meta.size, dtype=meta.properties.dtype) for name, meta in stored.items()}
     except (RuntimeError, MemoryError) as error:
         needed = sum(math.prod(meta.size) * meta.properties.dtype.itemsize for meta in stored.values())
-        raise UserError(f"{folder} needs {needed / 1e9:.1f} GB of memory, more than there is free") from error
+        raise UserError(f"{folder} needs {needed / 1e9:.1f} GB of memory, more than is free") from error
 
 
 _ONLY_HERE = {"names", "extra", "exported", "optimizer_names", "param_groups", "checksums"}

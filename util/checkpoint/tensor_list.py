@@ -1,12 +1,12 @@
-"""The list of tensors in a checkpoint folder of `--fsdp` (`.metadata`, a pickle), and the tensors that it lists.
+"""Safe reading of `--fsdp` checkpoint folders: the list of tensors (`.metadata`, a pickle), and the tensors.
 
-A pickle calls whatever it names and sets any attribute of what it makes. Checks on torch's own objects would come too
-late: bytes can pass for a tensor until torch's planner unpickles them, and a class can be changed for the rest of the
-process. Here the pickle only fills records (`_Record`), and torch's descriptions are made anew from values that have
-been checked.
+A pickle can call any function it names and set any attribute of the objects it creates. Checks on torch's own objects
+would come too late: bytes can pass for a tensor until torch's planner unpickles them, and a class can be changed for
+the rest of the process. So here the pickle only fills plain records (`_Record`), and torch's descriptions are made
+anew from checked values.
 
-Torch can also write such folders as safetensors (`HuggingFaceStorageWriter`), which has no pickle. Folders in today's
-format must stay readable, so that would remove nothing that a hostile folder can use.
+Torch can also write such folders as safetensors (`HuggingFaceStorageWriter`), without a pickle. But folders in today's
+format must stay readable, so a hostile folder would remain as dangerous.
 """
 
 import math
@@ -31,15 +31,16 @@ from torch.distributed.checkpoint.metadata import (
 
 from util.errors import UserError
 
-FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp")  # names that torch gives the files of tensors: __RANK_NUMBER.distcp
-_MAX_DIMENSIONS = 64  # as many as torch's own kernels take
+FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp")  # torch's names for the files of tensors: __RANK_NUMBER.distcp
+_MAX_DIMENSIONS = 64  # the limit of torch's own kernels
 
 
 class Reader(FileSystemReader):
-    """Torch's reader of a folder, with a list of tensors that has been checked."""
+    """Torch's reader of a folder, with a checked list of tensors."""
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
-        """UserError when the list cannot be read, or is not one of whole tensors in files of this folder."""
+        """Return the list of tensors. Raises UserError when it cannot be read, or lists anything but complete tensors
+        in files of this folder."""
         path = Path(self.path) / ".metadata"
         try:
             with open(path, "rb") as file:
@@ -48,23 +49,23 @@ class Reader(FileSystemReader):
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         except _RefusedError as error:
             raise UserError(f"{path} is refused: {error}") from error
-        except Exception as error:  # a damaged pickle fails with anything
-            raise UserError(f"{path} is damaged ({type(error).__name__}): take an older checkpoint") from error
+        except Exception as error:  # a damaged pickle can raise any error
+            raise UserError(f"{path} is damaged ({type(error).__name__}): use an older checkpoint") from error
 
 
 class TensorPlanner(DefaultLoadPlanner):
-    """Torch's planner without `torch.load(..., weights_only=False)`, its way to read what is not a tensor."""
+    """Torch's planner without `torch.load(..., weights_only=False)`, by which it reads everything but tensors."""
 
     def load_bytes(self, read_item, value) -> None:
         raise _RefusedError(f"{read_item.dest_index.fqn} is not a tensor")
 
 
 def read_tensors(tensors: dict[str, torch.Tensor], reader: Reader, no_dist: bool = False) -> None:
-    """Fill `tensors` in place; all processes must call it, unless `no_dist`. UserError when one cannot be read."""
+    """Fill `tensors` in place; all processes must call it, unless `no_dist`. Raises UserError when reading fails."""
     try:
         dcp.load(tensors, storage_reader=reader, planner=TensorPlanner(), no_dist=no_dist)
-    except CheckpointException as error:  # on all ranks, with what happened to each
-        causes = [cause for cause, _ in error.failures.values()]
+    except CheckpointException as error:  # raised on all ranks
+        causes = [cause for cause, _ in error.failures.values()]  # by rank
         if not all(isinstance(cause, Exception) for cause in causes):  # an interrupt
             raise
         raise UserError(f"{reader.path} cannot be read: {_reason(causes[0])}") from error
@@ -73,18 +74,18 @@ def read_tensors(tensors: dict[str, torch.Tensor], reader: Reader, no_dist: bool
 def _reason(cause: Exception) -> str:
     if isinstance(cause, (OSError, RuntimeError, MemoryError, _RefusedError)):
         return shorten(str(cause), 200) or type(cause).__name__
-    return f"its files do not hold the tensors that it lists ({type(cause).__name__})"
+    return f"its files do not contain the listed tensors ({type(cause).__name__})"
 
 
 # The pickle ---------------------------------------------------------------------------------------------------------
 
 
 class _RefusedError(pickle.UnpicklingError):
-    """The list describes something other than whole tensors in files of the folder."""
+    """The list describes something other than complete tensors in files of the folder."""
 
 
 class _Record:
-    """Arguments and state that the pickle has for an object or a call; nothing is done with them."""
+    """The arguments and state of an object or a call in the pickle; nothing is called or set."""
 
     state = None
 
@@ -101,7 +102,7 @@ _DESCRIPTIONS = "Metadata TensorStorageMetadata TensorProperties ChunkStorageMet
 _NAMES = [("torch.distributed.checkpoint.metadata", name) for name in _DESCRIPTIONS.split()]
 _NAMES += [("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"), ("torch.serialization", "_get_layout")]
 _NAMES += [("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size")]
-# The folder in which it was written. Python 3.13 pickles a path under another module than the versions around it.
+# The path of the folder. Python 3.13 pickles paths under another module than earlier and later versions.
 _NAMES += [(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")]
 _RECORDS = {(module, name): type(name, (_Record,), {}) for module, name in _NAMES}
 _DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
@@ -113,10 +114,10 @@ class _Unpickler(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) in _RECORDS:
             return _RECORDS[module, name]
-        raise _RefusedError(f"its pickle asks for {shorten(ascii(f'{module}.{name}'), 100)}, which may run code")
+        raise _RefusedError(f"its pickle refers to {shorten(ascii(f'{module}.{name}'), 100)}, which may run code")
 
 
-# What it describes --------------------------------------------------------------------------------------------------
+# Torch's descriptions -----------------------------------------------------------------------------------------------
 
 
 def _metadata(record) -> Metadata:
@@ -130,7 +131,7 @@ def _metadata(record) -> Metadata:
 
 
 def _storage_entry(index, info) -> tuple[MetadataIndex, _StorageInfo]:
-    """Which chunk of which tensor, and where its bytes are."""
+    """Return the index of a chunk (tensor and offset), and the position of its bytes in a file."""
     name, offsets = _fields(index, "MetadataIndex", "fqn", "offset")
     file, start, length, transforms = _fields(
         info, "_StorageInfo", "relative_path", "offset", "length", "transform_descriptors"
@@ -143,7 +144,7 @@ def _storage_entry(index, info) -> tuple[MetadataIndex, _StorageInfo]:
 
 
 def _check_disjoint(entries: Iterable[_StorageInfo]) -> None:
-    """So all tensors together need no more memory than the files have bytes."""
+    """Check that no bytes serve two tensors: together these then need no more memory than the files have bytes."""
     ends: dict[str, int] = {}
     for entry in sorted(entries, key=lambda entry: (entry.relative_path, entry.offset)):
         _check(entry.offset >= ends.get(entry.relative_path, 0), "two tensors in it overlap in their file")
@@ -151,7 +152,7 @@ def _check_disjoint(entries: Iterable[_StorageInfo]) -> None:
 
 
 def _tensor(name, record, unused: dict[MetadataIndex, _StorageInfo]) -> TensorStorageMetadata:
-    """Takes the entries of its chunks out of `unused`: none may serve twice."""
+    """Return the description of one tensor, and remove the entries of its chunks from `unused`."""
     _check(_is_name(name), "a tensor in it has no name")
     properties, size, records = _fields(record, "TensorStorageMetadata", "properties", "size", "chunks")
     dtype, size = _dtype(properties), _size(size)
@@ -172,9 +173,9 @@ def _tensor(name, record, unused: dict[MetadataIndex, _StorageInfo]) -> TensorSt
 
 
 def _dtype(record) -> torch.dtype:
-    """The first of TensorProperties; torch does not use the others when it loads."""
-    known = _is_record(record, "TensorProperties") and type(record.state) is tuple and record.state
-    _check(known and isinstance(record.state[0], torch.dtype), "a tensor in it has no dtype")
+    """Return the first entry of TensorProperties, the only one that torch uses when it loads."""
+    has_entries = _is_record(record, "TensorProperties") and type(record.state) is tuple and record.state
+    _check(has_entries and isinstance(record.state[0], torch.dtype), "a tensor in it has no dtype")
     return record.state[0]
 
 
@@ -199,10 +200,10 @@ def _is_count(value) -> bool:
 
 
 def _is_name(value) -> bool:
-    """One that a message can show."""
+    """Whether a value is a name that is safe to print."""
     return type(value) is str and value.isprintable() and len(value) <= 1000
 
 
-def _check(fine, words: str) -> None:
-    if not fine:
-        raise _RefusedError(words)
+def _check(valid, problem: str) -> None:
+    if not valid:
+        raise _RefusedError(problem)

@@ -1,10 +1,10 @@
-"""Augmentation of whole batches on their device, with random numbers that belong to the sample.
+"""Augmentation of whole batches on their device, with random numbers keyed by sample.
 
-The distributions are those of the per-image transforms of `util.data.transforms` (pillow's and torchvision's). Images
-are uint8 tensors of one size. Draws are functions of (seed, epoch, sample index), so that the batch, the number of
-workers and the device make no difference.
+The distributions are those of the per-image transforms in `util.data.transforms` (pillow and torchvision). All images
+are uint8 tensors of one size. Every draw is a function of (seed, epoch, sample index), so the result does not depend
+on the batch, the number of workers or the device.
 
-Shapes: N images, C channels, (H, W) pixels; values are 0..255 float32 until they are normalised.
+Shapes: N images, C channels, (H, W) pixels; values are 0..255 in float32 until they are normalised.
 """
 
 import math
@@ -16,14 +16,14 @@ from util.compute.precision import full_precision
 from util.data.sample_rng import sample_noise
 from util.data.transforms import default_crop_pct
 
-_STREAM = 16  # of sample_noise; masks use the first few
-_TRIES = 10  # of torchvision's RandomResizedCrop
+_STREAM = 16  # stream of sample_noise; masks use the first few streams
+_TRIES = 10  # attempts per crop, as in torchvision's RandomResizedCrop
 
 
 def crop_boxes(draws: torch.Tensor, size: tuple[int, int], scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)) -> torch.Tensor:
-    """Random resized crops as torchvision draws them: up to ten times an area and an aspect ratio until the crop fits
-    into `size` (H, W), else the largest central one of a legal ratio. `draws` (N, 40) in [0, 1) -> (N, 4): top, left,
-    height, width, whole pixels."""
+    """Draw random resized crops as torchvision does: an area and an aspect ratio, up to ten times, until the crop fits
+    into `size` (H, W); after that the largest central crop with an allowed ratio. `draws` (N, 40) in [0, 1) -> (N, 4):
+    top, left, height, width in whole pixels."""
     height, width = size
     area, log_ratio, top, left = draws.double().view(len(draws), _TRIES, 4).unbind(-1)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
@@ -48,64 +48,65 @@ def _central(height: int, width: int, ratio) -> tuple[int, int, int, int]:
 
 
 def _cubic(x: torch.Tensor) -> torch.Tensor:
-    """Keys' bicubic kernel with a = -1/2, pillow's."""
+    """Keys's bicubic kernel with a = -1/2, as in pillow."""
     x = x.abs()
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
 def resampling(start: torch.Tensor, length: torch.Tensor, source: int, target: int) -> torch.Tensor:
-    """Matrices (N, target, source) that resize the pixels from `start` (N,) on, `length` (N,) of them, to `target`:
-    bicubic, antialiased (the kernel is as wide as a target pixel) and cut off at the ends of the crop, as pillow
-    resizes a cropped image."""
+    """Return matrices (N, target, source) that resize the `length` (N,) pixels from `start` (N,) on to `target` pixels:
+    bicubic, antialiased (the kernel scales with a target pixel) and cut off at the ends of the crop, as pillow resizes
+    a cropped image."""
     scale = (length / target)[:, None, None]
     width = scale.clamp_min(1.0)
-    centre = (torch.arange(target, device=start.device) + 0.5)[None, :, None] * scale  # within the crop
-    place = torch.arange(source, device=start.device)[None, None, :] - start[:, None, None]  # of a pixel there
-    weights = _cubic((place + 0.5 - centre) / width)
-    # Pillow counts the pixels whose centres are within the kernel by rounding its ends.
+    # Coordinates within the crop: centres of the target pixels, and source pixels.
+    centre = (torch.arange(target, device=start.device) + 0.5)[None, :, None] * scale
+    pixel = torch.arange(source, device=start.device)[None, None, :] - start[:, None, None]
+    weights = _cubic((pixel + 0.5 - centre) / width)
+    # Pillow rounds the ends of the kernel to decide which pixels it covers.
     low, high = (centre - 2 * width + 0.5).floor(), (centre + 2 * width + 0.5).floor()
-    inside = (place >= 0) & (place < length[:, None, None]) & (place >= low) & (place < high)
+    inside = (pixel >= 0) & (pixel < length[:, None, None]) & (pixel >= low) & (pixel < high)
     weights = weights * inside
     return (weights / weights.sum(dim=-1, keepdim=True)).float()
 
 
 def resized_crops(images: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], flip=None) -> torch.Tensor:
-    """Those `boxes` (N, 4) of uint8 images (N, C, H, W), resized to `size`; mirrored where `flip` (N,) says so. Rounded
-    to whole levels, as pillow's are."""
+    """Crop uint8 images (N, C, H, W) to `boxes` (N, 4), resize the crops to `size` and mirror those with `flip` (N,).
+    Values are rounded to whole levels, as in pillow."""
     if images.device.type == "cpu":
         return _one_by_one(images, boxes, size, flip)
     return by_matrices(images, boxes, size, flip)
 
 
 def _one_by_one(images, boxes, size, flip):
-    """By torch's kernel for whole numbers, the fastest there is on a CPU."""
+    """`resized_crops` with torch's kernel for uint8, the fastest one on a CPU."""
     images = images.contiguous(memory_format=torch.channels_last)
-    found = []
+    crops = []
     for index, (top, left, height, width) in enumerate(boxes.long().tolist()):
-        part = images[index : index + 1, :, top : top + height, left : left + width]
+        crop = images[index : index + 1, :, top : top + height, left : left + width]
         if (height, width) != tuple(size):
-            part = F.interpolate(part, tuple(size), mode="bicubic", antialias=True)
-        found.append(part)
-    found = torch.cat(found).float()
-    return found if flip is None else torch.where(flip[:, None, None, None], found.flip(3), found)
+            crop = F.interpolate(crop, tuple(size), mode="bicubic", antialias=True)
+        crops.append(crop)
+    crops = torch.cat(crops).float()
+    return crops if flip is None else torch.where(flip[:, None, None, None], crops.flip(3), crops)
 
 
 def by_matrices(images, boxes, size, flip=None):
-    """As two batched products, for a GPU: nothing waits for the host, and all crops are resized at once."""
+    """`resized_crops` as two batched matrix products, for a GPU: all crops at once, without waiting for the host."""
     boxes = boxes.double()
     rows = resampling(boxes[:, 0], boxes[:, 2], images.shape[2], size[0])
     columns = resampling(boxes[:, 1], boxes[:, 3], images.shape[3], size[1])
     if flip is not None:
         columns = torch.where(flip[:, None, None], columns.flip(1), columns)
     with full_precision():
-        across = images.float() @ columns[:, None].transpose(2, 3)  # pillow, too, goes along rows first
+        across = images.float() @ columns[:, None].transpose(2, 3)  # along the rows first, as pillow does
         return (rows[:, None] @ across.round().clamp(0, 255)).round().clamp(0, 255)
 
 
 def padded_crops(images: torch.Tensor, top, left, padding: tuple[int, int], flip=None) -> torch.Tensor:
-    """Crops of the images' own size from the images with a black border of `padding` (rows, columns), at `top` and
-    `left` (N,) of it, mirrored where `flip` says so."""
+    """Add a black border of `padding` (rows, columns) to the images, and cut crops of the images' own size at `top` and
+    `left` (N,) of the padded images. Crops with `flip` (N,) are mirrored."""
     height, width = images.shape[2:]
     bordered = F.pad(images, (padding[1], padding[1], padding[0], padding[0]))
     rows = torch.arange(height, device=images.device)[None] + top[:, None]
@@ -113,12 +114,12 @@ def padded_crops(images: torch.Tensor, top, left, padding: tuple[int, int], flip
     if flip is not None:
         columns = torch.where(flip[:, None], columns.flip(1), columns)
     picture = torch.arange(len(images), device=images.device)
-    found = bordered.movedim(1, -1)[picture[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return found.movedim(-1, 1)
+    crops = bordered.movedim(1, -1)[picture[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return crops.movedim(-1, 1)
 
 
 def grey(images: torch.Tensor) -> torch.Tensor:
-    """Luma (ITU-R 601-2) in every channel; rounded."""
+    """Return the luma (ITU-R 601-2), rounded, in every channel."""
     if images.shape[1] == 1:
         return images
     weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)
@@ -126,10 +127,10 @@ def grey(images: torch.Tensor) -> torch.Tensor:
 
 
 def gaussian_blur(images: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Blur of deviation `radius` (N,), at most 2 pixels, edges repeated: three box filters, as pillow's (Gwosdek et al.
-    2011, extended box blur)."""
+    """Gaussian blur with standard deviation `radius` (N,), at most 2 pixels, with repeated edges: three box filters, as
+    in pillow (Gwosdek et al. 2011, extended box blur)."""
     variance = (radius**2 / 3)[:, None]  # of one box
-    whole = ((12 * variance + 1).sqrt() / 2 - 0.5).floor()  # pixels that count in full, to either side
+    whole = ((12 * variance + 1).sqrt() / 2 - 0.5).floor()  # pixels of full weight on either side
     rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     tap = torch.arange(-3, 4, device=images.device)
     weights = torch.where(tap.abs() <= whole, 1.0, torch.where(tap.abs() <= whole + 1, rest, 0.0))
@@ -147,8 +148,8 @@ def gaussian_blur(images: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
 
 
 def three_augment(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Grey, solarised or blurred, then brightness, contrast and saturation by up to 0.3 in random order; `draws`
-    (N, 6) in [0, 1)."""
+    """3-Augment (Touvron et al. 2022, DeiT III, Section 3.2): greyscale, solarisation or blur, then brightness,
+    contrast and saturation changed by up to 0.3 in random order. `draws` (N, 6) in [0, 1)."""
     choice = (draws[:, 0] * 3).long()[:, None, None, None]
     solarised = torch.where(images < 128, images, 255 - images)
     blurred = gaussian_blur(images, 0.1 + 1.9 * draws[:, 1])
@@ -158,17 +159,16 @@ def three_augment(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         (draws[:, 5] * 6).long()
     ]
     for turn in range(3):
-        which = orders[:, turn][:, None, None, None]
+        operation = orders[:, turn][:, None, None, None]
         mean = grey(images)[:, :1].mean(dim=(2, 3), keepdim=True).round()
-        towards = torch.where(which == 0, torch.zeros_like(images), torch.where(which == 1, mean, grey(images)))
-        factor = factors.gather(1, which[:, None])[:, 0]
-        images = (towards + factor * (images - towards)).clamp(0, 255).floor()  # pillow cuts off
+        towards = torch.where(operation == 0, torch.zeros_like(images), torch.where(operation == 1, mean, grey(images)))
+        factor = factors.gather(1, operation[:, None])[:, 0]
+        images = (towards + factor * (images - towards)).clamp(0, 255).floor()  # pillow truncates
     return images
 
 
 class BatchTransform:
-    """What `pretrain_transform` does to an image, for batches of uint8 images of one size: `aug` mae, crop, three or
-    none (the whole image)."""
+    """`pretrain_transform` for batches of uint8 images of one size; `aug` is mae, crop, three or none."""
 
     def __init__(self, aug: str, size: tuple[int, int], mean, std, seed: int, crop_pct: float | None = None):
         self.aug, self.size, self.seed = aug, tuple(size), seed
@@ -176,7 +176,7 @@ class BatchTransform:
         self.crop_pct = crop_pct or (default_crop_pct(self.size) if size[0] == size[1] else 1.0)
 
     def __call__(self, images: torch.Tensor, epoch: int, indices: torch.Tensor) -> torch.Tensor:
-        """images (N, C, H, W) uint8, indices (N,) of the samples -> (N, C, *size), normalised."""
+        """Augment and normalise: images (N, C, H, W) uint8, indices (N,) of the samples -> (N, C, *size)."""
         return self.normalised(self.augmented(images, epoch, indices))
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
@@ -184,7 +184,7 @@ class BatchTransform:
         return (images.float() / 255 - mean) / std
 
     def augmented(self, images: torch.Tensor, epoch: int, indices: torch.Tensor) -> torch.Tensor:
-        """Before they are normalised: 0..255."""
+        """Return the augmented images before normalisation, 0..255."""
         draws = sample_noise(self.seed, epoch, indices, 48, stream=_STREAM)
         height, width = images.shape[2:]
         if self.aug == "none":
@@ -199,7 +199,8 @@ class BatchTransform:
         return three_augment(images, draws[:, 42:48]) if self.aug == "three" else images
 
     def _centre(self, images: torch.Tensor) -> torch.Tensor:
-        """What `eval_transform` shows: resized (of a square the shorter side, of a rectangle both), then the middle."""
+        """Resize and crop the centre as `eval_transform` does: a square input resizes the shorter side, a rectangle
+        both sides."""
         sides, larger = images.shape[2:], [int(side / self.crop_pct) for side in self.size]
         if self.size[0] == self.size[1]:
             larger = [larger[0] * side // min(sides) for side in sides]

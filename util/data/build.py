@@ -1,4 +1,4 @@
-"""The loader for a data set of any kind."""
+"""Choice of the loader for a data set: images by index, WebDataset shards or a stream of timm."""
 
 from util.data.loader import Loader
 from util.data.samples import KeyedDataset, StreamDataset
@@ -12,9 +12,11 @@ from util.parallel.distributed import get_world_size
 def build_loader(
     images, transform, args, batch_size: int, train: bool, num_workers: int | None = None, split: bool = True
 ) -> Loader:
-    """Batches of `images` (an `Images`, `Shards` or a stream of timm's). UserError when training has less than one
-    batch. `num_workers` replaces the flag's. The ranks split the images among them; with `split=False` every rank reads
-    all of them, which a stream of timm's cannot (ValueError)."""
+    """Return a loader of batches of `images` (an `Images`, `Shards` or a stream of timm). `num_workers` overrides the
+    flag. The ranks split the images among themselves; with `split=False` every rank reads all of them.
+
+    Raises UserError when the training set is smaller than one batch, ValueError for a stream with `split=False`.
+    """
     if isinstance(images, Shards):
         loader = ShardLoader(images, transform, args, batch_size, train, num_workers, split)
     elif isinstance(images, Images):
@@ -23,14 +25,14 @@ def build_loader(
     elif split:
         loader = Loader(StreamDataset(images, transform, args), args, batch_size, train, num_workers)
     else:
-        raise ValueError("the reader of a stream splits its images among the ranks by itself")
+        raise ValueError("split=False does not work for a stream: timm's reader splits it among the ranks")
     if train:
         check_enough(len(loader.dataset), batch_size)
     return loader
 
 
 def check_enough(images: int, batch_size: int) -> None:
-    """UserError when training has less than one batch."""
+    """Raise UserError when the training set is smaller than one batch."""
     needed = batch_size * get_world_size()
     if images < needed:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Images decoded once and kept as one uint8 tensor: in memory that all processes of a node share, or on the GPU."""
+"""Images decoded once and kept as one uint8 tensor, in memory shared by all processes of a node or on the GPU."""
 
 import io
 import math
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from util.data.batch_aug import BatchTransform
-from util.data.images import BROKEN_IMAGE, open_image, open_regular, say_unreadable, shown
+from util.data.images import BROKEN_IMAGE, open_image, open_regular, printable, warn_unreadable
 from util.data.loader import EpochBatches, Loader
 from util.data.sample_rng import sample_noise
 from util.data.samples import Sample, UnreadableData
@@ -25,11 +25,11 @@ from util.errors import UserError
 from util.parallel.distributed import gather_objects, get_rank
 
 CACHES = ["none", "ram", "device"]
-_REPLACEMENTS = 32  # of sample_noise's streams: draws in place of unreadable images
+_REPLACEMENTS = 32  # first stream of sample_noise for the draws that replace unreadable images
 
 
 class CachedImages(Images):
-    """`images`, decoded: `pixels` (N, C, H, W) uint8, and which ones are `good`."""
+    """Decoded `images`: `pixels` (N, C, H, W) uint8; `good` (N,) bool marks those that could be read."""
 
     def __init__(self, images: Images, pixels: torch.Tensor, good: torch.Tensor):
         self.images, self.pixels, self.good = images, pixels, good
@@ -46,13 +46,16 @@ class CachedImages(Images):
 
 
 def cache_images(images, args, device: torch.device) -> CachedImages:
-    """`images` as `--data_cache` asks for. The processes of a node share one file in memory, which has no name any more
-    when decoding begins, so that it goes with the last of them; each decodes its share with `--num_workers` threads.
-    UserError for a stream, for images of several sizes without `--cache_size`, and where the memory is not there."""
+    """Decode `images` into the cache that `--data_cache` selects.
+
+    The processes of a node share one memory-mapped file. It is unlinked before decoding begins, so its memory is freed
+    with the last process. Each process decodes its share with `--num_workers` threads. Raises UserError for a stream,
+    for images of different sizes without `--cache_size`, and when there is not enough memory.
+    """
     if not isinstance(images, Images):
         raise UserError(f"--data_cache {args.data_cache} needs images that can be indexed: {args.dataset} is a stream")
     if args.nvjpeg and device.type != "cuda":
-        raise UserError(f"--nvjpeg decodes on a GPU, and this run is on the {device.type}: leave it out")
+        raise UserError(f"--nvjpeg decodes on a GPU, but this run uses the {device.type}: remove the flag")
     node = _node()
     here = [rank for rank, other in enumerate(gather_objects(node)) if other == node]
     share = here.index(get_rank())
@@ -65,11 +68,11 @@ def cache_images(images, args, device: torch.device) -> CachedImages:
             _check_room(pixels.shape, "device", str(device), torch.cuda.mem_get_info(device)[0])
     except (UserError, OSError, MemoryError) as error:
         problem = str(error) or type(error).__name__
-    found = gather_objects((good, problem))
-    problems = [text for _, text in found if text]
+    results = gather_objects((good, problem))
+    problems = [text for _, text in results if text]
     if problems:
         raise UserError(problems[0])
-    good = torch.stack([found[rank][0] for rank in here]).all(dim=0)
+    good = torch.stack([results[rank][0] for rank in here]).all(dim=0)
     if args.data_cache == "device":
         pixels = pixels.to(device)
     count, _, height, width = pixels.shape
@@ -79,22 +82,22 @@ def cache_images(images, args, device: torch.device) -> CachedImages:
 
 
 def _node() -> tuple[str, str]:
-    """Which machine this is: containers of several may have one name."""
+    """Return (host name, boot id): containers on different machines may have the same host name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return os.uname().nodename, boot.read_text() if boot.exists() else ""
 
 
 def _shared_memory(images: Images, args, first: bool, node) -> torch.Tensor:
-    """Memory for all pixels (N, C, H, W), the same for all processes of a node; the `first` one makes it."""
+    """Return memory for all pixels (N, C, H, W), shared by the processes of a node; the `first` one allocates it."""
     folder, mine = None, None
     try:
         if first:
             try:
                 shape = (len(images), *Decoder(images, args.in_chans, args.cache_size).shape)
-                place = _shared_folder()
-                status = os.statvfs(place)
-                _check_room(shape, args.data_cache, place, status.f_bavail * status.f_frsize)
-                folder = Path(tempfile.mkdtemp(prefix="images-", dir=place))
+                parent = _shared_folder()
+                status = os.statvfs(parent)
+                _check_room(shape, args.data_cache, parent, status.f_bavail * status.f_frsize)
+                folder = Path(tempfile.mkdtemp(prefix="images-", dir=parent))
                 with open(folder / "pixels", "wb") as file:
                     file.truncate(math.prod(shape))
                 mine = node, str(folder / "pixels"), shape, ""
@@ -106,7 +109,7 @@ def _shared_memory(images: Images, args, first: bool, node) -> torch.Tensor:
             raise UserError(problems[0])
         _, path, shape, _ = next(entry for entry in made if entry[0] == node)
         pixels = torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
-        gather_objects(None)  # all have it open
+        gather_objects(None)  # wait until all processes have opened the file
         return pixels
     finally:
         if folder:
@@ -117,12 +120,12 @@ def _shared_folder() -> str:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
 
 
-def _check_room(shape, kind: str, place: str, free: int) -> None:
+def _check_room(shape, cache: str, location: str, free: int) -> None:
     needed = math.prod(shape)
     if needed > free:
         raise UserError(
-            f"--data_cache {kind} needs {needed / 2**30:.1f} GiB for {shape[0]} images of {shape[2]}x{shape[3]}, and "
-            f"{place} has {free / 2**30:.1f} free: a smaller --cache_size, or --data_cache none"
+            f"--data_cache {cache} needs {needed / 2**30:.1f} GiB for {shape[0]} images of {shape[2]}x{shape[3]}, but "
+            f"{location} has {free / 2**30:.1f} GiB free: give a smaller --cache_size, or --data_cache none"
         )
 
 
@@ -130,7 +133,7 @@ _JPEG_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 
 
 class Decoder:
-    """Images to pixels of one size; JPEG files on `device`, if one is given (nvJPEG on a GPU)."""
+    """Decodes images to pixels of one size; JPEG files on `device` if it is given (nvJPEG on a GPU)."""
 
     def __init__(self, images: Images, in_chans: int, size: int | None, device: torch.device | None = None):
         self.device, self.mode = device, _JPEG_MODES.get(in_chans)
@@ -138,18 +141,18 @@ class Decoder:
         self.side = size
         first = next((p for p in map(self._decoded, range(min(len(images), 20))) if p is not None), None)
         if first is None:
-            raise UserError(f"the first 20 images are unreadable, {shown(images.name(0))} is one of them")
+            raise UserError(f"the first 20 images are unreadable, among them {printable(images.name(0))}")
         self.shape = first.shape
 
     def _decoded(self, index: int) -> np.ndarray | None:
-        """(C, H, W), None where the image cannot be read."""
-        found = self._decoded_on_device(index) if self.device is not None else None
-        if found is not None:
-            return found
+        """Return the pixels (C, H, W) of an image, or None when it cannot be read."""
+        pixels = self._decoded_on_device(index) if self.device is not None else None
+        if pixels is not None:
+            return pixels
         try:
             image = to_channels(self.images.load(index), self.in_chans)
         except BROKEN_IMAGE as error:
-            say_unreadable(self.images.name(index), error)
+            warn_unreadable(self.images.name(index), error)
             return None
         if self.resize:
             image = self.resize(image)
@@ -159,14 +162,15 @@ class Decoder:
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     def _decoded_on_device(self, index: int) -> np.ndarray | None:
-        """The same of a JPEG file, None where it is none, or one that only pillow reads (CMYK) or refuses."""
+        """Return the pixels of a JPEG file, or None for other files, for JPEGs that only pillow reads (CMYK) and for
+        those that it refuses."""
         try:
             path = self.images.file(index)
             if self.mode is None or not path.lower().endswith((".jpg", ".jpeg")):
                 return None
             with open_regular(path) as file:
                 content = file.read()
-            open_image(io.BytesIO(content))  # refuses what is too large
+            open_image(io.BytesIO(content))  # raises for an image that is too large
             pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), self.mode, self.device)
         except BROKEN_IMAGE:
             return None
@@ -176,34 +180,34 @@ class Decoder:
             pixels = pixels[:, top : top + self.side, left : left + self.side]
         return pixels.cpu().numpy()
 
-    def fill(self, pixels: torch.Tensor, good: torch.Tensor, places: range, threads: int) -> None:
-        """Decode the images at `places` into `pixels`; `good` (N,) becomes false where one cannot be read."""
+    def fill(self, pixels: torch.Tensor, good: torch.Tensor, indices: range, threads: int) -> None:
+        """Decode the images at `indices` into `pixels`, and set `good` (N,) to false for those that cannot be read."""
         target = pixels.numpy()
 
-        def some(places: range) -> None:
-            for index in places:
-                found = self._decoded(index)
-                good[index] = found is not None
-                if found is not None:
-                    self._check_size(index, found.shape)
-                    target[index] = found
+        def decode(chunk: range) -> None:
+            for index in chunk:
+                decoded = self._decoded(index)
+                good[index] = decoded is not None
+                if decoded is not None:
+                    self._check_size(index, decoded.shape)
+                    target[index] = decoded
 
-        parts = [places[first : first + 64] for first in range(0, len(places), 64)]
-        with ThreadPoolExecutor(threads) as pool:  # pillow decodes outside python's lock
-            for _ in pool.map(some, parts):
+        chunks = [indices[first : first + 64] for first in range(0, len(indices), 64)]
+        with ThreadPoolExecutor(threads) as pool:  # pillow releases the GIL while it decodes
+            for _ in pool.map(decode, chunks):
                 pass
 
     def _check_size(self, index: int, shape) -> None:
         if shape != self.shape:
             raise UserError(
-                f"--data_cache needs images of one size, and {shown(self.images.name(index))} has "
-                f"{shape[1]}x{shape[2]} where the first has {self.shape[1]}x{self.shape[2]}: give --cache_size, to "
-                f"which the shorter side is resized and the longer one cut"
+                f"--data_cache needs images of one size, but {printable(self.images.name(index))} has "
+                f"{shape[1]}x{shape[2]} and the first has {self.shape[1]}x{self.shape[2]}: give --cache_size, which "
+                f"resizes the shorter side and crops the longer one"
             )
 
 
 class CachedBatches(Dataset):
-    """Whole batches by their keys [(epoch, index), ...], augmented where the pixels are."""
+    """Whole batches, indexed by their keys [(epoch, index), ...] and augmented on the device of the pixels."""
 
     def __init__(self, images: CachedImages, transform: BatchTransform):
         self.images, self.transform = images, transform
@@ -215,27 +219,28 @@ class CachedBatches(Dataset):
     def __getitem__(self, keys) -> Sample:
         epoch = keys[0][0]
         indices = torch.tensor([index for _, index in keys])
-        places, bad = self._readable(epoch, indices)
+        chosen, bad = self._readable(epoch, indices)
         device = self.images.pixels.device
-        pixels = self.images.pixels[places.to(device, non_blocking=True)]
+        pixels = self.images.pixels[chosen.to(device, non_blocking=True)]
         image = self.transform(pixels, epoch, indices.to(device, non_blocking=True))
-        return Sample(image, self.targets[places], indices, bad)
+        return Sample(image, self.targets[chosen], indices, bad)
 
     def _readable(self, epoch: int, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The places of images to take, unreadable ones replaced by drawn ones; and how many were bad before each."""
-        places, bad = indices.clone(), torch.zeros_like(indices)
+        """Return the indices with those of unreadable images replaced by random draws, and for each the number of
+        unreadable images before it."""
+        chosen, bad = indices.clone(), torch.zeros_like(indices)
         for attempt in range(20):
-            wrong = ~self.images.good[places]
-            if not wrong.any():
-                return places, bad
+            unreadable = ~self.images.good[chosen]
+            if not unreadable.any():
+                return chosen, bad
             draws = sample_noise(self.transform.seed, epoch, indices, 1, stream=_REPLACEMENTS + attempt)[:, 0]
-            places = torch.where(wrong, (draws.double() * len(self.images)).long(), places)
-            bad += wrong
-        raise UnreadableData("20 images in a row could not be read; most of the data set is broken")
+            chosen = torch.where(unreadable, (draws.double() * len(self.images)).long(), chosen)
+            bad += unreadable
+        raise UnreadableData("20 images in a row could not be read; most of the data set is unreadable")
 
 
 class CachedLoader(Loader):
-    """Training batches from a cache: by workers from shared memory, or in this process on the device."""
+    """Training batches from a cache: made by workers from shared memory, or by this process on the device."""
 
     def __init__(self, images: CachedImages, transform: BatchTransform, args, batch_size: int):
         self.dataset, self.batch_size = CachedBatches(images, transform), batch_size

@@ -1,4 +1,4 @@
-"""Which images and labels a folder or a list has: paths alone, nothing is opened but the lists."""
+"""Paths and labels of images, read from folders and from list files. No image is opened here."""
 
 import os
 from collections import Counter
@@ -6,63 +6,64 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util.data.images import shown
+from util.data.images import printable
 from util.errors import UserError
 
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
-# Endings of pictures that are not looked for: torchvision's ImageFolder reads the same ones as we do, and no others.
+# Endings of images that are skipped: we read the same endings as torchvision's ImageFolder.
 OTHER_ENDINGS = (".gif", ".jfif", ".jpe", ".jp2", ".avif", ".heic", ".heif", ".dng", ".tga", ".psd", ".svg")
 
 
 def images_below(folder: Path, others: Counter | None = None) -> list[str]:
-    """Paths of all images in a folder, sorted; links to folders are followed, but not in circles. `others` counts files
-    by OTHER_ENDINGS. UserError for a folder that cannot be read."""
+    """Return the paths of all images below a folder, sorted. Links to folders are followed, but not back to a folder
+    above them. `others` counts the files with OTHER_ENDINGS. Raises UserError for a folder that cannot be read."""
 
     def refuse(error: OSError):
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): its images would be missing") from error
 
-    found, above = [], {str(folder): [os.path.realpath(folder)]}
+    paths, ancestors = [], {str(folder): [os.path.realpath(folder)]}
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        chain = above.pop(parent)  # where the folders that led here really are
+        chain = ancestors.pop(parent)  # real paths of the folders from the top to this one
         for name in list(folders):
-            place = os.path.join(parent, name)
-            real = os.path.realpath(place)
-            if any(is_below(one, real) for one in chain):
+            subfolder = os.path.join(parent, name)
+            real = os.path.realpath(subfolder)
+            if any(is_below(ancestor, real) for ancestor in chain):
                 folders.remove(name)
             else:
-                above[place] = [*chain, real]
-        found += [os.path.join(parent, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+                ancestors[subfolder] = [*chain, real]
+        paths += [os.path.join(parent, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
         if others is not None:
             endings = (os.path.splitext(name)[1].lower() for name in files)
             others.update(ending for ending in endings if ending in OTHER_ENDINGS)
-    return sorted(found)
+    return sorted(paths)
 
 
-def say_others(folder: Path, others: Counter) -> None:
+def note_skipped(folder: Path, others: Counter) -> None:
+    """Print a note about the image files that `images_below` skipped."""
     if others:
         print(
-            f"note: {others.total()} files below {shown(str(folder))} are left out by their endings "
-            f"({' '.join(others)}); known are {' '.join(IMG_EXTENSIONS)}"
+            f"note: {others.total()} files below {printable(str(folder))} are skipped because of their endings "
+            f"({' '.join(others)}); supported endings are {' '.join(IMG_EXTENSIONS)}"
         )
 
 
 def class_names(folder: Path) -> list[str]:
-    """Names of the class folders, sorted. UserError for a link that leads nowhere: a class would be missing."""
+    """Return the names of the class folders, sorted. Raises UserError for a broken link: a class would be missing."""
     entries = sorted(folder.iterdir())
-    lost = next((entry for entry in entries if entry.is_symlink() and not os.path.exists(entry)), None)
-    if lost is not None:
-        raise UserError(f"{lost} is a link that leads nowhere: remove it, or bring back what it leads to")
+    broken = next((entry for entry in entries if entry.is_symlink() and not os.path.exists(entry)), None)
+    if broken is not None:
+        raise UserError(f"{broken} is a broken link: remove it or restore its target")
     return [entry.name for entry in entries if entry.is_dir()]
 
 
-def say_odd_classes(folder: Path, classes: list[str], used: set[int]) -> None:
-    """What is perhaps not meant: classes without images, and ones that a file system elsewhere would have made one."""
-    empty = [name for place, name in enumerate(classes) if place not in used]
+def note_odd_classes(folder: Path, classes: list[str], used: set[int]) -> None:
+    """Print notes about classes that may be mistakes: those without images, and names that differ only in case."""
+    empty = [name for index, name in enumerate(classes) if index not in used]
     if empty:
         print(
-            f"note: {shown(str(folder))} has {len(empty)} class folders without images, {empty[0]!r} is one of them; "
+            f"note: {printable(str(folder))} has {len(empty)} class folders without images, among them {empty[0]!r}; "
             f"each counts as a class"
         )
     alike = {}
@@ -71,7 +72,7 @@ def say_odd_classes(folder: Path, classes: list[str], used: set[int]) -> None:
     for names in alike.values():
         if len(names) > 1:
             print(
-                f"note: the class folders {' and '.join(map(repr, names))} differ in case only; they are "
+                f"note: the class folders {' and '.join(map(repr, names))} differ only in case; they count as "
                 f"{len(names)} classes"
             )
 
@@ -80,15 +81,16 @@ def say_odd_classes(folder: Path, classes: list[str], used: set[int]) -> None:
 
 
 def read_list(path: str, root: Path, outside: bool = False) -> tuple[list[str], list[str] | None]:
-    """Paths and labels (None when no line has one) of a list file: path, or path<TAB>label, one per line. UserError
-    for a path that is not below `root`, unless `outside`: a list that came with the data must not name other files."""
-    if not path or not os.path.isfile(path):
-        raise UserError(
-            f"--dataset filelist needs --train_list and --val_list, text files; {path or 'none'} is no file"
-        )
+    """Return the paths and labels of a list file, which has path or path<TAB>label on each line. The labels are None
+    when no line has one. Raises UserError for a path that is not below `root`, unless `outside`: a list that comes with
+    the data must not refer to other files."""
+    if not path:
+        raise UserError("--dataset filelist needs two text files: --train_list and --val_list")
+    if not os.path.isfile(path):
+        raise UserError(f"--dataset filelist needs --train_list and --val_list, text files: {path} is not a file")
     rows = [line.split("\t") for line in read_lines(path, "the list file")]
     if not rows:
-        raise UserError(f"the list file {path} is empty; it wants a path, or path<TAB>label, on every line")
+        raise UserError(f"the list file {path} is empty: every line must be a path, or path<TAB>label")
     widths = {len(row) for row in rows}
     if len(widths) > 1 or max(widths) > 2:
         raise UserError(f"the list file {path} mixes lines with and without a label, or has lines with several tabs")
@@ -109,43 +111,43 @@ _QUOTES = "\"'"
 
 
 def _refuse_quotes(path: str, root: Path, rows: list[list[str]]) -> None:
-    """UserError for paths in quotes, and for labels that are another label but for a quote: two classes for one."""
+    """Raise UserError for quoted paths, and for labels that also occur without quotes: one class would become two."""
     for name in (row[0] for row in rows):
         if name.strip() != name.strip().strip(_QUOTES) and not os.path.isfile(root / name):
-            raise UserError(f"the list file {path} has quotes in {name}: it wants paths as they are")
+            raise UserError(f"the list file {path} has quotes in {name}: write paths without quotes")
     labels = {row[1].strip() for row in rows if len(row) > 1}
-    twice = next((label for label in sorted(labels) if label != label.strip(_QUOTES) in labels), None)
-    if twice is not None:
-        raise UserError(f"the list file {path} has the label {twice} beside {twice.strip(_QUOTES)}: remove the quotes")
+    quoted = next((label for label in sorted(labels) if label != label.strip(_QUOTES) in labels), None)
+    if quoted is not None:
+        raise UserError(f"the list file {path} has both labels {quoted} and {quoted.strip(_QUOTES)}: remove the quotes")
 
 
 def read_lines(path: str | Path, what: str) -> list[str]:
-    """The lines of a text file that are not empty. They end with a line feed (before it perhaps a carriage return), and
-    with nothing else that unicode calls a line's end, which a file's name may have. UserError when it is no text."""
+    """Return the non-empty lines of a text file. Only LF and CRLF end a line: the other line ends of Unicode may be
+    part of a file name. Raises UserError when the file is not text in UTF-8; the message begins with `what`."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # with or without the mark that Windows' editors put first
+        text = Path(path).read_text(encoding="utf-8-sig")  # with or without the byte order mark of Windows editors
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} {path} is not a text file in UTF-8") from error
     return [line for line in text.split("\n") if line.strip()]
 
 
 def sorted_labels(names) -> list[str]:
-    """Different names in order; numbers as numbers: class 10 comes after class 9."""
+    """Return the distinct names in order. Numbers are sorted by value: class 10 comes after class 9."""
 
     def key(label: str) -> tuple:
-        is_number = label.isdecimal() and len(label) < 20  # python refuses thousands of digits
+        is_number = label.isdecimal() and len(label) < 20  # int() refuses thousands of digits
         return (0, int(label), label) if is_number else (1, 0, label)
 
     return sorted(set(names), key=key)
 
 
 def is_below(path: str, folder: str) -> bool:
-    """Both absolute and without `..`."""
+    """Whether `path` is `folder` or inside it; both must be absolute and without `..`."""
     return os.path.commonpath([path, folder]) == folder
 
 
 def check_below(paths: list[str], root: Path, source) -> None:
-    """UserError for a path of a list that came with the data, and leads out of its folder."""
+    """Raise UserError when one of the paths, which come from the data set's own list `source`, is not below `root`."""
     top = os.path.abspath(root)
     stray = next((path for path in paths if not is_below(os.path.abspath(path), top)), None)
     if stray is not None:

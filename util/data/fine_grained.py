@@ -1,5 +1,5 @@
-"""Fine-grained sets in the layout in which they are published: CUB-200-2011 (Wah et al. 2011), Stanford Cars (Krause et
-al. 2013, read by torchvision) and iNaturalist 2019 (Van Horn et al. 2018, the challenge's JSON). Each reader gives
+"""Readers of fine-grained data sets in their published layout: CUB-200-2011 (Wah et al. 2011), Stanford Cars (Krause et
+al. 2013, read by torchvision) and iNaturalist 2019 (Van Horn et al. 2018, the challenge's JSON). Each returns the
 paths, labels from 0 and class names of one split."""
 
 import json
@@ -17,7 +17,7 @@ def _needed(path: Path, dataset: str, layout: str) -> Path:
 
 
 def _table(root: Path, name: str) -> dict[str, str]:
-    """{number: text} of a file with a number and a text on every line."""
+    """Return {number: text} of a file with a number and a text on every line."""
     path = _needed(
         root / name, "cub200", "images/, images.txt, image_class_labels.txt, train_test_split.txt, classes.txt"
     )
@@ -28,7 +28,7 @@ def _table(root: Path, name: str) -> dict[str, str]:
     rows = [line.split(maxsplit=1) for line in text.split("\n") if line.strip()]
     bad = next((row for row in rows if len(row) < 2), None)
     if bad is not None:
-        raise UserError(f"{path} has the line {bad[0]!r}: a number and a value are needed on every line")
+        raise UserError(f"{path} has the line {bad[0]!r}: every line must be a number and a value")
     return {number: value.strip() for number, value in rows}
 
 
@@ -36,22 +36,20 @@ def cub200(root: Path, train: bool) -> Split:
     """CUB_200_2011: 5,994 training and 5,794 test images of 200 birds. Its attributes and boxes are not used."""
     root = root / "CUB_200_2011" if (root / "CUB_200_2011").is_dir() else root
     paths, labels = _table(root, "images.txt"), _table(root, "image_class_labels.txt")
-    wanted, classes = _table(root, "train_test_split.txt"), _table(root, "classes.txt")
+    splits, classes = _table(root, "train_test_split.txt"), _table(root, "classes.txt")
     wrong = next((number for number in classes if not number.isdecimal()), None)
     if wrong is not None:
-        raise UserError(
-            f"{root / 'classes.txt'} has the number {wrong!r}: a number and a name are needed on every line"
-        )
-    place = {number: i for i, number in enumerate(sorted(classes, key=int))}
-    chosen = [number for number in paths if wanted.get(number) == ("1" if train else "0")]
-    unknown = next((number for number in chosen if labels.get(number) not in place), None)
+        raise UserError(f"{root / 'classes.txt'} has the number {wrong!r}: every line must be a number and a name")
+    class_index = {number: i for i, number in enumerate(sorted(classes, key=int))}
+    chosen = [number for number in paths if splits.get(number) == ("1" if train else "0")]
+    unknown = next((number for number in chosen if labels.get(number) not in class_index), None)
     if unknown is not None:
-        raise UserError(f"{root / 'image_class_labels.txt'} gives image {unknown} no class of classes.txt")
+        raise UserError(f"{root / 'image_class_labels.txt'} assigns image {unknown} no class of classes.txt")
     if not chosen:
-        raise UserError(f"{root / 'train_test_split.txt'} has no image with {int(train)}, the mark of this split")
+        raise UserError(f"{root / 'train_test_split.txt'} has no image with {int(train)}, the value for this split")
     files = [str(root / "images" / paths[number]) for number in chosen]
     _needed(Path(files[0]), "cub200", "the images in images/")
-    return files, [place[labels[number]] for number in chosen], [classes[number] for number in place]
+    return files, [class_index[labels[number]] for number in chosen], [classes[number] for number in class_index]
 
 
 def cars(root: Path, train: bool) -> Split:
@@ -74,9 +72,9 @@ def cars(root: Path, train: bool) -> Split:
 
 
 def inat19(root: Path, train: bool) -> Split:
-    """iNaturalist 2019: 265,213 training and 3,030 validation images of 1,010 species, by train2019.json and
-    val2019.json. The names of the species were published later; categories.json beside them is read where it is."""
-    layout = "train2019.json, val2019.json and the images they name (train_val2019/...)"
+    """iNaturalist 2019: 265,213 training and 3,030 validation images of 1,010 species, listed in train2019.json and
+    val2019.json. The species' names were published later, in categories.json; it is read if it is beside them."""
+    layout = "train2019.json, val2019.json and the images that they list (train_val2019/...)"
     path = _needed(root / ("train2019.json" if train else "val2019.json"), "inat19", layout)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -85,15 +83,15 @@ def inat19(root: Path, train: bool) -> Split:
         names = {category["id"]: str(category["name"]) for category in _categories(root, content)}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the annotation file of iNaturalist 2019: {error!r}") from error
-    place = {number: i for i, number in enumerate(sorted(names))}
-    unknown = next((number for number in files if labels.get(number) not in place), None)
+    class_index = {number: i for i, number in enumerate(sorted(names))}
+    unknown = next((number for number in files if labels.get(number) not in class_index), None)
     if unknown is not None:
-        raise UserError(f"{path} gives image {unknown} no category of its own")
+        raise UserError(f"{path} assigns image {unknown} no known category")
     paths = [str(root / file) for file in files.values()]
     if not paths:
-        raise UserError(f"{path} names no images")
+        raise UserError(f"{path} lists no images")
     _needed(Path(paths[0]), "inat19", layout)
-    return paths, [place[labels[number]] for number in files], [names[number] for number in place]
+    return paths, [class_index[labels[number]] for number in files], [names[number] for number in class_index]
 
 
 def _categories(root: Path, content: dict) -> list[dict]:

@@ -1,9 +1,9 @@
-"""The images that a model takes: height and width, per-channel mean and standard deviation."""
+"""The format of a model's input images: height and width, per-channel mean and standard deviation."""
 
 from util.errors import UserError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Channel mean and deviation of the training sets, computed with tools/mean_std.py; ImageNet's for unknown folders.
+# Per-channel mean and standard deviation of training sets, computed with tools/mean_std.py. Others use ImageNet's.
 MEAN_STD = {
     "cifar10": ((0.49140, 0.48216, 0.44653), (0.24703, 0.24349, 0.26159)),
     "cifar100": ((0.50707, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615)),
@@ -13,9 +13,9 @@ MEAN_STD = {
 
 
 def mean_std(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and deviation: `--mean/--std`, else the data set's own, for `--in_chans` channels.
+    """Return the per-channel mean and standard deviation: `--mean/--std`, else the data set's own for `--in_chans`.
 
-    Raises UserError when only one is given or their number is not the number of channels.
+    Raises UserError when only one of the flags is given, or their length is not the number of channels.
     """
     mean, std = args.mean, args.std
     if (mean is None) != (std is None):
@@ -32,6 +32,6 @@ def mean_std(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def input_size(args) -> tuple[int, int]:
-    """(H, W) of `args.input_size`, which the mains have set to the model's own where the flag was absent."""
+    """Return (H, W) of `args.input_size`, which the mains set to the model's own size when the flag is absent."""
     size = args.input_size
     return (size, size) if isinstance(size, int) else (size[0], size[-1])

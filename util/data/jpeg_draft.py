@@ -1,5 +1,5 @@
-"""Random resized crops of JPEGs that are decoded small: the decoder computes fewer of the DCT's frequencies (libjpeg's
-scaling by 1/2, 1/4, 1/8), as many as the crop at its final size can still show."""
+"""Random resized crops of JPEGs that are decoded at a reduced size: the decoder computes only the DCT frequencies that
+the final crop can show (libjpeg's scaling by 1/2, 1/4, 1/8)."""
 
 from PIL import Image
 from torchvision import transforms
@@ -9,21 +9,21 @@ from util.data.transforms import to_channels
 
 
 class DraftedCrop:
-    """`crop` (torchvision's, timm's or our random resized crop) on images that are not decoded yet.
+    """`crop` (the random resized crop of torchvision, timm or `util.crop`) for images that are not decoded yet.
 
-    The box is the one that `crop` draws from the full size. A JPEG is decoded at the smallest scale at which the box
-    has at least the final size in both directions; everything else is decoded whole and gives what `crop` gives.
+    `crop` draws the box at the full size. A JPEG is decoded at the smallest scale at which the box is at least as high
+    and as wide as the final crop. Other formats are decoded at full size, with the same result as `crop`.
     """
 
     def __init__(self, crop):
         self.crop = crop
 
     def __call__(self, img: Image.Image, in_chans: int) -> Image.Image:
-        """Decode and crop. Raises what pillow raises on files that are no (whole) images."""
+        """Decode and crop. Raises `util.data.images.BROKEN_IMAGE`."""
         (height, width), (full_width, full_height) = self.crop.size, img.size
         top, left, h, w = self.crop.get_params(img, self.crop.scale, self.crop.ratio)
         factor = min(h // height, w // width)
-        # Decodes at the next smaller power of 2, and says what became of the whole image; None for other formats.
+        # Scales by the largest power of 2 that fits, and returns the box of the whole image; None for other formats.
         drafted = img.draft(None, (full_width // factor, full_height // factor)) if factor >= 2 else None
         img.load()
         decoded = to_channels(img, in_chans)
@@ -35,7 +35,8 @@ class DraftedCrop:
 
 
 def split_crop(transform) -> tuple[DraftedCrop | None, transforms.Compose]:
-    """The first step of `transform` as a drafted crop, and the others; None where it is no random resized crop."""
+    """Return the first step of `transform` as a DraftedCrop and the other steps, or (None, `transform`) when the first
+    step is not a random resized crop."""
     steps = getattr(transform, "transforms", [None])
     if not all(hasattr(steps[0], name) for name in ("get_params", "scale", "ratio")):
         return None, transform

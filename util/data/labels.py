@@ -1,5 +1,5 @@
-"""Labels beside a reader's own: sets of labels from a list file (weak supervision by hashtags, Singh et al. 2023, "The
-effectiveness of MAE pre-pretraining for billion-scale pretraining"), and made-up label noise for studies."""
+"""Labels that replace a reader's own: sets of labels from a list file (weak supervision by hashtags, Singh et al. 2023,
+"The effectiveness of MAE pre-pretraining for billion-scale pretraining"), and synthetic label noise for studies."""
 
 import os
 from collections import Counter
@@ -12,11 +12,11 @@ from util.data.readers import need_path, read_images
 from util.data.sources import Files, Images, Subset
 from util.errors import UserError
 
-NOISE = 0x6E6F6973  # a stream of random numbers of its own beside --seed
+NOISE = 0x6E6F6973  # seeds the noise together with --seed, independently of other random numbers
 
 
 class Relabelled(Subset):
-    """Another list's images with other labels."""
+    """The images of another list with different labels."""
 
     def __init__(self, images: Images, targets: list):
         super().__init__(images, range(len(images)))
@@ -27,22 +27,23 @@ class Relabelled(Subset):
 
 
 class LabelSets(Relabelled):
-    """Images with several labels: `targets` are tuples of places in `classes`, rising and never empty."""
+    """Images with several labels: `targets` are non-empty, ascending tuples of indices in `classes`."""
 
     def __init__(self, images: Images, targets: list[tuple[int, ...]], classes: list[str]):
         super().__init__(images, targets)
         self.classes = classes
 
     def target(self, index) -> torch.Tensor:
-        """(classes,) float32: equal shares that sum to one, for the image's labels."""
+        """Return (classes,) float32: equal weights for the image's labels, which sum to one."""
         row = torch.zeros(len(self.classes))
         row[list(self.targets[index])] = 1 / len(self.targets[index])
         return row
 
 
 def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
-    """The images of one split, with what `--targets` asks for. `vocabulary` (of a checkpoint) is used where
-    `--label_vocab` gives none. UserError for lists without labels, and labels outside the vocabulary."""
+    """Return the images of one split with the labels that `--targets` selects. `vocabulary` (of a checkpoint) is used
+    when `--label_vocab` is not given. Raises UserError for lists without labels and for labels not in the vocabulary.
+    """
     if args.targets == "single":
         return read_images(args, train)
     path = args.train_list if train else args.val_list
@@ -54,10 +55,10 @@ def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
         source = args.train_list
         known = names if train else _read_label_sets(args, args.train_list)[1]
         vocabulary = sorted_labels(label for labels in known for label in labels)
-    index = {label: place for place, label in enumerate(vocabulary)}
+    index = {label: i for i, label in enumerate(vocabulary)}
     unknown = next((label for labels in names for label in labels if label not in index), None)
     if unknown is not None:
-        raise UserError(f"the list file {path} has the label {unknown!r}, which {source} has not")
+        raise UserError(f"the list file {path} has the label {unknown!r}, which is not in {source}")
     return LabelSets(images, [tuple(sorted(index[label] for label in labels)) for labels in names], vocabulary)
 
 
@@ -65,21 +66,21 @@ def _read_label_sets(args, path: str) -> tuple[Images, list[set[str]]]:
     root = need_path(args)
     paths, lines = read_list(path, root, args.allow_outside)
     if lines is None:
-        raise UserError(f"the list file {path} has no labels; --targets multilabel wants path<TAB>label,label,...")
+        raise UserError(f"the list file {path} has no labels; --targets multilabel needs path<TAB>label,label,...")
     names = [{label.strip() for label in line.split(",")} - {""} for line in lines]
     if not all(names):
-        raise UserError(f"the list file {path} has no label for {paths[names.index(set())]}: leave that line out")
+        raise UserError(f"the list file {path} has no label for {paths[names.index(set())]}: remove that line")
     return Files(paths, [-1] * len(paths), None, "" if args.allow_outside else os.path.realpath(root)), names
 
 
 def read_vocabulary(path: str) -> list[str]:
-    """The lines of `--label_vocab`: place in the file is place in the head. UserError when they are not different
-    names."""
+    """Return the lines of `--label_vocab`; their order is that of the head's outputs. Raises UserError unless they are
+    two or more distinct names."""
     names = [line.strip() for line in read_lines(path, "--label_vocab")]
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None or len(names) < 2:
-        what = f"names {twice!r} twice" if twice is not None else f"has {len(names)} labels"
-        raise UserError(f"--label_vocab {path} {what}: two or more different labels are needed, one per line")
+    repeated = next((name for name, count in Counter(names).items() if count > 1), None)
+    if repeated is not None or len(names) < 2:
+        problem = f"repeats {repeated!r}" if repeated is not None else f"has {len(names)} labels"
+        raise UserError(f"--label_vocab {path} {problem}: two or more different labels are needed, one per line")
     return names
 
 
@@ -87,17 +88,19 @@ def read_vocabulary(path: str) -> list[str]:
 
 
 def with_noise(images, args):
-    """Training images with `--label_noise`; drawn once from `--seed`, so it is the same for any workers and ranks."""
+    """Return training images with `--label_noise`. The noise is drawn once, from `--seed`, so it does not depend on the
+    number of workers and ranks."""
     if not args.label_noise:
         return images
     if not isinstance(images, Images) or min(map(_first, images.targets), default=-1) < 0:
-        raise UserError(f"--label_noise needs labels that are known beforehand; --dataset {args.dataset} has none")
+        raise UserError(f"--label_noise needs labels that are known in advance; --dataset {args.dataset} has none")
     rng = np.random.default_rng([args.seed, NOISE])
-    several = isinstance(images, LabelSets)
-    noisy = (hashtag_noise if several else uniform_noise)(images.targets, len(images.classes), args.label_noise, rng)
+    multilabel = isinstance(images, LabelSets)
+    draw_noise = hashtag_noise if multilabel else uniform_noise
+    noisy = draw_noise(images.targets, len(images.classes), args.label_noise, rng)
     changed = sum(before != after for before, after in zip(images.targets, noisy))
-    print(f"--label_noise {args.label_noise:g}: {changed} of {len(noisy)} training images have other labels")
-    return LabelSets(images, noisy, images.classes) if several else Relabelled(images, noisy)
+    print(f"--label_noise {args.label_noise:g}: the labels of {changed} of {len(noisy)} training images were changed")
+    return LabelSets(images, noisy, images.classes) if multilabel else Relabelled(images, noisy)
 
 
 def _first(target) -> int:
@@ -105,22 +108,22 @@ def _first(target) -> int:
 
 
 def uniform_noise(targets: list[int], classes: int, share: float, rng: np.random.Generator) -> list[int]:
-    """With probability `share` a label is replaced by one of the others, all equally likely."""
+    """Replace each label with probability `share` by one of the other classes, drawn uniformly."""
     replaced = rng.random(len(targets)) < share
     shifts = rng.integers(1, max(2, classes), len(targets))
-    return [int((target + shift * hit) % classes) for target, shift, hit in zip(targets, shifts, replaced)]
+    return [int((target + shift * change) % classes) for target, shift, change in zip(targets, shifts, replaced)]
 
 
 def hashtag_noise(targets: list[tuple], classes: int, share: float, rng: np.random.Generator) -> list[tuple]:
-    """As hashtags are wrong: each label is forgotten with probability `share`, and for each another one is added with
-    probability `share`, drawn by how often labels occur, as popular ones spread. A set that would be empty gets one
-    drawn like that, if need be a right one."""
+    """Imitate the errors of hashtags: each label is dropped with probability `share`, and for each label another one is
+    added with probability `share`, drawn in proportion to the labels' frequencies. A set that would be empty gets one
+    label drawn in the same way, which may be a correct one."""
     counts = np.bincount(np.concatenate(targets), minlength=classes)
-    flat = np.cumsum(counts / counts.sum())
+    cumulative = np.cumsum(counts / counts.sum())
     noisy = []
     for labels in targets:
-        kept = [label for label, forgotten in zip(labels, rng.random(len(labels)) < share) if not forgotten]
+        kept = [label for label, dropped in zip(labels, rng.random(len(labels)) < share) if not dropped]
         extra = int((rng.random(len(labels)) < share).sum())
-        drawn = np.searchsorted(flat, rng.random(max(extra, 0 if kept else 1)), side="right")
+        drawn = np.searchsorted(cumulative, rng.random(max(extra, 0 if kept else 1)), side="right")
         noisy.append(tuple(sorted({*kept, *(min(int(label), classes - 1) for label in drawn)})))
     return noisy

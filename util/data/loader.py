@@ -1,7 +1,7 @@
-"""From images to batches: which sample comes when, on which rank, with which random numbers.
+"""From images to batches: the order of the samples, their division among ranks, and their random numbers.
 
-Everything is a function of (seed, epoch, sample index), so the number of workers does not matter, a run can be
-resumed at any sample, and the union of the ranks' batches is the batch that one process would have had.
+Everything is a function of (seed, epoch, sample index). So the number of workers makes no difference, a run can resume
+at any sample, and the union of the ranks' batches is the batch of a single process.
 """
 
 import atexit
@@ -20,7 +20,7 @@ from util.parallel.distributed import get_rank, get_world_size
 
 
 def _regroup(batches, size: int, drop_last: bool):
-    """Batches of `size` from those of several workers of a stream, each of which ends with a smaller one."""
+    """Yield batches of `size` from those of a stream's workers, each of which ends with a smaller batch."""
     rest = None
     for batch in batches:
         rest = batch if rest is None else Sample(*(torch.cat(pair) for pair in zip(rest, batch)))
@@ -35,10 +35,10 @@ def _regroup(batches, size: int, drop_last: bool):
 class EpochBatches(Sampler):
     """This rank's batches of keys (epoch, index).
 
-    Training: a permutation from (seed, epoch), cut into global batches; rank r takes every world-size-th sample from
-    r on, and what does not fill a global batch is dropped. Evaluation (`shuffle=False`): every sample exactly once
-    over all ranks, in order, so ranks may differ by one sample, and a rank has none where samples are fewer than ranks.
-    With `split=False` every rank gets all samples.
+    Training: a permutation from (seed, epoch), cut into global batches; rank r of W takes samples r, r + W, r + 2W ...,
+    and an incomplete last global batch is dropped. Evaluation (`shuffle=False`): every sample exactly once over all
+    ranks, in order; the ranks' numbers of samples may differ by one, and some ranks have none when there are fewer
+    samples than ranks. With `split=False` every rank gets all samples.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int = 0, shuffle: bool = True, split: bool = True):
@@ -68,8 +68,9 @@ class EpochBatches(Sampler):
 
 
 def _outlive_signals(_worker_id: int) -> None:
-    """A scheduler signals every process of a job; only the main one answers, and it needs its workers to finish the
-    step. So a worker survives a SIGTERM, for half a minute: whoever wants to end it for good does not wait forever."""
+    """Let a worker ignore the signals that a scheduler sends to all processes of a job: only the main process handles
+    them, and it needs its workers to finish the step. A worker ends 30 s after a SIGTERM, so it can still be stopped.
+    """
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
@@ -80,15 +81,15 @@ _working = weakref.WeakSet()  # iterators that have workers
 
 @atexit.register
 def _end_workers() -> None:
-    """At exit, whoever still holds an iterator (a traceback, say): before python ends its children by SIGTERM, which
-    they would survive."""
+    """Stop the workers of iterators that something (for example a traceback) still refers to at exit. Python would end
+    them by SIGTERM, which they ignore for 30 s."""
     for iterator in list(_working):
         iterator._shutdown_workers()
 
 
 class Loader:
-    """A DataLoader with `begin(epoch, batch)`; iterating starts there, `len` is the whole epoch. `num_workers` replaces
-    the flag's; `split=False` gives every rank all samples (not of a stream)."""
+    """A DataLoader with `begin(epoch, batch)`: iteration starts at that batch, `len` is that of the whole epoch.
+    `num_workers` overrides the flag; `split=False` gives every rank all samples, but has no effect on a stream."""
 
     def __init__(self, dataset, args, batch_size: int, shuffle: bool, num_workers: int | None = None, split=True):
         self.dataset, self.batch_size = dataset, batch_size
@@ -102,16 +103,17 @@ class Loader:
             self.loader = DataLoader(dataset, batch_sampler=self.batches, **common)
 
     def options(self, args, workers: int) -> dict:
-        """Of every DataLoader."""
+        """Return the arguments common to all DataLoaders."""
         return dict(
             num_workers=workers,
             pin_memory=args.pin_mem and torch.cuda.is_available(),
             persistent_workers=workers > 0 and not self.stream,
             worker_init_fn=_outlive_signals,
-            generator=torch.Generator().manual_seed(args.seed),  # so that a loader never draws from the global one
+            generator=torch.Generator().manual_seed(args.seed),  # keeps the global one unused
         )
 
     def begin(self, epoch: int, start: int = 0) -> "Loader":
+        """Set the epoch and the batch at which the next iteration starts."""
         self.start = start
         if self.stream:
             self.dataset.epoch = epoch
@@ -129,27 +131,27 @@ class Loader:
         return len(self.dataset) // size if self.shuffle else math.ceil(len(self.dataset) / size)
 
     def order(self) -> str:
-        """What the order of an epoch depends on beside the seed, in words; empty where nothing matters."""
+        """Return a description of what the order of an epoch depends on besides the seed, "" when that is all."""
         return ""
 
     def __iter__(self):
         iterator = iter(self.loader)
         if self.loader.num_workers:
             _working.add(iterator)
-        return watchdog.reading(self.entered(iterator))
+        return watchdog.reading(self.skip_to_start(iterator))
 
-    def entered(self, iterator):
-        """The batches of a DataLoader's iterator from `self.start` on."""
+    def skip_to_start(self, iterator):
+        """Return the batches of a DataLoader's iterator from `self.start` on."""
         if not self.stream:
             return iterator
-        # A stream cannot be entered in the middle: what a resumed run has seen is read again and passed over.
+        # A stream can only be read from its beginning: a resumed run reads and skips the batches it has seen.
         batches = _regroup(iterator, self.batch_size, drop_last=self.shuffle)
         return islice(batches, self.start, len(self) if self.shuffle else None)
 
 
 def next_batch(batches) -> Sample:
-    """The next batch; UserError, in one sentence, where image after image is unreadable (from a data worker that comes
-    with the worker's traceback in its text)."""
+    """Return the next batch. Raises UserError when too many images in a row are unreadable. Its message is the last
+    line of the error: that of a data worker begins with the worker's traceback."""
     try:
         return next(batches)
     except UnreadableData as error:
@@ -157,13 +159,13 @@ def next_batch(batches) -> Sample:
 
 
 class Endless:
-    """Batches of a training loader one after the other, epoch after epoch, from any number on."""
+    """The batches of a training loader over all epochs, by number."""
 
     def __init__(self, loader: Loader):
         self.loader, self._next, self._batches = loader, -1, None
 
     def batch(self, number: int) -> Sample:
-        """Batch `number`, counted from 0 over all epochs; asking for them in order reads ahead."""
+        """Return batch `number`, counted from 0 over all epochs. Consecutive numbers let the workers read ahead."""
         epoch, start = divmod(number, len(self.loader))
         if number != self._next or not start:
             self._batches = iter(self.loader.begin(epoch, start))

@@ -1,4 +1,4 @@
-"""Data sets by name (`--dataset`), each an indexable list of images that says where every image comes from."""
+"""Readers of data sets by name (`--dataset`). Each returns a list of images, shards or a stream for one split."""
 
 import os
 from collections import Counter
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from torch.utils.data import IterableDataset
-from torchvision import datasets as tv
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data import fine_grained
@@ -15,10 +15,10 @@ from util.data.file_lists import (
     check_below,
     class_names,
     images_below,
+    note_odd_classes,
+    note_skipped,
     read_lines,
     read_list,
-    say_odd_classes,
-    say_others,
     sorted_labels,
 )
 from util.data.shards import find_shards
@@ -30,32 +30,33 @@ FACTORY = ("hfds", "hfids", "tfds", "torch")  # prefixes of timm's data-set fact
 
 
 def need_path(args) -> Path:
+    """Return `--data_path`. Raises UserError when it is not given or not a folder."""
     if not args.data_path:
         raise UserError(f"--dataset {args.dataset} needs --data_path, the folder that holds it")
     path = Path(args.data_path).expanduser()
-    if not os.path.isdir(path):  # unlike pathlib's, it says False to a name that is too long
+    if not os.path.isdir(path):  # pathlib's raises for a name that is too long
         raise UserError(f"--data_path {path} is not a folder")
     return path
 
 
 def class_folder(folder: Path, classes: list[str] | None = None) -> Files:
-    """`folder/<class>/...`; with `classes` the labels are places in that list, and other folders are refused. A class
-    without images keeps its place, and a note says so."""
-    found = class_names(folder)
-    if not found:
+    """Read `folder/<class>/...`. With `classes` the labels are indices in that list, and other folders are refused. A
+    class without images keeps its index; in the training folder a note is printed."""
+    names = class_names(folder)
+    if not names:
         raise UserError(f"{folder} has no class folders; for images without labels use --dataset folder")
-    unknown = [name for name in found if classes is not None and name not in classes]
+    unknown = [name for name in names if classes is not None and name not in classes]
     if unknown:
-        raise UserError(f"{folder} has the class folder {unknown[0]!r}, which the training folder has not")
-    is_train, classes = classes is None, classes or found
-    index = {name: place for place, name in enumerate(classes)}
+        raise UserError(f"{folder} has the class folder {unknown[0]!r}, which is not in the training folder")
+    is_train, classes = classes is None, classes or names
+    index = {name: i for i, name in enumerate(classes)}
     others = Counter()
-    samples = [(path, index[name]) for name in found for path in images_below(folder / name, others)]
-    say_others(folder, others)
+    samples = [(path, index[name]) for name in names for path in images_below(folder / name, others)]
+    note_skipped(folder, others)
     if not samples:
-        raise UserError(f"{folder} holds no images; known endings are {' '.join(IMG_EXTENSIONS)}")
+        raise UserError(f"{folder} contains no images; supported endings are {' '.join(IMG_EXTENSIONS)}")
     if is_train:
-        say_odd_classes(folder, classes, {target for _, target in samples})
+        note_odd_classes(folder, classes, {target for _, target in samples})
     return Files([path for path, _ in samples], [target for _, target in samples], classes)
 
 
@@ -79,9 +80,9 @@ def _folder(args, train: bool) -> Files:
     folder = split if split.is_dir() else root
     others = Counter()
     paths = images_below(folder, others)
-    say_others(folder, others)
+    note_skipped(folder, others)
     if not paths:
-        raise UserError(f"--data_path {folder} holds no images; known endings are {' '.join(IMG_EXTENSIONS)}")
+        raise UserError(f"--data_path {folder} contains no images; supported endings are {' '.join(IMG_EXTENSIONS)}")
     return Files(paths, [-1] * len(paths), None)
 
 
@@ -93,15 +94,15 @@ def _filelist(args, train: bool) -> Files:
         return Files(paths, [-1] * len(paths), None, within)
     vocabulary = labels if train else read_list(args.train_list, root, outside)[1] or []
     classes = sorted_labels(vocabulary)
-    index = {label: place for place, label in enumerate(classes)}
+    index = {label: i for i, label in enumerate(classes)}
     unknown = next((label for label in labels if label not in index), None)
     if unknown is not None:
-        raise UserError(f"the list file {args.val_list} has the label {unknown!r}, which {args.train_list} has not")
+        raise UserError(f"the list file {args.val_list} has the label {unknown!r}, which is not in {args.train_list}")
     return Files(paths, [index[label] for label in labels], classes, within)
 
 
 def _cifar(args, train: bool) -> Arrays:
-    reader = tv.CIFAR10 if args.dataset == "cifar10" else tv.CIFAR100
+    reader = CIFAR10 if args.dataset == "cifar10" else CIFAR100
     root = args.data_path or "data"
     try:
         with main_process_first() if args.download else nullcontext():
@@ -110,18 +111,18 @@ def _cifar(args, train: bool) -> Arrays:
         raise UserError(f"--data_path {root}: {args.dataset} cannot be read or downloaded there: {error}") from error
     except RuntimeError as error:
         raise UserError(
-            f"--data_path {root} does not hold {reader.base_folder} (the python version of {args.dataset}); "
-            f"--download fetches it"
+            f"--data_path {root} does not contain {reader.base_folder} (the Python version of {args.dataset}); "
+            f"--download downloads it"
         ) from error
     return Arrays(data.data, data.targets, data.classes)
 
 
 def _tiny_imagenet(args, train: bool) -> Files:
-    """train/<wnid>/images/*.JPEG and val/images/*.JPEG with val/val_annotations.txt (file, wnid, box)."""
+    """Read train/<wnid>/images/*.JPEG, or val/images/*.JPEG with val/val_annotations.txt (file, wnid, box)."""
     root = need_path(args)
     if not (root / "train").is_dir():
         raise UserError(
-            f"--data_path {root} has no train/ folder; tiny_imagenet is what tiny-imagenet-200.zip unpacks to"
+            f"--data_path {root} has no train/ folder; tiny_imagenet needs the contents of tiny-imagenet-200.zip"
         )
     if train:
         return class_folder(root / "train")
@@ -130,19 +131,19 @@ def _tiny_imagenet(args, train: bool) -> Files:
     if not annotations.is_file():
         if (root / "val").is_dir():  # a copy sorted into class folders
             return class_folder(root / "val", classes)
-        raise UserError(f"{annotations} is missing; tiny_imagenet is what tiny-imagenet-200.zip unpacks to")
+        raise UserError(f"{annotations} is missing; tiny_imagenet needs the contents of tiny-imagenet-200.zip")
     rows = [line.split("\t")[:2] for line in read_lines(annotations, "the annotations")]
-    index = {wnid: place for place, wnid in enumerate(classes)}
+    index = {wnid: i for i, wnid in enumerate(classes)}
     unknown = next((row for row in rows if len(row) < 2 or row[1] not in index), None)
     if unknown is not None:
-        raise UserError(f"{annotations} names {unknown}, which is no class folder of {root / 'train'}")
+        raise UserError(f"{annotations} has the line {unknown}, whose class is not a folder of {root / 'train'}")
     paths = [str(root / "val" / "images" / name) for name, _ in rows]
     check_below(paths, root, annotations)
     return Files(paths, [index[wnid] for _, wnid in rows], classes)
 
 
 def _digits(args, train: bool) -> Arrays:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, split 80/20, stratified, always the same."""
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, in a fixed stratified 80/20 split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -173,9 +174,9 @@ READERS = {
 
 
 def read_images(args, train: bool):
-    """The images of one split: an `Images`, `Shards`, or timm's iterable set for the streaming names of its factory.
+    """Return the images of one split: an `Images`, `Shards`, or timm's iterable set for streaming names of its factory.
 
-    Raises UserError for an unknown name and for whatever is missing on disk.
+    Raises UserError for an unknown name and for missing or unusable files.
     """
     if args.dataset in READERS:
         return READERS[args.dataset](args, train)
@@ -185,14 +186,14 @@ def read_images(args, train: bool):
         return find_shards(args, train)
     if not slash or prefix not in FACTORY:
         raise UserError(
-            f"--dataset {args.dataset!r} is not known; the known ones are {', '.join(READERS)}, "
-            f"and the names of timm's data-set factory ({', '.join(f'{name}/...' for name in FACTORY)})"
+            f"--dataset {args.dataset!r} is not known: it must be one of {', '.join(READERS)}, "
+            f"or a name of timm's data-set factory ({', '.join(f'{name}/...' for name in FACTORY)})"
         )
     if prefix == "torch" and not args.data_path:
         raise UserError(f"--dataset {args.dataset} needs --data_path, the folder that holds it")
     from timm.data import create_dataset
 
-    try:  # without batch_size: timm would fill up the last batch of every worker with samples it has given already
+    try:  # no batch_size: with one, timm fills the last batch of every worker by repeating samples
         dataset = create_dataset(
             args.dataset,
             root=args.data_path or None,
@@ -200,7 +201,7 @@ def read_images(args, train: bool):
             is_training=train,
             download=args.download,
             seed=args.seed,
-            **({"input_img_mode": ""} if prefix == "hfids" else {}),  # images as they are, not made RGB
+            **({"input_img_mode": ""} if prefix == "hfids" else {}),  # do not convert images to RGB
         )
         if hasattr(dataset, "reader") and not isinstance(dataset, IterableDataset):
             return HuggingFaceImages(dataset.reader)
@@ -208,18 +209,18 @@ def read_images(args, train: bool):
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--dataset {args.dataset} could not be opened by timm's data-set factory: {reason}") from error
     if isinstance(dataset, IterableDataset):
-        dataset.classes = None  # a stream does not count them
+        dataset.classes = None  # unknown for a stream
         return dataset
     return _torchvision(dataset, args, train)
 
 
 def _torchvision(dataset, args, train: bool) -> Images:
-    """A plain torchvision set, as timm's factory returns for `torch/...`."""
-    if type(dataset) is tv.ImageFolder:  # it numbers the folders of its own split
+    """Wrap the torchvision data set that timm's factory returns for `torch/...`."""
+    if type(dataset) is ImageFolder:  # each split numbers only its own class folders
         classes = dataset.classes if train else read_images(args, train=True).classes
         unknown = [name for name in dataset.classes if name not in classes]
         if unknown:
-            raise UserError(f"{dataset.root} has the class folder {unknown[0]!r}, which the training folder has not")
+            raise UserError(f"{dataset.root} has the class folder {unknown[0]!r}, which is not in the training folder")
         paths = [path for path, _ in dataset.samples]
         return Files(paths, [classes.index(dataset.classes[target]) for target in dataset.targets], classes)
     return TorchvisionImages(dataset)

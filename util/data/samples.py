@@ -1,4 +1,4 @@
-"""One sample: an image with its label, its index and the random numbers that belong to it."""
+"""Samples: images with their labels and indices, transformed with random numbers keyed by sample."""
 
 import copy
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from util.data.images import BROKEN_IMAGE, say_unreadable, shown
+from util.data.images import BROKEN_IMAGE, printable, warn_unreadable
 from util.data.jpeg_draft import split_crop
 from util.data.sample_rng import seeded
 from util.data.sources import Images
@@ -15,27 +15,28 @@ from util.data.transforms import to_channels
 from util.errors import UserError
 from util.parallel.distributed import get_rank, get_world_size
 
-DRAWS = 20  # replacements tried for one sample before the data set counts as unreadable
+DRAWS = 20  # images tried for one sample before the data set counts as unreadable
 
 
 class UnreadableData(UserError):
-    """Image after image cannot be read. Raised in a data worker, which turns it into a RuntimeError of that text."""
+    """Too many images in a row cannot be read. From a data worker it reaches the main process with the worker's
+    traceback in its message."""
 
 
 class Sample(NamedTuple):
     """One image, or after collation one batch."""
 
     image: torch.Tensor  # (C, H, W)
-    target: int  # label, -1 without; of label sets the row of `util.data.labels.LabelSets.target`
-    index: int  # place in the data set: the key of the sample's random numbers
-    bad: int  # images that could not be read before this one was drawn in their place
+    target: int  # label, or -1 if there is none; for label sets the row of `util.data.labels.LabelSets.target`
+    index: int  # index in the data set, which keys the sample's random numbers
+    bad: int  # number of unreadable images that were replaced before this one could be read
 
 
 class KeyedDataset(torch.utils.data.Dataset):
-    """`images` through `transform`, by key (epoch, index). A plain index means epoch 0.
+    """Transformed images by key (epoch, index). A plain index means epoch 0.
 
-    An image that cannot be read is named on stderr and, in training, replaced by another draw. In evaluation
-    (`replace=False`) it comes as zeros with `bad` set, so that it can be left out of the count.
+    An unreadable image is reported on stderr and, in training, replaced by a random draw. In evaluation
+    (`replace=False`) it becomes a black image with `bad` set, so that it can be left out of the count.
     """
 
     def __init__(self, images: Images, transform, args, replace: bool = True):
@@ -49,47 +50,47 @@ class KeyedDataset(torch.utils.data.Dataset):
     def __getitem__(self, key) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         with seeded(self.seed, epoch, index):
-            image, place, bad = self._read(index)
-            return Sample(self.transform(image), self.images.target(place), index, bad)
+            image, chosen, bad = self._read(index)
+            return Sample(self.transform(image), self.images.target(chosen), index, bad)
 
     def _read(self, index: int) -> tuple[Image.Image, int, int]:
-        """(image, its place, unreadable ones before it), for `index` or what was drawn instead."""
+        """Return (image, its index, number of unreadable images before it) for `index` or its replacement."""
         for bad in range(DRAWS):
-            place = int(torch.randint(len(self.images), ())) if bad else index
+            chosen = int(torch.randint(len(self.images), ())) if bad else index
             try:
-                return self._decoded(place), place, bad
+                return self._decoded(chosen), chosen, bad
             except BROKEN_IMAGE as error:
-                say_unreadable(self.images.name(place), error)
+                warn_unreadable(self.images.name(chosen), error)
             if not self.replace:
-                return to_channels(Image.new("RGB", (32, 32)), self.in_chans), place, 1
-        last = shown(self.images.name(place))
+                return to_channels(Image.new("RGB", (32, 32)), self.in_chans), chosen, 1
+        last = printable(self.images.name(chosen))
         raise UnreadableData(f"{DRAWS} images in a row could not be read, the last one {last}")
 
-    def _decoded(self, place: int) -> Image.Image:
+    def _decoded(self, index: int) -> Image.Image:
         if self.crop is not None:
-            return self.crop(self.images.open(place), self.in_chans)
-        return to_channels(self.images.load(place), self.in_chans)
+            return self.crop(self.images.open(index), self.in_chans)
+        return to_channels(self.images.load(index), self.in_chans)
 
 
 class StreamDataset(IterableDataset):
-    """An iterable set of timm's factory. Samples are numbered per rank and worker; order and shards are timm's: each
-    worker reads shards of its own, and where they are not equal it repeats or leaves out a few samples."""
+    """An iterable data set of timm's factory. Samples are numbered per rank and worker. timm chooses their order and
+    gives each worker its own shards; where shards differ in size, it repeats or leaves out a few samples."""
 
     def __init__(self, stream, transform, args):
         self.stream, self.transform = stream, transform
         self.seed, self.in_chans, self.epoch = args.seed, args.in_chans, 0
-        if hasattr(stream.reader, "dist_rank"):  # timm's reader asked when it was made, perhaps before the ranks met
+        if hasattr(stream.reader, "dist_rank"):  # set by timm before the process group may exist
             stream.reader.dist_rank, stream.reader.dist_num_replicas = get_rank(), get_world_size()
 
     def __len__(self) -> int:
-        """Samples of all ranks (timm's own length is one rank's)."""
+        """Return the number of samples of all ranks (timm's own length is that of one rank)."""
         return getattr(self.stream.reader, "num_samples", None) or len(self.stream)
 
     def __iter__(self):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         first, stride = get_rank() * workers + worker, get_world_size() * workers
-        # A reader sets itself up at its first use, shuffling included: a fresh copy makes every epoch start alike.
+        # A reader sets up its shuffling at its first use: a fresh copy makes every epoch start in the same state.
         stream = copy.copy(self.stream)
         stream.reader = copy.copy(stream.reader)
         stream.reader.worker_seed = self.seed * 1_000_003 + self.epoch  # replaced by torch's in a worker process

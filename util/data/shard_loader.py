@@ -1,8 +1,9 @@
-"""Batches from WebDataset shards: in which order, by which data worker, and what takes the place of damaged ones.
+"""Batches from WebDataset shards: their order, their division among data workers, and replacements of damaged images.
 
-An epoch is the shards in an order drawn from (seed, epoch), end to end, cut at images (not at shards) into equal
-sections, one for every data worker of every rank; a buffer shuffles within a section. The counts alone decide all that,
-so a resumed run knows what has been seen, opens only shards from which something is missing, and decodes only that.
+In every epoch the shards are joined in an order drawn from (seed, epoch), and their images are cut into equal sections,
+one for every data worker of every rank; a section may begin inside a shard. A buffer shuffles within a section. All of
+this follows from the image counts, so a resumed run can skip the images it has seen without decoding them, and opens
+only shards that it still needs.
 """
 
 import copy
@@ -18,18 +19,18 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
-from util.data.images import BROKEN_IMAGE, open_image, say_unreadable, shown
+from util.data.images import BROKEN_IMAGE, open_image, printable, warn_unreadable
 from util.data.jpeg_draft import split_crop
 from util.data.loader import Loader
 from util.data.sample_rng import seeded
 from util.data.samples import DRAWS, Sample, UnreadableData
-from util.data.shards import BAD_SHARD, Shards, image_ending, members_of, open_shard, samples_of, say_bad_shard
+from util.data.shards import BAD_SHARD, Shards, image_ending, members_of, open_shard, samples_of, warn_bad_shard
 from util.data.transforms import to_channels
 from util.parallel.distributed import get_rank, get_world_size
 
 
 class Record(NamedTuple):
-    """One image of a shard as it is stored."""
+    """One image of a shard as stored: encoded image, label as text, and a name for messages."""
 
     image: bytes
     label: bytes
@@ -37,15 +38,15 @@ class Record(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What stands at one place of a section."""
+    """The content of one position of a section."""
 
-    index: int  # the number of the image that belongs here
-    record: Record | None  # it, or another one in its place
-    bad: int  # 1 where it is not the one that belongs here
+    index: int  # number of the image that belongs at this position
+    record: Record | None  # this image or its replacement; None when it is unreadable and not replaced
+    bad: int  # 1 when the image could not be read, else 0
 
 
 def read_shard(url: str) -> Iterator[Record]:
-    """All images of a shard, in order. Raises BAD_SHARD."""
+    """Yield all images of a shard, in order. Raises BAD_SHARD."""
     with open_shard(url) as stream:
         for sample in samples_of(members_of(stream, url)):
             ending = image_ending(sample)
@@ -53,89 +54,92 @@ def read_shard(url: str) -> Iterator[Record]:
 
 
 class Section:
-    """Images `start` to `stop` of the shards in `order`, shuffled by a buffer of `buffer` images."""
+    """Images `start` to `stop` of the shards joined in `order`, shuffled by a buffer of `buffer` images."""
 
     def __init__(self, shards: Shards, order: list[int], start: int, stop: int, buffer: int, seed: int, replace: bool):
         self.shards, self.order, self.replace = shards, order, replace
         self.length, self.buffer, self.seed = stop - start, buffer, seed
-        self.parts, at = [], 0  # (place in `order`, first image, last image + 1)
-        for place, shard in enumerate(order):
+        self.parts, at = [], 0  # (position in `order`, first image, last image + 1)
+        for order_index, shard in enumerate(order):
             first, last = max(start - at, 0), min(stop - at, shards.counts[shard])
             if first < last:
-                self.parts.append((place, first, last))
+                self.parts.append((order_index, first, last))
             at += shards.counts[shard]
 
-    def places(self) -> Iterator[int]:
-        """0 to length - 1 in the order in which they are given out."""
+    def positions(self) -> Iterator[int]:
+        """Return the positions 0 to length - 1, shuffled by the buffer."""
         if self.buffer <= 1:
             return iter(range(self.length))
         return iter(shuffle(self.buffer, rng=random.Random(self.seed))(iter(range(self.length))))
 
     def entries(self, passed: int) -> Iterator[Entry]:
-        """What is left of the section after the first `passed` entries. UnreadableData when nothing is to be had."""
-        wanted, places, held = bytearray(b"\1") * self.length, self.places(), {}
-        for place in itertools.islice(places, passed):
-            wanted[place] = 0
+        """Yield the entries after the first `passed`. Raises UnreadableData after too many damaged shards in a row."""
+        wanted, positions, held = bytearray(b"\1") * self.length, self.positions(), {}
+        for position in itertools.islice(positions, passed):
+            wanted[position] = 0
         arriving = self._read(wanted)
-        for place in places:
-            while place not in held:
+        for position in positions:
+            while position not in held:
                 arrived, entry = next(arriving)
                 held[arrived] = entry
-            yield held.pop(place)
+            yield held.pop(position)
 
     def _read(self, wanted: bytearray) -> Iterator[tuple[int, Entry]]:
-        """(place, entry) in the order of the shards; those of which nothing is wanted are not opened."""
-        place = 0
-        for where, first, last in self.parts:
-            end = place + last - first
-            if wanted.find(1, place, end) >= 0:
-                with closing(self._part(where, first, last)) as entries:
-                    for here, entry in enumerate(entries, place):
-                        if wanted[here]:
-                            yield here, entry
-            place = end
+        """Yield (position, entry) in the order of the shards. Shards without wanted entries are not opened."""
+        start = 0
+        for order_index, first, last in self.parts:
+            end = start + last - first
+            if wanted.find(1, start, end) >= 0:
+                with closing(self._part(order_index, first, last)) as entries:
+                    for position, entry in enumerate(entries, start):
+                        if wanted[position]:
+                            yield position, entry
+            start = end
 
-    def _part(self, where: int, first: int, last: int) -> Iterator[Entry]:
-        """Images `first` to `last` of one shard. In place of what cannot be read come images of the shards after it, or
-        none at all where nothing is replaced."""
-        shard = self.order[where]
+    def _part(self, order_index: int, first: int, last: int) -> Iterator[Entry]:
+        """Yield images `first` to `last` of shard `order[order_index]`. Unreadable images are replaced by images of the
+        shards after it; without replacement their record is None."""
+        shard = self.order[order_index]
         index, end = (self.shards.offsets[shard] + image for image in (first, last))
         failures = 0
-        for donor in itertools.count(where):
+        for donor in itertools.count(order_index):
             before, problem, url = index, None, self.shards.urls[self.order[donor % len(self.order)]]
-            skip = first if donor == where else 0
+            skip = first if donor == order_index else 0
             try:
                 with closing(read_shard(url)) as records:
                     for record in itertools.islice(records, skip, skip + end - index):
-                        yield Entry(index, record, int(donor != where))
+                        yield Entry(index, record, int(donor != order_index))
                         index += 1
             except BAD_SHARD as error:
                 problem = error
             if index == end:
                 return
-            if donor == where or problem is not None:
-                lost = f"; {end - index} images are lost" if donor == where else ""
-                lost += ", and others take their place" if lost and self.replace else ""
+            if donor == order_index or problem is not None:
+                lost = f"; {end - index} images are lost" if donor == order_index else ""
+                lost += " and replaced by others" if lost and self.replace else ""
                 reason = problem or f"it ends after {skip + index - before} images"
-                say_bad_shard(url, f"{reason}{lost}")
+                warn_bad_shard(url, f"{reason}{lost}")
             if not self.replace:
-                yield from (Entry(left, None, 1) for left in range(index, end))
+                yield from (Entry(missing, None, 1) for missing in range(index, end))
                 return
             failures = 0 if index > before else failures + 1
             if failures >= min(len(self.order), DRAWS):
                 raise UnreadableData(f"{failures} shards in a row could not be read, the last one {url}: {problem}")
 
     def after(self) -> Iterator[Entry]:
-        """The images of the shards that follow the section."""
-        where = (self.parts[-1][0] + 1) % len(self.order)
-        yield from self._part(where, 0, self.shards.counts[self.order[where]])
+        """Yield the images of the shard after the section."""
+        order_index = (self.parts[-1][0] + 1) % len(self.order)
+        yield from self._part(order_index, 0, self.shards.counts[self.order[order_index]])
 
 
 class ShardDataset(IterableDataset):
-    """`shards` through `transform`, in whole batches of `batch_size` of each worker. `train`: shuffled, every rank gets
-    equally many batches, what fills none is left out, and what cannot be read is replaced (a sample comes twice only
-    then). Else: everything once, in order, ranks may differ by one image, and what cannot be read has `bad` set. With
-    `split=False` every rank gets all images."""
+    """Transformed images of shards, in whole batches of `batch_size` from each worker.
+
+    With `train`: shuffled; every rank gets the same number of batches and an incomplete last batch is dropped;
+    unreadable images are replaced, and only then does a sample occur twice. Otherwise: every image once, in order; the
+    ranks' numbers of images may differ by one; unreadable images have `bad` set. With `split=False` every rank gets all
+    images.
+    """
 
     def __init__(self, shards: Shards, transform, args, batch_size: int, train: bool, split: bool = True):
         self.shards, self.batch_size, self.train = shards, batch_size, train
@@ -143,7 +147,7 @@ class ShardDataset(IterableDataset):
         self.crop, self.transform = split_crop(transform) if getattr(args, "jpeg_draft", False) else (None, transform)
         classes = getattr(args, "nb_classes", None)
         self.labels = range(classes) if classes else range(-1, 2**31)
-        self.at = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch and first batch; workers outlive an epoch
+        self.at = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch and first batch, shared with the workers
         rank, world = (get_rank(), get_world_size()) if split else (0, 1)
         if train:
             mine = len(shards) // (batch_size * world) * batch_size
@@ -156,7 +160,7 @@ class ShardDataset(IterableDataset):
         return len(self.shards)
 
     def section(self, epoch: int, worker: int, workers: int) -> Section:
-        """The share of one of this rank's workers, which reads every `workers`-th batch of it."""
+        """Return the section of one of this rank's workers, which makes every `workers`-th batch."""
         order, seed = list(range(len(self.shards.urls))), self.seed * 1_000_003 + epoch
         if self.train:
             random.Random(seed).shuffle(order)
@@ -171,10 +175,10 @@ class ShardDataset(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         epoch, start = self.at.tolist()
-        worker = (worker + start) % workers  # the loader asks its first worker first
+        worker = (worker + start) % workers  # DataLoader takes the first batch from worker 0
         section = self.section(epoch, worker, workers)
         passed = min(len(range(worker, start, workers)) * self.batch_size, section.length)
-        (entries,) = itertools.tee(section.entries(passed), 1)  # of which a copy looks ahead
+        (entries,) = itertools.tee(section.entries(passed), 1)  # a copy of a tee can read ahead
         for entry in entries:
             with seeded(self.seed, epoch, entry.index):
                 image, label, bad = self._read(entry, entries, section)
@@ -182,18 +186,18 @@ class ShardDataset(IterableDataset):
             yield Sample(image, label, entry.index, bad)
 
     def _read(self, entry: Entry, entries, section: Section) -> tuple[Image.Image, int, int]:
-        """(image, label, how many could not be read), of `entry` or of what comes after it."""
+        """Return (image, label, number of unreadable images) of `entry` or, if it is unreadable, of its replacement."""
         bad = entry.bad
         for other in itertools.chain([entry], itertools.islice(self._others(entries, section), DRAWS - 1)):
             if other.record is not None:
                 try:
                     return *self._decoded(other.record), bad
                 except BROKEN_IMAGE as error:
-                    say_unreadable(other.record.name, error)
+                    warn_unreadable(other.record.name, error)
             if not self.train:
                 return to_channels(Image.new("RGB", (32, 32)), self.in_chans), -1, 1
             bad += 1
-        last = shown(other.record.name)
+        last = printable(other.record.name)
         raise UnreadableData(f"{DRAWS} images in a row could not be read, the last one {last}")
 
     @staticmethod
@@ -204,7 +208,7 @@ class ShardDataset(IterableDataset):
     def _decoded(self, record: Record) -> tuple[Image.Image, int]:
         image, label = open_image(io.BytesIO(record.image)), int(record.label)
         if label not in self.labels:
-            raise ValueError(f"its label {label} is none from 0 to {self.labels[-1]}")
+            raise ValueError(f"its label {label} is not between 0 and {self.labels[-1]}")
         if self.crop is not None:
             return self.crop(image, self.in_chans), label
         image.load()
@@ -212,7 +216,7 @@ class ShardDataset(IterableDataset):
 
 
 class ShardLoader(Loader):
-    """Batches of shards; entered at any batch."""
+    """Batches of shards; iteration can start at any batch without reading those before it."""
 
     def __init__(
         self, shards: Shards, transform, args, batch_size: int, train: bool, num_workers: int | None = None, split=True
@@ -230,7 +234,7 @@ class ShardLoader(Loader):
     def __len__(self) -> int:
         return self.dataset.batches
 
-    def entered(self, iterator):
+    def skip_to_start(self, iterator):
         return iterator
 
     def order(self) -> str:

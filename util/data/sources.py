@@ -7,17 +7,15 @@ from abc import ABC, abstractmethod
 import numpy as np
 from PIL import Image
 
-from util.data.file_lists import (
-    is_below,
-)
+from util.data.file_lists import is_below
 from util.data.images import open_image, open_regular, read_image
 
 
 class Images(ABC):
-    """A list of images with integer labels (-1 where there are none): what every reader below returns.
+    """A list of images with integer labels, -1 where there are none.
 
-    `classes` is the list of label names, None without labels. `load(i)` may raise what pillow raises; `name(i)` says
-    which file or record that was.
+    `classes` are the names of the labels, None without labels. `load(i)`, `open(i)` and `file(i)` may raise
+    `util.data.images.BROKEN_IMAGE`; `name(i)` is the file or record of image i, for messages.
     """
 
     classes: list[str] | None = None
@@ -28,18 +26,18 @@ class Images(ABC):
 
     @abstractmethod
     def load(self, index: int) -> Image.Image:
-        """Image number `index`, in whatever mode it is stored."""
+        """Return an image in the mode in which it is stored."""
 
     def open(self, index: int) -> Image.Image:
-        """The same, perhaps not decoded yet."""
+        """Return an image that may not be decoded yet."""
         return self.load(index)
 
     def file(self, index: int) -> str:
-        """Path of the file that this image is, "" where it is none. OSError for one that must not be read."""
+        """Return the path of an image's file, "" when it has none. Raises OSError for a file that must not be read."""
         return ""
 
     def target(self, index: int) -> int:
-        """The label of an image that was loaded (some sets learn it only then)."""
+        """Return the label of an image that has been loaded (some data sets do not know it before)."""
         return self.targets[index]
 
     def name(self, index: int) -> str:
@@ -47,7 +45,7 @@ class Images(ABC):
 
 
 class Files(Images):
-    """Images in files; with `within` a folder that no link may lead out of."""
+    """Images in files. If `within` is set, links must not lead out of that folder."""
 
     def __init__(self, paths: list[str], targets: list[int], classes: list[str] | None, within: str = ""):
         self.paths, self.targets, self.classes, self.within = np.array(paths), targets, classes, within
@@ -61,9 +59,9 @@ class Files(Images):
             return open_image(io.BytesIO(file.read()))
 
     def file(self, index):
-        path = str(self.paths[index])  # what numpy calls its strings would be in pillow's messages
+        path = str(self.paths[index])  # pillow's messages would show the type of numpy's string
         if self.within and not is_below(os.path.realpath(path), self.within):
-            raise OSError(f"a link that leads out of --data_path {self.within}: --allow_outside follows it")
+            raise OSError(f"it is a link out of --data_path {self.within}: give --allow_outside to follow it")
         return path
 
     def name(self, index):
@@ -81,7 +79,7 @@ class Arrays(Images):
 
 
 class Subset(Images):
-    """Some images of another list, by their indices in it."""
+    """A part of another list, given by indices."""
 
     def __init__(self, images: Images, indices):
         self.images, self.indices, self.classes = images, [int(index) for index in indices], images.classes
@@ -104,8 +102,8 @@ class Subset(Images):
 
 
 class HuggingFaceImages(Images):
-    """`hfds/...` by the table of timm's reader. timm's own data set would skip what it cannot read, make everything
-    RGB, and want a label."""
+    """`hfds/...`, read from the table of timm's reader: timm's own data set would skip unreadable images, convert all
+    images to RGB and require a label."""
 
     def __init__(self, reader):
         self.table, self.column = reader.dataset, reader.image_key
@@ -123,7 +121,7 @@ class HuggingFaceImages(Images):
 
 
 class TorchvisionImages(Images):
-    """A torchvision set."""
+    """A torchvision data set."""
 
     def __init__(self, dataset):
         self.dataset = dataset

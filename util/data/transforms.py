@@ -1,4 +1,4 @@
-"""What happens to an image between the file and the batch: channels, augmentation, normalisation."""
+"""Transforms of an image between file and batch: conversion to channels, augmentation, normalisation."""
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ BICUBIC = InterpolationMode.BICUBIC
 
 
 def to_channels(img: Image.Image, in_chans: int) -> Image.Image:
-    """Greyscale, palette, CMYK, LAB, 16-bit and alpha images as an 8-bit image of `in_chans` channels.
+    """Convert greyscale, palette, CMYK, LAB, 16-bit and alpha images to an 8-bit image of `in_chans` channels.
 
-    16-bit values are scaled to 8 bits by 257 (pillow would clip them), alpha is dropped unless asked for: the colours
-    under it stay. ValueError for numbers of which no scale can be told.
+    16-bit values are divided by 257 (pillow would clip them). Alpha is dropped unless `in_chans` includes it; the
+    colours under it stay. Raises ValueError when the range of the values is unknown.
     """
     mode = _MODES[in_chans]
     if img.mode.startswith("I") or img.mode == "F":
@@ -27,27 +27,27 @@ def to_channels(img: Image.Image, in_chans: int) -> Image.Image:
         img = img.convert("RGBA" if "transparency" in img.info else "RGB")
     if img.mode == "LA" and mode == "RGB":
         img = img.convert("L")
-    if img.mode in ("LAB", "HSV", "PA"):  # of which pillow has no way to every other mode
+    if img.mode in ("LAB", "HSV", "PA"):  # pillow cannot convert these to every mode
         img = img.convert("RGBA" if img.mode == "PA" else "RGB")
     return img if img.mode == mode else img.convert(mode)
 
 
 def _to_8_bits(img: Image.Image) -> Image.Image:
-    """L, or LA where one value is transparent. 16-bit integers are 0..65535, and so are 32-bit ones above 255; floats
-    are 0..1 when they fit, else 0..255, else 0..65535."""
-    values, clear = np.asarray(img), img.info.get("transparency")
-    lowest, highest = values.min(), values.max()  # NaN where one is
+    """Return an L image, or LA when the image marks one value as transparent. 16-bit integers, and 32-bit integers
+    above 255, have the range 0..65535. Floats have the range 0..1 if they fit, else 0..255, else 0..65535."""
+    values, transparent = np.asarray(img), img.info.get("transparency")
+    lowest, highest = values.min(), values.max()  # NaN if any value is NaN
     if not (lowest >= 0 and highest <= 65535):
-        raise ValueError(f"its values go from {lowest:g} to {highest:g}: known are 0..1, 0..255 and 0..65535")
+        raise ValueError(f"its values range from {lowest:g} to {highest:g}: supported are 0..1, 0..255 and 0..65535")
     top = 255.0 if highest <= 255 else 65535.0
     if values.dtype.itemsize == 2:
         top = 65535.0
     elif values.dtype.kind == "f" and highest <= 1:
         top = 1.0
-    scaled = np.multiply(values, 255.0 / top, dtype=np.float32)  # 4 bytes for each of perhaps 179 million
+    scaled = np.multiply(values, 255.0 / top, dtype=np.float32)  # 4 bytes per pixel: there may be 179 million
     grey = Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
-    if isinstance(clear, int):
-        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     return grey
 
 
@@ -68,16 +68,17 @@ class GaussianBlur:
 
 
 class Solarization:
-    """Invert every pixel above the middle."""
+    """Invert pixel values of 128 and more."""
 
     def __call__(self, img):
         return ImageOps.solarize(img)
 
 
 def three_augment(channels: int) -> list:
-    """3-Augment (Touvron et al. 2022, DeiT III, Section 3.2): one of three per image, then colour jitter 0.3."""
+    """3-Augment (Touvron et al. 2022, DeiT III, Section 3.2): greyscale, solarisation or blur, then colour jitter 0.3.
+    Raises UserError for images with alpha."""
     if channels not in (1, 3):
-        raise UserError(f"--aug three is for 1 or 3 channels, not for --in_chans {channels}: solarizing knows no alpha")
+        raise UserError(f"--aug three needs 1 or 3 channels, not --in_chans {channels}: alpha cannot be solarised")
     return [
         transforms.RandomChoice([transforms.Grayscale(channels), Solarization(), GaussianBlur()]),
         transforms.ColorJitter(0.3, 0.3, 0.3),
@@ -85,12 +86,12 @@ def three_augment(channels: int) -> list:
 
 
 def pad_and_crop(size: tuple[int, int]) -> list:
-    """The CIFAR habit: pad by an eighth of the side, crop back (4 pixels at 32)."""
+    """The usual augmentation of CIFAR: pad by an eighth of the side (4 pixels at 32), then crop to `size` (H, W)."""
     return [Resize(size), transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8))]
 
 
 class Resize(transforms.Resize):
-    """Bicubic resize to exactly (H, W), free of charge where the image has that size already."""
+    """Bicubic resize to exactly (H, W). An image of that size is returned unchanged."""
 
     def __init__(self, size):
         super().__init__(size, interpolation=BICUBIC)
@@ -104,8 +105,8 @@ def _to_tensor(mean, std) -> list:
 
 
 def pretrain_transform(aug: str, size: tuple[int, int], mean, std, crop_pct: float | None = None):
-    """`mae`: random resized crop and flip; `crop`: pad-and-crop and flip; `three`: 3-Augment on top of `mae`'s crop
-    and flip; `none`: the evaluation transform."""
+    """Return the transform of pretraining. `mae`: random resized crop and flip; `crop`: pad-and-crop and flip; `three`:
+    random resized crop, flip and 3-Augment; `none`: the evaluation transform."""
     flip = transforms.RandomHorizontalFlip()
     if aug == "none":
         return eval_transform(size, mean, std, crop_pct)
@@ -119,7 +120,8 @@ def pretrain_transform(aug: str, size: tuple[int, int], mean, std, crop_pct: flo
 
 
 def probe_transform(aug: str, size: tuple[int, int], mean, std) -> transforms.Compose:
-    """`rrc`: the official crop of 8-100 % of the area, and flip; `crop`: pad-and-crop, and flip; `none`: neither."""
+    """Return the transform of linear probing. `rrc`: the official random crop of 8-100 % of the area, and flip; `crop`:
+    pad-and-crop and flip; `none`: the evaluation transform."""
     if aug == "none":
         return eval_transform(size, mean, std)
     crop = pad_and_crop(size) if aug == "crop" else [RandomResizedCrop(size, scale=(0.08, 1.0))]
@@ -127,12 +129,13 @@ def probe_transform(aug: str, size: tuple[int, int], mean, std) -> transforms.Co
 
 
 def default_crop_pct(size: tuple[int, int]) -> float:
-    """The official recipe's 224/256 for inputs of 160 to 224 pixels; larger ones and the small data sets whole."""
+    """Return the official recipe's 224/256 for inputs of 160 to 224 pixels, 1 for larger and smaller inputs."""
     return 224 / 256 if 160 <= min(size) <= 224 else 1.0
 
 
 def eval_transform(size: tuple[int, int], mean, std, crop_pct: float | None = None) -> transforms.Compose:
-    """Bicubic resize to size / crop_pct, centre crop to `size`. A rectangle takes the whole image unless told."""
+    """Return the transform of evaluation: bicubic resize to size / crop_pct, then a centre crop to `size`. The default
+    `crop_pct` of a rectangle is 1. Raises UserError for a `crop_pct` outside (0, 1]."""
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise UserError(f"--crop_pct {crop_pct} must lie in (0, 1]")
     if size[0] == size[1]:
@@ -143,7 +146,7 @@ def eval_transform(size: tuple[int, int], mean, std, crop_pct: float | None = No
 
 
 class ResizeShortSide(transforms.Resize):
-    """Bicubic resize of the shorter side, free of charge where it has that length already."""
+    """Bicubic resize of the shorter side. An image in which it has that length is returned unchanged."""
 
     def __init__(self, side: int):
         super().__init__(side, interpolation=BICUBIC)
@@ -152,14 +155,15 @@ class ResizeShortSide(transforms.Resize):
         return img if min(img.size) == self.size else super().forward(img)
 
     def tensor(self, img: torch.Tensor) -> torch.Tensor:
-        """The same of pixels (C, H, W)."""
+        """Resize pixels (C, H, W) in the same way."""
         return img if min(img.shape[1:]) == self.size else super().forward(img)
 
 
 def finetune_transform(args, size: tuple[int, int], mean, std):
-    """timm's training transform: random resized crop (or pad-and-crop), flip, RandAugment or jitter, random erasing."""
+    """Return timm's training transform: random resized crop (or pad-and-crop), flip, RandAugment or colour jitter,
+    random erasing. Raises UserError for an unknown `--aa` policy, and for `--aa` with alpha."""
     if args.aa and len(mean) not in (1, 3):
-        raise UserError(f"--aa {args.aa} is for 1 or 3 channels: with --in_chans {len(mean)} switch it off by --aa ''")
+        raise UserError(f"--aa {args.aa} needs 1 or 3 channels: with --in_chans {len(mean)} disable it with --aa ''")
     try:
         transform = create_transform(
             input_size=(len(mean), *size),
@@ -173,7 +177,7 @@ def finetune_transform(args, size: tuple[int, int], mean, std):
             mean=tuple(mean),
             std=tuple(std),
         )
-    except (AssertionError, ValueError, KeyError) as error:  # the other flags were checked before
+    except (AssertionError, ValueError, KeyError) as error:  # the other flags have been checked
         raise UserError(f"--aa {args.aa} is not a policy that timm knows: {error}") from error
     if args.aug == "crop":  # the first step is the random resized crop
         transform.transforms[:1] = pad_and_crop(size)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from util.data.images import shown
+from util.data.images import printable
 from util.errors import RunFailed
 from util.parallel.distributed import all_reduce_sum, gather_objects, get_world_size, is_main_process
 
@@ -125,7 +125,7 @@ class Spikes:
 
 def describe_spike(spike: dict, written: str) -> str:
     """A line about it, and where its images are listed."""
-    names = ", ".join(map(shown, spike["images"][:2]))
+    names = ", ".join(map(printable, spike["images"][:2]))
     return (
         f"loss spike at step {spike['step']}: {spike['loss']:.4g}, {spike['loss'] / spike['usual']:.3g} times the "
         f"usual {spike['usual']:.4g}; its {len(spike['images'])} images ({names}, ...) {written}"

@@ -1,7 +1,8 @@
-"""Checksums of checkpoints: a byte that has changed on a disk is found before anything is made of it.
+"""Checksums of checkpoints: damage on a disk is detected before a file is used.
 
-torch.save writes a zip archive with a CRC-32 of every record, the official code's and all our older files included, and
-torch.load does not look at it. So no file needs a second checksum, and `python -m zipfile -t FILE` can check one, too.
+torch.save writes a zip archive with a CRC-32 of every record, also in the official code's checkpoints and in all our
+older ones, but torch.load does not check it. So files need no second checksum. `python -m zipfile -t FILE` makes the
+same check.
 """
 
 import functools
@@ -13,8 +14,8 @@ _CHUNK = 1 << 20
 
 
 def damage(path: str | os.PathLike) -> str:
-    """What is wrong with a file of torch.save, "" when all its checksums hold. Reads the file once (about 2 GB/s), and
-    no more in this process as long as it does not change."""
+    """Return what is wrong with a file of torch.save, "" when all its checksums match. The file is read once (about
+    2 GB/s), and not again by this process unless it changes."""
     status = os.stat(path)
     return _damage(os.fspath(path), status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -24,18 +25,18 @@ def _damage(path: str, *_version: int) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-            broken = [record.filename for record in records if not _holds(archive, record)]
-    except Exception as error:  # a damaged list of records fails with anything
-        return f"it is cut off, or no archive of torch.save ({error})"
-    # With torch.serialization.set_crc32_options(False) no record has one.
-    return f"the checksum of {broken[0]} does not hold" if broken and len(broken) < len(records) else ""
+            broken = [record.filename for record in records if not _matches(archive, record)]
+    except Exception as error:  # a damaged list of records can raise any error
+        return f"it is truncated, or not an archive of torch.save ({error})"
+    # If all fail, the file has none: it was written with torch.serialization.set_crc32_options(False).
+    return f"the checksum of {broken[0]} does not match" if broken and len(broken) < len(records) else ""
 
 
-_A_FOLDER = 0x10  # attribute of a record, which makes torch.load take memory that nobody has written for its content
+_FOLDER = 0x10  # attribute with which torch.load would return uninitialised memory as the content of a record
 
 
-def _holds(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
-    if record.external_attr & _A_FOLDER:
+def _matches(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
+    if record.external_attr & _FOLDER:
         return False
     try:
         with archive.open(record) as content:
@@ -47,7 +48,7 @@ def _holds(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
 
 
 def crc32(path: str | os.PathLike) -> int:
-    """Of a whole file."""
+    """Return the CRC-32 of a file."""
     total = 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):

@@ -1,4 +1,4 @@
-"""Files of weights: read safely, whatever their origin, and written completely or not at all."""
+"""Files of weights: safe reading of untrusted files, and writing completely or not at all."""
 
 import argparse
 import os
@@ -15,39 +15,39 @@ from util.errors import UserError
 from util.weights.checksum import damage
 from util.weights.hf_folder import folder_weights
 
-# Official checkpoints hold their flags as a Namespace, some with a path in it. Python 3.13 pickles a path under another
-# module than the versions around it, and torch allows globals by name: one stand-in for each name.
+# Official checkpoints store their flags as a Namespace, sometimes with a path in it. Python 3.13 pickles paths under
+# another module than earlier and later versions, and torch allows globals by name: so one class for each name.
 _SAFE_GLOBALS = [argparse.Namespace] + [
     type("PosixPath", (pathlib.PosixPath,), {"__module__": module}) for module in ("pathlib", "pathlib._local")
 ]
 
 
 def read_file(path) -> dict:
-    """The raw content of a checkpoint, on the CPU. Never unpickles more than tensors, plain containers and flags.
+    """Return the raw content of a checkpoint, on the CPU. Only tensors, plain containers and flags are unpickled.
 
-    Raises UserError when the file cannot be read, is damaged, is no checkpoint, or its pickle asks for anything else.
+    Raises UserError when the file cannot be read, is damaged, is not a checkpoint, or its pickle needs anything else.
     """
     path = folder_weights(os.fspath(path))
     head = first_bytes(path)
-    wrong = damage(path) if head.startswith(b"PK") and not path.endswith((".onnx", ".pt2")) else ""
-    if wrong:
-        raise UserError(f"{path} is truncated or damaged ({wrong}): copy or download it again, or take an older one")
+    problem = damage(path) if head.startswith(b"PK") and not path.endswith((".onnx", ".pt2")) else ""
+    if problem:
+        raise UserError(f"{path} is truncated or damaged ({problem}): copy or download it again, or use an older one")
     try:
-        # A safetensors file is the length of its header, 8 bytes, and a JSON object.
+        # A safetensors file begins with the length of its header (8 bytes) and a JSON object.
         if path.endswith(".safetensors") or head[8:9] == b"{":
             return load_file(path)
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch muses on odd pickles before it refuses them: ours is the one line
+            warnings.simplefilter("ignore")  # torch warns about odd pickles before it refuses them
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files fail with anything, down to a KeyError inside the unpickler
+    except Exception as error:  # a damaged file can raise any error, even a KeyError inside the unpickler
         raise UserError(_unreadable(path, head, str(error))) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint: a dict of tensors is needed")
+        raise UserError(f"{path} contains a {type(content).__name__}, not a checkpoint: a dict of tensors is needed")
     return content
 
 
 def first_bytes(path: str) -> bytes:
-    """The first nine. UserError for a file that is missing, empty or cannot be read."""
+    """Return the first nine bytes. Raises UserError for a file that is missing, empty or cannot be read."""
     try:
         with open(path, "rb") as file:
             head = file.read(9)
@@ -56,10 +56,10 @@ def first_bytes(path: str) -> bytes:
     except IsADirectoryError:
         if path.rstrip("/").endswith(".dcp"):
             raise UserError(
-                f"{path} is a folder that --fsdp wrote: make one file of it: python tools/unshard.py {path}"
+                f"{path} is a folder that --fsdp wrote: convert it to one file with python tools/unshard.py {path}"
             ) from None
         files = sorted(name for name in os.listdir(path) if name.endswith((".pth", ".pt", ".safetensors", ".bin")))
-        raise UserError(f"{path} is a directory: name a file in it ({', '.join(files) or 'it has no .pth'})") from None
+        raise UserError(f"{path} is a directory: give a file in it ({', '.join(files) or 'it has no .pth'})") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): a checkpoint is needed") from error
     if not head:
@@ -68,14 +68,15 @@ def first_bytes(path: str) -> bytes:
 
 
 def _unreadable(path: str, head: bytes, message: str) -> str:
+    """Return the message for a file that raised `message`; `head` are its first bytes."""
     forbidden = re.search(r"GLOBAL (\S+)", message)
     if forbidden:
         return (
-            f"{path} is refused because its pickle asks for {forbidden[1]}, which may run code: save it again with "
+            f"{path} is refused because its pickle refers to {forbidden[1]}, which may run code: save it again with "
             "only tensors, plain containers, argparse.Namespace and paths"
         )
     if path.endswith((".onnx", ".pt2")):
-        return f"{path} is a program for inference, not weights: give the checkpoint that it was exported from"
+        return f"{path} is a program for inference, not weights: give the checkpoint from which it was exported"
     if "TorchScript" in message:
         return f"{path} is a TorchScript program: save its state_dict() with torch.save instead"
     if path.endswith(".safetensors") or head[8:9] == b"{":
@@ -86,17 +87,17 @@ def _unreadable(path: str, head: bytes, message: str) -> str:
 
 
 def save_state(state: dict[str, Tensor], path, metadata: dict[str, str]) -> None:
-    """Write `state` as safetensors, whole or not at all. OSError when the disk does not take it."""
-    # Clones: safetensors refuses tensors that share memory, and views of a larger one.
+    """Write `state` as safetensors, completely or not at all. Raises OSError when it cannot be written."""
+    # Cloned because safetensors refuses tensors that share memory, and views of a larger tensor.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            mode = os.stat(file.fileno()).st_mode  # by the umask; safetensors gives the owner alone access
+            mode = os.stat(file.fileno()).st_mode  # as the umask sets it; safetensors gives access to the owner only
         save_file(tensors, temporary, metadata=metadata)
         os.chmod(temporary, mode)
         os.replace(temporary, path)
-    except SafetensorError as error:  # its own error for what the system said
+    except SafetensorError as error:  # which replaces the OSError
         raise OSError(str(error)) from error
     finally:
         if os.path.exists(temporary):

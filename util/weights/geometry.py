@@ -1,4 +1,4 @@
-"""Width, depth, patches and patch grid of an encoder, by its tensors and the flags stored with them."""
+"""Width, depth, patch size and patch grid of an encoder, from its tensors and the flags stored with them."""
 
 from math import isqrt, prod
 from typing import NamedTuple
@@ -28,31 +28,33 @@ def geometry(state: dict[str, Tensor]) -> Geometry:
 
 
 def depth(state: dict[str, Tensor], blocks: str) -> int:
-    """How many of these blocks: one more than the largest number among them."""
+    """Return the number of blocks named `blocks`.0, `blocks`.1, ...: one more than the largest index."""
     indices = [name.split(".")[1] for name in state if name.startswith(f"{blocks}.")]
     return 1 + max((int(index) for index in indices if index.isdecimal()), default=-1)
 
 
 def source_grid(state: dict[str, Tensor], args: dict, target: tuple[int, int], path: str) -> tuple[int, int]:
-    """The patch grid of the file: from its flags, else a square, else the model's own, `target`, when the count is the
-    same. A table that is the sine-cosine one of a candidate settles it.
+    """Return the patch grid (rows, columns) of a file's positions.
 
-    Raises UserError, which names the file as `path`, when no grid has that many patches.
+    Candidates with the right number of patches are, in this order, the grid of the file's flags, a square, and the
+    model's grid `target`. The first whose sine-cosine table is the file's is chosen, else the first.
+    Raises UserError, with the file name `path`, when there is no candidate.
     """
     table = state.get("pos_embed")
     if table is None or table.ndim != 3:
-        return target  # refused as missing or misshapen a moment later
+        return target  # refused later as missing or of the wrong shape
     candidates = [grid for grid in [*patch_grids(state, args), target] if 1 < prod(grid) + 1 == table.shape[1]]
     if not candidates:
         raise UserError(
-            f"{path} has {table.shape[1]} positions, which are not one for [cls] and a square grid of patches: "
-            "a table with [cls], or flags in the file with its input_size, is needed"
+            f"{path} has {table.shape[1]} positions, which are not [cls] and a square grid of patches: "
+            "positions with [cls], or the input_size among the file's flags, are needed"
         )
     return next((grid for grid in candidates if is_sincos(table, grid)), candidates[0])
 
 
 def patch_grids(state: dict[str, Tensor], args: dict) -> list[tuple[int, int]]:
-    """Grids the positions may have, whether or not their number fits: by the flags of the file, and the square."""
+    """Return possible grids of the positions: from the file's flags, and a square. Their number of patches may be
+    wrong."""
     (rows, columns), size = geometry(state).patch, args.get("input_size")
     size = list(size) if isinstance(size, (list, tuple)) else [size]
     stored = []
@@ -64,8 +66,8 @@ def patch_grids(state: dict[str, Tensor], args: dict) -> list[tuple[int, int]]:
 
 
 def is_sincos(table: Tensor | None, grid: tuple[int, int]) -> bool:
-    """Whether positions (1, 1 + rows * columns, D) are the fixed ones of MAE on this grid."""
+    """Whether positions (1, 1 + rows * columns, D) are MAE's fixed sine-cosine table for this grid."""
     if table is None or table.ndim != 3 or table.shape[-1] % 4 or table.shape[1] != prod(grid) + 1:
         return False
     values = torch.from_numpy(get_2d_sincos_pos_embed(table.shape[-1], grid, cls_token=True))
-    return torch.allclose(table[0].double(), values, atol=1e-2)  # bfloat16 files are only that exact
+    return torch.allclose(table[0].double(), values, atol=1e-2)  # the precision of bfloat16 files

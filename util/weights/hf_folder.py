@@ -1,4 +1,4 @@
-"""Folders of Hugging Face transformers (`save_pretrained`): where the weights lie, and what the configuration says."""
+"""Folders of Hugging Face transformers (`save_pretrained`): their file of weights, and their configuration as flags."""
 
 import json
 from pathlib import Path
@@ -23,9 +23,9 @@ _MAE_FLAGS = {
 
 
 def folder_weights(path: str) -> str:
-    """The file of weights in a folder that has a configuration; any other path as it is.
+    """Return the file of weights in a folder that has a configuration; any other path is returned unchanged.
 
-    UserError for a folder whose weights lie in several files.
+    Raises UserError for a folder whose weights are split into several files.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -34,14 +34,14 @@ def folder_weights(path: str) -> str:
         if (folder / name).is_file():
             return str(folder / name)
     raise UserError(
-        f"{path} has a config.json but none of {', '.join(_WEIGHTS)}: save the model in one file "
+        f"{path} has a config.json but no {' or '.join(_WEIGHTS)}: save the model in one file "
         "(save_pretrained with a larger max_shard_size)"
     )
 
 
 def folder_flags(path: str) -> dict:
-    """Our flags by the configuration beside the weights at `path`, {} without one of a ViT or ViTMAE. UserError for an
-    epsilon of the layer norms that is none."""
+    """Return our flags from the configuration beside the weights at `path`, {} unless it is that of a ViT or ViTMAE.
+    Raises UserError for an invalid epsilon of the layer norms."""
     config = _json(Path(path).with_name("config.json")) if Path(path).name in _WEIGHTS else {}
     if config.get("model_type") not in ("vit", "vit_mae"):
         return {}
@@ -49,7 +49,7 @@ def folder_flags(path: str) -> dict:
     flags = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
     eps = flags.get("layer_norm_eps", 1e-6)
     if not isinstance(eps, float) or not 0 < eps < 1:
-        raise UserError(f"{Path(path).with_name('config.json')} has a layer_norm_eps of {eps!r}, which makes no sense")
+        raise UserError(f"{Path(path).with_name('config.json')} has a layer_norm_eps of {eps!r}: it must be in (0, 1)")
     if isinstance(flags.get("patch_size"), list) and len(set(flags["patch_size"])) == 1:
         flags["patch_size"] = flags["patch_size"][0]
     images = _json(Path(path).with_name("preprocessor_config.json"))

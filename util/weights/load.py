@@ -1,7 +1,7 @@
-"""The one loader for weights of any origin: MAE, fine-tuned and timm ViT checkpoints, Hugging Face ViT and ViTMAE.
+"""The loader for weights of any origin: MAE, fine-tuned and timm ViT checkpoints, Hugging Face ViT and ViTMAE.
 
-`read_weights` recognises a file and brings its tensors to our names, which are those of the released MAE checkpoints;
-`load_into` fills a model and reports what became of every tensor. Nothing is dropped or left out without a line there.
+`read_weights` recognises a file and renames its tensors to our names, which are those of the released MAE checkpoints.
+`load_into` fills a model and reports the fate of every tensor: the report lists each one that is not loaded.
 """
 
 import argparse
@@ -33,15 +33,15 @@ from util.weights.report import LoadReport, some, summary, why_no_head, why_unus
 
 @dataclass
 class Weights:
-    """A file, read and recognised; `state` is in our names."""
+    """The content of a recognised file; `state` has our names."""
 
     path: str
     origin: str
     state: dict[str, Tensor]
     args: dict = field(default_factory=dict)  # flags stored in the file
-    dropped: list[str] = field(default_factory=list)  # entries of the file that are no part of an encoder, MAE or head
-    history: dict = field(default_factory=dict)  # what its run says of itself (`util.report.ledger.Record.state`)
-    classes: list[str] = field(default_factory=list)  # names of its classifier's outputs, where the file says them
+    dropped: list[str] = field(default_factory=list)  # entries of the file outside encoder, MAE decoder and head
+    history: dict = field(default_factory=dict)  # provenance that its run stored (`util.report.ledger.Record.state`)
+    classes: list[str] = field(default_factory=list)  # names of the classifier's outputs, if stored
 
     @property
     def has_decoder(self) -> bool:
@@ -49,29 +49,30 @@ class Weights:
 
 
 def read_weights(path, key: str = "model") -> Weights:
-    """Read and recognise a file. `key` is where the weights lie in it; a bare state dict has none and needs none.
+    """Read and recognise a file. `key` is the entry with the weights; for a bare state dict the default is right.
 
-    Raises UserError for whatever `read_file` refuses, for a key that the file lacks (listing those it has), for a file
-    without ViT weights, and for a ViT with parts that ours lacks (layer scale, register tokens, ...).
+    Raises UserError for files that `read_file` refuses, for a key that is not in the file (and lists those that are),
+    for a file without ViT weights, and for a ViT with parts that ours lacks (layer scale, register tokens, ...).
     """
     path = folder_weights(os.fspath(path))
     return recognise(read_file(path), path, key)
 
 
 def recognise(raw: dict, path: str, key: str = "model") -> Weights:
-    """The content of a file as `read_weights` gives it; `path` names it in messages."""
+    """Return the weights in the content `raw` of a file. `key` and errors are those of `read_weights`; `path` is used
+    in messages."""
     named, others = _split(_select(raw, key, path))
     state = {}
     for name, tensor in named.items():
         plain = without_wrappers(name)
         if plain in state:
-            raise UserError(f"{path} holds {plain} twice, with and without a prefix: keep one of the two models in it")
+            raise UserError(f"{path} has {plain} twice, with and without a prefix: keep one of the two models in it")
         state[plain] = tensor
     state, converted = from_hugging_face(state)
     if not {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= state.keys():
         raise UserError(
-            f"{path} holds no ViT weights (its tensors: {summary(list(named), 6) or 'none'}): "
-            "a MAE, timm ViT or Hugging Face ViT checkpoint is needed"
+            f"{path} contains no ViT weights (its tensors: {summary(list(named), 6) or 'none'}): "
+            "an MAE, timm ViT or Hugging Face ViT checkpoint is needed"
         )
     _refuse_other_encoders(state, path)
     others += [name for name in state if not KNOWN.match(name)]
@@ -90,19 +91,20 @@ def _select(raw: dict, key: str, path: str) -> dict:
     if bare and key == "model":
         return raw
     if key in raw:
-        raise UserError(f"{path} holds a {type(raw[key]).__name__} under {key!r}, not weights: {_keys(raw)}")
+        raise UserError(f"{path} has a {type(raw[key]).__name__} under {key!r}, not weights: {_keys(raw)}")
     if bare:
         raise UserError(f"{path} has no key {key!r}: it is a bare state dict, leave --checkpoint_key at its default")
     raise UserError(f"{path} has no key {key!r}: {_keys(raw)}")
 
 
 def _keys(raw: dict) -> str:
+    """Return the end of a message: the keys of a file that have weights, or all keys when none has."""
     named = {str(key): _split(value)[0] for key, value in raw.items() if isinstance(value, dict)}
     keys = [key for key in named if any(_is_patch_kernel(name) for name in named[key])]
     keys = keys or [key for key in named if named[key]]
     if keys:
         return f"--checkpoint_key must be one of its keys with weights ({', '.join(keys)})"
-    return f"it holds no weights, only the keys {some([str(key) for key in raw], 8) or '(none)'}"
+    return f"it contains no weights, only the keys {some([str(key) for key in raw], 8) or '(none)'}"
 
 
 def _is_patch_kernel(name: str) -> bool:
@@ -110,23 +112,24 @@ def _is_patch_kernel(name: str) -> bool:
 
 
 def _split(content: dict) -> tuple[dict[str, Tensor], list[str]]:
-    """-> the named tensors, the names of everything else."""
+    """Return the named tensors, and the names of all other entries."""
     named = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     return named, [str(key) for key in content if key not in named]
 
 
 def _refuse_other_encoders(state: dict, path: str) -> None:
-    """An unknown tensor inside the encoder, or a token next to it, would change every feature if it were dropped."""
+    """Raise UserError for an unknown tensor inside the encoder, or an unknown token beside it: without it every feature
+    would change."""
 
-    def matters(name):
+    def is_extra(name):
         is_token = "." not in name and state[name].ndim >= 2
         return not KNOWN.match(name) and name != HF_MASK_TOKEN and (is_token or ENCODER_AREA.match(name))
 
-    extra = [name for name in state if matters(name)]
+    extra = [name for name in state if is_extra(name)]
     if extra:
         raise UserError(
-            f"{path} is not a plain ViT: it has {some(extra)}, which our encoder lacks and cannot leave out; a ViT "
-            "without layer scale, query-key norms, register or distillation tokens is needed"
+            f"{path} is not a plain ViT: it has {some(extra)}, which our encoder lacks and which cannot be left out; "
+            "a ViT without layer scale, query-key norms, register or distillation tokens is needed"
         )
     kernel = state["patch_embed.proj.weight"]
     if kernel.ndim != 4 or not all(tensor.is_floating_point() for tensor in encoder_state(state).values()):
@@ -141,15 +144,15 @@ def _origin(weights: Weights) -> str:
         return "MAE (encoder and decoder)"
     if any(name.startswith("head.") for name in weights.state):
         return "ViT classifier"
-    # Only MAE keeps its positions at the sine-cosine table; other encoders of these names train them.
+    # Only MAE has the fixed sine-cosine positions; other encoders with these names train them.
     table = weights.state.get("pos_embed")
     fixed = any(is_sincos(table, grid) for grid in patch_grids(weights.state, weights.args))
     return "MAE encoder" if fixed and "fc_norm.weight" not in weights.state else "ViT encoder"
 
 
 def _stored_args(raw: dict, path: str) -> dict:
-    """Flags of the file; in a safetensors file they are its metadata, numbers and lists written as JSON. Beside the
-    weights of a Hugging Face folder, what its configuration says."""
+    """Return the flags stored in a file. In a safetensors file they are the metadata, with numbers and lists as JSON;
+    for weights in a Hugging Face folder they also come from its configuration."""
     args = raw.get("args")
     if isinstance(args, argparse.Namespace):
         return vars(args)
@@ -163,11 +166,11 @@ def _stored_args(raw: dict, path: str) -> dict:
 
 
 def _history(raw: dict, args: dict) -> dict:
-    """What our runs write beside the weights; in a safetensors file it is among the metadata."""
+    """Return the provenance that our runs write beside the weights; in a safetensors file it is in the metadata."""
     origin = args.pop("origin", None) or raw.get("origin")
     known = ("epoch", "revision", "images_seen", "seconds", "data", "source")
-    said = {name: origin[name] for name in known if name in origin} if isinstance(origin, dict) else {}
-    return {"epoch": raw.get("epoch"), **said}
+    stored = {name: origin[name] for name in known if name in origin} if isinstance(origin, dict) else {}
+    return {"epoch": raw.get("epoch"), **stored}
 
 
 def _parsed(value: str):
@@ -178,11 +181,11 @@ def _parsed(value: str):
 
 
 def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False) -> LoadReport:
-    """Fill `model` (MaskedAutoencoderViT or VisionTransformer) and say what became of every tensor.
+    """Fill `model` (MaskedAutoencoderViT or VisionTransformer) and report the fate of every tensor.
 
-    The encoder must be complete and of the model's shape; positions are interpolated to its patch grid. A decoder is
-    taken as a whole or, when the file has none, not at all. A head is taken when it fits and `ignore_head` is not set.
-    Raises UserError, with the model unchanged, when encoder or decoder do not fit.
+    The encoder must be complete and of the model's shape; positions are interpolated to the model's patch grid. A
+    decoder must be complete if the file has one. A head is loaded when it fits and `ignore_head` is not set.
+    Raises UserError, with the model unchanged, when the encoder or the decoder does not fit.
     """
     own = model.state_dict()
     _check_geometry(own, weights)
@@ -191,18 +194,18 @@ def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False) -> 
     report.head = why_no_head(own, weights.state, ignore_head)
     chosen = {name: tensor for name, tensor in weights.state.items() if name in own}
     if report.head:
-        report.head += f" (it tells {len(weights.classes)} labels: {some(weights.classes)})" if weights.classes else ""
+        report.head += f" (its {len(weights.classes)} labels: {some(weights.classes)})" if weights.classes else ""
         report.skipped = [name for name in weights.state if name.startswith("head.")]
         chosen = {name: tensor for name, tensor in chosen.items() if name not in report.skipped}
     if not weights.has_decoder:
-        chosen.pop("mask_token", None)  # masked image modelling inside the encoder: another thing
+        chosen.pop("mask_token", None)  # of masked image modelling inside the encoder, not of an MAE decoder
     _interpolate(model, chosen, weights, report)
     _check_complete(own, chosen, weights)
 
     report.taken = [name for name in own if name in chosen and name not in report.interpolated]
     report.missing = [name for name in own if name not in chosen]
-    left = [name for name in weights.state if name not in chosen and name not in report.skipped]
-    report.unexpected = left + weights.dropped
+    unused = [name for name in weights.state if name not in chosen and name not in report.skipped]
+    report.unexpected = unused + weights.dropped
     for name in report.unexpected:
         report.reasons.setdefault(why_unused(name, own), []).append(name)
     model.load_state_dict({**own, **chosen})
@@ -210,30 +213,31 @@ def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False) -> 
 
 
 def models_that_fit(weights: Weights) -> list[str]:
-    """Names of the known encoders with the width, depth and patch size of these weights."""
-    found = geometry(weights.state)[:3]
+    """Return the names of the known encoders with the width, depth and patch size of these weights."""
+    shape = geometry(weights.state)[:3]
     return [
         name
         for name, config in ENCODERS.items()
-        if (config["embed_dim"], config["depth"], (config["patch_size"],) * 2) == found
+        if (config["embed_dim"], config["depth"], (config["patch_size"],) * 2) == shape
     ]
 
 
 def _check_geometry(own: dict, weights: Weights) -> None:
-    found, wanted = geometry(weights.state), geometry(own)
-    if found == wanted:
+    theirs, ours = geometry(weights.state), geometry(own)
+    if theirs == ours:
         return
     fitting = models_that_fit(weights)
     advice = ""
     if len(fitting) == 1:
         advice = f"; --model {'mae_' if 'mask_token' in own else ''}{fitting[0]} fits the file"
-    if found.channels != wanted.channels:
-        advice += f"; --in_chans {found.channels} is needed" if not advice else f" with --in_chans {found.channels}"
-    raise UserError(f"{weights.path} is a ViT of {found}, but the model (--model) has {wanted}{advice}")
+    if theirs.channels != ours.channels:
+        advice += f"; --in_chans {theirs.channels} is needed" if not advice else f" with --in_chans {theirs.channels}"
+    raise UserError(f"{weights.path} is a ViT of {theirs}, but the model (--model) has {ours}{advice}")
 
 
 def _check_heads(model: nn.Module, weights: Weights) -> None:
-    """Shapes do not show the number of attention heads: where the file's flags tell it, the model must have it."""
+    """Raise UserError when the file's flags give another number of attention heads than the model has: the shapes of
+    the tensors do not depend on it."""
     name = str(weights.args.get("model")).removeprefix("mae_").removesuffix("_dec512d8b")
     stored = {"num_heads": ENCODERS.get(name, {}).get("num_heads"), **weights.args}
     for prefix in ("", "decoder_"):
@@ -248,19 +252,20 @@ def _check_heads(model: nn.Module, weights: Weights) -> None:
 
 
 def _other_eps(model: nn.Module, weights: Weights) -> str:
-    """What to say where the file was computed with another epsilon of the layer norms than the model has. A bare state
-    dict does not tell its own; ours, MAE's and timm's is 1e-6."""
+    """Return a note when the file's layer norms have another epsilon than the model's, else "". A bare state dict does
+    not store its epsilon; ours, MAE's and timm's is 1e-6."""
     stored = weights.args.get("layer_norm_eps")
     eps = next((module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)), stored)
     if stored in (None, eps):
         return ""
     return (
-        f"its layer norms have an epsilon of {stored:g}, here it is {eps:g}: features differ slightly from the file's"
+        f"its layer norms have an epsilon of {stored:g}, the model's have {eps:g}: features differ slightly from the "
+        f"file's"
     )
 
 
 def _interpolate(model: nn.Module, chosen: dict, weights: Weights, report: LoadReport) -> None:
-    """Bring the positions in `chosen` to the model's patch grid, and say so in the report."""
+    """Interpolate the positions in `chosen` to the model's patch grid, and note it in the report."""
     target = tuple(model.patch_embed.grid_size)
     source = source_grid(weights.state, weights.args, target, weights.path)
     if source == target:
@@ -273,7 +278,8 @@ def _interpolate(model: nn.Module, chosen: dict, weights: Weights, report: LoadR
 
 
 def _check_complete(own: dict, chosen: dict, weights: Weights) -> None:
-    """Refuse an encoder, or a decoder if the file has one, that is not complete or not of the model's shapes."""
+    """Raise UserError when the encoder, or the decoder of a file with one, is incomplete or has other shapes than the
+    model's."""
     wrong = [name for name in own if name in chosen and chosen[name].shape != own[name].shape]
     missing = [name for name in own if name not in chosen]
     decoder = [name for name in weights.state if name.startswith("decoder_") and name not in own]
@@ -300,10 +306,10 @@ def _decoder(state: dict) -> str:
 
 
 def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Only the encoder of a state in our names: [cls], positions, patch embedding, blocks and norm."""
+    """Return the encoder of a state in our names: [cls], positions, patch embedding, blocks and norm."""
     return {name: tensor for name, tensor in state.items() if ENCODER.match(name)}
 
 
 def save_encoder(state: dict[str, Tensor], path, metadata: dict[str, str]) -> None:
-    """Write the encoder of `state` as safetensors, whole or not at all. `metadata` comes back as `Weights.args`."""
+    """Write the encoder of `state` as safetensors, completely or not at all; `metadata` becomes `Weights.args`."""
     save_state(encoder_state(state), path, metadata)

@@ -1,13 +1,14 @@
-"""Tensor names: ours are those of the released MAE checkpoints; wrappers and Hugging Face (ViT, ViTMAE) have others."""
+"""Conversion of tensor names: from those of wrappers and Hugging Face (ViT, ViTMAE) to ours, which are those of the
+released MAE checkpoints, and back to Hugging Face."""
 
 import re
 
 import torch
 
-# Wrappers put their own name in front of a module's tensors, at any depth: none of them is a name of ours.
+# Wrappers (DDP, torch.compile, FSDP, gradient checkpointing) add these parts to names, at any depth; ours have none.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
-# Hugging Face names, in order: those of the hub files, of transformers 5, and what transformers 5 writes to disk.
+# Replacements in order; they cover the names in files of the hub, in transformers 5, and in files that it writes.
 _HUGGING_FACE = [
     (r"^embeddings\.cls_token$", "cls_token"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
@@ -32,12 +33,13 @@ KNOWN = re.compile(
     r"(cls_token|pos_embed|mask_token)$|(patch_embed\.proj|norm|fc_norm)\.(weight|bias)$|head\.|decoder_"
     r"|blocks\.\d+\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2)\.(weight|bias)$"
 )
-# Where an unknown tensor means that the file's encoder computes something ours does not.
+# An unknown tensor with such a name means that the file's encoder computes something ours does not.
 ENCODER_AREA = re.compile(r"(blocks|patch_embed|pos_embed|embeddings|encoder|layers?|norm_pre|rope|rel_pos_bias)\.")
-HF_MASK_TOKEN = "embeddings.mask_token"  # masked image modelling on pixels: no encoder of whole images uses it
+HF_MASK_TOKEN = "embeddings.mask_token"  # of masked image modelling on pixels; unused for complete images
 
 
 def without_wrappers(name: str) -> str:
+    """Return a name without the parts that wrappers add, and without a leading `mae.`."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     while len(parts) > 1 and parts[0] == "mae":
         parts = parts[1:]
@@ -45,14 +47,15 @@ def without_wrappers(name: str) -> str:
 
 
 def _from_hugging_face(name: str) -> str:
-    """Our name of one tensor; query, key and value, which are one tensor here, become `attn.q`, `attn.k`, `attn.v`."""
+    """Return our name of a tensor. Query, key and value, which we keep in one tensor, become `attn.q`, `attn.k` and
+    `attn.v`."""
     for pattern, ours in _HUGGING_FACE:
         name = re.sub(pattern, ours, name)
     return name
 
 
 def from_hugging_face(state: dict) -> tuple[dict, bool]:
-    """-> the state in our names, whether it came in those of Hugging Face."""
+    """Return the state in our names, and whether it had names of Hugging Face."""
     plain = {name.removeprefix("vit."): tensor for name, tensor in state.items()}
     if "embeddings.patch_embeddings.projection.weight" not in plain:
         return state, False
@@ -65,17 +68,17 @@ def from_hugging_face(state: dict) -> tuple[dict, bool]:
 
 
 def to_hugging_face(state: dict, names) -> dict:
-    """The way back: the tensors of `state`, in our names, under the `names` that a Hugging Face model has for them.
-    KeyError for a name that stands for nothing in `state`."""
-    found = {}
+    """Return the tensors of `state`, which has our names, under the `names` of a Hugging Face model. Raises KeyError
+    for a name without a tensor in `state`."""
+    renamed = {}
     for name in names:
         ours = _from_hugging_face(name.removeprefix("vit."))
         part = re.search(r"\.attn\.([qkv])\.", ours)
         if part:
-            found[name] = state[ours.replace(part[0], ".attn.qkv.")].chunk(3)["qkv".index(part[1])]
+            renamed[name] = state[ours.replace(part[0], ".attn.qkv.")].chunk(3)["qkv".index(part[1])]
         else:
-            found[name] = state[ours]
-    return found
+            renamed[name] = state[ours]
+    return renamed
 
 
 def is_decoder(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What loading made of a file, tensor by tensor, in words."""
+"""The report of loading weights: which tensors were loaded, interpolated, missing or unused, and why."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,10 +8,9 @@ from util.weights.names import is_decoder
 
 @dataclass
 class LoadReport:
-    """What became of every tensor: the first three lists together are the model's, the last two the file's leftovers.
-
-    A head of the file that was left out is in `skipped`, the model's own then in `missing`.
-    """
+    """The fate of every tensor. `taken`, `interpolated` and `missing` together are the model's tensors; `unexpected`
+    and `skipped` are those of the file that were not loaded. When the file's head is not loaded, it is in `skipped`,
+    and the model's head is in `missing`."""
 
     path: str
     origin: str
@@ -22,7 +21,7 @@ class LoadReport:
     skipped: list[str] = field(default_factory=list)
     grids: str = ""  # "14x14 -> 16x16" when positions were interpolated
     head: str = ""  # why the head was skipped
-    reasons: dict[str, list[str]] = field(default_factory=dict)  # of `unexpected`
+    reasons: dict[str, list[str]] = field(default_factory=dict)  # {reason: names} of `unexpected`
     note: str = ""
 
     def __str__(self):
@@ -40,21 +39,21 @@ class LoadReport:
 
 
 def why_no_head(own: dict, state: dict, ignore_head: bool) -> str:
-    """The reason not to take the file's head into the model's, empty when it fits or either has none."""
+    """Return why the file's head is not loaded, "" when it fits or the file has none."""
     theirs, ours = ({name: t.shape for name, t in s.items() if name.startswith("head.")} for s in (state, own))
     if not theirs:
         return ""
     if ignore_head:
-        return "head: left out, as asked"
+        return "head: left out, as requested"
     if not ours or (theirs == ours and _feature_norm(state) == _feature_norm(own)):
         return ""
     if theirs.keys() != ours.keys():
-        return f"head: {some(list(theirs))} in the file, {some(list(ours))} here: new"
+        return f"head: {some(list(theirs))} in the file, {some(list(ours))} in the model: new"
     if theirs != ours:
         classes = [shapes[max(shapes)][0] for shapes in (theirs, ours)]  # of the last layer's weight
-        return f"head: {classes[0]} classes in the file, {classes[1]} here: new"
-    # The shapes fit, but a head trained on one feature says nothing about the other.
-    return f"head: reads {_feature_norm(state)} in the file, {_feature_norm(own)} here: new"
+        return f"head: {classes[0]} classes in the file, {classes[1]} in the model: new"
+    # The shapes fit, but a head that was trained on one feature is useless for the other.
+    return f"head: reads {_feature_norm(state)} in the file, {_feature_norm(own)} in the model: new"
 
 
 def _feature_norm(state: dict) -> str:
@@ -62,17 +61,18 @@ def _feature_norm(state: dict) -> str:
 
 
 def why_unused(name: str, own: dict) -> str:
+    """Return why a tensor of the file is not loaded into a model with the state `own`."""
     if is_decoder(name):
-        return "of masked image modelling in the encoder" if "mask_token" in own else "decoder, not needed"
+        return "for masked image modelling in the encoder" if "mask_token" in own else "decoder, not needed"
     if name.startswith(("norm.", "fc_norm.")):
         return f"this model reads {_feature_norm(own)}"
     if name.startswith("head."):
         return "this model has no head"
-    return "no part of a ViT's encoder, MAE decoder or head"
+    return "not part of a ViT encoder, MAE decoder or head"
 
 
 def summary(names: list[str], most: int | None = None) -> str:
-    """Names by group: `blocks.0-11 (144 tensors), norm (2 tensors), cls_token`, at most so many groups."""
+    """Return names by group: `blocks.0-11 (144 tensors), norm (2 tensors), cls_token`, at most `most` groups."""
     groups: dict[str, list[str]] = {}
     for name in names:
         group = re.match(r"\w*blocks(?=\.\d+\.)|[^.]*", name)[0]
@@ -91,5 +91,5 @@ def _group_text(group: str, members: list[str]) -> str:
 
 
 def some(names: list[str], most: int = 2) -> str:
-    """The first names in full, where a user must recognise them: `a, b and 3 more`."""
+    """Return the first `most` names and the number of others: `a, b and 3 more`."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

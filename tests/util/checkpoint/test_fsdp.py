@@ -160,7 +160,7 @@ def test_mixed_precision_with_recomputation_and_accumulation(image_folder, tmp_p
         ("--fsdp --mlo_mae --mlo_labels same", 1, "--mlo_mae moves whole weights"),
         ("--fsdp --rc_mae --log_grad_cosine 5", 1, "--log_grad_cosine looks at whole gradients"),
         ("--resume {folders}/2/checkpoint-0.dcp", 1, "checkpoint-0.dcp was written with --fsdp: give it, or one file"),
-        ("--init_from {folders}/2/checkpoint-0.dcp", 1, "make one file of it: python tools/unshard.py"),
+        ("--init_from {folders}/2/checkpoint-0.dcp", 1, "convert it to one file with python tools/unshard.py"),
         ("--fsdp --batch_size 64 --resume {folders}/2/checkpoint-0.dcp", 2, "other methods (ema_mae, rc_mae)"),
     ],
 )
@@ -190,6 +190,6 @@ def test_code_in_a_list_of_tensors_is_not_run(folders, tmp_path, monkeypatch):
     folder = tmp_path / "checkpoint-0.dcp"
     shutil.copytree(folders / "2" / "checkpoint-0.dcp", folder)
     (folder / ".metadata").write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="not a complete checkpoint"):
         sharded.one_file(folder)
     assert not (tmp_path / "owned").exists()

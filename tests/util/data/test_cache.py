@@ -183,7 +183,7 @@ def test_cache_size_resizes_the_shorter_side(tmp_path):
     for i, (height, width) in enumerate(sizes):
         picture(noisy(1, height, width)[0]).save(tmp_path / f"{i}.png")
     images = Files([str(tmp_path / f"{i}.png") for i in range(3)], [0] * 3, ["a"])
-    with pytest.raises(UserError, match=r"of one size, and .*1.png has 40x25 where the first has 20x30: give --cache"):
+    with pytest.raises(UserError, match=r"of one size, but .*1.png has 40x25 and the first has 20x30: give --cache"):
         cache_images(images, flags(), CPU)
     cached = cache_images(images, flags(cache_size=16), CPU)
     assert cached.pixels.shape == (3, 3, 16, 16)
@@ -213,7 +213,7 @@ def test_decoding_on_the_device_is_pillows(tmp_path):
             assert ours.shape == theirs.shape and abs(ours - theirs).max() <= levels
     (tmp_path / "0.jpg").write_bytes(b"\xff\xd8 no picture")
     assert Decoder(images, 3, None, CPU)._decoded(0) is None
-    with pytest.raises(UserError, match="--nvjpeg decodes on a GPU, and this run is on the cpu: leave it out"):
+    with pytest.raises(UserError, match="--nvjpeg decodes on a GPU, but this run uses the cpu: remove the flag"):
         cache_images(images, flags(nvjpeg=True), CPU)
 
 
@@ -237,7 +237,9 @@ def test_grey_images_and_no_room(monkeypatch):
     assert cache_images(grey, flags(in_chans=1), CPU).pixels.shape == (12, 1, 16, 16)
     left = set(Path(util.data.cache._shared_folder()).glob("images-*"))
     monkeypatch.setattr(util.data.cache.os, "statvfs", lambda folder: SimpleNamespace(f_bavail=1, f_frsize=4096))
-    with pytest.raises(UserError, match=r"--data_cache ram needs 0.0 GiB for 12 images of 16x16, and .* has 0.0 free"):
+    with pytest.raises(
+        UserError, match=r"--data_cache ram needs 0.0 GiB for 12 images of 16x16, but .* has 0.0 GiB free"
+    ):
         cache_images(grey, flags(), CPU)
     assert set(Path(util.data.cache._shared_folder()).glob("images-*")) == left
 

@@ -129,9 +129,9 @@ def test_fine_tuning_reads_it(tmp_path):
     [
         ("cub200", "rm CUB_200_2011/train_test_split.txt", "train_test_split.txt is missing: --dataset cub200 needs"),
         ("cub200", "rm CUB_200_2011/images", "is missing: --dataset cub200 needs the images in images/"),
-        ("cub200", "write CUB_200_2011/image_class_labels.txt 1 99", "gives image 1 no class of classes.txt"),
-        ("cub200", "write CUB_200_2011/images.txt 1", "has the line '1': a number and a value are needed"),
-        ("cub200", "write CUB_200_2011/train_test_split.txt 1 2", "has no image with 1, the mark of this split"),
+        ("cub200", "write CUB_200_2011/image_class_labels.txt 1 99", "assigns image 1 no class of classes.txt"),
+        ("cub200", "write CUB_200_2011/images.txt 1", "has the line '1': every line must be a number and a value"),
+        ("cub200", "write CUB_200_2011/train_test_split.txt 1 2", "has no image with 1, the value for this split"),
         (
             "cars",
             "rm stanford_cars/devkit",

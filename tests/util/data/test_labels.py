@@ -224,7 +224,7 @@ def test_a_run_and_what_comes_after(lists, tmp_path, capsys):
     assert f"mAP {stats['mAP']:.2f} %  precision@1 {stats['precision1']:.2f} %" in output
     capsys.readouterr()
     main_finetune.main(parse(lists, f"--finetune {tmp_path / 'checkpoint-0.pth'} --output_dir {tmp_path / 'next'}"))
-    assert "it tells 3 labels: blue, green and 1 more" in capsys.readouterr().out
+    assert "its 3 labels: blue, green and 1 more" in capsys.readouterr().out
 
 
 def write(folder, name, text):
@@ -240,11 +240,11 @@ def write(folder, name, text):
         ("--targets single --label_vocab x", "", "--label_vocab has no effect"),
         ("--label_noise 1.5", "", r"--label_noise 1.5 must lie in \[0, 1\]"),
         ("--eval --finetune x --label_noise 0.5", "", "--label_noise has no effect with --eval"),
-        ("--train_list {}", "train0.png\ntrain1.png", "has no labels; --targets multilabel wants"),
+        ("--train_list {}", "train0.png\ntrain1.png", "has no labels; --targets multilabel needs"),
         ("--train_list {}", "train0.png\tred\ntrain1.png\t , ", "has no label for .*train1.png"),
-        ("--val_list {}", "val0.png\tpink", "has the label 'pink', which .*train.txt has not"),
-        ("--label_vocab {}", "red\ngreen", "has the label 'blue', which --label_vocab .* has not"),
-        ("--label_vocab {}", "red\ngreen\nred", "names 'red' twice"),
+        ("--val_list {}", "val0.png\tpink", "has the label 'pink', which is not in .*train.txt"),
+        ("--label_vocab {}", "red\ngreen", "has the label 'blue', which is not in --label_vocab"),
+        ("--label_vocab {}", "red\ngreen\nred", "repeats 'red'"),
         ("--label_vocab {}", "\n", "has 0 labels: two or more"),
         ("--label_vocab missing", "", "--label_vocab missing is not a text file"),
     ],

@@ -46,7 +46,7 @@ def test_one_image_is_found_by_every_command(name, leaking, tmp_path):
     module, flags = COMMANDS[name]
     out = f"--output_dir {tmp_path}/out --batch_size 8" if "main" in module.__name__ else ""
     data = f"--mlo_labels {leaking}" if name == "labels" else f"--data_path {leaking}"
-    with pytest.raises(UserError, match=r"1 of 97 training images are among the 20 .*another name.png = .*val/"):
+    with pytest.raises(UserError, match=r"1 of 97 training images are also among the 20 .*another name.png = .*val/"):
         module.main(module.get_args_parser().parse_args(f"{flags} {out} {data}".split()))
     assert not list(tmp_path.glob("out/*"))  # before anything is trained or written
 
@@ -73,7 +73,7 @@ def test_arrays_parts_and_unreadable_images(tmp_path):
 
 
 def test_a_stream_is_refused(tmp_path):
-    with pytest.raises(UserError, match="the training ones are a stream"):
+    with pytest.raises(UserError, match="the training set is a stream"):
         check_leak(iter([]), Arrays(np.zeros((1, 4, 4), np.uint8), [0], ["a"]))
 
 

@@ -55,7 +55,7 @@ def test_imagefolder_without_its_layout(tmp_path):
     with pytest.raises(UserError, match="no class folders"):
         read_images(flags("--data_path", tmp_path), True)
     (tmp_path / "train" / "a").mkdir()
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="contains no images"):
         read_images(flags("--data_path", tmp_path), True)
     with pytest.raises(UserError, match="no val/"):
         read_images(flags("--data_path", tmp_path), False)
@@ -63,7 +63,7 @@ def test_imagefolder_without_its_layout(tmp_path):
 
 def test_folder(tmp_path):
     args = flags("--dataset", "folder", "--data_path", tmp_path)
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="contains no images"):
         read_images(args, True)
     save(tmp_path / "b.png", 2)
     save(tmp_path / "a.png", 1)
@@ -114,10 +114,10 @@ def test_filelist(tmp_path):
         ((["0.png\ta", "1.png"], None), True, "mixes lines"),
         ((["0.png\ta\tb"], None), True, "several tabs"),
         (([], None), True, "is empty"),
-        ((None, None), True, "needs --train_list"),
+        ((None, None), True, "needs two text files: --train_list"),
         ((["0.png\ta"], ["1.png\tb"]), False, "'b'"),
         ((["0.png"], ["1.png\tb"]), False, "'b'"),
-        ((["0.png\ta"], None), False, "none is no file"),
+        ((["0.png\ta"], None), False, "needs two text files"),
     ],
 )
 def test_filelist_refuses(tmp_path, rows, train, message):
@@ -139,7 +139,7 @@ def test_a_list_names_nothing_outside(tmp_path):
     images = lists.read(True, ["0.png", "link.png", "linked/7.png", "here.png", "../pictures/1.png"])
     for place in (1, 2):
         for read in (images.load, images.open):
-            with pytest.raises(OSError, match="leads out of --data_path"):
+            with pytest.raises(OSError, match="a link out of --data_path"):
                 read(place)
     assert [np.asarray(images.load(place)).flat[0] for place in (0, 3, 4)] == [0, 3, 1]
     assert contents(lists.read(True, ["link.png"], outside=True)) == [(7, -1)]
@@ -228,7 +228,7 @@ def test_cifar(tmp_path, monkeypatch, name):
 
 
 def test_cifar_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"does not hold cifar-10-batches-py.*--download"):
+    with pytest.raises(UserError, match=r"does not contain cifar-10-batches-py.*--download"):
         read_images(flags("--dataset", "cifar10", "--data_path", tmp_path), True)
 
 

@@ -241,7 +241,7 @@ def test_all_shards_bad(tmp_path):
     with pytest.raises(UnreadableData, match=r"6 shards in a row could not be read.*invalid header"):
         list(loader_of(root).begin(0))
     (root / "_info.json").unlink()
-    with pytest.raises(UserError, match="none of the 6 shards holds an image"):
+    with pytest.raises(UserError, match="none of the 6 shards contains an image"):
         loader_of(root)
 
 
@@ -310,7 +310,7 @@ def test_an_index_names_no_commands_and_no_other_places(tmp_path, name):
 @pytest.mark.parametrize("text", ["[]", "{", '{"splits": {"train": {"filenames": ["a.tar"], "shard_lengths": []}}}'])
 def test_broken_index(tmp_path, text):
     (tmp_path / "_info.json").write_text(text)
-    with pytest.raises(UserError, match=r"_info\.json is no index"):
+    with pytest.raises(UserError, match=r"_info\.json is not an index"):
         loader_of(tmp_path)
 
 

@@ -81,7 +81,7 @@ def broken_files(folder):
     "name, right",
     [
         ("missing.pth", "does not exist"),
-        ("folder", "name a file in it (model.safetensors)"),
+        ("folder", "give a file in it (model.safetensors)"),
         ("zero.pth", "empty"),
         ("zero.safetensors", "empty"),
         ("text.pth", "written by torch.save"),
@@ -95,8 +95,8 @@ def broken_files(folder):
         ("text.safetensors", "not a safetensors file"),
         ("brace.pth", "not a safetensors file"),
         ("half.safetensors", "damaged"),
-        ("saved_list.pth", "holds a list"),
-        ("tensor.pth", "holds a Tensor"),
+        ("saved_list.pth", "contains a list"),
+        ("tensor.pth", "contains a Tensor"),
         ("whole.pth", "no ViT weights (its tensors: a)"),
         ("good.safetensors", "no ViT weights (its tensors: a)"),
     ],
@@ -152,7 +152,7 @@ def test_timm_models_that_compute_something_else(tmp_path, overrides, culprit):
 
 def test_timm_models_without_a_cls_position(tmp_path):
     weights = read_weights(saved(tmp_path, timm_vit(no_embed_class=True).state_dict()))
-    assert "16 positions, which are not one for [cls]" in refusal(load_into, vit(), weights)
+    assert "16 positions, which are not [cls]" in refusal(load_into, vit(), weights)
     weights = read_weights(saved(tmp_path, timm_vit(class_token=False, global_pool="avg").state_dict()))
     assert "[cls]" in refusal(load_into, vit(), weights)
     bias_free = read_weights(saved(tmp_path, timm_vit(qkv_bias=False).state_dict()))

@@ -70,13 +70,13 @@ def test_prefixes_inside_and_beside_other_modules(tmp_path):
     assert_same(weights.state, model.state_dict())
     report = load_into(mae(), weights)
     assert report.unexpected == ["methods.0.teacher.blocks.0.attn.qkv.weight", "n_averaged"]
-    assert "not used: methods.0.teacher.blocks.0.attn.qkv.weight, n_averaged (no part of" in str(report)
+    assert "not used: methods.0.teacher.blocks.0.attn.qkv.weight, n_averaged (not part of" in str(report)
 
 
 def test_two_models_in_one_state_are_refused(tmp_path):
     state = mae().state_dict()
     message = refusal(read_weights, saved(tmp_path, {**state, **{f"module.{name}": state[name] for name in state}}))
-    assert "holds cls_token twice" in message and "file.pth" in message
+    assert "has cls_token twice" in message and "file.pth" in message
 
 
 def test_keys(tmp_path):
@@ -160,7 +160,7 @@ def test_head_left_out_when_asked():
     report = load_into(model, weights_of(source), ignore_head=True)
     assert torch.equal(model.head.weight, head) and torch.equal(model.norm.weight, source.norm.weight)
     assert report.skipped == report.missing == ["head.weight", "head.bias"]
-    assert "skipped: head: left out, as asked" in str(report)
+    assert "skipped: head: left out, as requested" in str(report)
 
 
 def test_head_of_another_size_or_feature_is_skipped():
@@ -168,9 +168,9 @@ def test_head_of_another_size_or_feature_is_skipped():
     head = model.head.weight.clone()
     report = load_into(model, weights_of(vit(num_classes=10)))
     assert report.skipped == ["head.weight", "head.bias"]
-    assert "skipped: head: 10 classes in the file, 7 here: new" in str(report)
+    assert "skipped: head: 10 classes in the file, 7 in the model: new" in str(report)
     report = load_into(model, weights_of(vit(global_pool=True)))
-    assert "reads pooled patches (fc_norm) in the file, the [cls] token (norm) here: new" in str(report)
+    assert "reads pooled patches (fc_norm) in the file, the [cls] token (norm) in the model: new" in str(report)
     assert "norm.weight" in report.missing and "fc_norm.weight" in report.unexpected
     assert torch.equal(model.head.weight, head)
 
