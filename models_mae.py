@@ -1,9 +1,8 @@
 """Masked autoencoder on a vision transformer (He et al. 2022, https://arxiv.org/abs/2111.06377), with MAE's decoder or
 CrossMAE's (Fu et al. 2024, https://arxiv.org/abs/2401.14391).
 
-Shapes: N images, C channels, (H, W) pixels, patches of p x p pixels, L = (H / p) * (W / p) patches, V = int(L * (1 -
-ratio)) visible patches, P predicted patches, D encoder width, d decoder width. In a mask, 1 means removed and 0
-visible.
+Shapes: N images, C channels, (H, W) pixels, patches of p x p pixels, L = (H / p) * (W / p) patches, V = int(L *
+(1 - ratio)) visible, P predicted patches, D encoder width, d decoder width. In a mask, 1 means removed and 0 visible.
 """
 
 from dataclasses import dataclass, field
@@ -141,8 +140,8 @@ class MaskedAutoencoderViT(PatchEncoder):
         return ids_shuffle[:, :visible], mask, ids_restore
 
     def random_masking(self, x, mask_ratio, noise=None):
-        """Keep the V patches of x (N, L, D) with the lowest `noise` (N, L), random if None -> kept (N, V, D), mask (N,
-        L), ids_restore (N, L)."""
+        """Keep the V patches of x (N, L, D) with the lowest `noise` (N, L), random if None -> kept (N, V, D), mask
+        (N, L), ids_restore (N, L)."""
         if noise is None:
             noise = torch.rand(x.shape[:2], device=x.device)
         ids_keep, mask, ids_restore = self.choose_visible(noise, mask_ratio)
@@ -164,8 +163,8 @@ class MaskedAutoencoderViT(PatchEncoder):
         return ids_removed
 
     def decode_removed(self, latent, ids_keep, ids_removed):
-        """Decode only the removed patches up to the decoder's norm -> (N, L - V, d), in the order of `ids_removed` (N,
-        L - V)."""
+        """Decode only the removed patches up to the decoder's norm -> (N, L - V, d), in the order of `ids_removed`
+        (N, L - V)."""
         return self._decode(latent, ids_keep, ids_removed, first=ids_keep.shape[1])
 
     def decoder_tokens(self, latent, ids_keep, ids_removed):

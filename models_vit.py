@@ -141,8 +141,8 @@ globals().update(MODELS)
 def build_model(name: str, **overrides) -> VisionTransformer:
     """Build the named transformer. `overrides` replace constructor arguments (None keeps the model's value).
 
-    The name of an autoencoder means its encoder (`mae_vit_base_patch16`). Raises UserError for an unknown name (listing
-    the known ones) and for sizes that do not fit together.
+    The name of an autoencoder means its encoder (`mae_vit_base_patch16`). Raises UserError for an unknown name
+    (listing the known ones) and for sizes that do not fit together.
     """
     name = name.removeprefix("mae_").removesuffix("_dec512d8b")
     return look_up(MODELS, name)(**{key: value for key, value in overrides.items() if value is not None})
