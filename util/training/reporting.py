@@ -43,7 +43,7 @@ class Reporter:
         """The images of a micro-batch were read."""
         self.clock.waited += seconds_waited
         self.clock.images += len(samples.target) * get_world_size()
-        self.unreadable += int(samples.bad.sum())  # a number on the host: nothing waits
+        self.unreadable += int(samples.bad.sum())  # on the CPU: this does not wait for the device
 
     def add_losses(self, step: int, losses: dict[str, torch.Tensor], batch: MicroBatch) -> None:
         """The total loss, named "loss", and its terms, of one micro-batch."""
