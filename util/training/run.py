@@ -128,7 +128,7 @@ class Run:
         purge_step = None if resume is None else int(self.fractional_epoch() * 1000) + 1
         self.reporter.board = Board(args.log_dir, purge_step=purge_step)
         self._describe()
-        watchdog.moved(self.step)
+        watchdog.progress(self.step)
 
     def _describe(self) -> None:
         """Print the model, and keep the flags in args.json and TensorBoard."""
@@ -166,7 +166,7 @@ class Run:
         """Read the rest of this epoch's micro-batches; ends early when the run is `stopped`."""
         total, last = len(self.loader), self.last_position()
         self.reporter.begin_epoch(self, header)
-        watchdog.moved(self.step)
+        watchdog.progress(self.step)
         if self.stepper.flops:
             self.stepper.flops.begin()
         samples = iter(self.loader.begin(self.epoch, self.position))
@@ -217,7 +217,7 @@ class Run:
     def finish_step(self) -> None:
         """Count the step; log every --print_freq steps, save every --save_steps, save and stop after a signal."""
         self.step += 1
-        watchdog.moved(self.step)
+        watchdog.progress(self.step)
         self.reporter.progress.advance(self.position)
         args, ends = self.args, self.position == self.last_position()
         seconds = self.reporter.clock.seconds_per_step()
