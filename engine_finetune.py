@@ -1,5 +1,5 @@
-"""The supervised loop, for fine-tuning and linear probing: one training step, and what follows a step and an epoch; and
-an evaluation that counts every image once."""
+"""The supervised loop for fine-tuning and linear probing: one training step, what follows a step and an epoch; and the
+evaluation, which counts every image once."""
 
 from pathlib import Path
 
@@ -28,15 +28,16 @@ def train_one_epoch(run: Run, criterion, mixup_fn=None) -> None:
         run.backward(losses, batch)
         if batch.is_last_of_window:
             run.optimizer_step()
-            run.finish_step()  # logs; writes a checkpoint every --save_steps steps; notices signals
+            run.finish_step()  # logs, saves every --save_steps steps, stops after a signal
 
 
 @torch.no_grad()
 def evaluate(loader, model, device, amp_dtype=torch.float32, kind=TopK) -> dict[str, float]:
-    """The scores of `kind` over all ranks (`evaluation.scores`: top-1 and top-5 in percent, mean cross-entropy).
+    """Return the `kind` scores over all ranks (a class of `evaluation.scores`; `TopK`: top-1 and top-5 in percent, mean
+    cross-entropy).
 
-    `loader` is made with `train=False`: every image is on exactly one rank, none is padded in. Unreadable images are
-    left out, and counted under `skipped`.
+    `loader` must be made with `train=False`: every image is then on exactly one rank, without padding. Unreadable
+    images are left out and counted as `skipped`.
     """
     model.eval()
     scores = kind(device)
@@ -73,10 +74,10 @@ def report(stats: dict, count: int, kind=TopK) -> None:
 
 
 def train(args, run: Run, val_loader, criterion, mixup_fn=None, kind=TopK) -> dict[str, float]:
-    """Train to the end of the run, or until a signal stops it -> the last evaluation.
+    """Train to the end of the run, or until a signal stops it; return the last evaluation.
 
-    Every `--eval_freq` epochs and after the last one, the scores of `kind` are computed, and the weights with the best
-    headline score are kept in checkpoint-best.pth. A run that was resumed at its end is not evaluated again: {}.
+    The `kind` scores are computed every `--eval_freq` epochs and after the last one; the weights with the best headline
+    score are kept in checkpoint-best.pth. A run that was resumed at its end is not evaluated again: {}.
     """
     stats = {}
     if run.resumed_at_end:
@@ -95,7 +96,7 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, kind=TopK) -> di
             run.checkpoints.save_best(run, stats[kind.headline])
             row = {f"test_{name}": value for name, value in stats.items()}
             row[f"best_{kind.headline}"] = run.checkpoints.best
-        run.finish_epoch(row)  # logs the epoch; writes a checkpoint every --save_freq epochs
+        run.finish_epoch(row)  # logs the epoch, saves every --save_freq epochs
     if not run.stopped and is_main_process():
         run.board.hparams(vars(args), {**run.reporter.last_means, **stats})
     run.append_to_ledger()
@@ -104,5 +105,5 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, kind=TopK) -> di
 
 
 def _final(metrics: dict[str, float]) -> dict[str, float]:
-    """Of a line of the log, the metrics that a run gives TensorBoard at its end, by the names that they have there."""
+    """Return the metrics of a log line that a run writes to TensorBoard at its end, by their names there."""
     return {name.removeprefix("test_"): value for name, value in metrics.items() if not name.startswith("best_")}
