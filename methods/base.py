@@ -13,7 +13,7 @@ from util.data.sources import Images
 class Method(nn.Module):
     """A pretraining method: an `nn.Module` that changes the mask or the loss of the masked autoencoder.
 
-    Write a subclass in a file of its own and add it to `METHODS` in `methods/__init__.py`. It needs
+    Write a subclass in a new file of `methods/` and add it to `METHODS` in `methods/__init__.py`. It needs
 
     - `name`, its key in checkpoints, and `title`, the heading of its flags in `--help`;
     - `switch`, the flag that turns it on; `options`, its other flags; `check`, which refuses bad values;
