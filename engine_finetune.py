@@ -1,5 +1,5 @@
-"""The supervised loop, for fine-tuning and linear probing: one training step, and what follows a step and an epoch; and
-an evaluation that counts every image once."""
+"""The supervised loop for fine-tuning and linear probing: one training step, what follows a step and an epoch; and the
+evaluation, which counts every image once."""
 
 from pathlib import Path
 
@@ -28,18 +28,19 @@ def train_one_epoch(run: Run, criterion, mixup_fn=None) -> None:
         run.backward(losses, batch)
         if batch.is_last_of_window:
             run.optimizer_step()
-            run.finish_step()  # logs; writes a checkpoint every --save_steps steps; notices signals
+            run.finish_step()  # logs, saves every --save_steps steps, stops after a signal
 
 
 @torch.no_grad()
-def evaluate(loader, model, device, amp_dtype=torch.float32, kind=TopK) -> dict[str, float]:
-    """The scores of `kind` over all ranks (`evaluation.scores`: top-1 and top-5 in percent, mean cross-entropy).
+def evaluate(loader, model, device, amp_dtype=torch.float32, score_type=TopK) -> dict[str, float]:
+    """Return the scores over all ranks. `score_type` is a class of `evaluation.scores` (`TopK`: top-1 and top-5 in
+    percent, mean cross-entropy).
 
-    `loader` is made with `train=False`: every image is on exactly one rank, none is padded in. Unreadable images are
-    left out, and counted under `skipped`.
+    `loader` must be made with `train=False`: every image is then on exactly one rank, without padding. Unreadable
+    images are left out and counted as `skipped`.
     """
     model.eval()
-    scores = kind(device)
+    scores = score_type(device)
     for batch in loader.begin(0):
         targets, good = batch.target.to(device, non_blocking=True), (batch.bad == 0).to(device)
         with autocast(device, amp_dtype):
@@ -67,15 +68,15 @@ def evaluate_once(args, model, loader, device, record: Record, kind=TopK) -> dic
     return stats
 
 
-def report(stats: dict, count: int, kind=TopK) -> None:
+def report(stats: dict, count: int, score_type=TopK) -> None:
     skipped = f", {int(stats['skipped'])} unreadable ones left out" if stats["skipped"] else ""
-    print(f"{kind.said(stats)} on {count} images{skipped}")
+    print(f"{score_type.said(stats)} on {count} images{skipped}")
 
 
-def train(args, run: Run, val_loader, criterion, mixup_fn=None, kind=TopK) -> dict[str, float]:
-    """Train to the end of the run, or until a signal stops it -> the last evaluation.
+def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK) -> dict[str, float]:
+    """Train to the end of the run, or until a signal stops it; return the last evaluation.
 
-    Every `--eval_freq` epochs and after the last one, the scores of `kind` are computed, and the weights with the best
+    The scores of `score_type` are computed every `--eval_freq` epochs and after the last one; the weights with the best
     headline score are kept in checkpoint-best.pth. A run that was resumed at its end is not evaluated again: {}.
     """
     stats = {}
@@ -90,12 +91,12 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, kind=TopK) -> di
         row = {}
         if (run.epoch + 1) % args.eval_freq == 0 or run.ended:
             sync_buffers(run.train_module)
-            stats = evaluate(val_loader, run.train_module, run.device, run.amp_dtype, kind)
-            report(stats, len(val_loader.dataset), kind)
-            run.checkpoints.save_best(run, stats[kind.headline])
+            stats = evaluate(val_loader, run.train_module, run.device, run.amp_dtype, score_type)
+            report(stats, len(val_loader.dataset), score_type)
+            run.checkpoints.save_best(run, stats[score_type.headline])
             row = {f"test_{name}": value for name, value in stats.items()}
-            row[f"best_{kind.headline}"] = run.checkpoints.best
-        run.finish_epoch(row)  # logs the epoch; writes a checkpoint every --save_freq epochs
+            row[f"best_{score_type.headline}"] = run.checkpoints.best
+        run.finish_epoch(row)  # logs the epoch, saves every --save_freq epochs
     if not run.stopped and is_main_process():
         run.board.hparams(vars(args), {**run.reporter.last_means, **stats})
     run.append_to_ledger()
@@ -104,5 +105,5 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, kind=TopK) -> di
 
 
 def _final(metrics: dict[str, float]) -> dict[str, float]:
-    """Of a line of the log, the metrics that a run gives TensorBoard at its end, by the names that they have there."""
+    """Return the metrics of a log line that a run writes to TensorBoard at its end, by their names there."""
     return {name.removeprefix("test_"): value for name, value in metrics.items() if not name.startswith("best_")}

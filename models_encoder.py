@@ -1,6 +1,6 @@
-"""The transformer encoder of a masked autoencoder, and gathering and scattering of its tokens.
+"""The transformer encoder of a masked autoencoder, and helpers that gather and scatter its tokens.
 
-Shapes: N images, C channels, L patches of p x p pixels, V visible ones, M tokens, D encoder width.
+Shapes: N images, C channels, L patches of p x p pixels, V visible patches, M tokens, D encoder width.
 """
 
 from functools import partial
@@ -16,49 +16,50 @@ from util.compute.precision import widened
 
 
 def encoder_features(model, imgs: torch.Tensor, pool: str) -> torch.Tensor:
-    """(N, C, H, W) -> (N, D), at least float32, from an autoencoder's encoder with every patch visible, after its norm;
-    `pool` is cls or avg. Differentiable."""
+    """Return features (N, D), at least float32, of images (N, C, H, W): the encoder sees every patch, and its norm is
+    applied. `pool` is "cls" or "avg" (the mean over patches). Differentiable."""
     latent = widened(model.encode(model.embed(imgs))[0])
     return latent[:, 0] if pool == "cls" else latent[:, 1:].mean(dim=1)
 
 
 @torch.no_grad()
 def mae_features(model, imgs: torch.Tensor, pool: str) -> torch.Tensor:
-    """The same, without a graph."""
+    """Compute `encoder_features` without gradients."""
     return encoder_features(model, imgs, pool)
 
 
 def gather_tokens(values, ids):
-    """The entries of values (N, L, ...) at `ids` (N, M): (N, M, ...)."""
+    """Return the entries (N, M, ...) of `values` (N, L, ...) at `ids` (N, M)."""
     ids = ids.reshape(*ids.shape, *[1] * (values.dim() - 2))
     return torch.gather(values, 1, ids.expand(-1, -1, *values.shape[2:]))
 
 
 def scatter_tokens(values, ids, length):
-    """(N, M) put at the places `ids` (N, M) of zeros (N, length), differentiably."""
+    """Return zeros (N, length) with `values` (N, M) written at the indices `ids` (N, M). Differentiable."""
     return values.new_zeros(len(values), length).scatter(1, ids, values)
 
 
 class Block(vision_transformer.Block):
-    """timm's block, that can be asked for some of its outputs alone."""
+    """timm's block, which can also compute only its last tokens."""
 
     def forward(self, x, first: int = 0):
-        """(N, M, D) -> (N, M - first, D): the tokens from `first` on; those before are keys and values only."""
+        """Tokens (N, M, D) -> outputs (N, M - first, D) of the tokens from `first` on; the tokens before `first` serve
+        as keys and values only."""
         if not first:
             return super().forward(x)
         attention = self.attn
         queries, keys, values = attention.qkv(self.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
-        queries, keys, values = (part.transpose(1, 2) for part in (queries[:, first:], keys, values))
+        queries, keys, values = (tensor.transpose(1, 2) for tensor in (queries[:, first:], keys, values))
         if attention.fused_attn:
-            found = F.scaled_dot_product_attention(queries, keys, values)
+            attended = F.scaled_dot_product_attention(queries, keys, values)
         else:
-            found = (queries * attention.scale @ keys.transpose(-2, -1)).softmax(dim=-1) @ values
-        x = x[:, first:] + attention.proj(found.transpose(1, 2).flatten(2))
+            attended = (queries * attention.scale @ keys.transpose(-2, -1)).softmax(dim=-1) @ values
+        x = x[:, first:] + attention.proj(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
 
 class PatchEncoder(GradCheckpointMixin, nn.Module):
-    """The encoder of a masked autoencoder: patch embedding, [cls], fixed positions, blocks, norm."""
+    """The encoder of a masked autoencoder: patch embedding, [cls] token, fixed positions, blocks, norm."""
 
     def __init__(
         self,
@@ -91,26 +92,33 @@ class PatchEncoder(GradCheckpointMixin, nn.Module):
         self.norm = norm_layer(embed_dim)
 
     def embed(self, imgs):
-        """Patch tokens with their positions, without [cls]: (N, L, D)."""
+        """Return patch tokens (N, L, D) with their positions, without [cls], of images (N, C, H, W)."""
         return self.patch_embed(imgs) + self.pos_embed[:, 1:]
 
     def embed_patches(self, patches, ids):
-        """The same for the patches at `ids` (N, M) alone, from all pixels (N, L, p * p * C): (N, M, D)."""
+        """Return the tokens (N, M, D) of `embed` for the patches at `ids` (N, M) only. `patches` (N, L, p * p * C) are
+        the pixels from `patchify`."""
         kernel = self.patch_embed.proj
         weight = kernel.weight.permute(0, 2, 3, 1).flatten(1)  # channels last, as in `patchify`
         return F.linear(gather_tokens(patches, ids), weight, kernel.bias) + self.pos_embed[0, 1:][ids]
 
     def patchify(self, imgs):
-        """(N, C, H, W) -> (N, L, p * p * C); inside a patch the order is row, column, channel."""
+        """Cut images (N, C, H, W) into patches (N, L, p * p * C); inside a patch the order is row, column, channel.
+
+        Raises ValueError for images of another size or number of channels.
+        """
         (rows, columns), (p, q) = self.patch_embed.grid_size, self.patch_embed.patch_size
         expected = (self.in_chans, *self.patch_embed.img_size)
-        if tuple(imgs.shape[1:]) != expected:  # as many pixels in another order would pass below
+        if tuple(imgs.shape[1:]) != expected:  # the reshape below would accept as many pixels in another order
             raise ValueError(f"images are {tuple(imgs.shape[1:])}, channels first, and the model takes {expected}")
         x = imgs.reshape(imgs.shape[0], self.in_chans, rows, p, columns, q)
         return x.permute(0, 2, 4, 3, 5, 1).reshape(imgs.shape[0], rows * columns, p * q * self.in_chans)
 
     def encode(self, tokens, return_blocks=()):
-        """[cls], blocks and norm over tokens (N, M, D) -> latent (N, 1 + M, D), {block: its output before the norm}."""
+        """Prepend [cls] to tokens (N, M, D) and apply blocks and norm.
+
+        Returns the latent (N, 1 + M, D) and, for each block of `return_blocks`, {block: its output before the norm}.
+        """
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
         x = torch.cat([cls_token, tokens], dim=1)
         outputs = {}
@@ -121,10 +129,10 @@ class PatchEncoder(GradCheckpointMixin, nn.Module):
         return self.norm(x), outputs
 
     def encoder_copy(self, depth=None, img_size=None, pos_embed=None):
-        """An encoder of its own with the same weights, cut after `depth` blocks (None: all of them); for images of
-        another size with the position table `pos_embed` (1, 1 + L, D) of their grid."""
+        """Return a separate encoder with the same weights, cut after `depth` blocks (None keeps all). `img_size` and
+        `pos_embed` (1, 1 + L, D) replace the image size and the position table."""
         config = self._config | {"depth": len(self.blocks) if depth is None else depth}
-        twin = PatchEncoder(**config | ({} if img_size is None else {"img_size": img_size}))
+        encoder = PatchEncoder(**config | ({} if img_size is None else {"img_size": img_size}))
         state = self.state_dict() | ({} if pos_embed is None else {"pos_embed": pos_embed})
-        twin.load_state_dict({name: state[name] for name in twin.state_dict()})
-        return twin.to(self.cls_token)
+        encoder.load_state_dict({name: state[name] for name in encoder.state_dict()})
+        return encoder.to(self.cls_token)

@@ -1,7 +1,8 @@
-"""Masked autoencoder on a vision transformer (He et al. 2022, https://arxiv.org/abs/2111.06377).
+"""Masked autoencoder on a vision transformer (He et al. 2022, https://arxiv.org/abs/2111.06377), with MAE's decoder or
+CrossMAE's (Fu et al. 2024, https://arxiv.org/abs/2401.14391).
 
-Shapes: N images, C channels, (H, W) pixels, patches of p x p, L = (H / p) * (W / p) patches, V = int(L * (1 - ratio))
-visible ones, P predicted ones, D encoder width, d decoder width. In a mask 1 means removed, 0 visible.
+Shapes: N images, C channels, (H, W) pixels, patches of p x p pixels, L = (H / p) * (W / p) patches, V = int(L *
+(1 - ratio)) visible, P predicted patches, D encoder width, d decoder width. In a mask, 1 means removed and 0 visible.
 """
 
 from dataclasses import dataclass, field
@@ -18,55 +19,66 @@ from util.architectures import DECODERS, DEFAULT_DECODER, ENCODERS, check_geomet
 from util.pos_embed import get_2d_sincos_pos_embed
 
 
+def visible_patches(length: int, mask_ratio: float) -> int:
+    """Return V, the number of visible patches of `length` patches."""
+    return int(length * (1 - mask_ratio))
+
+
+def masked_mean(values, mask):
+    """Return the mean of `values` (N, L) where `mask` (N, L) is 1."""
+    return (values * mask).sum() / mask.sum()
+
+
 @dataclass
 class MaskedOutput:
-    """Everything one pass of the autoencoder computed, by name: what a pretraining method may build on.
+    """All tensors of one forward pass, by name; pretraining methods build their losses on them.
 
-    The decoder's outputs are of P patches: in training of those that the loss compares, in the order of `ids_predicted`
-    (all removed ones, unless the decoder predicts fewer); of all L in the order of the image where `all_patches` was
-    asked for. `select_predicted`, `mean_over_predicted` and `scatter_predicted` hide which.
+    `pred` and `decoded` hold P patches. Normally these are the patches that the loss compares, in the order of
+    `ids_predicted` (all removed patches, unless the decoder predicts fewer). With `all_patches` they are all L patches,
+    in the order of the image. `select_predicted`, `mean_over_predicted` and `scatter_predicted` work in both cases.
     """
 
     latent: torch.Tensor  # (N, 1 + V, D), after the encoder's norm, [cls] first
-    pred: torch.Tensor  # (N, P, F): p * p * C pixels, or what the `head` in their place makes
+    pred: torch.Tensor  # (N, P, F): F = p * p * C pixels, or the output width of `head`
     patches: torch.Tensor  # (N, L, p * p * C), the pixels
     ids_keep: torch.Tensor  # (N, V), the visible patches in the order the encoder saw them
-    ids_removed: torch.Tensor  # (N, L - V)
-    ids_predicted: torch.Tensor  # (N, P), of the removed ones
-    scores: torch.Tensor  # (N, L), what decided the mask: the highest were removed
-    decoded: torch.Tensor  # (N, P, d), the decoder after its norm, before the prediction layer
-    mask_ratio: float  # what was asked for; V is what it comes to
+    ids_removed: torch.Tensor  # (N, L - V), the removed patches
+    ids_predicted: torch.Tensor  # (N, P), the removed patches that are predicted
+    scores: torch.Tensor  # (N, L), decided the mask: the patches with the highest scores were removed
+    decoded: torch.Tensor  # (N, P, d), the decoder's output after its norm, before the prediction layer
+    mask_ratio: float  # as requested; V is rounded down
     all_patches: bool = False
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)  # encoder block -> (N, 1 + V, D), before any norm
-    head: str = ""  # name of the method whose layer made `pred`, "" for pixels
+    head: str = ""  # name of the method whose head computed `pred`, "" for pixels
 
     @property
     def ids_restore(self) -> torch.Tensor:
-        """(N, L), undoes the shuffle of visible patches before removed ones."""
+        """Indices (N, L) that put [visible patches, removed patches] back into the order of the image."""
         return torch.argsort(torch.cat([self.ids_keep, self.ids_removed], dim=1), dim=1)
 
     @cached_property
     def mask(self) -> torch.Tensor:
-        """(N, L)."""
+        """Mask (N, L): 1 for removed patches, 0 for visible ones."""
         return torch.ones_like(self.scores, dtype=torch.float32).scatter_(1, self.ids_keep, 0.0)
 
     def select_predicted(self, values: torch.Tensor) -> torch.Tensor:
-        """Those of `values` (N, L, ...) that belong to the P predicted patches."""
+        """Return the entries (N, P, ...) of `values` (N, L, ...) that belong to the predicted patches."""
         return values if self.all_patches else gather_tokens(values, self.ids_predicted)
 
     def mean_over_predicted(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean of `values` (N, P) over those patches, with `all_patches` over the removed ones: a scalar."""
+        """Return the mean of `values` (N, P) over the predicted patches (with `all_patches`, over the removed ones): a
+        scalar."""
         return masked_mean(values, self.mask) if self.all_patches else values.mean()
 
     def scatter_predicted(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` (N, P) in the order of the image, 0 where nothing was predicted: (N, L)."""
+        """Return `values` (N, P) in the order of the image, with 0 for patches that were not predicted: (N, L)."""
         return values if self.all_patches else scatter_tokens(values, self.ids_predicted, self.scores.shape[1])
 
 
 class MaskedAutoencoderViT(PatchEncoder):
-    """Encoder on visible patches, light decoder on all of them, loss on the removed ones.
+    """Encoder on the visible patches, light decoder on all patches, loss on the removed ones.
 
-    `img_size` is the side of a square or (H, W). The tensor names are those of the released MAE checkpoints.
+    `img_size` is the side of a square image or (H, W). The tensor names are those of the released MAE checkpoints.
     """
 
     def __init__(
@@ -99,7 +111,8 @@ class MaskedAutoencoderViT(PatchEncoder):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """Fixed sine-cosine positions; Xavier-uniform linear layers, the patch kernel among them, seen as a matrix."""
+        """Set the fixed sine-cosine positions; initialise linear layers, and the patch kernel as a matrix,
+        Xavier-uniformly; [cls] and the mask token with standard deviation 0.02."""
         for table in (self.pos_embed, self.decoder_pos_embed):
             values = get_2d_sincos_pos_embed(table.shape[-1], tuple(self.patch_embed.grid_size), cls_token=True)
             table.data.copy_(torch.from_numpy(values)[None])
@@ -112,13 +125,14 @@ class MaskedAutoencoderViT(PatchEncoder):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def unpatchify(self, x):
-        """(N, L, p * p * C) -> (N, C, H, W), the inverse of `patchify`."""
+        """Assemble patches (N, L, p * p * C) into images (N, C, H, W): the inverse of `patchify`."""
         (rows, columns), (p, q) = self.patch_embed.grid_size, self.patch_embed.patch_size
         x = x.reshape(x.shape[0], rows, columns, p, q, self.in_chans)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.in_chans, rows * p, columns * q)
 
     def choose_visible(self, scores, mask_ratio):
-        """Keep the V lowest of `scores` (N, L) per sample -> ids_keep (N, V), mask (N, L), ids_restore (N, L)."""
+        """Keep the V patches with the lowest `scores` (N, L) of each image -> ids_keep (N, V), mask (N, L), ids_restore
+        (N, L)."""
         visible = visible_patches(scores.shape[1], mask_ratio)
         ids_shuffle = torch.argsort(scores, dim=1, stable=True)
         ids_restore = torch.argsort(ids_shuffle, dim=1)
@@ -126,79 +140,90 @@ class MaskedAutoencoderViT(PatchEncoder):
         return ids_shuffle[:, :visible], mask, ids_restore
 
     def random_masking(self, x, mask_ratio, noise=None):
-        """Drop patches of x (N, L, D) by sorting `noise` (N, L); -> kept (N, V, D), mask, ids_restore."""
+        """Keep the V patches of x (N, L, D) with the lowest `noise` (N, L), random if None -> kept (N, V, D), mask
+        (N, L), ids_restore (N, L)."""
         if noise is None:
             noise = torch.rand(x.shape[:2], device=x.device)
         ids_keep, mask, ids_restore = self.choose_visible(noise, mask_ratio)
         return gather_tokens(x, ids_keep), mask, ids_restore
 
     def forward_encoder(self, imgs, mask_ratio, noise=None):
-        """-> latent (N, 1 + V, D), mask (N, L), ids_restore (N, L)."""
+        """Mask and encode images (N, C, H, W) -> latent (N, 1 + V, D), mask (N, L), ids_restore (N, L)."""
         tokens, mask, ids_restore = self.random_masking(self.embed(imgs), mask_ratio, noise)
         return self.encode(tokens)[0], mask, ids_restore
 
     def decode(self, latent, ids_restore):
-        """The decoder up to its norm, for every patch in the order of the image: (N, L, d)."""
+        """Decode every patch up to the decoder's norm -> (N, L, d), in the order of the image."""
         ids_shuffle = torch.argsort(ids_restore, dim=1)
         visible = latent.shape[1] - 1
         return gather_tokens(self._decode(latent, ids_shuffle[:, :visible], ids_shuffle[:, visible:]), ids_restore)
 
     def to_predict(self, ids_removed):
-        """Of the removed patches (N, L - V), those that training predicts: (N, P)."""
+        """Return the indices (N, P) of the removed patches `ids_removed` (N, L - V) that training predicts."""
         return ids_removed
 
     def decode_removed(self, latent, ids_keep, ids_removed):
-        """The same for the removed patches alone, in the order of `ids_removed`: (N, L - V, d)."""
+        """Decode only the removed patches up to the decoder's norm -> (N, L - V, d), in the order of `ids_removed`
+        (N, L - V)."""
         return self._decode(latent, ids_keep, ids_removed, first=ids_keep.shape[1])
 
     def decoder_tokens(self, latent, ids_keep, ids_removed):
-        """[cls], visible patches and mask tokens with their positions: (N, 1 + L, d)."""
+        """Return the decoder's input (N, 1 + L, d): [cls], visible patches, mask tokens, all with their positions."""
         x, positions = self.decoder_embed(latent), self.decoder_pos_embed[0, 1:]
         cls_token = x[:, :1] + self.decoder_pos_embed[:, :1]
         return torch.cat([cls_token, x[:, 1:] + positions[ids_keep], self.mask_token + positions[ids_removed]], dim=1)
 
     def _decode(self, latent, ids_keep, ids_removed, first=0):
-        """Tokens stay in the shuffled order, visible ones first: the decoder knows a patch by its position, and to put
-        mask tokens between the others costs a gather forward and a scatter backward. -> patches from `first` on, the
-        only ones that the last block computes."""
+        """Decode visible patches followed by removed ones, in this order; return the patches from `first` on, after the
+        norm.
+
+        The tokens are not sorted into the order of the image: the decoder knows a patch by its position embedding, and
+        sorting would cost a gather in the forward and a scatter in the backward pass. The last block computes only the
+        returned patches.
+        """
         x = self.decoder_tokens(latent, ids_keep, ids_removed)
         for index, block in enumerate(self.decoder_blocks, start=1):
             x = self.run_block(block, x, 1 + first if index == len(self.decoder_blocks) else 0)
         return self.decoder_norm(x if self.decoder_blocks else x[:, 1 + first :])
 
     def forward_decoder(self, latent, ids_restore):
-        """-> pixels of every patch, (N, L, p * p * C)."""
+        """Predict the pixels of every patch: (N, L, p * p * C)."""
         return self.decoder_pred(self.decode(latent, ids_restore))
 
     def patch_target(self, patches):
-        """What `pred` is compared with: pixels (N, M, p * p * C), with `norm_pix_loss` each patch by its own mean and
-        unbiased variance."""
+        """Return the target of `pred` for pixels (N, M, p * p * C): the pixels or, with `norm_pix_loss`, each patch
+        normalised by its own mean and unbiased variance."""
         if not self.norm_pix_loss:
             return patches
         mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
         return (patches - mean) / (var + 1.0e-6) ** 0.5
 
     def pixel_target(self, imgs):
-        """The same for every patch of imgs: (N, L, p * p * C)."""
+        """Return the target of every patch of images (N, C, H, W): (N, L, p * p * C)."""
         return self.patch_target(self.patchify(imgs))
 
     def forward_loss(self, imgs, pred, mask):
-        """Mean squared error per patch, averaged over the removed patches: a scalar."""
+        """Return the mean squared error per patch of `pred` (N, L, p * p * C), averaged over the patches removed by
+        `mask` (N, L): a scalar."""
         return masked_mean(((pred - self.pixel_target(imgs)) ** 2).mean(dim=-1), mask)
 
     def patch_errors(self, out):
-        """Mean squared error of every predicted patch: (N, P)."""
+        """Return the mean squared error of every predicted patch of a `MaskedOutput`: (N, P)."""
         return ((out.pred - self.patch_target(out.select_predicted(out.patches))) ** 2).mean(dim=-1)
 
     def reconstruction_loss(self, out):
-        """What `forward_loss` computes, from a `MaskedOutput`: a scalar."""
+        """Compute the loss of `forward_loss` from a `MaskedOutput`: a scalar."""
         return out.mean_over_predicted(self.patch_errors(out))
 
     def forward_pretrain(
         self, imgs, mask_ratio=0.75, scores=None, return_blocks=(), head=None, all_patches=False
     ) -> MaskedOutput:
-        """One pass with every intermediate by name. `scores` (N, L) decide the mask (uniform noise when None); `head`
-        predicts from the decoder's tokens in place of the layer for pixels; `all_patches` for more than the removed."""
+        """Run encoder and decoder once and return all intermediate tensors by name.
+
+        `scores` (N, L) decide the mask (None: uniform noise); `return_blocks` are encoder blocks whose outputs are
+        returned; `head` replaces the pixel prediction layer; `all_patches` decodes every patch, not only the removed
+        ones.
+        """
         patches = self.patchify(imgs)
         if scores is None:
             scores = torch.rand(patches.shape[:2], device=imgs.device)
@@ -227,27 +252,91 @@ class MaskedAutoencoderViT(PatchEncoder):
         )
 
     def forward(self, imgs, mask_ratio=0.75, noise=None):
-        """(N, C, H, W) -> loss (scalar), pred (N, L, p * p * C), mask (N, L). `noise` (N, L) fixes the mask."""
+        """Images (N, C, H, W) -> loss (scalar), pred (N, L, p * p * C), mask (N, L). `noise` (N, L) decides the mask;
+        random if None."""
         out = self.forward_pretrain(imgs, mask_ratio, noise, all_patches=True)
         return self.forward_loss(imgs, out.pred, out.mask), out.pred, out.mask
 
 
-def visible_patches(length: int, mask_ratio: float) -> int:
-    """V, of L patches."""
-    return int(length * (1 - mask_ratio))
+# CrossMAE: a decoder of cross-attention -------------------------------------------------------------------------------
 
 
-def masked_mean(values, mask):
-    """Mean of `values` (N, L) over the places where `mask` (N, L) is 1."""
-    return (values * mask).sum() / mask.sum()
+class CrossAttention(nn.Module):
+    """Multi-head cross-attention of queries (N, P, d) to a memory (N, M, d)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.scale, self.fused_attn = heads, (width // heads) ** -0.5, True
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+    def forward(self, x, memory):
+        queries = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        keys, values = self.kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.fused_attn:
+            attended = F.scaled_dot_product_attention(queries, keys, values)
+        else:
+            attended = (queries * self.scale @ keys.transpose(-2, -1)).softmax(dim=-1) @ values
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class CrossBlock(vision_transformer.Block):
+    """Cross-attention and an MLP, each after a norm, with residuals: queries (N, P, d), memory (N, M, d) -> (N, P, d).
+    The queries do not attend to each other."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, norm_layer):
+        super().__init__(width, heads, mlp_ratio, norm_layer=norm_layer)
+        self.attn = CrossAttention(width, heads)
+
+    def forward(self, x, memory):
+        x = x + self.attn(self.norm1(x), memory)
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossMaskedAutoencoderViT(MaskedAutoencoderViT):
+    """Masked autoencoder with CrossMAE's decoder: mask tokens cross-attend to visible tokens, and not to each other.
+
+    Predicted patches are therefore independent, and the decoder may predict only `decoder_fraction` of the removed
+    patches, for that fraction of its work. The paper's prediction ratio is `decoder_fraction` * mask ratio.
+    """
+
+    def __init__(self, *, decoder_depth=8, decoder_fraction=1.0, mlp_ratio=4.0, norm_layer=nn.LayerNorm, **config):
+        super().__init__(decoder_depth=0, mlp_ratio=mlp_ratio, norm_layer=norm_layer, **config)
+        self.decoder_fraction = decoder_fraction
+        width, heads = self.mask_token.shape[-1], config.get("decoder_num_heads", 16)
+        self.decoder_cross_blocks = nn.ModuleList(
+            [CrossBlock(width, heads, mlp_ratio, norm_layer) for _ in range(decoder_depth)]
+        )
+        self.initialize_weights()
+
+    def to_predict(self, ids_removed):
+        """Return the first `decoder_fraction` of `ids_removed` (N, L - V). These are ordered by score; where the scores
+        are noise, the first ones are a random subset."""
+        return ids_removed[:, : ceil(ids_removed.shape[1] * self.decoder_fraction)]
+
+    def decode_removed(self, latent, ids_keep, ids_removed):
+        """Decode the patches `ids_removed` (N, P), any subset of all patches, up to the decoder's norm -> (N, P, d)."""
+        x = self.mask_token + self.decoder_pos_embed[0, 1:][ids_removed]
+        memory = self.decoder_embed(latent)
+        for block in self.decoder_cross_blocks:
+            x = self.run_block(block, x, memory)
+        return self.decoder_norm(x)
+
+    def decode(self, latent, ids_restore):
+        """Decode every patch up to the decoder's norm -> (N, L, d). Visible patches get mask tokens, too."""
+        ids = torch.argsort(ids_restore, dim=1)
+        visible = latent.shape[1] - 1
+        return gather_tokens(self.decode_removed(latent, ids[:, :visible], ids), ids_restore)
+
+
+# Models by name -------------------------------------------------------------------------------------------------------
 
 
 def _builder(name: str, config: dict):
     def build(decoder: str = "self", **overrides) -> MaskedAutoencoderViT:
         merged = {**config, **overrides}
         check_geometry(merged)
-        kind = CrossMaskedAutoencoderViT if decoder == "cross" else MaskedAutoencoderViT
-        return kind(norm_layer=partial(nn.LayerNorm, eps=1e-6), **merged)
+        model_class = CrossMaskedAutoencoderViT if decoder == "cross" else MaskedAutoencoderViT
+        return model_class(norm_layer=partial(nn.LayerNorm, eps=1e-6), **merged)
 
     build.__name__ = name
     build.config = config
@@ -268,73 +357,9 @@ globals().update(MODELS)
 
 
 def build_model(name: str, **overrides) -> MaskedAutoencoderViT:
-    """The named autoencoder with some constructor arguments replaced (None leaves the model's own); `decoder` is "self"
-    (MAE's) or "cross" (`models_cross`).
+    """Build the named autoencoder. `overrides` replace constructor arguments (None keeps the model's value); `decoder`
+    is "self" (MAE's) or "cross" (CrossMAE's).
 
     Raises UserError for an unknown name (listing the known ones) and for sizes that do not fit together.
     """
     return look_up(MODELS, name)(**{key: value for key, value in overrides.items() if value is not None})
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention of queries (N, P, d) over a memory (N, M, d)."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads, self.scale, self.fused_attn = heads, (width // heads) ** -0.5, True
-        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
-
-    def forward(self, x, memory):
-        queries = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        keys, values = self.kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.fused_attn:
-            found = F.scaled_dot_product_attention(queries, keys, values)
-        else:
-            found = (queries * self.scale @ keys.transpose(-2, -1)).softmax(dim=-1) @ values
-        return self.proj(found.transpose(1, 2).flatten(2))
-
-
-class CrossBlock(vision_transformer.Block):
-    """Cross-attention and a perceptron, each after a norm: (N, P, d), memory (N, M, d) -> (N, P, d). No query sees
-    another one."""
-
-    def __init__(self, width: int, heads: int, mlp_ratio: float, norm_layer):
-        super().__init__(width, heads, mlp_ratio, norm_layer=norm_layer)
-        self.attn = CrossAttention(width, heads)
-
-    def forward(self, x, memory):
-        x = x + self.attn(self.norm1(x), memory)
-        return x + self.mlp(self.norm2(x))
-
-
-class CrossMaskedAutoencoderViT(MaskedAutoencoderViT):
-    """Each predicted patch is decoded from the visible ones, independently of the others: so `decoder_fraction` of the
-    removed patches may be predicted and compared, for that fraction of the decoder's work (their prediction ratio is
-    `decoder_fraction` * mask ratio)."""
-
-    def __init__(self, *, decoder_depth=8, decoder_fraction=1.0, mlp_ratio=4.0, norm_layer=nn.LayerNorm, **config):
-        super().__init__(decoder_depth=0, mlp_ratio=mlp_ratio, norm_layer=norm_layer, **config)
-        self.decoder_fraction = decoder_fraction
-        width, heads = self.mask_token.shape[-1], config.get("decoder_num_heads", 16)
-        self.decoder_cross_blocks = nn.ModuleList(
-            [CrossBlock(width, heads, mlp_ratio, norm_layer) for _ in range(decoder_depth)]
-        )
-        self.initialize_weights()
-
-    def to_predict(self, ids_removed):
-        """They are in the order of their scores: where those are noise, the first ones are chosen by chance."""
-        return ids_removed[:, : ceil(ids_removed.shape[1] * self.decoder_fraction)]
-
-    def decode_removed(self, latent, ids_keep, ids_removed):
-        """(N, P, d), in the order of `ids_removed`, whichever (N, P) those are."""
-        x = self.mask_token + self.decoder_pos_embed[0, 1:][ids_removed]
-        memory = self.decoder_embed(latent)
-        for block in self.decoder_cross_blocks:
-            x = self.run_block(block, x, memory)
-        return self.decoder_norm(x)
-
-    def decode(self, latent, ids_restore):
-        """(N, L, d): visible patches are asked for as if they had been removed."""
-        ids = torch.argsort(ids_restore, dim=1)
-        visible = latent.shape[1] - 1
-        return gather_tokens(self.decode_removed(latent, ids[:, :visible], ids), ids_restore)

@@ -1,4 +1,4 @@
-"""Vision transformer for fine-tuning and probing: the encoder of `models_mae` with every patch visible, and a head."""
+"""Vision transformer for fine-tuning and probing: the encoder of `models_mae` on all patches, and a head."""
 
 from functools import partial
 
@@ -12,8 +12,8 @@ from util.compute.kernels import GradCheckpointMixin
 
 
 class AttentivePool(nn.Module):
-    """One cross-attention of a learned query to tokens (attentive probing, El-Nouby et al. 2024, AIM, and Bardes et al.
-    2024, V-JEPA; here without the MLP behind it)."""
+    """Cross-attention of one learned query to all tokens (attentive probing: El-Nouby et al. 2024, AIM; Bardes et al.
+    2024, V-JEPA, here without the MLP that follows it)."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -22,17 +22,17 @@ class AttentivePool(nn.Module):
         self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
 
     def forward(self, tokens):
-        """(N, L, D) -> (N, D)."""
+        """Tokens (N, L, D) -> feature (N, D)."""
         query = self.query.expand(len(tokens), -1, -1)
         return self.attention(query, tokens, tokens, need_weights=False)[0][:, 0]
 
 
 class VisionTransformer(GradCheckpointMixin, nn.Module):
-    """ViT (Dosovitskiy et al. 2021) whose feature is the [cls] token or, with `global_pool`, the mean of the patches.
+    """ViT (Dosovitskiy et al. 2021). Its feature is the [cls] token or, with `global_pool`, the mean over patches.
 
-    With `global_pool` the patches of the last block are averaged un-normed and `fc_norm` follows; without, `norm` is
-    applied first, as in the encoder. `drop_path_rate` grows linearly with depth (Huang et al. 2016).
-    Positions are trainable here. `num_classes=0` leaves out the head.
+    With `global_pool` the last block's patches are averaged without a norm, and `fc_norm` follows; otherwise `norm` is
+    applied, as in the encoder. `drop_path_rate` grows linearly with depth (Huang et al. 2016). Positions are trainable.
+    `num_classes=0` leaves out the head.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class VisionTransformer(GradCheckpointMixin, nn.Module):
         else:
             self.norm = norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self._asleep: tuple[nn.Module, ...] = ()
+        self._frozen_blocks: tuple[nn.Module, ...] = ()
         self.initialize_weights()
 
     def initialize_weights(self):
-        """Truncated normal (0.02) for positions, [cls] and linear layers; biases zero."""
+        """Initialise positions, [cls] and linear layers with a truncated normal (0.02), biases with zero."""
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
@@ -78,29 +78,29 @@ class VisionTransformer(GradCheckpointMixin, nn.Module):
                 nn.init.zeros_(module.bias)
 
     def no_weight_decay(self):
-        """Names that layer-wise decay groups leave undecayed."""
+        """Return the parameter names that get no weight decay."""
         return {"pos_embed", "cls_token"}
 
     def train_last_blocks(self, count: int) -> None:
-        """Partial fine-tuning (He et al. 2022, Section 4.3 and Figure 9): only the last `count` blocks, the norm and
-        the head learn; 0 is the head alone. What is frozen stays in eval mode, without drop path."""
-        learns = [self.head]
+        """Train only the last `count` blocks, the final norm and the head; 0 trains the head alone (partial
+        fine-tuning: He et al. 2022, Section 4.3 and Figure 9). Frozen blocks stay in eval mode, without drop path."""
+        trained = [self.head]
         if count:
-            learns += [*self.blocks[-count:], self.fc_norm if self.global_pool else self.norm]
+            trained += [*self.blocks[-count:], self.fc_norm if self.global_pool else self.norm]
         self.requires_grad_(False)
-        for module in learns:
+        for module in trained:
             module.requires_grad_(True)
-        self._asleep = tuple(self.blocks[: len(self.blocks) - count])
+        self._frozen_blocks = tuple(self.blocks[: len(self.blocks) - count])
         self.train(self.training)
 
     def train(self, mode: bool = True):
         super().train(mode)
-        for block in self._asleep:
+        for block in self._frozen_blocks:
             block.eval()
         return self
 
     def forward_tokens(self, x):
-        """(N, C, H, W) -> (N, 1 + L, D), the last block's output before any norm, [cls] first."""
+        """Images (N, C, H, W) -> tokens (N, 1 + L, D) of the last block before any norm, [cls] first."""
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         for block in self.blocks:
@@ -108,16 +108,17 @@ class VisionTransformer(GradCheckpointMixin, nn.Module):
         return x
 
     def forward_patches(self, x):
-        """(N, C, H, W) -> (N, L, D), the patches after the final norm; without `global_pool`, which has another one."""
+        """Images (N, C, H, W) -> patch tokens (N, L, D) after the final norm. Not with `global_pool`, whose norm
+        follows the mean."""
         return self.norm(self.forward_tokens(x))[:, 1:]
 
     def forward_features(self, x):
-        """(N, C, H, W) -> (N, D), the feature in front of the head."""
+        """Images (N, C, H, W) -> features (N, D), the head's input."""
         x = self.forward_tokens(x)
         return self.fc_norm(x[:, 1:].mean(dim=1)) if self.global_pool else self.norm(x)[:, 0]
 
     def forward(self, x):
-        """(N, C, H, W) -> logits (N, num_classes)."""
+        """Images (N, C, H, W) -> logits (N, num_classes)."""
         return self.head(self.forward_features(x))
 
 
@@ -138,10 +139,10 @@ globals().update(MODELS)
 
 
 def build_model(name: str, **overrides) -> VisionTransformer:
-    """The named transformer with some constructor arguments replaced (None leaves the model's own).
+    """Build the named transformer. `overrides` replace constructor arguments (None keeps the model's value).
 
-    Takes the name of an autoencoder too (`mae_vit_base_patch16` means its encoder). Raises UserError for an unknown
-    name (listing the known ones) and for sizes that do not fit together.
+    The name of an autoencoder means its encoder (`mae_vit_base_patch16`). Raises UserError for an unknown name
+    (listing the known ones) and for sizes that do not fit together.
     """
     name = name.removeprefix("mae_").removesuffix("_dec512d8b")
     return look_up(MODELS, name)(**{key: value for key, value in overrides.items() if value is not None})

@@ -57,12 +57,12 @@ class MLOVariant(_measure.Variant):
         if not self.methods:
             return
         (method,) = self.methods
-        method.use(task := RandomTask(self.imgs))
+        method.set_task(task := RandomTask(self.imgs))
         method._draw = lambda stage: task.batch
         if self.naive:  # in place of stage III and all that follows from it
             method.batches = [SimpleNamespace(batch=lambda _: task.batch)] * 2
             method.stage2.paths = lambda *_: ({}, {"direct": {}})
-            method._move = self.move_naively
+            method._update_mask_net = self.move_naively
 
     def watch_parts(self) -> None:
         (method,) = self.methods

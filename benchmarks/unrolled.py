@@ -7,7 +7,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from methods.mlo.hypergradient import PatchErrors, Tokens, weighted_loss
-from methods.mlo.inner_problems import trained
+from methods.mlo.inner_problems import trainable
 
 
 @sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
@@ -18,7 +18,7 @@ def unrolled(pretrainer, method, batches, ratio, attach=False, head_path=True) -
     `attach`: as in the public code, stage I's gradient reaches the embedding through the masking network's input.
     """
     model, stage2 = pretrainer.model, method.stage2
-    theta, net, lr = leaves(trained(model), "model."), leaves(method.net), method.inner.param_groups[0]["lr"]
+    theta, net, lr = leaves(trainable(model), "model."), leaves(method.net), method.inner.param_groups[0]["lr"]
     for imgs in batches:
         here, loss = stage_one(pretrainer, method, theta, net, imgs, ratio, attach)
         gradient = torch.autograd.grad(loss, list(here.values()), create_graph=True)
@@ -51,14 +51,14 @@ def stage_one(pretrainer, method, theta, net, imgs, ratio=0.75, attach=False):
 
 
 def task_loss(model, stage2, theta, head, batch):
-    features = functional_call(Features(model, stage2.guide), theta, (batch.image,))
-    return stage2.guide.loss(functional_call(stage2.head, head, (features,)), batch.target)
+    features = functional_call(Features(model, stage2.task), theta, (batch.image,))
+    return stage2.task.loss(functional_call(stage2.head, head, (features,)), batch.target)
 
 
 class Features(nn.Module):
-    def __init__(self, model, guide):
+    def __init__(self, model, task):
         super().__init__()
-        self.model, self.guide = model, guide
+        self.model, self.task = model, task
 
     def forward(self, imgs):
-        return self.guide.features(self.model, imgs)
+        return self.task.features(self.model, imgs)

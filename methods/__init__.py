@@ -1,4 +1,4 @@
-"""Pretraining methods beyond plain MAE. To add one: a file here, its class in `METHODS`, a test file."""
+"""Pretraining methods beyond plain MAE. To add one: write a file here, add its class to `METHODS`, and write a test."""
 
 from methods.base import Method
 from methods.bootstrap import EMAMAE, MAEK

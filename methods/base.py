@@ -1,4 +1,4 @@
-"""The interface of a pretraining method: the hooks that `methods/pretrainer.py` calls in a training step."""
+"""The interface of a pretraining method: the hooks that `methods/pretrainer.py` calls."""
 
 import argparse
 
@@ -11,36 +11,37 @@ from util.data.sources import Images
 
 
 class Method(nn.Module):
-    """A pretraining method: an `nn.Module` that changes the loss or the mask of the masked autoencoder.
+    """A pretraining method: an `nn.Module` that changes the mask or the loss of the masked autoencoder.
 
-    Write a subclass in a file of its own, add it to `METHODS` in `methods/__init__.py`, and give it
+    Write a subclass in a new file of `methods/` and add it to `METHODS` in `methods/__init__.py`. It needs
 
-    - `name` (its key in checkpoints) and `title` (of its flags in `--help`);
-    - `switch`, the flag that turns it on, `options`, its other flags, and `check`, which refuses bad values;
-    - whichever of the four core hooks it needs. One training step calls them in this order::
+    - `name`, its key in checkpoints, and `title`, the heading of its flags in `--help`;
+    - `switch`, the flag that turns it on; `options`, its other flags; `check`, which refuses bad values;
+    - `__init__(self, args, model)`, where `args` are the flags and `model` is the autoencoder;
+    - the core hooks that it uses. One training step calls them in this order::
 
-        scores        which patches are removed
-        patch_loss    what the predictions are compared with
-        terms         what is added to the loss
-        after_update  what follows the optimizer step
+          scores        decides which patches are removed
+          patch_loss    compares the predictions with a target
+          terms         adds further losses
+          after_update  runs after the optimizer step
 
-    Hooks that are not overridden leave plain MAE as it is. The method's networks, buffers and parameters are trained,
-    moved between devices and stored in checkpoints (under `methods`) like those of any module.
-    docs/adding_a_method.md develops a complete method from nothing.
+    The defaults of all hooks leave plain MAE unchanged. Submodules, parameters and buffers of the method are trained,
+    moved between devices and stored in checkpoints (under `methods`), as those of any module. A teacher must not be
+    trained: hold it in `util.compute.ema.Frozen`. docs/adding_a_method.md builds a complete method step by step.
 
-    Shapes: N images, C channels, (H, W) pixels, L patches, P predicted patches (`MaskedOutput`).
+    Shapes: N images, C channels, (H, W) pixels, L patches, P predicted patches, d decoder width (`MaskedOutput`).
     """
 
     name: str
-    title: str  # of its group of flags in --help, with the paper's name
-    summary = ""  # below the title: what it does, when to choose it
+    title: str  # heading of its flags in --help: name and paper
+    summary = ""  # text below the title: what the method does, when to choose it
     switch: Option
-    options: tuple[Option, ...] = ()  # refused when no method that has them is on
-    flag: str  # of `switch`, as refusals name it
-    # What it decides alone: "target" (what is predicted), "mask" (what is removed), None (it only adds terms). At most
-    # one method may hold a slot.
+    options: tuple[Option, ...] = ()  # refused unless a method that declares them is on
+    flag: str  # "--" and the name of `switch`, for messages; set automatically
+    # What the method decides: "target" (what is predicted), "mask" (which patches are removed), or None (it only adds
+    # terms). At most one enabled method may have each slot.
     slot: str | None = None
-    excludes: tuple[str, ...] = ()  # names of methods it cannot be combined with
+    excludes: tuple[str, ...] = ()  # `name`s of methods that it cannot be combined with
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -51,120 +52,125 @@ class Method(nn.Module):
 
     @classmethod
     def enabled(cls, args: argparse.Namespace) -> bool:
-        """Whether the flags turn it on."""
+        """Return whether the flags turn this method on."""
         return getattr(args, cls.switch.name) != cls.switch.default
 
     @staticmethod
     def check(args: argparse.Namespace) -> None:
-        """Called when it is enabled. Raises UserError for a bad value or a flag without effect."""
+        """Check the flags when the method is enabled. Raises UserError for a bad value or a flag without effect."""
 
     # Core hooks ---------------------------------------------------------------------------------------------------
 
     def scores(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor | None:
-        """Scores (N, L) of the patches; those with the highest scores are removed. Slot "mask".
+        """Return scores (N, L) of the patches; those with the highest scores are removed. Slot "mask".
 
-        imgs (N, C, H, W), normalised. `noise` (N, L) is uniform in [0, 1) and a function of (seed, epoch, image): a
-        mask that is drawn from it, and not from torch's generator, is the same after a resume and on any number of
-        processes. None leaves the mask random (the noise itself is the score).
+        `imgs` (N, C, H, W) are normalised. `noise` (N, L) is uniform in [0, 1) and a function of (seed, epoch, image).
+        A mask that is drawn from `noise` (not from torch's generator) stays the same after a resume and with any number
+        of processes. None makes `noise` itself the scores: a random mask.
         """
 
     def patch_loss(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, out: MaskedOutput) -> torch.Tensor | None:
-        """The loss of the predictions `out.pred`, a scalar, in place of MAE's on pixels. Slot "target" or "mask".
+        """Return the loss of the predictions `out.pred`, a scalar that replaces MAE's loss on pixels. None: MAE's loss.
+        Slot "target" or "mask".
 
-        None leaves MAE's loss. The scalar is logged under `loss_name`.
+        The scalar is logged under `loss_name`.
         """
 
     def terms(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, out: MaskedOutput) -> dict[str, torch.Tensor]:
-        """Scalars to add to the loss, already multiplied by their weights, by the names they get in the log."""
+        """Return further losses by name, scalars that already include their weights. They are added to the loss and
+        logged."""
         return {}
 
     def after_update(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, step: int, applied: torch.Tensor) -> None:
-        """Called after optimizer step number `step` (from 0), with the last micro-batch `imgs` of it.
+        """Update what follows the student (a moving average, say), after optimizer step number `step` (from 0). `imgs`
+        is the last micro-batch of the step.
 
-        `applied` is a scalar on the device: 0 where the step was skipped because of a non-finite gradient, else 1. A
-        moving average multiplies its rate by it, so that it need not wait for the device.
+        `applied` is a scalar on the device: 0 if the step was skipped because of a non-finite gradient, else 1.
+        Multiply update rates by it instead of branching on it, which would wait for the device.
         """
 
     # Further hooks ------------------------------------------------------------------------------------------------
-    # Setting up
+    # Setup
 
     def split_images(self, images) -> "tuple[object, Images] | None":
-        """Called once, before the loader is made: (images to pretrain on, images for previews and kNN). The second
-        replace the validation set, which then is not opened. None: all images, and the validation set."""
+        """Return (images to pretrain on, images for previews and kNN), or None for all images and the validation set.
+        Called once, before the data loader is made. If the method returns preview images, the validation set is not
+        opened."""
 
     def begin(self, model: MaskedAutoencoderViT, methods: "list[Method]", steps: int) -> None:
-        """Called once, when all enabled `methods` are made. `steps`: optimizer steps of the whole run."""
+        """Called once, after all enabled `methods` were made. `steps` is the number of optimizer steps of the whole
+        run."""
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Called once with the optimizer of the autoencoder and the methods."""
+        """Called once, with the optimizer that trains the autoencoder and the methods."""
 
     def no_weight_decay(self) -> set[str]:
-        """Names of its parameters without weight decay, as in timm's models."""
+        """Return the names of the method's parameters that get no weight decay."""
         return set()
 
     def external_networks(self) -> list[nn.Module]:
-        """Networks that it uses but does not own, so that no checkpoint holds them; `--compile` and `--fsdp` reach
-        them through this list."""
+        """Return networks that the method uses but that are not its submodules, so that no checkpoint contains them.
+        `--compile` and `--fsdp` reach them through this list."""
         return []
 
     # Training
 
-    loss_name = "reconstruction"  # the name of `patch_loss` in the log
-    # Whether `patch_loss` or `terms` reads predictions of visible patches, too. The decoder makes none otherwise.
+    loss_name = "reconstruction"  # name of `patch_loss` in the log
+    # True if `patch_loss` or `terms` also reads predictions of visible patches, which are not computed otherwise.
     needs_all_patches = False
 
     def blocks(self) -> tuple[int, ...]:
-        """Encoder blocks (from 0) whose outputs `patch_loss` and `terms` read from `out.blocks`."""
+        """Return the encoder blocks (from 0) whose outputs `patch_loss` and `terms` read from `out.blocks`."""
         return ()
 
     def prediction_head(self) -> nn.Module | None:
-        """Its layer from decoder tokens (N, P, d) to the predictions, in place of the layer for pixels. Slot
+        """Return the method's layer from decoder tokens (N, P, d) to predictions, or None for the pixel layer. Slot
         "target"."""
 
     @property
     def head_in_use(self) -> bool:
-        """Whether the loss now compares the output of `prediction_head`, and not pixels."""
+        """Whether the loss currently uses the output of `prediction_head` instead of pixels."""
         return False
 
     def first_batch(self, model: MaskedAutoencoderViT, imgs: torch.Tensor) -> None:
-        """Called once in this process, before the first forward pass: a sanity check of a teacher, say."""
+        """Called once per process, before the first forward pass, for example to check a teacher."""
 
     def before_epoch(self, model: MaskedAutoencoderViT, epoch: int) -> None:
-        """Called at the start of every epoch, once: a resume inside the epoch does not repeat it."""
+        """Called once at the start of every epoch; not again when a run is resumed inside the epoch."""
 
     # Reporting
 
-    diagnostics_every = 0  # optimizer steps between two calls of `diagnostics` (0: never)
+    diagnostics_every = 0  # call `diagnostics` every so many optimizer steps (0: never)
 
     def metrics(self) -> dict[str, torch.Tensor | float | None]:
-        """Cheap values to log after every step. The names may depend on the step, but must be the same on all ranks:
-        None where this rank has no value, which then is left out of the mean."""
+        """Return cheap values to log after every step. The names may change from step to step, but must be the same on
+        all ranks; a rank without a value gives None and is left out of the mean."""
         return {}
 
     def diagnostics(self, pretrainer: nn.Module, imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor | None]:
-        """Costly values to log, every `diagnostics_every` steps; their time does not count in the run's speed. Names
-        as for `metrics`."""
+        """Return costly values to log, every `diagnostics_every` steps. Their time is not counted in the run's speed.
+        The rules for names are those of `metrics`."""
         return {}
 
     def pictures(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, shown: torch.Tensor) -> dict[str, torch.Tensor]:
-        """RGB pictures (3, height, width) in [0, 1] of the preview images, for TensorBoard. `shown` is `imgs` as
-        colours in [0, 1]."""
+        """Return RGB pictures (3, height, width) in [0, 1] of the preview images for TensorBoard, by name. `shown` are
+        the images `imgs` before normalisation, in [0, 1]."""
         return {}
 
     def distributions(self, model: MaskedAutoencoderViT, imgs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Values of the preview images whose histograms go to TensorBoard."""
+        """Return values computed from the preview images, by name, whose histograms go to TensorBoard."""
         return {}
 
     # Checkpoints (beside the module's own `state_dict`)
 
     def rank_state(self) -> object:
-        """State of this process alone (its images, say): CPU tensors in lists and dicts, or None. What is the same on
-        every rank belongs into `state_dict`."""
+        """Return state that only this process has (its images, say): CPU tensors in lists and dicts, or None. State
+        that is the same on every rank belongs in `state_dict`."""
 
     def load_rank_state(self, state: object) -> None:
-        """Restore `rank_state`. Not called when another number of processes wrote the checkpoint."""
+        """Restore `rank_state`. Not called if the checkpoint was written by another number of processes."""
 
     def exported(self) -> dict[str, nn.Module]:
-        """Whole models of its own (an EMA teacher, say) that are stored beside `model`, under these keys, with the
-        tensor names of `model`."""
+        """Return complete models of the method (an EMA teacher, say) to store beside `model` in checkpoints, by their
+        keys. Their tensor names are those of `model`."""
         return {}

@@ -1,9 +1,10 @@
 """MAE-K and EMA-MAE: the student reconstructs the features of a target encoder that is an earlier version of itself.
 
-Source: Guanghe Li, "Bootstrap-MAE" (report), Sections 4 and 5. Both begin with pixels. MAE-K copies the student into
-the target every K epochs; EMA-MAE copies it once, after `--wse` epochs, and then lets the target follow slowly.
+Source: Guanghe Li, "Bootstrap-MAE" (report), Sections 4 and 5. Both methods start on pixels. MAE-K copies the student
+into the target every K epochs. EMA-MAE copies it once, after `--wse` epochs, and then updates the target as a slow
+moving average of the student.
 
-Shapes: N images, L patches, D encoder width, d decoder width.
+Shapes: N images, L patches, P predicted patches, D encoder width, d decoder width.
 """
 
 import torch
@@ -22,9 +23,10 @@ from util.parallel.distributed import all_reduce_sum, average, get_world_size
 
 
 def target_features(encoder: PatchEncoder, imgs: torch.Tensor, layers: int = 1) -> torch.Tensor:
-    """What the target encoder makes of the whole, unmasked images, [cls] dropped: (N, C, H, W) -> (N, L, D).
+    """Return the target encoder's features (N, L, D) of unmasked images (N, C, H, W), without [cls].
 
-    The final norm of the last block's output or, with `layers` > 1, of each of the last blocks' outputs, averaged.
+    They are the output of the last block after the final norm or, with `layers` > 1, the mean of the last `layers`
+    blocks' outputs, each after that norm.
     """
     depth = len(encoder.blocks)
     latent, blocks = encoder.encode(encoder.embed(imgs), range(depth - layers, depth - 1))
@@ -34,26 +36,30 @@ def target_features(encoder: PatchEncoder, imgs: torch.Tensor, layers: int = 1) 
 
 
 def normalized(features: torch.Tensor) -> torch.Tensor:
-    """Each token (last axis) by its own mean and unbiased variance, as MAE normalises pixels."""
+    """Normalise each token (last axis) by its own mean and unbiased variance, as MAE normalises pixels."""
     mean, var = features.mean(dim=-1, keepdim=True), features.var(dim=-1, keepdim=True)
     return (features - mean) / (var + 1.0e-6) ** 0.5
 
 
 def feature_loss(out: MaskedOutput, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error per patch, averaged over the removed patches, of `out.pred` and `target`, both (N, P, D)."""
+    """Return the mean squared error per patch between `out.pred` and `target`, both (N, P, D), averaged over the
+    removed patches."""
     return out.mean_over_predicted(((widened(out.pred) - widened(target)) ** 2).mean(dim=-1))
 
 
 def collapse(features: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How much the features (..., D) still say: the deviation of a channel over tokens and images, averaged over the
-    channels, and the effective rank, exp of the entropy of the normalised spectrum (Roy and Vetterli 2007), from 1
-    (everything on a line) to D. Both fall when a bootstrap collapses. NaN for features that are not finite.
+    """Return measures of collapse of the features (..., D): both fall when a bootstrap collapses.
 
-    Of the features of all ranks together, of which each has equally many: the rank of a few images is lower than that
-    of many. All ranks must call it."""
+    `target_std` is the standard deviation of a channel over tokens and images, averaged over channels. `target_rank` is
+    the effective rank (Roy and Vetterli 2007), exp of the entropy of the normalised spectrum, from 1
+    (all features on a line) to D. Both are NaN if a feature is not finite.
+
+    The measures are of all ranks' features together, since the rank of few images is lower than that of many. All ranks
+    must call this, with equally many features each.
+    """
     x = features.reshape(-1, features.shape[-1]).double()
     x = x - average([x.mean(dim=0)])[0]
-    with torch.autocast(x.device.type, enabled=False):  # in bf16 the rounding alone has a rank of ten
+    with torch.autocast(x.device.type, enabled=False):  # rounding to bf16 alone adds a rank of about ten
         scatter = all_reduce_sum(x.T @ x)
         if not torch.isfinite(scatter).all():
             return {"target_std": x.new_tensor(torch.nan), "target_rank": x.new_tensor(torch.nan)}
@@ -65,9 +71,11 @@ def collapse(features: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def copied_at(epoch: int, every: int, first_copy: bool) -> bool:
-    """MAE-K: whether the target is copied at the start of `epoch` (from 0). Pixels until the first copy, at `every`.
+    """Return whether MAE-K copies the student into the target at the start of `epoch` (from 0): every `every` epochs,
+    first in epoch `every`.
 
-    `first_copy`: there is none yet, so one that was missed (a run that began later, with --start_epoch) is made up for.
+    `first_copy`: there is no target yet. A first copy that was missed (a run with a later --start_epoch) is then made
+    at once.
     """
     return epoch >= every and (epoch % every == 0 or first_copy)
 
@@ -76,34 +84,33 @@ def copied_at(epoch: int, every: int, first_copy: bool) -> bool:
 
 
 class Bootstrap(Method):
-    """What MAE-K and EMA-MAE share. `age` is that of the target's weights in epochs (of an average, their mean)."""
+    """The common part of MAE-K and EMA-MAE. `age` is the age of the target's weights in epochs (for a moving average,
+    the mean age)."""
 
     slot = "target"
     options = (
         Option(
             "bootstrap_norm",
             "layernorm",
-            "target features, token by token: without their mean and scale, or as they are",
+            "target features: each token normalised by its mean and variance, or unchanged",
             choices=("layernorm", "none"),
             rare=True,
         ),
         Option(
             "bootstrap_head",
             "linear",
-            "layer from the decoder to features; none needs both of one width",
+            "layer from the decoder to features; none needs a decoder as wide as the encoder",
             choices=("linear", "none"),
             rare=True,
         ),
-        Option(
-            "bootstrap_layers", 1, "the target is the average over the last N blocks; more is smoother", metavar="N"
-        ),
+        Option("bootstrap_layers", 1, "the target is the mean over the last N blocks; more is smoother", metavar="N"),
     )
 
     def __init__(self, args, model: MaskedAutoencoderViT):
         super().__init__()
         self.normalize, self.layers = args.bootstrap_norm == "layernorm", args.bootstrap_layers
         self.epochs, self.epoch_steps = args.epochs, 1.0
-        self.ready, self.age = False, 0.0  # whether there is a target; kept in checkpoints
+        self.ready, self.age = False, 0.0  # whether the target exists; stored in checkpoints
         self.target = Frozen(model.encoder_copy())
         width, decoder_width = model.norm.normalized_shape[0], model.decoder_norm.normalized_shape[0]
         if not 1 <= self.layers <= len(model.blocks):
@@ -117,7 +124,7 @@ class Bootstrap(Method):
         for weight in self.head.parameters():
             nn.init.xavier_uniform_(weight) if weight.ndim > 1 else nn.init.zeros_(weight)
 
-    # The target: pixels before there is one, features after.
+    # The loss: on pixels until the target exists, on features afterwards.
 
     @property
     def head_in_use(self) -> bool:
@@ -140,14 +147,17 @@ class Bootstrap(Method):
 
     def copy_student(self, model: MaskedAutoencoderViT, epoch: int) -> None:
         if not self.ready:
-            print(f"epoch {epoch}: from here on the target is features; the pixel head trains no further, pictures end")
+            print(
+                f"epoch {epoch}: the target is features from now on; the pixel head is no longer trained; "
+                "reconstructions are no longer drawn"
+            )
         copy_weights(self.target.network, model)
         self.ready, self.age = True, 0.0
 
     def after_update(self, model, imgs, step, applied) -> None:
         self.age += 1 / self.epoch_steps
 
-    # Plumbing.
+    # Setup, logs, checkpoints.
 
     def begin(self, model, methods, steps: int) -> None:
         self.epoch_steps = steps / self.epochs
@@ -163,8 +173,8 @@ class Bootstrap(Method):
             return collapse(target_features(self.target.network, imgs, self.layers))
 
     def no_weight_decay(self) -> set[str]:
-        """The head waits for its stage with gradients of zero; decay would wear it down before it is used. (The pixel
-        head decays in the feature stage; nothing reads it again.)"""
+        """Weight decay would shrink the feature head, whose gradients are zero until the target exists. (The pixel head
+        decays in the feature stage; it is not used again.)"""
         return {f"head.{name}" for name, _ in self.head.named_parameters()}
 
     def get_extra_state(self) -> dict:
@@ -175,26 +185,28 @@ class Bootstrap(Method):
 
 
 def _idle(head: nn.Module) -> torch.Tensor | float:
-    """Zero, with gradients of zero for a head that the loss does not use now: DDP waits for every parameter's."""
+    """Return zero, with zero gradients for a head that the loss does not use at present: DDP waits for the gradient of
+    every parameter."""
     return sum(0.0 * parameter.sum() for parameter in head.parameters())
 
 
 class MAEK(Bootstrap):
-    """The target is a copy of the student, made at the start of every K-th epoch from K on."""
+    """The target is a copy of the student, renewed at the start of every K-th epoch, first in epoch K."""
 
     name = "mae_k"
     switch = Option(
         "mae_k",
         None,
-        "epochs between copies; turns this method on. The report: 10 best fine-tuned, 20 best linear, 1 and 2 unstable",
+        "epochs between copies; turns this method on. In the report 10 is best fine-tuned, 20 best linear; 1 and 2 are "
+        "unstable",
         type=int,
         metavar="K",
     )
     title = "MAE-K (Li, Bootstrap-MAE)"
     summary = (
         "After K epochs on pixels, reconstruct the features that a copy of the encoder computes from the whole image; "
-        "the copy is renewed every K epochs. Choose it for small models and data that are fine-tuned, where pixels "
-        "teach too little; each step also costs a forward pass of whole images."
+        "the copy is renewed every K epochs. Choose it for fine-tuning small models on small data, where pixels are a "
+        "weak target. Each step costs one more forward pass, on whole images."
     )
 
     @staticmethod
@@ -204,7 +216,7 @@ class MAEK(Bootstrap):
         if args.mae_k >= args.epochs:
             print(f"note: --mae_k {args.mae_k} is not below --epochs {args.epochs}: this is plain MAE, on pixels")
         elif args.mae_k > 1 and (args.epochs - 1) % args.mae_k == 0:
-            print(f"note: the last copy of --mae_k {args.mae_k} is made before the last epoch and serves only that one")
+            print(f"note: the last copy of --mae_k {args.mae_k} is made before the last epoch and used only in it")
 
     def __init__(self, args, model):
         super().__init__(args, model)
@@ -216,27 +228,27 @@ class MAEK(Bootstrap):
 
 
 class EMAMAE(Bootstrap):
-    """The target is a copy of the student at epoch WSE, then their moving average."""
+    """The target is a copy of the student at epoch WSE, then a moving average of the student."""
 
     name, switch = "ema_mae", Option("ema_mae", False, "turn this method on")
     title = "EMA-MAE (Li, Bootstrap-MAE)"
     summary = (
-        "As MAE-K, but after WSE epochs on pixels the target follows the encoder as a slow moving average instead of "
-        "jumping. Choose it where features are used frozen (the report: better linear probes than MAE-K); watch "
-        "target_std and target_rank, a large tau can collapse. Takes --bootstrap_* too."
+        "Like MAE-K, but after WSE epochs on pixels the target is a slow moving average of the encoder. Choose it for "
+        "frozen features (in the report its linear probes are better than those of MAE-K). Watch target_std and "
+        "target_rank: a large tau can collapse. The --bootstrap_* flags apply, too."
     )
     options = (
         *Bootstrap.options,
         Option(
             "wse",
             20,
-            "warm-up epochs on pixels; 0 bootstraps from a random encoder; the report: 5 and 20 best",
+            "warm-up epochs on pixels; 0 bootstraps from a random encoder; in the report 5 and 20 are best",
             metavar="N",
         ),
         Option(
             "tau",
             0.005,
-            "share of the student in each update; the report: 0.005 far better linear, 0.1 to 0.3 fine-tuned",
+            "share of the student in each update; in the report 0.005 is far better linear, 0.1 to 0.3 fine-tuned",
         ),
         Option(
             "ema_update", "epoch", "update the target once per epoch or after every step", choices=("epoch", "step")
@@ -252,7 +264,7 @@ class EMAMAE(Bootstrap):
         if args.wse >= args.epochs:
             print(f"note: --wse {args.wse} is not below --epochs {args.epochs}: this is plain MAE, on pixels")
         elif args.wse == args.epochs - 1 and args.ema_update == "epoch":
-            print(f"note: the only target is the copy made before the last epoch: --tau {args.tau} has nothing to do")
+            print(f"note: the only target is the copy made before the last epoch: --tau {args.tau} has no effect")
 
     def __init__(self, args, model):
         super().__init__(args, model)
@@ -262,13 +274,13 @@ class EMAMAE(Bootstrap):
         if not self.ready and epoch >= self.warmup:
             self.copy_student(model, epoch)
         elif self.ready and not self.per_step:
-            self._follow(model, 1.0)
+            self._update_target(model, 1.0)
 
     def after_update(self, model, imgs, step, applied) -> None:
         super().after_update(model, imgs, step, applied)
         if self.ready and self.per_step:
-            self._follow(model, applied)
+            self._update_target(model, applied)
 
-    def _follow(self, model, applied) -> None:
+    def _update_target(self, model, applied) -> None:
         ema_update(self.target.network, model, self.tau, applied)
         self.age *= 1 - self.tau

@@ -1,10 +1,10 @@
-"""DMAE: beside the pixels, match the features of a bigger, pretrained MAE on the same visible patches.
+"""DMAE: besides the pixels, the student matches features of a larger, pretrained MAE on the same visible patches.
 
 Source: Bai et al., "Masked Autoencoders Enable Efficient Knowledge Distillers" (CVPR 2023); teachers of another patch
 and image size after García, Senel and Frantzolas, "Exploring: Masked Autoencoders Are Scalable Vision Learners",
-Section 3. The teacher runs on visible tokens only, up to the aligned block, and never runs a decoder.
+Section 3. The teacher encodes only the visible tokens, up to the last aligned block; its decoder is not run.
 
-Shapes: N images, V visible patches, D student width, T teacher width, R x C the grid of patches.
+Shapes: N images, V visible patches, D student width, T teacher width, R x C grid of patches.
 """
 
 import hashlib
@@ -31,17 +31,18 @@ from util.weights.names import is_decoder
 # The mathematics ----------------------------------------------------------------------------------------------------
 
 
-def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "l1", normalize=False) -> torch.Tensor:
-    """Mean absolute (`l1`) or squared (`l2`) difference of features (N, 1 + V, T), [cls] among them, after scaling each
-    token of both to length one with `normalize`."""
+def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, distance: str = "l1", normalize=False) -> torch.Tensor:
+    """Return the mean absolute (`l1`) or squared (`l2`) difference of features (N, 1 + V, T), [cls] included.
+    `normalize` first scales each token of both to length one."""
     student, teacher = widened(student), widened(teacher.detach())
     if normalize:
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-    return F.l1_loss(student, teacher) if kind == "l1" else F.mse_loss(student, teacher)
+    return F.l1_loss(student, teacher) if distance == "l1" else F.mse_loss(student, teacher)
 
 
 def aligned_blocks(text: str | None, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
-    """'9:18,12:24', counted from 1, -> [(8, 17), (11, 23)], counted from 0. None: three quarters of each depth."""
+    """Parse '9:18,12:24', counted from 1, into [(8, 17), (11, 23)], counted from 0. None aligns the blocks at three
+    quarters of each depth. Raises UserError for other text, blocks out of range, and a student block aligned twice."""
     if text is None:
         return [(max(1, student_depth * 3 // 4) - 1, max(1, teacher_depth * 3 // 4) - 1)]
     try:
@@ -62,33 +63,38 @@ def aligned_blocks(text: str | None, student_depth: int, teacher_depth: int) -> 
 
 
 def grid_offset(student: tuple[int, int], teacher: tuple[int, int], patch: int) -> tuple[int, int]:
-    """Tokens of the teacher's grid above and left of the student's, which lies in its middle.
+    """Return the number of teacher tokens (above, left of) the student's grid, which is centred in the teacher's grid.
 
-    So padding the image to the teacher's size is never needed: the padding would be cut away, token by token.
-    UserError, with sizes that fit, when the student's grid is larger or the middle is between two tokens.
+    The teacher is cut to the student's grid instead of padding images to the teacher's size: padded tokens would be
+    dropped anyway. Raises UserError, with sizes that fit, if the student's grid is larger or cannot be centred.
     """
-    shown = f"the student's {student[0]}x{student[1]} patches do not fit into the teacher's {teacher[0]}x{teacher[1]}"
+    mismatch = (
+        f"the student's {student[0]}x{student[1]} patches do not fit into the teacher's {teacher[0]}x{teacher[1]}"
+    )
     if (student[0] - student[1]) % 2 and teacher[0] == teacher[1]:
         raise UserError(
-            f"{shown}: rows and columns that are both even or both odd are needed (--input_size, --patch_size)"
+            f"{mismatch}: rows and columns that are both even or both odd are needed (--input_size, --patch_size)"
         )
     if student[0] > teacher[0] or student[1] > teacher[1]:
-        raise UserError(f"{shown}: --dmae_teacher_size {max(student) * patch} resamples its positions to such a grid")
+        raise UserError(
+            f"{mismatch}: --dmae_teacher_size {max(student) * patch} resamples its positions to such a grid"
+        )
     if (teacher[0] - student[0]) % 2 or (teacher[1] - student[1]) % 2:
         fits = f"--dmae_teacher_size {(teacher[0] - 1) * patch} or {(teacher[0] + 1) * patch} does"
-        raise UserError(f"{shown} with a whole number of tokens on each side: {fits}")
+        raise UserError(f"{mismatch} with a whole number of tokens on each side: {fits}")
     return (teacher[0] - student[0]) // 2, (teacher[1] - student[1]) // 2
 
 
 def inner_positions(table: torch.Tensor, grid: tuple[int, int], inner: tuple[int, int], offset: tuple[int, int]):
-    """The rows of a position table (1, 1 + R * C, T) that belong to a smaller grid inside, with that of [cls]."""
-    places = table[:, 1:].reshape(1, *grid, -1)
-    places = places[:, offset[0] : offset[0] + inner[0], offset[1] : offset[1] + inner[1]]
-    return torch.cat([table[:, :1], places.flatten(1, 2)], dim=1)
+    """Return the rows of a position table (1, 1 + R * C, T) that belong to a smaller grid inside, and the row of
+    [cls]."""
+    rows = table[:, 1:].reshape(1, *grid, -1)
+    rows = rows[:, offset[0] : offset[0] + inner[0], offset[1] : offset[1] + inner[1]]
+    return torch.cat([table[:, :1], rows.flatten(1, 2)], dim=1)
 
 
 def resized(imgs: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bilinear; smoothed where it shrinks."""
+    """Resize images (N, C, H, W) bilinearly, with antialiasing if they shrink."""
     if tuple(imgs.shape[-2:]) == size:
         return imgs
     shrinks = imgs.shape[-2] > size[0] or imgs.shape[-1] > size[1]
@@ -159,7 +165,7 @@ def _own_size(weights: Weights, patch: int) -> int | None:
 
 
 def warn_about_pixels(args, weights: Weights) -> None:
-    """Say when the teacher learned from pixels that were normalised otherwise."""
+    """Print a warning if the teacher's pixels were normalised differently, or a note if its file does not tell."""
     ours, stored = mean_std(args), weights.args
     if stored:
         dataset = stored.get("dataset") or "imagefolder"
@@ -167,64 +173,67 @@ def warn_about_pixels(args, weights: Weights) -> None:
         other = mean_std(SimpleNamespace(dataset=dataset, in_chans=args.in_chans, **given))
         if any(abs(a - b) > 5e-3 for mine, its in zip(ours, other) for a, b in zip(mine, its)):
             print(
-                f"warning: the teacher was trained on pixels with mean {_shown(other[0])} and deviation "
-                f"{_shown(other[1])}, this run has {_shown(ours[0])} and {_shown(ours[1])}: set --mean and --std alike"
+                f"warning: the teacher was trained on pixels with mean {_format(other[0])} and standard "
+                f"deviation {_format(other[1])}, this run has {_format(ours[0])} and "
+                f"{_format(ours[1])}: set --mean and --std alike"
             )
     else:
-        print(f"note: {weights.path} does not say how its pixels were normalised; this run has mean {_shown(ours[0])}")
+        print(f"note: {weights.path} stores no pixel mean and standard deviation; this run has mean {_format(ours[0])}")
 
 
-def _shown(values) -> str:
+def _format(values) -> str:
     return "/".join(f"{value:.3f}" for value in values)
 
 
 @torch.no_grad()
 def teacher_sanity_check(teacher: MaskedAutoencoderViT, imgs: torch.Tensor, mask_ratio: float) -> str:
-    """The teacher's own reconstruction loss on these images (64 of them are enough), at its own size and in float32,
-    beside that of predicting nothing."""
+    """Return a message with the teacher's reconstruction loss on up to 64 of these images, at its own image size and in
+    float32, beside the loss of predicting zeros."""
     teacher = teacher.requires_grad_(False).to(imgs.device).eval()
     imgs = resized(imgs[:64], tuple(teacher.patch_embed.img_size))
     noise = sample_noise(0, 0, torch.arange(len(imgs), device=imgs.device), teacher.patch_embed.num_patches, stream=1)
     with torch.autocast(imgs.device.type, enabled=False):
         loss, _, mask = teacher(imgs, mask_ratio, noise)
-    nothing = masked_mean((teacher.pixel_target(imgs) ** 2).mean(dim=-1), mask)
-    verdict = "" if loss < 0.9 * nothing else " (WARNING: hardly better: is it the right file, with the right pixels?)"
-    return f"teacher: reconstruction loss {loss:.4f} on the first batch, {nothing:.4f} if it predicted zeros{verdict}"
+    baseline = masked_mean((teacher.pixel_target(imgs) ** 2).mean(dim=-1), mask)
+    verdict = (
+        "" if loss < 0.9 * baseline else " (WARNING: hardly better: check the file and the normalisation of pixels)"
+    )
+    return f"teacher: reconstruction loss {loss:.4f} on the first batch, {baseline:.4f} if it predicted zeros{verdict}"
 
 
 # The method ---------------------------------------------------------------------------------------------------------
 
 
 class DMAE(Method):
-    """Adds `dmae_alpha` times the alignment loss, summed over the aligned pairs. The teacher is not in checkpoints: its
-    path and hash are."""
+    """Adds `dmae_alpha` times the alignment loss, summed over the aligned pairs. Checkpoints contain the path and hash
+    of the teacher's file, not the teacher."""
 
     name = "dmae"
     switch = Option("dmae_teacher", None, "checkpoint of the teacher; turns this method on", metavar="PATH")
     title = "DMAE (Bai et al., CVPR 2023)"
     summary = (
-        "Also match the middle features of a bigger, pretrained MAE on the same visible patches. Choose it where such "
-        "a teacher exists (the released ViT-L, say), whatever its patch and image size; holds at a mask ratio of 0.9. "
-        "Costs part of a forward pass of the teacher on the visible patches."
+        "Also match intermediate features of a larger, pretrained MAE on the same visible patches. Choose it where "
+        "such a teacher exists (the released ViT-L, say); its patch and image size may differ; works at a mask ratio "
+        "of 0.9. Costs part of a forward pass of the teacher on the visible patches."
     )
     options = (
         Option(
             "dmae_teacher_model",
             None,
-            "its model, where the file does not say, e.g. mae_vit_large_patch16",
+            "the teacher's model if its file does not name it, e.g. mae_vit_large_patch16",
             metavar="NAME",
         ),
         Option("dmae_alpha", 1.0, "weight of the alignment loss"),
         Option(
             "dmae_blocks",
             None,
-            "student and teacher blocks to align, from 1; without it three quarters of each depth, such as 9:18",
+            "student and teacher blocks to align, from 1; by default at three quarters of each depth, e.g. 9:18",
             metavar="S:T[,S:T...]",
         ),
         Option(
             "dmae_proj",
             "linear",
-            "layer from the student's width to the teacher's; none needs both the same",
+            "layer from the student's width to the teacher's; none needs equal widths",
             choices=("linear", "mlp", "none"),
             rare=True,
         ),
@@ -232,20 +241,20 @@ class DMAE(Method):
         Option(
             "dmae_normalize",
             False,
-            "compare directions only: tokens of length one, as the paper's release does",
+            "scale tokens to length one before they are compared, as the paper's release does",
             rare=True,
         ),
         Option(
             "dmae_teacher_pos",
             "inner",
-            "position embedding where the teacher's grid is larger: the inner part of its own, or a sine-cosine table",
+            "positions if the teacher's grid is larger: the inner part of its table, or a new sine-cosine table",
             choices=("inner", "fresh"),
             rare=True,
         ),
         Option(
             "dmae_teacher_size",
             None,
-            "image size to whose grid the teacher's position embedding is resampled; without it the one it was "
+            "image size to whose grid the teacher's position embedding is resampled; by default the size that it was "
             "trained at",
             type=int,
             metavar="N",
@@ -269,11 +278,11 @@ class DMAE(Method):
         with open(self.path, "rb") as file:
             self.hash = hashlib.file_digest(file, "sha256").hexdigest()
         self.pairs = aligned_blocks(args.dmae_blocks, len(model.blocks), len(whole.blocks))
-        # In tuples: neither is part of this method's parameters, nor of the checkpoint.
+        # In tuples, so that neither is registered as a submodule: they are not trained and not in checkpoints.
         self._whole = (whole,) if weights.has_decoder else None
         self._teacher = (self._cut(whole, tuple(model.patch_embed.grid_size), args.dmae_teacher_pos),)
         if self._whole is None:
-            print("teacher: the file has no decoder, so its reconstruction cannot be looked at")
+            print("teacher: the file has no decoder, so its reconstruction cannot be checked")
         widths = model.norm.normalized_shape[0], whole.norm.normalized_shape[0]
         if args.dmae_proj == "none" and widths[0] != widths[1]:
             raise UserError(
@@ -282,7 +291,7 @@ class DMAE(Method):
         self.projections = nn.ModuleList([_projection(args.dmae_proj, *widths) for _ in self.pairs])
 
     def _cut(self, whole: MaskedAutoencoderViT, grid: tuple[int, int], positions: str) -> Frozen:
-        """The teacher's encoder for the student's grid, up to its last aligned block."""
+        """Return the teacher's encoder for the student's grid, cut after its last aligned block."""
         patch, native = whole.patch_embed.patch_size, tuple(whole.patch_embed.grid_size)
         offset = grid_offset(grid, native, patch[0])
         table = inner_positions(whole.pos_embed, native, grid, offset)
@@ -297,7 +306,7 @@ class DMAE(Method):
         return tuple(student for student, _ in self.pairs)
 
     def teacher_features(self, imgs: torch.Tensor, ids_keep: torch.Tensor) -> dict[int, torch.Tensor]:
-        """{teacher block: its output (N, 1 + V, T)} on the patches that the student sees, in the same order."""
+        """Return {teacher block: its output (N, 1 + V, T)} for the patches that the student sees, in the same order."""
         teacher = self._teacher[0].network
         with torch.no_grad():
             tokens = teacher.embed_patches(teacher.patchify(resized(imgs, self.size)), ids_keep)
@@ -311,7 +320,7 @@ class DMAE(Method):
             return
         print(teacher_sanity_check(self._whole[0], imgs, self.ratio))
         self._whole = None
-        if imgs.is_cuda:  # the peak that is logged is that of training
+        if imgs.is_cuda:  # the logged peak must be that of training
             torch.cuda.reset_peak_memory_stats(imgs.device)
 
     def terms(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, out: MaskedOutput) -> dict[str, torch.Tensor]:
@@ -323,10 +332,10 @@ class DMAE(Method):
             losses[name] = self.alpha * loss
         return losses
 
-    # Plumbing.
+    # Device, checkpoints.
 
     def _apply(self, fn, *args, **kwargs):
-        """Move the teacher along, to the device and type of everything else."""
+        """Move the teacher, which is not a submodule, to the same device and type."""
         self._teacher[0]._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
 
@@ -341,9 +350,9 @@ class DMAE(Method):
             )
 
 
-def _projection(kind: str, width: int, teacher_width: int) -> nn.Module:
-    if kind == "none":
+def _projection(layer: str, width: int, teacher_width: int) -> nn.Module:
+    if layer == "none":
         return nn.Identity()
-    if kind == "linear":
+    if layer == "linear":
         return nn.Linear(width, teacher_width)
     return nn.Sequential(nn.Linear(width, teacher_width), nn.GELU(), nn.Linear(teacher_width, teacher_width))

@@ -1,4 +1,4 @@
-"""The declaration of a method's flag: what the parser, the defaults and the refusals are made from."""
+"""The declaration of a method's flag, from which parser entry, default and error messages are made."""
 
 import argparse
 from collections.abc import Callable
@@ -9,10 +9,11 @@ from util.parser import rare
 
 @dataclass(frozen=True)
 class Option:
-    """One flag, `--name`. It takes values of the type of `default`; where that is None, of `type`, else text. A bool is
-    a switch, and one that is on has a second flag, `--no_name`, whose help is `negated`.
+    """One flag, `--name`.
 
-    `rare`: `--help` leaves it to `--help_all`.
+    Its values have the type of `default` or, if that is None, `type` (text without one). A bool is a switch; one that
+    is on by default has a second flag, `--no_name`, with the help text `negated`. A `rare` flag is shown by
+    `--help_all` only.
     """
 
     name: str
@@ -25,8 +26,8 @@ class Option:
     negated: str = ""
 
     def add_to(self, group: argparse._ArgumentGroup, always: bool = False) -> None:
-        """Add the flag to `group`. Unless `always`, it is absent from the parsed flags where it was not given, so that
-        `enabled_methods` can tell; its default is settled there."""
+        """Add the flag to `group`. Unless `always`, a flag that was not given is absent from the parsed flags;
+        `enabled_methods` can then detect flags without effect, and sets the defaults."""
         kwargs = {"default": self.default if always else argparse.SUPPRESS, "help": self.help}
         if isinstance(self.default, bool):
             kwargs["action"] = "store_true"

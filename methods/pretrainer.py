@@ -1,4 +1,4 @@
-"""The autoencoder and the enabled methods as one module: what DDP wraps and the engine calls."""
+"""The autoencoder and the enabled methods as one module."""
 
 import torch
 from torch import nn
@@ -8,9 +8,9 @@ from models_mae import MaskedAutoencoderViT, MaskedOutput
 
 
 class Pretrainer(nn.Module):
-    """The autoencoder and the enabled methods as one module: what DDP and FSDP wrap and the engine calls.
+    """The autoencoder and the enabled methods as one module, which the engine calls and which DDP or FSDP wraps.
 
-    `pretrainer(imgs, mask_ratio, noise)` gives the terms of the loss; their sum is back-propagated.
+    `pretrainer(imgs, mask_ratio, noise)` returns the terms of the loss; their sum is back-propagated.
     """
 
     def __init__(self, model: MaskedAutoencoderViT, methods: list[Method] | tuple = (), steps: int = 1):
@@ -22,12 +22,12 @@ class Pretrainer(nn.Module):
             method.begin(model, list(methods), steps)
 
     def forward(self, imgs, mask_ratio=0.75, noise=None) -> dict[str, torch.Tensor]:
-        """imgs (N, C, H, W), noise (N, L) or None (drawn here) -> the weighted terms of the loss, scalars by name. The
-        first one is the loss of the predictions."""
+        """Images (N, C, H, W) and noise (N, L), drawn here if None -> the weighted terms of the loss: scalars by name.
+        The first one is the loss of the predictions."""
         return self.forward_with_output(imgs, mask_ratio, noise)[0]
 
     def forward_with_output(self, imgs, mask_ratio=0.75, noise=None) -> tuple[dict[str, torch.Tensor], MaskedOutput]:
-        """The same, with everything that the terms were computed from."""
+        """Compute the terms of the loss, and return also the `MaskedOutput` that they were computed from."""
         methods = self.methods.values()
         self.first_batch(imgs)
         if noise is None:
@@ -52,7 +52,7 @@ class Pretrainer(nn.Module):
         return losses, out
 
     def first_batch(self, imgs) -> None:
-        """Show the first batch to the methods, once in this process."""
+        """Call `first_batch` of all methods, once per process."""
         if not self._seen_a_batch:
             self._seen_a_batch = True
             for method in self.methods.values():
@@ -72,7 +72,7 @@ class Pretrainer(nn.Module):
 
     @property
     def shows_pixels(self) -> bool:
-        """Whether the decoder is now trained to predict pixels, so that pictures of its output mean something."""
+        """Whether the decoder is currently trained to predict pixels, so that reconstructions can be drawn."""
         return not any(method.head_in_use for method in self.methods.values())
 
     def metrics(self) -> dict[str, torch.Tensor | float | None]:
@@ -85,7 +85,7 @@ class Pretrainer(nn.Module):
         return {k: v for method in self.methods.values() for k, v in method.distributions(self.model, imgs).items()}
 
     def diagnostics_due(self, step: int) -> list[Method]:
-        """The methods whose diagnostics are due after this step."""
+        """Return the methods whose diagnostics are due after optimizer step `step`."""
         return [m for m in self.methods.values() if m.diagnostics_every and step % m.diagnostics_every == 0]
 
     def no_weight_decay(self) -> set[str]:
@@ -96,5 +96,5 @@ class Pretrainer(nn.Module):
 
 
 def _first(values):
-    """The first value that is not None: slots guarantee that there is at most one."""
+    """Return the first value that is not None. At most one is: `enabled_methods` allows one method per slot."""
     return next((value for value in values if value is not None), None)

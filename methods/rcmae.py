@@ -1,9 +1,10 @@
-"""RC-MAE: beside the pixels, agree with what an average of your own past would reconstruct.
+"""RC-MAE: besides the pixels, the student reconstructs what a moving average of itself predicts.
 
-Source: Lee, Hwang, Lee and others, "Exploring the Role of Mean Teachers in Self-supervised Masked Auto-Encoders" (ICLR
-2023). The teacher is a moving average of the whole student, encoder and decoder; it sees the same visible patches.
+Source: Lee, Hwang, Lee and others, "Exploring the Role of Mean Teachers in Self-supervised Masked Auto-Encoders"
+(ICLR 2023). The teacher is a moving average of the whole student, encoder and decoder, and sees the same visible
+patches.
 
-Shapes: N images, L patches, V visible ones, F values per prediction.
+Shapes: N images, L patches, P predicted patches, F values per prediction.
 """
 
 import math
@@ -25,33 +26,33 @@ from util.parallel.distributed import all_reduce_sum, get_rank, get_world_size
 
 
 def consistency_loss(out: MaskedOutput, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference per patch, averaged over the removed patches, of the student's `out.pred` and what the
-    teacher predicts for the same patches, both (N, P, F)."""
+    """Return the mean squared difference per patch between the student's `out.pred` and the teacher's predictions of
+    the same patches, both (N, P, F), averaged over the removed patches."""
     return out.mean_over_predicted(((widened(out.pred) - widened(teacher.detach())) ** 2).mean(dim=-1))
 
 
 def momentum_at(step: int, steps: int, base: float, schedule: str = "cosine") -> float:
-    """Momentum of the teacher after optimizer step `step` (from 0) of a run of `steps`: from `base` towards 1 on a
-    cosine over the whole run, or always `base`. It never starts again with an epoch."""
+    """Return the teacher's momentum after optimizer step `step` (from 0) of a run of `steps`: a cosine from `base` to 1
+    over the whole run, or constantly `base`."""
     if schedule == "constant":
         return base
     return 1 + 0.5 * (base - 1) * (1 + math.cos(math.pi * min(step, steps) / steps))
 
 
 def predict(model: MaskedAutoencoderViT, head: nn.Module, imgs, scores, out: MaskedOutput) -> torch.Tensor:
-    """The prediction of `model`, through `head`, for the patches that `out` predicts: (N, P, F). It sees the patches of
-    lowest `scores` (N, L); where those are the student's own, it sees what the student sees."""
+    """Return the prediction of `model` through `head` for the patches that `out` predicts: (N, P, F). The model sees
+    the patches with the lowest `scores` (N, L); with `out.scores`, those that the student sees."""
     same = scores is out.scores and not out.all_patches
     teacher = model.forward_pretrain(imgs, out.mask_ratio, scores, head=head, all_patches=not same)
     return teacher.pred if same else out.select_predicted(teacher.pred)
 
 
 def gradient_cosine(one: torch.Tensor, other: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
-    """Cosine between the gradients of two scalars of the same graph, averaged over all ranks before (Fig. 3b); NaN when
-    one of them vanishes."""
+    """Return the cosine between the gradients of two scalars of the same graph (Fig. 3b). The gradients are summed over
+    all ranks first. NaN if one of them is zero."""
     flat = []
-    for loss, keep in ((one, True), (other, False)):
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=keep, materialize_grads=True)
+    for loss, retain in ((one, True), (other, False)):
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=retain, materialize_grads=True)
         flat.append(all_reduce_sum(torch.cat([g.flatten().float() for g in gradients])))
     return flat[0] @ flat[1] / (flat[0].norm() * flat[1].norm())
 
@@ -60,41 +61,41 @@ def gradient_cosine(one: torch.Tensor, other: torch.Tensor, parameters: list[nn.
 
 
 class RCMAE(Method):
-    """Adds `rc_gamma` times the consistency loss; `model_ema` in the checkpoint is the teacher, a full MAE, which the
-    paper fine-tunes."""
+    """Adds `rc_gamma` times the consistency loss. The teacher is stored as `model_ema` in checkpoints: a complete MAE,
+    which the paper fine-tunes."""
 
     name, switch = "rc_mae", Option("rc_mae", False, "turn this method on")
     title = "RC-MAE (Lee et al., ICLR 2023)"
     summary = (
-        "Also agree with the reconstruction of an EMA teacher that sees the same patches. Choose it to get further in "
-        "fewer epochs, for dense tasks, or for weights that are an average: the paper evaluates the teacher, "
-        "--checkpoint_key model_ema. Costs one more forward pass of the visible patches."
+        "Also match the reconstruction of an EMA teacher that sees the same patches. Choose it for better results in "
+        "fewer epochs, for dense tasks, or for averaged weights: the paper evaluates the teacher, "
+        "--checkpoint_key model_ema. Costs one more forward pass on the visible patches."
     )
     options = (
         Option("rc_gamma", 1.0, "weight of the consistency loss"),
         Option(
             "rc_momentum",
             0.996,
-            "momentum of the teacher at the start: its own share at every step; a lower one follows faster",
+            "initial momentum of the teacher: the share that it keeps in a step; lower follows the student faster",
         ),
         Option(
             "rc_schedule",
             "cosine",
-            "momentum: rising to 1 over the whole run, or constant (what the released code amounts to)",
+            "momentum: rising to 1 over the whole run, or constant (as the released code in effect does)",
             choices=("cosine", "constant"),
             rare=True,
         ),
         Option(
             "rc_mask",
             "same",
-            "the teacher sees the student's patches, or draws its own; the paper: same is better on detection",
+            "the teacher sees the student's patches, or draws its own; in the paper same is better on detection",
             choices=("same", "different"),
             rare=True,
         ),
         Option(
             "log_grad_cosine",
             0,
-            "every F steps, log the cosine between the gradients of both losses; costs an extra pass; 0: never",
+            "every F steps, log the cosine between the gradients of the two losses (an extra pass); 0: never",
             metavar="F",
             rare=True,
         ),
@@ -109,7 +110,7 @@ class RCMAE(Method):
         if args.log_grad_cosine < 0:
             raise UserError(f"--log_grad_cosine {args.log_grad_cosine} must not be negative")
         if args.log_grad_cosine and getattr(args, "fsdp", False):
-            raise UserError("--log_grad_cosine looks at whole gradients, which --fsdp never has: leave one of them out")
+            raise UserError("--log_grad_cosine needs whole gradients, which --fsdp never holds: leave one of them out")
         for name, used in (("log_grad_cosine", args.log_grad_cosine), ("rc_mask", args.rc_mask == "different")):
             if used and not args.rc_gamma:
                 raise UserError(f"--{name} has no effect with --rc_gamma 0: there is no consistency loss")
@@ -124,7 +125,7 @@ class RCMAE(Method):
         )
         self.steps, self.momentum = 1, args.rc_momentum
         self.teacher = Frozen(deepcopy(model))
-        self.heads = nn.ModuleDict()  # of methods that reconstruct something else than pixels: name -> the teacher's
+        self.heads = nn.ModuleDict()  # method name -> the teacher's copy of its prediction head
 
     def begin(self, model, methods, steps: int) -> None:
         self.steps = steps
@@ -150,16 +151,16 @@ class RCMAE(Method):
 
     def diagnostics(self, pretrainer, imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor | None]:
         model = pretrainer.model
-        # As one process would number the images of all ranks, so that an image has the same mask on any number of them.
-        places = torch.arange(len(imgs), device=imgs.device) * get_world_size() + get_rank()
-        noise = sample_noise(step, 0, places, model.patch_embed.num_patches, stream=2)
+        # Numbered over all ranks, so that the masks do not depend on the number of processes.
+        indices = torch.arange(len(imgs), device=imgs.device) * get_world_size() + get_rank()
+        noise = sample_noise(step, 0, indices, model.patch_embed.num_patches, stream=2)
         losses, out = pretrainer.forward_with_output(imgs, self.ratio, noise)
         target = next(iter(losses.values()))  # the loss of the predictions comes first
         shared = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        scale = out.pred.numel()  # sums instead of means: under fp16 the gradients of means are zeros
+        scale = out.pred.numel()  # sums instead of means: gradients of means underflow in fp16
         with torch.autocast(imgs.device.type, enabled=False):
             cosine = gradient_cosine(target * scale, losses["consistency"] * scale, shared)
-        # While the teacher is still the student (a learning rate of 0 in the first step) there is no second gradient.
+        # In the first step, with a learning rate of 0, teacher and student are equal and the second gradient is zero.
         return {"grad_cosine": cosine if torch.isfinite(cosine) else None}
 
     def metrics(self) -> dict[str, float]:

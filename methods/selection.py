@@ -1,4 +1,4 @@
-"""Which methods the flags turn on, and whether they can be combined."""
+"""Selection of the methods that the flags turn on, and the check that they can be combined."""
 
 import argparse
 
@@ -7,7 +7,7 @@ from util.errors import UserError
 
 
 def add_method_arguments(parser: argparse.ArgumentParser, known: list[type[Method]]) -> None:
-    """One titled group of flags per method; an option that several methods share is in the group of the first."""
+    """Add one titled group of flags per method. An option of several methods goes into the group of the first one."""
     added = set()
     for method in known:
         group = parser.add_argument_group(method.title, method.summary or None)
@@ -19,8 +19,10 @@ def add_method_arguments(parser: argparse.ArgumentParser, known: list[type[Metho
 
 
 def enabled_methods(args: argparse.Namespace, known: list[type[Method]]) -> list[type[Method]]:
-    """The methods that the flags ask for; UserError when two of them cannot run together, or when a flag has no effect
-    because no method that knows it is on. Options that were not given get their defaults."""
+    """Return the methods that the flags turn on, and set the defaults of their options that were not given.
+
+    Raises UserError if two of them cannot be combined, or if a flag belongs only to methods that are off.
+    """
     chosen = [method for method in known if method.enabled(args)]
     in_use = {option.name for method in chosen for option in method.options}
     for dest in vars(args):

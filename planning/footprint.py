@@ -1,10 +1,10 @@
-"""Memory of pretraining, predicted from the sizes of the model alone; nothing is built or run.
+"""Prediction of the memory of pretraining from the sizes of the model; nothing is built or run.
 
-docs/scaling.md has the reasons behind the formulas and the measurements that they are checked against.
+docs/scaling.md has the reasons for the formulas, and measurements to compare with.
 
-Symbols: L patches, V visible ones, P = L - V predicted ones, D and d widths of encoder and decoder, F values of a
-patch. A number in matrix products has `element` bytes (2 in bf16 and fp16, 4 in fp32); weights, AdamW's moments,
-gradients and the stream that blocks add to are fp32 whatever that is.
+Symbols: L patches, V visible patches, P = L - V predicted patches, D and d widths of encoder and decoder, F values of a
+patch. A number in matrix products has `element` bytes (2 in bf16 and fp16, 4 in fp32). Weights, AdamW's moments,
+gradients and the residual stream are always fp32.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers of a masked autoencoder that time and memory depend on."""
+    """The sizes of a masked autoencoder that time and memory depend on."""
 
     width: int
     depth: int
@@ -36,13 +36,13 @@ class Sizes:
 
     @property
     def frozen(self) -> int:
-        """Numbers in the two position tables."""
+        """Number of values in the two position tables, which are not trained."""
         return (1 + self.patches) * (self.width + self.narrow)
 
 
 def sizes_of(config: dict, mask_ratio: float = 0.75, in_chans: int = 3) -> Sizes:
-    """Of a model with these constructor arguments (the `config` of an entry of `models_mae.MODELS`). UserError for
-    sizes or a mask ratio that cannot be."""
+    """Return the sizes of a model with these constructor arguments (the `config` of an entry of `models_mae.MODELS`).
+    Raises UserError for sizes or a mask ratio that are impossible."""
     check_geometry(config)
     size, patch = config["img_size"], config["patch_size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -67,11 +67,11 @@ def sizes_of(config: dict, mask_ratio: float = 0.75, in_chans: int = 3) -> Sizes
 class Setup:
     """How the model is trained."""
 
-    batch: int  # images of a process and forward pass
+    batch: int  # images per process and forward pass
     gpus: int = 1
     accum: int = 1
     element: int = 2
-    fused: bool = True  # attention by one kernel; else by two products and a softmax, rounded to `element` as on a CPU
+    fused: bool = True  # attention by one kernel; else two products and a softmax in `element` bytes, as on a CPU
     grad_checkpoint: bool = False
     fsdp: bool = False
     teacher: str = "none"  # "encoder" (whole images: MAE-K, EMA-MAE), "autoencoder" (visible patches: RC-MAE)
@@ -84,14 +84,14 @@ class Setup:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of the network, in the order of the forward pass; bytes and FLOPs are of one image."""
+    """A part of the network, in the order of the forward pass; bytes and FLOPs are per image."""
 
-    weights: int  # that learn
-    saved: int = 0  # kept from the forward to the backward pass
-    passing: int = 0  # further bytes while its backward pass runs
-    flops: int = 0  # forward
-    again: int = 0  # of those, computed again with `grad_checkpoint`
-    matrix: int = 0  # of its largest weight matrix: the gradient that exists in two types for a moment
+    weights: int  # number of trained weights
+    saved: int = 0  # bytes kept from the forward to the backward pass
+    passing: int = 0  # further bytes during its backward pass
+    flops: int = 0  # of the forward pass
+    again: int = 0  # FLOPs that `grad_checkpoint` repeats
+    matrix: int = 0  # values of its largest weight matrix, whose gradient exists in two types for a moment
     block: bool = False
 
 
@@ -99,49 +99,51 @@ class Part:
 
 
 def block_saved(tokens: int, ends: int, width: int, heads: int, element: int, fused: bool) -> int:
-    """Bytes that a block from `tokens` to `ends` tokens keeps of one image: inputs of both norms with their mean and
-    deviation, inputs of qkv and fc1, q, k, v, the output of attention, both sides of GELU, and of attention's weights
-    one number a row or all of them."""
-    queries = tokens if fused else ends  # the kernel keeps views of all, the product a copy of those it needs
+    """Return the bytes per image that a block with `tokens` inputs and `ends` outputs keeps for the backward pass:
+    inputs of both norms with their mean and standard deviation; inputs of qkv and fc1; q, k, v; the output of
+    attention; input and output of GELU; and of the attention weights one number per row (fused) or all."""
+    queries = tokens if fused else ends  # the kernel keeps views of all queries, the product a copy of those used
     kept = tokens * (4 * width + 8) + ends * (4 * width + 8)
     kept += element * width * (tokens + 2 * tokens + queries + 10 * ends)
     return kept + heads * ends * (4 if fused else element * tokens)
 
 
 def block_passing(ends: int, width: int, element: int) -> int:
-    """Bytes at the widest place of a block's backward pass, at GELU: the gradients of the stream, of fc2's output where
-    its type is another, and of fc2's input."""
+    """Return the bytes at the peak of a block's backward pass, at GELU: gradients of the residual stream, of fc2's
+    output if its type differs, and of fc2's input."""
     return ends * width * (4 + (element if element < 4 else 0) + 4 * element)
 
 
 def block(tokens: int, width: int, heads: int, setup: Setup, ends: int | None = None) -> Part:
-    """Of all tokens, or computing `ends` of them alone, with keys and values of all."""
+    """Return a block on `tokens` tokens that computes all of them, or only `ends`, with all tokens as keys and
+    values."""
     ends = tokens if ends is None else ends
     saved = block_saved(tokens, ends, width, heads, setup.element, setup.fused)
     passing = block_passing(ends, width, setup.element)
-    if setup.grad_checkpoint:  # the input stays, all else comes back while the backward pass is here
+    if setup.grad_checkpoint:  # only the input is kept; the rest exists during the block's backward pass
         saved, passing = 4 * tokens * width, passing + saved - 4 * tokens * width
     flops = tokens * 6 * width**2 + ends * (18 * width**2 + 4 * tokens * width)
-    again = (flops - ends * 8 * width**2) if setup.grad_checkpoint else 0  # nothing needs the output of fc2
+    again = (flops - ends * 8 * width**2) if setup.grad_checkpoint else 0  # the output of fc2 is not needed
     return Part(12 * width**2 + 13 * width, saved, passing, flops, again, 4 * width**2, block=True)
 
 
 def stem(sizes: Sizes, setup: Setup) -> Part:
-    """Embedding of the visible patches, and [cls]."""
+    """Return the embedding of the visible patches, and [cls]."""
     weights = sizes.values * sizes.width + 2 * sizes.width
-    seen = sizes.visible * sizes.values
-    return Part(weights, setup.element * seen, 0, 2 * seen * sizes.width)
+    pixels = sizes.visible * sizes.values
+    return Part(weights, setup.element * pixels, 0, 2 * pixels * sizes.width)
 
 
 def bridge(sizes: Sizes, setup: Setup) -> Part:
-    """The encoder's norm, and its output made as narrow as the decoder, and the mask token."""
+    """Return the encoder's norm, the projection to the decoder's width, and the mask token."""
     tokens, D, d = 1 + sizes.visible, sizes.width, sizes.narrow
     return Part(2 * D + D * d + 2 * d, tokens * (4 * D + 8 + setup.element * D), 0, 2 * tokens * D * d)
 
 
 def head(sizes: Sizes, setup: Setup) -> Part:
-    """The decoder's norm, predictions and the loss. While it runs, what the pass returned by name is still there: the
-    pixels of all patches, predictions, the outputs of both norms; and three times the pixels of predicted patches."""
+    """Return the decoder's norm, predictions and loss. During this part the tensors that the forward pass returns exist
+    as well: pixels of all patches, predictions, outputs of both norms; and three copies of the predicted patches'
+    pixels."""
     P, d, F = sizes.predicted, sizes.narrow, sizes.values
     saved = P * (4 * d + 8 + setup.element * d + 4 * F)
     passing = 4 * sizes.patches * F + setup.element * P * F + 12 * P * F
@@ -151,21 +153,22 @@ def head(sizes: Sizes, setup: Setup) -> Part:
 
 
 def parts(sizes: Sizes, setup: Setup) -> list[Part]:
+    """Return the parts of the network in the order of the forward pass."""
     encoder = block(1 + sizes.visible, sizes.width, sizes.heads, setup)
     narrow = (1 + sizes.patches, sizes.narrow, sizes.decoder_heads, setup)
     decoder = [block(*narrow)] * (sizes.decoder_depth - 1)
-    if sizes.decoder_depth:  # the last one computes what is predicted
+    if sizes.decoder_depth:  # the last block computes only the predicted patches
         decoder += [block(*narrow, ends=sizes.predicted)]
     return [stem(sizes, setup), *[encoder] * sizes.depth, bridge(sizes, setup), *decoder, head(sizes, setup)]
 
 
 def learned(sizes: Sizes) -> int:
-    """Weights that learn."""
+    """Return the number of trained weights."""
     return sum(part.weights for part in parts(sizes, Setup(1)))
 
 
 def teacher_weights(sizes: Sizes, teacher: str) -> int:
-    """Numbers of the copy that a method with a teacher keeps."""
+    """Return the number of values in a method's teacher."""
     if teacher == "none":
         return 0
     if teacher == "autoencoder":
@@ -178,7 +181,7 @@ def teacher_weights(sizes: Sizes, teacher: str) -> int:
 
 
 def resident(sizes: Sizes, setup: Setup) -> dict[str, float]:
-    """Bytes of a process that are there all the time."""
+    """Return the bytes that a process holds all the time, by content."""
     share = setup.gpus if setup.fsdp else 1
     weights, teacher = learned(sizes), teacher_weights(sizes, setup.teacher)
     return {
@@ -190,8 +193,8 @@ def resident(sizes: Sizes, setup: Setup) -> dict[str, float]:
 
 
 def gathered(sizes: Sizes, setup: Setup) -> float:
-    """Bytes that FSDP gathers during a step (`util/parallel/fsdp.py`): what is in no block, in fp32; of the largest
-    block two sets of weights (one fetched ahead) and the message of one, a gradient, and fp32 buffers of two
+    """Return the bytes that FSDP gathers during a step (`util/parallel/fsdp.py`): all weights outside blocks, in fp32;
+    and of the largest block two sets of weights (one prefetched) with one message, a gradient, and fp32 buffers of two
     reductions."""
     listed = parts(sizes, setup)
     largest = max((part.weights for part in listed if part.block), default=0)
@@ -199,46 +202,48 @@ def gathered(sizes: Sizes, setup: Setup) -> float:
 
 
 def whole(sizes: Sizes, setup: Setup) -> float:
-    """Bytes of all weights, those of a teacher too, as a process has them between epochs, to look at the model."""
+    """Return the bytes of all weights, a teacher's included, which a process gathers between epochs for previews and
+    kNN."""
     return setup.element * (learned(sizes) + sizes.frozen + teacher_weights(sizes, setup.teacher))
 
 
 def moments(sizes: Sizes, setup: Setup) -> dict[str, dict[str, float]]:
-    """Bytes by what they hold, at the moments of a step when a process may hold most."""
+    """Return the bytes of a process by content, at those moments of a step that may be the peak."""
     listed, batch = parts(sizes, setup), setup.batch
     weights, there = learned(sizes), resident(sizes, setup)
     gradients = 4 * weights / (setup.gpus if setup.fsdp else 1)
-    # Under DDP the buckets that gradients are views of always exist; else gradients go away after the step.
+    # With DDP, gradients are views of buckets that always exist; otherwise they are freed after the step.
     always = setup.accum > 1 or (setup.gpus > 1 and not setup.fsdp)
-    if setup.element < 4 and not setup.fsdp:  # autocast keeps them until the step is over; FSDP gathers in bf16
+    if setup.element < 4 and not setup.fsdp:  # autocast caches them for the step; FSDP gathers in bf16
         there["bf16 weights"] = setup.element * (weights - listed[0].weights)
-    made, kept, found = 0.0, sum(part.saved for part in listed), {}
+    made, kept, by_moment = 0.0, sum(part.saved for part in listed), {}
     for index, part in reversed(list(enumerate(listed))):
-        where = "loss" if index == len(listed) - 1 else "backward"
+        moment = "loss" if index == len(listed) - 1 else "backward"
         now = there | {
             "activations": batch * kept,
             "gathered": gathered(sizes, setup) if setup.fsdp else 0,
             "gradients": gradients if always else gradients * (made + part.matrix) / weights,
             "in passing": batch * part.passing + (setup.element * part.matrix if setup.element < 4 else 0),
         }
-        if where not in found or sum(now.values()) > sum(found[where].values()):
-            found[where] = now
+        if moment not in by_moment or sum(now.values()) > sum(by_moment[moment].values()):
+            by_moment[moment] = now
         kept, made = kept - part.saved, made + part.weights
-    found["optimizer"] = there | {"gradients": gradients}
+    by_moment["optimizer"] = there | {"gradients": gradients}
     if setup.fsdp:
-        found["between epochs"] = there | {"gathered": whole(sizes, setup)}
+        by_moment["between epochs"] = there | {"gathered": whole(sizes, setup)}
     if setup.teacher != "none":
-        found |= _teacher_moments(sizes, setup, there, gradients if always else 0.0, found["loss"])
-    return found
+        by_moment |= _teacher_moments(sizes, setup, there, gradients if always else 0.0, by_moment["loss"])
+    return by_moment
 
 
 def _teacher_moments(sizes: Sizes, setup: Setup, there: dict, gradients: float, loss: dict) -> dict:
-    """Its forward pass, beside what the student keeps, and the difference to it that moves it, which is made as one."""
+    """Return the moments of a teacher: its forward pass, while the student's activations exist, and its update, which
+    creates the difference to the student in one tensor."""
     tokens = 1 + (sizes.patches if setup.teacher == "encoder" else sizes.visible)
     wide = tokens * sizes.width
     if setup.teacher == "autoencoder":
         wide = max(wide, (1 + sizes.patches) * sizes.narrow)
-    # A block without gradients at GELU: the stream, its norm, both sides.
+    # A block without gradients at GELU: residual stream, its norm, input and output of GELU.
     forward = setup.batch * wide * (8 + 8 * setup.element)
     return {
         "teacher's pass": loss | {"in passing": loss["in passing"] + forward},
@@ -247,6 +252,6 @@ def _teacher_moments(sizes: Sizes, setup: Setup, there: dict, gradients: float, 
 
 
 def peak(sizes: Sizes, setup: Setup) -> tuple[str, dict[str, float]]:
-    """(the moment, bytes by what they hold) at the peak of a step of one process; without what CUDA and the allocator
-    need for themselves (`Machine.usable`)."""
+    """Return (moment, bytes by content) at the peak of a step of one process, without the memory of CUDA and the
+    allocator (`Machine.usable`)."""
     return max(moments(sizes, setup).items(), key=lambda item: sum(item[1].values()))

@@ -1,6 +1,7 @@
-"""Time of pretraining on many GPUs, and the fastest way to run it that fits into their memory; nothing is measured.
+"""Prediction of the time of pretraining on many GPUs, and the fastest setup that fits into their memory; nothing is
+measured.
 
-docs/scaling.md has the reasons behind the formulas, and says what is measured and what assumed.
+docs/scaling.md has the reasons for the formulas, and lists what is measured and what is assumed.
 """
 
 import math
@@ -9,39 +10,39 @@ from dataclasses import dataclass, field, replace
 from planning.footprint import GIB, Setup, Sizes, learned, parts, peak, teacher_weights
 from util.errors import UserError
 
-OPTIMIZER = 28  # bytes that AdamW reads and writes for a weight: itself, its gradient, two moments; all but one twice
+OPTIMIZER = 28  # bytes that AdamW moves per weight: weight and two moments are read and written, the gradient read
 
 # Time ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is assumed of the hardware. Rates are per second."""
+    """Assumptions about the hardware. Rates are per second."""
 
     gpu_mem: float = 80.0  # GiB
-    tflops: float = 700.0  # that large matrix products reach
-    mfu: float = 40.0  # percent of it, as `--log_mfu` measures
-    memory_rate: float = 2000.0  # GB/s, of the GPU's own memory
-    bandwidth: float = 300.0  # GB/s of a collective inside a node
-    network: float = 100.0  # GB/s between two nodes, all their adapters together
-    node: int = 8  # GPUs
-    cores: int = 16  # CPU cores of a GPU
-    decoded: float = 290.0  # images that a core prepares (benchmarks/README.md, 375x500 JPEGs to 224 px)
-    context: float = 2.0  # GiB of CUDA, NCCL and workspaces
-    fragmentation: float = 0.05  # of what is allocated
-    hop: float = 5e-6  # s, of a message from one GPU to the next
-    launch: float = 6e-4  # s, to launch the kernels of a block, forward and backward, not compiled
+    tflops: float = 700.0  # reached by large matrix products
+    mfu: float = 40.0  # percent of `tflops`, as measured by `--log_mfu`
+    memory_rate: float = 2000.0  # GB/s, of the GPU's memory
+    bandwidth: float = 300.0  # GB/s, of a collective inside a node
+    network: float = 100.0  # GB/s, between two nodes, over all adapters
+    node: int = 8  # GPUs per node
+    cores: int = 16  # CPU cores per GPU
+    decoded: float = 290.0  # images that a core decodes and augments (benchmarks/README.md, 375x500 JPEGs to 224 px)
+    context: float = 2.0  # GiB, for CUDA, NCCL and workspaces
+    fragmentation: float = 0.05  # share of the allocated memory
+    hop: float = 5e-6  # s, for a message from one GPU to the next
+    launch: float = 6e-4  # s, to launch the kernels of a block (forward and backward, not compiled)
     bucket: float = 25 * 2**20  # bytes of a DDP message
 
     @property
     def usable(self) -> float:
-        """Bytes for tensors."""
+        """Bytes that tensors can use."""
         return max(0.0, self.gpu_mem - self.context) * GIB / (1 + self.fragmentation)
 
 
 def flops_per_image(sizes: Sizes, setup: Setup) -> dict[str, int]:
-    """Of matrix products in a training step: forward once, backward twice (the patch kernel's input needs none), blocks
-    once more with `grad_checkpoint`, and the teacher's forward pass."""
+    """Return the FLOPs of matrix products in a training step, per image: forward once, backward twice (except for the
+    input of the patch kernel), blocks once more with `grad_checkpoint`, and the teacher's forward pass."""
     listed = parts(sizes, setup)
     forward = sum(part.flops for part in listed)
     counted = {"forward and backward": 3 * forward - listed[0].flops}
@@ -57,12 +58,12 @@ def flops_per_image(sizes: Sizes, setup: Setup) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Seconds:
-    """A step of the optimizer."""
+    """The time of one optimizer step, in seconds."""
 
     compute: float
-    exposed: float  # communication that nothing hides
-    launching: float  # what `compute` exceeds the arithmetic by, because the host cannot launch kernels any faster
-    decoding: float  # of the data workers, for the images of this step
+    exposed: float  # communication that does not overlap with computation
+    launching: float  # part of `compute` in which the GPU waits for the host to launch kernels
+    decoding: float  # time of the data workers for the images of the step
 
     @property
     def step(self) -> float:
@@ -70,7 +71,8 @@ class Seconds:
 
     @property
     def limit(self) -> str:
-        """What takes most of the time that arithmetic does not."""
+        """The main cause of time beyond arithmetic: "data", "communication", "few images a GPU", or "compute" if there
+        is none above 10 %."""
         if self.decoding > self.compute + self.exposed:
             return "data"
         waste = {"communication": self.exposed, "few images a GPU": self.launching}
@@ -79,15 +81,15 @@ class Seconds:
 
 
 def seconds(sizes: Sizes, setup: Setup, machine: Machine) -> Seconds:
-    """Of one step of `setup.accum` micro-batches."""
+    """Return the time of one optimizer step of `setup.accum` micro-batches."""
     listed, counted = parts(sizes, setup), flops_per_image(sizes, setup)
     blocks = sum(part.block for part in listed)
     arithmetic = setup.batch * sum(counted.values()) / (machine.tflops * 1e12 * machine.mfu / 100)
     passes = 4 if setup.grad_checkpoint else 3
     micro = max(arithmetic, blocks * machine.launch * passes / 3)
-    # Two thirds of forward and backward are backward, and what is computed again is computed there.
-    behind = counted["forward and backward"] * 2 / 3 + counted.get("computed again", 0)
-    backward = micro * behind / sum(counted.values())
+    # The backward pass is two thirds of forward and backward, and recomputation happens in it.
+    backward_flops = counted["forward and backward"] * 2 / 3 + counted.get("computed again", 0)
+    backward = micro * backward_flops / sum(counted.values())
     message, hidden, times = collective(sizes, setup, machine), backward, 1
     if setup.fsdp:
         hidden, times = micro, setup.accum
@@ -101,8 +103,8 @@ def seconds(sizes: Sizes, setup: Setup, machine: Machine) -> Seconds:
 
 
 def traffic(sizes: Sizes, setup: Setup) -> float:
-    """Bytes that a GPU sends: under DDP once a step, a ring all-reduce of fp32 gradients; under FSDP for every
-    micro-batch weights gathered twice (forward, backward), fp32 gradients scattered, a teacher's weights gathered."""
+    """Return the bytes that a GPU sends per step. DDP: a ring all-reduce of fp32 gradients. FSDP, for every
+    micro-batch: weights gathered twice (forward, backward), fp32 gradients scattered, a teacher's weights gathered."""
     if setup.gpus == 1:
         return 0.0
     sent = 2 * 4 * learned(sizes)
@@ -112,8 +114,8 @@ def traffic(sizes: Sizes, setup: Setup) -> float:
 
 
 def collective(sizes: Sizes, setup: Setup, machine: Machine) -> float:
-    """Seconds of that, at the bandwidth of the slower of node and network, and the hops of every message: a ring's
-    under FSDP, a tree's there and back under DDP."""
+    """Return the seconds of this traffic, at the bandwidth of node or network, whichever is slower, and the latency of
+    every message: a ring's under FSDP, a tree's in both directions under DDP."""
     if setup.gpus == 1:
         return 0.0
     rate = machine.bandwidth if setup.gpus <= machine.node else min(machine.bandwidth, machine.network)
@@ -129,52 +131,52 @@ def collective(sizes: Sizes, setup: Setup, machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """The fastest way that fits, or with `fits` False the one that needs least."""
+    """The fastest setup that fits, or, with `fits` False, the setup that needs least memory."""
 
     sizes: Sizes
     setup: Setup
     machine: Machine
     fits: bool
     moment: str
-    memory: dict[str, float] = field(hash=False)  # bytes by what they hold, at the peak
+    memory: dict[str, float] = field(hash=False)  # bytes by content, at the peak
     time: Seconds
 
     @property
     def gib(self) -> float:
-        """Needed, with context and fragmentation."""
+        """GiB needed, with context and fragmentation."""
         return sum(self.memory.values()) * (1 + self.machine.fragmentation) / GIB + self.machine.context
 
     def hours(self, epochs: float, images: int) -> float:
-        """Steps are whole: what an epoch leaves over is not trained on."""
+        """Return the hours of so many epochs. Epochs consist of whole steps; remaining images are not used."""
         batch = self.setup.batch * self.setup.accum * self.setup.gpus
         return epochs * max(1, images // batch) * self.time.step / 3600
 
 
-def candidates(effective: int, gpus: int, shards: bool = True, **how) -> list[Setup]:
-    """Every way to train `effective` images a step on `gpus` GPUs; simpler ones and larger batches first; without FSDP
-    where nothing `shards`. UserError where the GPUs cannot share them."""
+def candidates(effective: int, gpus: int, shards: bool = True, **options) -> list[Setup]:
+    """Return all setups that train `effective` images per step on `gpus` GPUs, simpler ones and larger batches first,
+    and with FSDP only if `shards`. Raises UserError if the GPUs cannot share the images evenly."""
     if effective % gpus:
         raise UserError(f"--effective_batch {effective} must be a multiple of --gpus {gpus}")
-    own = effective // gpus
-    batches = [batch for batch in range(own, 0, -1) if own % batch == 0]
+    per_gpu = effective // gpus
+    batches = [batch for batch in range(per_gpu, 0, -1) if per_gpu % batch == 0]
     return [
-        Setup(batch, gpus, own // batch, fsdp=fsdp, grad_checkpoint=again, **how)
+        Setup(batch, gpus, per_gpu // batch, fsdp=fsdp, grad_checkpoint=again, **options)
         for fsdp in ([False, True] if gpus > 1 and shards else [False])
         for again in (False, True)
         for batch in batches
     ]
 
 
-def plan(sizes: Sizes, machine: Machine, effective: int, gpus: int, **how) -> Plan:
-    """The fastest of the `candidates` that fits into a GPU; of those within 5 % of it, the simplest: no prediction of
-    time is better than that."""
-    made = []
-    for setup in candidates(effective, gpus, **how):
+def plan(sizes: Sizes, machine: Machine, effective: int, gpus: int, **options) -> Plan:
+    """Return the simplest of those `candidates` that fit and are at most 5 % slower than the fastest one: predictions
+    of time are not more accurate than that. If none fits, the one that needs least memory."""
+    plans = []
+    for setup in candidates(effective, gpus, **options):
         moment, memory = peak(sizes, setup)
         fits = sum(memory.values()) <= machine.usable
-        made.append(Plan(sizes, setup, machine, fits, moment, memory, seconds(sizes, setup, machine)))
-    fitting = [one for one in made if one.fits]
+        plans.append(Plan(sizes, setup, machine, fits, moment, memory, seconds(sizes, setup, machine)))
+    fitting = [one for one in plans if one.fits]
     if not fitting:
-        return min(made, key=lambda one: one.gib)
+        return min(plans, key=lambda one: one.gib)
     fastest = min(one.time.step for one in fitting)
     return next(one for one in fitting if one.time.step <= 1.05 * fastest)

@@ -1,8 +1,8 @@
-"""Widths and depths of the encoders by name, shared by `models_mae` (`mae_<name>`) and `models_vit` (`<name>`)."""
+"""Sizes of the encoders and decoders by name, shared by `models_mae` (`mae_<name>`) and `models_vit` (`<name>`)."""
 
 from util.errors import UserError
 
-# ViT-Ti/S/B/L/H after Dosovitskiy et al. 2021 (Table 1) and Touvron et al. 2021; `micro` is ours, for a laptop.
+# ViT-Ti/S/B/L/H after Dosovitskiy et al. 2021 (Table 1) and Touvron et al. 2021; `micro` is for laptops.
 _WIDTHS = {
     "micro": dict(embed_dim=128, depth=4, num_heads=4),
     "tiny": dict(embed_dim=192, depth=12, num_heads=3),
@@ -37,7 +37,7 @@ ENCODERS: dict[str, dict] = {
     "vit_micro_patch4": _encoder("micro", 4, 32),
 }
 
-# The paper's decoder, whatever the encoder (He et al. 2022, Section 4.1); the small models have their own.
+# The paper's decoder for every encoder (He et al. 2022, Section 4.1); two small models have their own.
 DEFAULT_DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
 DECODERS: dict[str, dict] = {
     "deit_tiny_patch4": dict(decoder_embed_dim=192, decoder_depth=8, decoder_num_heads=3),
@@ -46,7 +46,8 @@ DECODERS: dict[str, dict] = {
 
 
 def own_config(name: str | None) -> dict:
-    """Sizes of the encoder and decoder of a model by either of its names, {} for an unknown one."""
+    """Return the sizes of encoder and decoder of a model, with or without `mae_` in its name; {} for an unknown
+    name."""
     name = str(name).removeprefix("mae_")
     short = name.removesuffix("_dec512d8b")
     decoder = DEFAULT_DECODER if short != name else DECODERS.get(name, DEFAULT_DECODER)
@@ -54,14 +55,15 @@ def own_config(name: str | None) -> dict:
 
 
 def look_up(models: dict, name: str):
-    """`models[name]`, or a `UserError` that lists the known names."""
+    """Return `models[name]`. Raises UserError, which lists the known names, for an unknown one."""
     if name not in models:
         raise UserError(f"--model {name!r} is not known; the known names are: {', '.join(models)}")
     return models[name]
 
 
 def check_geometry(config: dict) -> None:
-    """Refuse sizes that do not fit together. `config` holds constructor arguments by name (absent ones are skipped)."""
+    """Raise UserError for sizes that do not fit together. `config` holds constructor arguments by name
+    (missing ones are skipped)."""
     img_size, patch = config["img_size"], config["patch_size"]
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if patch < 1 or height < patch or width < patch or height % patch or width % patch:

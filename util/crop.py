@@ -8,15 +8,15 @@ from torchvision.transforms import InterpolationMode
 
 
 class RandomResizedCrop(transforms.RandomResizedCrop):
-    """Area and aspect ratio are drawn once and cut to the image's size; torchvision draws up to ten times until the
-    crop fits and then falls back to the centre. Same arguments and defaults as torchvision's."""
+    """Draw area and aspect ratio once and clamp the crop to the image's size. (torchvision draws up to ten times until
+    the crop fits, then falls back to the centre.) Arguments and defaults are those of torchvision."""
 
     def __init__(self, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation=InterpolationMode.BICUBIC, **rest):
         super().__init__(size, scale=scale, ratio=ratio, interpolation=interpolation, **rest)
 
     @staticmethod
     def get_params(img, scale, ratio):
-        """(top, left, height, width) of a crop of `img`."""
+        """Return (top, left, height, width) of a random crop of `img`."""
         _, height, width = transforms.functional.get_dimensions(img)
         area = height * width * torch.empty(()).uniform_(*scale).item()
         aspect = math.exp(torch.empty(()).uniform_(math.log(ratio[0]), math.log(ratio[1])).item())

@@ -1,4 +1,4 @@
-"""`build_dataset` and `build_transform`, under the names that forks of the official repository import."""
+"""`build_dataset` and `build_transform`, as forks of the official repository import them."""
 
 from util.data import transforms
 from util.data.image_format import input_size, mean_std
@@ -7,7 +7,7 @@ from util.data.samples import KeyedDataset
 
 
 def build_transform(is_train: bool, args):
-    """The fine-tuning transform (`is_train`) or the evaluation transform of these flags."""
+    """Return the fine-tuning transform (`is_train`) or the evaluation transform for the flags `args`."""
     mean, std = mean_std(args)
     if is_train:
         return transforms.finetune_transform(args, input_size(args), mean, std)
@@ -15,5 +15,6 @@ def build_transform(is_train: bool, args):
 
 
 def build_dataset(is_train: bool, args):
-    """Images of one split with `build_transform`'s transform, ready for a loader (`util.data.loader`)."""
+    """Return the images of one split with the transform of `build_transform`, ready for a loader
+    (`util.data.loader`)."""
     return KeyedDataset(read_images(args, is_train), build_transform(is_train, args), args)

@@ -4,14 +4,14 @@ import torch
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step on a matrix is scaled by trust_coefficient * |p| / |g + weight_decay * p|.
+    """SGD with momentum, in which the step of a matrix p is scaled by trust_coefficient * |p| / |g + weight_decay * p|.
 
-    Vectors (biases, norms) are neither scaled nor decayed; a zero parameter or a zero gradient is not scaled.
-    Norms stay on the device: `step` never waits for it. A step is skipped where `found_inf` (a tensor, set from
-    outside as `torch.amp.GradScaler` does for fused optimizers) is one.
+    Vectors (biases, norms) are neither scaled nor decayed; a zero parameter or zero gradient is not scaled. Norms stay
+    on the device: `step` does not wait for it. A step is skipped if `found_inf` (a tensor, set from outside, as
+    `torch.amp.GradScaler` does for fused optimizers) is 1.
     """
 
-    _step_supports_amp_scaling = True  # so that GradScaler leaves skipping to us, without reading the flag back
+    _step_supports_amp_scaling = True  # GradScaler then leaves skipping to `step`, without reading `found_inf`
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust_coefficient=0.001):
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust_coefficient=trust_coefficient)

@@ -2,7 +2,7 @@
 
 
 def get_layer_id_for_vit(name: str, num_layers: int) -> int:
-    """Depth of a ViT parameter: 0 in front of the blocks, i + 1 for block i, `num_layers` behind them."""
+    """Return the layer of a ViT parameter: 0 before the blocks, i + 1 for block i, `num_layers` after the blocks."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
         return 0
     if name.startswith("blocks."):
@@ -11,9 +11,9 @@ def get_layer_id_for_vit(name: str, num_layers: int) -> int:
 
 
 def param_groups_lrd(model, weight_decay=0.05, no_weight_decay_list=(), layer_decay=0.75) -> list[dict]:
-    """AdamW groups with `lr_scale` = layer_decay ** (distance from the head).
+    """Return AdamW groups with `lr_scale` = layer_decay ** (distance from the head).
 
-    Vectors, biases and the names in `no_weight_decay_list` are not decayed; frozen parameters are left out.
+    Vectors, biases and the names in `no_weight_decay_list` get no weight decay; frozen parameters are left out.
     """
     num_layers = len(model.blocks) + 1
     groups: dict[tuple, dict] = {}

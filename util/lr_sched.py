@@ -1,10 +1,11 @@
-"""Learning rate of a fractional epoch: linear warm-up, then half a cosine to `min_lr` (He et al. 2022, Table 8)."""
+"""The learning rate as a function of the fractional epoch: linear warm-up, then half a cosine to `min_lr`
+(He et al. 2022, Table 8)."""
 
 import math
 
 
 def learning_rate(epoch: float, args) -> float:
-    """`args` holds lr, min_lr, warmup_epochs and epochs; `epoch` counts from 0 and has a fraction inside an epoch."""
+    """Return the learning rate at `epoch` (from 0, with a fraction). `args` has lr, min_lr, warmup_epochs, epochs."""
     if epoch < args.warmup_epochs:
         return args.lr * epoch / args.warmup_epochs
     progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
@@ -12,7 +13,7 @@ def learning_rate(epoch: float, args) -> float:
 
 
 def adjust_learning_rate(optimizer, epoch: float, args) -> float:
-    """Set every group's rate, times its `lr_scale` where it has one; returns the unscaled rate."""
+    """Set the learning rate of every group, times its `lr_scale` if it has one; return the unscaled rate."""
     lr = learning_rate(epoch, args)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -1,4 +1,4 @@
-"""The names under which the official repository's users import these helpers; each lives in a file of its own."""
+"""The names that users of the official repository import from `util.misc`; most are defined in other files."""
 
 from pathlib import Path
 
@@ -20,13 +20,13 @@ from util.weights.file import read_file
 
 
 def save_on_master(content, path) -> None:
-    """torch.save on the main process, whole or not at all."""
+    """Save `content` atomically on the main process."""
     if is_main_process():
         write_tensors(Path(path), content)
 
 
 def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler) -> None:
-    """A checkpoint with the official keys, for training loops of one's own; `util.training.run.Run` saves more."""
+    """Write a checkpoint with the official keys, for custom training loops; `util.training.run.Run` stores more."""
     content = {
         "model": model_without_ddp.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -38,7 +38,7 @@ def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler) ->
 
 
 def load_model(args, model_without_ddp, optimizer, loss_scaler) -> None:
-    """Undo `save_model` from `args.resume`; sets `args.start_epoch`."""
+    """Load the checkpoint `args.resume` of `save_model`, if given; set `args.start_epoch`."""
     if not args.resume:
         return
     state = read_file(args.resume)

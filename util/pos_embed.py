@@ -1,4 +1,4 @@
-"""Fixed sine-cosine position tables in two dimensions, and their interpolation to another grid."""
+"""Fixed two-dimensional sine-cosine position tables, and their interpolation to another grid."""
 
 import numpy as np
 import torch
@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 
 def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.ndarray:
-    """Sines, then cosines, of the positions `pos` (any shape, M entries) at `embed_dim // 2` frequencies.
+    """Return the sines, then the cosines, of the positions `pos` (any shape, M entries) at `embed_dim // 2`
+    frequencies: (M, embed_dim) float64.
 
-    Returns (M, embed_dim) float64; the frequencies are 10000^(-k / (embed_dim / 2)) (Vaswani et al. 2017, Section 3.5).
+    The frequencies are 10000^(-k / (embed_dim / 2)) (Vaswani et al. 2017, Section 3.5).
     """
     frequency = 10000.0 ** (-np.arange(embed_dim // 2, dtype=np.float64) / (embed_dim / 2))
     angle = np.outer(np.asarray(pos, dtype=np.float64).reshape(-1), frequency)  # (M, embed_dim / 2)
@@ -16,11 +17,12 @@ def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.nda
 
 
 def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int | tuple[int, int], cls_token: bool = False) -> np.ndarray:
-    """Position table of a grid: (rows * columns, embed_dim) float64, with a row of zeros in front for `cls_token`.
+    """Return the position table of a grid: (rows * columns, embed_dim) float64, with a row of zeros first for
+    `cls_token`.
 
     `grid_size` is (rows, columns) or the side of a square. The first half of the channels encodes the column, the
-    second half the row: the order of the released MAE checkpoints, not the one their variable names suggest.
-    Raises ValueError when `embed_dim` is no multiple of 4.
+    second half the row: this is the order of the released MAE checkpoints. Raises ValueError if `embed_dim` is not a
+    multiple of 4.
     """
     if embed_dim % 4:
         raise ValueError(f"embed_dim {embed_dim} must be a multiple of 4")
@@ -31,7 +33,7 @@ def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int | tuple[int, int], cl
 
 
 def interpolate_grid(table: torch.Tensor, source: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
-    """Resample a position table (1, E + rows * columns, D) bicubically; the E extra tokens in front are copied."""
+    """Resample a position table (1, E + rows * columns, D) bicubically; the E extra tokens at the start are copied."""
     if source == target:
         return table
     count = source[0] * source[1]
@@ -44,8 +46,7 @@ def interpolate_grid(table: torch.Tensor, source: tuple[int, int], target: tuple
 def interpolate_pos_embed(model, checkpoint_model: dict, source_grid: tuple[int, int] | None = None) -> None:
     """Resample `checkpoint_model["pos_embed"]` in place to the patch grid of `model`.
 
-    The table in the checkpoint is taken for a square one unless `source_grid` says otherwise. Raises ValueError when
-    it is not square and no `source_grid` is given.
+    The table's grid is `source_grid` or else a square. Raises ValueError if the number of positions does not match it.
     """
     if "pos_embed" not in checkpoint_model:
         return

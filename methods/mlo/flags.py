@@ -1,4 +1,4 @@
-"""The flags of MLO-MAE, their defaults, and which of them make sense together."""
+"""The flags of MLO-MAE, their defaults, and the check that they fit together."""
 
 import math
 
@@ -10,18 +10,24 @@ OPTIONS = (
     Option("mlo_val_fraction", 0.2, "share of every class of the labelled images held out for stage III"),
     Option("mlo_unroll", 2, "steps of the autoencoder for each step of the head"),
     Option("mlo_update_every", 1, "steps of the head for each step of the masking network; 5 is nearly twice as fast"),
-    Option("mlo_hypergrad", "fd", "derivatives by two forward passes, or exactly", choices=("fd", "jvp"), rare=True),
+    Option(
+        "mlo_hypergrad",
+        "fd",
+        "directional derivatives: fd: finite differences of two forward passes; jvp: exact, in forward mode",
+        choices=("fd", "jvp"),
+        rare=True,
+    ),
     Option(
         "mlo_fd_alpha",
         None,
-        "length of fd's displacement in weight space; without it 1e-2 with adam, else 1e-3",
+        "length of fd's displacement in weight space; by default 1e-2 with adam, else 1e-3",
         type=float,
         rare=True,
     ),
     Option(
         "mlo_unroll_grad",
         "sum",
-        "differentiate through all unrolled steps, or through the last alone",
+        "differentiate through all unrolled steps, or through the last one only",
         choices=("sum", "last"),
         rare=True,
     ),
@@ -35,7 +41,7 @@ OPTIONS = (
     Option(
         "mlo_precondition",
         "adam",
-        "unrolled steps as Adam scales them, or as gradient descent",
+        "treat unrolled steps as Adam's, or as plain gradient descent",
         choices=("adam", "none"),
         rare=True,
     ),
@@ -45,49 +51,55 @@ OPTIONS = (
         "straight-through estimator for the sort: visible patches count in the hypergradient",
         rare=True,
     ),
-    Option("mlo_normalize", False, "divide the loss by the sum of probabilities, not their number", rare=True),
+    Option(
+        "mlo_normalize",
+        False,
+        "divide the loss by the sum of the probabilities instead of the number of removed patches",
+        rare=True,
+    ),
     Option(
         "mlo_head_lr",
         None,
-        "learning rate of stage II, cosine to 0 over its own updates; without it 1e-2",
+        "learning rate of stage II, decayed to 0 on a cosine over its updates; by default 1e-2",
         type=float,
         rare=True,
     ),
-    Option("mlo_mask_lr", 1e-2, "learning rate of the masking network, cosine to 0 over its own updates"),
+    Option("mlo_mask_lr", 1e-2, "learning rate of the masking network, decayed to 0 on a cosine over its updates"),
     Option("mlo_weight_decay", 0.01, "weight decay of the head and of the masking network", rare=True),
-    Option("mlo_hidden", 512, "width of the masking network", rare=True),
+    Option("mlo_hidden", 512, "hidden width of the masking network", rare=True),
     Option(
         "mlo_batch_size",
         None,
-        "labelled images in a batch of stages II and III; without it --batch_size",
+        "labelled images in a batch of stages II and III; by default --batch_size",
         type=int,
         rare=True,
     ),
-    Option("mlo_feature", "avg", "input of the head: [cls] or the mean of the patches", choices=("cls", "avg")),
+    Option("mlo_feature", "avg", "input of the head: [cls] or the mean over patches", choices=("cls", "avg")),
     Option(
         "mlo_stage2",
         "linear",
-        "linear: a step of the head; finetune: a step of the head and a copy of the encoder; solve: the best head for "
-        "every step of the masking network, which stage III then differentiates through: needs large labelled batches",
+        "linear: one step of the head; finetune: one step of the head and of a copy of the encoder; solve: the optimal "
+        "head for every step of the masking network, through whose solution stage III differentiates: needs large "
+        "labelled batches",
         choices=("linear", "finetune", "solve"),
     ),
     Option(
         "mlo_prox",
         None,
-        "with finetune: weight of the pull of the copy towards the encoder, for example 0.1",
+        "with finetune: weight of the proximal term that pulls the copy towards the encoder, for example 0.1",
         type=float,
         rare=True,
     ),
     Option(
         "mlo_levels",
         3,
-        "2: the encoder learns both losses at once (BLO-MAE)",
+        "2: the encoder is trained on both losses at once (BLO-MAE)",
         choices=(3, 2),
     ),
     Option(
         "blo_lambda",
         None,
-        "with --mlo_levels 2: weight of the task's loss; without it 1",
+        "with --mlo_levels 2: weight of the task's loss; by default 1",
         type=float,
         rare=True,
     ),
@@ -95,14 +107,14 @@ OPTIONS = (
         "mlo_mask_net", None, "use the masking network of this checkpoint, with the patch embedding it was trained on"
     ),
     Option("mlo_frozen", False, "with --mlo_mask_net: do not train it; needs no labels"),
-    Option("mlo_warmup_epochs", 0, "epochs in which the head learns before the masking network moves"),
+    Option("mlo_warmup_epochs", 0, "epochs in which only the head is trained, before the masking network"),
     Option(
-        "mlo_head_norm", False, "standardise the input of the head, which then follows the encoder faster", rare=True
+        "mlo_head_norm", False, "standardise the input of the head, which then adapts faster to the encoder", rare=True
     ),
     Option(
         "mlo_ridge",
         None,
-        "with solve: half of this times the squared norm of the head is added to its loss; without it 0.01",
+        "with solve: ridge penalty; half of it times the head's squared norm is added to its loss; by default 0.01",
         type=float,
         rare=True,
     ),
@@ -111,7 +123,7 @@ OPTIONS = (
 
 def check(args) -> None:
     if getattr(args, "fsdp", False):
-        raise UserError("--mlo_mae moves whole weights to and fro, which --fsdp never has: leave one of them out")
+        raise UserError("--mlo_mae needs whole weights, which --fsdp never holds: leave one of them out")
     if args.mlo_frozen:
         return _check_frozen(args)
     if not args.mlo_labels:
@@ -138,11 +150,11 @@ def _check_frozen(args) -> None:
     kept = ("mlo_mask_net", "mlo_frozen", "mlo_normalize")
     for option in OPTIONS:
         if option.name not in kept and getattr(args, option.name) != option.default:
-            raise UserError(f"--{option.name} has no effect with --mlo_frozen: the masking network does not learn")
+            raise UserError(f"--{option.name} has no effect with --mlo_frozen: the masking network is not trained")
 
 
 def _check_pairs(args) -> None:
-    """Flags that mean something only beside others; then the defaults of those that were not given."""
+    """Check flags that have an effect only beside others, and set the defaults of those that were not given."""
     joint, tuned, solved = args.mlo_levels == 2, args.mlo_stage2 == "finetune", args.mlo_stage2 == "solve"
     without_effect = [
         ("mlo_fd_alpha", args.mlo_fd_alpha is not None and args.mlo_hypergrad != "fd", "without --mlo_hypergrad fd"),
@@ -150,10 +162,14 @@ def _check_pairs(args) -> None:
         (f"mlo_stage2 {args.mlo_stage2}", (tuned or solved) and joint, "with --mlo_levels 2: there is no stage II"),
         ("mlo_head_lr", args.mlo_head_lr is not None and solved, "with --mlo_stage2 solve: the head takes no steps"),
         ("mlo_ridge", args.mlo_ridge is not None and not solved, "without --mlo_stage2 solve"),
-        ("mlo_head_lr", args.mlo_head_lr is not None and joint, "with --mlo_levels 2: the head learns with --lr"),
+        ("mlo_head_lr", args.mlo_head_lr is not None and joint, "with --mlo_levels 2: the head is trained with --lr"),
         ("no_mlo_head_path", not args.mlo_head_path and joint, "with --mlo_levels 2: there is no such path"),
         ("no_mlo_head_path", not args.mlo_head_path and tuned, "with --mlo_stage2 finetune: there is no such path"),
-        ("mlo_head_norm", args.mlo_head_norm and (joint or tuned), "but with --mlo_stage2 linear on three levels"),
+        (
+            "mlo_head_norm",
+            args.mlo_head_norm and (joint or tuned),
+            "unless with --mlo_stage2 linear and --mlo_levels 3",
+        ),
         ("mlo_head_norm", args.mlo_head_norm and solved, "with --mlo_stage2 solve, which always standardises"),
         ("mlo_prox", args.mlo_prox is not None and not tuned, "without --mlo_stage2 finetune"),
         ("blo_lambda", args.blo_lambda is not None and not joint, "without --mlo_levels 2"),
@@ -163,9 +179,11 @@ def _check_pairs(args) -> None:
         if useless:
             raise UserError(f"--{name} has no effect {why}")
     if tuned and args.mlo_prox is None:
-        raise UserError("--mlo_stage2 finetune needs --mlo_prox, for example 0.1: without a pull nothing reaches theta")
+        raise UserError(
+            "--mlo_stage2 finetune needs --mlo_prox, for example 0.1: without it no gradient reaches the encoder"
+        )
     defaults = (
-        # Adam's scaling puts much of a direction's length into weights that hardly matter.
+        # Preconditioned by Adam, much of a direction's length lies in weights that hardly affect the loss.
         ("mlo_fd_alpha", 1e-2 if args.mlo_precondition == "adam" else 1e-3, args.mlo_hypergrad == "fd"),
         ("mlo_head_lr", 1e-2, not joint and not solved),
         ("mlo_ridge", 1e-2, solved),

@@ -1,4 +1,4 @@
-"""The network that decides which patches are removed, and how one is taken from another run."""
+"""The network that decides which patches are removed, and its loading from another run's checkpoint."""
 
 import torch
 from torch import nn
@@ -10,19 +10,20 @@ from util.weights.file import read_file
 
 
 class PatchTokens(nn.Module):
-    """A patch embedding with its positions, of its own: what a masking network saw when it was trained."""
+    """A patch embedding with positions, separate from the autoencoder's: the input of a masking network that was
+    loaded."""
 
     def __init__(self, model):
         super().__init__()
-        twin = model.encoder_copy(depth=0)
-        self.patch_embed, self.pos_embed = twin.patch_embed, twin.pos_embed
+        encoder = model.encoder_copy(depth=0)
+        self.patch_embed, self.pos_embed = encoder.patch_embed, encoder.pos_embed
 
     def forward(self, imgs):
         return self.patch_embed(imgs) + self.pos_embed[:, 1:]
 
 
 class MaskingNetwork(nn.Module):
-    """Position-added patch tokens (N, L, D) -> logits (N, L) of being removed (Section 4.1). Tied to one grid."""
+    """Patch tokens (N, L, D) with positions -> logits (N, L) of being removed (Section 4.1). For one grid only."""
 
     def __init__(self, patches: int, width: int, hidden: int):
         super().__init__()
@@ -35,9 +36,12 @@ class MaskingNetwork(nn.Module):
         return self.layers(tokens.flatten(1))
 
     def groups(self) -> list[dict]:
-        """Parameter groups for AdamW, whose step has the same size in every weight: with tens of thousands of inputs
-        that would throw a logit from one end to the other at once. So a layer's rate is divided by its inputs (as in
-        Yang et al. 2021, Tensor Programs V, Table 3), and one rate serves every grid and width."""
+        """Return parameter groups for AdamW.
+
+        AdamW's step has about the same size in every weight. With tens of thousands of inputs, such a step would move a
+        logit from one extreme to the other. The learning rate of a layer is therefore divided by its number of inputs
+        (as in Yang et al. 2021, Tensor Programs V, Table 3), so that one rate suits every grid and width.
+        """
         linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         return [{"params": [layer.weight], "lr_scale": 1 / layer.in_features} for layer in linear] + [
             {"params": [layer.bias for layer in linear]}

@@ -1,12 +1,14 @@
-"""MLO-MAE: a network that learns which patches to remove, from how well the encoder then serves a labelled task.
+"""MLO-MAE: a network learns which patches to remove, from the loss of a labelled task on the encoder's features.
 
 Source: Guo, Ban and Xie, "Downstream Task Guided Masking Learning in Masked Autoencoders Using Multi-Level
-Optimization". Three nested problems: (I) the autoencoder learns to reconstruct what the masking network T removes, each
-patch weighted by its probability; (II) a head learns the task on the encoder's features; (III) T moves so that the loss
-of both on held-out training images falls. The mathematics is in `hypergrad`, the task in `guide`, stages II and III
-in `mlo_stages`; here they are put together. docs/mlo.md has the derivation and what is exact.
+Optimization". Three nested problems: (I) the autoencoder learns to reconstruct the patches that the masking network T
+removes, each weighted by its probability; (II) a head learns the task on the encoder's features; (III) T is updated to
+lower the loss of both on held-out training images. Gradients are in `hypergradient.py`, the task is in
+`labelled_task.py`, stages II and III are in `inner_problems.py` and `solved_head.py`; this file puts them together.
+docs/mlo.md has the derivation and lists what is exact.
 
-Shapes: N images, L patches, D encoder width. theta is the autoencoder, h the head, T the masking network.
+Shapes: N images, L patches, V visible patches, D encoder width. theta is the autoencoder, h the head, T the masking
+network.
 """
 
 import math
@@ -22,12 +24,12 @@ from methods.mlo.hypergradient import (
     Residuals,
     Tensors,
     Tokens,
+    directional_derivative_fd,
+    directional_derivative_jvp,
     dot,
     exact_arithmetic,
     mask_gradient,
     norm,
-    rates_fd,
-    rates_jvp,
     weighted_loss,
 )
 from methods.mlo.inner_problems import (
@@ -35,11 +37,11 @@ from methods.mlo.inner_problems import (
     LinearHead,
     TunedEncoder,
     adamw,
-    averaged,
-    descend,
-    set_rate,
-    step_along,
-    trained,
+    gradient_step,
+    mean_over_ranks,
+    precondition,
+    set_learning_rate,
+    trainable,
 )
 from methods.mlo.labelled_task import Classification
 from methods.mlo.masking_network import MaskingNetwork, load_mask_net
@@ -50,54 +52,55 @@ from models_mae import MaskedAutoencoderViT, MaskedOutput
 from util.compute.precision import autocast, choose_amp_dtype
 from util.report.pictures import mask_picture
 
-# What is remembered of stage I ---------------------------------------------------------------------------------------
+# Recorded steps of stage I -------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Batch:
-    """What one micro-batch of stage I saw, so that its errors can be computed again."""
+    """Images and masks of one micro-batch of stage I, to compute its patch errors again."""
 
     imgs: torch.Tensor
     ids_keep: torch.Tensor
     ids_removed: torch.Tensor
 
-    def of_image(self, values) -> torch.Tensor:
-        """Of the removed patches (N, L - V) or of all (N, L) -> (N, L), 0 elsewhere."""
+    def in_image_order(self, values) -> torch.Tensor:
+        """Return values (N, L - V) of the removed patches, or (N, L) of all, in the order of the image: (N, L), 0
+        elsewhere."""
         length = self.ids_keep.shape[1] + self.ids_removed.shape[1]
         return values if values.shape[1] == length else scatter_tokens(values, self.ids_removed, length)
 
     @property
     def mask(self) -> torch.Tensor:
-        return self.of_image(torch.ones_like(self.ids_removed, dtype=torch.float32))
+        return self.in_image_order(torch.ones_like(self.ids_removed, dtype=torch.float32))
 
 
 @dataclass
 class InnerStep:
-    """One step of stage I as it was taken: where it began, on what, and how far it went."""
+    """One optimizer step of stage I: the weights before it, its batches, its learning rate."""
 
-    weights: Tensors  # of the autoencoder before it
+    weights: Tensors  # of the autoencoder, before the step
     batches: list[Batch] = field(default_factory=list)
     lr: float = 0.0
-    applied: torch.Tensor | None = None  # 0 where the step was skipped
+    applied: torch.Tensor | None = None  # 0 if the step was skipped, else 1; None before it is applied
 
 
 # The method ---------------------------------------------------------------------------------------------------------
 
 
 class MLOMAE(Method):
-    """Removes the patches of highest probability, weights the loss by it, and moves T in `after_update`."""
+    """Removes the patches with the highest probability, weights their loss by it, and updates T in `after_update`."""
 
     name, slot = "mlo_mae", "mask"
     switch = Option("mlo_mae", False, "turn this method on")
     excludes = ("mae_k", "ema_mae", "rc_mae", "dmae")
     title = "MLO-MAE (Guo et al.)"
     summary = (
-        "Learn what to remove from a labelled task: a masking network moves so that the loss of a linear head on "
-        "held-out training images falls. Choose it when the labels of the task are at hand during pretraining; costs "
-        "three times MAE's time (1.6 times with --mlo_update_every 5)."
+        "Learn from a labelled task which patches to remove: a masking network is trained to lower the loss of a "
+        "linear head on held-out training images. Choose it if labels of the task are available during pretraining. "
+        "Costs three times MAE's time (1.6 times with --mlo_update_every 5)."
     )
     options = flags.OPTIONS
-    # Masking-network updates between two in which the two paths of the hypergradient are computed separately.
+    # Every so many updates of the masking network, the paths of the hypergradient are computed and logged separately.
     PATHS_EVERY = 20
 
     check = staticmethod(flags.check)
@@ -113,30 +116,30 @@ class MLOMAE(Method):
             self.net, self.embedding = load_mask_net(args.mlo_mask_net, model)
         else:
             self.net = MaskingNetwork(patches, width, args.mlo_hidden)
-        self.net.requires_grad_(False)  # neither the autoencoder's optimizer nor DDP is to see it
+        self.net.requires_grad_(False)  # keeps it out of the autoencoder's optimizer and of DDP
         self.optimizer = adamw(self.net.groups(), args.mlo_mask_lr, args.mlo_weight_decay)
         self.step = self.updates = self.warm = 0
         self.ratio = args.mask_ratio
-        self.drawn = [0, 0]  # batches of stages II and III
+        self.drawn = [0, 0]  # labelled batches used so far in stages II and III
         self.window: list[InnerStep] = []
         self._logged: dict[str, torch.Tensor | float | None] = {}
-        self._model = [model]  # in a list: not a part of this module
+        self._model = [model]  # in a list, so that it is not a submodule
 
     def split_images(self, images):
         if self.frozen:
             return None
-        guide = Classification(self.args, images)
-        self.use(guide)
-        return guide.pretrain_images, guide.val_images
+        task = Classification(self.args, images)
+        self.set_task(task)
+        return task.pretrain_images, task.val_images
 
-    def use(self, guide) -> None:
-        """Make stages II and III for the task."""
+    def set_task(self, task) -> None:
+        """Create the batches, the head and its inner problem for the labelled task."""
         every = self.unroll if self.args.mlo_levels == 3 else 1, self.unroll * self.every
-        self.batches = guide.batches(every)
-        kinds = {"linear": LinearHead, "finetune": TunedEncoder, "solve": SolvedHead}
-        kind = JointHead if self.args.mlo_levels == 2 else kinds[self.args.mlo_stage2]
-        self.stage2 = kind(guide, self._model[0], self.args)
-        self.register_buffer("held_out", torch.tensor(guide.held_out))
+        self.batches = task.batches(every)
+        problems = {"linear": LinearHead, "finetune": TunedEncoder, "solve": SolvedHead}
+        problem = JointHead if self.args.mlo_levels == 2 else problems[self.args.mlo_stage2]
+        self.stage2 = problem(task, self._model[0], self.args)
+        self.register_buffer("held_out", torch.tensor(task.held_out))
         self.register_load_state_dict_pre_hook(_same_split)
 
     def begin(self, model, methods, steps: int) -> None:
@@ -150,23 +153,24 @@ class MLOMAE(Method):
     # Stage I ----------------------------------------------------------------------------------------------------------
 
     def tokens(self, model, imgs) -> torch.Tensor:
-        """What the masking network sees, without a graph: the encoder must not learn to please it."""
+        """Return the masking network's input (N, L, D) without a graph: the encoder is not trained through it."""
         return (self.embedding.network if self.embedding else model.embed)(imgs).detach()
 
     @torch.no_grad()
     def logits(self, model, imgs) -> torch.Tensor:
-        """(N, L) in float32 whatever autocast is on: half precision would make ties, and ties an order."""
+        """Return the logits (N, L) of being removed, in float32 also under autocast: rounding to half precision would
+        make ties, whose order is arbitrary."""
         with torch.autocast(imgs.device.type, enabled=False):
             return self.net(self.tokens(model, imgs))
 
     def scores(self, model, imgs, noise):
         if self._recording() and (not self.window or self.window[-1].applied is not None):
-            weights = {f"model.{name}": p.detach().clone() for name, p in trained(model).items()}
+            weights = {f"model.{name}": p.detach().clone() for name, p in trainable(model).items()}
             self.window.append(InnerStep(weights))
         return self.logits(model, imgs)
 
     def _recording(self) -> bool:
-        """Whether the coming step belongs to those that the next move of the masking network looks back on."""
+        """Whether the hypergradient of the next update of T goes through the coming step."""
         if self.frozen or self.step < self.warm or (self.step // self.unroll + 1) % self.every:
             return False
         return self.args.mlo_unroll_grad == "sum" or (self.step + 1) % self.unroll == 0
@@ -175,7 +179,7 @@ class MLOMAE(Method):
         weights, self.ratio = out.scores.sigmoid(), out.mask_ratio
         if self._recording():
             self.window[-1].batches.append(Batch(imgs, out.ids_keep, out.ids_removed))
-        # Weights can shrink the loss without anybody reconstructing better: this shows it.
+        # The weights alone can lower the loss, without a better reconstruction; logged to detect that.
         self._logged["mask_weight"] = (weights * out.mask).sum() / out.mask.sum()
         return weighted_loss(out.scatter_predicted(model.patch_errors(out)), weights, out.mask, self.normalize)
 
@@ -187,10 +191,10 @@ class MLOMAE(Method):
     # Stages II and III ------------------------------------------------------------------------------------------------
 
     def _draw(self, stage: int):
-        """The next labelled batch of stage II (0) or III (1), on the device."""
+        """Return the next labelled batch of stage II (0) or III (1), on the device."""
         batch = self.batches[stage].batch(self.drawn[stage])
         self.drawn[stage] += 1
-        # None where all are good: the mean is over batches with bad images, and every rank logs the name.
+        # None without bad images: the mean is over batches that have some, and every rank logs the same names.
         self._logged["bad_labelled_images"] = float(batch.bad.sum()) or self._logged.get("bad_labelled_images")
         device = self.net.layers[0].weight.device
         return batch._replace(
@@ -200,17 +204,19 @@ class MLOMAE(Method):
     def after_update(self, model, imgs, step: int, applied: torch.Tensor) -> None:
         if self.window and self.window[-1].applied is None:
             self.window[-1].lr, self.window[-1].applied = self.inner.param_groups[0]["lr"], applied.clone()
-        if self.step != step:  # resumed with other batch flags: what was recorded belongs to other steps
+        if self.step != step:  # resumed with other batch flags: the recorded steps are others
             self.window.clear()
         self.step = step + 1
         if self.frozen or self.step % self.unroll:
             return
         dtype = choose_amp_dtype(self.args.amp_dtype, imgs.device)
-        # These gradients are not scaled, so half precision (not bfloat16) would lose them. One context a call: torch
-        # 2.11 hands casts that were made without a graph on to calls that want one.
+        # These gradients are not scaled and would underflow in fp16. One autocast context per call: torch 2.11 caches
+        # casts that were made without a graph, and would reuse them in calls that need one.
         dtype = torch.float32 if dtype is torch.float16 else dtype
         if self.stage2.optimizer:
-            set_rate(self.stage2.optimizer, self.args.mlo_head_lr, self.step // self.unroll - 1, self.head_updates)
+            set_learning_rate(
+                self.stage2.optimizer, self.args.mlo_head_lr, self.step // self.unroll - 1, self.head_updates
+            )
             with autocast(imgs.device, dtype):
                 self._logged["stage2_loss"] = self.stage2.update(model, self._draw(0))
         if (self.step // self.unroll) % self.every or not self.window:
@@ -219,57 +225,56 @@ class MLOMAE(Method):
         with autocast(imgs.device, dtype):
             logged, paths = self.stage2.paths(model, held_out, *others)
         self._logged |= logged
-        self._move(model, held_out.image, paths)
+        self._update_mask_net(model, held_out.image, paths)
         self.window.clear()
 
-    def _move(self, model, imgs, paths: dict[str, Tensors]) -> None:
-        """A step of the masking network."""
-        if not (len(paths) > 1 and self.updates % self.PATHS_EVERY == 0):  # the sum is one direction
+    def _update_mask_net(self, model, imgs, paths: dict[str, Tensors]) -> None:
+        """Take a step of the masking network. `paths` are the gradients of L3 with respect to theta, by path."""
+        if not (len(paths) > 1 and self.updates % self.PATHS_EVERY == 0):  # one hypergradient of the sum
             paths = {"all": {name: sum(path[name] for path in paths.values()) for name in paths["direct"]}}
         gradients = {path: self.hypergradient(model, direction) for path, direction in paths.items()}
         total = {name: sum(g[name] for g in gradients.values()) for name in next(iter(gradients.values()))}
         before = self.logits(model, imgs)
-        set_rate(self.optimizer, self.args.mlo_mask_lr, self.updates, self.mask_updates)
-        taken = torch.stack([step.applied for step in self.window]).amax()
-        skipped = descend(self.optimizer, dict(self.net.named_parameters()), total, taken)
+        set_learning_rate(self.optimizer, self.args.mlo_mask_lr, self.updates, self.mask_updates)
+        applied = torch.stack([step.applied for step in self.window]).amax()
+        skipped = gradient_step(self.optimizer, dict(self.net.named_parameters()), total, applied)
         self.updates += 1
         self._logged |= {"hypergrad_norm": norm(total), "mask_skipped": skipped}
-        self._logged |= _about_masks(model, before, self.logits(model, imgs), self.ratio)
+        self._logged |= _mask_metrics(model, before, self.logits(model, imgs), self.ratio)
         if len(gradients) > 1:
             direct, head = gradients["direct"], gradients["head"]
             self._logged |= {f"hypergrad_{path}": norm(g) for path, g in gradients.items()}
             self._logged["hypergrad_cosine"] = dot(direct, head) / (norm(direct) * norm(head)).clamp_min(1e-30)
 
     def hypergradient(self, model, direction: Tensors) -> Tensors:
-        """dL3/dT through the steps of the window, for dL3/dtheta' = `direction`; the mean over ranks."""
-        scaled = step_along(self.inner, trained(model), direction, self.args.mlo_precondition)
+        """Return dL3/dT through the recorded steps, given dL3/dtheta' = `direction`; the mean over ranks."""
+        scaled = precondition(self.inner, trainable(model), direction, self.args.mlo_precondition)
         scaled = {f"model.{name}": vector for name, vector in scaled.items()}
         total = {name: torch.zeros_like(p) for name, p in self.net.named_parameters()}
-        # Adam carries a gradient on into the steps after its own; gradient descent does not.
+        # Adam's first moment also applies a gradient in later steps; gradient descent does not.
         adam = self.args.mlo_precondition == "adam"
         beta = self.inner.param_groups[0]["betas"][0] if adam else 0.0
-        reach = torch.zeros_like(
-            next(iter(total.values()))[:1, 0]
-        )  # how far the coming steps carry this one's gradient
+        # Sum of learning rates with which this and later steps apply the step's gradient.
+        reach = torch.zeros_like(next(iter(total.values()))[:1, 0])
         for step in reversed(self.window):
             applied = step.applied.to(reach.dtype)
             reach = torch.where(applied > 0, step.lr + beta * reach, reach)
-            for batch in step.batches:  # none after a resume on another number of processes
+            for batch in step.batches:  # empty after a resume with another number of processes
                 factor = -applied * reach / len(step.batches)
                 for sum_, gradient in zip(total.values(), self._mask_gradient(model, step.weights, batch, scaled)):
                     sum_ += factor * gradient
-        return averaged(total)
+        return mean_over_ranks(total)
 
     def _mask_gradient(self, model, weights: Tensors, batch: Batch, direction: Tensors):
-        """d/dT of the loss whose patch errors are replaced by their rates of change along `direction`."""
+        """Return d/dT of the weighted loss with its patch errors replaced by their derivatives along `direction`."""
         inputs = batch.imgs, batch.ids_keep, batch.ids_removed
-        residuals = Residuals(model, all_patches=self.straight)  # otherwise those of the removed patches count alone
+        residuals = Residuals(model, all_patches=self.straight)  # of the removed patches, or with --mlo_ste of all
         with exact_arithmetic(model):
             if self.args.mlo_hypergrad == "fd":
-                rates = rates_fd(residuals, weights, direction, inputs, self.args.mlo_fd_alpha)
+                rates = directional_derivative_fd(residuals, weights, direction, inputs, self.args.mlo_fd_alpha)
             else:
-                rates = rates_jvp(residuals, weights, direction, inputs)
-            rates = batch.of_image(rates)
+                rates = directional_derivative_jvp(residuals, weights, direction, inputs)
+            rates = batch.in_image_order(rates)
             if self.embedding:
                 tokens = self.embedding.network(batch.imgs)
             else:
@@ -278,7 +283,7 @@ class MLOMAE(Method):
                 self.net, tokens, lambda p: weighted_loss(rates, p, batch.mask, self.normalize, self.straight)
             )
 
-    # Looking and saving -----------------------------------------------------------------------------------------------
+    # Logging and checkpoints ------------------------------------------------------------------------------------------
 
     def metrics(self):
         logged, self._logged = self._logged, {}
@@ -327,11 +332,12 @@ class MLOMAE(Method):
             step.batches = [Batch(**{name: value.to(device) for name, value in _removed(b).items()}) for b in batches]
 
 
-# Flags and files ----------------------------------------------------------------------------------------------------
+# Checkpoints and metrics --------------------------------------------------------------------------------------------
 
 
 def _removed(batch: Tensors) -> Tensors:
-    """A batch of a checkpoint. Once (until 382ca59) it said where every patch had gone, not which were removed."""
+    """Return a batch of a checkpoint with `ids_removed`; checkpoints before revision 382ca59 have `ids_restore`
+    instead."""
     if "ids_removed" in batch:
         return batch
     order = batch["ids_restore"].argsort(dim=1)  # visible patches first
@@ -340,14 +346,15 @@ def _removed(batch: Tensors) -> Tensors:
 
 
 def _same_split(module, state, prefix, *_) -> None:
-    """A resumed run must not see, in stage I or II, what was held out before."""
+    """Raise ValueError if a resumed run would train on images that were held out before."""
     before = state.get(f"{prefix}held_out")
     if before is not None and not torch.equal(before.cpu(), module.held_out.cpu()):
         raise ValueError("the labelled images, --mlo_val_fraction or --seed differ, so others would be held out")
 
 
-def _about_masks(model, before, after, ratio: float) -> Tensors:
-    """Of logits (N, L) before and after a step: the entropy of the probabilities, and how much of the masks changed."""
+def _mask_metrics(model, before, after, ratio: float) -> Tensors:
+    """Return, from logits (N, L) before and after a step of T, the entropy of the probabilities and the share of
+    removed patches that changed."""
     old, new = (model.choose_visible(logits, ratio)[1] for logits in (before, after))
-    changed = ((old - new).abs().sum() / 2) / old.sum()  # a patch that comes in is a patch that goes out
+    changed = ((old - new).abs().sum() / 2) / old.sum()  # for every patch newly removed, another is newly visible
     return {"mask_entropy": F.binary_cross_entropy_with_logits(after, after.sigmoid()), "mask_changed": changed}

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from methods.mlo.masking_network import load_mask_net  # noqa: E402
-from methods.mlo.solved_head import Fit, standardized  # noqa: E402
+from methods.mlo.solved_head import HeadFit, standardized  # noqa: E402
 from models_encoder import mae_features  # noqa: E402
 from models_mae import build_model  # noqa: E402
 from util.data.image_format import IMAGENET  # noqa: E402
@@ -97,7 +97,7 @@ def validation_loss(checkpoint: Path, data: Path) -> float:
         imgs, targets = images(data, train)
         found.append((torch.cat([mae_features(model, part, "avg") for part in imgs.split(256)]).double(), targets))
     (ours, targets), (theirs, labels) = found
-    fit = Fit(F.cross_entropy, torch.nn.Linear(ours.shape[1], 10), RIDGE)
+    fit = HeadFit(F.cross_entropy, torch.nn.Linear(ours.shape[1], 10), RIDGE)
     solution = fit.solve(torch.zeros(10 * ours.shape[1] + 10).double(), ours, targets, 1e-6)
     return F.cross_entropy(fit.logits(solution, standardized(theirs, ours)), labels).item()
 

@@ -22,9 +22,9 @@ from timm.optim import param_groups_weight_decay
 sys.path.insert(0, str(ROOT))
 
 from methods import Pretrainer
-from methods.mlo.hypergradient import Residuals, dot, exact_arithmetic, norm, rates_fd
-from methods.mlo.inner_problems import gradient_of, step_along, trained
-from methods.mlo.solved_head import Fit
+from methods.mlo.hypergradient import Residuals, directional_derivative_fd, dot, exact_arithmetic, norm
+from methods.mlo.inner_problems import gradient_of, precondition, trainable
+from methods.mlo.solved_head import HeadFit
 from models_encoder import encoder_features
 from models_mae import build_model
 from util.checkpoint.files import list_checkpoints
@@ -54,7 +54,7 @@ class Problem:
         self.model, self.optimizer = load(newest(folder))
         self.images, self.targets = split
         self.cut = len(self.images) * 4 // 5
-        self.fit = Fit(F.cross_entropy, torch.nn.Linear(self.model.cls_token.shape[-1], 10), ridge)
+        self.fit = HeadFit(F.cross_entropy, torch.nn.Linear(self.model.cls_token.shape[-1], 10), ridge)
 
     def draw(self, size: int, held_out: bool = False) -> torch.Tensor:
         count = len(self.images) - self.cut if held_out else self.cut
@@ -67,17 +67,19 @@ class Problem:
         batches = [(f.detach().double(), self.targets[part]) for f, part in zip(features, places)]
         unknowns = sum(p.numel() for p in self.fit.head.parameters())
         solution = self.fit.solve(torch.zeros(unknowns).double(), *batches[0])
-        _, logits, *sent = self.fit.through(solution, *batches)
-        head, direct = (gradient_of((f * s.float()).sum(), trained(self.model)) for f, s in zip(features, sent))
+        _, logits, *sent = self.fit.differentiate(solution, *batches)
+        head, direct = (gradient_of((f * s.float()).sum(), trainable(self.model)) for f, s in zip(features, sent))
         return direct, head, 100 * (logits.argmax(1) == batches[1][1]).double().mean().item()
 
     def rates(self, direction, imgs, ids_keep, ids_removed) -> torch.Tensor:
         """Mean rate of the removed patches inside the quadrant and outside."""
-        scaled = step_along(self.optimizer, trained(self.model), direction, "adam")
+        scaled = precondition(self.optimizer, trainable(self.model), direction, "adam")
         scaled = {f"model.{name}": value for name, value in scaled.items()}
-        weights = {f"model.{name}": p.detach() for name, p in trained(self.model).items()}
+        weights = {f"model.{name}": p.detach() for name, p in trainable(self.model).items()}
         with exact_arithmetic(self.model):
-            found = rates_fd(Residuals(self.model, False), weights, scaled, (imgs, ids_keep, ids_removed), 1e-2)
+            found = directional_derivative_fd(
+                Residuals(self.model, False), weights, scaled, (imgs, ids_keep, ids_removed), 1e-2
+            )
         inside = (ids_removed // 8 < 4) & (ids_removed % 8 < 4)  # upper left
         return torch.stack([found[inside].mean(), found[~inside].mean()])
 

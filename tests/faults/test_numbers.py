@@ -13,7 +13,7 @@ from helpers.launch import checkpoint, ranks
 from util.checkpoint.files import list_checkpoints
 from util.compute.precision import NativeScalerWithGradNormCount
 from util.errors import RunFailed, UserError
-from util.training.numerics import NO_SMALLER_SCALE, Overflows, Spikes
+from util.training.numerics import MIN_SCALE, OverflowDetector, SpikeDetector
 from util.training.run import Run
 
 
@@ -160,7 +160,7 @@ class Overflowing:
 
 def test_fifty_overflows_in_a_row_are_said_once(monkeypatch, capsys):
     run = Overflowing(monkeypatch)
-    watch, before = Overflows(run.scaler), run.weight.detach().clone()
+    watch, before = OverflowDetector(run.scaler), run.weight.detach().clone()
     for step in range(1, 61):
         run.step(math.inf)
         if step % 7 == 0:
@@ -178,14 +178,14 @@ def test_a_row_that_ended_before_the_reading_is_said(monkeypatch, capsys):
     run = Overflowing(monkeypatch)
     for factor in [math.inf] * 50 + [1.0]:
         run.step(factor)
-    Overflows(run.scaler).read(51)
+    OverflowDetector(run.scaler).read(51)
     assert "50 steps in a row" in capsys.readouterr().out
 
 
 def test_no_scale_is_small_enough():
-    scaler = SimpleNamespace(enabled=True, scale=NO_SMALLER_SCALE / 2, overflows=lambda: (31, 31))
+    scaler = SimpleNamespace(enabled=True, scale=MIN_SCALE / 2, overflows=lambda: (31, 31))
     with pytest.raises(RunFailed, match="overflows at every scale"):
-        Overflows(scaler).read(31)
+        OverflowDetector(scaler).read(31)
 
 
 # Spikes ---------------------------------------------------------------------------------------------------------------
@@ -193,11 +193,11 @@ def test_no_scale_is_small_enough():
 
 def test_spikes_are_steps_above_the_median():
     """Against a list made by hand: losses around 1, a leap in step 30 and one before enough steps are known."""
-    spikes, found = Spikes(3.0), []
+    spikes, found = SpikeDetector(3.0), []
     for step in range(40):
         leap = 10.0 if step in (5, 30) else 1.0 + 0.1 * (step % 3)
         for half in (0, 1):  # two micro-batches
-            spikes.watch(step, torch.tensor(leap + half * 0.2), torch.tensor([2 * step + half]))
+            spikes.add(step, torch.tensor(leap + half * 0.2), torch.tensor([2 * step + half]))
         if step % 4 == 3:
             found += spikes.read(lambda index: f"{index}.png")
     assert [spike["step"] for spike in found] == [30]
@@ -207,8 +207,8 @@ def test_spikes_are_steps_above_the_median():
 
 
 def test_off_by_default_nothing_is_kept():
-    spikes = Spikes(None)
-    spikes.watch(0, torch.tensor(1.0), torch.tensor([0]))
+    spikes = SpikeDetector(None)
+    spikes.add(0, torch.tensor(1.0), torch.tensor([0]))
     assert spikes.read(str) == [] and spikes._steps == []
 
 

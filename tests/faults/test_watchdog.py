@@ -25,7 +25,7 @@ FLAGS = f"{SMALL} --batch_size 8 --epochs 1 --warmup_epochs 0 --num_workers 0 --
         ("step", 1, "rank 1 has been in step 2 for "),
         ("process", 1, "rank 1 has not answered for "),
         # It holds the store, which is what does not answer then.
-        ("process", 0, "rank 0, which holds the processes' meeting place, does not answer"),
+        ("process", 0, "rank 0, which hosts the store of the process group, does not answer"),
     ],
 )
 def test_the_rank_that_stands_still_is_named(kind, rank, said, image_folder, tmp_path):
@@ -69,7 +69,10 @@ def post(number=5, step=7, task="", seconds=0.0, ended=False):
     "after, said",
     [
         # The step of rank 2 says where it stands; what ranks 0 and 1 do is wait for it.
-        ([post(), post(), post(4, 6, seconds=99)], "rank 2 has not answered for 3 s: stopped, or its node is gone"),
+        (
+            [post(), post(), post(4, 6, seconds=99)],
+            "rank 2 has not answered for 3 s: stopped, or its node failed",
+        ),
         (
             [post(seconds=50), post(task="reading", seconds=60), post(seconds=50)],
             "rank 1 has been reading for 60 s, in step 7",

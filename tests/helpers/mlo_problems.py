@@ -13,7 +13,7 @@ from torch import nn
 
 import main_pretrain
 from methods import Pretrainer
-from methods.mlo.inner_problems import trained
+from methods.mlo.inner_problems import trainable
 from methods.mlo.labelled_task import Classification, StandardizedLinear
 from methods.mlo.method import MLOMAE
 from models_mae import MaskedAutoencoderViT
@@ -61,7 +61,7 @@ def the_method(model, task, flags="", inner_lr=0.1, head_lr=0.2, net=None, steps
     args = main_pretrain.get_args_parser().parse_args(argv)
     main_pretrain.check(args)
     method = MLOMAE(args, model)
-    method.use(task)
+    method.set_task(task)
     if net is not None:
         method.net.load_state_dict(net)
     method.to(next(model.parameters()).dtype)
@@ -70,7 +70,7 @@ def the_method(model, task, flags="", inner_lr=0.1, head_lr=0.2, net=None, steps
         method.stage2.optimizer = torch.optim.SGD(method.stage2.parameters(), lr=head_lr)
     pretrainer = Pretrainer(model, [method], steps)
     method.head_lr = head_lr
-    pretrainer.attach(torch.optim.SGD(trained(model).values(), lr=inner_lr))
+    pretrainer.attach(torch.optim.SGD(trainable(model).values(), lr=inner_lr))
     return pretrainer, method
 
 

@@ -23,8 +23,8 @@ from util.data.sample_rng import sample_noise, seeded
 from util.data.transforms import pretrain_transform
 from util.errors import RunFailed, UserError
 from util.lr_sched import adjust_learning_rate
+from util.training.batches import accumulation_window
 from util.training.meters import EpochMeter
-from util.training.run import accumulation_window
 
 # fp32 wherever the tests run: on a CPU that multiplies bf16 fast, `auto` is bf16, which rounds too coarsely to compare.
 BASE = f"{SMALL} --epochs 2 --warmup_epochs 1 --blr 0.01 --num_workers 0 --vis_freq 0 --print_freq 1 --device cpu"

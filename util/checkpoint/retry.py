@@ -188,7 +188,7 @@ class Saver:
                     f"{what} cannot be written to {self.folder} ({reason(error)}): the next attempt is in {delay:g} s",
                     flush=True,
                 )
-            watchdog.moved()
+            watchdog.progress()
             time.sleep(delay)
             waited, failures = waited + delay, failures + 1
 

@@ -1,7 +1,5 @@
-"""How the same numbers are computed: attention by one fused kernel or by matrix products, blocks plain or compiled.
-
-Measured in benchmarks/README.md.
-"""
+"""How the network is computed: attention by a fused kernel or by matrix products, blocks compiled or not, gradient
+checkpointing, deterministic algorithms. Measurements: benchmarks/README.md."""
 
 import os
 import shutil
@@ -20,18 +18,20 @@ from util.errors import UserError
 ATTENTION = ["auto", "fused", "matmul"]
 
 
-def attention_is_fused(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether scaled_dot_product_attention computes attention. `auto` takes what is faster forward and backward for
-    this device and type (a rule from measurements, not a measurement: a run must not depend on how busy the machine
-    was when it began). In bf16 on a CPU the fused kernel's backward is several times slower than two products and a
-    softmax, at every length from 17 to 1025 tokens."""
-    if kind == "auto":
+def attention_is_fused(setting: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether scaled_dot_product_attention computes attention, for `--attention` `setting`.
+
+    `auto` takes the faster way, forward and backward, for this device and type. It is a fixed rule from measurements: a
+    run must not depend on how busy the machine was at its start. In bf16 on a CPU the backward pass of the fused kernel
+    is several times slower than two products and a softmax, at every length from 17 to 1025 tokens.
+    """
+    if setting == "auto":
         return not (device.type == "cpu" and dtype is torch.bfloat16)
-    return kind == "fused"
+    return setting == "fused"
 
 
 def choose_attention(args, device: torch.device, *made: nn.Module) -> None:
-    """Set `--attention` for all models to come, and for those that are `made`."""
+    """Set `--attention` for all models that are built later, and for the `made` ones."""
     fused = attention_is_fused(args.attention, device, choose_amp_dtype(args.amp_dtype, device))
     set_fused_attn(fused)
     for model in made:
@@ -41,20 +41,21 @@ def choose_attention(args, device: torch.device, *made: nn.Module) -> None:
 
 
 def make_deterministic() -> None:
-    """`--deterministic`: only algorithms that give the same bits every time; torch raises where it has none. Before the
-    first product on a GPU, whose workspace CUBLAS_WORKSPACE_CONFIG bounds."""
+    """`--deterministic`: use only algorithms that give the same bits every time; torch raises an error where it has
+    none. To be called before the first matrix product on a GPU, since CUBLAS_WORKSPACE_CONFIG is read then."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
 
 
 class GradCheckpointMixin:
-    """A transformer whose blocks may keep only their inputs for the backward pass and compute the rest again there."""
+    """A transformer with gradient checkpointing: blocks keep only their inputs and are computed again in the backward
+    pass."""
 
     grad_checkpointing = False
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As in timm."""
+        """Turn gradient checkpointing on or off, as in timm."""
         self.grad_checkpointing = enable
 
     def run_block(self, block, *inputs):
@@ -64,16 +65,18 @@ class GradCheckpointMixin:
 
 
 def compile_blocks(*models: nn.Module) -> None:
-    """Compile every transformer block, teachers among them, each kind once: all else (masks, methods, what is logged)
-    stays as it is. Works in place, so parameter names stay. UserError where torch cannot compile."""
+    """Compile every transformer block of `models` (teachers included) in place; parameter names stay.
+
+    The rest (masks, methods, logs) is not compiled. Raises UserError if torch cannot compile here.
+    """
     if not torch._dynamo.is_dynamo_supported():
         raise UserError("--compile: this Python or platform cannot compile (torch.compile); leave it out")
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError("--compile needs a C++ compiler: install g++, or name one in the variable CXX; or leave it out")
-    # One kind of block for each width, number of tokens and with or without gradients; the default of 8 is few.
+    # Blocks are compiled for each width, number of tokens, and with or without gradients: often more than 8 times.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    torch._functorch.config.donated_buffer = False  # a look at gradients walks a graph twice
-    torch._inductor.config.fallback_random = True  # drop path's random numbers are those of an uncompiled run
+    torch._functorch.config.donated_buffer = False  # diagnostics of gradients use a graph twice
+    torch._inductor.config.fallback_random = True  # drop path draws the random numbers of an uncompiled run
     for model in models:
         for module in model.modules():
             if isinstance(module, Block):

@@ -1,4 +1,4 @@
-"""Mixed precision, and the one place where a gradient becomes an optimizer step (or does not)."""
+"""Mixed precision, gradient clipping, and the guard against optimizer steps with non-finite gradients."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +10,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _cpu_multiplies_bf16() -> bool:
-    """AVX512-BF16 or AMX: without them a CPU emulates bf16, several times slower than fp32."""
+    """Return whether this CPU has AVX512-BF16 or AMX; without them it emulates bf16, several times slower than fp32."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -19,7 +19,8 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def choose_amp_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 where the hardware multiplies it fast, fp16 (with a scaler) on older GPUs, else fp32."""
+    """Return the type for `--amp_dtype`. `auto` is bf16 if the hardware multiplies it fast, fp16 (with loss scaling) on
+    older GPUs, else fp32."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
@@ -28,13 +29,13 @@ def choose_amp_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
-    """Context in which matrix products run in `dtype`; does nothing for fp32."""
+    """Return a context in which matrix products run in `dtype`; it does nothing for fp32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
 
 
 @contextmanager
 def full_precision():
-    """Float32 products in float32, without TF32."""
+    """Compute float32 products in full float32, without TF32."""
     precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -46,20 +47,20 @@ def full_precision():
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
-    """At least float32: what a loss is computed in, whatever autocast made of its arguments."""
+    """Return `x` in at least float32, the precision in which losses are computed also under autocast."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def get_grad_norm_(parameters, norm_type: float = 2.0) -> torch.Tensor:
-    """Norm of all gradients together, a device scalar."""
+    """Return the norm of all gradients together, a scalar on the device."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, norm_type)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of gradients that are spread over the processes
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of sharded gradients (FSDP)
 
 
 def guarded_step(optimizer, broken: torch.Tensor) -> None:
-    """Step where `broken`, a float scalar on the device, is 0; where it is 1 nothing changes."""
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):  # somebody's own optimizer: look, then step
+    """Take an optimizer step if `broken`, a float scalar on the device, is 0; change nothing if it is 1."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):  # an optimizer without device-side skipping
         if not broken.item():
             optimizer.step()
         return
@@ -71,26 +72,27 @@ def guarded_step(optimizer, broken: torch.Tensor) -> None:
 class NativeScalerWithGradNormCount:
     """Backward pass and optimizer step: loss scaling for fp16, gradient clipping, gradient norm, and the guard.
 
-    The guard: a step whose gradient is not finite never changes a weight, and (except under fp16 scaling, where
-    overflow is normal and the scaler deals with it) neither does any later one, until the host reads `broken` and
-    stops. So the weights are those before the bad step, without the host waiting for the device in every step. Under
-    DDP gradients are averaged before they get here, so all ranks see the same and agree without a further message.
-    Optimizers that honour `found_inf` on the device (torch's fused ones, our LARS) are not waited for, others are.
+    The guard skips a step whose gradient is not finite. Without fp16 scaling it also skips all later steps, until the
+    host reads `broken` and stops: the weights stay those before the bad step, and no step waits for the device. (Under
+    fp16 scaling overflows are normal, and the scaler handles them.) Gradients are averaged over ranks before, so all
+    ranks decide alike. Optimizers that honour `found_inf` on the device (torch's fused ones, `util.lars.LARS`) are not
+    waited for; others are.
     """
 
     state_dict_key = "amp_scaler"
 
     def __init__(self, enabled: bool | None = None, device: torch.device | str | None = None):
-        # Without arguments as upstream's: scaling, on CUDA where there is one.
+        # Without arguments as in the official repository: on CUDA with scaling, if available.
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         enabled = self.device.type == "cuda" if enabled is None else enabled
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
-        self.broken = torch.zeros((), device=self.device)  # 1 from the first non-finite gradient on
-        self.applied = torch.ones((), device=self.device)  # 0 where the last step was skipped
-        self._streak = torch.zeros(2, device=self.device)  # steps in a row that overflowed: longest lately, and now
+        self.broken = torch.zeros((), device=self.device)  # 1 after the first non-finite gradient
+        self.applied = torch.ones((), device=self.device)  # 0 if the last step was skipped, else 1
+        self._streak = torch.zeros(2, device=self.device)  # consecutive overflows: longest since read, and current
 
     def __call__(self, loss, optimizer, clip_grad=None, parameters=None, create_graph=False, update_grad=True):
-        """Back-propagate; with `update_grad` also step. Returns the gradient norm (a device scalar) of a step."""
+        """Back-propagate and, with `update_grad`, take a step. Return the step's gradient norm
+        (a scalar on the device), or None."""
         self.backward(loss, create_graph)
         return self.step(optimizer, parameters, clip_grad) if update_grad else None
 
@@ -99,7 +101,7 @@ class NativeScalerWithGradNormCount:
         self._scaler.scale(loss).backward(create_graph=create_graph)
 
     def step(self, optimizer, parameters, clip_grad: float | None = None) -> torch.Tensor:
-        """Clip the gradients of `parameters` to the norm `clip_grad`, and step where they are finite. Returns their
+        """Clip the gradients of `parameters` to the norm `clip_grad`, and take a step if they are finite. Return their
         norm before clipping, a scalar on the device."""
         parameters = [p for p in parameters if p.grad is not None]
         self._scaler.unscale_(optimizer)
@@ -126,12 +128,12 @@ class NativeScalerWithGradNormCount:
 
     @property
     def scale(self) -> float:
-        """Factor of the loss, 1 without scaling. Waits for the device."""
+        """Return the loss scale, 1 without scaling. Waits for the device."""
         return self._scaler.get_scale()
 
     def overflows(self) -> tuple[int, int]:
-        """Steps in a row that overflowed: the longest such row since the last call, and the one that lasts. Waits for
-        the device."""
+        """Return the number of consecutive overflowing steps: the longest streak since the last call, and the current
+        one. Waits for the device."""
         longest, now = (int(count) for count in self._streak.tolist())
         self._streak[0] = now
         return longest, now

@@ -1,4 +1,4 @@
-"""Processes: how a run finds out that it has several, and what they tell each other."""
+"""Process groups: launch, devices, and collective operations that also work with one process."""
 
 import datetime
 import hashlib
@@ -34,7 +34,7 @@ def barrier() -> None:
 
 
 def setup_for_distributed(is_master: bool) -> None:
-    """Silence `print` on the other ranks; `print(..., force=True)` still speaks."""
+    """Silence `print` on all ranks but the main one, except for `print(..., force=True)`."""
     import builtins
 
     original = getattr(builtins.print, "original", builtins.print)
@@ -48,7 +48,7 @@ def setup_for_distributed(is_master: bool) -> None:
 
 
 def _launcher(args) -> tuple[int, int, int] | None:
-    """(rank, world size, local rank) as the launcher's environment tells them; None for a single process."""
+    """Return (rank, world size, local rank) from the launcher's environment; None for a single process."""
     env = os.environ
     if args.dist_on_itp and "OMPI_COMM_WORLD_RANK" in env:
         rank, world, local = (int(env[f"OMPI_COMM_WORLD_{key}"]) for key in ("RANK", "SIZE", "LOCAL_RANK"))
@@ -63,9 +63,10 @@ def _launcher(args) -> tuple[int, int, int] | None:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` is CUDA when there is one, else the CPU; a bare `cuda` is this process's own GPU.
+    """Return the device for `--device`. `auto` is CUDA if available, else the CPU; `cuda` without a number is the GPU
+    of this process.
 
-    Raises UserError for CUDA without CUDA, for a GPU that is not there and for an unknown device.
+    Raises UserError if CUDA or the GPU is not available, and for an unknown device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,24 +79,24 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(
-                f"--device {name} asks for a GPU, but torch {torch.__version__} sees none; use --device cpu"
+                f"--device {name} needs a GPU, but torch {torch.__version__} detects none; use --device cpu"
             )
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {device} is not there: this machine has {torch.cuda.device_count()} GPU(s)")
+            raise UserError(f"--device {device} does not exist: this machine has {torch.cuda.device_count()} GPU(s)")
         torch.cuda.set_device(device)
     return device
 
 
 def init_distributed_mode(args) -> torch.device:
-    """Join the process group that the launcher describes, if any, and choose this process's device.
+    """Join the process group that the launcher describes, if any, and return the device of this process.
 
-    Sets args.distributed, rank, world_size, gpu. The first meeting of the ranks waits at most `--timeout_s` and then
-    names the ranks that are missing; from then on a watchdog names one that stands still for so long.
+    Sets args.distributed, rank, world_size, gpu. Raises UserError that names the missing ranks if not all join within
+    `--timeout_s`. Afterwards a watchdog aborts, naming the hanging rank, if a rank makes no progress for that long.
     """
-    found = _launcher(args)
-    args.distributed = found is not None
-    args.rank, args.world_size, local_rank = found or (0, 1, 0)
+    launched = _launcher(args)
+    args.distributed = launched is not None
+    args.rank, args.world_size, local_rank = launched or (0, 1, 0)
     args.gpu = local_rank
     device = choose_device(args.device, local_rank)
     if not args.distributed:
@@ -104,22 +105,22 @@ def init_distributed_mode(args) -> torch.device:
     if backend == "auto":
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=args.timeout_s)
-    later = 2 * timeout  # the watchdog, which knows the rank, is to speak before torch does
+    later = 2 * timeout  # the watchdog, which can name the hanging rank, must abort before torch does
     os.environ.update(RANK=str(args.rank), WORLD_SIZE=str(args.world_size), LOCAL_RANK=str(local_rank))
     try:
         store, _, _ = next(dist.rendezvous(args.dist_url, args.rank, args.world_size, timeout=timeout))
         store.set_timeout(timeout)
-        # After a restart by torchrun the store still holds the addresses of processes that are gone.
+        # After a restart by torchrun the store still holds the addresses of the earlier processes.
         attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=attempt, rank=args.rank, world_size=args.world_size, timeout=later)
         watchdog.prepare(dist.PrefixStore("watchdog", attempt.clone()), args.rank, args.world_size, args.timeout_s)
-        # Only gloo's barrier can name the ranks that are missing, and only in a group of its own.
+        # Only gloo's barrier can name the missing ranks, and only in a separate group.
         hosts = dist.new_group(backend="gloo", timeout=timeout)
         dist.monitored_barrier(hosts, timeout=timeout, wait_all_ranks=True)
     except (RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(
-            f"rank {args.rank} of {args.world_size} waited at {args.dist_url} for the other ranks in vain "
+            f"rank {args.rank} of {args.world_size} timed out waiting for the other ranks at {args.dist_url} "
             f"(--timeout_s {args.timeout_s:g}): {first_line}"
         ) from error
     watchdog.start()
@@ -129,13 +130,14 @@ def init_distributed_mode(args) -> torch.device:
 
 
 def host_device() -> torch.device:
-    """Where a few numbers are compared between ranks: the CPU where the backend can, so that no GPU is waited for."""
+    """Return the device on which ranks compare a few numbers: the CPU if the backend supports it, so that no GPU is
+    waited for."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 @contextmanager
 def main_process_first():
-    """The main process goes through the block before the others enter it: for downloads."""
+    """Let the main process run the block before the others enter it: for downloads."""
     if not is_main_process():
         barrier()
     try:
@@ -146,11 +148,11 @@ def main_process_first():
 
 
 def from_main_process(function):
-    """`function()` of the main process, on every rank."""
-    box = [function() if is_main_process() else None]
+    """Call `function` on the main process and return the result on every rank."""
+    result = [function() if is_main_process() else None]
     if get_world_size() > 1:
-        dist.broadcast_object_list(box, 0)
-    return box[0]
+        dist.broadcast_object_list(result, 0)
+    return result[0]
 
 
 def shut_down() -> None:
@@ -160,7 +162,8 @@ def shut_down() -> None:
 
 
 def find_difference(values: dict) -> tuple | None:
-    """The first name under which a rank has another value than rank 0: name, rank 0's value, the rank, its value."""
+    """Compare `values` with those of rank 0. Return the first difference: (name, rank 0's value, the rank, its value),
+    or None."""
     everyone = gather_objects(values)
     for name, first in everyone[0].items():
         for rank, theirs in enumerate(everyone):
@@ -170,10 +173,10 @@ def find_difference(values: dict) -> tuple | None:
 
 
 def check_same_flags(args, may_differ=("rank", "gpu", "local_rank")) -> None:
-    """UserError on every rank when the ranks were started with different flags, naming flag, ranks and values."""
-    found = find_difference({k: v for k, v in vars(args).items() if k not in may_differ})
-    if found:
-        flag, first, rank, theirs = found
+    """Raise UserError on every rank if the ranks have different flags; it names flag, rank and values."""
+    difference = find_difference({k: v for k, v in vars(args).items() if k not in may_differ})
+    if difference:
+        flag, first, rank, theirs = difference
         raise UserError(
             f"the ranks were started with different flags: --{flag} is {first!r} on rank 0 "
             f"and {theirs!r} on rank {rank}"
@@ -181,28 +184,28 @@ def check_same_flags(args, may_differ=("rank", "gpu", "local_rank")) -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place; the tensor itself when there is one process."""
+    """Sum `tensor` over ranks, in place."""
     if get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
-    """Maximum over ranks, in place."""
+    """Take the maximum of `tensor` over ranks, in place."""
     if get_world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
 
 
 def all_reduce_mean(x: float) -> float:
-    """Mean of a python number over ranks."""
+    """Return the mean of a Python number over ranks."""
     if get_world_size() == 1:
         return x
     return all_reduce_sum(torch.tensor(float(x), dtype=torch.float64, device=host_device())).item() / get_world_size()
 
 
 def average(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The mean of each tensor over ranks, in one message; all of one type and device."""
+    """Return the mean of each tensor over ranks, in one all-reduce; all tensors have one type and device."""
     if get_world_size() == 1 or not tensors:
         return tensors
     flat = all_reduce_sum(torch.cat([tensor.flatten() for tensor in tensors])) / get_world_size()
@@ -210,8 +213,7 @@ def average(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def same_everywhere(text: str) -> bool:
-    """Whether every rank gives the same text, on every rank: one reduction of two numbers, whatever the texts. It is
-    compared by 56 bits of its hash."""
+    """Return, on every rank, whether all ranks give the same text: one all-reduce of 56 bits of its hash."""
     if get_world_size() == 1:
         return True
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
@@ -220,14 +222,14 @@ def same_everywhere(text: str) -> bool:
 
 
 def sync_buffers(module: torch.nn.Module) -> None:
-    """Rank 0's buffers (running statistics, which see only a rank's own images) on every rank."""
+    """Broadcast rank 0's buffers (running statistics, which depend on a rank's images)."""
     if get_world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
 
 def gather_objects(value) -> list:
-    """Every rank's `value`, in rank order, on every rank."""
+    """Return the `value` of every rank, in rank order, on every rank."""
     if get_world_size() == 1:
         return [value]
     everyone: list = [None] * get_world_size()

@@ -1,7 +1,7 @@
-"""Weights, gradients and optimizer states sharded over the processes (FSDP2), for models that do not fit on one GPU.
+"""Weights, gradients and optimizer states sharded over processes (FSDP2), for models that do not fit on one GPU.
 
-Every transformer block is gathered when it is used and resharded after it; what is left (embeddings, norms, heads) is
-the outermost unit. Source: Zhao et al. 2023, "PyTorch FSDP"; Rajbhandari et al. 2020 (ZeRO, stage 3).
+Every transformer block is gathered when it is used and resharded afterwards; the rest (embeddings, norms, heads) is the
+outermost unit. Sources: Zhao et al. 2023, "PyTorch FSDP"; Rajbhandari et al. 2020 (ZeRO, stage 3).
 """
 
 import warnings
@@ -20,32 +20,37 @@ from util.parallel.distributed import get_world_size, is_main_process
 
 
 def check_sharded(args, device: torch.device, dtype: torch.dtype) -> None:
-    """UserError where `--fsdp` cannot work."""
+    """Raise UserError if `--fsdp` cannot be used."""
     if get_world_size() < 2:
-        raise UserError("--fsdp spreads a model over processes, and this run has one: start it with torchrun")
+        raise UserError("--fsdp shards a model over processes, and this run has one process: start it with torchrun")
     if dtype is torch.float16:
-        raise UserError("--fsdp works in bf16 and fp32, not with the loss scaling of fp16: give --amp_dtype")
+        raise UserError(
+            "--fsdp works in bf16 and fp32, not with the loss scaling of fp16: give --amp_dtype bf16 or fp32"
+        )
 
 
-def shard(module: nn.Module, student: nn.Module, aside: list[nn.Module], device: torch.device, dtype) -> None:
-    """Spread `module` in place, each block a unit; `student` is the part that learns. Of the networks `aside`, which
-    nobody calls as a whole, the blocks alone. On GPUs blocks are gathered in bfloat16 where that is what they compute
-    in (a CPU's layer norm takes no mixed types); gradients are averaged in float32."""
+def shard(module: nn.Module, student: nn.Module, external: list[nn.Module], device: torch.device, dtype) -> None:
+    """Shard `module` in place, with every block as a unit. `student` is its trained part. Of the `external` networks,
+    whose `forward` is not called, only the blocks are sharded.
+
+    On GPUs, blocks that compute in bfloat16 are gathered in bfloat16 (layer norm on a CPU does not accept mixed types).
+    Gradients are averaged in float32.
+    """
     mesh = init_device_mesh(device.type, (get_world_size(),))
     low = dtype if dtype is torch.bfloat16 and device.type == "cuda" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for network in (module, *aside):
+    for network in (module, *external):
         for block in network.modules():
             if isinstance(block, Block):
                 fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # The rest stays in float32: it is small, and pixels and targets pass through it.
     fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    # The backward pass gathers a block while the one behind it is at work. Said here, because by itself FSDP goes by
-    # the forward passes it has seen, and the main process alone also draws pictures.
+    # The backward pass gathers a block while the next one computes. The order is set explicitly: FSDP would derive it
+    # from forward passes, and only the main process runs those of previews.
     units = [module, *(unit for unit in student.modules() if is_sharded(unit))]
     for before, unit in zip([units[-1], *units], units):
         unit.set_modules_to_backward_prefetch([before])
-    # The predictions, of which nobody changes anything in place.
+    # The warning is about in-place changes of outputs; predictions are not changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
@@ -55,11 +60,11 @@ def is_sharded(module: nn.Module) -> bool:
 
 @contextmanager
 def whole(module: nn.Module):
-    """Inside, every process holds all weights (for looking: no gradients), and what one of them does alone needs no
-    other. All of them must enter. Does nothing for a module that is not spread.
+    """Let every process hold all weights inside the context (without gradients), so that one process can run the
+    network alone. All processes must enter. Does nothing for a module that is not sharded.
 
-    Blocks that are gathered in bfloat16 take inputs of that type alone unless autocast is on, so it is on inside; where
-    all weights are float32, nothing changes."""
+    Blocks that are gathered in bfloat16 need autocast, which is on inside. With float32 weights nothing changes.
+    """
     units = [unit for unit in module.modules() if is_sharded(unit)] if is_sharded(module) else []
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -75,10 +80,11 @@ def whole(module: nn.Module):
 
 
 def gathered(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state` with whole tensors, on the CPU of the main process ({} elsewhere). All processes must call it."""
-    found = {}
+    """Return `state` with whole tensors, on the CPU of the main process ({} on other ranks). All processes must call
+    it."""
+    whole_state = {}
     for name, tensor in state.items():
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if is_main_process():
-            found[name] = tensor.detach().cpu()
-    return found
+            whole_state[name] = tensor.detach().cpu()
+    return whole_state

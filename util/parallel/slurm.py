@@ -1,4 +1,4 @@
-"""A main as a SLURM job through submitit. When its time is nearly over the run saves and the job is queued again."""
+"""Runs a main as a SLURM job through submitit. Shortly before the time limit the run saves, and the job is requeued."""
 
 import argparse
 import os
@@ -15,16 +15,24 @@ WARNING_SECONDS = 120  # before the time limit: enough to finish a step and writ
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ngpus", default=8, type=int, help="GPUs, and processes, per node")
     parser.add_argument("--nodes", default=2, type=int, help="nodes of the job")
-    parser.add_argument("--timeout", default=4320, type=int, help="minutes; the job then saves and requeues")
-    parser.add_argument("--job_dir", default="", help="logs and results; %%j is the job's number; without it jobs/%%j")
-    parser.add_argument("--partition", default="learnfair", help="partition of the scheduler")
-    parser.add_argument("--use_volta32", action="store_true", help="ask for 32 GB V100s")
+    parser.add_argument(
+        "--timeout",
+        default=4320,
+        type=int,
+        help="time limit in minutes; shortly before it the job saves and is requeued",
+    )
+    parser.add_argument(
+        "--job_dir", default="", help="folder of logs and results, by default jobs/%%j; %%j is the job's number"
+    )
+    parser.add_argument("--partition", default="learnfair", help="SLURM partition")
+    parser.add_argument("--use_volta32", action="store_true", help="request 32 GB V100s")
     parser.add_argument("--comment", default="", help="passed to the scheduler")
     parser.add_argument("--cluster", default="slurm", choices=["slurm", "local"], help="local: on this machine")
 
 
 class Trainer:
-    """What submitit sends to every process of the job. Always resumes: a requeued job finds its own checkpoints."""
+    """The callable that submitit runs in every process of the job. It always resumes: a requeued job continues from its
+    own checkpoints."""
 
     def __init__(self, main, args: argparse.Namespace):
         self.main, self.args = main, args
@@ -51,13 +59,14 @@ class Trainer:
 
 
 def requeue(job_id: str) -> None:
-    """Put this job back into the queue under its own number."""
+    """Requeue this job under its number."""
     print(f"stopped by {signals.stopped_by}: requeueing job {job_id}", flush=True)
     subprocess.run(["scontrol", "requeue", job_id], check=True)
 
 
 def launch(main, main_parser, argv: list[str] | None = None):
-    """Submit `main` with the job flags and the main's own flags of `argv`; returns submitit's job."""
+    """Submit `main` with the job's flags and the main's flags from `argv`; return submitit's job. Raises UserError for
+    a `--resume` that names a file."""
     import submitit
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -74,7 +83,9 @@ def launch(main, main_parser, argv: list[str] | None = None):
         args.output_dir = folder
     if not getattr(args, "eval", False):
         if args.resume not in ("", "auto"):
-            raise UserError("--resume of a job is 'auto' (it may be requeued); start from a file with --init_from")
+            raise UserError(
+                "--resume of a job must be 'auto', since it may be requeued; start from a file with --init_from"
+            )
         args.resume = "auto"
     executor = submitit.AutoExecutor(folder=folder, cluster=job.cluster, slurm_max_num_timeout=30)
     executor.update_parameters(
@@ -89,7 +100,7 @@ def launch(main, main_parser, argv: list[str] | None = None):
         **({"slurm_constraint": "volta32gb"} if job.use_volta32 else {}),
         **({"slurm_comment": job.comment} if job.comment else {}),
     )
-    # The job unpickles `Trainer` wherever it starts, so it must find this package.
+    # The job unpickles `Trainer`, so this package must be importable there.
     root = str(Path(__file__).resolve().parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     submitted = executor.submit(Trainer(main, args))

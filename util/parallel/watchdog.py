@@ -1,5 +1,7 @@
-"""Names the rank that all others wait for. Each process says, in the store of the process group, where it is and since
-when; a thread of each looks on. torch ends a collective that takes too long as well, but cannot say whom it waits for.
+"""The watchdog: names the hanging rank and aborts.
+
+Every process writes its current step and task, with a time, to the store of the process group; a thread of every
+process reads them. torch also aborts collectives that take too long, but cannot name the rank that they wait for.
 """
 
 import contextlib
@@ -16,11 +18,11 @@ READING = "waiting for images"
 
 
 class Watchdog:
-    """Ends this process with exit code 1 and a sentence when it has waited `timeout` seconds for another rank.
+    """Aborts this process with exit code 1 and a message when it has waited `timeout` seconds for another rank.
 
-    `step` is the optimizer step that this process is in; `task` is what it does alone, waiting for nobody (reading
-    images), or "" where it may be inside a collective. So whoever reads is waited for, else whoever is a step behind;
-    and a process whose thread no longer writes has been stopped, or its node is gone.
+    `step` is the optimizer step of this process. `task` is work that it does without other ranks (reading images), or
+    "" when it may be inside a collective. The hanging rank is one that reads, else one that is a step behind. A process
+    whose watchdog thread no longer writes was stopped, or its node failed.
     """
 
     def __init__(self, store, rank: int, world: int, timeout: float):
@@ -31,78 +33,80 @@ class Watchdog:
         self._post()
 
     def start(self) -> None:
-        """Every rank must have been made before any is started."""
+        """Start the thread. The watchdogs of all ranks must exist before any is started."""
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
-        """Nobody waits for this process any more: what it does now, or leaves to rank 0, is no standing still."""
+        """Declare this process finished: the other ranks no longer wait for it."""
         self._ended.set()
         with contextlib.suppress(RuntimeError):
             self._post()
 
-    def moved(self, step: int | None = None, task: str = "") -> None:
-        """This process has come to another place."""
+    def progress(self, step: int | None = None, task: str = "") -> None:
+        """Record progress of this process: its step, its task, and the time."""
         self.step = self.step if step is None else step
         self.task, self.since = task, time.monotonic()
 
     def _post(self) -> None:
         self._number += 1
-        here = {"number": self._number, "step": self.step, "task": self.task, "for": time.monotonic() - self.since}
-        self.store.set(f"rank {self.rank}", json.dumps(here | {"ended": self._ended.is_set()}))
+        status = {"number": self._number, "step": self.step, "task": self.task, "for": time.monotonic() - self.since}
+        self.store.set(f"rank {self.rank}", json.dumps(status | {"ended": self._ended.is_set()}))
 
     def _posts(self) -> list[dict] | None:
-        """What every rank wrote last; None when the store does not answer. It is asked by another thread: torch waits
-        without end for a store whose process is stopped, whatever its timeout is."""
-        found = []
+        """Return what every rank wrote last; None if the store does not answer. A separate thread asks the store: torch
+        waits forever for a store whose process is stopped, regardless of the timeout."""
+        posts = []
 
-        def ask():
+        def query():
             with contextlib.suppress(RuntimeError):
-                found.extend(self.store.multi_get([f"rank {rank}" for rank in range(self.world)]))
+                posts.extend(self.store.multi_get([f"rank {rank}" for rank in range(self.world)]))
 
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(3 * self.interval)
-        return [json.loads(post) for post in found] or None
+        thread = threading.Thread(target=query, daemon=True)
+        thread.start()
+        thread.join(3 * self.interval)
+        return [json.loads(post) for post in posts] or None
 
     def _pause(self, intervals: int) -> None:
-        """Wait, and go on saying where this process is."""
+        """Wait for so many intervals, and keep writing the status of this process."""
         for _ in range(intervals):
             self._ended.wait(self.interval)
             self._post()
 
     def _watch(self) -> None:
         while not self._ended.wait(self.interval):
-            with contextlib.suppress(RuntimeError):  # whoever holds the store is gone: torch says so
+            with contextlib.suppress(RuntimeError):  # the host of the store is gone: torch reports it
                 self._post()
-                # A process that reads waits for nobody, however long it takes.
+                # A process that reads does not wait for other ranks, however long it takes.
                 if not self.task and time.monotonic() - self.since >= self.timeout:
-                    self._judge(self.since)
+                    self._abort_if_hanging(self.since)
 
-    def _judge(self, since: float) -> None:
+    def _abort_if_hanging(self, since: float) -> None:
         before = after = self._posts()
         if before:
             self._pause(3)
             after = self._posts()
         if not after:
-            ranks, said = [0], "rank 0, which holds the processes' meeting place, does not answer"
+            ranks, message = [0], "rank 0, which hosts the store of the process group, does not answer"
         else:
-            ranks, said = describe(before, after, self.timeout, 3 * self.interval)
+            ranks, message = describe(before, after, self.timeout, 3 * self.interval)
         if self.rank in ranks:
-            # Those who wait speak first: the end of the one that stands still would end them with less to say.
+            # The waiting ranks abort first: if the hanging one did, they would end without this message.
             self._pause(5)
         if ranks and since == self.since and not self._ended.is_set():
-            sys.stderr.write(f"[rank {self.rank}] error: {said} (--timeout_s {self.timeout:g})\n")  # print is silenced
+            sys.stderr.write(
+                f"[rank {self.rank}] error: {message} (--timeout_s {self.timeout:g})\n"
+            )  # print is silenced
             sys.stderr.flush()
             os._exit(1)  # the main thread is inside a collective and stays there
 
 
 def describe(before: list[dict], after: list[dict], timeout: float, silence: float) -> tuple[list[int], str]:
-    """From what the ranks said twice, `silence` seconds apart: whom they wait for, and in words; nobody and "" when
-    that cannot be told, and torch's own timeouts have to do."""
+    """Return the hanging ranks and a message about them, from the statuses of all ranks at two times `silence` seconds
+    apart; ([], "") if they cannot be determined, and torch's timeouts have to abort."""
     living = {rank: post for rank, post in enumerate(after) if not post["ended"]}
     silent = [rank for rank, post in living.items() if post["number"] == before[rank]["number"]]
     if silent:
-        return silent, f"{_ranks(silent)} not answered for {silence:.0f} s: stopped, or its node is gone"
+        return silent, f"{_ranks(silent)} not answered for {silence:.0f} s: stopped, or its node failed"
     long = {rank: post for rank, post in living.items() if post["for"] >= timeout}
     stuck = [rank for rank, post in long.items() if post["task"]]
     if stuck:
@@ -123,7 +127,7 @@ def _ranks(ranks: list[int]) -> str:
     return f"ranks {named}{' and others' if len(ranks) > 8 else ''} have"
 
 
-# One a process -------------------------------------------------------------------------------------------------------
+# One per process -----------------------------------------------------------------------------------------------------
 
 _watchdog: Watchdog | None = None
 
@@ -145,35 +149,36 @@ def stop() -> None:
         _watchdog = None
 
 
-def moved(step: int | None = None, task: str = "") -> None:
-    """This process goes on: `Watchdog.moved`. Nothing with one process."""
+def progress(step: int | None = None, task: str = "") -> None:
+    """Record progress of this process (`Watchdog.progress`). Does nothing with one process."""
     if _watchdog is not None:
-        _watchdog.moved(step, task)
+        _watchdog.progress(step, task)
 
 
 def reading(batches: Iterable) -> Iterator:
-    """The batches; while each is waited for, this process waits for its images and for nobody else."""
+    """Yield the batches; while waiting for one, this process counts as reading images, not as waiting for other
+    ranks."""
     batches = iter(batches)
     while True:
-        moved(task=READING)
+        progress(task=READING)
         try:
             batch = next(batches)
         except StopIteration:
             return
         finally:
-            moved()
+            progress()
         yield batch
 
 
 def slow_reader(waited: list[float], seconds: float) -> str:
-    """From the seconds that every rank waited for images in an epoch of `seconds`: a sentence about the one that holds
-    the others up, where it waited a tenth of the time and twice as long as the median rank."""
-    usual = statistics.median_low(waited)
+    """Return a message about the rank that slows the others down, from the seconds that every rank waited for images in
+    an epoch of `seconds`; "" if none waited a tenth of the time and twice as long as the median rank."""
+    median = statistics.median_low(waited)
     most = max(waited)
-    if most < 0.1 * seconds or most < 2 * usual:
+    if most < 0.1 * seconds or most < 2 * median:
         return ""
     rank = waited.index(most)
     return (
-        f"rank {rank} waited {most:.0f} of {seconds:.0f} s for images, the others {usual:.0f} s at the median: "
-        "its disk or its processors are slower, or it needs more --num_workers"
+        f"rank {rank} waited {most:.0f} of {seconds:.0f} s for images, the others {median:.0f} s (median): "
+        "its disk or CPU is slower, or it needs more --num_workers"
     )

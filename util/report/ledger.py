@@ -1,7 +1,8 @@
-"""The ledger: a finished run leaves one line in `results.jsonl` of its output folder, with all that a table needs.
+"""The ledger: every finished run appends one line to `results.jsonl` of its output folder.
 
-A line says which code ran with which flags on what hardware and data, what it started from, and what came out;
-`tools/collect.py` makes tables of them. A checkpoint carries the same, so that whatever judges it can say it too.
+A line holds the command, flags, code revision, hardware, data, starting weights and results of the run;
+`tools/collect.py` makes tables from it. Checkpoints hold the same, so that an evaluation of a checkpoint can record it,
+too.
 """
 
 import argparse
@@ -24,11 +25,11 @@ from util.checkpoint.same_run import plain
 from util.errors import UserError
 from util.parallel.distributed import find_difference, gather_objects, get_world_size, is_main_process
 
-NO_METRICS = ("epoch", "step", "seconds", "bad_images")  # what else a line of log.txt has
+NO_METRICS = ("epoch", "step", "seconds", "bad_images")  # entries of a line of log.txt that are not metrics
 
 
 def revision() -> str:
-    """Git revision of the code, with a plus when it has changes; empty outside a checkout."""
+    """Return the git revision of the code, with a plus if it has uncommitted changes; empty outside a checkout."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
@@ -40,7 +41,7 @@ def revision() -> str:
 
 
 def strict(value):
-    """`value` in what strict JSON has: numbers that are not finite become null, what is no JSON its text."""
+    """Return `value` as strict JSON can hold it: non-finite numbers become null, other objects their text."""
     if isinstance(value, dict):
         return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -51,10 +52,10 @@ def strict(value):
 
 
 def append(folder: str | Path | None, row: dict) -> None:
-    """One line more in the folder's ledger, by the main process; nothing for an empty `folder`.
+    """Append a line to the ledger of `folder`, on the main process; do nothing if `folder` is empty.
 
-    Written in one piece and synced, under a lock: runs may end at the same time. A line that a crash cut off stays
-    alone on its line. UserError when the folder cannot be written.
+    The line is written at once, synced, under a lock: several runs may end at the same time. A line that a crash cut
+    off is ended first. Raises UserError if the folder cannot be written.
     """
     if not folder or not is_main_process():
         return
@@ -73,8 +74,8 @@ def append(folder: str | Path | None, row: dict) -> None:
 
 
 def write_json(path: str | Path, args, **content) -> None:
-    """The flags, and what came out, as strict JSON beside or at `path`, by the main process. UserError when it cannot
-    be written."""
+    """Write the flags and the `content` as strict JSON to `path` with the suffix .json, on the main process. Raises
+    UserError if it cannot be written."""
     if not is_main_process():
         return
     path = Path(path).with_suffix(".json")
@@ -87,7 +88,7 @@ def write_json(path: str | Path, args, **content) -> None:
 
 
 def read(path: str | Path) -> list[dict]:
-    """The lines of a ledger, oldest first; [] where there is none. What is no line of ours is named and left out."""
+    """Return the lines of a ledger, oldest first; [] if there is no file. Damaged lines are reported and left out."""
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
@@ -101,12 +102,12 @@ def read(path: str | Path) -> list[dict]:
         if isinstance(row, dict) and _is_line(row):
             rows.append(row)
         elif line.strip():
-            print(f"note: line {number} of {path} is damaged, it is left out", file=sys.stderr)
+            print(f"note: line {number} of {path} is damaged and is left out", file=sys.stderr)
     return rows
 
 
 def _is_line(row: dict) -> bool:
-    """Whether it has what tables are made of, as `Record.enter` writes it."""
+    """Whether `row` has the entries that tables need, as `Record.enter` writes them."""
     data, source = row.get("data") or {}, row.get("source") or {}
     splits = [split or {} for split in data.values()] if isinstance(data, dict) else []
     dicts = [row.get("flags"), row.get("metrics"), row.get("hardware") or {}, data, source, *splits]
@@ -116,11 +117,11 @@ def _is_line(row: dict) -> bool:
     return not source or ("path" in source and _is_line({**source, "command": "", "metrics": {}}))
 
 
-# What a line says -----------------------------------------------------------------------------------------------------
+# Content of a line ----------------------------------------------------------------------------------------------------
 
 
 def hardware(device: torch.device, dtype: torch.dtype | None) -> dict:
-    """Device, processes, and what decides how it calculates."""
+    """Return the device, the number of processes, and what else affects numbers and speed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": name,
@@ -140,14 +141,14 @@ def _processor() -> str:
 
 
 def describe_images(images, data_path: str = "") -> dict:
-    """How many images, and a hash of the labels with what is at hand of the images: names below `data_path` of files,
-    pixels of arrays. Two runs with the same hash were given the same images. A stream is not counted."""
+    """Return the number of images and a hash of their labels and, if available, their names below `data_path` (files)
+    or pixels (arrays). Runs with equal hashes had the same images. A stream has neither."""
     if not hasattr(images, "load"):
         return {"images": None, "sha256": None}
     digest = hashlib.sha256()
     names = _names(images, str(Path(data_path).expanduser()) + os.sep if data_path else "")
-    for place, target in enumerate(images.targets):
-        digest.update(f"{names[place] if names else ''}\t{target}\n".encode(errors="surrogateescape"))
+    for index, target in enumerate(images.targets):
+        digest.update(f"{names[index] if names else ''}\t{target}\n".encode(errors="surrogateescape"))
     if hasattr(images, "arrays"):
         digest.update(images.arrays.tobytes())
     return {"images": len(images), "sha256": digest.hexdigest()}
@@ -156,12 +157,12 @@ def describe_images(images, data_path: str = "") -> dict:
 def _names(images, root: str) -> list[str] | None:
     if hasattr(images, "indices"):
         names = _names(images.images, root)
-        return [names[place] for place in images.indices] if names else [str(place) for place in images.indices]
+        return [names[i] for i in images.indices] if names else [str(i) for i in images.indices]
     return [str(path).removeprefix(root) for path in images.paths] if hasattr(images, "paths") else None
 
 
 def metrics_of(log: str, epoch: float = math.inf) -> dict | None:
-    """Metrics of the last line of a log.txt, given as text, that is not of a later epoch; None where there is none."""
+    """Return the metrics of the last line of a log.txt (given as text) up to `epoch`; None if there is none."""
     for line in reversed(log.splitlines()):
         try:
             row = json.loads(line)
@@ -173,8 +174,8 @@ def metrics_of(log: str, epoch: float = math.inf) -> dict | None:
 
 
 def source_of(weights) -> dict | None:
-    """What a run starts from (`util.weights.load.Weights`, or None): the file, its hash, and what it says of its own
-    run, down to the run that one started from."""
+    """Return the file that a run starts from (`weights`: `util.weights.load.Weights` or None), its hash, and the
+    history of the run that wrote it, recursively."""
     if weights is None:
         return None
     sha256 = None
@@ -186,13 +187,14 @@ def source_of(weights) -> dict | None:
 
 
 class Record:
-    """What a run knows of itself. `images` are its splits by name, `weights` what it starts from. `state` goes into
-    checkpoints, so that a resumed run is still one run. UserError where a rank has other images, or other code."""
+    """The record of a run: command, flags, revisions, time, data (`images`: splits by name) and the `weights` it starts
+    from. `state` goes into checkpoints, so that a resumed run has one record. Raises UserError if ranks have different
+    images or code."""
 
     def __init__(self, command: str, args, weights=None, **images):
         self.command, self.args, self.began, self.seconds_before = command, args, time.monotonic(), 0.0
         self.revisions, self.source, self.data = [revision()], None, {}
-        self.stored, self.stored_flags, self._restored = {}, {}, False  # what the checkpoint of a resumed run says
+        self.stored, self.stored_flags, self._restored = {}, {}, False  # from the checkpoint of a resumed run
         if is_main_process():
             self.source = source_of(weights)
         given = {name: split for name, split in images.items() if split is not None}
@@ -200,16 +202,16 @@ class Record:
         self._check_ranks()
 
     def _check_ranks(self) -> None:
-        found = find_difference(self.data)
-        if found:
-            split, first, rank, theirs = found
+        difference = find_difference(self.data)
+        if difference:
+            split, first, rank, theirs = difference
             raise UserError(
                 f"rank {rank} has other images for {split} below --data_path than rank 0 ({theirs['images']} and "
                 f"{first['images']}, or other names or labels): give every node the same data"
             )
         revisions = gather_objects(self.revisions[0])
         for rank, theirs in enumerate(revisions):
-            if theirs and revisions[0] and theirs != revisions[0]:  # outside a checkout it cannot be told
+            if theirs and revisions[0] and theirs != revisions[0]:  # empty outside a checkout
                 raise UserError(
                     f"rank {rank} runs revision {theirs} of the code and rank 0 {revisions[0]}: install one of them"
                 )
@@ -226,7 +228,8 @@ class Record:
         }
 
     def load_state(self, state: dict | None, flags: dict | None = None) -> None:
-        """Go on with the run that left `state` and `flags` in its checkpoint (None: a checkpoint without)."""
+        """Continue the record of the run that wrote `state` and `flags` into its checkpoint (None: a checkpoint without
+        them)."""
         self.stored, self.stored_flags = state or {}, flags or {}
         earlier = self.stored.get("revision", "").split(", ") if self.stored.get("revision") else []
         self.revisions = earlier + [name for name in self.revisions if name not in earlier]
@@ -234,26 +237,27 @@ class Record:
         self.source = self.stored.get("source", self.source)
 
     def restore(self) -> None:
-        """Say from now on exactly what the checkpoint said, flags included: this process adds nothing to the run."""
+        """Report from now on exactly the record of the checkpoint, its flags included: this process adds nothing to the
+        run."""
         self._restored = True
         if self.stored_flags:
             self.args = argparse.Namespace()
             vars(self.args).update(self.stored_flags)
 
     def is_entered(self, folder) -> bool:
-        """Whether the ledger of `folder` has a line of this command for a run as long as the checkpoint's, or longer
-        (an extended run leaves one line for each of its ends)."""
+        """Return whether the ledger of `folder` has a line of this command for a run at least as long as the
+        checkpoint's. (A run that is extended has one line for each of its ends.)"""
         lengths = [row.get("images_seen") for row in read(Path(folder) / LEDGER) if row["command"] == self.command]
         return any(isinstance(seen, int) and seen >= self.stored.get("images_seen", 0) for seen in lengths)
 
     def finish(self, folder, images_seen: int, device: torch.device, dtype=None) -> None:
-        """Enter a training run that has reached its end, with the metrics of its log's last line."""
+        """Append the line of a training run that reached its end, with the metrics of the last line of its log."""
         if folder and is_main_process():
             metrics = metrics_of((Path(folder) / "log.txt").read_text(encoding="utf-8"))
             self.enter(folder, metrics, images_seen, device, dtype)
 
     def enter(self, folder, metrics: dict, images_seen: int, device: torch.device, dtype=None) -> None:
-        """The line of this run in the ledger of `folder`. `images_seen` went through the network, with repetitions."""
+        """Append the line of this run to the ledger of `folder`. `images_seen` counts images with repetitions."""
         if not is_main_process():
             return
         row = {

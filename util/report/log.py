@@ -1,4 +1,4 @@
-"""Progress on the terminal, and the lines of `log.txt`."""
+"""Progress on the terminal, speeds, and the lines of `log.txt`."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from util.parallel.distributed import gather_objects, is_main_process, same_ever
 
 
 def check_same_names(names: list[str]) -> None:
-    """RunFailed, on all ranks, when they log metrics of different `names`: a reduction would mix them up, or hang.
-    Names are gathered only when they differ; otherwise this is one small reduction on the host."""
+    """Raise RunFailed on all ranks if they log metrics of different `names`: a reduction would mix them up, or hang.
+    Names are gathered only if they differ; otherwise this is one small all-reduce on the host."""
     if same_everywhere("\n".join(names)):
         return
     everyone = gather_objects(names)
-    name = min(name for theirs in everyone for name in theirs if any(name not in others for others in everyone))
-    logged = [name in theirs for theirs in everyone]
+    name = min(name for names in everyone for name in names if any(name not in others for others in everyone))
+    logged = [name in names for names in everyone]
     raise RunFailed(
         f"the metric {name!r} was logged on rank {logged.index(True)} and not on rank {logged.index(False)}: every "
         f"rank must log the same names in the same steps, with None where it has no value"
@@ -27,7 +27,7 @@ def check_same_names(names: list[str]) -> None:
 
 
 class Progress:
-    """A progress bar on a terminal, plain lines elsewhere; silent on the other ranks."""
+    """A progress bar on a terminal, plain lines elsewhere; silent on ranks other than the main one."""
 
     def __init__(self, header: str, total: int, start: int = 0):
         self.header, self.total, self.position = header, total, start
@@ -55,7 +55,7 @@ class Progress:
 
 
 class Clock:
-    """Wall time, images and time spent waiting for data since the last reading."""
+    """Wall time, number of images, and time spent waiting for data since the last reading."""
 
     def __init__(self):
         self.began = self.started = time.perf_counter()
@@ -66,7 +66,7 @@ class Clock:
         return (time.perf_counter() - self.started) / self.steps
 
     def pause(self, seconds: float) -> None:
-        """Do not count this much of the time that has passed."""
+        """Exclude `seconds` that have passed from the measured time."""
         self.began += seconds
         self.started += seconds
 
@@ -82,12 +82,12 @@ class Clock:
 
 
 def log_line(row: dict) -> bytes:
-    """One JSON object in a line, as upstream's `log.txt`."""
+    """Return a line with one JSON object, as in the official repository's `log.txt`."""
     return json.dumps(row).encode() + b"\n"
 
 
 def trim_log(output_dir: str, epoch: int) -> None:
-    """Drop the lines of `epoch` and later: a resumed run writes them again."""
+    """Remove the lines of `epoch` and later, which a resumed run writes again."""
     path = Path(output_dir) / "log.txt"
     if not is_main_process() or not path.is_file():
         return
@@ -97,7 +97,7 @@ def trim_log(output_dir: str, epoch: int) -> None:
             if json.loads(line).get("epoch", -1) < epoch:
                 kept.append(line)
         except json.JSONDecodeError:
-            continue  # the line that was being written when the run died
+            continue  # a line that a crash cut off
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Pictures of what an autoencoder sees and makes of it."""
+"""Pictures of masks, reconstructions and saliency maps."""
 
 import textwrap
 
@@ -15,18 +15,18 @@ CAPTION = "columns: original, masked, reconstruction with the visible patches pa
 
 
 def denormalized(imgs, mean, std) -> torch.Tensor:
-    """Colours in [0, 1] of imgs (..., C, H, W) that were normalised by `mean` and `std`."""
+    """Undo the normalisation of imgs (..., C, H, W) by `mean` and `std`; return colours in [0, 1]."""
     mean, std = (torch.tensor(values, device=imgs.device)[:, None, None] for values in (mean, std))
     return (imgs * std + mean).clamp(0, 1)
 
 
 @torch.no_grad()
 def reconstruct(model, imgs, mask_ratio: float, noise, mean, std) -> torch.Tensor:
-    """imgs (N, C, H, W), normalised by `mean` and `std` -> (N, 3, C, H, W) in [0, 1]: original, masked (removed patches
-    grey), reconstruction with the visible patches pasted.
+    """Draw originals, masked images and reconstructions: normalised imgs (N, C, H, W) -> (N, 3, C, H, W) in [0, 1].
 
-    A model with `norm_pix_loss` predicts patches without their mean and deviation; these are taken from the original
-    to show them, so such a picture shows less error in colour and contrast than the model makes.
+    Removed patches are grey in the second column; visible patches are pasted into the reconstruction. A model with
+    `norm_pix_loss` predicts normalised patches; the mean and standard deviation of the original patches are put back,
+    so errors of colour and contrast do not show.
     """
     was_training = model.training
     model.eval()
@@ -39,12 +39,13 @@ def reconstruct(model, imgs, mask_ratio: float, noise, mean, std) -> torch.Tenso
     means, stds = (torch.tensor(values, device=imgs.device)[:, None, None] for values in (mean, std))
     grey = model.patchify((torch.full_like(imgs, 0.5) - means) / stds)
     columns = [patches, patches * (1 - mask) + grey * mask, patches * (1 - mask) + pred.to(patches.dtype) * mask]
-    shown = torch.stack([model.unpatchify(column) for column in columns], dim=1)
-    return denormalized(shown, mean, std)
+    pictures = torch.stack([model.unpatchify(column) for column in columns], dim=1)
+    return denormalized(pictures, mean, std)
 
 
 def grid(pictures: torch.Tensor, per_row: int = 2, scale_to: int = 96) -> torch.Tensor:
-    """(N, 3, C, H, W) -> one RGB picture (3, height, width): `per_row` triples side by side, small images enlarged."""
+    """Arrange (N, 3, C, H, W) as one RGB picture (3, height, width) with `per_row` triples side by side; small images
+    are enlarged."""
     columns, _, height, width = pictures.shape[1:]
     flat = pictures.flatten(0, 1)
     flat = rgb(flat)
@@ -54,15 +55,15 @@ def grid(pictures: torch.Tensor, per_row: int = 2, scale_to: int = 96) -> torch.
 
 
 def heat_map(values: torch.Tensor) -> torch.Tensor:
-    """(N, H, W) in [0, 1] -> colours (N, 3, H, W), dark (0) to bright (1)."""
+    """Return values (N, H, W) in [0, 1] as colours (N, 3, H, W), from dark (0) to bright (1)."""
     from matplotlib import colormaps
 
     return torch.from_numpy(colormaps["inferno"](widened(values).cpu().numpy())[..., :3]).permute(0, 3, 1, 2).float()
 
 
 def overlay(colours: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """RGB images (N, 3, H, W) in [0, 1] under maps (N, rows, columns), each from its lowest value (dark) to its highest
-    (bright); a map of one value is dark."""
+    """Blend RGB images (N, 3, H, W) in [0, 1] with maps (N, rows, columns), each scaled from its lowest value (dark) to
+    its highest (bright); a constant map is dark."""
     low, high = (limit(maps.flatten(1), dim=1)[:, None, None] for limit in (torch.amin, torch.amax))
     scaled = ((maps - low) / (high - low).clamp_min(1e-12)).float()[:, None]
     smooth = F.interpolate(scaled, size=colours.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
@@ -70,14 +71,16 @@ def overlay(colours: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 
 
 def rgb(imgs: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W) -> (N, 3, H, W): the colours without alpha, or grey three times."""
+    """Return images (N, C, H, W) as RGB (N, 3, H, W): without alpha, or with the grey channel three times."""
     return imgs[:, :3] if imgs.shape[1] >= 3 else imgs[:, :1].expand(-1, 3, -1, -1)
 
 
 def mask_picture(shown, scores, mask_ratio: float, model, per_row: int = 2) -> torch.Tensor:
-    """Images (N, C, H, W) in [0, 1] and scores (N, L) of their patches, the highest to be removed -> one picture (3,
-    height, width): each image, what is left of it, the same with a random mask, and the scores as a heat map, from the
-    lowest (dark) to the highest (bright) of that image."""
+    """Draw masks by score: images (N, C, H, W) in [0, 1] and scores (N, L) -> one picture (3, height, width).
+
+    The columns are the image, its visible part under the scores' mask (the highest scores are removed), its visible
+    part under a random mask, and the scores as a heat map from the image's lowest (dark) to its highest (bright).
+    """
     noise = fixed_noise(model, len(shown), 0, shown.device)
     masks = [model.choose_visible(values, mask_ratio)[1] for values in (scores, noise)]
     size = model.patch_embed.patch_size
@@ -89,22 +92,24 @@ def mask_picture(shown, scores, mask_ratio: float, model, per_row: int = 2) -> t
     low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
     heat = heat_map(pixels((scores - low) / (high - low).clamp_min(1e-12))[:, 0])
     colours = rgb(shown).cpu()
-    cut = [colours * (1 - mask) + 0.5 * mask for mask in (pixels(m).cpu() for m in masks)]
-    return grid(torch.stack([colours, *cut, heat], dim=1), per_row)
+    visible = [colours * (1 - mask) + 0.5 * mask for mask in (pixels(m).cpu() for m in masks)]
+    return grid(torch.stack([colours, *visible, heat], dim=1), per_row)
 
 
 def labelled(picture: Image.Image, columns: list[str], rows: list[str] = ()) -> Image.Image:
-    """A picture of `grid` with a title above each of its columns, wrapped to it, and before each of its `rows`."""
+    """Add wrapped titles above the columns of a picture from `grid`, and titles before its `rows`."""
     width = (picture.width - 4) // len(columns)
-    titles = [textwrap.wrap(title.replace("/", "/ "), max(4, width // 7)) for title in columns]  # 7: a wide letter
+    titles = [
+        textwrap.wrap(title.replace("/", "/ "), max(4, width // 7)) for title in columns
+    ]  # pixels of a wide letter
     lines = max(map(len, titles))
     left, top = (ROW_LABEL if rows else 0), LINE * lines + 4
     whole = Image.new("RGB", (left + picture.width, top + picture.height), "white")
     whole.paste(picture, (left, top))
     draw = ImageDraw.Draw(whole)
     for i, title in enumerate(titles):
-        for place, line in enumerate(title, lines - len(title)):  # at the lower edge
-            draw.text((left + 4 + i * width, 2 + LINE * place), line, fill="black", font=_font())
+        for row, line in enumerate(title, lines - len(title)):  # aligned at the bottom
+            draw.text((left + 4 + i * width, 2 + LINE * row), line, fill="black", font=_font())
     for i, title in enumerate(rows):
         draw.text(
             (4, top + (i + 0.5) * (picture.height - 4) / len(rows) - LINE // 2), title, fill="black", font=_font()
@@ -113,7 +118,7 @@ def labelled(picture: Image.Image, columns: list[str], rows: list[str] = ()) -> 
 
 
 def captioned(picture: Image.Image, caption: str) -> Image.Image:
-    """The picture with a line of text below it, wrapped to its width."""
+    """Add a caption below the picture, wrapped to its width."""
     draw = ImageDraw.Draw(picture)
     words, lines = caption.split(" "), [""]
     for word in words:
@@ -131,9 +136,9 @@ def captioned(picture: Image.Image, caption: str) -> Image.Image:
 
 
 def _font():
-    return ImageFont.load_default(12)  # smaller, its words run into each other
+    return ImageFont.load_default(12)  # with a smaller size, words are not separated
 
 
 def fixed_noise(model, count: int, seed: int, device) -> torch.Tensor:
-    """The same masks every time: (count, L)."""
+    """Return noise (count, L) that depends only on `seed` and the image's number, for the same masks every time."""
     return sample_noise(seed, 0, torch.arange(count, device=device), model.patch_embed.num_patches, stream=1)

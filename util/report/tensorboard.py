@@ -23,13 +23,13 @@ _event_files = itertools.count()
 
 
 class EventFile:
-    """A TensorBoard event file. tensorboard's own is written by a thread that ends for good at the first full disk, in
-    the middle of a record; here whole records wait in memory until they can be written."""
+    """A TensorBoard event file. TensorBoard's own writer thread ends for good at the first full disk, in the middle of
+    a record; here whole records wait in memory until they can be written."""
 
     def __init__(self, folder: str):
-        place = f"{socket.gethostname()}.{os.getpid()}.{next(_event_files)}"
+        suffix = f"{socket.gethostname()}.{os.getpid()}.{next(_event_files)}"
         self.folder = folder
-        self.file = GrowingFile(Path(folder) / f"events.out.tfevents.{int(time.time()):010d}.{place}")
+        self.file = GrowingFile(Path(folder) / f"events.out.tfevents.{int(time.time()):010d}.{suffix}")
         self.add_event(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
         self.file.write()
 
@@ -48,7 +48,7 @@ class EventFile:
 
 
 class Events(SummaryWriter):
-    """torch's writer of pictures, texts and numbers, into an `EventFile`."""
+    """torch's SummaryWriter with an `EventFile`."""
 
     def _get_file_writer(self):
         if self.file_writer is None:
@@ -62,12 +62,12 @@ class Events(SummaryWriter):
 
 class _FileWriter(FileWriter):
     def __init__(self, folder: str):
-        self.event_writer = EventFile(folder)  # and no other
+        self.event_writer = EventFile(folder)  # instead of tensorboard's writer
 
 
 class Board:
-    """TensorBoard on the main process, nothing on the others. The x axis is epoch * 1000, so that runs with different
-    batch sizes lie over each other; several values on one x are never written. A full disk does not end it."""
+    """TensorBoard on the main process; does nothing on other ranks. The x axis is epoch * 1000, so that runs with
+    different batch sizes are aligned; a tag gets at most one value for each x. A full disk does not stop the run."""
 
     def __init__(self, log_dir: str | None, purge_step: int | None = None):
         self.writer = None
@@ -75,7 +75,7 @@ class Board:
         if log_dir and is_main_process():
             os.makedirs(log_dir, exist_ok=True)
             self.writer = Events(log_dir, purge_step=purge_step)
-            atexit.register(self.writer.close)  # a run that fails shows its last points too
+            atexit.register(self.writer.close)  # so that the last points of a failed run are written
 
     def scalars(self, values: dict[str, float], epoch: float) -> None:
         x = int(epoch * 1000)
@@ -86,7 +86,7 @@ class Board:
         self.flush()
 
     def image(self, name: str, image, epoch: float) -> None:
-        """`image` is (3, H, W) in [0, 1]."""
+        """Add an RGB picture `image` (3, H, W) in [0, 1]."""
         if self.writer is not None:
             self.writer.add_image(name, image, int(epoch * 1000))
 
@@ -96,16 +96,16 @@ class Board:
 
     def flags(self, args: dict) -> None:
         if self.writer is not None:
-            # Flags hold names of files, which may hold anything: neither markup nor the end of a cell or of code.
-            shown = {
+            # Flags contain file names, which may contain markup or the end of a table cell or of code: escaped.
+            escaped = {
                 name: html.escape(str(value)).translate({ord("|"): "&#124;", ord("`"): "&#96;", 10: " "})
                 for name, value in args.items()
             }
-            rows = "\n".join(f"| {name} | <code>{value}</code> |" for name, value in sorted(shown.items()))
+            rows = "\n".join(f"| {name} | <code>{value}</code> |" for name, value in sorted(escaped.items()))
             self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{rows}")
 
     def hparams(self, args: dict, metrics: dict[str, float]) -> None:
-        """Flags and final metrics for the HPARAMS tab, in the run's own event file."""
+        """Write flags and final metrics for the HPARAMS tab into the run's event file."""
         if self.writer is None:
             return
         from torch.utils.tensorboard.summary import hparams

@@ -1,4 +1,4 @@
-"""When a training run writes its checkpoints, and what it refuses to write."""
+"""Writing of a training run's checkpoints and of its best weights."""
 
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from util.training.numerics import broken_state
 
 
 class Checkpointer:
-    """The checkpoints of a run, and the file of its best weights. `logs` are written before every checkpoint."""
+    """Writes the checkpoints of a run and the file of its best weights. The `logs` are written before every
+    checkpoint."""
 
     def __init__(self, args, logs: list[GrowingFile]):
         self.writes = bool(args.output_dir)
@@ -21,8 +22,9 @@ class Checkpointer:
         self.best = 0.0  # highest score so far
 
     def save(self, run, last: bool = False) -> None:
-        """A checkpoint of `run`, if the disk takes it (`util.checkpoint.retry.Saver`), which the `last` one must.
-        RunFailed instead of a checkpoint with numbers that are not finite."""
+        """Write a checkpoint of `run`. A failed save is retried later (`util.checkpoint.retry.Saver`), unless it is the
+        `last` one, which must succeed. Raises RunFailed, and writes nothing, if a weight or optimizer state is not
+        finite."""
         if not self.writes:
             return
         moments = {name: run.optimizer.state.get(p, {}) for name, p in run.train_module.named_parameters()}
@@ -32,7 +34,7 @@ class Checkpointer:
         self.saver.save(lambda: run_state.save(run), last)
 
     def save_best(self, run, score: float) -> None:
-        """Keep the weights of `run` in checkpoint-best.pth when their `score` is the highest so far."""
+        """Write the weights of `run` to checkpoint-best.pth if their `score` is the highest so far."""
         if score <= self.best:
             return
         self.best = score

@@ -1,7 +1,7 @@
-"""A run that is resumed where it had ended: nothing is left to train, and its files stay as they are.
+"""Resuming a run that is already finished: nothing is trained, and its files stay unchanged.
 
-A run that was killed after its last checkpoint lacks some of its results: these are written now, with the flags and the
-history that the checkpoint holds, whatever flags it is resumed with.
+If the run was killed after its last checkpoint, some results are missing. These are written now, with the flags and the
+record of the checkpoint; the flags of the present command are ignored.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from util.report.tensorboard import Board
 
 
 def end_again(run, files: list[Path], write: Callable[[dict[str, float]], None]) -> None:
-    """End `run` (`util.training.run.Run`), which was resumed at its end. `files` are its results beside the ledger's
+    """End `run` (`util.training.run.Run`), which was resumed at its end. `files` are its results besides the ledger's
     line; `write(metrics)` writes them. All ranks must call it."""
     metrics, names = from_main_process(lambda: _unwritten(run, files))
     done = run.epoch + run.position / len(run.loader)
@@ -35,8 +35,8 @@ def end_again(run, files: list[Path], write: Callable[[dict[str, float]], None])
 
 
 def _unwritten(run, files: list[Path]) -> tuple[dict[str, float], list[str]]:
-    """The metrics in the log's line of the checkpoint's epoch, and the names of the results: none where all of them are
-    there. A checkpoint from before there was a ledger gets no line."""
+    """Return the log's metrics for the checkpoint's epoch, and the names of the results to write: [] if all exist. Runs
+    whose checkpoint has no record (older than the ledger) get no line."""
     if not run.args.output_dir:
         return {}, []
     log, epoch = Path(run.args.output_dir) / "log.txt", run.epoch if run.position else run.epoch - 1

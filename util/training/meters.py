@@ -1,4 +1,4 @@
-"""Means of metrics over steps, epochs and ranks. Metrics stay on the device until they are read."""
+"""Means of metrics over steps, epochs and ranks. Values stay on the device until they are read."""
 
 import time
 from collections import defaultdict, deque
@@ -10,8 +10,8 @@ from util.report.log import check_same_names
 
 
 class SmoothedValue:
-    """A series with its mean over everything and over a window. Tensors are kept as they are: reading a property is
-    what waits for the device."""
+    """A series with its mean over all values and over a window. Tensors stay on the device: reading a property waits
+    for it."""
 
     def __init__(self, window_size: int = 20, fmt: str | None = None):
         self.deque = deque(maxlen=window_size)
@@ -61,7 +61,7 @@ class SmoothedValue:
 
 
 class MetricLogger:
-    """Named series, and a loop that prints them every so often."""
+    """Named series, and a loop that prints them."""
 
     def __init__(self, delimiter: str = "\t"):
         self.meters: dict[str, SmoothedValue] = defaultdict(SmoothedValue)
@@ -88,7 +88,7 @@ class MetricLogger:
             meter.synchronize_between_processes()
 
     def log_every(self, iterable, print_freq: int, header: str = ""):
-        """Yield from `iterable`, printing all series every `print_freq` items."""
+        """Yield from `iterable`, and print all series every `print_freq` items."""
         began = time.monotonic()
         total = len(iterable)
         for i, item in enumerate(iterable):
@@ -100,10 +100,8 @@ class MetricLogger:
 
 
 class EpochMeter:
-    """Means over an epoch and since the last reading, accumulated on the device without waiting for it.
-
-    The state is a dict of python floats, kept in checkpoints, so that an epoch's means survive a resume.
-    """
+    """Means over an epoch and since the last reading, accumulated on the device without waiting for it. `epoch`, a dict
+    of Python floats, is stored in checkpoints, so that the epoch's means survive a resume."""
 
     def __init__(self, device: torch.device, state: dict | None = None):
         self.device = device
@@ -112,22 +110,24 @@ class EpochMeter:
         self.counts: dict[str, float] = defaultdict(float)
 
     def add(self, count: float = 1, **values) -> None:
-        """Count each value `count` times. Ranks must add the same names between two readings; None is a name whose
-        value this rank does not have, and does not count."""
+        """Add values, each with the weight `count`. All ranks must add the same names between two readings; None stands
+        for a value that this rank does not have."""
         for name, value in values.items():
             if value is None:
                 self.sums.setdefault(name, 0.0)
                 self.counts[name] += 0
                 continue
-            if isinstance(value, torch.Tensor):  # numbers stay on the host: a copy to the device would wait for it
+            if isinstance(
+                value, torch.Tensor
+            ):  # Python numbers stay on the host: copying them to the device would wait for it
                 value = value.detach().to(torch.float64)
             value = value * count
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] += count
 
     def read(self) -> dict[str, float]:
-        """Means over all ranks since the last reading, of the names that any rank has a value of; this is where the
-        host waits for the device. RunFailed, on all ranks, when they added other names than each other."""
+        """Return the means over all ranks since the last reading, of all names for which a rank has a value. This waits
+        for the device. Raises RunFailed, on all ranks, if the ranks added different names."""
         names = sorted(self.sums)
         check_same_names(names)
         if not names:
@@ -145,5 +145,5 @@ class EpochMeter:
         return {name: total / count for name, (total, count) in totals.items()}
 
     def means(self) -> dict[str, float]:
-        """Means over the epoch so far, of what has been read."""
+        """Return the means over the epoch so far, of the values that were read."""
         return {name: total / count for name, (total, count) in self.epoch.items()}

@@ -1,5 +1,5 @@
-"""What a training run reports: progress on the terminal, TensorBoard, `log.txt`, `spikes.jsonl`; and the errors that
-end it: losses that are not finite, too many unreadable images, fp16 that overflows."""
+"""Reports of a training run: progress on the terminal, TensorBoard, `log.txt`, `spikes.jsonl`; and the checks that end
+a run: non-finite losses, too many unreadable images, fp16 overflows."""
 
 from pathlib import Path
 
@@ -14,24 +14,28 @@ from util.report.log import Clock, Progress, log_line
 from util.report.tensorboard import Board
 from util.training.batches import MicroBatch
 from util.training.meters import EpochMeter
-from util.training.numerics import Finite, Overflows, Spikes, describe_spike
+from util.training.numerics import NonFiniteDetector, OverflowDetector, SpikeDetector, describe_spike
 
 
 class Reporter:
-    """Collects metrics on the device, step by step, and reads them every `--print_freq` steps: only there the host
-    waits for the device. The methods that take `run` read its position (`util.training.run.Run`)."""
+    """Collects metrics on the device in every step, and reads and writes them every `--print_freq` steps; only the
+    reading waits for the device. `run` is the `util.training.run.Run` that is reported on."""
 
     def __init__(self, args, device: torch.device, scaler):
         self.device, self.scaler = device, scaler
         self.meter = EpochMeter(device)
-        self.finite, self.spikes, self.overflows = Finite(device), Spikes(args.spike_factor), Overflows(scaler)
+        self.non_finite, self.spikes, self.overflows = (
+            NonFiniteDetector(device),
+            SpikeDetector(args.spike_factor),
+            OverflowDetector(scaler),
+        )
         folder = Path(args.output_dir)
         self.log, self.spike_log = GrowingFile(folder / "log.txt"), GrowingFile(folder / "spikes.jsonl")
         self.writes = bool(args.output_dir)
-        self.board = Board(None)  # until training begins
+        self.board = Board(None)  # replaced when training begins
         self.clock, self.waited, self.progress = Clock(), 0.0, None
-        self.unreadable = 0  # images since the last reading
-        self.last_means: dict[str, float] = {}  # of the last finished epoch
+        self.unreadable = 0  # unreadable images since the last reading
+        self.last_means: dict[str, float] = {}  # means of the last finished epoch
 
     # Every step: nothing here waits for the device ------------------------------------------------------------------
 
@@ -40,36 +44,36 @@ class Reporter:
         self.clock, self.waited = Clock(), 0.0
 
     def count_batch(self, samples: Sample, seconds_waited: float) -> None:
-        """The images of a micro-batch were read."""
+        """Count the images of a micro-batch that was read, and the time spent waiting for it."""
         self.clock.waited += seconds_waited
         self.clock.images += len(samples.target) * get_world_size()
-        self.unreadable += int(samples.bad.sum())  # a number on the host: nothing waits
+        self.unreadable += int(samples.bad.sum())  # on the CPU: this does not wait for the device
 
     def add_losses(self, step: int, losses: dict[str, torch.Tensor], batch: MicroBatch) -> None:
-        """The total loss, named "loss", and its terms, of one micro-batch."""
+        """Add the total loss, named "loss", and its terms, of one micro-batch."""
         self.meter.add(len(batch.samples.target), **losses)
-        self.finite.watch(step, losses)
-        self.spikes.watch(step, losses["loss"], batch.samples.index)
+        self.non_finite.add(step, losses)
+        self.spikes.add(step, losses["loss"], batch.samples.index)
 
     def add_step(self, step: int, norm: torch.Tensor) -> None:
-        """The gradient norm of an optimizer step."""
-        if self.scaler.enabled:  # a step that overflowed has no norm, and is counted instead
+        """Add the gradient norm of an optimizer step."""
+        if self.scaler.enabled:  # an overflowed step has no norm; it counts as skipped
             norm = torch.where(self.scaler.applied > 0, norm, torch.zeros_like(norm))
             self.meter.add(skipped_steps=1 - self.scaler.applied)
         else:
-            self.finite.watch(step, {"gradient": norm})
+            self.non_finite.add(step, {"gradient": norm})
         self.meter.add(grad_norm=norm)
 
     # Every --print_freq steps ---------------------------------------------------------------------------------------
 
     def read(self, run) -> None:
-        """Read the metrics, which waits for the device; look for trouble; log. Raises RunFailed or UserError."""
+        """Read the metrics, check them, and log them. Waits for the device. Raises RunFailed or UserError."""
         self.meter.add(bad_images=self.unreadable)
         self.unreadable = 0
         values = self.meter.read()
         self._report_spikes(run)
         self.overflows.read(run.step)
-        self.finite.read(run.epoch, run.train_module)
+        self.non_finite.read(run.epoch, run.train_module)
         self._check_unreadable(run)
         bad = values.pop("bad_images")
         rates = self._rates(run)
@@ -85,7 +89,7 @@ class Reporter:
         self.board.scalars(points, run.fractional_epoch())
 
     def _rates(self, run) -> dict[str, float]:
-        """Speeds since the last reading; adds the time to the epoch's."""
+        """Return the speeds since the last reading, and add the time to the epoch's."""
         self.waited += self.clock.waited
         rates = self.clock.read()
         if run.stepper.flops:
@@ -111,7 +115,7 @@ class Reporter:
     # Every epoch ----------------------------------------------------------------------------------------------------
 
     def finish_epoch(self, run, row: dict[str, float]) -> None:
-        """Log the means of the epoch that has just ended, and `row` beside them."""
+        """Log the means of the epoch that has ended, and the values of `row`."""
         means = self.meter.means()
         seconds, bad = means.pop("seconds"), self.meter.epoch.get("bad_images", [0.0])[0]
         means.pop("bad_images", None)

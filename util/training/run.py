@@ -1,8 +1,8 @@
-"""A training run: its position, the rhythm of micro-batches and optimizer steps, and when it logs, saves and stops.
+"""A training run: its position in the data, and when it steps, logs, saves and stops.
 
-The engines call it in the order of a training step: `batches`, `autocast`, `backward`, `optimizer_step`, `finish_step`,
-and after each epoch `finish_epoch`. Its parts do the work: `Stepper` (forward, backward, optimizer), `Reporter`
-(metrics and logs), `Checkpointer` (files).
+The engines call a `Run` in the order of a training step: `batches`, `autocast`, `backward`, `optimizer_step`,
+`finish_step`; and after each epoch `finish_epoch`. Three parts do the work: `Stepper` (forward, backward, optimizer),
+`Reporter` (metrics and logs), `Checkpointer` (checkpoint files).
 """
 
 import contextlib
@@ -51,7 +51,8 @@ from util.training.stepping import Stepper
 
 
 def start(args) -> torch.device:
-    """Start the processes, choose the device, seed, check the output folder. UserError when ranks have other flags."""
+    """Join the process group, choose the device, seed the random numbers, check the output folder. Raises UserError if
+    the ranks have different flags, or if the folder cannot be used."""
     device = init_distributed_mode(args)
     check_same_flags(args)
     check_output_dir(args)
@@ -61,8 +62,10 @@ def start(args) -> torch.device:
     if args.deterministic:
         make_deterministic()
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = not args.deterministic  # the fastest algorithm changes from run to run
-        torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for
+        torch.backends.cudnn.benchmark = (
+            not args.deterministic
+        )  # benchmarking may choose another algorithm in every run
+        torch.set_float32_matmul_precision("high")  # TF32 in matrix products of float32
     choose_attention(args, device)
     return device
 
@@ -70,12 +73,13 @@ def start(args) -> torch.device:
 class Run:
     """A training run.
 
-    Three names for what is trained: `saved_model` is the network whose tensors are `model` in a checkpoint;
-    `train_module` is what the optimizer trains (that network, alone or with the methods around it); `ddp_model` is what
-    the engine calls (the same inside DistributedDataParallel where there are several processes).
+    Three names for the trained network: `saved_model` is the network that checkpoints store under `model`;
+    `train_module` is what the optimizer trains (`saved_model`, alone or inside the `Pretrainer` with the methods);
+    `ddp_model` is what the engine calls (`train_module`, inside DistributedDataParallel if there are several
+    processes).
 
-    `epoch` and `position` (a micro-batch of the epoch) are the next ones, `step` is the number of optimizer steps done.
-    `classes` are the names of a classifier's outputs.
+    `epoch` and `position` are those of the next micro-batch; `step` counts finished optimizer steps. `classes` are the
+    names of a classifier's outputs. Call `begin` before training, `close` at the end.
     """
 
     def __init__(
@@ -98,26 +102,28 @@ class Run:
         self.stepper = Stepper(args, device, self.train_module, optimizer)
         self.reporter = Reporter(args, device, self.stepper.scaler)
         self.checkpoints = Checkpointer(args, [self.reporter.log, self.reporter.spike_log])
-        self.stop, self.stopped = StopRequest(), False  # `stopped`: a signal ended the run early
+        self.stop, self.stopped = StopRequest(), False  # `stopped`: a signal ends the run early
         self.steps_per_epoch, self.total_steps = ceil(len(loader) / args.accum_iter), settle_length(args, len(loader))
         self.epoch, self.position, self.lr = args.start_epoch, 0, 0.0
         self.resumed = resume
         if resume is not None:
             run_state.resume(self, resume)
-        # From the position, not from the file: right also with --start_epoch or with other batch flags.
+        # Computed from the position, not read from the file: correct with --start_epoch and other batch flags, too.
         self.step = self.epoch * self.steps_per_epoch + self.position // args.accum_iter
         self.check_ranks_in_sync()
-        self.resumed_at_end = resume is not None and self.ended  # then `util.training.finished` follows, not `begin`
+        self.resumed_at_end = resume is not None and self.ended  # then call `finished.end_again` instead of `begin`
 
     def check_ranks_in_sync(self) -> None:
+        """Raise UserError if the ranks resumed at different positions."""
         positions = gather_objects((self.epoch, self.position, self.step))
         if len(set(positions)) > 1:
             raise UserError(
-                f"the ranks resumed at different (epoch, batch, step) {positions}: share --output_dir among nodes"
+                f"the ranks resumed at different (epoch, batch, step) {positions}: all nodes must share --output_dir"
             )
 
     def begin(self) -> None:
-        """Prepare for training, and make the folders and the first files; no file changes before this."""
+        """Prepare for training: compile, wrap for DDP, create the folders and the first files. No file changes before
+        this."""
         args, resume = self.args, self.resumed
         external = [network for method in self.all_methods() for network in method.external_networks()]
         self.stepper.prepare([self.train_module, *external] if args.compile else [], args.log_mfu, self.sharded)
@@ -128,10 +134,10 @@ class Run:
         purge_step = None if resume is None else int(self.fractional_epoch() * 1000) + 1
         self.reporter.board = Board(args.log_dir, purge_step=purge_step)
         self._describe()
-        watchdog.moved(self.step)
+        watchdog.progress(self.step)
 
     def _describe(self) -> None:
-        """Print the model, and keep the flags in args.json and TensorBoard."""
+        """Print the model's size, and write the flags to args.json and TensorBoard."""
         args = self.args
         millions = sum(p.numel() for p in self.saved_model.parameters()) / 1e6
         print(f"{args.model}: {millions:.1f} M parameters on {self.device}, {str(self.amp_dtype).split('.')[-1]}")
@@ -140,20 +146,21 @@ class Run:
         if args.output_dir and is_main_process():
             (Path(args.output_dir) / "args.json").write_text(json.dumps(flags, indent=2, default=str) + "\n")
 
-    # Where it is ----------------------------------------------------------------------------------------------------
+    # Position -------------------------------------------------------------------------------------------------------
 
     @property
     def ended(self) -> bool:
-        """Whether the last step is done. The position stays there, which with a fraction of an epoch is inside one."""
+        """Whether the last step is done. The position then stays there; with a fraction of an epoch, that is inside an
+        epoch."""
         return self.step >= self.total_steps
 
     def last_position(self) -> int:
-        """Where this epoch ends: after all its micro-batches, or after the run's last step."""
+        """Return the position at which this epoch ends: after all micro-batches, or after the run's last step."""
         left = self.total_steps - self.epoch * self.steps_per_epoch
         return min(len(self.loader), left * self.args.accum_iter)
 
     def fractional_epoch(self) -> float:
-        """The x axis of TensorBoard."""
+        """Return epoch and position as one number, the x axis of TensorBoard."""
         return self.epoch + self.position / len(self.loader)
 
     def images_seen(self) -> int:
@@ -163,10 +170,10 @@ class Run:
     # One step, in the order of the calls ----------------------------------------------------------------------------
 
     def batches(self, header: str):
-        """Read the rest of this epoch's micro-batches; ends early when the run is `stopped`."""
+        """Yield the remaining micro-batches of this epoch; end early if the run is `stopped`."""
         total, last = len(self.loader), self.last_position()
         self.reporter.begin_epoch(self, header)
-        watchdog.moved(self.step)
+        watchdog.progress(self.step)
         if self.stepper.flops:
             self.stepper.flops.begin()
         samples = iter(self.loader.begin(self.epoch, self.position))
@@ -178,7 +185,7 @@ class Run:
                     self._next(samples), position, *accumulation_window(position, total, self.args.accum_iter)
                 )
         finally:
-            del samples  # a traceback must not keep the data workers alive
+            del samples  # otherwise a traceback would keep the data workers alive
             self.reporter.progress.close()
 
     def _next(self, samples) -> Sample:
@@ -191,11 +198,12 @@ class Run:
         return batch
 
     def autocast(self, batch: MicroBatch):
-        """Around the forward pass (`Stepper.autocast`)."""
+        """Return the context of the forward pass (`Stepper.autocast`): mixed precision and gradient accumulation."""
         return self.stepper.autocast(batch)
 
     def backward(self, losses: dict[str, torch.Tensor], batch: MicroBatch) -> None:
-        """Back-propagate the sum of `losses`, weighted scalars by name, and count the micro-batch as done."""
+        """Back-propagate the sum of `losses` (weighted scalars by name), record them, and count the micro-batch as
+        done."""
         total = sum(losses.values())
         self.stepper.backward(total, batch)
         detached = {name: loss.detach() for name, loss in losses.items()}
@@ -203,21 +211,21 @@ class Run:
         self.position = batch.position + 1
 
     def optimizer_step(self) -> torch.Tensor:
-        """Set the learning rate and step -> 1 where the step was applied, 0 where a gradient was not finite (a scalar
-        on the device). `finish_step` must follow."""
-        first = self.position - 1 - (self.position - 1) % self.args.accum_iter  # micro-batch of this window
+        """Set the learning rate, clip, and step; `finish_step` must follow. Return a scalar on the device: 1 if the
+        step was applied, 0 if it was skipped because of a non-finite gradient."""
+        first = self.position - 1 - (self.position - 1) % self.args.accum_iter  # micro-batch of the window
         self.lr = adjust_learning_rate(self.optimizer, self.epoch + first / len(self.loader), self.args)
         self.reporter.add_step(self.step, self.stepper.step())
         return self.stepper.scaler.applied
 
     def log(self, **values: torch.Tensor | float | None) -> None:
-        """Values of this step for the log; all ranks must give the same names."""
+        """Log values of this step by name; all ranks must log the same names (None: no value on this rank)."""
         self.reporter.meter.add(**values)
 
     def finish_step(self) -> None:
-        """Count the step; log every --print_freq steps, save every --save_steps, save and stop after a signal."""
+        """Count the step. Log every --print_freq steps, save every --save_steps steps, save and stop after a signal."""
         self.step += 1
-        watchdog.moved(self.step)
+        watchdog.progress(self.step)
         self.reporter.progress.advance(self.position)
         args, ends = self.args, self.position == self.last_position()
         seconds = self.reporter.clock.seconds_per_step()
@@ -232,7 +240,8 @@ class Run:
 
     @contextlib.contextmanager
     def diagnostics(self):
-        """Around costly measurements: whole weights (FSDP), autocast, and a clock that stands still."""
+        """Return the context of costly measurements: whole weights (FSDP), autocast, and their time excluded from the
+        speed."""
         synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         synchronize()
         began = time.perf_counter()
@@ -244,7 +253,8 @@ class Run:
     # Between epochs -------------------------------------------------------------------------------------------------
 
     def finish_epoch(self, row: dict[str, float]) -> None:
-        """Log the epoch that has just ended (`row` beside the means), save every --save_freq, go to the next epoch."""
+        """Log the epoch that has ended, with the values of `row`; save every --save_freq epochs; go to the next
+        epoch."""
         self.reporter.finish_epoch(self, row)
         number = self.epoch
         if self.position == len(self.loader):
@@ -261,13 +271,14 @@ class Run:
         self.checkpoints.save(self, last)
 
     def append_to_ledger(self) -> None:
-        """Write the line of results.jsonl, if the run has reached its end."""
+        """Append this run's line to results.jsonl, if it has reached its end."""
         if not self.stopped:
             line = self.args.output_dir, self.images_seen(), self.device, self.amp_dtype
             self.checkpoints.saver.insist(LEDGER, lambda: self.record.finish(*line))
 
     def close(self) -> None:
-        """Say why it ended early, if it did; close the event file, restore the signals, leave the process group."""
+        """End the run: report an early stop, close the event file, restore the signal handlers, leave the process
+        group."""
         signals.stopped_by = self.stop.received if self.stopped else None
         if self.stopped:
             position = f"epoch {self.epoch}, batch {self.position}"
@@ -276,7 +287,7 @@ class Run:
         self.stop.close()
         shut_down()
 
-    # Its parts, for those who use it --------------------------------------------------------------------------------
+    # Access to the parts --------------------------------------------------------------------------------------------
 
     @property
     def ddp_model(self) -> nn.Module:
@@ -294,12 +305,9 @@ class Run:
         return self.methods.values() if self.methods is not None else ()
 
     def exported(self) -> dict[str, nn.Module]:
-        """Further whole models that the methods own (an EMA teacher), by their key in the checkpoint."""
+        """Return complete models that the methods own (an EMA teacher, say), by their keys in checkpoints."""
         return {key: model for method in self.all_methods() for key, model in method.exported().items()}
 
     def image_name(self, index: int) -> str:
         images = getattr(self.loader.dataset, "images", None)
         return images.name(index) if hasattr(images, "name") else f"image {index}"
-
-
-__all__ = ["MicroBatch", "Run", "accumulation_window", "start"]

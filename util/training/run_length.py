@@ -7,8 +7,8 @@ from util.parallel.distributed import get_world_size
 
 
 def settle_length(args, batches: int) -> int:
-    """Optimizer steps of the run, whose epochs have so many `batches`; sets args.epochs to where the last of them ends.
-    UserError when --start_epoch lies behind that."""
+    """Return the run's number of optimizer steps, for epochs of so many `batches`; set args.epochs to the epoch in
+    which the last step ends. Raises UserError if --start_epoch is not before that."""
     per_epoch = math.ceil(batches / args.accum_iter)
     whole, fraction = divmod(args.epochs, 1)
     rest = math.ceil(round(fraction * batches) / args.accum_iter)
@@ -21,7 +21,7 @@ def settle_length(args, batches: int) -> int:
 
 
 def settle_learning_rate(args) -> None:
-    """args.lr from --blr and the effective batch, as upstream; prints both."""
+    """Set args.lr from --blr and the effective batch size, as in the official repository; print both."""
     effective = args.batch_size * args.accum_iter * get_world_size()
     if args.lr is None:
         args.lr = args.blr * effective / 256

@@ -16,7 +16,7 @@ from util.weights.file import read_file
 
 
 def content(run) -> dict:
-    """What a checkpoint holds."""
+    """Return the content of a checkpoint."""
     return {
         "model": run.saved_model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -27,8 +27,8 @@ def content(run) -> dict:
 
 
 def _rest(run) -> dict:
-    """All of it but the states of networks and optimizer. `epoch` is the last one that was finished or, inside an
-    epoch, that one."""
+    """Return the content without the states of networks and optimizer. `epoch` is the last finished one or, inside an
+    epoch, the current one."""
     samples = run.position * run.args.batch_size * get_world_size()
     by_rank = gather_objects(_rank_states(run))
     return {
@@ -52,66 +52,69 @@ def _rest(run) -> dict:
 
 
 def _rank_states(run) -> dict[str, object]:
-    """What the methods must keep of this process alone."""
+    """Return the methods' states that only this process has, by method."""
     states = {name: method.rank_state() for name, method in (run.methods.items() if run.methods else ())}
     return {name: state for name, state in states.items() if state is not None}
 
 
 def save(run) -> None:
-    """Write a file, or with `--fsdp` a folder; all processes must call it. SaveFailed on all when that is not possible
-    now."""
-    place = run.args.output_dir, run.epoch if run.position else run.epoch - 1, run.position
+    """Write a checkpoint: a file, or with `--fsdp` a folder. All processes must call it. Raises SaveFailed on all of
+    them if it cannot be written now."""
+    target = run.args.output_dir, run.epoch if run.position else run.epoch - 1, run.position
     if not run.sharded:
-        save_checkpoint(*place, content(run), run.args.keep)
+        save_checkpoint(*target, content(run), run.args.keep)
         return
     rest = {**_rest(run), "methods": {name.split(".")[0]: None for name in run.methods.state_dict()}}
     write = functools.partial(
         sharded.save, module=run.train_module, optimizer=run.optimizer, rest=rest, exported=run.exported()
     )
-    save_folder(*place, write, run.args.keep)
+    save_folder(*target, write, run.args.keep)
 
 
 def resume(run, path: Path) -> None:
-    """Put `run`, as it was made, where `path` was written. UserError when the file is not one of such a run."""
+    """Restore the state at which `path` was written into the new `run`. Raises UserError if the file is not a
+    checkpoint of such a run."""
     state = _read(run, path)
     _load(run, path, state)
     run.record.load_state(state.get("origin"), flags_of(state))
     data = state.get("data") or {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}}
-    _take_place(run, data)
+    _restore_position(run, data)
     run.reporter.meter = EpochMeter(run.device, data["meter"])
     run.checkpoints.best = data.get("best", 0.0)
     rng = state.get("rng", [])
     if len(rng) == get_world_size():
         set_rng_state(rng[get_rank()], run.device)
-        for name, own in (state.get("methods_by_rank") or [{}] * len(rng))[get_rank()].items():
-            run.methods[name].load_rank_state(own)
+        for name, rank_state in (state.get("methods_by_rank") or [{}] * len(rng))[get_rank()].items():
+            run.methods[name].load_rank_state(rank_state)
     elif rng:
         print(f"note: {path.name} was written by {len(rng)} processes, so random numbers outside the data differ")
     print(f"resumed {path}: epoch {run.epoch}, batch {run.position}")
 
 
 def _read(run, path: Path) -> dict:
-    """The content of a file, or what a folder holds beside its tensors, when it is of a run like this one."""
+    """Return the content of a checkpoint file, or of a folder without its tensors. Raises UserError if it is not of a
+    run like this one."""
     if path.is_dir() and not run.sharded:
-        raise UserError(f"--resume {path} was written with --fsdp: give it, or one file from tools/unshard.py")
+        raise UserError(f"--resume {path} was written with --fsdp: give --fsdp, or one file from tools/unshard.py")
     if run.sharded and not path.is_dir():
         raise UserError(
-            f"--resume {path} is one file, and --fsdp goes on from folders (checkpoint-*.dcp): start from its "
-            f"weights with --init_from, or go on without --fsdp"
+            f"--resume {path} is one file, and --fsdp resumes from folders (checkpoint-*.dcp): start from its "
+            f"weights with --init_from, or resume without --fsdp"
         )
     state = read_file(path / sharded.REST if run.sharded else path)
     needed = {"epoch": int} if run.sharded else {"model": dict, "optimizer": dict, "epoch": int}
-    missing = [key for key, kind in needed.items() if not isinstance(state.get(key), kind)]
+    missing = [key for key, expected in needed.items() if not isinstance(state.get(key), expected)]
     if missing:
         raise UserError(f"--resume {path} has no {missing[0]!r}: for weights alone use --init_from or --finetune")
     check_same_run(path, flags_of(state), vars(run.args))
     if run.classes and state.get("classes", run.classes) != run.classes:
-        raise UserError(f"--resume {path} was trained on other labels than these: give the same data and vocabulary")
+        raise UserError(f"--resume {path} was trained on other labels: give the same data and vocabulary")
     return state
 
 
-def _take_place(run, data: dict) -> None:
-    """Epoch and batch; with other batch flags than the file's, back to where a window begins."""
+def _restore_position(run, data: dict) -> None:
+    """Restore epoch and batch. With other batch flags than in the file, go back to the start of an accumulation
+    window."""
     run.epoch = data["epoch"]
     run.position = data["samples"] // (run.args.batch_size * get_world_size())
     run.position -= run.position % run.args.accum_iter
@@ -143,7 +146,7 @@ def _load(run, path: Path, state: dict) -> None:
     if run.sharded:
         sharded.load(path, run.train_module, run.optimizer)
         return
-    # Which implementation steps is this run's choice, whatever wrote the file (official ones do not say).
+    # The optimizer's implementation is this run's choice, not the file's (official checkpoints do not store it).
     for theirs, ours in zip(state["optimizer"].get("param_groups", []), run.optimizer.param_groups):
         theirs |= {name: ours[name] for name in ("fused", "foreach", "capturable") if name in ours}
     try:

@@ -1,4 +1,4 @@
-"""Forward passes, backward passes and optimizer steps: mixed precision, accumulation, clipping, DDP, FLOPs."""
+"""Forward pass, backward pass and optimizer step: mixed precision, accumulation, clipping, DDP, FLOPs."""
 
 import contextlib
 import inspect
@@ -15,23 +15,20 @@ from util.training.batches import MicroBatch
 
 
 class Stepper:
-    """Steps of `optimizer` on the parameters of `train_module`.
-
-    `train_module` is what is trained: a model, or a model with the methods around it. `ddp_model` is what the engine
-    calls: the same module, inside DistributedDataParallel where there are several processes.
-    """
+    """Takes steps of `optimizer` on the parameters of `train_module`; `ddp_model` is the module to call for forward
+    passes (the three names of the network: `util.training.run.Run`)."""
 
     def __init__(self, args, device: torch.device, train_module: nn.Module, optimizer: torch.optim.Optimizer):
         self.device, self.train_module, self.optimizer = device, train_module, optimizer
         self.clip_grad, self.accum_iter = args.clip_grad, args.accum_iter
         self.amp_dtype = choose_amp_dtype(args.amp_dtype, device)
         self.scaler = NativeScalerWithGradNormCount(self.amp_dtype is torch.float16, device)
-        self.ddp_model = train_module  # until `prepare`
+        self.ddp_model = train_module  # wrapped by `prepare`
         self.flops: FlopMeter | None = None
 
     def prepare(self, compiled: list[nn.Module], log_mfu: bool, sharded: bool) -> None:
-        """Before the first step: compile the blocks of the networks `compiled`, measure the device for `--log_mfu`,
-        and wrap the module for DDP, which `sharded` ones (FSDP) do not need."""
+        """Prepare the first step: compile the blocks of the networks `compiled`, measure the device for `--log_mfu`,
+        and wrap the module for DDP (`sharded` modules, FSDP, need none)."""
         if compiled:
             compile_blocks(*compiled)
         self.flops = FlopMeter(self.device, self.amp_dtype) if log_mfu else None
@@ -40,17 +37,18 @@ class Stepper:
 
     def _wrap(self, module: nn.Module) -> DistributedDataParallel:
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        # Buffers are not broadcast in every step: teachers get the same updates on every rank, and running statistics
-        # are taken from rank 0 before an evaluation (`sync_buffers`). torch 2.14 renamed the switch.
+        # Buffers are not broadcast in every step: teachers get the same updates on every rank, and evaluations first
+        # broadcast rank 0's running statistics (`sync_buffers`). torch 2.14 renamed the argument.
         names = inspect.signature(DistributedDataParallel).parameters
         switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        # Every step has the same graph (methods see to that); torch cannot know it where windows end without a message.
+        # Every step has the same graph, as methods guarantee; with accumulation, steps without a reduction differ.
         fixed = dict(gradient_as_bucket_view=True, static_graph=self.accum_iter == 1)
         return DistributedDataParallel(module, device_ids=device_ids, **fixed, **{switch: False})
 
     @contextlib.contextmanager
     def autocast(self, batch: MicroBatch):
-        """Around the forward pass: mixed precision, and no gradient reduction before the window is complete."""
+        """Return the context of the forward pass: mixed precision, and no gradient reduction before the window's last
+        micro-batch."""
         with contextlib.ExitStack() as stack:
             if not batch.is_last_of_window and self.ddp_model is not self.train_module:
                 stack.enter_context(self.ddp_model.no_sync())
@@ -59,7 +57,7 @@ class Stepper:
             yield
 
     def backward(self, loss: torch.Tensor, batch: MicroBatch) -> None:
-        """Back-propagate this micro-batch's share of `loss` (scalar)."""
+        """Back-propagate the micro-batch's share of `loss` (scalar): divided by the size of the window."""
         with self._counting():
             self.scaler.backward(loss / batch.window)
         if self.flops:
@@ -69,8 +67,8 @@ class Stepper:
         return self.flops.counting() if self.flops else contextlib.nullcontext()
 
     def step(self) -> torch.Tensor:
-        """Clip, step where the gradient is finite, and clear the gradients -> their norm before clipping, a scalar on
-        the device."""
+        """Clip, step if the gradients are finite, and clear them. Return their norm before clipping, a scalar on the
+        device."""
         norm = self.scaler.step(self.optimizer, self.train_module.parameters(), self.clip_grad)
         self.optimizer.zero_grad(set_to_none=True)
         return norm

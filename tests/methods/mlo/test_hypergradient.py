@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.unrolled import leaves, stage_one, task_loss, unrolled
 from methods.mlo.hypergradient import PatchErrors, Tokens
-from methods.mlo.inner_problems import adamw, trained
+from methods.mlo.inner_problems import adamw, trainable
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, EXACT), (torch.float32, 1e-5)])
@@ -55,7 +55,7 @@ def test_fd_with_adam():
             f"--mlo_unroll 2 --mlo_hypergrad {kind} --mlo_precondition adam", torch.float32
         )
         method.batches = [in_float(given) for given in method.batches]
-        pretrainer.attach(torch.optim.AdamW(trained(pretrainer.model).values(), lr=1e-3, betas=(0.9, 0.95)))
+        pretrainer.attach(torch.optim.AdamW(trainable(pretrainer.model).values(), lr=1e-3, betas=(0.9, 0.95)))
         method.optimizer = torch.optim.SGD(method.net.parameters(), lr=0)
         for imgs in xp[:2]:
             train_step(pretrainer, method, imgs.float(), 0.75)
@@ -97,7 +97,7 @@ def test_nothing_else_moves(kind):
     pretrainer, method, xp = small_vit(f"--mlo_unroll 1 --mlo_hypergrad {kind}", torch.float32)
     pretrainer.train()
     method.batches = [in_float(given) for given in method.batches]
-    original, states = method._move, []
+    original, states = method._update_mask_net, []
 
     def move(model, imgs, paths):
         before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -109,7 +109,7 @@ def test_nothing_else_moves(kind):
         states.append(torch.get_float32_matmul_precision())
         original(model, imgs, paths)
 
-    method._move = move
+    method._update_mask_net = move
     torch.set_float32_matmul_precision("high")
     try:
         train_step(pretrainer, method, xp[0].float(), 0.75)
@@ -161,8 +161,8 @@ def test_variants_of_the_weights(flags):
     """The hypergradient is that of the loss with its errors replaced by their rates: by hand, from a difference."""
     pretrainer, method, xp = small_vit(f"--mlo_unroll 1 --mlo_hypergrad jvp {flags}")
     seen = []
-    original = method._move
-    method._move = lambda *args: seen.append((args[2], list(method.window))) or original(*args)
+    original = method._update_mask_net
+    method._update_mask_net = lambda *args: seen.append((args[2], list(method.window))) or original(*args)
     ours = move_of(pretrainer, method, xp[:1], 0.75)
     paths, ((step),) = seen[0]
     method.load_state_dict(method.state_dict())
@@ -189,7 +189,7 @@ def test_two_levels_are_exact():
     head = method.stage2.head.requires_grad_(True)
     method.inner.add_param_group({"params": list(head.parameters())})
     model, stage2 = pretrainer.model, method.stage2
-    theta, weights, net = leaves(trained(model), "model."), leaves(head), leaves(method.net)
+    theta, weights, net = leaves(trainable(model), "model."), leaves(head), leaves(method.net)
     train, val = (given.batch(0) for given in method.batches)
     with sdpa_kernel(SDPBackend.MATH):
         here, loss = stage_one(pretrainer, method, theta, net, xp[0])
@@ -206,7 +206,7 @@ def test_finetuned_stage_is_exact():
     """Stage II fine-tunes its own copy of the encoder, one step with a pull towards theta': autograd through both."""
     pretrainer, method, xp = small_vit("--mlo_unroll 1 --mlo_hypergrad jvp --mlo_stage2 finetune --mlo_prox 0.4")
     model, stage2 = pretrainer.model, method.stage2
-    theta, net = leaves(trained(model), "model."), leaves(method.net)
+    theta, net = leaves(trainable(model), "model."), leaves(method.net)
     phi = {n: p for n, p in leaves(stage2).items() if "pos_embed" not in n}
     train, val = (given.batch(0) for given in method.batches)
     with sdpa_kernel(SDPBackend.MATH):
@@ -239,7 +239,7 @@ def adamw_step(weights, gradient, state, lr, decay, eps, second_moment_too):
 def through_adamw(pretrainer, method, batches, number, second_moment_too=False):
     """Autograd through AdamW's steps on both levels; `number` labelled batches were seen before."""
     model, stage2 = pretrainer.model, method.stage2
-    theta, net, head = leaves(trained(model), "model."), leaves(method.net), leaves(stage2.head)
+    theta, net, head = leaves(trainable(model), "model."), leaves(method.net), leaves(stage2.head)
 
     def states(optimizer, parameters, prefix=""):
         copied = {f"{prefix}{n}": {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in parameters.items()}
@@ -247,7 +247,7 @@ def through_adamw(pretrainer, method, batches, number, second_moment_too=False):
             state["step"] = int(state["step"])
         return copied
 
-    of_theta = states(method.inner, trained(model), "model.")
+    of_theta = states(method.inner, trainable(model), "model.")
     of_head = states(stage2.optimizer, dict(stage2.head.named_parameters()))
     train, val = (given.batch(number) for given in method.batches)
     with sdpa_kernel(SDPBackend.MATH):
@@ -267,7 +267,7 @@ def test_adam_preconditioning(unroll, tolerance):
     exact (Adam counts its steps, and so corrects its bias, in float32); of two, the factor I - xi H is dropped, but not
     what Adam's first moment carries from one into the other."""
     pretrainer, method, xp = small_vit(f"--mlo_unroll {unroll} --mlo_hypergrad jvp --mlo_precondition adam")
-    pretrainer.attach(torch.optim.AdamW(trained(pretrainer.model).values(), lr=0.01, betas=(0.9, 0.95)))
+    pretrainer.attach(torch.optim.AdamW(trainable(pretrainer.model).values(), lr=0.01, betas=(0.9, 0.95)))
     method.stage2.optimizer = adamw(method.stage2.head.parameters(), 0.3, 0.0)
     method.optimizer = torch.optim.SGD(method.net.parameters(), lr=0)  # stays where it is
     batches = [*xp, *torch.randn_like(xp)]
@@ -287,7 +287,7 @@ def test_accumulated_window():
     """A step on four micro-batches counts as one: their mean, from where the step began."""
     pretrainer, method, xp = small_vit("--mlo_unroll 1 --mlo_hypergrad jvp")
     (one, its, _), _ = twice(partial(small_vit, "--mlo_unroll 1 --mlo_hypergrad jvp"))
-    one.load_state_dict(pretrainer.state_dict()), one.attach(torch.optim.SGD(trained(one.model).values(), lr=0.1))
+    one.load_state_dict(pretrainer.state_dict()), one.attach(torch.optim.SGD(trainable(one.model).values(), lr=0.1))
     its.batches = method.batches
     halves = xp[0].split(2)
     for imgs in halves:

@@ -99,14 +99,14 @@ def tiny_reference(ref, name):
 @pytest.fixture
 def seen(monkeypatch):
     """The windows and directions that moves were made of."""
-    found, original = SimpleNamespace(), MLOMAE._move
+    found, original = SimpleNamespace(), MLOMAE._update_mask_net
 
     def move(self, model, imgs, paths):
         found.window, found.paths = list(self.window), paths
         found.direction = {f"model.{n}": sum(path.get(n, 0) for path in paths.values()) for n in paths["direct"]}
         original(self, model, imgs, paths)
 
-    monkeypatch.setattr(MLOMAE, "_move", move)
+    monkeypatch.setattr(MLOMAE, "_update_mask_net", move)
     return found
 
 
@@ -182,7 +182,7 @@ def test_tiny_two_steps_drop_one_factor(golden, seen):
     curved = dict(zip(theta, torch.autograd.grad(product, list(theta.values()))))  # H v
     batch = first.batches[0]
     with exact_arithmetic(module):
-        rates = hypergradient.rates_jvp(module, first.weights, curved, vars_of(batch))
+        rates = hypergradient.directional_derivative_jvp(module, first.weights, curved, vars_of(batch))
     method.net.load_state_dict(net)
     tokens = functional_call(Tokens(pretrainer.model), first.weights, (batch.imgs,))
     dropped = [first.lr * second.lr * g for g in net_gradient(method, tokens, rates, batch.mask)]

@@ -10,8 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.func import functional_call
 
-from methods.mlo.inner_problems import trained
-from methods.mlo.solved_head import Fit, conjugate_gradients, standardized
+from methods.mlo.inner_problems import trainable
+from methods.mlo.solved_head import HeadFit, conjugate_gradients, standardized
 
 
 def problem(ridge=0.1, count=40, width=6, classes=3):
@@ -23,7 +23,7 @@ def problem(ridge=0.1, count=40, width=6, classes=3):
         targets = (features @ rule + torch.randn(count, classes)).argmax(1)
         batches.append((features * scales + 5, targets))
     head = nn.Linear(width, classes).double().requires_grad_(False)
-    return Fit(F.cross_entropy, head, ridge), *batches
+    return HeadFit(F.cross_entropy, head, ridge), *batches
 
 
 def test_conjugate_gradients():
@@ -67,9 +67,9 @@ def test_the_solution_does_not_depend_on_the_start():
 def of_theta(pretrainer, method, weights) -> torch.Tensor:
     """L3 with the head solved anew, at other weights of the autoencoder."""
     stage = method.stage2
-    fit = Fit(stage.guide.loss, stage.head, stage.ridge)
+    fit = HeadFit(stage.task.loss, stage.head, stage.ridge)
     batches = [given.batch(0) for given in method.batches]
-    model = Encoded(pretrainer.model, stage.guide)
+    model = Encoded(pretrainer.model, stage.task)
     weights = {f"model.{name}": value for name, value in weights.items()}
     ours, theirs = (functional_call(model, weights, (batch.image,)) for batch in batches)
     solution = fit.solve(torch.zeros(75).double(), ours, batches[0].target, 1e-12)
@@ -77,12 +77,12 @@ def of_theta(pretrainer, method, weights) -> torch.Tensor:
 
 
 class Encoded(nn.Module):
-    def __init__(self, model, guide):
+    def __init__(self, model, task):
         super().__init__()
-        self.model, self.guide = model, guide
+        self.model, self.task = model, task
 
     def forward(self, imgs):
-        return self.guide.features(self.model, imgs)
+        return self.task.features(self.model, imgs)
 
 
 def test_the_total_derivative_is_exact():
@@ -91,7 +91,7 @@ def test_the_total_derivative_is_exact():
     pretrainer, method, _ = small_vit("--mlo_unroll 1 --mlo_stage2 solve --mlo_ridge 0.1")
     batches = [given.batch(0) for given in method.batches]
     logged, paths = method.stage2.paths(pretrainer.model, batches[1], batches[0])
-    theta = {name: p.detach() for name, p in trained(pretrainer.model).items()}
+    theta = {name: p.detach() for name, p in trainable(pretrainer.model).items()}
     assert set(logged) == {"stage2_loss", "stage3_loss", "stage3_top1"}
     torch.testing.assert_close(logged["stage3_loss"], of_theta(pretrainer, method, theta), rtol=1e-9, atol=0)
     for _ in range(3):
@@ -109,7 +109,7 @@ def test_what_the_head_can_undo_does_not_count():
     that stays as it is, it means a lot."""
     fit, batch, held_out = problem(ridge=1e-6, count=400)
     solution = fit.solve(torch.zeros(21).double(), *batch)
-    _, _, of_ours, of_theirs = fit.through(solution, batch, held_out)
+    _, _, of_ours, of_theirs = fit.differentiate(solution, batch, held_out)
     basis = torch.randn(6, 6).double()
     scale = batch[0].std(0)
     ours, theirs = (((features - batch[0].mean(0)) / scale @ basis) * scale for features, _ in (batch, held_out))
@@ -122,12 +122,12 @@ def test_the_loss_of_stage_two_is_that_of_the_solution():
     pretrainer, method, _ = small_vit("--mlo_unroll 1 --mlo_stage2 solve --mlo_ridge 0.1")
     batches = [given.batch(0) for given in method.batches]
     logged, _ = method.stage2.paths(pretrainer.model, batches[1], batches[0])
-    features = method.stage2.guide.features(pretrainer.model, batches[0].image).detach()
+    features = method.stage2.task.features(pretrainer.model, batches[0].image).detach()
     inputs = standardized(features, features)
     head = torch.cat([p.detach().flatten() for p in method.stage2.head.parameters()])
     loss = F.cross_entropy(method.stage2.head(inputs), batches[0].target)
     torch.testing.assert_close(logged["stage2_loss"], loss.detach())
-    fit = Fit(F.cross_entropy, method.stage2.head, 0.1)
+    fit = HeadFit(F.cross_entropy, method.stage2.head, 0.1)
     best = fit.objective(head, inputs, batches[0].target)
     for _ in range(20):
         assert fit.objective(head + 0.1 * torch.randn_like(head), inputs, batches[0].target) > best

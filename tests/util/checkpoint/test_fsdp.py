@@ -156,10 +156,14 @@ def test_mixed_precision_with_recomputation_and_accumulation(image_folder, tmp_p
 @pytest.mark.parametrize(
     "flags, processes, words",
     [
-        ("--fsdp", 1, "--fsdp spreads a model over processes, and this run has one: start it with torchrun"),
+        ("--fsdp", 1, "--fsdp shards a model over processes, and this run has one process: start it with torchrun"),
         ("--fsdp --mlo_mae --mlo_labels same", 1, "--mlo_mae moves whole weights"),
-        ("--fsdp --rc_mae --log_grad_cosine 5", 1, "--log_grad_cosine looks at whole gradients"),
-        ("--resume {folders}/2/checkpoint-0.dcp", 1, "checkpoint-0.dcp was written with --fsdp: give it, or one file"),
+        ("--fsdp --rc_mae --log_grad_cosine 5", 1, "--log_grad_cosine needs whole gradients"),
+        (
+            "--resume {folders}/2/checkpoint-0.dcp",
+            1,
+            "checkpoint-0.dcp was written with --fsdp: give --fsdp, or one",
+        ),
         ("--init_from {folders}/2/checkpoint-0.dcp", 1, "convert it to one file with python tools/unshard.py"),
         ("--fsdp --batch_size 64 --resume {folders}/2/checkpoint-0.dcp", 2, "other methods (ema_mae, rc_mae)"),
     ],
@@ -176,7 +180,7 @@ def test_refused_among_several(folders, monkeypatch):
         check_sharded(None, torch.device("cpu"), torch.float16)
     run = Run.__new__(Run)
     run.args, run.sharded = None, True
-    with pytest.raises(UserError, match=r"checkpoint-0\.pth is one file, and --fsdp goes on from folders"):
+    with pytest.raises(UserError, match=r"checkpoint-0\.pth is one file, and --fsdp resumes from folders"):
         run_state.resume(run, folders / "1" / "checkpoint-0.pth")
 
 
