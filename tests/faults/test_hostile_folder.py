@@ -1,7 +1,7 @@
-"""A checkpoint folder of --fsdp that runs code, leads outside itself or asks for endless memory is refused in one
-sentence, by what makes one file of it and by --resume.
+"""A checkpoint folder of --fsdp that runs code, names files outside itself, or claims too much memory is refused in one
+sentence, by tools/unshard.py and by --resume.
 
-The folders are written by `sharding.save` and then forged: the list of tensors, and with it the checksums.
+`util.checkpoint.sharded.save` writes the folders; the tests then forge the list of tensors and renew the checksums.
 """
 
 import io

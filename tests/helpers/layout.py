@@ -1,4 +1,4 @@
-"""Reads the imports of the project and says which of them break its layout (docs/architecture.md).
+"""Read the imports of the project and report those that break its layout.
 
 A module may import from its own room and from the rooms before it in `ROOMS`. No two modules import each other, not
 even through others. Imports stand at the top of a file, unless they are in `ALLOWED_LATE`.

@@ -236,7 +236,7 @@ def vit_of_fixture(ref, flags):
     ],
 )
 def test_unrolled_reference_on_tiny(golden, name, flags, attach):
-    """The reference that the tests here and in test_hypergrad.py compare with is the fixtures'."""
+    """benchmarks/unrolled.py, the reference here and in test_hypergradient.py, agrees with the fixtures."""
     ref = golden("mlo_tiny")
     pretrainer, method, xp, ratio = tiny(ref, flags)
     found = unrolled(pretrainer, method, xp[: method.unroll], ratio, attach)
