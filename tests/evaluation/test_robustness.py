@@ -1,21 +1,30 @@
-"""Corruptions, corruption errors and evaluation sets: published constants, known answers, real commands, mistakes."""
+"""Corruption errors and evaluation sets: published constants, known answers, real commands, and refusals."""
 
-import colorsys
-import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
 from helpers.launch import scalars
+from helpers.photographs import photograph
 from PIL import Image
 
 import main_finetune
 import main_linprobe
-from evaluation import corruptions
 from evaluation.corruptions import NAMES, SEVERITIES, corrupt
-from evaluation.robustness import ALEXNET, ALEXNET_CLEAN, Classes, corruption_error, detection_aupr, open_folder
+from evaluation.robustness import (
+    ALEXNET,
+    ALEXNET_CLEAN,
+    Classes,
+    Corrupted,
+    Shape,
+    corruption_error,
+    detection_aupr,
+    open_folder,
+)
 from tools import robustness
+from util.data.sources import Arrays, Subset
+from util.data.transforms import eval_transform
 from util.errors import UserError
 from util.report import ledger
 
@@ -24,135 +33,6 @@ FLAGS = "--num_workers 0 --device cpu --seed 3"
 
 def run(*flags) -> dict:
     return robustness.main(robustness.get_args_parser().parse_args([*map(str, flags), *FLAGS.split()]))
-
-
-def photograph(side: int, seed: int = 0) -> Image.Image:
-    """Clouds in three colours of middle brightness: edges and smooth parts, as a photograph has."""
-    rng = np.random.default_rng(seed)
-    colours = [corruptions.plasma(side, side, 1.6, rng) for _ in range(3)]
-    return Image.fromarray((255 * (0.25 + 0.5 * np.stack(colours, axis=2))).round().astype(np.uint8))
-
-
-def distance(img, name: str, severity: int, index: int, **more) -> float:
-    out = np.asarray(corrupt(img, name, severity, 0, index, **more), dtype=float)
-    assert out.shape == np.asarray(img).shape
-    return float(np.sqrt(((out - np.asarray(img, dtype=float)) ** 2).mean()))
-
-
-# The corruptions ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("side", [32, 64, 224])
-@pytest.mark.parametrize("name", NAMES)
-def test_severity_is_distance(name, side):
-    """The mean distance from the clean image rises with severity, wherever the published parameters say so: the affine
-    part of elastic_transform shrinks, the blurs of glass_blur and of fog's finer scales go up and down; frost replaces
-    the image by something equally bright; motion_blur 3 and 4 at 32 pixels differ in the cut of the same Gaussian."""
-    images = [photograph(side, seed) for seed in range(3 if side == 224 else 24)]
-    severities = SEVERITIES if side < 224 else (1, 5)
-    found = [np.mean([distance(img, name, s, i) for i, img in enumerate(images)]) for s in severities]
-    assert found[0] > 0.3  # levels of 255: the weakest is defocus_blur at 32 pixels
-    if name == "elastic_transform":
-        return
-    if name in ("glass_blur", "frost", "fog", "motion_blur"):
-        assert found[-1] > found[0]
-    else:
-        assert all(later > earlier for earlier, later in itertools.pairwise(found)), found
-
-
-@pytest.mark.parametrize(("side", "table"), [(32, 0), (64, 1), (224, 2)])
-def test_noise_has_the_published_size(side, table):
-    """On grey 128, where little is clipped, within the sampling error of 5 deviations; and rounding to whole levels."""
-    img = Image.new("RGB", (side, side), (128, 128, 128))
-    clean, n = 128 / 255, side * side * 3
-    for severity in (1, 2):
-        deviation = corruptions._TABLES["gaussian_noise"][table][severity - 1]
-        values = np.asarray(corrupt(img, "gaussian_noise", severity, 0, 0)) / 255 - clean
-        assert values.std() == pytest.approx(deviation, rel=5 / np.sqrt(2 * n) + 1e-3)
-        photons = corruptions._TABLES["shot_noise"][table][severity - 1]
-        values = np.asarray(corrupt(img, "shot_noise", severity, 0, 0)) / 255
-        # Poisson: variance clean * photons / photons²; its kurtosis widens the error of the deviation a little.
-        assert values.std() == pytest.approx(np.sqrt(clean / photons), rel=6 / np.sqrt(2 * n) + 2e-3)
-    for severity in SEVERITIES:
-        share = corruptions._TABLES["impulse_noise"][table][severity - 1]
-        values = np.asarray(corrupt(img, "impulse_noise", severity, 0, 0))
-        for level in (0, 255):  # half of the struck values each
-            assert (values == level).mean() == pytest.approx(share / 2, abs=5 * np.sqrt(share / 2 / n))
-        assert np.isin(values, (0, 128, 255)).all()
-
-
-def test_digital_corruptions_against_their_formulas():
-    img = photograph(64)
-    x = np.asarray(img) / 255
-    for severity, kept, added in zip(SEVERITIES, (0.4, 0.3, 0.2, 0.1, 0.05), (0.1, 0.2, 0.3, 0.4, 0.5)):
-        expected = (x - x.mean((0, 1))) * kept + x.mean((0, 1))
-        found = np.asarray(corrupt(img, "contrast", severity, 0, 0)) / 255
-        assert np.abs(found - expected).max() <= 0.51 / 255  # rounding
-        found = np.asarray(corrupt(img, "brightness", severity, 0, 0)) / 255
-        for row, column in ((0, 0), (10, 50), (63, 63)):
-            hue, saturation, value = colorsys.rgb_to_hsv(*x[row, column])
-            expected = colorsys.hsv_to_rgb(hue, saturation, min(value + added, 1))
-            assert np.abs(found[row, column] - expected).max() <= 0.51 / 255
-    black = np.asarray(corrupt(Image.new("RGB", (64, 64)), "brightness", 3, 0, 0))
-    assert (black == round(0.3 * 255)).all()
-    small = np.asarray(corrupt(img, "pixelate", 5, 0, 0))  # a half of the side: squares of 2
-    assert (small == small[::2, ::2].repeat(2, 0).repeat(2, 1)).all()
-
-
-@pytest.mark.parametrize("name", ["defocus_blur", "motion_blur", "zoom_blur", "glass_blur", "elastic_transform"])
-def test_blurs_keep_what_is_flat(name):
-    """Weights sum to one (defocus_blur's to 0.994) and borders are continued: an even image stays as it is."""
-    for side in (32, 64, 224):
-        assert distance(Image.new("RGB", (side, side), (200, 100, 30)), name, 5, 0) <= (
-            1.3 if name == "defocus_blur" else 0.6
-        )
-
-
-def test_frost_by_photographs(tmp_path):
-    """An even photograph: the published weighted sum, to the rounding of the photograph's own levels."""
-    Image.new("RGB", (300, 240), (100, 150, 200)).save(tmp_path / "a.png")
-    photographs = corruptions.read_frost(str(tmp_path))
-    img = photograph(224)
-    found = np.asarray(corrupt(img, "frost", 3, 0, 0, photographs), dtype=float)
-    expected = np.clip(0.7 * np.asarray(img) + 0.7 * np.array([100, 150, 200]), 0, 255)
-    assert np.abs(found - expected).max() <= 0.51
-    Image.new("RGB", (300, 100)).save(tmp_path / "b.png")
-    with pytest.raises(UserError, match=r"b.png is smaller than 224"):
-        corruptions.read_frost(str(tmp_path))
-    with pytest.raises(UserError, match="holds no"):
-        corruptions.read_frost(str(tmp_path / "none"))
-
-
-def test_frost_texture_is_as_bright_as_the_photographs():
-    textures = [corruptions.frost_texture(96, 96, 0.3, np.random.default_rng(seed)) for seed in range(40)]
-    # The benchmark's five: means 0.48 to 0.81 (0.64 in the middle), deviations 0.07 to 0.17, bluish.
-    assert np.mean([t.mean() for t in textures]) == pytest.approx(
-        0.64, abs=0.05
-    )  # 40 draws of deviation 0.1: 3 of 0.016
-    assert all(0.04 < t.mean(2).std() < 0.18 for t in textures)
-    assert np.mean([t[..., 2].mean() - t[..., 0].mean() for t in textures]) > 0.05
-
-
-def test_same_image_same_corruption():
-    """Of (seed, index, corruption, severity); and of nothing else, the state of numpy's generator, say."""
-    img = photograph(32)
-    for name in NAMES:
-        first = corrupt(img, name, 4, 1, 7)
-        np.random.seed(0)
-        assert first.tobytes() == corrupt(img, name, 4, 1, 7).tobytes()
-        others = [corrupt(img, name, 4, 2, 7), corrupt(img, name, 4, 1, 8)]
-        is_random = name not in ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
-        assert all((first.tobytes() != other.tobytes()) == is_random for other in others)
-
-
-@pytest.mark.parametrize("size", [(8, 8), (50, 33), (20, 90), (64, 150)])
-def test_any_size_and_grey(size):
-    for mode in ("L", "RGB"):
-        img = photograph(150).convert(mode).crop((0, 0, *size))
-        for name in NAMES:
-            for severity in (1, 5):
-                out = corrupt(img, name, severity, 0, 0)
-                assert out.size == size and out.mode == mode
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -319,10 +199,6 @@ def test_corrupt_a_data_set(box, tmp_path, capsys):
 
 def test_corrupted_before_and_after_the_size(tmp_path):
     """A smaller image is corrupted as it is, a larger one in the size of the input; a part like the whole."""
-    from evaluation.robustness import Corrupted, Shape
-    from util.data.sources import Arrays, Subset
-    from util.data.transforms import eval_transform
-
     images = Arrays(np.stack([np.asarray(photograph(32, seed)) for seed in range(3)]), [0, 1, 0], ["a", "b"])
     resized = eval_transform((64, 64), [0.5] * 3, [0.5] * 3).transforms[0]
     shape = Shape(resized, (64, 64), 3)
