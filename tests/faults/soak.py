@@ -1,10 +1,10 @@
-"""Kill runs, damage files and feed bad input until the time is up, then say how much was tried and what was lost.
+"""Kill runs, damage files and feed bad input for a given time, then report the number of attempts and of losses.
 
 python tests/faults/soak.py --minutes 30 --out soak.json        (scripts/soak.sh)
 
-Rounds of chance, from `--seed`: a run of one of several methods, on one process or two, killed one to five times at
-moments of chance and compared with the undisturbed run; images, list files, shards and checkpoints with bytes that are
-changed, cut off or put in. Nothing may crash, hang, be lost, or be read as something else in silence.
+Rounds are random, seeded by `--seed`. A run of one of several methods, on one process or two, is killed one to five
+times at random moments and compared with the undisturbed run. Bytes of images, list files, shards and checkpoints are
+changed, cut off or inserted. Nothing may crash, hang, be lost, or be read wrongly without a message.
 """
 
 import argparse
@@ -46,12 +46,12 @@ class Soak:
         kind = self.chance.choices(("kills", "images", "lists", "shards", "checkpoints"), (6, 1, 1, 1, 1))[0]
         try:
             getattr(self, kind)()
-        except Exception as error:  # whatever it is, it must not be
+        except Exception as error:  # every exception is a loss
             self.losses.append(f"{kind}: {type(error).__name__}: {error}")
             print(f"LOST {self.losses[-1]}", flush=True)
         self.count[f"rounds of {kind}"] += 1
 
-    # Kills --------------------------------------------------------------------------------------------------------
+    # Kills ------------------------------------------------------------------------------------------------------------
 
     def kills(self) -> None:
         name = self.chance.choice(list(METHODS))
@@ -62,7 +62,7 @@ class Soak:
             number = self.chance.randint(1, max(1, EVENTS[where] // 2))
             rank = self.chance.randrange(processes) if where in ("step", "accumulation", "worker") else 0
             code, said = run.start(where, number, rank)
-            if code == 0:  # it ended before that moment came
+            if code == 0:  # the run ended before the kill
                 break
             if "Traceback" in said and where != "worker" and processes == 1:
                 raise Broken(f"{name}: {said.splitlines()[-1]}")
@@ -85,10 +85,10 @@ class Soak:
             self.references[name, processes] = run
         return self.references[name, processes]
 
-    # Files --------------------------------------------------------------------------------------------------------
+    # Files ------------------------------------------------------------------------------------------------------------
 
     def damaged(self, content: bytes) -> bytes:
-        """With some bytes changed, the end cut off, or other bytes put in."""
+        """Return the content with some bytes changed, cut off at the end, or inserted."""
         content, chance = bytearray(content), self.chance
         kind = chance.randrange(4)
         if kind == 0:
@@ -113,7 +113,7 @@ class Soak:
         return main_pretrain.get_args_parser().parse_args(f"{flags} --num_workers 0 --input_size 16".split())
 
     def images(self) -> None:
-        """Each is read, or counted as unreadable."""
+        """Each image is read, or counted as unreadable."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             for number in range(60):
                 ending = self.chance.choice((".png", ".jpg", ".webp", ".bmp", ".ppm"))
@@ -127,7 +127,7 @@ class Soak:
         self.count["bad images that were still readable"] += 60 - bad
 
     def lists(self) -> None:
-        """Each is read, or refused in a sentence."""
+        """Each list is read, or refused in a sentence."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             for number in range(10):
                 (Path(folder) / f"{number}.png").write_bytes(self.picture("PNG"))
@@ -138,13 +138,14 @@ class Soak:
                 try:
                     dataset = KeyedDataset(read_images(args, True), self.transform(), args, replace=False)
                     for place in range(len(dataset)):
-                        dataset[place]  # what is not there counts as unreadable
+                        dataset[place]  # missing files count as unreadable
                 except UserError:
                     self.count["bad lists refused"] += 1
                 self.count["bad lists"] += 1
 
     def shards(self) -> None:
-        """As many images come as there are, damaged ones replaced and counted; or the run is refused in a sentence."""
+        """The number of images stays, and damaged ones are replaced and counted; or the run is refused in a
+        sentence."""
         import tarfile
 
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
@@ -169,7 +170,7 @@ class Soak:
                 self.count["bad shards"] += 1
 
     def checkpoints(self) -> None:
-        """Each is refused in a sentence, or holds what was written."""
+        """Each checkpoint is refused in a sentence, or has its original content."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             path, state = Path(folder) / "checkpoint.pth", {"model": {"w": torch.randn(50, 7)}, "epoch": 3}
             torch.save(state, path)

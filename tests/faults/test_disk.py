@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or away, and bytes that change on it."""
+"""A disk that is full, read-only or unmounted, and bytes that change on it."""
 
 import shutil
 import subprocess
@@ -44,9 +44,9 @@ def assert_same_run(folder, undisturbed) -> None:
 # Checksums ------------------------------------------------------------------------------------------------------------
 
 
-def test_any_flipped_byte_is_found_or_harmless(tmp_path):
-    """A bit of every single byte of a checkpoint: the file is refused, or what is read from it is the same (padding,
-    dates). The bit is the one that can make a folder of a record, which torch.load reads as garbage."""
+def test_any_flipped_byte_is_detected_or_harmless(tmp_path):
+    """One bit of every byte of a checkpoint: the file is refused, or its content is unchanged (padding, dates). The bit
+    is the one that can turn a record into a folder, which torch.load reads as garbage."""
     state = {"model": {"w": torch.randn(3, 5), "b": torch.randn(7)}, "epoch": 3}
     path = save_checkpoint(tmp_path, 3, 0, state)
     assert damage(path) == ""
@@ -96,7 +96,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = save_checkpoint(tmp_path, 0, 0, {"model": {"w": torch.ones(1000)}})
     before = path.read_bytes()
     FullDisk(monkeypatch, full=True)
-    with pytest.raises(retry.SaveFailed, match="No space left on device"):  # what torch says is no OSError
+    with pytest.raises(retry.SaveFailed, match="No space left on device"):  # torch does not raise an OSError
         save_checkpoint(tmp_path, 0, 0, {"model": {"w": torch.zeros(1000)}})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
@@ -115,7 +115,7 @@ def test_growing_file_takes_back_what_was_cut_off(tmp_path, monkeypatch, capsys)
 
 
 def test_full_for_a_while(undisturbed, image_folder, tmp_path, monkeypatch, capsys):
-    """From step 3 on nothing can be written, over the end of the epoch, until step 8: the run ends like any other."""
+    """The disk is full from step 3 to step 8, across the end of the epoch: the run resumes bit-identically."""
     full = FullDisk(monkeypatch)
     kept = []
 
@@ -139,7 +139,7 @@ def test_full_for_a_while(undisturbed, image_folder, tmp_path, monkeypatch, caps
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_a_failed_save_is_tried_again_before_the_next_is_due(image_folder, tmp_path, monkeypatch):
+def test_a_failed_save_is_retried_before_the_next_is_due(image_folder, tmp_path, monkeypatch):
     full = FullDisk(monkeypatch)
     flags = FLAGS.replace("--save_steps 1", "--save_steps 2").replace("--epochs 2", "--epochs 1")
     seen = []
@@ -163,7 +163,7 @@ def test_full_until_the_end_fails(image_folder, tmp_path, monkeypatch, capsys):
 
 
 def test_vanished_folder(undisturbed, image_folder, tmp_path, monkeypatch, capsys):
-    """Deleted in the middle: it is made again, and the end of the run is in it."""
+    """The output folder is deleted during the run: it is made again and holds the end of the run."""
     folder = tmp_path / "run"
     after_step(monkeypatch, 8, lambda _: shutil.rmtree(folder))
     pretrain(f"{FLAGS} --data_path {image_folder} --output_dir {folder}")
@@ -177,7 +177,7 @@ def test_vanished_folder(undisturbed, image_folder, tmp_path, monkeypatch, capsy
 
 
 def test_vanished_disk_is_not_replaced_by_a_folder(tmp_path):
-    """With its parent gone as well, it was a mounted disk: nothing is made in its place."""
+    """When the parent is gone too, the folder was on a mounted disk: no folder is made instead."""
     file = retry.GrowingFile(tmp_path / "mounted" / "run" / "log.txt")
     file.append(b"line\n")
     assert not (tmp_path / "mounted").exists() and file.waiting == b"line\n"
@@ -196,8 +196,8 @@ def test_read_only_folder_is_refused_at_the_start(image_folder, tmp_path, monkey
 
 
 def test_best_weights_wait_too(image_folder, tmp_path, monkeypatch):
-    """The best checkpoint of the first epoch cannot be written then; it is, with the next checkpoint, unchanged by the
-    training in between."""
+    """The best checkpoint of the first epoch cannot be written at first; it is written with the next checkpoint,
+    unchanged by the training in between."""
     full, wanted = FullDisk(monkeypatch), []
     original = retry.LateFile.put
 
@@ -214,8 +214,8 @@ def test_best_weights_wait_too(image_folder, tmp_path, monkeypatch):
     assert same_tensors(checkpoint(tmp_path, "checkpoint-best.pth")["model"], wanted[0])
 
 
-def test_the_end_of_a_run_is_insisted_on(tmp_path, monkeypatch):
-    """encoder.safetensors, the ledger: tried again; and a mistake of the user's is not taken for a full disk."""
+def test_last_files_of_a_run_are_retried(tmp_path, monkeypatch):
+    """Writes of encoder.safetensors and of the ledger are retried; a UserError is not treated as a full disk."""
     monkeypatch.setattr("util.checkpoint.retry.FIRST", 0.001)
     calls = []
 
@@ -233,7 +233,7 @@ def test_the_end_of_a_run_is_insisted_on(tmp_path, monkeypatch):
 
 
 def test_two_ranks_while_the_disk_of_one_is_full(image_folder, tmp_path):
-    """Rank 0 cannot write from step 3 to step 8; rank 1 goes on with it, and both end."""
+    """Rank 0 cannot write from step 3 to step 8; both ranks continue and finish."""
     flags = FLAGS.replace("--batch_size 16", "--batch_size 8")
     output = ranks("helpers.fault_script", f"full {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
     assert "no checkpoint could be written" in output and "can be written" in output
@@ -242,8 +242,8 @@ def test_two_ranks_while_the_disk_of_one_is_full(image_folder, tmp_path):
     assert [row["epoch"] for row in log_rows(tmp_path)] == [0, 1]
 
 
-def test_two_ranks_while_a_share_of_a_folder_cannot_be_written(image_folder, tmp_path):
-    """--fsdp: rank 1 alone meets the full disk, both try again together."""
+def test_two_ranks_while_a_part_of_a_folder_cannot_be_written(image_folder, tmp_path):
+    """--fsdp: only rank 1 has a full disk, and both ranks retry together."""
     flags = FLAGS.replace("--batch_size 16", "--batch_size 8") + " --fsdp --keep 1"
     output = ranks("helpers.fault_script", f"share {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
     assert "(No space left on device): the run goes on" in output and "checkpoint-0-3.dcp is the last good" in output
@@ -268,8 +268,8 @@ exit $code
 
 
 def test_a_real_full_disk(undisturbed, image_folder, tmp_path):
-    """A tmpfs with room for five checkpoints of 9.6 MB that something else fills after step 2, for half a second;
-    skipped where none may be mounted."""
+    """A tmpfs with room for five checkpoints of 9.6 MB, which is filled for half a second after step 2; skipped where
+    mounting is not permitted."""
     out, place = tmp_path / "out", tmp_path / "disk"
     out.mkdir(), place.mkdir()
     command = f"{sys.executable} {ROOT}/main_pretrain.py {FLAGS} --data_path {image_folder} --output_dir {place}"
@@ -283,7 +283,7 @@ def test_a_real_full_disk(undisturbed, image_folder, tmp_path):
 
 
 def test_whole_or_not_at_all(tmp_path):
-    """An error of any other kind surfaces as it is, and leaves nothing behind."""
+    """Any other error is raised unchanged, and leaves no file behind."""
 
     def write(file):
         file.write(b"half")

@@ -1,5 +1,5 @@
-"""SIGKILL at the worst moments; `scripts/soak.sh` does the same for as long as one likes, at moments of chance, and to
-one rank of two (here that is `tests/mains/test_resume.py::test_elastic_restart`)."""
+"""SIGKILL at the worst moments. scripts/soak.sh kills at random moments for any length of time, also one rank of two
+(which tests/mains/test_resume.py::test_elastic_restart checks, too)."""
 
 import pytest
 from helpers.killed import WHERE
@@ -15,7 +15,7 @@ def reference(tmp_path_factory):
 
 
 def test_killed_everywhere(reference, tmp_path):
-    """One run, killed once in each way; it ends like the undisturbed one, and little is done twice."""
+    """A run that is killed once in each way resumes bit-identically, and repeats few steps."""
     run = Killed(tmp_path / "run", command=False)
     for where, number in zip(WHERE, (4, 2, 1, 1, 1, 130)):
         code, said = run.start(where, number)

@@ -1,4 +1,4 @@
-"""NaN and Inf, wherever they come from, stop every rank at the same step; overflows and leaps of the loss are said."""
+"""NaN and Inf stop every rank at the same step, whatever their source; overflows and loss spikes are reported."""
 
 import json
 import math
@@ -71,7 +71,7 @@ def teacher_file(image_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_not_a_number(image_folder, tmp_path, monkeypatch, teacher_file, fault):
-    """Injected after a step of the second epoch: the next one is named, and the checkpoint before it is untouched."""
+    """The fault follows a step of the second epoch: the next step is named, and the earlier checkpoint is unchanged."""
     flags, inject, said = FAULTS[fault]
     flags = f"{FLAGS} {flags.format(teacher=teacher_file)} --data_path {image_folder} --output_dir {tmp_path}"
     place = {}
@@ -90,7 +90,7 @@ def test_not_a_number(image_folder, tmp_path, monkeypatch, teacher_file, fault):
 
 
 def test_a_weight_that_no_loss_reads(image_folder, tmp_path, monkeypatch):
-    """It would be in the next checkpoint, which takes the place of a good one: that is not written."""
+    """The next checkpoint would contain it and replace a good one, so it is not written."""
 
     def spoil(run):
         run.saved_model.register_buffer("unused", torch.full((3,), math.inf))
@@ -102,7 +102,7 @@ def test_a_weight_that_no_loss_reads(image_folder, tmp_path, monkeypatch):
 
 
 def test_a_moment_of_the_optimizer(image_folder, tmp_path, monkeypatch):
-    """An infinite second moment freezes its weight in silence."""
+    """An infinite second moment would freeze its weight unnoticed."""
 
     def spoil(run):
         poison(run.optimizer.state[last_parameter(run)]["exp_avg_sq"], math.inf)
@@ -113,7 +113,7 @@ def test_a_moment_of_the_optimizer(image_folder, tmp_path, monkeypatch):
     assert checkpoint(tmp_path, "checkpoint-0-3.pth")["step"] == 3
 
 
-def test_fine_tuning_too(image_folder, tmp_path, monkeypatch):
+def test_fine_tuning(image_folder, tmp_path, monkeypatch):
     after_step(monkeypatch, 7, lambda run: poison(run.saved_model.head.weight))
     with pytest.raises(RunFailed, match=r"loss became non-finite at step 7 .*weight head.weight"):
         finetune(f"{CLASSIFIER} --data_path {image_folder} --output_dir {tmp_path} --print_freq 1")
@@ -158,7 +158,7 @@ class Overflowing:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def test_fifty_overflows_in_a_row_are_said_once(monkeypatch, capsys):
+def test_fifty_overflows_in_a_row_are_reported_once(monkeypatch, capsys):
     run = Overflowing(monkeypatch)
     watch, before = Overflows(run.scaler), run.weight.detach().clone()
     for step in range(1, 61):
@@ -166,7 +166,9 @@ def test_fifty_overflows_in_a_row_are_said_once(monkeypatch, capsys):
         if step % 7 == 0:
             watch.read(step)
         said = capsys.readouterr().out
-        assert ("56 steps in a row (until step 56)" in said) == (step == 56)  # the first reading past 50
+        assert ("56 steps in a row (until step 56)" in said) == (
+            step == 56
+        )  # the first reading of the metrics after 50 overflows
     assert torch.equal(run.weight, before)
     run.step(1.0)
     run.step(math.inf)
@@ -174,7 +176,7 @@ def test_fifty_overflows_in_a_row_are_said_once(monkeypatch, capsys):
     assert run.scaler.overflows() == (1, 1) and capsys.readouterr().out == ""
 
 
-def test_a_row_that_ended_before_the_reading_is_said(monkeypatch, capsys):
+def test_a_row_that_ended_before_the_reading_is_reported(monkeypatch, capsys):
     run = Overflowing(monkeypatch)
     for factor in [math.inf] * 50 + [1.0]:
         run.step(factor)
@@ -192,7 +194,7 @@ def test_no_scale_is_small_enough():
 
 
 def test_spikes_are_steps_above_the_median():
-    """Against a list made by hand: losses around 1, a leap in step 30 and one before enough steps are known."""
+    """Losses around 1 with a spike in step 30, and one before the median has enough steps."""
     spikes, found = Spikes(3.0), []
     for step in range(40):
         leap = 10.0 if step in (5, 30) else 1.0 + 0.1 * (step % 3)
@@ -206,14 +208,14 @@ def test_spikes_are_steps_above_the_median():
     assert found[0]["usual"] == pytest.approx(1.2, rel=1e-6)
 
 
-def test_off_by_default_nothing_is_kept():
+def test_spike_factor_is_off_by_default():
     spikes = Spikes(None)
     spikes.watch(0, torch.tensor(1.0), torch.tensor([0]))
     assert spikes.read(str) == [] and spikes._steps == []
 
 
 def test_spike_factor_lists_the_images(image_folder, tmp_path, monkeypatch, capsys):
-    """The images of one step are made a hundred times brighter: that step is listed with exactly these images."""
+    """The images of one step are made a hundred times brighter: exactly these images are listed."""
     flags = f"{FLAGS.replace('--epochs 2', '--epochs 5').replace('--save_steps 1', '')} --spike_factor 3"
     original, given = Run._next, []
 

@@ -1,6 +1,8 @@
-"""One pretraining in which a rank stands still in its third step, while it waits for images, computes, or is stopped as
-a whole (`images RANK FLAGS…`, `step`, `process`); for two seconds only (`moment`); or seems to: all wait long for their
-first images (`start`), or rank 0 has much to do after the others have ended (`end`).
+"""A pretraining in which a rank hangs in its third step (`CASE RANK FLAGS…`).
+
+images: it waits for images. step: it computes. process: the whole process is stopped. moment: it hangs for two seconds
+only. Two cases are healthy: all ranks wait long for their first images (start), or rank 0 works on after the others
+have ended (end).
 """
 
 import os

@@ -1,4 +1,4 @@
-"""`--help` of every main and tool: short, one line of usage, and every default once and as the parser has it."""
+"""`--help` of every main and tool: short, one line of usage, and every default once and equal to the parser's."""
 
 import importlib
 import re
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAINS = ["main_pretrain", "main_finetune", "main_linprobe"]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("[!_]*.py"))
 JOBS = [main.replace("main", "submitit") for main in MAINS]
-WIDTH = 80  # of a terminal that says nothing about itself
+WIDTH = 80  # of a terminal of unknown size
 
 
 @pytest.fixture(params=MAINS + TOOLS + JOBS)
@@ -29,8 +29,8 @@ def command(request, monkeypatch):
 
 
 def entries(text: str) -> dict[str, str]:
-    """{flag or argument: its whole entry in one line}. An entry's explanation begins in column 10 or later, on the line
-    of the flag or on the next."""
+    """Return {flag or argument: its entry in one line}. The explanation of an entry begins in column 10 or later, on
+    the line of the flag or on the next."""
     found = {}
     for entry in re.findall(r"^  \S[^\n]*(?:   *|\n {10,})\S[^\n]*(?:\n {10,}[^\n]*)*", text, re.MULTILINE):
         name = entry.split()[0].rstrip(",")
@@ -40,7 +40,7 @@ def entries(text: str) -> dict[str, str]:
 
 
 def read_default(action, text: str):
-    """The value that a "(default: TEXT)" stands for."""
+    """Return the value of a "(default: TEXT)"."""
     if text == "all":
         return list(action.choices)
     values = [(action.type or str)(word) for word in text.split()]
@@ -82,7 +82,7 @@ def test_length(monkeypatch):
 
 
 def test_old_spellings(monkeypatch):
-    """They parse as the new ones, into the names that ledgers have, and are not shown."""
+    """They are aliases of the new flags with the names of the ledger, and are not shown."""
     monkeypatch.syspath_prepend(ROOT / "tools")
     parser = importlib.import_module("robustness").get_args_parser()
     old = parser.parse_args(["x.pth", "--foreign", "o", "--known", "val"])

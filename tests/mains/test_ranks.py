@@ -1,4 +1,4 @@
-"""Two gloo processes: trouble on one stops both, and gradients travel once per step."""
+"""Two gloo processes: a fault on one stops both, and gradients are sent once per step."""
 
 import re
 
@@ -13,7 +13,7 @@ def said(output):
 
 
 def test_non_finite_on_one_rank_stops_both(image_folder, tmp_path):
-    """Micro-batch 4 is in the second window (step 1); rank 0, whose own loss is fine, says the same."""
+    """Micro-batch 4 is in the second window (step 1); rank 0, whose own loss is finite, reports the same."""
     flags = f"nan {FLAGS} --data_path {image_folder} --output_dir {tmp_path}"
     lines = said(ranks("helpers.rank_script", flags, 2))
     assert len(lines) == 2
@@ -21,11 +21,11 @@ def test_non_finite_on_one_rank_stops_both(image_folder, tmp_path):
     assert not list(tmp_path.glob("*.pth"))
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert "flags/text_summary" in events.Tags()["tensors"]  # what waited in the event file's queue was written
+    assert "flags/text_summary" in events.Tags()["tensors"]  # queued events were written
 
 
 def test_a_metric_of_one_rank(image_folder, tmp_path):
-    """Both ranks name it at the reading after it was logged, before sums of different lengths meet."""
+    """Both ranks name the metric at the next reading, before they would reduce tensors of different lengths."""
     flags = f"metric {FLAGS} --print_freq 1 --data_path {image_folder} --output_dir {tmp_path}"
     lines = said(ranks("helpers.rank_script", flags, 2))
     assert len(lines) == 2
