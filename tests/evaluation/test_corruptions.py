@@ -22,9 +22,10 @@ def distance(img, name: str, severity: int, index: int, **more) -> float:
 @pytest.mark.parametrize("side", [32, 64, 224])
 @pytest.mark.parametrize("name", NAMES)
 def test_severity_is_distance(name, side):
-    """The mean distance from the clean image rises with severity, wherever the published parameters say so: the affine
-    part of elastic_transform shrinks, the blurs of glass_blur and of fog's finer scales go up and down; frost replaces
-    the image by something equally bright; motion_blur 3 and 4 at 32 pixels differ in the cut of the same Gaussian."""
+    """The mean distance from the clean image rises with severity where the published parameters imply it. They do not
+    for elastic_transform, whose affine part shrinks; for glass_blur and the finer scales of fog, which go up and down;
+    for frost, which is as bright as the image; and for motion_blur 3 and 4 at 32 pixels, which cut the same
+    Gaussian."""
     images = [photograph(side, seed) for seed in range(3 if side == 224 else 24)]
     severities = SEVERITIES if side < 224 else (1, 5)
     found = [np.mean([distance(img, name, s, i) for i, img in enumerate(images)]) for s in severities]
@@ -39,7 +40,7 @@ def test_severity_is_distance(name, side):
 
 @pytest.mark.parametrize(("side", "table"), [(32, 0), (64, 1), (224, 2)])
 def test_noise_has_the_published_size(side, table):
-    """On grey 128, where little is clipped, within the sampling error of 5 deviations; and rounding to whole levels."""
+    """On grey 128, where little is clipped, within 5 standard deviations of the sampling error, plus rounding."""
     img = Image.new("RGB", (side, side), (128, 128, 128))
     clean, n = 128 / 255, side * side * 3
     for severity in (1, 2):
@@ -48,12 +49,12 @@ def test_noise_has_the_published_size(side, table):
         assert values.std() == pytest.approx(deviation, rel=5 / np.sqrt(2 * n) + 1e-3)
         photons = corruptions._TABLES["shot_noise"][table][severity - 1]
         values = np.asarray(corrupt(img, "shot_noise", severity, 0, 0)) / 255
-        # Poisson: variance clean * photons / photons²; its kurtosis widens the error of the deviation a little.
+        # Poisson: variance clean * photons / photons²; its kurtosis slightly widens the error of the deviation.
         assert values.std() == pytest.approx(np.sqrt(clean / photons), rel=6 / np.sqrt(2 * n) + 2e-3)
     for severity in SEVERITIES:
         share = corruptions._TABLES["impulse_noise"][table][severity - 1]
         values = np.asarray(corrupt(img, "impulse_noise", severity, 0, 0))
-        for level in (0, 255):  # half of the struck values each
+        for level in (0, 255):  # each level has half of the changed values
             assert (values == level).mean() == pytest.approx(share / 2, abs=5 * np.sqrt(share / 2 / n))
         assert np.isin(values, (0, 128, 255)).all()
 
@@ -72,13 +73,13 @@ def test_digital_corruptions_against_their_formulas():
             assert np.abs(found[row, column] - expected).max() <= 0.51 / 255
     black = np.asarray(corrupt(Image.new("RGB", (64, 64)), "brightness", 3, 0, 0))
     assert (black == round(0.3 * 255)).all()
-    small = np.asarray(corrupt(img, "pixelate", 5, 0, 0))  # a half of the side: squares of 2
+    small = np.asarray(corrupt(img, "pixelate", 5, 0, 0))  # half the side: squares of 2x2 pixels
     assert (small == small[::2, ::2].repeat(2, 0).repeat(2, 1)).all()
 
 
 @pytest.mark.parametrize("name", ["defocus_blur", "motion_blur", "zoom_blur", "glass_blur", "elastic_transform"])
 def test_blurs_keep_what_is_flat(name):
-    """Weights sum to one (defocus_blur's to 0.994) and borders are continued: an even image stays as it is."""
+    """Weights sum to one (defocus_blur's to 0.994) and borders are extended, so a constant image does not change."""
     for side in (32, 64, 224):
         assert distance(Image.new("RGB", (side, side), (200, 100, 30)), name, 5, 0) <= (
             1.3 if name == "defocus_blur" else 0.6
@@ -86,7 +87,7 @@ def test_blurs_keep_what_is_flat(name):
 
 
 def test_frost_by_photographs(tmp_path):
-    """An even photograph: the published weighted sum, to the rounding of the photograph's own levels."""
+    """A constant photograph gives the published weighted sum, up to the rounding of its levels."""
     Image.new("RGB", (300, 240), (100, 150, 200)).save(tmp_path / "a.png")
     photographs = corruptions.read_frost(str(tmp_path))
     img = photograph(224)
@@ -102,16 +103,16 @@ def test_frost_by_photographs(tmp_path):
 
 def test_frost_texture_is_as_bright_as_the_photographs():
     textures = [corruptions.frost_texture(96, 96, 0.3, np.random.default_rng(seed)) for seed in range(40)]
-    # The benchmark's five: means 0.48 to 0.81 (0.64 in the middle), deviations 0.07 to 0.17, bluish.
+    # The benchmark's five photographs: means 0.48 to 0.81 (average 0.64), standard deviations 0.07 to 0.17, bluish.
     assert np.mean([t.mean() for t in textures]) == pytest.approx(
         0.64, abs=0.05
-    )  # 40 draws of deviation 0.1: 3 of 0.016
+    )  # 40 draws of standard deviation 0.1: 3 times 0.016
     assert all(0.04 < t.mean(2).std() < 0.18 for t in textures)
     assert np.mean([t[..., 2].mean() - t[..., 0].mean() for t in textures]) > 0.05
 
 
 def test_same_image_same_corruption():
-    """Of (seed, index, corruption, severity); and of nothing else, the state of numpy's generator, say."""
+    """A corruption depends on (seed, index, name, severity) alone, and not on the state of numpy's generator."""
     img = photograph(32)
     for name in NAMES:
         first = corrupt(img, name, 4, 1, 7)

@@ -39,8 +39,8 @@ def run(*flags) -> dict:
 
 
 def test_mean_corruption_error():
-    """AlexNet has 100; whoever errs half as often has 50; one corruption of 15 counts a fifteenth; severities count
-    alike."""
+    """AlexNet has 100; half its errors give 50; each of 15 corruptions has weight 1/15; severities have equal
+    weights."""
     alexnet = {name: [error] * 5 for name, error in ALEXNET.items()}
     assert corruption_error(alexnet) == pytest.approx(100)
     half = {name: [0, error, error / 2, error / 2, error / 2] for name, error in ALEXNET.items()}
@@ -48,21 +48,21 @@ def test_mean_corruption_error():
     assert corruption_error({**alexnet, "fog": [0] * 5}) == pytest.approx(100 * 14 / 15)
     assert corruption_error(alexnet, ALEXNET_CLEAN) == pytest.approx(100)
     assert corruption_error({name: [30.0] * 5 for name in NAMES}, clean=30.0) == pytest.approx(0)
-    # By hand, all errors 50: the mean of 50 over the fifteen published numbers.
+    # All errors 50: the mean of 50 / the fifteen published numbers.
     by_hand = [88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8, 60.7]
     assert corruption_error({name: [50.0] * 5 for name in NAMES}) == pytest.approx(np.mean([5000 / e for e in by_hand]))
 
 
 def test_detection():
     assert detection_aupr(np.array([0.9, 0.8]), np.array([0.2, 0.1, 0.3])) == pytest.approx(100)
-    # From the least confident on: foreign, known, foreign. Precision 1 at recall 1/2, then 2/3 at recall 1.
+    # From the least confident on: outside, inside, outside. Precision 1 at recall 1/2, then 2/3 at recall 1.
     assert detection_aupr(np.array([0.5]), np.array([0.1, 0.9])) == pytest.approx(100 * (1 / 2 * 1 + 1 / 2 * 2 / 3))
 
 
 # Class folders --------------------------------------------------------------------------------------------------------
 
 
-def test_places_of_folders(tmp_path):
+def test_class_indices_of_folders(tmp_path):
     classes = Classes(4, ["n04", "n01", "n03", "n02"], "model.pth")
     assert classes.places(["n02", "n04"], "here").tolist() == [3, 0]
     assert classes.places(["0", "3", "1"], "here").tolist() == [0, 3, 1]  # ImageNet-V2
@@ -92,7 +92,7 @@ def write(folder, colours, count: int = 3, noise: float = 12.0):
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory):
-    """A classifier of four colours that is always right on clean images, and how it was trained."""
+    """A folder with a classifier of four colours that is always right on clean images, and its training data."""
     folder = tmp_path_factory.mktemp("colours")
     write(folder / "data" / "train", COLOURS, 16)
     write(folder / "data" / "val", COLOURS, 6)
@@ -107,7 +107,7 @@ def box(tmp_path_factory):
 
 
 def test_a_perfect_classifier_and_its_subsets(box, tmp_path):
-    """The checkpoint knows its classes: folders in any order, some of them, or numbers are judged right."""
+    """The checkpoint stores its classes: folders in any order, a subset, or numbers are evaluated correctly."""
     best, last = (torch.load(box / "out" / f"checkpoint-{name}.pth", weights_only=True) for name in ("best", 5))
     assert best["classes"] == last["classes"] == ["blue", "green", "grey", "red"]
     numbers = {str(place): COLOURS[name] for place, name in enumerate(sorted(COLOURS))}
@@ -119,7 +119,7 @@ def test_a_perfect_classifier_and_its_subsets(box, tmp_path):
     }
     folders = [write(tmp_path / name, colours) for name, colours in sets.items()]
     found = run(box / "out" / "checkpoint-best.pth", "--folders", *folders, "--out", tmp_path / "out" / "r.json")
-    # Among the single class of the last folder, everything is red.
+    # The last folder has a single class, so every prediction is red.
     assert found == {"all_acc1": 100, "some_acc1": 100, "numbers_acc1": 100, "wrong_acc1": 100}
     found = run(box / "out" / "checkpoint-best.pth", "--folders", *folders, "--all_classes")
     assert found == {"all_acc1": 100, "some_acc1": 100, "numbers_acc1": 100, "wrong_acc1": 0}
@@ -130,22 +130,22 @@ def test_a_perfect_classifier_and_its_subsets(box, tmp_path):
 
 
 def test_restricted_to_the_classes_of_the_folder(box, tmp_path):
-    """With the outputs of the folder's two classes alone, it does not matter what grey says."""
+    """Only the outputs of the folder's two classes count, so the output for grey has no effect."""
     folder = write(tmp_path / "two", {"red": (255, 70, 60), "green": (60, 230, 70)})
     bench = robustness.open_bench(robustness.get_args_parser().parse_args([str(box / "out" / "checkpoint-best.pth")]))
     evaluation = open_folder(folder, bench.classes)
     assert evaluation.places.tolist() == [1, 3]
     bench.judged.args.num_workers = 0
     right, confidence = bench.predict(evaluation)
-    assert right.all() and (confidence > 0.5).all()  # of two classes, the larger probability
+    assert right.all() and (confidence > 0.5).all()  # the larger probability of two classes
     bench.judged.model.head.bias.data[2] += 100.0  # grey
     assert bench.predict(evaluation)[0].all()
     bench.judged.args.all_classes = True
     assert not bench.predict(evaluation)[0].any()
 
 
-def test_foreign_images(box, tmp_path):
-    """Known: the images of the classes of the foreign folder alone. Chance and order as printed and by hand."""
+def test_out_of_distribution_images(box, tmp_path):
+    """In distribution are only the images of the classes in the --ood folder. AUPR against a direct computation."""
     foreign = write(tmp_path / "o", {"red": (150, 120, 90), "blue": (140, 128, 160)}, count=5, noise=60)
     found = run(box / "out" / "checkpoint-best.pth", "--ood", foreign, "--in_distribution", box / "data" / "val")
     bench = robustness.open_bench(robustness.get_args_parser().parse_args([str(box / "out" / "checkpoint-best.pth")]))
@@ -157,11 +157,11 @@ def test_foreign_images(box, tmp_path):
         (known / name).symlink_to(box / "data" / "val" / name)
     inside = bench.predict(open_folder(known, bench.classes))[1]
     assert len(inside) == 12 and found == {"o_aupr": detection_aupr(inside, outside)}
-    assert found["o_aupr"] > 100 * 10 / 22  # chance: the share of foreign images
+    assert found["o_aupr"] > 100 * 10 / 22  # chance is the share of --ood images
 
 
-def test_foreign_folders_called_otherwise(box, tmp_path, capsys):
-    """Images that look like none of the classes, in folders of any name, against all images of the data set."""
+def test_out_of_distribution_folders_of_other_names(box, tmp_path, capsys):
+    """Images of other classes, in folders of any name, against all images of the data set."""
     best, known = box / "out" / "checkpoint-best.pth", box / "data" / "val"
     foreign = write(tmp_path / "o", {"a": (128, 100, 90), "b": (140, 128, 60), "c": (90, 90, 40)}, count=5, noise=60)
     found = run(best, "--ood", foreign, "--in_distribution", known)
@@ -176,7 +176,7 @@ def test_foreign_folders_called_otherwise(box, tmp_path, capsys):
 
 
 def test_corrupt_a_data_set(box, tmp_path, capsys):
-    """Everything is right when clean; the JSON holds the whole table, the ledger its means, the picture all rows."""
+    """Clean images have no errors; the JSON has the whole table, the ledger its means, the picture all rows."""
     out = tmp_path / "c" / "corrupt.json"
     flags = [box / "out" / "checkpoint-best.pth", "--data_path", box / "data", "--corrupt", "--images", 12]
     found = run(*flags, "--out", out, "--picture", tmp_path / "c" / "picture.png")
@@ -185,7 +185,7 @@ def test_corrupt_a_data_set(box, tmp_path, capsys):
     assert list(content["errors"]["imagefolder"]) == list(NAMES)
     table = np.array(list(content["errors"]["imagefolder"].values()))
     assert table.shape == (15, 5) and found["corrupted_error"] == pytest.approx(table.mean())
-    assert found["jpeg_compression_error"] == 0  # colour is what it knows, and JPEG keeps it
+    assert found["jpeg_compression_error"] == 0  # the classifier reads colour, which JPEG keeps
     width, height = Image.open(tmp_path / "c" / "picture.png").size
     assert height > width > 1000
     (row,) = ledger.read(out.parent / "results.jsonl")
@@ -198,7 +198,7 @@ def test_corrupt_a_data_set(box, tmp_path, capsys):
 
 
 def test_corrupted_before_and_after_the_size(tmp_path):
-    """A smaller image is corrupted as it is, a larger one in the size of the input; a part like the whole."""
+    """Smaller images are corrupted before resizing, larger ones after; a subset is corrupted like the whole set."""
     images = Arrays(np.stack([np.asarray(photograph(32, seed)) for seed in range(3)]), [0, 1, 0], ["a", "b"])
     resized = eval_transform((64, 64), [0.5] * 3, [0.5] * 3).transforms[0]
     shape = Shape(resized, (64, 64), 3)
@@ -212,8 +212,8 @@ def test_corrupted_before_and_after_the_size(tmp_path):
 
 
 def test_folder_like_imagenet_c(box, tmp_path):
-    """At severity s of the first two corruptions up to 3 of 6 images are in wrong folders, elsewhere none: the errors
-    are known, and the mean corruption error follows from them."""
+    """At severity s of the first two corruptions min(s, 3) of 6 images are in wrong folders, elsewhere none. So the
+    errors are known, and with them the mean corruption error."""
     root = tmp_path / "imagenet-c"
     for number, name in enumerate(NAMES):
         for severity in SEVERITIES:

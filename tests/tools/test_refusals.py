@@ -1,5 +1,5 @@
-"""The commands in tools/ that judge a checkpoint: what is wrong with flags, files and folders is one sentence on
-stderr, exit code 2, and nothing in the ledger. The mains have the same in `test_bad_input.py`."""
+"""Refusals of the tools that evaluate a checkpoint: errors of flags, files and folders give one sentence on stderr,
+exit code 2, and no line in the ledger. For the mains see tests/mains/test_bad_input.py."""
 
 import importlib
 
@@ -14,7 +14,7 @@ from methods.mlo.masking_network import MaskingNetwork
 from util.errors import user_errors
 
 SPLITS = "--data_path {box}/good --num_workers 0 --device cpu --batch_size 4"
-# A valid command line of each; {ck} is a checkpoint that the command can use, {out} what it writes.
+# A valid command line of each tool; {ck} is a checkpoint that it can use, {out} its output.
 VALID = {
     "knn": f"{{ck}} {SPLITS} --k 1 --out {{out}}/a.json",
     "fewshot": f"{{ck}} {SPLITS} --shots 1 --draws 2 --out {{out}}/a.json",
@@ -80,7 +80,7 @@ def box(tmp_path_factory):
 
 
 def call(tool, flags, box, out, checkpoint=None):
-    """`python tools/<tool>.py flags` in this process."""
+    """Run `python tools/<tool>.py flags` in this process."""
     places = dict(box=box, out=out, ck=box / (checkpoint or USABLE[tool]))
     module = importlib.import_module(tool)
     with user_errors(f"{tool}.py"):
@@ -88,7 +88,7 @@ def call(tool, flags, box, out, checkpoint=None):
 
 
 def refusal(capsys, tool, flags, box, out, checkpoint=None) -> str:
-    """The last line on stderr; before it there may be the names of unreadable images."""
+    """Return the last line on stderr; names of unreadable images may precede it."""
     with pytest.raises(SystemExit) as ended:
         call(tool, flags, box, out, checkpoint)
     lines = capsys.readouterr().err.splitlines()
@@ -100,7 +100,7 @@ def refusal(capsys, tool, flags, box, out, checkpoint=None) -> str:
 
 @pytest.mark.parametrize("tool", VALID)
 def test_the_valid_command_line(tool, box, tmp_path):
-    """What the refusals below differ from; what each leaves in the folder of --out."""
+    """The command lines that the cases below modify are valid, and write these files."""
     call(tool, VALID[tool], box, tmp_path / "new")
     written = {path.name for path in (tmp_path / "new").iterdir()}
     assert written & {"a.json", "a.png", "a.safetensors"}
@@ -122,13 +122,13 @@ def test_checkpoints(tool, box, tmp_path, capsys):
     assert "'nope'" in refusal(capsys, tool, VALID[tool] + " --checkpoint_key nope", box, tmp_path)
     assert "are aliases; give one of them" in refusal(capsys, tool, VALID[tool] + " --finetune b.pth", box, tmp_path)
     assert "vit_enormous" in refusal(capsys, tool, VALID[tool] + " --model vit_enormous", box, tmp_path)
-    if tool not in ("knn", "fewshot"):  # there it is a random encoder, as in main_linprobe.py
+    if tool not in ("knn", "fewshot"):  # a random encoder, as in main_linprobe.py
         assert "CHECKPOINT" in refusal(capsys, tool, VALID[tool].replace("{ck}", ""), box, tmp_path)
 
 
 @pytest.mark.parametrize("tool", VALID)
-def test_places_to_write(tool, box, tmp_path, capsys):
-    """A folder that is a file, one where nobody may write, a folder in the place of the file, another ending."""
+def test_output_paths(tool, box, tmp_path, capsys):
+    """A folder that is a file, a folder without write permission, a folder instead of the file, a wrong ending."""
     out = VALID[tool].split("--out ")[1].split()[0]
     name = out.removeprefix("{out}/")
     (tmp_path / name).mkdir()
@@ -150,7 +150,7 @@ def test_numbers(tool, box, tmp_path, capsys):
 
 @pytest.mark.parametrize("tool", sorted(SEEDED - {"feature_viz"}))
 def test_images(tool, box, tmp_path, capsys):
-    """Folders without any, and images that cannot be read."""
+    """Folders without images, and images that cannot be read."""
     split = "" if tool in WITH_DATA else "/val"
     for name, said in {"missing": "missing", "empty": "empty", "hollow": "holds no images"}.items():
         line = refusal(capsys, tool, VALID[tool].replace("{box}/good", "{box}/" + name), box, tmp_path)
@@ -190,6 +190,6 @@ def test_checkpoint_and_data_that_do_not_fit(tool, flags, checkpoint, said, box,
     assert said.format(box=box) in line
 
 
-def test_a_name_that_is_nothing(box, tmp_path, capsys):
+def test_an_unknown_name(box, tmp_path, capsys):
     line = refusal(capsys, "knn", VALID["knn"].replace("{ck}", "vit_base_nonsense"), box, tmp_path)
     assert "vit_base_nonsense is neither a file nor a model of timm's" in line

@@ -15,7 +15,7 @@ from methods.mlo.labelled_task import StandardizedLinear
 
 
 def test_schedules_follow_their_own_updates(image_folder, tmp_path):
-    """24 steps: 8 of the head and 4 of the masking network; each ends one update before zero."""
+    """24 steps: 8 of the head and 4 of the masking network; each schedule ends one update before zero."""
     pretrain(
         f"{MLO} --data_path {image_folder} --output_dir {tmp_path} --epochs 4 --mlo_unroll 3 --mlo_update_every 2 "
         f"--mlo_head_lr 0.1 --mlo_mask_lr 0.2"
@@ -31,8 +31,8 @@ def test_schedules_follow_their_own_updates(image_folder, tmp_path):
 
 
 def test_warm_up(image_folder, tmp_path):
-    """The head learns from the first step, the masking network from the second epoch on, on a cosine of its own: 6
-    steps an epoch, windows of four steps, so the first two are left out and four are taken."""
+    """The head learns from the first step, the masking network from the second epoch on, with its own cosine. With 6
+    steps an epoch and windows of four steps, two moves are skipped and four are made."""
     flags = f"{MLO} --data_path {image_folder} --epochs 4 --save_freq 1 --mlo_unroll 2 --mlo_update_every 2 "
     pretrain(f"{flags} --mlo_mask_lr 0.2 --mlo_warmup_epochs 1 --output_dir {tmp_path}")
     first, last = (checkpoint(tmp_path, f"checkpoint-{epoch}.pth")["methods"] for epoch in (0, 3))
@@ -55,7 +55,7 @@ FORMS = {
 
 @pytest.mark.parametrize("flags", FORMS.values(), ids=FORMS)
 def test_resume_is_exact(image_folder, tmp_path, flags, monkeypatch):
-    """From every step of a window, across the end of an epoch (6 steps, or 3 of two micro-batches) too."""
+    """Resumption from every step of a window, also across the end of an epoch (6 steps, or 3 of two micro-batches)."""
     flags = f"{MLO} --data_path {image_folder} --epochs 3 --save_freq 1 {flags}"
     original = util.training.run.checkpoint.save_checkpoint
 
@@ -79,7 +79,7 @@ def test_resume_is_exact(image_folder, tmp_path, flags, monkeypatch):
 
 
 def test_standardized_head():
-    """It starts with the first batch's statistics, follows later ones by a tenth, and they get no gradient."""
+    """Its statistics are those of the first batch, then a moving average with weight 0.1, without gradients."""
     head, first, second = StandardizedLinear(5, 3), 4 * torch.randn(1000, 5) + 2, torch.randn(1000, 5) - 1
     head.observe(first)
     expected = F.linear((first - first.mean(0)) / first.std(0, correction=0), head.weight, head.bias)
@@ -95,8 +95,8 @@ def test_standardized_head():
     "kind,tolerance", [("jvp --mlo_head_norm", 1e-5), ("fd", 1e-3), ("jvp --mlo_stage2 solve", 1e-5)]
 )
 def test_two_processes_equal_one(image_folder, tmp_path, kind, tolerance):
-    """21 outer steps in float32; the masking networks of both ranks are bit for bit the same. A finite difference
-    keeps three digits of float32, which Adam turns into steps: so there 1e-3, a tenth of the learning rate."""
+    """21 outer steps in float32; the masking networks of both ranks are equal bit for bit. A finite difference keeps
+    three digits of float32, which Adam turns into steps, hence the tolerance of 1e-3, a tenth of the learning rate."""
     flags = MLO.replace("--batch_size 12", f"--epochs 7 --mlo_hypergrad {kind}")
     flags = f"{flags} --data_path {image_folder} --mlo_batch_size"
     pretrain(f"{flags} 12 --batch_size 12 --output_dir {tmp_path}/one")
@@ -109,7 +109,7 @@ def test_two_processes_equal_one(image_folder, tmp_path, kind, tolerance):
         for key, value in one[group].items():
             if isinstance(value, torch.Tensor):
                 difference = (value - two[group][key]).abs()
-                if key.endswith("qkv.bias"):  # keys' biases have no gradient but rounding, which Adam makes a step of
+                if key.endswith("qkv.bias"):  # the keys' bias has a gradient of rounding only, which Adam scales up
                     difference = torch.cat([difference.chunk(3)[0], difference.chunk(3)[2]])
                 assert difference.max() <= tolerance * max(1.0, value.abs().max().item()), key
 

@@ -84,7 +84,7 @@ def test_stage_one_never_sees_what_is_held_out(image_folder, run):
 
 
 def test_a_file_that_is_listed_twice(image_folder, tmp_path):
-    """Whichever of its entries is held out, the file is: neither stage I nor stage II sees the other one."""
+    """A file with one entry held out is held out: neither stage I nor stage II uses its other entry."""
     files = sorted((image_folder / "train").glob("*/*.png"))
     lines = "".join(f"{file}\t{file.parent.name}\n" for file in files)
     (tmp_path / "list.txt").write_text(lines * 2)
@@ -100,7 +100,7 @@ def test_a_file_that_is_listed_twice(image_folder, tmp_path):
 
 
 def test_labelled_images_that_cannot_be_read(image_folder, tmp_path):
-    """One sentence, with data workers too."""
+    """One sentence, also with data workers."""
     for split in ("train/a", "train/b"):
         (tmp_path / "broken" / split).mkdir(parents=True)
         for i in range(20):
@@ -111,7 +111,7 @@ def test_labelled_images_that_cannot_be_read(image_folder, tmp_path):
 
 
 def test_a_labelled_image_that_cannot_be_read(image_folder, tmp_path):
-    """One rank of two gets it, in some steps: it is logged in these and no others, as on one process."""
+    """One rank of two reads it in some steps: the count is logged in exactly these steps, as on one process."""
     shutil.copytree(image_folder / "train", tmp_path / "labels" / "train")
     (tmp_path / "labels" / "train" / "class0" / "000.png").write_bytes(b"no image")
     flags = MLO.replace("same", f"{tmp_path}/labels").replace("--batch_size 12", "--epochs 1")
@@ -123,7 +123,7 @@ def test_a_labelled_image_that_cannot_be_read(image_folder, tmp_path):
 
 
 def test_the_same_images_by_another_path(image_folder, tmp_path):
-    """A link to the pretraining images as --mlo_labels: what is held out is taken from stage I all the same."""
+    """--mlo_labels is a link to the pretraining images: held-out images are removed from stage I."""
     (tmp_path / "other").symlink_to(image_folder)
     args = main_pretrain.get_args_parser().parse_args(f"--data_path {image_folder} --dataset folder".split())
     everything = util.data.readers.read_images(args, train=True)
@@ -135,7 +135,7 @@ def test_the_same_images_by_another_path(image_folder, tmp_path):
 
 
 def test_labels_from_another_folder(image_folder, tmp_path):
-    """Pretraining on images without labels, guided by the same files under another name: stage I loses the held out."""
+    """Unlabelled pretraining with the same files as labelled set under another path: stage I omits held-out images."""
     (tmp_path / "labelled").symlink_to(image_folder)
     pretrain(
         f"{MLO.replace('same', f'{tmp_path}/labelled')} --dataset folder --data_path {image_folder} --epochs 1 "
@@ -146,7 +146,7 @@ def test_labels_from_another_folder(image_folder, tmp_path):
 
 
 def test_the_test_set_is_never_opened(image_folder, tmp_path, monkeypatch):
-    """Reading it raises, and it is looked at all the same: on what stage III holds out."""
+    """Reading the test set raises; previews and kNN use the images that stage III holds out."""
     shutil.copytree(image_folder / "train", tmp_path / "data/train")
     original = util.data.readers.read_images
 
@@ -160,7 +160,7 @@ def test_the_test_set_is_never_opened(image_folder, tmp_path, monkeypatch):
     assert 0 <= log_rows(tmp_path / "run")[0]["knn_top1"] <= 100
 
 
-def test_what_is_logged(run):
+def test_log_and_tensorboard(run):
     tags = EventAccumulator(str(run)).Reload().Tags()
     wanted = (
         "reconstruction mask_weight stage2_loss stage3_loss stage3_top1 hypergrad_norm hypergrad_direct hypergrad_head"
@@ -177,7 +177,7 @@ def test_what_is_logged(run):
 
 
 def test_a_frozen_mask_in_another_run(image_folder, run, tmp_path):
-    """It removes what it removed where it was learned, though the new encoder's embedding is another."""
+    """It removes the same patches as in its own run, although the new encoder's embedding differs."""
     flags = f"{BASE} --batch_size 12 --epochs 1 --mlo_mae --mlo_mask_net {run}/checkpoint-1.pth"
     pretrain(f"{flags} --mlo_frozen --data_path {image_folder} --seed 5 --output_dir {tmp_path}/frozen")
     source, frozen = checkpoint(run, "checkpoint-1.pth"), checkpoint(tmp_path / "frozen", "checkpoint-0.pth")
@@ -196,7 +196,7 @@ def test_a_frozen_mask_in_another_run(image_folder, run, tmp_path):
         logits.append(MLOMAE(args, model).logits(model, imgs))
     assert torch.equal(*logits)
     assert len(log_rows(tmp_path / "frozen")) == 1 and "train_stage3_loss" not in log_rows(tmp_path / "frozen")[0]
-    pretrain(f"{flags} --data_path {image_folder} --mlo_labels same --output_dir {tmp_path}/more")  # and learns on
+    pretrain(f"{flags} --data_path {image_folder} --mlo_labels same --output_dir {tmp_path}/more")  # continues to learn
     more = checkpoint(tmp_path / "more", "checkpoint-0.pth")["methods"]
     assert not torch.equal(more["mlo_mae.net.layers.0.weight"], source["methods"]["mlo_mae.net.layers.0.weight"])
     assert torch.equal(
