@@ -4,7 +4,6 @@ The payloads are real: each makes a folder when it is unpickled, which the last 
 """
 
 import argparse
-import importlib
 import os
 import pickle
 import shutil
@@ -12,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from helpers.launch import ROOT, SMALL
+from helpers.launch import ROOT, SMALL, command_module
 from torch.distributed.checkpoint.metadata import Metadata
 
 from util.errors import user_errors
@@ -90,7 +89,7 @@ def evil(request, tmp_path):
 def run(line: str, capsys, monkeypatch, **names) -> str:
     """Return the output of a command, which must exit with code 2 and one sentence."""
     name, *flags = [word.format(**names) for word in line.split()]
-    module = importlib.import_module(name)
+    module = command_module(name)
     monkeypatch.setattr(sys, "argv", [name, *flags])
     with pytest.raises(SystemExit) as ended, user_errors(name):
         module.main(*([module.get_args_parser().parse_args(flags)] if hasattr(module, "get_args_parser") else []))

@@ -106,8 +106,10 @@ def features(network, imgs) -> dict[str, list]:
 
 def run_once(main: str, flags: str, stop_after: int = 0) -> dict | None:
     """Run a main in this process and return the features of its final networks. SIGTERM in step `stop_after`."""
-    from util.training import run
-
+    try:
+        run = importlib.import_module("util.training.run")
+    except ModuleNotFoundError:  # revisions before a90ce24
+        run = importlib.import_module("util.run")
     module, steps, runs = importlib.import_module(main), [0], []
     adjust, init = run.adjust_learning_rate, run.Run.__init__
 
@@ -122,11 +124,11 @@ def run_once(main: str, flags: str, stop_after: int = 0) -> dict | None:
     module.main(module.get_args_parser().parse_args(flags.split()))
     if "--fsdp" in flags:
         return None
-    found, network = {"model": features(runs[0].model, example())}, copy.deepcopy(runs[0].model)
+    model = getattr(runs[0], "saved_model", None) or runs[0].model  # its name in older revisions
+    found, network = {"model": features(model, example())}, copy.deepcopy(model)
     for key, teacher in (runs[0].exported() if hasattr(runs[0], "exported") else {}).items():
-        network.load_state_dict(
-            teacher if isinstance(teacher, dict) else teacher.state_dict()
-        )  # a dict in older revisions
+        state = teacher if isinstance(teacher, dict) else teacher.state_dict()  # a dict in older revisions
+        network.load_state_dict(state)
         found[key] = features(network, example())
     return found
 

@@ -1,5 +1,6 @@
 """Start the mains as users do, and read the files they write."""
 
+import importlib
 import json
 import os
 import signal
@@ -18,6 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # The smallest autoencoder with all parts: 16 patches, the micro encoder, one decoder block.
 SMALL = "--model mae_vit_micro_patch4 --input_size 16 --decoder_embed_dim 32 --decoder_depth 1 --decoder_num_heads 2"
 DIGITS = f"--dataset digits {SMALL} --batch_size 64 --epochs 2 --warmup_epochs 1 --vis_freq 0 --device cpu"
+
+
+def command_module(name: str):
+    """The module of a main ("main_pretrain") or of a command in tools/ ("knn")."""
+    return importlib.import_module(name if name.startswith(("main_", "submitit_")) else f"tools.{name}")
 
 
 def command(main: str, flags: str, processes: int = 1, restarts: int = 0) -> list[str]:

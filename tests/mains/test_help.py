@@ -1,16 +1,14 @@
 """`--help` of every main and tool: short, one line of usage, and every default once and equal to the parser's."""
 
-import importlib
 import re
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.launch import ROOT, command_module
 
 from util.parallel.slurm import add_job_arguments
 from util.parser import HelpAll, Parser, default_of, rare
 
-ROOT = Path(__file__).resolve().parent.parent
 MAINS = ["main_pretrain", "main_finetune", "main_linprobe"]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("[!_]*.py"))
 JOBS = [main.replace("main", "submitit") for main in MAINS]
@@ -20,9 +18,8 @@ WIDTH = 80  # of a terminal of unknown size
 @pytest.fixture(params=MAINS + TOOLS + JOBS)
 def command(request, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(WIDTH))
-    monkeypatch.syspath_prepend(ROOT / "tools")
     monkeypatch.setattr(sys, "argv", [f"{request.param}.py"])
-    parser = importlib.import_module(request.param.replace("submitit", "main")).get_args_parser()
+    parser = command_module(request.param.replace("submitit", "main")).get_args_parser()
     if request.param in JOBS:
         add_job_arguments(parser.add_argument_group("job"))
     return parser
@@ -77,14 +74,13 @@ def test_help(command):
 
 def test_length(monkeypatch):
     monkeypatch.setenv("COLUMNS", str(WIDTH))
-    text = importlib.import_module("main_pretrain").get_args_parser().format_help()
+    text = command_module("main_pretrain").get_args_parser().format_help()
     assert len(text.splitlines()) < 300 and "see --help_all" in text
 
 
 def test_old_spellings(monkeypatch):
     """They are aliases of the new flags with the names of the ledger, and are not shown."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    parser = importlib.import_module("robustness").get_args_parser()
+    parser = command_module("robustness").get_args_parser()
     old = parser.parse_args(["x.pth", "--foreign", "o", "--known", "val"])
     assert old == parser.parse_args(["x.pth", "--ood", "o", "--in_distribution", "val"])
     assert (old.foreign, old.known) == ("o", "val")

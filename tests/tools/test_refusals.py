@@ -1,11 +1,10 @@
 """Refusals of the tools that evaluate a checkpoint: errors of flags, files and folders give one sentence on stderr,
 exit code 2, and no line in the ledger. For the mains see tests/mains/test_bad_input.py."""
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
+from helpers.launch import command_module
 from PIL import Image
 
 import models_mae
@@ -82,7 +81,7 @@ def box(tmp_path_factory):
 def call(tool, flags, box, out, checkpoint=None):
     """Run `python tools/<tool>.py flags` in this process."""
     places = dict(box=box, out=out, ck=box / (checkpoint or USABLE[tool]))
-    module = importlib.import_module(tool)
+    module = command_module(tool)
     with user_errors(f"{tool}.py"):
         module.main(module.get_args_parser().parse_args(flags.format(**places).split()))
 

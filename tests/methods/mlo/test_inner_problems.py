@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers.launch import checkpoint, log_rows, ranks, same_tensors
 from helpers.mlo_runs import MLO, pretrain
 
-import util.training.run
+import util.training.run_state
 from methods.mlo.labelled_task import StandardizedLinear
 
 
@@ -57,13 +57,13 @@ FORMS = {
 def test_resume_is_exact(image_folder, tmp_path, flags, monkeypatch):
     """Resumption from every step of a window, also across the end of an epoch (6 steps, or 3 of two micro-batches)."""
     flags = f"{MLO} --data_path {image_folder} --epochs 3 --save_freq 1 {flags}"
-    original = util.training.run.checkpoint.save_checkpoint
+    original = util.training.run_state.save_checkpoint
 
     def save_checkpoint(folder, epoch, position, content, keep):
         torch.save(content, tmp_path / f"after-{content['step']}.pth")
         original(folder, epoch, position, content, keep)
 
-    monkeypatch.setattr(util.training.run.checkpoint, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(util.training.run_state, "save_checkpoint", save_checkpoint)
     pretrain(f"{flags} --save_steps 1 --output_dir {tmp_path}/whole")
     monkeypatch.undo()
     last, windows = checkpoint(tmp_path / "whole", "checkpoint-2.pth"), set()
