@@ -1,4 +1,4 @@
-"""The papers' sweeps, with a stand-in for python that only leaves behind what the mains leave behind."""
+"""The papers' sweeps, with a stand-in for python that only writes the files of the mains."""
 
 import argparse
 import os
@@ -39,7 +39,7 @@ esac
 
 @pytest.fixture
 def sweep(tmp_path):
-    """-> start(name, *arguments): exit status, what it says, the commands it started."""
+    """A function start(name, *arguments) that returns exit code, output, and the started commands."""
     stand_in = tmp_path / "python"
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
@@ -67,7 +67,7 @@ def sweep(tmp_path):
 
 
 def test_stopped_and_started_again(sweep, tmp_path):
-    """A main that was stopped exits with 0 too: its run is not taken for finished. What is finished is not redone."""
+    """A stopped main also exits with 0, but its run does not count as finished. Finished runs are not repeated."""
     out = str(tmp_path / "out")
     flags = (out, "--cpu_small", "--only", "mae k10")
     (tmp_path / "stop").touch()
@@ -96,7 +96,7 @@ RUNS = {
     "mlo_mae": "mae mlo unroll1 unroll5 mae-patch4 patch4 mae-patch8 patch8 ratio60 ratio80 ratio90 every5 blo "
     "finetuned curriculum",
 }
-# Runs that a smaller budget leaves out, and those it has in their place.
+# Runs that a smaller budget leaves out, and those that replace them.
 LEFT_OUT = {
     ("bootstrap_mae", "cpu_small"): {"wse50"},
     ("bootstrap_mae", "gpu_hour"): {"k1"},
@@ -116,7 +116,7 @@ LENGTHS = {
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("budget", WHERE)
 def test_every_command_is_legal(sweep, tmp_path, name, budget):
-    """All runs of the paper are there, and the mains understand what they are started with."""
+    """The sweep has all runs of the paper, and the mains accept its flags."""
     where = [word.format(tmp_path) for word in WHERE[budget]]
     code, said, calls = sweep(name, str(tmp_path / "out"), *where, TEACHER="teacher.pth", GPUS="1")
     assert code == 0, said
@@ -129,7 +129,7 @@ def test_every_command_is_legal(sweep, tmp_path, name, budget):
         parsers[main].check(args)
         run = args.output_dir.split("/")[-1].removesuffix("-seed0")
         seen.add(run)
-        assert not (getattr(args, "cache_features", False) and args.resume)  # which the probe refuses
+        assert not (getattr(args, "cache_features", False) and args.resume)  # the probe refuses it
         if main == "main_pretrain.py" and run != "teacher":
             pretrained.add(run)
             enabled_methods(args, METHODS)
@@ -156,7 +156,7 @@ def test_an_hour_keeps_the_shares_of_the_paper(sweep, tmp_path):
 
 
 def test_an_hour_is_too_short(sweep, tmp_path):
-    """Where a table does not fit, whatever the model."""
+    """Some tables do not fit into an hour with any model."""
     where = (str(tmp_path / "out"), "--gpu_hour", "--data", str(tmp_path))
     for name, script, environment in (("mlo_mae", "sweep", {"SET": "imagenet"}), ("maws", "scaling", {})):
         code, said, calls = sweep(name, *where, script=script, **environment)
@@ -209,7 +209,7 @@ def test_other_settings_of_learned_masks(sweep, tmp_path, setting, batch, epochs
 
 @pytest.fixture
 def cifar10(tmp_path):
-    """Its class folders, with an image each."""
+    """The class folders of CIFAR-10 with one image each."""
     for split in ("train", "val"):
         for name in "airplane automobile bird cat deer dog frog horse ship truck".split():
             (tmp_path / "cifar10" / split / name).mkdir(parents=True)
@@ -218,7 +218,7 @@ def cifar10(tmp_path):
 
 
 def parsed(calls):
-    """(main, flags) of the mains among the commands, as they understand them."""
+    """Return (main, parsed flags) of the mains among the commands."""
     mains = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune, "main_linprobe.py": main_linprobe}
     found = [(name, mains[name].get_args_parser().parse_args(flags)) for name, *flags in calls if name in mains]
     for name, args in found:
@@ -228,7 +228,8 @@ def parsed(calls):
 
 @pytest.mark.parametrize("budget", WHERE)
 def test_three_stages(sweep, tmp_path, cifar10, budget):
-    """Each initialisation and length of WSP: MAE made once for all lengths, every stage from the one before."""
+    """Each initialisation and length of WSP: one MAE serves all lengths, and every stage starts from the previous
+    one."""
     out, where = tmp_path / "out", ["--data", str(cifar10), *([] if budget == "paper" else [f"--{budget}"])]
     lists = {"WEAK": "w", "WEAK_LIST": "a", "WEAK_VAL": "b", "MAE_EPOCHS": "10", "WSP_EPOCHS": "0.5 1", "GPUS": "1"}
     code, said, calls = sweep("maws", str(out), *where, **lists)
@@ -244,14 +245,16 @@ def test_three_stages(sweep, tmp_path, cifar10, budget):
     tuned = [args for name, args in runs if name != "main_pretrain.py" and args not in weak]
     assert len(tuned) == 16 and {args.finetune.rsplit("/", 1)[0] for args in tuned} == {a.output_dir for a in weak}
     assert sum(call[0] == "fewshot.py" for call in calls) == 8 and sum("--plot" in call for call in calls) == 3
-    assert not [call for call in sweep("maws", str(out), *where, **lists)[2] if call[0] != "collect.py"]  # all is there
+    assert not [
+        call for call in sweep("maws", str(out), *where, **lists)[2] if call[0] != "collect.py"
+    ]  # nothing is missing
 
 
 def test_scaling_grid(sweep, tmp_path, cifar10):
-    """Smaller shares are parts of larger ones, in an order that is always the same; the steps are equal."""
+    """Smaller shares are subsets of larger ones, in a fixed order; the numbers of steps are equal."""
     where = [str(tmp_path / "out"), "--data", str(cifar10), "--cpu_small"]
     code, said, calls = sweep("maws", *where, script="scaling", SHARES="0.5 1", STEPS="7")
-    # The small set takes the first 500 images of a class: here the one there is.
+    # The small set takes the first 500 images of a class; here a class has one.
     assert code == 0, said
     runs = [args for name, args in parsed(calls) if name == "main_pretrain.py"]
     assert {(args.model, args.max_steps) for args in runs} == {("mae_vit_micro_patch4", 7), ("mae_deit_tiny_patch4", 7)}
@@ -279,7 +282,7 @@ def test_mistakes_of_three_stages(sweep, arguments, message):
 
 @pytest.mark.parametrize("budget", WHERE)
 def test_a_table_is_its_sweep_and_then_the_comparison(sweep, tmp_path, budget):
-    """What the sweep itself would start; then the table of all runs, though only one was wanted."""
+    """The commands of the sweep, then the table of all runs, even with --only."""
     out, where = tmp_path / "out", [word.format(tmp_path) for word in WHERE[budget] if word != f"--{budget}"]
     flags = [*where, "--only", "k10"]
     expected = sweep("bootstrap_mae", str(out), *flags, *([] if budget == "paper" else [f"--{budget}"]))[2]
@@ -293,7 +296,7 @@ def test_a_table_is_its_sweep_and_then_the_comparison(sweep, tmp_path, budget):
 
 
 def enter(calls, images: int) -> None:
-    """The lines that the mains would write for these commands, in the folders that they name."""
+    """Write the ledger lines of these commands into their folders."""
     pretrained = {}
     for main, args in parsed(calls):
         flags = vars(args)
@@ -318,7 +321,7 @@ def enter(calls, images: int) -> None:
 @pytest.mark.parametrize(
     "name,images,expected",
     [
-        # MAE's number is that of another run
+        # MAE's number is of another run
         ("bootstrap_mae", 50000, {"pretrain.mask_ratio 0.75, not 0.6"}),
         ("rc_mae", 1281167, set()),
         ("dmae", 100000, {"patch_size 8, not 16"}),  # without pretraining
@@ -326,7 +329,7 @@ def enter(calls, images: int) -> None:
     ],
 )
 def test_the_papers_budget_is_the_papers_setting(sweep, tmp_path, name, images, expected):
-    """The column of differences names what the sweep knowingly does otherwise, and nothing else."""
+    """The column of differences names the known deviations of the sweep, and no others."""
     out = str(tmp_path / "out")
     enter(sweep(name, out, "--data", str(tmp_path), TEACHER="teacher.pth", GPUS="1")[2], images)
     paper = "mlo_mae/cifar10" if name == "mlo_mae" else name
@@ -343,7 +346,7 @@ def test_what_an_hour_changes(sweep, tmp_path):
 
 
 def test_a_table_that_was_interrupted(sweep, tmp_path):
-    """It shows what there is, says with its exit status that this is not all, and is completed the next time."""
+    """The table has the existing results, the exit code shows that it is incomplete, and the next call completes it."""
     flags = ("mlo_mae", str(tmp_path / "out"), "--budget", "cpu_small", "--only", "mae")
     (tmp_path / "stop").touch()
     code, said, calls = sweep(".", *flags, script="reproduce")
