@@ -1,11 +1,11 @@
-"""Images per second of every way to the batch, beside torchvision's plain ImageFolder and DataLoader.
+"""Images per second of every way to read batches, compared with torchvision's ImageFolder and DataLoader.
 
 python benchmarks/data.py --data DIR         DIR: any folder of images; CIFAR-10 or Tiny ImageNet will do
 
-Makes JPEGs of 32, 64 and about 500 pixels from DIR's images in a temporary folder and reads each set by every path, as
-pretraining does (random resized crop to 32, 64, 96 and 224 pixels, flip, normalised), in rounds that visit every path;
-first passes warm up. `torchvision`, `from files`, `jpeg_draft` (the same with that flag) and `shards` (the same images
-in tar files) decode with `--num_workers` processes, `data_cache ram` has decoded before.
+Makes JPEGs of 32, 64 and about 500 pixels from DIR's images in a temporary folder and reads each set in every way, as
+pretraining does (random resized crop to 32, 64, 96 and 224 pixels, flip, normalised), in rounds that visit every way;
+the first passes warm up. `torchvision`, `from files`, `jpeg_draft` (the same with that flag) and `shards` (the same
+images in tar files) decode with `--num_workers` processes; `data_cache ram` decodes before the measurement.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SETS = {32: (32, 32), 64: (64, 64), 96: (375, 500), 224: (375, 500)}
 
 
 def make_set(sources: list[Path], folder: Path, size: tuple[int, int]) -> None:
-    """JPEGs of `size` in two classes of an image folder, and shards of them."""
+    """Write JPEGs of `size` in two classes of an image folder, and shards of them."""
     for place, source in enumerate(sources):
         target = folder / "train" / f"class{place % 2}" / f"{place}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def make_set(sources: list[Path], folder: Path, size: tuple[int, int]) -> None:
 
 
 def paths(folder: Path, side: int, options) -> dict:
-    """By name, something that makes one pass over the set when it is called."""
+    """Return by name a function that makes one pass over the set."""
     args = SimpleNamespace(
         dataset="imagefolder",
         data_path=str(folder),
@@ -95,7 +95,7 @@ def changed(args, **flags):
 
 
 def one_pass(begin, epoch: int, options) -> float:
-    """Images per second."""
+    """Return the images per second of one pass."""
     clock = time.process_time if options.cpu_time else time.perf_counter
     began = clock()
     count = sum(1 for _ in begin(epoch))
@@ -141,7 +141,7 @@ def get_args_parser():
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument(
-        "--cpu_time", action="store_true", help="seconds of this process's work, for a busy machine; no workers"
+        "--cpu_time", action="store_true", help="measure processor time of this process, for a busy machine; no workers"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SETS), choices=list(SETS))

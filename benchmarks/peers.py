@@ -1,13 +1,13 @@
-"""The pretraining step beside other implementations of MAE at equal architecture, batch and precision.
+"""The pretraining step compared with other implementations of MAE at equal architecture, batch and precision.
 
 python benchmarks/peers.py                                       ViT-Tiny/4 at 32 px on the CPU, bf16 and fp32
 python benchmarks/peers.py --model mae_vit_base_patch16 --batch_size 64 --device cuda
-python benchmarks/peers.py --compile                             ours compiled, too (a minute or more to compile)
+python benchmarks/peers.py --compile                             also ours compiled (a minute or more to compile)
 
-Needs requirements-bench.txt (Hugging Face transformers and lightly; one that is not installed is left out). Each makes
-forward, backward and fused AdamW on images that are on the device. Ours and Hugging Face's have the same weights, by
-our loader, and the script ends with an error when their losses on the same noise differ. Rounds visit every variant.
-The floor is the time that the matrix products of our step would take at the rate of large ones on this device.
+Needs requirements-bench.txt: Hugging Face transformers and lightly, each left out if it is not installed. A step is
+forward pass, backward pass and fused AdamW on images on the device. Our loader gives ours and Hugging Face's the same
+weights, and the script exits with an error when their losses on the same noise differ. Rounds visit every variant. The
+floor is the time of our step's matrix products at the rate of large products on this device.
 """
 
 import json
@@ -33,7 +33,7 @@ from util.weights.load import load_into, read_weights
 
 
 def hugging_face(model, seed: int = 0):
-    """transformers' ViTMAE with the architecture of `model`."""
+    """Return transformers' ViTMAE with the architecture of `model`."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     (height, width), block = model.patch_embed.img_size, model.blocks[0]
@@ -59,7 +59,7 @@ def hugging_face(model, seed: int = 0):
 
 
 class Lightly(nn.Module):
-    """lightly's modules, put together as its documentation does."""
+    """lightly's modules, combined as in its documentation."""
 
     def __init__(self, model):
         super().__init__()
@@ -101,7 +101,7 @@ class Lightly(nn.Module):
 
 
 class Peer:
-    """Training steps of one implementation in one type."""
+    """Training steps of one implementation in one data type."""
 
     def __init__(self, name: str, options):
         kind, dtype = name.rsplit(" ", 1)
@@ -151,7 +151,7 @@ class Peer:
 
 
 def same_losses(options) -> None:
-    """Ours and Hugging Face's on the same weights, images and noise, in float32."""
+    """Exit with an error unless both losses agree on the same weights, images and noise in float32."""
     peers = [Peer(f"{kind} fp32", options) for kind in ("ours", "Hugging Face")]
     with torch.no_grad():
         ours, theirs = (peer.loss().item() for peer in peers)
@@ -176,7 +176,7 @@ def measure(names: list[str], options, argv: list[str]) -> tuple[dict, dict]:
         memory[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     peers = {name: Peer(name, options) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(options.rounds + 2):  # the first two warm up
+    for round_ in range(options.rounds + 2):  # the first two rounds warm up
         for name, peer in peers.items():
             seconds = peer.step()
             if round_ > 1:
@@ -185,7 +185,7 @@ def measure(names: list[str], options, argv: list[str]) -> tuple[dict, dict]:
 
 
 def floor(options, dtype: str) -> float:
-    """Images per second of our matrix products at the measured rate of the device."""
+    """Return the images per second of our matrix products at the measured rate of the device."""
     peer = Peer(f"ours {dtype}", options)
     with flop_counter() as counter:
         peer.step()
@@ -234,7 +234,7 @@ def main(options, argv: list[str]) -> None:
 def get_args_parser():
     parser = _measure.parser(__doc__.split("\n")[0], rounds=8, steps=1)
     parser.add_argument("--types", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp16", "fp32"])
-    parser.add_argument("--compile", action="store_true", help="with a line for ours compiled")
+    parser.add_argument("--compile", action="store_true", help="with a row for ours compiled")
     return parser
 
 

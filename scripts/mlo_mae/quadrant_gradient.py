@@ -1,14 +1,14 @@
-"""Which way does the hypergradient point on the quadrant task, and how firmly? What quadrant.py should find.
+"""Direction and noise of the hypergradient on the quadrant task: the expected result of quadrant.py.
 
 python scripts/mlo_mae/quadrant_gradient.py OUT        OUT: the folder of quadrant.py; two minutes a seed on one core
 
-For the plain MAE of every seed and many pairs of labelled batches (stages II and III), the head is solved for on the
-first, and the held-out loss of the second is differentiated with the head as it is (the direct path), and with the head
-solved anew (the whole derivative). Along each direction, scaled as Adam scales steps, the rate of change of the removed
-patches' errors on other images, under random masks: minus the learning rate times that is what the weight of a patch
-does to the held-out loss in the next step, so where it is positive a weight should rise. Mean inside the quadrant and
-outside; and the difference between them in one pair of batches, in its deviations.
-"""
+For the plain MAE of every seed and many pairs of labelled batches (stages II and III), the head is solved on the first
+batch, and the held-out loss of the second is differentiated with a fixed head (the direct path) and through the
+solution of the head (the whole derivative). Along each direction, scaled as Adam scales steps, the script computes the
+rate of change of the removed patches' errors on other images under random masks. Minus the learning rate times this
+rate is the effect of a patch's weight on the held-out loss in the next step, so a weight should rise where the rate is
+positive. The table has its means inside and outside the quadrant, and their difference in one pair of batches in
+standard deviations."""
 
 import argparse
 import sys
@@ -36,7 +36,7 @@ def newest(folder: Path) -> Path:
 
 
 def load(checkpoint: Path):
-    """The autoencoder and its optimizer."""
+    """Return the autoencoder and its optimizer."""
     content = torch.load(checkpoint, weights_only=True)
     model = build_model(f"mae_{MODEL}", norm_pix_loss=True)
     model.load_state_dict(content["model"])
@@ -47,7 +47,7 @@ def load(checkpoint: Path):
 
 
 class Problem:
-    """The autoencoder of one seed, its optimizer, and images for training and held-out ones."""
+    """The autoencoder of one seed, its optimizer, and training and held-out images."""
 
     def __init__(self, folder: Path, split, ridge: float):
         torch.manual_seed(0)
@@ -61,7 +61,7 @@ class Problem:
         return torch.randperm(count)[:size] + self.cut * held_out
 
     def directions(self, size: int):
-        """(direct path, path through the head) of one pair of batches, and the held-out top-1 in percent."""
+        """Return (direct path, path through the head) of one pair of batches, and the held-out top-1 in percent."""
         places = self.draw(size), self.draw(size, held_out=True)
         features = [encoder_features(self.model, self.images[part], "avg") for part in places]
         batches = [(f.detach().double(), self.targets[part]) for f, part in zip(features, places)]
@@ -72,7 +72,7 @@ class Problem:
         return direct, head, 100 * (logits.argmax(1) == batches[1][1]).double().mean().item()
 
     def rates(self, direction, imgs, ids_keep, ids_removed) -> torch.Tensor:
-        """Mean rate of the removed patches inside the quadrant and outside."""
+        """Return the mean rate of the removed patches inside and outside the quadrant."""
         scaled = step_along(self.optimizer, trained(self.model), direction, "adam")
         scaled = {f"model.{name}": value for name, value in scaled.items()}
         weights = {f"model.{name}": p.detach() for name, p in trained(self.model).items()}
@@ -82,7 +82,8 @@ class Problem:
         return torch.stack([found[inside].mean(), found[~inside].mean()])
 
     def pair(self, size: int) -> tuple[torch.Tensor, float, float]:
-        """Rates (direct and whole) x (inside, outside) of one pair of batches, the cosine of the paths, top-1."""
+        """Return the rates (direct, whole) x (inside, outside) of one pair of batches, the cosine of the paths, and
+        top-1."""
         direct, head, top1 = self.directions(size)
         imgs = self.images[self.draw(128)]
         out = self.model.forward_pretrain(imgs, 0.75, torch.rand(128, 64))
@@ -92,7 +93,7 @@ class Problem:
 
 
 def line(seed: int, name: str, rates: torch.Tensor, cosine: float, top1: float) -> str:
-    """`rates` (pairs, 2) inside and outside."""
+    """Return a row of the table; `rates` (pairs, 2) are inside and outside."""
     errors = rates.mean(0) / rates.std(0) * len(rates) ** 0.5
     difference = rates[:, 0] - rates[:, 1]
     return (
