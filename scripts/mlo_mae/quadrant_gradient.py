@@ -8,7 +8,8 @@ solution of the head (the whole derivative). Along each direction, scaled as Ada
 rate of change of the removed patches' errors on other images under random masks. Minus the learning rate times this
 rate is the effect of a patch's weight on the held-out loss in the next step, so a weight should rise where the rate is
 positive. The table has its means inside and outside the quadrant, and their difference in one pair of batches in
-standard deviations."""
+standard deviations.
+"""
 
 import argparse
 import sys

@@ -267,7 +267,7 @@ def test_scaling_grid(sweep, tmp_path, cifar10):
     "arguments,message",
     [
         (("OUT", "--cpu_small"), "--cpu_small needs --data CIFAR10"),
-        (("OUT", "--gpu_hour", "--data", "/"), "--gpu_hour wants CIFAR-10 as class folders"),
+        (("OUT", "--gpu_hour", "--data", "/"), "--gpu_hour needs CIFAR-10 as class folders"),
         (("OUT", "--cpu_small", "--data", "/"), "has no train/airplane/"),
         (("OUT", "--data", "x"), "the folder of the images with hashtags"),
     ],
