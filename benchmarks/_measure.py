@@ -81,9 +81,8 @@ def peak_memory(make, steps: int) -> float:
     On a GPU it is that of the allocator, on a CPU the increase of resident memory."""
     before = _resident("VmRSS")
     variant = quietly(make)
-    quietly(
-        lambda: [variant.step() for _ in range(steps)]
-    )  # the first batch includes the sanity check of a pretrained teacher
+    # The first batch includes the sanity check of a pretrained teacher.
+    quietly(lambda: [variant.step() for _ in range(steps)])
     if variant.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         quietly(lambda: [variant.step() for _ in range(steps)])

@@ -104,9 +104,8 @@ def test_frost_by_photographs(tmp_path):
 def test_frost_texture_is_as_bright_as_the_photographs():
     textures = [corruptions.frost_texture(96, 96, 0.3, np.random.default_rng(seed)) for seed in range(40)]
     # The benchmark's five photographs: means 0.48 to 0.81 (average 0.64), standard deviations 0.07 to 0.17, bluish.
-    assert np.mean([t.mean() for t in textures]) == pytest.approx(
-        0.64, abs=0.05
-    )  # 40 draws of standard deviation 0.1: 3 times 0.016
+    # 40 draws of standard deviation 0.1: 3 times 0.016.
+    assert np.mean([t.mean() for t in textures]) == pytest.approx(0.64, abs=0.05)
     assert all(0.04 < t.mean(2).std() < 0.18 for t in textures)
     assert np.mean([t[..., 2].mean() - t[..., 0].mean() for t in textures]) > 0.05
 

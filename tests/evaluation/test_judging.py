@@ -235,9 +235,8 @@ def test_tsne_side_by_side(pretrained, tmp_path, capsys):
     for result in results:
         row = rows[result["checkpoint"]]
         assert row["metrics"] == {name: result[name] for name in ("intra", "inter", "ratio")}
-        assert (
-            row["flags"]["model"] == "vit_micro_patch4" and row["flags"]["input_size"] == 16
-        )  # random: like the other model
+        # Random: like the other model.
+        assert row["flags"]["model"] == "vit_micro_patch4" and row["flags"]["input_size"] == 16
         assert row["data"]["test"]["images"] == 120
     assert rows["random"]["source"] is None
 

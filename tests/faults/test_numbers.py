@@ -166,9 +166,8 @@ def test_fifty_overflows_in_a_row_are_reported_once(monkeypatch, capsys):
         if step % 7 == 0:
             watch.read(step)
         said = capsys.readouterr().out
-        assert ("56 steps in a row (until step 56)" in said) == (
-            step == 56
-        )  # the first reading of the metrics after 50 overflows
+        # The first reading of the metrics after 50 overflows.
+        assert ("56 steps in a row (until step 56)" in said) == (step == 56)
     assert torch.equal(run.weight, before)
     run.step(1.0)
     run.step(math.inf)
@@ -219,8 +218,8 @@ def test_spike_factor_lists_the_images(image_folder, tmp_path, monkeypatch, caps
     flags = f"{FLAGS.replace('--epochs 2', '--epochs 5').replace('--save_steps 1', '')} --spike_factor 3"
     original, given = Run._next, []
 
-    def bright(self):
-        batch = original(self)
+    def bright(self, samples):
+        batch = original(self, samples)
         if self.step != 25:
             return batch
         given.extend(batch.index.tolist())

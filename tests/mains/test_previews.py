@@ -91,9 +91,8 @@ def test_gradients_of_the_cosine_on_two_ranks(monkeypatch):
         monkeypatch.setattr(methods.rcmae, "get_rank", lambda rank=rank: rank)
         pretrainer.methods["rc_mae"].diagnostics(pretrainer, imgs[rank::2], step=3)
     for one, *two in zip(sent[:2], sent[2:4], sent[4:]):
-        torch.testing.assert_close(
-            sum(two), one, rtol=1e-4, atol=1e-4 * one.abs().max().item()
-        )  # float32 sums in another order
+        # Float32 sums in another order.
+        torch.testing.assert_close(sum(two), one, rtol=1e-4, atol=1e-4 * one.abs().max().item())
 
 
 # --fsdp in bfloat16 ---------------------------------------------------------------------------------------------------

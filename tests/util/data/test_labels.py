@@ -173,9 +173,8 @@ def test_hashtag_noise():
     targets = [(0, 1, *((10, 11) if i % 2 else ())) for i in range(4000)]
     noisy = hashtag_noise(targets, 12, 0.2, np.random.default_rng(0))
     assert all(labels == tuple(sorted(set(labels))) and labels for labels in noisy)
-    assert not {label for labels in noisy for label in labels} & set(
-        range(2, 10)
-    )  # classes that never occur are never added
+    # Classes that never occur are never added.
+    assert not {label for labels in noisy for label in labels} & set(range(2, 10))
     # An even image has two labels. 10 or 11 holds a third of all: in it by an addition of 0, 1, 2 (probabilities .64,
     # .32, .04), or, where both labels were forgotten (.04), of one at least.
     even = noisy[::2]
