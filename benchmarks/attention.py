@@ -26,11 +26,11 @@ def matmul(q, k, v):
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
 
-def seconds(kind, inputs, device) -> float:
+def seconds(attend, inputs, device) -> float:
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     began = time.perf_counter()
-    kind(*inputs).sum().backward()
+    attend(*inputs).sum().backward()
     wait()
     return time.perf_counter() - began
 
@@ -41,7 +41,7 @@ def row(tokens: int, heads: int, width: int, dtype, device, rounds: int) -> tupl
     # Strided as in a block, which computes queries, keys and values by one product.
     qkv = torch.randn(batch, tokens, 3, heads, width, device=device, dtype=dtype)
     inputs = [x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0)]
-    pairs = [[seconds(kind, inputs, device) for kind in (fused, matmul)] for _ in range(rounds + 2)][2:]
+    pairs = [[seconds(attend, inputs, device) for attend in (fused, matmul)] for _ in range(rounds + 2)][2:]
     return 1000 * statistics.median(one for one, _ in pairs), sorted(two / one for one, two in pairs)
 
 

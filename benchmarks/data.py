@@ -40,8 +40,8 @@ SETS = {32: (32, 32), 64: (64, 64), 96: (375, 500), 224: (375, 500)}
 
 def make_set(sources: list[Path], folder: Path, size: tuple[int, int]) -> None:
     """Write JPEGs of `size` in two classes of an image folder, and shards of them."""
-    for place, source in enumerate(sources):
-        target = folder / "train" / f"class{place % 2}" / f"{place}.jpg"
+    for index, source in enumerate(sources):
+        target = folder / "train" / f"class{index % 2}" / f"{index}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.open(source).convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC).save(target, quality=90)
     tool = [sys.executable, str(_measure.ROOT / "tools" / "make_shards.py"), "--splits", "train"]
@@ -84,10 +84,10 @@ def paths(folder: Path, side: int, options) -> dict:
     with contextlib.redirect_stdout(io.StringIO()):
         cached = cache_images(images, args, torch.device("cpu"))
     cache = CachedLoader(cached, BatchTransform("mae", (side, side), *IMAGENET, 0), args, options.batch_size)
-    found = {"torchvision": lambda _: plain, "from files": files.begin}
+    passes = {"torchvision": lambda _: plain, "from files": files.begin}
     if min(SETS[side]) >= 2 * side:
-        found["jpeg_draft"] = drafts.begin
-    return found | {"shards": shards.begin, "data_cache ram": cache.begin}
+        passes["jpeg_draft"] = drafts.begin
+    return passes | {"shards": shards.begin, "data_cache ram": cache.begin}
 
 
 def changed(args, **flags):
@@ -104,10 +104,10 @@ def one_pass(begin, epoch: int, options) -> float:
 
 def main(options) -> None:
     options.num_workers = 0 if options.cpu_time else options.num_workers
-    found = sorted(p for p in Path(options.data).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if not found:
+    files = sorted(p for p in Path(options.data).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not files:
         raise UserError(f"--data {options.data} holds no images")
-    sources = found[:: max(1, len(found) // options.count)][: options.count]
+    sources = files[:: max(1, len(files) // options.count)][: options.count]
     print(
         f"{len(sources)} images, batch {options.batch_size}, {options.num_workers} workers, {options.rounds} rounds, "
         f"torch {torch.__version__}\n"

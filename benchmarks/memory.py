@@ -152,11 +152,11 @@ def main(options) -> None:
     for model in options.model:
         for dtype, setup in setups(options):
             case = argparse.Namespace(**vars(options) | {"model": model, "amp_dtype": dtype})
-            moment, predicted, found = _measure.quietly(lambda case=case, setup=setup: compared(case, setup))
-            worst = max(worst, abs(predicted / found - 1))
+            moment, predicted, actual = _measure.quietly(lambda case=case, setup=setup: compared(case, setup))
+            worst = max(worst, abs(predicted / actual - 1))
             print(
                 f"| {model} | {setup.batch} | {dtype} | {'yes' if setup.grad_checkpoint else 'no'} | {setup.teacher} | "
-                f"{predicted / GIB * 1024:.0f} | {found / GIB * 1024:.0f} | {predicted / found:.3f} | {moment} |",
+                f"{predicted / GIB * 1024:.0f} | {actual / GIB * 1024:.0f} | {predicted / actual:.3f} | {moment} |",
                 flush=True,
             )
     if dist.is_initialized():

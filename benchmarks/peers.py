@@ -104,28 +104,28 @@ class Peer:
     """Training steps of one implementation in one data type."""
 
     def __init__(self, name: str, options):
-        kind, dtype = name.rsplit(" ", 1)
+        implementation, dtype = name.rsplit(" ", 1)
         self.device, self.dtype = choose_device(options.device), DTYPES[dtype]
         torch.manual_seed(0)
         ours = build_model(options.model, norm_pix_loss=True)
         self.imgs = torch.randn(options.batch_size, 3, *ours.patch_embed.img_size).to(self.device)
         self.noise = torch.rand(options.batch_size, ours.patch_embed.num_patches).to(self.device)
-        self.model, ratio = self.made(kind, ours), options.mask_ratio
-        if kind == "Hugging Face":
+        self.model, ratio = self.made(implementation, ours), options.mask_ratio
+        if implementation == "Hugging Face":
             self.model.config.mask_ratio = ratio
             self.loss = lambda: self.model(self.imgs, noise=self.noise).loss
-        elif kind == "lightly":
+        elif implementation == "lightly":
             self.loss = lambda: self.model(self.imgs, ratio)
         else:
             self.loss = lambda: ours.reconstruction_loss(ours.forward_pretrain(self.imgs, ratio, self.noise))
         self.clock = time.process_time if options.cpu_time else time.perf_counter
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
-    def made(self, kind: str, ours) -> nn.Module:
-        if kind == "lightly":
+    def made(self, implementation: str, ours) -> nn.Module:
+        if implementation == "lightly":
             return Lightly(ours).to(self.device).train()
         theirs = hugging_face(ours)
-        if kind == "Hugging Face":
+        if implementation == "Hugging Face":
             return theirs.to(self.device).train()
         with tempfile.TemporaryDirectory() as folder:
             torch.save({"model": theirs.state_dict()}, f"{folder}/hf.pth")
@@ -133,7 +133,7 @@ class Peer:
         for module in ours.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = attention_is_fused("auto", self.device, self.dtype)
-        if "compiled" in kind:
+        if "compiled" in implementation:
             compile_blocks(ours)
         return ours.to(self.device).train()
 
@@ -152,7 +152,7 @@ class Peer:
 
 def same_losses(options) -> None:
     """Exit with an error unless both losses agree on the same weights, images and noise in float32."""
-    peers = [Peer(f"{kind} fp32", options) for kind in ("ours", "Hugging Face")]
+    peers = [Peer(f"{implementation} fp32", options) for implementation in ("ours", "Hugging Face")]
     with torch.no_grad():
         ours, theirs = (peer.loss().item() for peer in peers)
     print(f"loss {ours:.6f}, Hugging Face's {theirs:.6f}")
@@ -198,10 +198,10 @@ def main(options, argv: list[str]) -> None:
     if options.memory_of:
         print(_measure.peak_memory(lambda: Peer(options.memory_of, options), steps=2))
         return
-    kinds = ["ours", *(["ours compiled"] if options.compile else []), "Hugging Face", "lightly"]
-    kinds = [kind for kind in kinds if installed(kind)]
+    implementations = ["ours", *(["ours compiled"] if options.compile else []), "Hugging Face", "lightly"]
+    implementations = [implementation for implementation in implementations if installed(implementation)]
     same_losses(options)
-    names = [f"{kind} {dtype}" for dtype in options.types for kind in kinds]
+    names = [f"{implementation} {dtype}" for dtype in options.types for implementation in implementations]
     floors = {dtype: floor(options, dtype) for dtype in options.types}
     times, memory = measure(names, options, argv)
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
@@ -210,7 +210,7 @@ def main(options, argv: list[str]) -> None:
         f"{_measure.clocked(options)}, {device}, torch {torch.__version__}, {options.rounds} rounds; "
         f"floors (images/s): {', '.join(f'{dtype} {value:.0f}' for dtype, value in floors.items())}\n"
     )
-    against = [f"Hugging Face {dtype}" for dtype in options.types] if "Hugging Face" in kinds else names[:1]
+    against = [f"Hugging Face {dtype}" for dtype in options.types] if "Hugging Face" in implementations else names[:1]
     print(
         f"| implementation | images/s | {' | '.join(f'speed, {name} = 1' for name in against)} | of the floor | "
         f"peak memory, MiB |\n|{'---|' * (4 + len(against))}"

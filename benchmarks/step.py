@@ -33,11 +33,11 @@ class Step(_measure.Variant):
     def __init__(self, name: str, options):
         self.name = name
         super().__init__("", options)
-        kind, pieces, compiled = VARIANTS[name]
+        attention, pieces, compiled = VARIANTS[name]
         model = plain(self.pretrainer.model, *pieces)
         for module in model.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = attention_is_fused(kind, self.device, self.dtype)
+                module.fused_attn = attention_is_fused(attention, self.device, self.dtype)
         if compiled:
             compile_blocks(model)
         generator = torch.Generator().manual_seed(0)

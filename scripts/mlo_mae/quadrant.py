@@ -72,7 +72,7 @@ def images(data: Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return all images of a split, and their labels."""
     args = SimpleNamespace(dataset="imagefolder", data_path=str(data), seed=0, in_chans=3)
     dataset = KeyedDataset(read_images(args, train=train), eval_transform((32, 32), *IMAGENET, None), args)
-    samples = [dataset[place] for place in range(len(dataset))]
+    samples = [dataset[index] for index in range(len(dataset))]
     return torch.stack([s.image for s in samples]), torch.tensor([s.target for s in samples])
 
 
@@ -92,11 +92,11 @@ def validation_loss(checkpoint: Path, data: Path) -> float:
     """Return the loss on the validation images of the best head for the training images (--mlo_stage2 solve)."""
     model = build_model(f"mae_{MODEL}", norm_pix_loss=True)
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
-    found = []
+    losses = []
     for train in (True, False):
         imgs, targets = images(data, train)
-        found.append((torch.cat([mae_features(model, part, "avg") for part in imgs.split(256)]).double(), targets))
-    (ours, targets), (theirs, labels) = found
+        losses.append((torch.cat([mae_features(model, part, "avg") for part in imgs.split(256)]).double(), targets))
+    (ours, targets), (theirs, labels) = losses
     fit = Fit(F.cross_entropy, torch.nn.Linear(ours.shape[1], 10), RIDGE)
     solution = fit.solve(torch.zeros(10 * ours.shape[1] + 10).double(), ours, targets, 1e-6)
     return F.cross_entropy(fit.logits(solution, standardized(theirs, ours)), labels).item()

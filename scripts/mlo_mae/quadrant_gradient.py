@@ -63,9 +63,9 @@ class Problem:
 
     def directions(self, size: int):
         """Return (direct path, path through the head) of one pair of batches, and the held-out top-1 in percent."""
-        places = self.draw(size), self.draw(size, held_out=True)
-        features = [encoder_features(self.model, self.images[part], "avg") for part in places]
-        batches = [(f.detach().double(), self.targets[part]) for f, part in zip(features, places)]
+        parts = self.draw(size), self.draw(size, held_out=True)
+        features = [encoder_features(self.model, self.images[part], "avg") for part in parts]
+        batches = [(f.detach().double(), self.targets[part]) for f, part in zip(features, parts)]
         unknowns = sum(p.numel() for p in self.fit.head.parameters())
         solution = self.fit.solve(torch.zeros(unknowns).double(), *batches[0])
         _, logits, *sent = self.fit.through(solution, *batches)
@@ -78,9 +78,9 @@ class Problem:
         scaled = {f"model.{name}": value for name, value in scaled.items()}
         weights = {f"model.{name}": p.detach() for name, p in trained(self.model).items()}
         with exact_arithmetic(self.model):
-            found = rates_fd(Residuals(self.model, False), weights, scaled, (imgs, ids_keep, ids_removed), 1e-2)
+            result = rates_fd(Residuals(self.model, False), weights, scaled, (imgs, ids_keep, ids_removed), 1e-2)
         inside = (ids_removed // 8 < 4) & (ids_removed % 8 < 4)  # upper left
-        return torch.stack([found[inside].mean(), found[~inside].mean()])
+        return torch.stack([result[inside].mean(), result[~inside].mean()])
 
     def pair(self, size: int) -> tuple[torch.Tensor, float, float]:
         """Return the rates (direct, whole) x (inside, outside) of one pair of batches, the cosine of the paths, and
@@ -119,11 +119,11 @@ def main() -> None:
     )
     for seed in args.seeds:
         problem = Problem(args.out / f"mae-seed{seed}", (imgs[order], targets[order]), args.ridge)
-        found = [problem.pair(args.batch_size) for _ in range(args.pairs)]
-        rates = torch.stack([rates for rates, _, _ in found])
-        cosine, top1 = (sum(pair[place] for pair in found) / len(found) for place in (1, 2))
-        for place, name in enumerate(("direct path", "whole")):
-            print(line(seed, name, rates[:, place], cosine, top1), flush=True)
+        pairs = [problem.pair(args.batch_size) for _ in range(args.pairs)]
+        rates = torch.stack([rates for rates, _, _ in pairs])
+        cosine, top1 = (sum(pair[index] for pair in pairs) / len(pairs) for index in (1, 2))
+        for index, name in enumerate(("direct path", "whole")):
+            print(line(seed, name, rates[:, index], cosine, top1), flush=True)
 
 
 if __name__ == "__main__":

@@ -28,14 +28,14 @@ def test_severity_is_distance(name, side):
     Gaussian."""
     images = [photograph(side, seed) for seed in range(3 if side == 224 else 24)]
     severities = SEVERITIES if side < 224 else (1, 5)
-    found = [np.mean([distance(img, name, s, i) for i, img in enumerate(images)]) for s in severities]
-    assert found[0] > 0.3  # levels of 255: the weakest is defocus_blur at 32 pixels
+    distances = [np.mean([distance(img, name, s, i) for i, img in enumerate(images)]) for s in severities]
+    assert distances[0] > 0.3  # levels of 255: the weakest is defocus_blur at 32 pixels
     if name == "elastic_transform":
         return
     if name in ("glass_blur", "frost", "fog", "motion_blur"):
-        assert found[-1] > found[0]
+        assert distances[-1] > distances[0]
     else:
-        assert all(later > earlier for earlier, later in itertools.pairwise(found)), found
+        assert all(later > earlier for earlier, later in itertools.pairwise(distances)), distances
 
 
 @pytest.mark.parametrize(("side", "table"), [(32, 0), (64, 1), (224, 2)])

@@ -77,9 +77,9 @@ def refused(*flags):
     return str(caught.value)
 
 
-def printed_model(said):
+def printed_model(printed):
     """Return the model that the printed line of code makes."""
-    code = next(line for line in said.splitlines() if "model = " in line).split("model = ")[1]
+    code = next(line for line in printed.splitlines() if "model = " in line).split("model = ")[1]
     modules = {name: importlib.import_module(name) for name in ("functools", "timm", "torch")}
     if "transformers" in code:
         modules["transformers"] = pytest.importorskip("transformers")
@@ -193,8 +193,8 @@ def test_the_epsilon_of_a_folder(tmp_path, capsys):
         capsys.readouterr()
         out = exported(tmp_path / "vit", to, tmp_path / out)
         torch.testing.assert_close(features_again(out, imgs), expected, **CLOSE)
-        again, said = printed_model(capsys.readouterr().out), {"timm": lambda x: x, "hf-vit": lambda x: x[0][:, 0]}
-        torch.testing.assert_close(said[to](again(imgs)), expected, **CLOSE)
+        again, printed = printed_model(capsys.readouterr().out), {"timm": lambda x: x, "hf-vit": lambda x: x[0][:, 0]}
+        torch.testing.assert_close(printed[to](again(imgs)), expected, **CLOSE)
     report = load_into(models_mae.mae_vit_micro_patch4(img_size=16), read_weights(tmp_path / "vit"))
     assert "note: its layer norms have an epsilon of 0.001, here it is 1e-06" in str(report)
     content = json.loads((tmp_path / "vit" / "config.json").read_text())
@@ -231,9 +231,9 @@ def test_autoencoder_to_hugging_face_and_back(mae, tmp_path, capsys):
     theirs = printed_model(capsys.readouterr().out)
     imgs, noise = torch.randn(3, 3, 16, 16), torch.rand(3, 16)
     loss, pred, _ = model(imgs, 0.5, noise)
-    found = theirs(imgs, noise=noise)
-    torch.testing.assert_close(found.logits, pred, **CLOSE)
-    torch.testing.assert_close(found.loss, loss, **CLOSE)
+    result = theirs(imgs, noise=noise)
+    torch.testing.assert_close(result.logits, pred, **CLOSE)
+    torch.testing.assert_close(result.loss, loss, **CLOSE)
     again, weights = models_mae.mae_vit_micro_patch4(img_size=16), read_weights(out)
     assert load_into(again, weights).missing == [] and weights.args["decoder_embed_dim"] == 96
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
@@ -269,25 +269,25 @@ def test_heads_of_a_folder_are_checked(mae, tmp_path):
 # --- programs
 
 
-@pytest.mark.parametrize("kind", ["encoder", "avg"])
-def test_onnx_and_torch_export(mae, classifier, tmp_path, capsys, kind):
+@pytest.mark.parametrize("model_type", ["encoder", "avg"])
+def test_onnx_and_torch_export(mae, classifier, tmp_path, capsys, model_type):
     """The programs accept any number of images, also one, although the examples have two."""
     pytest.importorskip("onnxscript")
-    model, path = mae if kind == "encoder" else classifier(True)
+    model, path = mae if model_type == "encoder" else classifier(True)
     exported(path, "onnx", tmp_path / "model.onnx")
     session = printed_model(capsys.readouterr().out)
     exported(path, "torch-export", tmp_path / "model.pt2")
     program = printed_model(capsys.readouterr().out)
     for count in (1, 5):
         imgs = torch.randn(count, 3, 16, 16)
-        if kind == "encoder":
+        if model_type == "encoder":
             latent = model.encode(model.embed(imgs))[0]
             expected = [latent[:, 0], latent]
         else:
             expected = [model(imgs)]
-        found = session.run(None, {"imgs": imgs.numpy()})
-        assert len(found) == len(expected)
-        for ours, onnx, torch_export in zip(expected, found, program(imgs)):
+        result = session.run(None, {"imgs": imgs.numpy()})
+        assert len(result) == len(expected)
+        for ours, onnx, torch_export in zip(expected, result, program(imgs)):
             torch.testing.assert_close(torch.from_numpy(onnx), ours, **CLOSE)
             torch.testing.assert_close(torch_export, ours, **CLOSE)
     flags = session.get_modelmeta().custom_metadata_map
@@ -315,9 +315,9 @@ def test_a_file_of_timm_without_metadata(tmp_path, capsys):
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=48, num_classes=3).eval()
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
     out = exported(tmp_path / "timm.pth", "timm", tmp_path / "again.safetensors")
-    said, imgs = capsys.readouterr().out, torch.randn(2, 3, 48, 48)
-    assert "vit_tiny_patch16_224" in said and "interpolated" not in said
-    torch.testing.assert_close(printed_model(said)(imgs), theirs(imgs), **CLOSE)
+    printed, imgs = capsys.readouterr().out, torch.randn(2, 3, 48, 48)
+    assert "vit_tiny_patch16_224" in printed and "interpolated" not in printed
+    torch.testing.assert_close(printed_model(printed)(imgs), theirs(imgs), **CLOSE)
     exported(tmp_path / "timm.pth", "timm", out, "--overwrite", "--input_size", "64")
     assert "interpolated: pos_embed, 3x3 -> 4x4" in capsys.readouterr().out
 

@@ -49,16 +49,16 @@ def test_separate_clusters_are_classified_perfectly(how):
     (train, labels), (test, test_labels) = clusters(40.0), clusters(40.0, seed=1)
     train, test = fewshot.normalized(train, test, how)
     draws = [fewshot.draw(labels, 5, 0, number) for number in range(3)]
-    found = fewshot.fewshot_accuracies(train, labels, test, test_labels, [1, 5], draws, C=1.0)
-    assert found == {1: [100.0] * 3, 5: [100.0] * 3}
+    result = fewshot.fewshot_accuracies(train, labels, test, test_labels, [1, 5], draws, C=1.0)
+    assert result == {1: [100.0] * 3, 5: [100.0] * 3}
 
 
 def test_noise_is_chance():
     """Chance, one in eight, lies in the interval over draws of noise, widened by the sampling error of 2000 images."""
     (train, labels), (test, test_labels) = clusters(0.0), clusters(0.0, seed=1, images=2000)
     draws = [fewshot.draw(labels, 10, 0, number) for number in range(10)]
-    found = fewshot.fewshot_accuracies(train, labels, test, test_labels, [1, 10], draws, C=0.1)
-    for values in found.values():
+    result = fewshot.fewshot_accuracies(train, labels, test, test_labels, [1, 10], draws, C=0.1)
+    for values in result.values():
         mean, half = fewshot.interval(values)
         # All draws share the test split: three standard deviations of the mean of 2000 guesses, 0.7 points each.
         assert abs(mean - 12.5) < half + 3 * 100 * math.sqrt(0.125 * 0.875 / 2000) and half < 3
@@ -115,9 +115,9 @@ def test_standardising_needs_the_training_split_alone():
 def test_ratio_of_two_directions():
     """Two classes on rays 60 degrees apart: similarity 1 within a class, 1/2 between classes, regardless of length."""
     features = torch.tensor([[1.0, 0.0], [5.0, 0.0], [0.5, math.sqrt(0.75)], [1.0, math.sqrt(3.0)]])
-    found = tsne.class_similarity(features, torch.tensor([0, 0, 1, 1]))
+    result = tsne.class_similarity(features, torch.tensor([0, 0, 1, 1]))
     # float32 input: seven digits
-    assert found == pytest.approx({"intra": 1.0, "inter": 0.5, "ratio": 2.0}, rel=1e-6)
+    assert result == pytest.approx({"intra": 1.0, "inter": 0.5, "ratio": 2.0}, rel=1e-6)
 
 
 def test_ratio_against_all_pairs():
@@ -128,9 +128,9 @@ def test_ratio_against_all_pairs():
     for i, j in itertools.combinations(range(40), 2):
         alike[bool(labels[i] == labels[j])].append(cosine(features[i], features[j], dim=0).item())
     intra, inter = (float(np.mean(alike[same])) for same in (True, False))
-    found = tsne.class_similarity(features, labels)
+    result = tsne.class_similarity(features, labels)
     # The pairs are float32 cosines, our sums are in float64.
-    assert found == pytest.approx({"intra": intra, "inter": inter, "ratio": intra / inter}, rel=1e-5)
+    assert result == pytest.approx({"intra": intra, "inter": inter, "ratio": intra / inter}, rel=1e-5)
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 2]])
@@ -242,7 +242,7 @@ def test_tsne_side_by_side(pretrained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("tool", "flags", "said"),
+    ("tool", "flags", "message"),
     [
         (fewshot, "random --shots 0", "--shots 0 must be positive"),
         (fewshot, "random --shots 5 5", "--shots 5 5 must be positive numbers, each once"),
@@ -262,9 +262,9 @@ def test_tsne_side_by_side(pretrained, tmp_path, capsys):
         (tsne, "{box}/checkpoint-0.pth --images 20 --out {tmp}/a.png", "--perplexity 30 must be below the number"),
     ],
 )
-def test_mistakes(pretrained, image_folder, tmp_path, tool, flags, said):
+def test_mistakes(pretrained, image_folder, tmp_path, tool, flags, message):
     flags = flags.format(box=pretrained, images=image_folder, tmp=tmp_path).split()
     data = [] if "--dataset" in flags else ["--dataset", "digits"]
     random = ["--model", "vit_micro_patch4"] if flags[0] == "random" else []
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         run(tool, *flags, *data, *random, "--num_workers", "0", "--device", "cpu")

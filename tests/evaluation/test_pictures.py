@@ -55,12 +55,12 @@ def attends_to_brightness(classes=2):
 
 @pytest.mark.parametrize("block", [0, 2, -1])
 def test_attention_is_the_softmax_of_queries_and_keys(block):
-    model, imgs, found = scrambled(), torch.randn(2, 3, 16, 16), []
+    model, imgs, result = scrambled(), torch.randn(2, 3, 16, 16), []
     before = model(imgs)
-    hook = model.blocks[block].attn.qkv.register_forward_hook(lambda module, inputs, output: found.append(output))
+    hook = model.blocks[block].attn.qkv.register_forward_hook(lambda module, inputs, output: result.append(output))
     rows = cls_attention(model, imgs, block)
     hook.remove()
-    q, k, _ = found[0].detach().reshape(2, 17, 3, 4, 32).permute(2, 0, 3, 1, 4)
+    q, k, _ = result[0].detach().reshape(2, 17, 3, 4, 32).permute(2, 0, 3, 1, 4)
     expected = (torch.einsum("nhd,nhld->nhl", q[:, :, 0], k) / 32**0.5).softmax(dim=-1)
     torch.testing.assert_close(rows, expected, **EXACT)
     torch.testing.assert_close(rows.sum(dim=-1), torch.ones(2, 4), **EXACT)
@@ -94,7 +94,7 @@ def test_grad_cam_by_hand():
 def test_grad_cam_of_a_whole_block(global_pool):
     """Compare with the explicit network after the first norm of the last block, one image at a time."""
     model, imgs = scrambled(global_pool=global_pool), torch.randn(2, 3, 16, 16)
-    found = grad_cam(model, imgs, lambda: model(imgs)[:, 2])
+    result = grad_cam(model, imgs, lambda: model(imgs)[:, 2])
     block, entering = model.blocks[-1], []
     hook = block.register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0].detach()))
     model(imgs)
@@ -106,7 +106,7 @@ def test_grad_cam_of_a_whole_block(global_pool):
         feature = model.fc_norm(y[:, 1:].mean(1)) if global_pool else model.norm(y)[:, 0]
         gradient = torch.autograd.grad(model.head(feature)[0, 2], a)[0][0, 1:]
         expected = (a[0, 1:] @ gradient.mean(dim=0)).relu().detach()
-        torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-6)  # a gradient through four matrix products
+        torch.testing.assert_close(result[i], expected, rtol=1e-4, atol=1e-6)  # a gradient through four matrix products
 
 
 # --- the tool
@@ -116,15 +116,15 @@ def test_grad_cam_of_a_whole_block(global_pool):
 def planted(tmp_path):
     """Grey images with one bright patch each, and a checkpoint that attends to it."""
     (tmp_path / "images").mkdir()
-    places = [0, 5, 10, 15]
-    for i, place in enumerate(places):
+    patches = [0, 5, 10, 15]
+    for i, patch in enumerate(patches):
         pixels = np.full((16, 16, 3), 90, np.uint8)
-        row, column = divmod(place, 4)
+        row, column = divmod(patch, 4)
         pixels[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 250
         Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
     args = {"model": "vit_micro_patch4", "input_size": 16, "mean": [0.35] * 3, "std": [0.2] * 3}
     torch.save({"model": attends_to_brightness().state_dict(), "args": args}, tmp_path / "bright.pth")
-    return tmp_path, places
+    return tmp_path, patches
 
 
 def drawn(folder, *flags, checkpoints=("bright.pth",)):
@@ -137,12 +137,12 @@ def drawn(folder, *flags, checkpoints=("bright.pth",)):
 
 
 def test_a_planted_patch_has_the_most_attention(planted, capsys):
-    folder, places = planted
-    (found,) = drawn(folder, "--class_index", "1")
-    assert found["gradcam"].flatten(1).argmax(dim=1).tolist() == places
-    assert found["attention"].mean(dim=1).flatten(1).argmax(dim=1).tolist() == places
+    folder, patches = planted
+    (result,) = drawn(folder, "--class_index", "1")
+    assert result["gradcam"].flatten(1).argmax(dim=1).tolist() == patches
+    assert result["attention"].mean(dim=1).flatten(1).argmax(dim=1).tolist() == patches
     numbers = np.load(folder / "a.npz")
-    assert np.array_equal(numbers["gradcam_0"], found["gradcam"].numpy()) and numbers["attention_0"].shape == (
+    assert np.array_equal(numbers["gradcam_0"], result["gradcam"].numpy()) and numbers["attention_0"].shape == (
         4,
         4,
         4,
@@ -153,8 +153,8 @@ def test_a_planted_patch_has_the_most_attention(planted, capsys):
     assert json.loads((folder / "a.json").read_text())["objective"] == "class"
     # The map is brightest at the patch.
     dark = torch.zeros(4, 3, 16, 16)
-    over = overlay(dark, found["gradcam"]).mean(dim=1).unfold(1, 4, 4).unfold(2, 4, 4).mean(dim=(-1, -2))
-    assert over.flatten(1).argmax(dim=1).tolist() == places
+    over = overlay(dark, result["gradcam"]).mean(dim=1).unfold(1, 4, 4).unfold(2, 4, 4).mean(dim=(-1, -2))
+    assert over.flatten(1).argmax(dim=1).tolist() == patches
 
 
 def test_checkpoints_side_by_side(planted):
@@ -164,12 +164,12 @@ def test_checkpoints_side_by_side(planted):
     encoder = models_vit.vit_micro_patch4(img_size=32, num_classes=0)
     torch.save({"model": encoder.state_dict(), "args": mae}, folder / "encoder.pth")
     both = ("bright.pth", "encoder.pth")
-    found = drawn(folder, "--heads", checkpoints=both)
-    assert found[0]["gradcam"].shape == (4, 4, 4) and found[1]["gradcam"].shape == (4, 8, 8)
+    result = drawn(folder, "--heads", checkpoints=both)
+    assert result[0]["gradcam"].shape == (4, 4, 4) and result[1]["gradcam"].shape == (4, 8, 8)
     assert json.loads((folder / "a.json").read_text())["objective"] == "feature"
     width = Image.open(folder / "a.png").width
     assert width == (1 + 2 * (1 + 4 + 1)) * (96 + 4) + 4
-    for i, (maps, name) in enumerate(zip(found, both)):
+    for i, (maps, name) in enumerate(zip(result, both)):
         row = ledger.read(folder / "results.jsonl")[i]
         assert row["command"] == "attention" and row["flags"]["checkpoint"] == str(folder / name)
         assert row["data"]["shown"]["images"] == row["images_seen"] == 4 and row["source"]["sha256"]
@@ -238,13 +238,13 @@ def test_smoothness_and_jitter():
 @pytest.mark.parametrize("layer", ["mlp", "block"])
 def test_a_channel_at_its_depth(layer):
     """The activation is that of a forward pass; the later blocks are neither used nor removed."""
-    model, imgs, found = scrambled(), torch.randn(3, 3, 16, 16), []
+    model, imgs, result = scrambled(), torch.randn(3, 3, 16, 16), []
     place = model.blocks[1].mlp.fc2 if layer == "mlp" else model.blocks[2]
-    hook = place.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
+    hook = place.register_forward_pre_hook(lambda module, inputs: result.append(inputs[0]))
     before = model(imgs)
     hook.remove()
     channels = torch.tensor([5, 0, 127])
-    expected = torch.stack([found[0][i, 1:, channel].mean() for i, channel in enumerate(channels)])
+    expected = torch.stack([result[0][i, 1:, channel].mean() for i, channel in enumerate(channels)])
     torch.testing.assert_close(channel_activation(model, 1, layer)(imgs, channels), expected, **EXACT)
     assert len(model.blocks) == 4 and torch.equal(model(imgs), before)
 

@@ -110,7 +110,7 @@ def test_a_perfect_classifier_and_its_subsets(box, tmp_path):
     """The checkpoint stores its classes: folders in any order, a subset, or numbers are evaluated correctly."""
     best, last = (torch.load(box / "out" / f"checkpoint-{name}.pth", weights_only=True) for name in ("best", 5))
     assert best["classes"] == last["classes"] == ["blue", "green", "grey", "red"]
-    numbers = {str(place): COLOURS[name] for place, name in enumerate(sorted(COLOURS))}
+    numbers = {str(index): COLOURS[name] for index, name in enumerate(sorted(COLOURS))}
     sets = {
         "all": COLOURS,
         "some": {name: COLOURS[name] for name in ("red", "green")},
@@ -118,11 +118,11 @@ def test_a_perfect_classifier_and_its_subsets(box, tmp_path):
         "wrong": {"red": COLOURS["green"]},
     }
     folders = [write(tmp_path / name, colours) for name, colours in sets.items()]
-    found = run(box / "out" / "checkpoint-best.pth", "--folders", *folders, "--out", tmp_path / "out" / "r.json")
+    result = run(box / "out" / "checkpoint-best.pth", "--folders", *folders, "--out", tmp_path / "out" / "r.json")
     # The last folder has a single class, so every prediction is red.
-    assert found == {"all_acc1": 100, "some_acc1": 100, "numbers_acc1": 100, "wrong_acc1": 100}
-    found = run(box / "out" / "checkpoint-best.pth", "--folders", *folders, "--all_classes")
-    assert found == {"all_acc1": 100, "some_acc1": 100, "numbers_acc1": 100, "wrong_acc1": 0}
+    assert result == {"all_acc1": 100, "some_acc1": 100, "numbers_acc1": 100, "wrong_acc1": 100}
+    result = run(box / "out" / "checkpoint-best.pth", "--folders", *folders, "--all_classes")
+    assert result == {"all_acc1": 100, "some_acc1": 100, "numbers_acc1": 100, "wrong_acc1": 0}
     (row,) = ledger.read(tmp_path / "out" / "results.jsonl")
     assert row["command"] == "robustness" and row["metrics"]["some_acc1"] == 100
     assert row["images_seen"] == 3 * (4 + 2 + 4 + 1) and row["data"]["some"]["images"] == 6
@@ -147,7 +147,7 @@ def test_restricted_to_the_classes_of_the_folder(box, tmp_path):
 def test_out_of_distribution_images(box, tmp_path):
     """In distribution are only the images of the classes in the --ood folder. AUPR against a direct computation."""
     foreign = write(tmp_path / "o", {"red": (150, 120, 90), "blue": (140, 128, 160)}, count=5, noise=60)
-    found = run(box / "out" / "checkpoint-best.pth", "--ood", foreign, "--in_distribution", box / "data" / "val")
+    result = run(box / "out" / "checkpoint-best.pth", "--ood", foreign, "--in_distribution", box / "data" / "val")
     bench = robustness.open_bench(robustness.get_args_parser().parse_args([str(box / "out" / "checkpoint-best.pth")]))
     bench.judged.args.num_workers = 0
     outside = bench.predict(open_folder(foreign, bench.classes))[1]
@@ -156,17 +156,17 @@ def test_out_of_distribution_images(box, tmp_path):
         (known / name).parent.mkdir(exist_ok=True)
         (known / name).symlink_to(box / "data" / "val" / name)
     inside = bench.predict(open_folder(known, bench.classes))[1]
-    assert len(inside) == 12 and found == {"o_aupr": detection_aupr(inside, outside)}
-    assert found["o_aupr"] > 100 * 10 / 22  # chance is the share of --ood images
+    assert len(inside) == 12 and result == {"o_aupr": detection_aupr(inside, outside)}
+    assert result["o_aupr"] > 100 * 10 / 22  # chance is the share of --ood images
 
 
 def test_out_of_distribution_folders_of_other_names(box, tmp_path, capsys):
     """Images of other classes, in folders of any name, against all images of the data set."""
     best, known = box / "out" / "checkpoint-best.pth", box / "data" / "val"
     foreign = write(tmp_path / "o", {"a": (128, 100, 90), "b": (140, 128, 60), "c": (90, 90, 40)}, count=5, noise=60)
-    found = run(best, "--ood", foreign, "--in_distribution", known)
+    result = run(best, "--ood", foreign, "--in_distribution", known)
     assert "told from all 4" in capsys.readouterr().out
-    assert 100 * 15 / (15 + 24) < found["o_aupr"] <= 100
+    assert 100 * 15 / (15 + 24) < result["o_aupr"] <= 100
     with pytest.raises(UserError, match=r"has the class 'a', which is none of the 4"):
         write(foreign, {"red": COLOURS["red"]}, 1)
         run(best, "--ood", foreign, "--in_distribution", known)
@@ -179,20 +179,20 @@ def test_corrupt_a_data_set(box, tmp_path, capsys):
     """Clean images have no errors; the JSON has the whole table, the ledger its means, the picture all rows."""
     out = tmp_path / "c" / "corrupt.json"
     flags = [box / "out" / "checkpoint-best.pth", "--data_path", box / "data", "--corrupt", "--images", 12]
-    found = run(*flags, "--out", out, "--picture", tmp_path / "c" / "picture.png")
+    result = run(*flags, "--out", out, "--picture", tmp_path / "c" / "picture.png")
     content = json.loads(out.read_text())
-    assert content["result"] == found and found["clean_error"] == 0
+    assert content["result"] == result and result["clean_error"] == 0
     assert list(content["errors"]["imagefolder"]) == list(NAMES)
     table = np.array(list(content["errors"]["imagefolder"].values()))
-    assert table.shape == (15, 5) and found["corrupted_error"] == pytest.approx(table.mean())
-    assert found["jpeg_compression_error"] == 0  # the classifier reads colour, which JPEG keeps
+    assert table.shape == (15, 5) and result["corrupted_error"] == pytest.approx(table.mean())
+    assert result["jpeg_compression_error"] == 0  # the classifier reads colour, which JPEG keeps
     width, height = Image.open(tmp_path / "c" / "picture.png").size
     assert height > width > 1000
     (row,) = ledger.read(out.parent / "results.jsonl")
-    assert row["metrics"] == found and row["images_seen"] == 12 * (1 + 75)
+    assert row["metrics"] == result and row["images_seen"] == 12 * (1 + 75)
     assert "frost (synthetic)" in capsys.readouterr().out
     some = run(*flags, "--corruptions", "fog", "contrast")
-    assert {name: found[name] for name in some if name != "corrupted_error"} == {
+    assert {name: result[name] for name in some if name != "corrupted_error"} == {
         name: value for name, value in some.items() if name != "corrupted_error"
     }
 
@@ -202,13 +202,13 @@ def test_corrupted_before_and_after_the_size(tmp_path):
     images = Arrays(np.stack([np.asarray(photograph(32, seed)) for seed in range(3)]), [0, 1, 0], ["a", "b"])
     resized = eval_transform((64, 64), [0.5] * 3, [0.5] * 3).transforms[0]
     shape = Shape(resized, (64, 64), 3)
-    found = Corrupted(images, "gaussian_noise", 2, shape, 5).load(1)
-    assert found.tobytes() == resized(corrupt(images.load(1), "gaussian_noise", 2, 5, 1)).tobytes()
+    result = Corrupted(images, "gaussian_noise", 2, shape, 5).load(1)
+    assert result.tobytes() == resized(corrupt(images.load(1), "gaussian_noise", 2, 5, 1)).tobytes()
     smaller = eval_transform((16, 16), [0.5] * 3, [0.5] * 3).transforms[0]
-    found = Corrupted(images, "gaussian_noise", 2, Shape(smaller, (16, 16), 3), 5)
-    assert found.load(1).tobytes() == corrupt(smaller(images.load(1)), "gaussian_noise", 2, 5, 1).tobytes()
+    result = Corrupted(images, "gaussian_noise", 2, Shape(smaller, (16, 16), 3), 5)
+    assert result.load(1).tobytes() == corrupt(smaller(images.load(1)), "gaussian_noise", 2, 5, 1).tobytes()
     part = Corrupted(Subset(images, [1, 2]), "gaussian_noise", 2, Shape(smaller, (16, 16), 3), 5)
-    assert part.load(0).tobytes() == found.load(1).tobytes() and part.target(0) == 1
+    assert part.load(0).tobytes() == result.load(1).tobytes() and part.target(0) == 1
 
 
 def test_folder_like_imagenet_c(box, tmp_path):
@@ -223,18 +223,18 @@ def test_folder_like_imagenet_c(box, tmp_path):
                 (folder / "red" / f"{i}.png").rename(folder / "green" / f"wrong{i}.png")
     (root / "extra" / "spatter" / "1").mkdir(parents=True)
     flags = [box / "out" / "checkpoint-best.pth", "--folders", root, "--clean", box / "data" / "val"]
-    found = run(*flags, "--out", tmp_path / "r.json")
+    result = run(*flags, "--out", tmp_path / "r.json")
     share = [100 * min(severity, 3) / 6 for severity in SEVERITIES]
     errors = json.loads((tmp_path / "r.json").read_text())["errors"]["imagenet-c"]
     assert errors["gaussian_noise"] == pytest.approx(share) and errors["fog"] == [0] * 5
     expected = 100 * np.mean(share) * (1 / 88.6 + 1 / 89.4) / 15
-    assert found["imagenet-c_mce"] == pytest.approx(expected)
-    assert found["imagenet-c_clean_error"] == 0
+    assert result["imagenet-c_mce"] == pytest.approx(expected)
+    assert result["imagenet-c_clean_error"] == 0
     expected = 100 * np.mean(share) * (1 / (88.6 - 43.5) + 1 / (89.4 - 43.5)) / 15
-    assert found["imagenet-c_relative_mce"] == pytest.approx(expected)
+    assert result["imagenet-c_relative_mce"] == pytest.approx(expected)
     (root / "noise" / "shot_noise").rename(root / "noise" / "other_noise")
-    found = run(*flags)
-    assert "imagenet-c_mce" not in found and found["imagenet-c_impulse_noise_error"] == 0
+    result = run(*flags)
+    assert "imagenet-c_mce" not in result and result["imagenet-c_impulse_noise_error"] == 0
     (root / "other" / "fog" / "4").rename(root / "other" / "fog" / "six")
     with pytest.raises(UserError, match=r"fog/4 is missing: every corruption needs the severities 1 to 5"):
         run(*flags)
@@ -245,12 +245,12 @@ def test_a_probe_knows_its_classes(box, tmp_path):
         --batch_size 16 --blr 0.1 --warmup_epochs 0 --aug none --output_dir {tmp_path}"
     main_linprobe.main(main_linprobe.get_args_parser().parse_args([*flags.split(), "--global_pool"]))
     write(tmp_path / "set", {"red": COLOURS["red"], "blue": COLOURS["blue"]})
-    found = run(tmp_path / "checkpoint-2.pth", "--folders", tmp_path / "set")
-    assert found == {"set_acc1": 100}
+    result = run(tmp_path / "checkpoint-2.pth", "--folders", tmp_path / "set")
+    assert result == {"set_acc1": 100}
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("{best} ", "nothing to judge: give --folders"),
         ("--folders {val}", "name a CHECKPOINT with a classifier"),
@@ -274,14 +274,14 @@ def test_a_probe_knows_its_classes(box, tmp_path):
         ("{best} --corrupt --dataset folder --data_path {data}", "has no labels"),
     ],
 )
-def test_mistakes(box, tmp_path, flags, said):
+def test_mistakes(box, tmp_path, flags, message):
     state = torch.load(box / "out" / "checkpoint-best.pth", weights_only=True)
     torch.save({**state, "classes": None}, tmp_path / "unnamed.pth")
     bare = {name: tensor for name, tensor in state["model"].items() if not name.startswith("head")}
     torch.save({**state, "model": bare}, tmp_path / "bare.pth")
     (tmp_path / "names.txt").write_text("red\ngreen\n")
     write(tmp_path / "strange", {"purple": (200, 0, 200), "red": (200, 0, 0)}, 1)
-    places = dict(
+    paths = dict(
         best=box / "out" / "checkpoint-best.pth",
         bare=tmp_path / "bare.pth",
         val=box / "data" / "val",
@@ -291,5 +291,5 @@ def test_mistakes(box, tmp_path, flags, said):
         tmp=tmp_path,
         data=box / "data",
     )
-    with pytest.raises(UserError, match=said):
-        run(*flags.format(**places).split())
+    with pytest.raises(UserError, match=message):
+        run(*flags.format(**paths).split())

@@ -43,13 +43,13 @@ class Soak:
         self.references: dict[tuple, Killed] = {}
 
     def round(self) -> None:
-        kind = self.chance.choices(("kills", "images", "lists", "shards", "checkpoints"), (6, 1, 1, 1, 1))[0]
+        task = self.chance.choices(("kills", "images", "lists", "shards", "checkpoints"), (6, 1, 1, 1, 1))[0]
         try:
-            getattr(self, kind)()
+            getattr(self, task)()
         except Exception as error:  # every exception is a loss
-            self.losses.append(f"{kind}: {type(error).__name__}: {error}")
+            self.losses.append(f"{task}: {type(error).__name__}: {error}")
             print(f"LOST {self.losses[-1]}", flush=True)
-        self.count[f"rounds of {kind}"] += 1
+        self.count[f"rounds of {task}"] += 1
 
     # Kills ------------------------------------------------------------------------------------------------------------
 
@@ -61,17 +61,17 @@ class Soak:
             where = self.chance.choice(list(EVENTS))
             number = self.chance.randint(1, max(1, EVENTS[where] // 2))
             rank = self.chance.randrange(processes) if where in ("step", "accumulation", "worker") else 0
-            code, said = run.start(where, number, rank)
+            code, output = run.start(where, number, rank)
             if code == 0:  # the run ended before the kill
                 break
-            if "Traceback" in said and where != "worker" and processes == 1:
-                raise Broken(f"{name}: {said.splitlines()[-1]}")
+            if "Traceback" in output and where != "worker" and processes == 1:
+                raise Broken(f"{name}: {output.splitlines()[-1]}")
             self.count[f"kills: {where}"] += 1
             self.count["kills"] += 1
             self.count["kills of a rank of two"] += processes > 1
-        code, said = run.start()
+        code, output = run.start()
         if code != 0:
-            raise Broken(f"{name} on {processes}: exit code {code}: {said.splitlines()[-1]}")
+            raise Broken(f"{name} on {processes}: exit code {code}: {output.splitlines()[-1]}")
         run.check_end(self.reference(name, processes))
         self.count[f"runs of {name} on {processes}"] += 1
         run.remove()
@@ -79,9 +79,9 @@ class Soak:
     def reference(self, name: str, processes: int) -> Killed:
         if (name, processes) not in self.references:
             run = Killed(self.folder / f"{name}-{processes}", METHODS[name], processes)
-            code, said = run.start()
+            code, output = run.start()
             if code != 0:
-                raise Broken(f"the undisturbed {name} on {processes}: {said.splitlines()[-1]}")
+                raise Broken(f"the undisturbed {name} on {processes}: {output.splitlines()[-1]}")
             self.references[name, processes] = run
         return self.references[name, processes]
 
@@ -90,17 +90,17 @@ class Soak:
     def damaged(self, content: bytes) -> bytes:
         """Return the content with some bytes changed, cut off at the end, or inserted."""
         content, chance = bytearray(content), self.chance
-        kind = chance.randrange(4)
-        if kind == 0:
+        change = chance.randrange(4)
+        if change == 0:
             return bytes(content[: chance.randrange(len(content) + 1)])
         for _ in range(chance.choice((1, 3, 30))):
-            place = chance.randrange(max(1, len(content)))
-            if kind == 1:
-                content[place : place + 1] = bytes([chance.randrange(256)])
-            elif kind == 2:
-                content[place:place] = chance.randbytes(chance.randint(1, 8))
+            offset = chance.randrange(max(1, len(content)))
+            if change == 1:
+                content[offset : offset + 1] = bytes([chance.randrange(256)])
+            elif change == 2:
+                content[offset:offset] = chance.randbytes(chance.randint(1, 8))
             else:
-                del content[place : place + chance.randint(1, 64)]
+                del content[offset : offset + chance.randint(1, 64)]
         return bytes(content)
 
     def picture(self, format: str) -> bytes:
@@ -122,7 +122,7 @@ class Soak:
                 (Path(folder) / f"{number:02d}{ending}").write_bytes(content)
             args = self.args(f"--dataset folder --data_path {folder}")
             dataset = KeyedDataset(read_images(args, True), self.transform(), args, replace=False)
-            bad = sum(int(dataset[place].bad) for place in range(len(dataset)))
+            bad = sum(int(dataset[index].bad) for index in range(len(dataset)))
         self.count["bad images"] += 60
         self.count["bad images that were still readable"] += 60 - bad
 
@@ -137,8 +137,8 @@ class Soak:
                 args = self.args(f"--dataset filelist --data_path {folder} --train_list {folder}/list.txt")
                 try:
                     dataset = KeyedDataset(read_images(args, True), self.transform(), args, replace=False)
-                    for place in range(len(dataset)):
-                        dataset[place]  # missing files count as unreadable
+                    for index in range(len(dataset)):
+                        dataset[index]  # missing files count as unreadable
                 except UserError:
                     self.count["bad lists refused"] += 1
                 self.count["bad lists"] += 1
@@ -178,11 +178,11 @@ class Soak:
             for _ in range(100):
                 path.write_bytes(self.damaged(whole))
                 try:
-                    found = read_file(path)
+                    result = read_file(path)
                 except UserError:
                     self.count["damaged checkpoints refused"] += 1
                 else:
-                    if not (torch.equal(found["model"]["w"], state["model"]["w"]) and found["epoch"] == 3):
+                    if not (torch.equal(result["model"]["w"], state["model"]["w"]) and result["epoch"] == 3):
                         raise Broken("a damaged checkpoint was read as another one")
                 self.count["damaged checkpoints"] += 1
 
@@ -196,14 +196,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the counts")
     options = parser.parse_args()
-    began, said = time.monotonic(), 0.0
+    began, reported = time.monotonic(), 0.0
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(Path(folder), options.seed)
         while (minutes := (time.monotonic() - began) / 60) < options.minutes:
             with contextlib.redirect_stderr(io.StringIO()):  # names of unreadable images
                 soak.round()
-            if minutes - said >= 1:
-                said = minutes
+            if minutes - reported >= 1:
+                reported = minutes
                 print(f"{minutes:.0f} min: {soak.count['kills']} kills, {len(soak.losses)} losses", flush=True)
     result = {
         "seed": options.seed,

@@ -27,7 +27,7 @@ from util.report.ledger import describe_images
 PLAIN8 = tvt.Compose([tvt.CenterCrop((8, 8)), PLAIN])
 
 
-class Place:
+class ImageSet:
     """The same images laid out for every reader, with the same indices and labels."""
 
     def __init__(self, root, contents: list[bytes], ending="png"):
@@ -49,12 +49,12 @@ class Place:
         if args.data_cache != "none":
             images = cache_images(images, args, torch.device("cpu"))
         batches = build_loader(images, PLAIN8, args, 5, train=False).begin(0)
-        found = [
+        result = [
             (i, (pixels, bad))
             for pixels, _, index, bads in batches
             for pixels, i, bad in zip(pixels, index.tolist(), bads.tolist())
         ]
-        return dict(found)
+        return dict(result)
 
 
 READERS = [("imagefolder",), ("folder",), ("filelist",), ("wds",), ("folder", "--data_cache", "ram", "--cache_size", 8)]
@@ -63,10 +63,10 @@ READERS = [("imagefolder",), ("folder",), ("filelist",), ("wds",), ("folder", "-
 @pytest.mark.parametrize("reader", READERS, ids=lambda words: "-".join(map(str, words)))
 def test_strange_images_are_read(tmp_path, reader):
     """The pixels are those of the file's first picture, without rotation and regardless of alpha."""
-    found = Place(tmp_path, list(GOOD.values())).read(*reader)
-    assert len(found) == len(GOOD)
+    result = ImageSet(tmp_path, list(GOOD.values())).read(*reader)
+    assert len(result) == len(GOOD)
     for number, name in enumerate(GOOD):
-        pixels, bad = found[number]
+        pixels, bad = result[number]
         assert not bad, name
         lossy = "JPEG" in name or "LAB" in name or "EXIF" in name  # YCbCr and LAB are rounded twice to 8 bits
         for column in (1, 6):
@@ -79,14 +79,14 @@ def test_strange_images_are_read(tmp_path, reader):
 def test_files_that_are_no_images_are_counted(tmp_path, reader, capfd):
     """Each is named once, and no memory is allocated for the size in its header: less than 150 MB are added, although
     a text chunk expands to 200 MB (pillow reads 64 MB of it)."""
-    place = Place(tmp_path, [encoded(plain(), "PNG"), *BAD.values()])
+    image_set = ImageSet(tmp_path, [encoded(plain(), "PNG"), *BAD.values()])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = place.read(*reader)
+    result = image_set.read(*reader)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 150 << 10
-    assert [found[number][1] for number in range(len(found))] == [0] + [1] * len(BAD)
-    said = capfd.readouterr().err
-    assert said.count("unreadable image") == len(BAD) * (2 if "ram" in reader else 1)
+    assert [result[number][1] for number in range(len(result))] == [0] + [1] * len(BAD)
+    output = capfd.readouterr().err
+    assert output.count("unreadable image") == len(BAD) * (2 if "ram" in reader else 1)
 
 
 def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
@@ -103,10 +103,10 @@ def test_memory_of_large_grey_images():
     """4 bytes a pixel for the scaled values, 1 for the result, 1 for pillow's copy, and numpy's buffers."""
     picture = Image.fromarray(np.full((2000, 2000), 257, np.uint16))
     tracemalloc.start()
-    found = to_channels(picture, 1)
+    result = to_channels(picture, 1)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert found.getpixel((0, 0)) == 1
+    assert result.getpixel((0, 0)) == 1
     assert peak < 9 * 4_000_000  # with the 2 bytes of its values
 
 
@@ -152,13 +152,13 @@ def test_names(tmp_path, capfd):
     args = flags("--data_path", tmp_path, "--num_workers", 1)
     images = read_images(args, True)
     assert "'Cat é' and 'cat é' differ in case only; they are 2 classes" in capfd.readouterr().out
-    good = [place for place in range(len(images)) if "bad" not in images.name(place)]
-    read = [(images.load(place).getpixel((0, 0))[0], images.targets[place]) for place in good]
+    good = [index for index in range(len(images)) if "bad" not in images.name(index)]
+    read = [(images.load(index).getpixel((0, 0))[0], images.targets[index]) for index in good]
     assert sorted(read) == sorted((20 * label + number, label) for label in range(3) for number in range(len(NAMES)))
     samples = build_loader(images, PLAIN8, args, 42, train=False)
     assert int(next(iter(samples.begin(0))).bad.sum()) == 3
-    said = capfd.readouterr().err
-    assert said.count("\n") == 3 and "\x1b" not in said  # one line each, which moves no cursor
+    output = capfd.readouterr().err
+    assert output.count("\n") == 3 and "\x1b" not in output  # one line each, which moves no cursor
     assert describe_images(images, str(tmp_path))["images"] == 42
 
 
@@ -218,11 +218,11 @@ def test_pipes_devices_and_links(tmp_path, reader, capfd):
     assert [os.path.basename(images.name(i)) for i in range(len(images))] == [f"{n}.png" for n in (0, 1, 2, 3, 4, 6)]
     batch = next(iter(build_loader(images, PLAIN8, args, 6, train=False)))
     assert batch.bad.tolist() == [0, 1, 1, 1, 1, 0]
-    for place in (1, 2):
+    for index in (1, 2):
         with pytest.raises(OSError, match=r"no file|leads out"):
-            images.open(place)
-    said = capfd.readouterr().err
-    assert "it is a pipe or a device" in said and "symbolic links" in said
+            images.open(index)
+    output = capfd.readouterr().err
+    assert "it is a pipe or a device" in output and "symbolic links" in output
 
 
 # Decoding by nvJPEG ---------------------------------------------------------------------------------------------------
@@ -243,5 +243,5 @@ def test_decoding_on_a_device_follows_no_link_outside(tmp_path, monkeypatch):
     paths = [str(tmp_path / "in" / f"{name}.jpg") for name in ("good", "link", "huge")]
     decoder = Decoder(Files(paths, [0] * 3, None, str(tmp_path / "in")), 3, None, torch.device("cpu"))
     given.clear()
-    assert [decoder._decoded(place) is not None for place in range(3)] == [True, False, False]
+    assert [decoder._decoded(index) is not None for index in range(3)] == [True, False, False]
     assert given == [len(encoded(plain(), "JPEG"))]

@@ -18,9 +18,9 @@ from util.weights.checksum import damage
 from util.weights.file import read_file
 
 
-def flip(path, place: int) -> None:
+def flip(path, offset: int) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 0x10
+    content[offset] ^= 0x10
     path.write_bytes(content)
 
 
@@ -50,19 +50,19 @@ def test_any_flipped_byte_is_detected_or_harmless(tmp_path):
     state = {"model": {"w": torch.randn(3, 5), "b": torch.randn(7)}, "epoch": 3}
     path = save_checkpoint(tmp_path, 3, 0, state)
     assert damage(path) == ""
-    whole, found = path.read_bytes(), 0
-    for place in range(len(whole)):
+    whole, detected = path.read_bytes(), 0
+    for offset in range(len(whole)):
         changed = bytearray(whole)
-        changed[place] ^= 0x10
-        path = tmp_path / f"flipped-{place}.pth"
+        changed[offset] ^= 0x10
+        path = tmp_path / f"flipped-{offset}.pth"
         path.write_bytes(changed)
         try:
-            assert same_tensors(read_file(path), state), place
+            assert same_tensors(read_file(path), state), offset
         except UserError as error:
-            found += 1
+            detected += 1
             assert str(path) in str(error)
         path.unlink()
-    assert found > len(whole) / 10  # the records themselves
+    assert detected > len(whole) / 10  # the records themselves
 
 
 def test_files_without_checksums_are_read(tmp_path):
@@ -83,9 +83,9 @@ def test_a_run_goes_on_from_the_file_before_the_damaged_one(undisturbed, image_f
     with pytest.raises(UserError, match=r"checkpoint-1.pth is truncated or damaged \(the checksum of .* does not hold"):
         pretrain(f"{flags} --resume {tmp_path}/checkpoint-1.pth")
     pretrain(f"{flags} --resume auto")
-    said = capsys.readouterr().out
-    assert f"skipping {tmp_path}/checkpoint-1.pth: the file is damaged" in said
-    assert f"resumed {tmp_path}/checkpoint-0.pth" in said
+    output = capsys.readouterr().out
+    assert f"skipping {tmp_path}/checkpoint-1.pth: the file is damaged" in output
+    assert f"resumed {tmp_path}/checkpoint-0.pth" in output
     assert_same_run(tmp_path, undisturbed)
 
 
@@ -132,9 +132,9 @@ def test_full_for_a_while(undisturbed, image_folder, tmp_path, monkeypatch, caps
         after_step(patch, 8, empty)
         pretrain(f"{FLAGS} --data_path {image_folder} --output_dir {tmp_path}")
     assert kept == ["checkpoint-0-3.pth"] * 2
-    said = capsys.readouterr().out
-    assert f"no checkpoint could be written to {tmp_path} (No space left on device)" in said
-    assert "checkpoint-0-3.pth is the last good one" in said and "can be written" in said
+    output = capsys.readouterr().out
+    assert f"no checkpoint could be written to {tmp_path} (No space left on device)" in output
+    assert "checkpoint-0-3.pth is the last good one" in output and "can be written" in output
     assert full.refused > 5  # log lines, events, checkpoints
     assert_same_run(tmp_path, undisturbed)
 
@@ -270,10 +270,10 @@ exit $code
 def test_a_real_full_disk(undisturbed, image_folder, tmp_path):
     """A tmpfs with room for five checkpoints of 9.6 MB, which is filled for half a second after step 2; skipped where
     mounting is not permitted."""
-    out, place = tmp_path / "out", tmp_path / "disk"
-    out.mkdir(), place.mkdir()
-    command = f"{sys.executable} {ROOT}/main_pretrain.py {FLAGS} --data_path {image_folder} --output_dir {place}"
-    script = TMPFS.format(disk=place, out=out, command=f"{command} --save_patience 1")
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    out.mkdir(), disk.mkdir()
+    command = f"{sys.executable} {ROOT}/main_pretrain.py {FLAGS} --data_path {image_folder} --output_dir {disk}"
+    script = TMPFS.format(disk=disk, out=out, command=f"{command} --save_patience 1")
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=170)
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip("no tmpfs can be mounted here")

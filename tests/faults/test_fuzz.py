@@ -46,9 +46,9 @@ def damaged(draw, whole: bytes, most: int = 3) -> bytes:
     content = bytearray(whole)
     for _ in range(draw(st.integers(1, most))):
         near = st.integers(0, min(200, len(content)))
-        place = draw(near | st.integers(0, len(content)))
+        offset = draw(near | st.integers(0, len(content)))
         taken = draw(st.sampled_from((0, 1, 2, 4, 40)))
-        content[place : place + taken] = draw(BYTES | st.sampled_from((b"\xff" * 4, bytes(4), b"\x7f\xff\xff\xff")))
+        content[offset : offset + taken] = draw(BYTES | st.sampled_from((b"\xff" * 4, bytes(4), b"\x7f\xff\xff\xff")))
     return bytes(content[: draw(st.just(len(content)) | st.integers(0, len(content)))])
 
 
@@ -89,19 +89,19 @@ PICTURE = st.sampled_from(sorted(PICTURES)).flatmap(lambda name: damaged(PICTURE
 @given(PICTURE, st.integers(1, 4))
 def test_images(content, channels):
     try:
-        found = to_channels(read_image(io.BytesIO(content)), channels)
+        result = to_channels(read_image(io.BytesIO(content)), channels)
     except BROKEN_IMAGE:
         return
-    assert len(found.getbands()) == channels and np.asarray(found).dtype == np.uint8
+    assert len(result.getbands()) == channels and np.asarray(result).dtype == np.uint8
 
 
 @settings(max_examples=60, **FUZZ)
 @given(
     st.lists(st.sampled_from(sorted(PICTURES)).flatmap(lambda name: damaged(PICTURES[name])), min_size=3, max_size=3)
 )
-def test_datasets_and_caches_count_alike(place, contents):
+def test_datasets_and_caches_count_alike(scratch, contents):
     """The loader, the cache and the reader with drafts reject the same images."""
-    paths = [str(place / f"{number}.jpg") for number in range(3)]
+    paths = [str(scratch / f"{number}.jpg") for number in range(3)]
     for path, content in zip(paths, contents):
         Path(path).write_bytes(content)
     images = Files(paths, [0] * 3, None)
@@ -130,9 +130,9 @@ ROWS = st.lists(st.lists(FIELD, min_size=1, max_size=3).map("\t".join), max_size
 
 @settings(max_examples=120, **FUZZ)
 @given(damaged(LINES) | ROWS)
-def test_lists(place, content):
+def test_lists(scratch, content):
     """Every path has a label and lies below the folder; missing files are counted."""
-    root = place / "list"
+    root = scratch / "list"
     root.mkdir(exist_ok=True)
     for number in range(5):
         if not (root / f"{number}.png").exists():
@@ -155,20 +155,20 @@ def test_lists(place, content):
 
 @settings(max_examples=200, **FUZZ)
 @given(damaged(b"cat\ndog\nbird\n10\n") | TEXT.map(str.encode))
-def test_vocabularies(place, content):
-    (place / "vocabulary").write_bytes(content)
+def test_vocabularies(scratch, content):
+    (scratch / "vocabulary").write_bytes(content)
     with contextlib.suppress(UserError):
-        names = read_vocabulary(str(place / "vocabulary"))
+        names = read_vocabulary(str(scratch / "vocabulary"))
         assert len(set(names)) == len(names) >= 2
 
 
 @settings(max_examples=100, **FUZZ)
 @given(damaged(b"0.png\tcat, dog\n1.png\tdog\n"))
-def test_label_sets(place, content):
-    (place / "0.png").touch()
-    (place / "sets.txt").write_bytes(content)
+def test_label_sets(scratch, content):
+    (scratch / "0.png").touch()
+    (scratch / "sets.txt").write_bytes(content)
     with contextlib.suppress(UserError):
-        paths, labels = read_list(str(place / "sets.txt"), place)
+        paths, labels = read_list(str(scratch / "sets.txt"), scratch)
         assert labels is None or len(labels) == len(paths)
 
 
@@ -191,11 +191,11 @@ SHARD = shard()
 
 @settings(max_examples=150, **FUZZ)
 @given(damaged(SHARD), st.booleans())
-def test_shards(place, content, train):
+def test_shards(scratch, content, train):
     """The number of samples is that of the index, or that counted; damaged ones are counted, the rest is unchanged."""
-    (place / "x.tar").write_bytes(content)
+    (scratch / "x.tar").write_bytes(content)
     for known in (("--shard_samples", "6"), ()):
-        args = flags("--dataset", "wds", "--data_path", place / "x.tar", "--num_workers", 0, *known)
+        args = flags("--dataset", "wds", "--data_path", scratch / "x.tar", "--num_workers", 0, *known)
         with silent():
             try:
                 images = read_images(args, True)
@@ -210,11 +210,11 @@ def test_shards(place, content, train):
 
 @settings(max_examples=150, **FUZZ)
 @given(damaged(b'{"splits": {"train": {"filenames": ["x.tar"], "shard_lengths": [6]}}}', 2))
-def test_indices(place, content):
-    (place / "index").mkdir(exist_ok=True)
-    (place / "index" / "_info.json").write_bytes(content)
+def test_indices(scratch, content):
+    (scratch / "index").mkdir(exist_ok=True)
+    (scratch / "index" / "_info.json").write_bytes(content)
     with contextlib.suppress(UserError), silent():
-        read_images(flags("--dataset", "wds", "--data_path", place / "index"), True)
+        read_images(flags("--dataset", "wds", "--data_path", scratch / "index"), True)
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
@@ -230,43 +230,43 @@ def saved(**options) -> bytes:
 
 @settings(max_examples=200, **FUZZ)
 @given(damaged(saved()))
-def test_checkpoints(place, content):
+def test_checkpoints(scratch, content):
     """Refused, or read as written."""
-    (place / "checkpoint.pth").write_bytes(content)
+    (scratch / "checkpoint.pth").write_bytes(content)
     with contextlib.suppress(UserError):
-        found = read_file(place / "checkpoint.pth")
-        assert torch.equal(found["model"]["w"], STATE["model"]["w"]) and found["epoch"] == 3
+        result = read_file(scratch / "checkpoint.pth")
+        assert torch.equal(result["model"]["w"], STATE["model"]["w"]) and result["epoch"] == 3
 
 
 @settings(max_examples=200, **FUZZ)
 @given(damaged(saved(_use_new_zipfile_serialization=False)) | damaged(pickle.dumps({"a": [1, {"b": 2.5}]})))
-def test_old_checkpoints(place, content):
+def test_old_checkpoints(scratch, content):
     """Without checksums: refused, or a dictionary."""
-    (place / "old.pth").write_bytes(content)
+    (scratch / "old.pth").write_bytes(content)
     with contextlib.suppress(UserError):
-        assert isinstance(read_file(place / "old.pth"), dict)
+        assert isinstance(read_file(scratch / "old.pth"), dict)
 
 
 @pytest.fixture(scope="module")
-def tensors(place):
-    save_file({"w": torch.arange(60.0), "b": torch.ones(3)}, place / "whole.safetensors", {"args": "{}"})
-    return (place / "whole.safetensors").read_bytes()
+def tensors(scratch):
+    save_file({"w": torch.arange(60.0), "b": torch.ones(3)}, scratch / "whole.safetensors", {"args": "{}"})
+    return (scratch / "whole.safetensors").read_bytes()
 
 
 @settings(max_examples=200, **FUZZ)
 @given(st.data())
-def test_safetensors(place, tensors, data):
-    (place / "x.safetensors").write_bytes(data.draw(damaged(tensors)))
+def test_safetensors(scratch, tensors, data):
+    (scratch / "x.safetensors").write_bytes(data.draw(damaged(tensors)))
     for read in (read_file, read_weights):
         with contextlib.suppress(UserError):
-            read(place / "x.safetensors")
+            read(scratch / "x.safetensors")
 
 
 @settings(max_examples=150, **FUZZ)
 @given(damaged(b'{"model_type": "vit", "image_size": 224, "layer_norm_eps": 1e-12, "patch_size": [16, 16]}', 2))
-def test_configurations(place, tensors, content):
+def test_configurations(scratch, tensors, content):
     """The configuration of a Hugging Face folder."""
-    folder = place / "hf"
+    folder = scratch / "hf"
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_bytes(content)
     (folder / "model.safetensors").write_bytes(tensors)
@@ -295,9 +295,9 @@ JSON = st.recursive(
     .map(json.dumps)
     .map(str.encode)
 )
-def test_ledgers(place, content):
+def test_ledgers(scratch, content):
     """Each line is read or named; a table is made of the valid lines, or refused."""
-    folder = place / "ledger"
+    folder = scratch / "ledger"
     folder.mkdir(exist_ok=True)
     (folder / "results.jsonl").write_bytes(content)
     with silent():

@@ -93,17 +93,17 @@ def run(line: str, capsys, monkeypatch, **names) -> str:
     monkeypatch.setattr(sys, "argv", [name, *flags])
     with pytest.raises(SystemExit) as ended, user_errors(name):
         module.main(*([module.get_args_parser().parse_args(flags)] if hasattr(module, "get_args_parser") else []))
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and "Traceback" not in said
-    return said
+    output = capsys.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in output
+    return output
 
 
 @pytest.mark.parametrize("evil", KINDS, indirect=True)
-@pytest.mark.parametrize("place", COMMANDS)
-def test_its_code_is_not_run(place, evil, image_folder, tmp_path, capsys, monkeypatch):
-    said = run(COMMANDS[place], capsys, monkeypatch, evil=evil, data=image_folder, out=tmp_path / "out")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_its_code_is_not_run(command, evil, image_folder, tmp_path, capsys, monkeypatch):
+    output = run(COMMANDS[command], capsys, monkeypatch, evil=evil, data=image_folder, out=tmp_path / "out")
     assert not (tmp_path / "pwned").exists()
-    assert evil.name in said and said.count("error:") == 1
+    assert evil.name in output and output.count("error:") == 1
     assert not list(tmp_path.glob("out/**/*.*"))  # and nothing is written
 
 
@@ -137,12 +137,12 @@ def test_resume_auto(evil, image_folder, tmp_path, capsys, monkeypatch):
     main_pretrain.main(main_pretrain.get_args_parser().parse_args(flags))
     shutil.copy(evil, tmp_path / "run" / "checkpoint-7.pth")
     if evil.name == "zip.pth":
-        said = run(f"main_pretrain {line} --resume auto", capsys, monkeypatch, data=image_folder, out=tmp_path / "run")
-        assert "checkpoint-7.pth is refused because its pickle asks for posix.mkdir" in said
+        shown = run(f"main_pretrain {line} --resume auto", capsys, monkeypatch, data=image_folder, out=tmp_path / "run")
+        assert "checkpoint-7.pth is refused because its pickle asks for posix.mkdir" in shown
     else:
         main_pretrain.main(main_pretrain.get_args_parser().parse_args([*flags, "--resume", "auto"]))
-        said = capsys.readouterr()
-        assert "checkpoint-7.pth" in said.out + said.err and f"resumed {tmp_path}/run/checkpoint-1.pth" in said.out
+        shown = capsys.readouterr()
+        assert "checkpoint-7.pth" in shown.out + shown.err and f"resumed {tmp_path}/run/checkpoint-1.pth" in shown.out
     assert not (tmp_path / "pwned").exists()
 
 

@@ -9,8 +9,8 @@ from helpers.kills import EVENTS, Killed
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     run = Killed(tmp_path_factory.mktemp("kills") / "reference", command=False)
-    code, said = run.start()
-    assert code == 0, said
+    code, output = run.start()
+    assert code == 0, output
     return run
 
 
@@ -18,9 +18,9 @@ def test_killed_everywhere(reference, tmp_path):
     """A run that is killed once in each way resumes bit-identically, and repeats few steps."""
     run = Killed(tmp_path / "run", command=False)
     for where, number in zip(WHERE, (4, 2, 1, 1, 1, 130)):
-        code, said = run.start(where, number)
-        assert code != 0, (where, said)
+        code, output = run.start(where, number)
+        assert code != 0, (where, output)
     assert run.kills == len(WHERE) == len(EVENTS)
-    code, said = run.start()
-    assert code == 0 and "resumed" in said, said
+    code, output = run.start()
+    assert code == 0 and "resumed" in output, output
     run.check_end(reference)

@@ -60,8 +60,8 @@ def test_other_endings_are_reported(tmp_path, capsys):
     for name in ("b.gif", "c.GIF", "d.heic", "notes.txt"):
         (tmp_path / name).touch()
     assert len(read_images(flags("--dataset", "folder", "--data_path", tmp_path), True)) == 1
-    said = capsys.readouterr().out
-    assert "note: 3 files below" in said and "(.gif .heic)" in said
+    output = capsys.readouterr().out
+    assert "note: 3 files below" in output and "(.gif .heic)" in output
 
 
 # Lists ----------------------------------------------------------------------------------------------------------------
@@ -135,9 +135,9 @@ def test_lists_of_published_sets_name_nothing_outside(tmp_path, stray):
 # Shards ---------------------------------------------------------------------------------------------------------------
 
 
-def link(kind: bytes, target: str) -> tarfile.TarInfo:
+def link(member_type: bytes, target: str) -> tarfile.TarInfo:
     member = tarfile.TarInfo()
-    member.type, member.linkname = kind, target
+    member.type, member.linkname = member_type, target
     return member
 
 

@@ -72,21 +72,21 @@ def teacher_file(image_folder, tmp_path_factory):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_not_a_number(image_folder, tmp_path, monkeypatch, teacher_file, fault):
     """The fault follows a step of the second epoch: the next step is named, and the earlier checkpoint is unchanged."""
-    flags, inject, said = FAULTS[fault]
+    flags, inject, message = FAULTS[fault]
     flags = f"{FLAGS} {flags.format(teacher=teacher_file)} --data_path {image_folder} --output_dir {tmp_path}"
-    place = {}
+    before = {}
 
     def spoil(run):
         newest = list_checkpoints(tmp_path)[0]
-        place.update(newest=newest, content=newest.read_bytes())
+        before.update(newest=newest, content=newest.read_bytes())
         inject(run)
 
     after_step(monkeypatch, 7, spoil)
-    with pytest.raises(RunFailed, match=f"{said}.*") as failure:
+    with pytest.raises(RunFailed, match=f"{message}.*") as failure:
         pretrain(flags)
     assert "at step 7 (epoch 1)" in str(failure.value) or "after step 8" in str(failure.value)
-    assert list_checkpoints(tmp_path)[0] == place["newest"]
-    assert place["newest"].read_bytes() == place["content"]
+    assert list_checkpoints(tmp_path)[0] == before["newest"]
+    assert before["newest"].read_bytes() == before["content"]
 
 
 def test_a_weight_that_no_loss_reads(image_folder, tmp_path, monkeypatch):
@@ -121,21 +121,21 @@ def test_fine_tuning(image_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("fault", "message"),
     [
         ("weight", "reconstruction became non-finite at step 3 (epoch 0); weight model.decoder_pred.bias on rank 1"),
         ("gradient", "gradient became non-finite at step 3"),
         ("teacher", "non-finite at step 3"),
     ],
 )
-def test_one_rank_stops_both(image_folder, tmp_path, teacher_file, kind, said):
+def test_one_rank_stops_both(image_folder, tmp_path, teacher_file, fault, message):
     flags = FLAGS.replace("--batch_size 16", "--batch_size 8").replace("--print_freq 1", "--print_freq 2")
-    if kind == "teacher":
+    if fault == "teacher":
         flags += f" --dmae_teacher {teacher_file}"
-    output = ranks("helpers.fault_script", f"{kind} {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
+    output = ranks("helpers.fault_script", f"{fault} {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
     lines = {line for line in output.splitlines() if "became" in line and line.startswith("rank")}
     assert {line.split(":")[0] for line in lines} == {"rank 0", "rank 1"}
-    assert all(said in line for line in lines)
+    assert all(message in line for line in lines)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-0-3.pth"]
     assert checkpoint(tmp_path, "checkpoint-0-3.pth")["step"] == 3
 
@@ -165,9 +165,9 @@ def test_fifty_overflows_in_a_row_are_reported_once(monkeypatch, capsys):
         run.step(math.inf)
         if step % 7 == 0:
             watch.read(step)
-        said = capsys.readouterr().out
+        output = capsys.readouterr().out
         # The first reading of the metrics after 50 overflows.
-        assert ("56 steps in a row (until step 56)" in said) == (step == 56)
+        assert ("56 steps in a row (until step 56)" in output) == (step == 56)
     assert torch.equal(run.weight, before)
     run.step(1.0)
     run.step(math.inf)
@@ -194,17 +194,17 @@ def test_no_scale_is_small_enough():
 
 def test_spikes_are_steps_above_the_median():
     """Losses around 1 with a spike in step 30, and one before the median has enough steps."""
-    spikes, found = Spikes(3.0), []
+    spikes, steps = Spikes(3.0), []
     for step in range(40):
         leap = 10.0 if step in (5, 30) else 1.0 + 0.1 * (step % 3)
         for half in (0, 1):  # two micro-batches
             spikes.watch(step, torch.tensor(leap + half * 0.2), torch.tensor([2 * step + half]))
         if step % 4 == 3:
-            found += spikes.read(lambda index: f"{index}.png")
-    assert [spike["step"] for spike in found] == [30]
-    assert found[0]["images"] == ["60.png", "61.png"] and found[0]["indices"] == [60, 61]
-    assert found[0]["loss"] == pytest.approx(10.1, rel=1e-6)  # float32
-    assert found[0]["usual"] == pytest.approx(1.2, rel=1e-6)
+            steps += spikes.read(lambda index: f"{index}.png")
+    assert [spike["step"] for spike in steps] == [30]
+    assert steps[0]["images"] == ["60.png", "61.png"] and steps[0]["indices"] == [60, 61]
+    assert steps[0]["loss"] == pytest.approx(10.1, rel=1e-6)  # float32
+    assert steps[0]["usual"] == pytest.approx(1.2, rel=1e-6)
 
 
 def test_spike_factor_is_off_by_default():
@@ -230,8 +230,8 @@ def test_spike_factor_lists_the_images(image_folder, tmp_path, monkeypatch, caps
     rows = [json.loads(line) for line in (tmp_path / "spikes.jsonl").read_text().splitlines()]
     assert [(row["step"], row["epoch"], row["indices"]) for row in rows] == [(25, 4, given)]
     assert len(rows[0]["images"]) == 16 and all(name.startswith(str(image_folder)) for name in rows[0]["images"])
-    said = capsys.readouterr().out
-    assert "loss spike at step 25" in said and f"its 16 images ({rows[0]['images'][0]}" in said
+    output = capsys.readouterr().out
+    assert "loss spike at step 25" in output and f"its 16 images ({rows[0]['images'][0]}" in output
 
 
 def test_spike_factor_is_checked(image_folder, tmp_path):

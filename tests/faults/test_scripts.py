@@ -80,8 +80,8 @@ def place(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "processes"), [*((name, "1") for name in SCRIPTS), ("mae/pretrain", "2")])
-def test_names_are_passed_unchanged(tmp_path, place, name, processes):
-    out, data, environment = place
+def test_names_are_passed_unchanged(tmp_path, folders, name, processes):
+    out, data, environment = folders
     arguments, least = SCRIPTS[name]
     words = [word.format(out=out, data=data) for word in arguments]
     done = subprocess.run(

@@ -19,7 +19,7 @@ FLAGS = f"{SMALL} --batch_size 8 --epochs 1 --warmup_epochs 0 --num_workers 0 --
 
 
 @pytest.mark.parametrize(
-    "kind, rank, said",
+    "case, rank, message",
     [
         ("images", 0, "rank 0 has been waiting for images for "),
         ("step", 1, "rank 1 has been in step 2 for "),
@@ -28,9 +28,9 @@ FLAGS = f"{SMALL} --batch_size 8 --epochs 1 --warmup_epochs 0 --num_workers 0 --
         ("process", 0, "rank 0, which holds the processes' meeting place, does not answer"),
     ],
 )
-def test_the_hanging_rank_is_named(kind, rank, said, image_folder, tmp_path):
+def test_the_hanging_rank_is_named(case, rank, message, image_folder, tmp_path):
     """The ranks wait for each other in every step, so the other rank is at most one step ahead."""
-    flags = f"{kind} {rank} {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 6"
+    flags = f"{case} {rank} {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 6"
     run = Forked("helpers.stuck_script", flags, 2)
     began = time.monotonic()
     run.ranks[1 - rank].join(90)
@@ -38,7 +38,7 @@ def test_the_hanging_rank_is_named(kind, rank, said, image_folder, tmp_path):
     os.killpg(run.pid, signal.SIGKILL)
     output, _ = run.communicate()
     assert code == 1, output
-    assert [line for line in complaints(output) if line.startswith(f"[rank {1 - rank}]") and said in line], output
+    assert [line for line in complaints(output) if line.startswith(f"[rank {1 - rank}]") and message in line], output
     assert "(--timeout_s 6)" in output
     assert seconds < 60  # timeout of 6 s, 2 to 6 s for two checks, and the start beside other tests
 
@@ -53,10 +53,10 @@ def test_a_slow_rank_is_named_and_not_aborted(image_folder, tmp_path):
     assert re.search(r"note: rank 1 waited \d+ of ", output) and not complaints(output), output
 
 
-@pytest.mark.parametrize("kind", ["start", "end"])
-def test_no_healthy_run_is_aborted(kind, image_folder, tmp_path):
+@pytest.mark.parametrize("case", ["start", "end"])
+def test_no_healthy_run_is_aborted(case, image_folder, tmp_path):
     """Waits of twice the timeout: for the first images on all ranks, and on rank 0 after the other rank has ended."""
-    flags = f"{kind} 0 {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 3"
+    flags = f"{case} 0 {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 3"
     assert not complaints(ranks("helpers.stuck_script", flags, 2))
     assert (tmp_path / "encoder.safetensors").is_file() and (tmp_path / "results.jsonl").is_file()
 
@@ -66,7 +66,7 @@ def post(number=5, step=7, task="", seconds=0.0, ended=False):
 
 
 @pytest.mark.parametrize(
-    "after, said",
+    "after, message",
     [
         # Rank 2 is behind by its step number; ranks 0 and 1 wait for it.
         ([post(), post(), post(4, 6, seconds=99)], "rank 2 has not answered for 3 s: stopped, or its node is gone"),
@@ -93,9 +93,9 @@ def post(number=5, step=7, task="", seconds=0.0, ended=False):
         ([post(step=6, seconds=1), post(seconds=50), post(seconds=50)], ""),
     ],
 )
-def test_blocking_rank(after, said):
+def test_blocking_rank(after, message):
     before = [post(number=4) for _ in after]
-    assert describe(before, after, timeout=30, silence=3)[1] == said
+    assert describe(before, after, timeout=30, silence=3)[1] == message
 
 
 def test_many_ranks_are_not_all_listed():
@@ -104,9 +104,9 @@ def test_many_ranks_are_not_all_listed():
 
 
 @pytest.mark.parametrize(
-    "waited, found", [([1, 30, 2, 1], True), ([30, 31, 30, 29], False), ([0.1, 0.4, 0.1, 0.1], False), ([20], False)]
+    "waited, slow", [([1, 30, 2, 1], True), ([30, 31, 30, 29], False), ([0.1, 0.4, 0.1, 0.1], False), ([20], False)]
 )
-def test_which_reader_is_slow(waited, found):
+def test_which_reader_is_slow(waited, slow):
     """A reader is slow above a tenth of an epoch of 100 s and twice the median; one process is never slow."""
-    said = slow_reader(waited, 100)
-    assert said.startswith("rank 1 waited 30 of 100 s for images, the others 1 s") if found else said == ""
+    output = slow_reader(waited, 100)
+    assert output.startswith("rank 1 waited 30 of 100 s for images, the others 1 s") if slow else output == ""

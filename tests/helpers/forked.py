@@ -77,12 +77,12 @@ def _group(leader: int) -> int:
     return leader
 
 
-def _rank(main: str, flags: str, env: dict[str, str], said: str, group: int) -> None:
+def _rank(main: str, flags: str, env: dict[str, str], path: str, group: int) -> None:
     os.setpgid(0, group)
     multiprocessing.set_start_method("fork", force=True)  # data workers start as they do in a command
     os.environ.clear()
     os.environ.update(env)
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  until the process ends
     torch.set_num_threads(1)

@@ -100,8 +100,8 @@ def features(network, imgs) -> dict[str, list]:
         x = torch.cat([network.cls_token + network.pos_embed[:, :1], x], dim=1)
         for block in network.blocks:
             x = block(x)
-        found = {"tokens": x[0]} | ({"logits": network(imgs)[0]} if is_linear(getattr(network, "head", None)) else {})
-    return {name: [float(f"{value:.6g}") for value in values.flatten()] for name, values in found.items()}
+        outputs = {"tokens": x[0]} | ({"logits": network(imgs)[0]} if is_linear(getattr(network, "head", None)) else {})
+    return {name: [float(f"{value:.6g}") for value in values.flatten()] for name, values in outputs.items()}
 
 
 def run_once(main: str, flags: str, stop_after: int = 0) -> dict | None:
@@ -125,12 +125,12 @@ def run_once(main: str, flags: str, stop_after: int = 0) -> dict | None:
     if "--fsdp" in flags:
         return None
     model = getattr(runs[0], "saved_model", None) or runs[0].model  # its name in older revisions
-    found, network = {"model": features(model, example())}, copy.deepcopy(model)
+    outputs, network = {"model": features(model, example())}, copy.deepcopy(model)
     for key, teacher in (runs[0].exported() if hasattr(runs[0], "exported") else {}).items():
         state = teacher if isinstance(teacher, dict) else teacher.state_dict()  # a dict in older revisions
         network.load_state_dict(state)
-        found[key] = features(network, example())
-    return found
+        outputs[key] = features(network, example())
+    return outputs
 
 
 def scalars(folder: Path) -> list:
@@ -192,13 +192,13 @@ def freeze(code: Path, revision: str, kind: str) -> Path:
         if "teacher.pth" in flags:
             unpack(TEACHER, folder / "teacher").rename(folder / "teacher.pth")
         start(code, folder, main, f"{flags} --output_dir run", stop_after)
-        found = max((folder / "run").glob("checkpoint-[0-9]*"), key=os.path.getmtime)
-        shutil.move(found, folder)
+        newest = max((folder / "run").glob("checkpoint-[0-9]*"), key=os.path.getmtime)
+        shutil.move(newest, folder)
         shutil.rmtree(folder / "run")
-        parts = [folder / found.name]
+        parts = [folder / newest.name]
         expected = {"main": main, "flags": flags, "torch": torch.__version__}
         expected["features"] = json.loads((folder / "features.json").read_text())
-        start(code, folder, main, f"{flags} --output_dir run --resume {found.name}")
+        start(code, folder, main, f"{flags} --output_dir run --resume {newest.name}")
         expected |= {"losses": scalars(folder / "run"), "log": log_rows(folder / "run")}
         if kind == "mae":
             parts.append(folder / "run" / "encoder.safetensors")

@@ -48,7 +48,7 @@ class Killed:
         else:
             process = Forked("helpers.killed", words, self.processes)
         try:
-            said, _ = process.communicate(timeout=seconds)
+            output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise Broken(f"hangs after a kill at {where} {number} of rank {rank}") from None
@@ -58,7 +58,7 @@ class Killed:
         again = before[-1] - after[0] + 1 if before and after else 0
         if again > SAVE_STEPS:
             raise Broken(f"{again} steps were done again after a kill at {where} {number}: {before[-1]} to {after[0]}")
-        return process.returncode, said
+        return process.returncode, output
 
     def _done(self) -> list[int]:
         return [int(line) for line in self.steps.read_text().split()] if self.steps.exists() else []

@@ -85,11 +85,11 @@ def train_step(pretrainer, method, imgs, ratio):
 
 def move_of(pretrainer, method, batches, ratio) -> dict:
     """Return the hypergradient that moves the masking network after steps on `batches`."""
-    found, original = [], method.hypergradient
-    method.hypergradient = lambda *args: found.append(original(*args)) or found[-1]
+    result, original = [], method.hypergradient
+    method.hypergradient = lambda *args: result.append(original(*args)) or result[-1]
     for imgs in batches:
         train_step(pretrainer, method, imgs, ratio)
-    return {name: sum(part[name] for part in found) for name in found[0]}
+    return {name: sum(part[name] for part in result) for name in result[0]}
 
 
 def flat(gradients) -> torch.Tensor:
@@ -135,8 +135,8 @@ def twice(make):
 
 def in_float(given):
     def batch(number):
-        found = given.batch(number)
-        return found._replace(image=found.image.float())
+        result = given.batch(number)
+        return result._replace(image=result.image.float())
 
     return SimpleNamespace(batch=batch)
 

@@ -67,18 +67,18 @@ def count_buckets():
 
 def fingerprint_methods():
     """Return a list that will hold a hash of all state of the methods at the end of the run."""
-    found, original = [], util.training.run.Run.close
+    result, original = [], util.training.run.Run.close
 
     def close(self):
         digest = hashlib.sha256()
         for name, value in sorted(self.methods.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
-        found.append(digest.hexdigest()[:12])
+        result.append(digest.hexdigest()[:12])
         original(self)
 
     util.training.run.Run.close = close
-    return found
+    return result
 
 
 def count_reductions():

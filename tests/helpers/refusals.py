@@ -79,12 +79,12 @@ def call(program: str, argv: list[str], folder: Path) -> None:
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
     """Return time of change and size of all files and folders; a folder's time shows created and deleted files."""
-    found = {}
+    entries = {}
     for parent, _, files in os.walk(folder):
         for path in (parent, *(os.path.join(parent, name) for name in files)):
             status = os.lstat(path)
-            found[path] = status.st_mtime_ns, status.st_size
-    return found
+            entries[path] = status.st_mtime_ns, status.st_size
+    return entries
 
 
 def put_images(folder: Path, count: int = 2) -> None:
@@ -244,14 +244,14 @@ def split_flags(flags: str) -> list[str]:
 def cases(shared=(), transfer=(), **tables) -> list[tuple[str, str, str]]:
     """Return (program, flags, names) of tables {flags: names}. `shared` is for all mains, `transfer` for fine-tuning
     and linear probing, the other tables for the main of that name."""
-    found = [(program, *case) for program in MAINS for case in dict(shared).items()]
-    found += [(program, *case) for program in ("finetune", "linprobe") for case in dict(transfer).items()]
-    return found + [(program, *case) for program, table in tables.items() for case in table.items()]
+    rows = [(program, *case) for program in MAINS for case in dict(shared).items()]
+    rows += [(program, *case) for program in ("finetune", "linprobe") for case in dict(transfer).items()]
+    return rows + [(program, *case) for program, table in tables.items() for case in table.items()]
 
 
-def parameters(found):
+def parameters(rows):
     """Return the cases as parameters of a test, with the command line as id."""
-    for program, flags, names in found:
+    for program, flags, names in rows:
         text = f"{program} {flags}"
         yield pytest.param(program, flags, names, id=text.replace("x" * 300, "xxx"))
 

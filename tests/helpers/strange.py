@@ -46,8 +46,8 @@ def with_exif(damage=False) -> bytes:
     exif[0x0112] = 6  # orientation: rotated by 90 degrees
     content = bytearray(encoded(two_rows(), "JPEG", quality=100, subsampling=0, exif=exif))
     if damage:
-        place = content.index(b"Exif") + 6
-        content[place : place + 12] = b"\xff" * 12
+        offset = content.index(b"Exif") + 6
+        content[offset : offset + 12] = b"\xff" * 12
     return bytes(content)
 
 
@@ -98,12 +98,12 @@ def huge(format: str) -> bytes:
     if format == "PPM":
         return b"P6\n%d %d\n255\n" % (side, side)
     content = bytearray(encoded(plain(size=(16, 16)), format))
-    place, form = {
+    offset, form = {
         "JPEG": (content.find(b"\xff\xc0") + 5, ">HH"),
         "GIF": (6, "<HH"),
         "BMP": (18, "<ii"),
     }[format]
-    struct.pack_into(form, content, place, side, side)
+    struct.pack_into(form, content, offset, side, side)
     return bytes(content)
 
 

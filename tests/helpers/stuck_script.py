@@ -34,8 +34,8 @@ def in_batch(number: int, act) -> None:
     original = Loader.entered
 
     def entered(self, iterator):
-        for place, batch in enumerate(original(self, iterator)):
-            if place == number:
+        for index, batch in enumerate(original(self, iterator)):
+            if index == number:
                 act()
             yield batch
 
@@ -52,18 +52,18 @@ def at_the_end(act) -> None:
 
 
 def main(words):
-    kind, rank = words[0], words[1]
-    if kind == "start":
+    case, rank = words[0], words[1]
+    if case == "start":
         in_batch(0, lambda: time.sleep(6))
     elif os.environ["RANK"] == rank:
-        if kind == "images":
+        if case == "images":
             in_batch(2, lambda: time.sleep(FOREVER))
-        elif kind == "moment":
+        elif case == "moment":
             in_batch(2, lambda: time.sleep(2))
-        elif kind == "step":
+        elif case == "step":
             in_step(3, lambda: time.sleep(FOREVER))
-        elif kind == "process":
+        elif case == "process":
             in_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
-        elif kind == "end":
+        elif case == "end":
             at_the_end(lambda: time.sleep(6))
     main_pretrain.main(main_pretrain.get_args_parser().parse_args(words[2:]))

@@ -172,9 +172,9 @@ def test_ranks_that_disagree(box, tmp_path):
     before = listing(box)
     done = run_command([*launcher, str(wrapper), *argv], box / "here", seconds=100)
     assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if "main_pretrain.py: error: " in line]
-    assert 1 <= len(said) <= 2, done.stderr
-    for line in said:  # the launcher may have ended the other rank before it wrote its line
+    output = [line for line in done.stderr.splitlines() if "main_pretrain.py: error: " in line]
+    assert 1 <= len(output) <= 2, done.stderr
+    for line in output:  # the launcher may have ended the other rank before it wrote its line
         assert_names(line, "--mask_ratio is 0.75 on rank 0 and 0.5 on rank 1")
     assert "exitcode  : 2" in done.stderr, done.stderr
     assert listing(box) == before

@@ -28,12 +28,12 @@ def command(request, monkeypatch):
 def entries(text: str) -> dict[str, str]:
     """Return {flag or argument: its entry in one line}. The explanation of an entry begins in column 10 or later, on
     the line of the flag or on the next."""
-    found = {}
+    by_flag = {}
     for entry in re.findall(r"^  \S[^\n]*(?:   *|\n {10,})\S[^\n]*(?:\n {10,}[^\n]*)*", text, re.MULTILINE):
         name = entry.split()[0].rstrip(",")
-        assert name not in found, f"{name} has two entries"
-        found[name] = " ".join(entry.split())
-    return found
+        assert name not in by_flag, f"{name} has two entries"
+        by_flag[name] = " ".join(entry.split())
+    return by_flag
 
 
 def read_default(action, text: str):

@@ -136,8 +136,8 @@ def test_auto_skips_damaged_files(tmp_path, capsys):
     flipped[len(flipped) // 2] ^= 0xFF  # inside the tensor
     (tmp_path / "checkpoint-1.pth").write_bytes(flipped)
     assert find_resume("auto", str(tmp_path)) == tmp_path / "checkpoint-0.pth"
-    said = capsys.readouterr().out
-    assert "checkpoint-2.pth" in said and "checkpoint-1.pth" in said
+    output = capsys.readouterr().out
+    assert "checkpoint-2.pth" in output and "checkpoint-1.pth" in output
 
 
 def test_other_batch_flags_after_a_stop(tmp_path, monkeypatch, image_folder):

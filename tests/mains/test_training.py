@@ -305,8 +305,8 @@ def test_linear_probe_on_images_and_on_cached_features(image_folder, tmp_path):
     assert stored["result"] == cached
     seen = main_linprobe.main(parser.parse_args(f"{flags} --eval --resume {tmp_path}/c/probe.pth".split()))
     assert (seen["acc1"], seen["acc5"]) == pytest.approx((cached["test_acc1"], cached["test_acc5"]))
-    _, found = load_encoder(parser.parse_args([]), f"{tmp_path}/c/probe.pth")  # as tools/robustness.py reads it
-    assert found.classes == [f"class{i}" for i in range(4)] and found.state["head.weight"].shape == (4, 128)
+    _, result = load_encoder(parser.parse_args([]), f"{tmp_path}/c/probe.pth")  # as tools/robustness.py reads it
+    assert result.classes == [f"class{i}" for i in range(4)] and result.state["head.weight"].shape == (4, 128)
     live = main_linprobe.main(parser.parse_args(f"{flags} --blr 3 --output_dir {tmp_path}/l".split()))
     assert live["acc1"] > 70
     again = main_linprobe.main(

@@ -114,8 +114,8 @@ def test_average_of_layers():
 def test_collapse_diagnostics():
     """Known spectra: isotropic, one direction, zero, two equal directions."""
     x = torch.randn(20000, 8)
-    found = collapse(x * 3)
-    assert found["target_std"] == pytest.approx(3, rel=0.02) and found["target_rank"] == pytest.approx(8, rel=0.01)
+    result = collapse(x * 3)
+    assert result["target_std"] == pytest.approx(3, rel=0.02) and result["target_rank"] == pytest.approx(8, rel=0.01)
     assert collapse(x[:, :1] @ torch.ones(1, 8))["target_rank"] == pytest.approx(1, abs=0.05)
     assert collapse(torch.ones(100, 8))["target_std"] == 0
     flat = torch.cat([x[:, :2], torch.zeros(20000, 6)], 1)

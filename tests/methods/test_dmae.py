@@ -25,10 +25,10 @@ def test_teacher_is_checked_and_not_stored(image_folder, tmp_path, teacher, caps
     flags = f"{BASE} --data_path {image_folder} --epochs 2 --batch_size 32 --save_freq 1 --output_dir {tmp_path} "
     flags += f"{switches(['dmae'])}".replace("--dmae_teacher", f"--dmae_teacher {teacher}")
     pretrain(f"{flags} --dmae_blocks 2:3,4:4 --dmae_proj mlp")
-    said = capsys.readouterr().out
-    found = re.findall(r"teacher: reconstruction loss (\S+) on the first batch, (\S+) if it predicted zeros", said)
-    assert len(found) == 1
-    loss, nothing = (float(number) for number in found[0])
+    output = capsys.readouterr().out
+    result = re.findall(r"teacher: reconstruction loss (\S+) on the first batch, (\S+) if it predicted zeros", output)
+    assert len(result) == 1
+    loss, nothing = (float(number) for number in result[0])
     rows = log_rows(teacher.parent)
     # Colour and noise: the teacher is better than predicting the mean, and close to the loss in its log.
     assert loss < 0.9 * nothing and loss == pytest.approx(rows[-1]["train_reconstruction"], rel=0.25)
@@ -115,8 +115,8 @@ def test_teacher_files_without_metadata(tmp_path, capsys):
     torch.save(whole.state_dict(), tmp_path / "bare.pth")
     pretrainer, _ = made(f"--dmae_teacher {tmp_path}/bare.pth")
     assert torch.equal(pretrainer.methods["dmae"]._teacher[0].network.pos_embed, whole.pos_embed)
-    said = capsys.readouterr().out
-    assert "(width 32, depth 1) is not its model's: left out" in said and "interpolated" not in said
+    output = capsys.readouterr().out
+    assert "(width 32, depth 1) is not its model's: left out" in output and "interpolated" not in output
     with pytest.raises(UserError, match="sees 3 channels, the student 1"):
         made(f"--dmae_teacher {tmp_path}/bare.pth --in_chans 1 --mean 0.5 --std 0.5")
 

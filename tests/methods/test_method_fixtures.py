@@ -165,13 +165,13 @@ def distilled(ref, dtype):
     with torch.no_grad():
         tokens = gather_tokens(teacher.embed(imgs), out.ids_keep)
         features = teacher.encode(tokens, meta["teacher_aligned"])[1]
-    kind = {"fc-1layer": "linear", "mlp-1layer": "mlp", None: "none"}[meta["proj_mode"]]
+    projection = {"fc-1layer": "linear", "mlp-1layer": "mlp", None: "none"}[meta["proj_mode"]]
     width, teacher_width = meta["student"]["embed_dim"], meta["teacher"]["embed_dim"]
-    projections = nn.ModuleList([dmae._projection(kind, width, teacher_width) for _ in meta["aligned"]]).to(dtype)
+    projections = nn.ModuleList([dmae._projection(projection, width, teacher_width) for _ in meta["aligned"]]).to(dtype)
     names = {f"aligned_feature_projection_heads.{_theirs(key)}": key for key in projections.state_dict()}
     projections.load_state_dict({names[name]: value for name, value in heads.items()})
     losses = [
-        dmae.alignment_loss(project(out.blocks[s]), features[t], meta["func"].lower(), normalize=kind != "none")
+        dmae.alignment_loss(project(out.blocks[s]), features[t], meta["func"].lower(), normalize=projection != "none")
         for project, s, t in zip(projections, meta["aligned"], meta["teacher_aligned"])
     ]
     return student, projections, names, out, features, losses

@@ -96,8 +96,8 @@ def test_other_mask():
     # Both keep 16 of 64 patches; the expected overlap is a quarter, 4.
     assert sum(len(a & b) for a, b in zip(same, new)) / 2000 == pytest.approx(4, abs=0.15)
 
-    for kind, equal in (("same", True), ("different", False)):
-        pretrainer, _ = made(f"--rc_mae --rc_mask {kind}")
+    for mask, equal in (("same", True), ("different", False)):
+        pretrainer, _ = made(f"--rc_mae --rc_mask {mask}")
         method = pretrainer.methods["rc_mae"]
         # The teacher still equals the student: with the same mask it has the same predictions.
         parts = pretrainer(torch.randn(4, 3, 16, 16), 0.75, torch.rand(4, 16))
@@ -131,7 +131,7 @@ def test_output_of_rc_mae(image_folder, tmp_path, capsys):
     state = checkpoint(tmp_path, "checkpoint-1.pth")
     assert state["model"].keys() == state["model_ema"].keys()
     assert not torch.equal(state["model"]["decoder_pred.bias"], state["model_ema"]["decoder_pred.bias"])
-    encoders = [(tmp_path / f"encoder{kind}.safetensors").read_bytes() for kind in ("", "_ema")]
+    encoders = [(tmp_path / f"encoder{suffix}.safetensors").read_bytes() for suffix in ("", "_ema")]
     assert encoders[0] != encoders[1]
     data = f"--data_path {image_folder} --device cpu --finetune {path}"
     for key in ("model", "model_ema"):

@@ -275,13 +275,13 @@ def test_two_processes(image_folder, tmp_path, teacher):
     flags += "--ema_mae --wse 2 --tau 0.2 --rc_mae --rc_momentum 0.9 --rc_mask different "
     flags += switches(["dmae"], teacher)
     pretrain(f"{flags} --batch_size 8 --output_dir {tmp_path}/one")
-    said = r"rank \d: 60 first buckets, methods (\S+), (\d+) reductions"
+    pattern = r"rank \d: 60 first buckets, methods (\S+), (\d+) reductions"
     output = ranks("helpers.rank_script", f"count {flags} --batch_size 4 --output_dir {tmp_path}/two", 2)
-    first, second = re.findall(said, output)
+    first, second = re.findall(pattern, output)
     assert first == second
     plain = f"{BASE} --data_path {image_folder} --epochs 5 --save_freq 5 --print_freq 12 --batch_size 4"
     output = ranks("helpers.rank_script", f"count {plain} --output_dir {tmp_path}/mae", 2)
-    assert {int(reductions) + 2 * 3 for _, reductions in re.findall(said, output)} == {int(first[1])}
+    assert {int(reductions) + 2 * 3 for _, reductions in re.findall(pattern, output)} == {int(first[1])}
     one, two = (checkpoint(tmp_path / name, "checkpoint-4.pth") for name in ("one", "two"))
     for key in ("model", "model_ema", "methods"):
         for name, value in one[key].items():

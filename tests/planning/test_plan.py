@@ -194,14 +194,14 @@ def test_plan_fits_and_is_the_fastest(sizes, gpus):
     times = []
     for gpu_mem in (16.0, 80.0, 1000.0):
         machine = Machine(gpu_mem=gpu_mem)
-        found = plan(sizes, machine, 4096, gpus)
-        setup = found.setup
+        result = plan(sizes, machine, 4096, gpus)
+        setup = result.setup
         assert setup.batch * setup.accum * setup.gpus == 4096 and (setup.gpus > 1 or not setup.fsdp)
         every = [(sum(peak(sizes, s)[1].values()), s) for s in candidates(4096, gpus)]
         fitting = [seconds(sizes, s, machine).step for size, s in every if size <= machine.usable]
-        assert found.fits == bool(fitting) == (found.gib <= gpu_mem)
-        if found.fits:
-            assert found.time.step <= 1.05 * min(fitting)
+        assert result.fits == bool(fitting) == (result.gib <= gpu_mem)
+        if result.fits:
+            assert result.time.step <= 1.05 * min(fitting)
             times.append(min(fitting))
     assert times == sorted(times, reverse=True)
 
@@ -236,8 +236,8 @@ def test_the_command_is_one_that_the_main_takes(capsys):
 
 def test_hours(capsys):
     """Hours of 800 epochs of whole steps."""
-    found = plan(LARGE, Machine(), 4096, 8)
-    assert found.hours(800, 1281167) == pytest.approx(800 * (1281167 // 4096) * found.time.step / 3600)
+    result = plan(LARGE, Machine(), 4096, 8)
+    assert result.hours(800, 1281167) == pytest.approx(800 * (1281167 // 4096) * result.time.step / 3600)
     run("mae_vit_large_patch16 mae_vit_6.5b_patch14 --gpus 1 8 --gpu_mem 40")
     rows = capsys.readouterr().out.splitlines()[2:]
     assert len(rows) == 4 and "does not fit" in rows[2] and "fsdp" in rows[3]

@@ -80,10 +80,10 @@ def box(tmp_path_factory):
 
 def call(tool, flags, box, out, checkpoint=None):
     """Run `python tools/<tool>.py flags` in this process."""
-    places = dict(box=box, out=out, ck=box / (checkpoint or USABLE[tool]))
+    paths = dict(box=box, out=out, ck=box / (checkpoint or USABLE[tool]))
     module = command_module(tool)
     with user_errors(f"{tool}.py"):
-        module.main(module.get_args_parser().parse_args(flags.format(**places).split()))
+        module.main(module.get_args_parser().parse_args(flags.format(**paths).split()))
 
 
 def refusal(capsys, tool, flags, box, out, checkpoint=None) -> str:
@@ -109,7 +109,7 @@ def test_the_valid_command_line(tool, box, tmp_path):
 
 @pytest.mark.parametrize("tool", VALID)
 def test_checkpoints(tool, box, tmp_path, capsys):
-    for name, said in {
+    for name, message in {
         "missing.pth": "does not exist",
         "good": "is a directory",
         "cut.pth": "truncated or damaged",
@@ -117,7 +117,7 @@ def test_checkpoints(tool, box, tmp_path, capsys):
         "cnn.pth": "no ViT weights",
     }.items():
         line = refusal(capsys, tool, VALID[tool], box, tmp_path, name)
-        assert said in line and name in line
+        assert message in line and name in line
     assert "'nope'" in refusal(capsys, tool, VALID[tool] + " --checkpoint_key nope", box, tmp_path)
     assert "are aliases; give one of them" in refusal(capsys, tool, VALID[tool] + " --finetune b.pth", box, tmp_path)
     assert "vit_enormous" in refusal(capsys, tool, VALID[tool] + " --model vit_enormous", box, tmp_path)
@@ -151,15 +151,15 @@ def test_numbers(tool, box, tmp_path, capsys):
 def test_images(tool, box, tmp_path, capsys):
     """Folders without images, and images that cannot be read."""
     split = "" if tool in WITH_DATA else "/val"
-    for name, said in {"missing": "missing", "empty": "empty", "hollow": "holds no images"}.items():
+    for name, message in {"missing": "missing", "empty": "empty", "hollow": "holds no images"}.items():
         line = refusal(capsys, tool, VALID[tool].replace("{box}/good", "{box}/" + name), box, tmp_path)
-        assert said in line
+        assert message in line
     line = refusal(capsys, tool, VALID[tool].replace(f"{{box}}/good{split}", f"{{box}}/broken{split}"), box, tmp_path)
     assert "unreadable" in line or "could be read" in line
 
 
 @pytest.mark.parametrize(
-    ("tool", "flags", "checkpoint", "said"),
+    ("tool", "flags", "checkpoint", "message"),
     [
         ("knn", "--data_path {box}/stranger", "", "class folder 'x', which the training folder has not"),
         ("knn", "--nb_classes 7", "", "--nb_classes 7 contradicts the data set, which has 2 classes"),
@@ -184,9 +184,9 @@ def test_images(tool, box, tmp_path, capsys):
         ("visualize", "", "encoder.pth", "an encoder without a decoder"),
     ],
 )
-def test_checkpoint_and_data_that_do_not_fit(tool, flags, checkpoint, said, box, tmp_path, capsys):
+def test_checkpoint_and_data_that_do_not_fit(tool, flags, checkpoint, message, box, tmp_path, capsys):
     line = refusal(capsys, tool, f"{VALID[tool]} {flags}", box, tmp_path, checkpoint)
-    assert said.format(box=box) in line
+    assert message.format(box=box) in line
 
 
 def test_an_unknown_name(box, tmp_path, capsys):

@@ -156,10 +156,10 @@ def test_what_is_missing_and_what_has_no_number(tmp_path, capsys):
         ("dmae75", "finetune:test_acc1"),
         ("dmae90", "finetune:test_acc1"),
     ]
-    said = capsys.readouterr().out
-    assert "| mask75 | fine-tuned | missing | 72.58 | Table 1 |  |" in said
-    assert "| mask90 | fine-tuned | missing | below mask75 | Section 8 |  |" in said
-    assert "| dmae90 | fine-tuned | 50.00 (n = 1) | no number |  |" in said
+    output = capsys.readouterr().out
+    assert "| mask75 | fine-tuned | missing | 72.58 | Table 1 |  |" in output
+    assert "| mask90 | fine-tuned | missing | below mask75 | Section 8 |  |" in output
+    assert "| dmae90 | fine-tuned | 50.00 (n = 1) | no number |  |" in output
 
 
 def test_nothing_there_yet(tmp_path):

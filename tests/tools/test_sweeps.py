@@ -71,12 +71,12 @@ def test_stopped_and_started_again(sweep, tmp_path):
     out = str(tmp_path / "out")
     flags = (out, "--cpu_small", "--only", "mae k10")
     (tmp_path / "stop").touch()
-    code, said, calls = sweep("bootstrap_mae", *flags)
-    assert code == 1 and "stopped before" in said and "start the sweep again" in said
+    code, output, calls = sweep("bootstrap_mae", *flags)
+    assert code == 1 and "stopped before" in output and "start the sweep again" in output
     assert [call[0] for call in calls] == ["main_pretrain.py", "main_linprobe.py", "knn.py", "main_finetune.py"]
     (tmp_path / "stop").unlink()
-    code, said, calls = sweep("bootstrap_mae", *flags)
-    assert code == 0, said
+    code, output, calls = sweep("bootstrap_mae", *flags)
+    assert code == 0, output
     names = [call[0] for call in calls]
     assert names == ["main_finetune.py"] + [
         "main_pretrain.py",
@@ -118,8 +118,8 @@ LENGTHS = {
 def test_every_command_is_legal(sweep, tmp_path, name, budget):
     """The sweep has all runs of the paper, and the mains accept its flags."""
     where = [word.format(tmp_path) for word in WHERE[budget]]
-    code, said, calls = sweep(name, str(tmp_path / "out"), *where, TEACHER="teacher.pth", GPUS="1")
-    assert code == 0, said
+    code, output, calls = sweep(name, str(tmp_path / "out"), *where, TEACHER="teacher.pth", GPUS="1")
+    assert code == 0, output
     parsers = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune, "main_linprobe.py": main_linprobe}
     pretrained, seen = set(), set()
     for main, *flags in calls:
@@ -159,8 +159,8 @@ def test_an_hour_is_too_short(sweep, tmp_path):
     """Some tables do not fit into an hour with any model."""
     where = (str(tmp_path / "out"), "--gpu_hour", "--data", str(tmp_path))
     for name, script, environment in (("mlo_mae", "sweep", {"SET": "imagenet"}), ("maws", "scaling", {})):
-        code, said, calls = sweep(name, *where, script=script, **environment)
-        assert code == 2 and "--gpu_hour" in said and not calls
+        code, output, calls = sweep(name, *where, script=script, **environment)
+        assert code == 2 and "--gpu_hour" in output and not calls
 
 
 def test_more_processes_keep_the_papers_batch(sweep, tmp_path):
@@ -185,23 +185,23 @@ def test_more_processes_keep_the_papers_batch(sweep, tmp_path):
     ],
 )
 def test_mistakes(sweep, arguments, message):
-    code, said, calls = sweep("bootstrap_mae", *arguments)
-    assert code == 2 and message in said and not calls
+    code, output, calls = sweep("bootstrap_mae", *arguments)
+    assert code == 2 and message in output and not calls
 
 
 def test_dmae_without_a_teacher(sweep, tmp_path):
-    code, said, calls = sweep(
+    code, output, calls = sweep(
         "dmae", str(tmp_path / "out"), "--data", str(tmp_path), "--only", "mask75 dmae75", TEACHER=""
     )
-    assert code == 0 and "name its teacher" in said
+    assert code == 0 and "name its teacher" in output
     assert not any("--dmae_teacher" in call for call in calls)
 
 
 @pytest.mark.parametrize("setting,batch,epochs", [("cifar100", 128, 200), ("imagenet", 256, 50)])
 def test_other_settings_of_learned_masks(sweep, tmp_path, setting, batch, epochs):
     where = ("--data", str(tmp_path), "--only", "mlo")
-    code, said, calls = sweep("mlo_mae", str(tmp_path / "out"), *where, SET=setting, GPUS="1")
-    assert code == 0, said
+    code, output, calls = sweep("mlo_mae", str(tmp_path / "out"), *where, SET=setting, GPUS="1")
+    assert code == 0, output
     args = main_pretrain.get_args_parser().parse_args(calls[0][1:])
     main_pretrain.check(args)
     assert (args.batch_size, args.epochs, args.mlo_unroll) == (batch, epochs, 1 if setting == "imagenet" else 2)
@@ -220,10 +220,10 @@ def cifar10(tmp_path):
 def parsed(calls):
     """Return (main, parsed flags) of the mains among the commands."""
     mains = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune, "main_linprobe.py": main_linprobe}
-    found = [(name, mains[name].get_args_parser().parse_args(flags)) for name, *flags in calls if name in mains]
-    for name, args in found:
+    parsed_calls = [(name, mains[name].get_args_parser().parse_args(flags)) for name, *flags in calls if name in mains]
+    for name, args in parsed_calls:
         mains[name].check(args)
-    return found
+    return parsed_calls
 
 
 @pytest.mark.parametrize("budget", WHERE)
@@ -232,8 +232,8 @@ def test_three_stages(sweep, tmp_path, cifar10, budget):
     one."""
     out, where = tmp_path / "out", ["--data", str(cifar10), *([] if budget == "paper" else [f"--{budget}"])]
     lists = {"WEAK": "w", "WEAK_LIST": "a", "WEAK_VAL": "b", "MAE_EPOCHS": "10", "WSP_EPOCHS": "0.5 1", "GPUS": "1"}
-    code, said, calls = sweep("maws", str(out), *where, **lists)
-    assert code == 0, said
+    code, output, calls = sweep("maws", str(out), *where, **lists)
+    assert code == 0, output
     runs = parsed(calls)
     mae = {args.output_dir.split("/")[-1]: args.epochs for name, args in runs if name == "main_pretrain.py"}
     assert mae == {"mae0.1-seed0": 1, "mae0.5-seed0": 5, "mae1-seed0": 10}
@@ -253,9 +253,9 @@ def test_three_stages(sweep, tmp_path, cifar10, budget):
 def test_scaling_grid(sweep, tmp_path, cifar10):
     """Smaller shares are subsets of larger ones, in a fixed order; the numbers of steps are equal."""
     where = [str(tmp_path / "out"), "--data", str(cifar10), "--cpu_small"]
-    code, said, calls = sweep("maws", *where, script="scaling", SHARES="0.5 1", STEPS="7")
+    code, output, calls = sweep("maws", *where, script="scaling", SHARES="0.5 1", STEPS="7")
     # The small set takes the first 500 images of a class; here a class has one.
-    assert code == 0, said
+    assert code == 0, output
     runs = [args for name, args in parsed(calls) if name == "main_pretrain.py"]
     assert {(args.model, args.max_steps) for args in runs} == {("mae_vit_micro_patch4", 7), ("mae_deit_tiny_patch4", 7)}
     half, whole = ((tmp_path / "out" / "lists" / f"{share}.txt").read_text().split() for share in ("0.5", "1"))
@@ -273,8 +273,8 @@ def test_scaling_grid(sweep, tmp_path, cifar10):
     ],
 )
 def test_mistakes_of_three_stages(sweep, arguments, message):
-    code, said, calls = sweep("maws", *arguments)
-    assert code != 0 and message in said and not calls
+    code, output, calls = sweep("maws", *arguments)
+    assert code != 0 and message in output and not calls
 
 
 # A paper's table ------------------------------------------------------------------------------------------------------
@@ -287,8 +287,8 @@ def test_a_table_is_its_sweep_and_then_the_comparison(sweep, tmp_path, budget):
     flags = [*where, "--only", "k10"]
     expected = sweep("bootstrap_mae", str(out), *flags, *([] if budget == "paper" else [f"--{budget}"]))[2]
     shutil.rmtree(out)
-    code, said, calls = sweep(".", "bootstrap_mae", str(out), "--budget", budget, *flags, script="reproduce")
-    assert code == 0, said
+    code, output, calls = sweep(".", "bootstrap_mae", str(out), "--budget", budget, *flags, script="reproduce")
+    assert code == 0, output
     assert calls[:-1] == expected and len(expected) == 5
     left_out = LEFT_OUT.get(("bootstrap_mae", budget), set())
     runs = [name for name in RUNS["bootstrap_mae"].split() if name not in left_out]
@@ -349,20 +349,20 @@ def test_a_table_that_was_interrupted(sweep, tmp_path):
     """The table has the existing results, the exit code shows that it is incomplete, and the next call completes it."""
     flags = ("mlo_mae", str(tmp_path / "out"), "--budget", "cpu_small", "--only", "mae")
     (tmp_path / "stop").touch()
-    code, said, calls = sweep(".", *flags, script="reproduce")
-    assert code == 1 and "start the sweep again" in said
+    code, output, calls = sweep(".", *flags, script="reproduce")
+    assert code == 1 and "start the sweep again" in output
     assert calls[-1][:4] == ["reproduce.py", str(tmp_path / "out"), "--paper", "mlo_mae/cifar10"]
     (tmp_path / "stop").unlink()
-    code, said, calls = sweep(".", *flags, script="reproduce")
+    code, output, calls = sweep(".", *flags, script="reproduce")
     assert code == 0 and [call[0] for call in calls] == ["main_finetune.py", "collect.py", "reproduce.py"]
-    code, said, calls = sweep(".", *flags, script="reproduce", SET="cifar100")
-    assert code == 2 and "holds runs of mlo_mae/cifar10 cpu_small" in said and not calls
+    code, output, calls = sweep(".", *flags, script="reproduce", SET="cifar100")
+    assert code == 2 and "holds runs of mlo_mae/cifar10 cpu_small" in output and not calls
 
 
 def test_a_table_names_its_runs(sweep):
     arguments = ("bootstrap_mae", "--budget", "gpu_hour", "--list")
-    code, said, calls = sweep(".", *arguments, script="reproduce")
-    assert code == 0 and "k10: --mae_k 5\n" in said and not calls
+    code, output, calls = sweep(".", *arguments, script="reproduce")
+    assert code == 0 and "k10: --mae_k 5\n" in output and not calls
 
 
 @pytest.mark.parametrize(
@@ -380,5 +380,5 @@ def test_a_table_names_its_runs(sweep):
     ],
 )
 def test_mistakes_of_a_table(sweep, arguments, message):
-    code, said, calls = sweep(".", *arguments, script="reproduce")
-    assert code == 2 and message in said and said.count("error:") == 1 and not calls
+    code, output, calls = sweep(".", *arguments, script="reproduce")
+    assert code == 2 and message in output and output.count("error:") == 1 and not calls

@@ -56,8 +56,8 @@ def test_visualize(run, image_folder, tmp_path, capsys):
     out = tmp_path / "pictures.png"
     flags = [str(run / "checkpoint-0.pth"), "--data", str(image_folder / "val"), "--out", str(out), "--count", "4"]
     visualize.main(visualize.get_args_parser().parse_args([*flags, "--mask_ratio", "0.5"]))
-    said = capsys.readouterr().out
-    assert "50% removed" in said and "de-normalised" in said  # read from the checkpoint
+    output = capsys.readouterr().out
+    assert "50% removed" in output and "de-normalised" in output  # read from the checkpoint
     width, height = Image.open(out).size
     assert width == 6 * (16 * 6 + 4) + 4 and height > 2 * (16 * 6 + 4)
 
@@ -128,9 +128,9 @@ def test_quickstart_lists(image_folder, tmp_path, labelled):
     from tools import quickstart
 
     root = image_folder if labelled else image_folder / "train" / "class0"
-    flags, images, found = quickstart.write_lists(root, tmp_path)
+    flags, images, result = quickstart.write_lists(root, tmp_path)
     train, val = ((tmp_path / f"{split}.txt").read_text().splitlines() for split in ("train", "val"))
-    assert found is labelled and len(train) == images and not set(train) & set(val)
+    assert result is labelled and len(train) == images and not set(train) & set(val)
     assert (len(train), len(val)) == ((96, 20) if labelled else (21, 3))
     args = main_pretrain.get_args_parser().parse_args(flags)
     from util.data.readers import read_images
@@ -213,14 +213,14 @@ def test_shards_hold_every_image_as_it_was(image_folder, tmp_path, capsys):
     broken.write_bytes(b"no image")
     flags = ["--data_path", str(data), "--out", str(tmp_path / "shards"), "--images_per_shard", "20"]
     make_shards.main(make_shards.get_args_parser().parse_args(flags))
-    said = capsys.readouterr()
-    assert "train: 95 images in 5 shards, 1 unreadable" in said.out and str(broken) in said.out + said.err
+    output = capsys.readouterr()
+    assert "train: 95 images in 5 shards, 1 unreadable" in output.out and str(broken) in output.out + output.err
     args = main_pretrain.get_args_parser().parse_args(
         f"--dataset wds --data_path {tmp_path / 'shards'} --num_workers 0".split()
     )
-    found = read_images(args, train=False)
-    records = [record for url in found.urls for record in read_shard(url)]
-    assert len(records) == len(found)
+    result = read_images(args, train=False)
+    records = [record for url in result.urls for record in read_shard(url)]
+    assert len(records) == len(result)
     seen = [(Image.open(io.BytesIO(record.image)).tobytes(), int(record.label)) for record in records]
     files = read_images(main_pretrain.get_args_parser().parse_args(f"--data_path {data}".split()), train=False)
     assert sorted(seen) == sorted((files.load(i).tobytes(), files.target(i)) for i in range(len(files)))

@@ -49,20 +49,20 @@ def test_fd_in_float32():
 
 def test_fd_with_adam():
     """At the default displacement of 1e-2 for Adam, against forward mode on the same directions."""
-    found = {}
-    for kind in ("fd", "jvp"):
+    result = {}
+    for mode in ("fd", "jvp"):
         torch.manual_seed(0)
         pretrainer, method, xp = small_vit(
-            f"--mlo_unroll 2 --mlo_hypergrad {kind} --mlo_precondition adam", torch.float32
+            f"--mlo_unroll 2 --mlo_hypergrad {mode} --mlo_precondition adam", torch.float32
         )
         method.batches = [in_float(given) for given in method.batches]
         pretrainer.attach(torch.optim.AdamW(trained(pretrainer.model).values(), lr=1e-3, betas=(0.9, 0.95)))
         method.optimizer = torch.optim.SGD(method.net.parameters(), lr=0)
         for imgs in xp[:2]:
             train_step(pretrainer, method, imgs.float(), 0.75)
-        found[kind] = move_of(pretrainer, method, [imgs.float() for imgs in xp[2:]], 0.75)
-    print("fd with adam, float32, alpha 1e-2:", off(found["fd"], found["jvp"]))
-    assert off(found["fd"], found["jvp"]) < 2e-3
+        result[mode] = move_of(pretrainer, method, [imgs.float() for imgs in xp[2:]], 0.75)
+    print("fd with adam, float32, alpha 1e-2:", off(result["fd"], result["jvp"]))
+    assert off(result["fd"], result["jvp"]) < 2e-3
 
 
 def test_fd_over_the_displacement():
@@ -82,20 +82,20 @@ def test_fd_over_the_displacement():
 def test_unrolled_steps(unroll):
     """`sum` drops one factor I - xi H for each later step; `last` drops the earlier steps."""
     errors = {}
-    for kind in ("sum", "last"):
+    for mode in ("sum", "last"):
         torch.manual_seed(3)
-        make = partial(small_vit, f"--mlo_unroll {unroll} --mlo_hypergrad jvp --mlo_unroll_grad {kind}", inner_lr=0.01)
+        make = partial(small_vit, f"--mlo_unroll {unroll} --mlo_hypergrad jvp --mlo_unroll_grad {mode}", inner_lr=0.01)
         (pretrainer, method, _), (double, its_method, _) = twice(make)
         imgs = torch.randn(unroll, 24, 3, 16, 16, dtype=torch.float64)
-        errors[kind] = off(move_of(pretrainer, method, imgs, 0.75), unrolled(double, its_method, imgs, 0.75))
+        errors[mode] = off(move_of(pretrainer, method, imgs, 0.75), unrolled(double, its_method, imgs, 0.75))
     print(f"{unroll} steps of a transformer:", errors)
     assert errors["sum"] < 0.5 * errors["last"]
 
 
-@pytest.mark.parametrize("kind", ["fd", "jvp"])
-def test_nothing_else_moves(kind):
+@pytest.mark.parametrize("mode", ["fd", "jvp"])
+def test_nothing_else_moves(mode):
     """The autoencoder, its mode and torch's settings stay the same bit for bit; a repetition gives the same result."""
-    pretrainer, method, xp = small_vit(f"--mlo_unroll 1 --mlo_hypergrad {kind}", torch.float32)
+    pretrainer, method, xp = small_vit(f"--mlo_unroll 1 --mlo_hypergrad {mode}", torch.float32)
     pretrainer.train()
     method.batches = [in_float(given) for given in method.batches]
     original, states = method._move, []
@@ -120,11 +120,11 @@ def test_nothing_else_moves(kind):
     assert all(p.grad is None for p in pretrainer.parameters())
 
 
-@pytest.mark.parametrize("kind", ["fd", "jvp"])
-def test_dropout_is_off_and_autocast_too(kind):
+@pytest.mark.parametrize("mode", ["fd", "jvp"])
+def test_dropout_is_off_and_autocast_too(mode):
     """Independent dropout on both sides would hide the difference, as would eight bits of mantissa."""
-    make = partial(small_vit, f"--mlo_unroll 1 --mlo_hypergrad {kind}", torch.float32)
-    found = []
+    make = partial(small_vit, f"--mlo_unroll 1 --mlo_hypergrad {mode}", torch.float32)
+    result = []
     for spoiled in (False, True):
         torch.manual_seed(5)
         pretrainer, method, xp = make()
@@ -138,8 +138,8 @@ def test_dropout_is_off_and_autocast_too(kind):
                 return original(model.train(), direction)
 
         method.hypergradient = hypergradient
-        found.append(move_of(pretrainer, method, [xp[0].float()], 0.75))
-    assert all(torch.equal(one, other) for one, other in zip(*(g.values() for g in found)))
+        result.append(move_of(pretrainer, method, [xp[0].float()], 0.75))
+    assert all(torch.equal(one, other) for one, other in zip(*(g.values() for g in result)))
 
 
 def test_no_second_order_graph(monkeypatch):
@@ -296,11 +296,11 @@ def test_accumulated_window():
     for imgs in halves:
         (sum(pretrainer(imgs, 0.75).values()) / len(halves)).backward()
     method.inner.step(), method.inner.zero_grad()
-    found, original = [], method.hypergradient
-    method.hypergradient = lambda *args: found.append(original(*args)) or found[-1]
+    result, original = [], method.hypergradient
+    method.hypergradient = lambda *args: result.append(original(*args)) or result[-1]
     pretrainer.after_update(halves[-1], 0, torch.ones(()))
     whole = move_of(one, its, [xp[0]], 0.75)
-    assert off({n: sum(part[n] for part in found) for n in found[0]}, whole) < EXACT
+    assert off({n: sum(part[n] for part in result) for n in result[0]}, whole) < EXACT
 
 
 def test_a_skipped_step_moves_nothing():
@@ -324,13 +324,13 @@ def test_half_precision_covers_the_whole_encoder():
     pretrainer, method, xp = small_vit("--mlo_unroll 1", torch.float32)
     method.batches = [in_float(given) for given in method.batches]
     train_step(pretrainer, method, xp[0].float(), 0.75)
-    found = []
+    result = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            found.append(method.stage2.paths(pretrainer.model, method.batches[1].batch(0))[1])
+            result.append(method.stage2.paths(pretrainer.model, method.batches[1].batch(0))[1])
     for path in ("direct", "head"):
-        assert found[0][path].keys() == found[1][path].keys()
-        assert cosine(found[0][path], found[1][path]) > 0.99
+        assert result[0][path].keys() == result[1][path].keys()
+        assert cosine(result[0][path], result[1][path]) > 0.99
 
 
 def test_windows_of_other_processes_are_dropped():

@@ -99,15 +99,15 @@ def tiny_reference(ref, name):
 @pytest.fixture
 def seen(monkeypatch):
     """The windows and directions of the moves."""
-    found, original = SimpleNamespace(), MLOMAE._move
+    result, original = SimpleNamespace(), MLOMAE._move
 
     def move(self, model, imgs, paths):
-        found.window, found.paths = list(self.window), paths
-        found.direction = {f"model.{n}": sum(path.get(n, 0) for path in paths.values()) for n in paths["direct"]}
+        result.window, result.paths = list(self.window), paths
+        result.direction = {f"model.{n}": sum(path.get(n, 0) for path in paths.values()) for n in paths["direct"]}
         original(self, model, imgs, paths)
 
     monkeypatch.setattr(MLOMAE, "_move", move)
-    return found
+    return result
 
 
 def net_gradient(method, tokens, rates, mask):
@@ -163,10 +163,10 @@ def test_tiny_two_steps_drop_one_factor(golden, seen):
     ref = golden("mlo_tiny")
     exact = tiny_reference(ref, "det1/exact_k2_j1/total")
     errors = {}
-    for kind in ("last", "sum"):
-        pretrainer, method, xp, ratio = tiny(ref, f"--mlo_unroll 2 --mlo_hypergrad jvp --mlo_unroll_grad {kind}")
+    for mode in ("last", "sum"):
+        pretrainer, method, xp, ratio = tiny(ref, f"--mlo_unroll 2 --mlo_hypergrad jvp --mlo_unroll_grad {mode}")
         ours = move_of(pretrainer, method, [xp[0], xp[1]], ratio)
-        errors[kind] = off(ours, exact)
+        errors[mode] = off(ours, exact)
     assert errors["sum"] < 0.05 < errors["last"], errors
 
     first, second = seen.window
@@ -239,8 +239,8 @@ def test_unrolled_reference_on_tiny(golden, name, flags, attach):
     """benchmarks/unrolled.py, the reference here and in test_hypergradient.py, agrees with the fixtures."""
     ref = golden("mlo_tiny")
     pretrainer, method, xp, ratio = tiny(ref, flags)
-    found = unrolled(pretrainer, method, xp[: method.unroll], ratio, attach)
-    assert off(found, tiny_reference(ref, f"{name}/total")) < EXACT
+    result = unrolled(pretrainer, method, xp[: method.unroll], ratio, attach)
+    assert off(result, tiny_reference(ref, f"{name}/total")) < EXACT
 
 
 def test_vit_fixture(golden):

@@ -92,12 +92,12 @@ def test_standardized_head():
 
 
 @pytest.mark.parametrize(
-    "kind,tolerance", [("jvp --mlo_head_norm", 1e-5), ("fd", 1e-3), ("jvp --mlo_stage2 solve", 1e-5)]
+    "mode,tolerance", [("jvp --mlo_head_norm", 1e-5), ("fd", 1e-3), ("jvp --mlo_stage2 solve", 1e-5)]
 )
-def test_two_processes_equal_one(image_folder, tmp_path, kind, tolerance):
+def test_two_processes_equal_one(image_folder, tmp_path, mode, tolerance):
     """21 outer steps in float32; the masking networks of both ranks are equal bit for bit. A finite difference keeps
     three digits of float32, which Adam turns into steps, hence the tolerance of 1e-3, a tenth of the learning rate."""
-    flags = MLO.replace("--batch_size 12", f"--epochs 7 --mlo_hypergrad {kind}")
+    flags = MLO.replace("--batch_size 12", f"--epochs 7 --mlo_hypergrad {mode}")
     flags = f"{flags} --data_path {image_folder} --mlo_batch_size"
     pretrain(f"{flags} 12 --batch_size 12 --output_dir {tmp_path}/one")
     output = ranks("helpers.rank_script", f"count {flags} 6 --batch_size 6 --output_dir {tmp_path}/two", 2)

@@ -46,12 +46,12 @@ def test_the_split_is_disjoint_stratified_and_seeded():
     images = labels([50, 10, 40])
     train, val = stratified_split(images, 0.2, 3)
     assert sorted(train + val) == list(range(100))
-    assert [sum(images.targets[place] == label for place in val) for label in range(3)] == [10, 2, 8]
+    assert [sum(images.targets[index] == label for index in val) for label in range(3)] == [10, 2, 8]
     assert (train, val) == stratified_split(images, 0.2, 3) != stratified_split(images, 0.2, 4)
 
 
 @pytest.mark.parametrize(
-    "counts,fraction,said",
+    "counts,fraction,message",
     [
         ([5, 1, 5], 0.2, "class 'c1' has fewer than two images"),
         ([100, 3], 0.01, r"--mlo_val_fraction 0.01 leaves class 'c1' of 3 images empty .* between 0.33 and 0.67 fits"),
@@ -59,8 +59,8 @@ def test_the_split_is_disjoint_stratified_and_seeded():
         ([10], 0.2, "only one class"),
     ],
 )
-def test_splits_that_are_refused(counts, fraction, said):
-    with pytest.raises(UserError, match=said):
+def test_splits_that_are_refused(counts, fraction, message):
+    with pytest.raises(UserError, match=message):
         stratified_split(labels(counts), fraction, 0)
 
 
@@ -75,10 +75,10 @@ def test_stage_one_never_sees_what_is_held_out(image_folder, run):
     method = MLOMAE(args, main_pretrain.build(args))
     first, looked_at = method.split_images(images)
     assert set(method.held_out.tolist()) == held_out
-    names = {images.name(place) for place in held_out}
+    names = {images.name(index) for index in held_out}
     stages = [first, method.batches[0].loader.dataset.images, method.batches[1].loader.dataset.images]
-    seen = [{part.name(place) for place in range(len(part))} for part in stages]
-    assert seen[2] == names == {looked_at.name(place) for place in range(len(looked_at))}
+    seen = [{part.name(index) for index in range(len(part))} for part in stages]
+    assert seen[2] == names == {looked_at.name(index) for index in range(len(looked_at))}
     assert not seen[0] & names and not seen[1] & names
     assert seen[0] == seen[1] and len(seen[0]) == 72
 
@@ -95,7 +95,7 @@ def test_a_file_that_is_listed_twice(image_folder, tmp_path):
     images = util.data.readers.read_images(args, train=True)
     method = MLOMAE(args, main_pretrain.build(args))
     stages = (*method.split_images(images), method.batches[0].loader.dataset.images)
-    first, held_out, second = ({part.name(place) for place in range(len(part))} for part in stages)
+    first, held_out, second = ({part.name(index) for index in range(len(part))} for part in stages)
     assert held_out and first and not held_out & first and not held_out & second
 
 
@@ -289,8 +289,8 @@ def test_checked_twice():
 
 
 def test_refused_files(image_folder, run, tmp_path):
-    def refused(flags, said):
-        with pytest.raises(UserError, match=said):
+    def refused(flags, message):
+        with pytest.raises(UserError, match=message):
             pretrain(f"{MLO} --epochs 1 {flags} --output_dir {tmp_path}/never")
         assert not (tmp_path / "never").exists()
 

@@ -29,9 +29,9 @@ def problem(ridge=0.1, count=40, width=6, classes=3):
 def test_conjugate_gradients():
     root = torch.randn(30, 30).double()
     matrix, right = root @ root.T + 0.1 * torch.eye(30), torch.randn(30).double()
-    found = conjugate_gradients(lambda x: matrix @ x, right, 1e-12)
+    result = conjugate_gradients(lambda x: matrix @ x, right, 1e-12)
     # The tolerance is on the residual; the condition number, some thousands, relates it to the solution.
-    torch.testing.assert_close(found, torch.linalg.solve(matrix, right), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(result, torch.linalg.solve(matrix, right), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -55,10 +55,10 @@ def thawed(request, tmp_path, monkeypatch):
 # Features -------------------------------------------------------------------------------------------------------------
 
 
-def close(found: torch.Tensor, expected) -> bool:
+def close(result: torch.Tensor, expected) -> bool:
     """Compare to 1e-5 of the largest value: six digits were recorded, and float32 has seven."""
     expected = torch.as_tensor(expected).flatten()
-    return (found.flatten() - expected).abs().max() < 1e-5 * expected.abs().max()
+    return (result.flatten() - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def encoder_of(path, key: str = "model", head: bool = False):
@@ -78,11 +78,11 @@ def test_the_same_features(thawed):
             autoencoder = main_pretrain.build(thawed.args())
             report = load_into(autoencoder, read_weights(thawed.file, key))
             assert not report.missing and not report.interpolated
-            found = autoencoder.encode(autoencoder.embed(freeze.example()))[0]
-            assert close(found, autoencoder.norm(torch.tensor(expected["tokens"]).view_as(found)))
+            result = autoencoder.encode(autoencoder.embed(freeze.example()))[0]
+            assert close(result, autoencoder.norm(torch.tensor(expected["tokens"]).view_as(result)))
     if thawed.encoder.exists():
-        found = encoder_of(thawed.encoder).forward_tokens(freeze.example())
-        assert close(found, thawed.expected["encoder"]["tokens"])
+        result = encoder_of(thawed.encoder).forward_tokens(freeze.example())
+        assert close(result, thawed.expected["encoder"]["tokens"])
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------
@@ -93,11 +93,11 @@ def resume_run(thawed, capsys) -> dict:
     assert find_resume("auto", "run").name == thawed.file.name
     flags = "--output_dir run --log_dir later --resume auto"
     if thawed.file.is_dir():
-        said = ranks("helpers.frozen_script", f"{thawed.flags} {flags}", 2)
+        output = ranks("helpers.frozen_script", f"{thawed.flags} {flags}", 2)
     else:
         thawed.main.main(thawed.args(flags))
-        said = capsys.readouterr().out
-    assert f"resumed run/{thawed.file.name}" in said
+        output = capsys.readouterr().out
+    assert f"resumed run/{thawed.file.name}" in output
     return raw(find_resume("auto", "run"))
 
 
@@ -132,8 +132,8 @@ def keys(value, path: str = "") -> set[str]:
     if re.search(r"(^|\.)(args|data\.meter|source\.flags|checksums)$", path) or not isinstance(value, (dict, list)):
         return {path}
     items = value.items() if isinstance(value, dict) else ((0, item) for item in value)
-    found = [keys(item, f"{path}.{'*' if isinstance(name, int) else name}".lstrip(".")) for name, item in items]
-    return set().union(*found)
+    result = [keys(item, f"{path}.{'*' if isinstance(name, int) else name}".lstrip(".")) for name, item in items]
+    return set().union(*result)
 
 
 @pytest.fixture(scope="module")

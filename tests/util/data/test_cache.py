@@ -121,8 +121,8 @@ def test_three_augment_is_pillows(choice, order):
             ImageOps.solarize,
             lambda x: x.filter(ImageFilter.GaussianBlur(0.1)),
         ][choice](picture(image))
-        for kind in permutation:
-            theirs = kinds[kind](theirs).enhance(0.7 + 0.6 * strengths[kind].item())
+        for operation in permutation:
+            theirs = kinds[operation](theirs).enhance(0.7 + 0.6 * strengths[operation].item())
         assert (mine - pixels(theirs)).abs().max() <= 5 and (mine - pixels(theirs)).abs().mean() < 1
 
 
@@ -200,17 +200,17 @@ def test_decoding_on_the_device_is_pillows(tmp_path):
     """torchvision's decoder (nvJPEG on a GPU, here on the CPU) gives the same pixels, after resizing within two levels
     (pillow rounds between its two passes). Pillow reads the rest: PNG, damaged files, and CMYK on a GPU."""
     smooth = TF.gaussian_blur(noisy(4, 50, 71), 7)
-    for place, pixels in enumerate(smooth):
+    for index, pixels in enumerate(smooth):
         image = picture(pixels)
-        image = image.convert("CMYK") if place == 2 else image
-        image.save(tmp_path / f"{place}.{'png' if place == 3 else 'jpg'}", **({} if place == 3 else {"quality": 90}))
+        image = image.convert("CMYK") if index == 2 else image
+        image.save(tmp_path / f"{index}.{'png' if index == 3 else 'jpg'}", **({} if index == 3 else {"quality": 90}))
     images = Files(sorted(map(str, tmp_path.iterdir())), [0] * 4, None)
     for size, levels in ((None, 0), (24, 2)):
         plain, device = (Decoder(images, 3, size, where) for where in (None, CPU))
-        found = [device._decoded_on_device(place) is not None for place in range(4)]
-        assert found[:2] == [True, True] and not found[3]
-        for place in range(4):
-            ours, theirs = (decoder._decoded(place).astype(int) for decoder in (device, plain))
+        decoded = [device._decoded_on_device(index) is not None for index in range(4)]
+        assert decoded[:2] == [True, True] and not decoded[3]
+        for index in range(4):
+            ours, theirs = (decoder._decoded(index).astype(int) for decoder in (device, plain))
             assert ours.shape == theirs.shape and abs(ours - theirs).max() <= levels
     (tmp_path / "0.jpg").write_bytes(b"\xff\xd8 no picture")
     assert Decoder(images, 3, None, CPU)._decoded(0) is None
@@ -257,10 +257,10 @@ def pretrain(folder, extra):
     return checkpoint(folder, "checkpoint-1.pth")
 
 
-@pytest.mark.parametrize("kind", ["ram", "device"])
-def test_workers_and_resume_change_nothing(image_folder, tmp_path, kind):
+@pytest.mark.parametrize("memory", ["ram", "device"])
+def test_workers_and_resume_change_nothing(image_folder, tmp_path, memory):
     """`device` on a CPU is private memory of the process."""
-    common = f"--data_path {image_folder} --data_cache {kind} --aug three"
+    common = f"--data_path {image_folder} --data_cache {memory} --aug three"
     whole = pretrain(tmp_path / "a", f"{common} --num_workers 2")
     for name, workers in (("b", 0),):
         assert same_tensors(whole["model"], pretrain(tmp_path / name, f"{common} --num_workers {workers}")["model"])
@@ -284,6 +284,6 @@ def test_two_processes_share_one_cache(image_folder, tmp_path):
 
 def test_methods_that_split_the_images_cache_their_part(image_folder, tmp_path, capsys):
     pretrain(tmp_path, f"--data_path {image_folder} --data_cache ram --aug crop --mlo_mae --mlo_labels same")
-    said = capsys.readouterr().out
-    assert "77 images of 16x16 decoded" in said, said  # 96 less a fifth of every class of 24
+    output = capsys.readouterr().out
+    assert "77 images of 16x16 decoded" in output, output  # 96 less a fifth of every class of 24
     assert json.loads((tmp_path / "args.json").read_text())["data_cache"] == "ram"

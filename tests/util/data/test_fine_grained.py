@@ -120,12 +120,12 @@ def test_fine_tuning_reads_it(tmp_path):
     args = "--model vit_micro_patch4 --input_size 16 --batch_size 6 --epochs 1 --num_workers 0 --device cpu".split()
     parser = main_finetune.get_args_parser()
     where = ["--dataset", "cub200", "--data_path", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
-    found = main_finetune.main(parser.parse_args([*args, *where]))
-    assert 0 <= found["acc1"] <= 100 and found["skipped"] == 0
+    result = main_finetune.main(parser.parse_args([*args, *where]))
+    assert 0 <= result["acc1"] <= 100 and result["skipped"] == 0
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "said"),
+    ("name", "spoil", "message"),
     [
         ("cub200", "rm CUB_200_2011/train_test_split.txt", "train_test_split.txt is missing: --dataset cub200 needs"),
         ("cub200", "rm CUB_200_2011/images", "is missing: --dataset cub200 needs the images in images/"),
@@ -145,7 +145,7 @@ def test_fine_tuning_reads_it(tmp_path):
         ("inat19", "write train2019.json []", "is not the annotation file of iNaturalist 2019: TypeError"),
     ],
 )
-def test_mistakes(name, spoil, said, tmp_path):
+def test_mistakes(name, spoil, message, tmp_path):
     LAYOUTS[name](tmp_path)
     verb, path, *text = spoil.split(maxsplit=2)
     path = tmp_path / path
@@ -155,7 +155,7 @@ def test_mistakes(name, spoil, said, tmp_path):
         shutil.rmtree(path)
     else:
         path.unlink()
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_images(flags(name, tmp_path), True)
 
 

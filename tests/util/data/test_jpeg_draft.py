@@ -139,11 +139,11 @@ def test_through_the_loader(photograph, tmp_path, capfd):
 def test_evaluation_is_left_alone(photograph, tmp_path):
     photograph.save(tmp_path / "a.jpg")
     files = Files([str(tmp_path / "a.jpg")], [0], None)
-    transform, found = transforms.eval_transform(SIZE, *IMAGENET), []
+    transform, results = transforms.eval_transform(SIZE, *IMAGENET), []
     for argv in ([], ["--jpeg_draft"]):
         args = main_pretrain.get_args_parser().parse_args([*argv, "--num_workers", "0"])
-        found.append(next(iter(build_loader(files, transform, args, 1, train=False).begin(0))).image)
-    assert torch.equal(*found)
+        results.append(next(iter(build_loader(files, transform, args, 1, train=False).begin(0))).image)
+    assert torch.equal(*results)
     assert split_crop(transform) == (None, transform)
 
 

@@ -98,15 +98,15 @@ def test_scores_over_batches():
     kept = MultiLabel(torch.device("cpu"))
     for part in torch.arange(40).split(7):
         kept.add(logits[part], targets[part], good[part])
-    found, p, held = kept.read(), logits.softmax(1)[good], holds[good]
+    scores, p, held = kept.read(), logits.softmax(1)[good], holds[good]
     values = []
     for place in range(5):
         order = held[p[:, place].argsort(descending=True), place].float()  # no ties
         values.append((order.cumsum(0) / torch.arange(1, len(order) + 1) * order).sum() / order.sum())
-    assert found["mAP"] == pytest.approx(100 * float(sum(values)) / 5, rel=1e-5)  # float32 sums
-    assert found["precision1"] == pytest.approx(100 * float(held[range(len(p)), p.argmax(1)].float().mean()), rel=1e-5)
-    assert found["loss"] == pytest.approx(-float((targets[good] * p.log()).sum(1).mean()), rel=1e-5)
-    assert found["skipped"] == 40 - len(p)
+    assert scores["mAP"] == pytest.approx(100 * float(sum(values)) / 5, rel=1e-5)  # float32 sums
+    assert scores["precision1"] == pytest.approx(100 * float(held[range(len(p)), p.argmax(1)].float().mean()), rel=1e-5)
+    assert scores["loss"] == pytest.approx(-float((targets[good] * p.log()).sum(1).mean()), rel=1e-5)
+    assert scores["skipped"] == 40 - len(p)
 
 
 def test_scores_of_three_ranks(monkeypatch):
@@ -118,7 +118,7 @@ def test_scores_of_three_ranks(monkeypatch):
     alone = MultiLabel(torch.device("cpu"))
     alone.add(logits, targets, torch.ones(30, dtype=torch.bool))
     expected, meeting, here = alone.read(), threading.Barrier(3), threading.local()
-    parts, given, found = [(0, 17), (17, 17), (17, 30)], [None] * 3, [None] * 3
+    parts, given, results = [(0, 17), (17, 17), (17, 30)], [None] * 3, [None] * 3
 
     def gather(value):
         given[here.rank] = value
@@ -133,7 +133,7 @@ def test_scores_of_three_ranks(monkeypatch):
         for first in range(*parts[number], 5):
             part = slice(first, min(first + 5, parts[number][1]))
             kept.add(logits[part], targets[part], torch.ones(len(targets[part]), dtype=torch.bool))
-        found[number] = kept.read()
+        results[number] = kept.read()
 
     monkeypatch.setattr(MultiLabel, "AT_ONCE", 2)
     for name, replacement in dict(gather_objects=gather, get_rank=lambda: here.rank, get_world_size=lambda: 3).items():
@@ -143,9 +143,9 @@ def test_scores_of_three_ranks(monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found[0] == found[1] == found[2]
-    assert found[0]["mAP"] == expected["mAP"] > 0  # the same numbers, with exact sums
-    assert found[0] == pytest.approx(expected, rel=1e-6)  # losses are summed in float32 inside a batch
+    assert results[0] == results[1] == results[2]
+    assert results[0]["mAP"] == expected["mAP"] > 0  # the same numbers, with exact sums
+    assert results[0] == pytest.approx(expected, rel=1e-6)  # losses are summed in float32 inside a batch
 
 
 # Noise ----------------------------------------------------------------------------------------------------------------

@@ -153,8 +153,8 @@ def test_circular_links(tmp_path):
     (tmp_path / "a" / "self").symlink_to(".")
     (tmp_path / "a" / "other").symlink_to(tmp_path / "other")
     (tmp_path / "other" / "back").symlink_to(tmp_path / "a")
-    found = [path.removeprefix(f"{tmp_path}/a/") for path in images_below(tmp_path / "a")]
-    assert found == ["b/1.png", "other/2.png"]
+    paths = [path.removeprefix(f"{tmp_path}/a/") for path in images_below(tmp_path / "a")]
+    assert paths == ["b/1.png", "other/2.png"]
 
 
 def test_tiny_imagenet(tmp_path):

@@ -55,8 +55,8 @@ def cells(*flags) -> dict:
     """Return {values of --by: (mean, standard deviation, n) of the only column}."""
     table = collect.main(collect.get_args_parser().parse_args([str(flag) for flag in flags]))
     assert len(table.columns) == 1
-    found = {values: row[table.columns[0]] for values, row in table.rows}
-    return {values: (cell.mean, cell.deviation, cell.n) for values, cell in found.items()}
+    result = {values: row[table.columns[0]] for values, row in table.rows}
+    return {values: (cell.mean, cell.deviation, cell.n) for values, cell in result.items()}
 
 
 # The file -------------------------------------------------------------------------------------------------------------
@@ -115,9 +115,9 @@ def test_the_hash_of_a_split(image_folder):
     from util.data.sources import Subset
 
     images = read_images(args, train=False)
-    found = ledger.describe_images(images, str(image_folder))
+    result = ledger.describe_images(images, str(image_folder))
     lines = [f"val/class{label}/{i:03d}.png\t{label}\n" for label in range(4) for i in range(5)]
-    assert found == {"images": 20, "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
+    assert result == {"images": 20, "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
     part = Subset(images, [3, 4, 7])
     expected = hashlib.sha256("".join(lines[place] for place in (3, 4, 7)).encode()).hexdigest()
     assert ledger.describe_images(part, str(image_folder) + "/") == {"images": 3, "sha256": expected}
@@ -191,9 +191,9 @@ def test_finetuning_and_its_evaluation(pretrained, tmp_path):
     assert x == 1000 and value == pytest.approx(judged["metrics"]["test_acc1"])  # after epoch 0
     assert trained["source"]["flags"]["mask_ratio"] == 0.75
     assert judged["source"]["flags"]["layer_decay"] == 0.75 and judged["source"]["source"] == trained["source"]
-    found = {one.row["command"]: one for one in runs.read_runs([str(tmp_path)])}
-    assert found["main_finetune --eval"].get("pretrain.mask_ratio") == 0.75
-    assert found["main_finetune --eval"].get("finetune.layer_decay") == 0.75
+    result = {one.row["command"]: one for one in runs.read_runs([str(tmp_path)])}
+    assert result["main_finetune --eval"].get("pretrain.mask_ratio") == 0.75
+    assert result["main_finetune --eval"].get("finetune.layer_decay") == 0.75
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -229,12 +229,12 @@ def test_judging_the_same_checkpoint_again(tmp_path):
     """Another file or another evaluation is another line; a repetition of the same evaluation is not."""
     for value, seed, k in ((1.0, 0, [5]), (2.0, 0, [5]), (4.0, 1, [5]), (8.0, 0, [20])):
         write(tmp_path, "knn", metrics={"acc1": value}, source=pretraining(seed=seed), k=k)
-    found = runs.read_runs([str(tmp_path)])
-    assert sorted(one.row["metrics"]["acc1"] for one in found) == [2.0, 4.0, 8.0]
+    result = runs.read_runs([str(tmp_path)])
+    assert sorted(one.row["metrics"]["acc1"] for one in result) == [2.0, 4.0, 8.0]
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "said", "allow"),
+    ("one", "other", "message", "allow"),
     [
         ({"blr": 0.1}, {"blr": 0.3}, "differ in blr: 0.1 in .*, 0.3 in", "--allow_differing blr"),
         ({"revision": "abc"}, {"revision": "abc+"}, "differ in revision: abc in", "--allow_revisions"),
@@ -258,12 +258,12 @@ def test_judging_the_same_checkpoint_again(tmp_path):
         ),
     ],
 )
-def test_what_must_not_be_averaged(tmp_path, one, other, said, allow):
+def test_what_must_not_be_averaged(tmp_path, one, other, message, allow):
     write(tmp_path / "a-seed0", seed=0, **one)
     write(tmp_path / "a-seed1", seed=1, **other)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         cells(tmp_path)
-    if said.startswith("pretrain.method"):  # the flag and the name that follows from it
+    if message.startswith("pretrain.method"):  # the flag and the name that follows from it
         allow += ",method"
     assert sum(n for _, _, n in cells(tmp_path, *allow.split()).values()) == 2
 
@@ -312,7 +312,7 @@ def test_other_forms(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("--by mask_ration", "mask_ration is no flag of any of these 1 runs; like it: mask_ratio"),
         ("--metric acc", "--metric acc is in none of these 1 runs; they have main_linprobe:test_acc1"),
@@ -324,9 +324,9 @@ def test_other_forms(tmp_path):
         ("--allow_differing blrr", "blrr is no flag"),
     ],
 )
-def test_mistakes(tmp_path, flags, said):
+def test_mistakes(tmp_path, flags, message):
     write(tmp_path / "a", source=pretraining())
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         cells(tmp_path, *flags.format(box=tmp_path).split())
     with pytest.raises(UserError, match="no finished run"):
         cells(tmp_path / "empty")

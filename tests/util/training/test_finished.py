@@ -61,10 +61,10 @@ def test_nothing_is_written(run, flags, tmp_path, capsys):
         flags = "--epochs 0.5"  # RC-MAE's schedule is in epochs
     start(name, f"{common} {OTHER} {flags.format(tmp_path)}")
     assert listing(tmp_path) == before
-    said = capsys.readouterr().out
-    assert f"already finished: {folder}/checkpoint-0.pth is the state after 1 epochs" in said
-    assert "nothing is trained or written\n" in said
-    assert "note: --weight_decay was" in said
+    output = capsys.readouterr().out
+    assert f"already finished: {folder}/checkpoint-0.pth is the state after 1 epochs" in output
+    assert "nothing is trained or written\n" in output
+    assert "note: --weight_decay was" in output
 
 
 @pytest.mark.parametrize("run", MAINS, indirect=True)
@@ -82,8 +82,8 @@ def test_killed_before_its_last_files(run, capsys):
     for key in whole.keys() - {"finished", "seconds"}:
         assert again[key] == whole[key], key
     for path, flags in encoders.items():
-        found = metadata(folder / path)
-        assert found["origin"].pop("seconds") <= flags["origin"].pop("seconds") and found == flags
+        result = metadata(folder / path)
+        assert result["origin"].pop("seconds") <= flags["origin"].pop("seconds") and result == flags
     assert f"its results are written: {', '.join([*sorted(encoders), 'results.jsonl'])}\n" in capsys.readouterr().out
     after, events = listing(folder), f"{folder}/events"
     assert all(after[path] == seen for path, seen in before.items() if path != str(folder))
@@ -120,7 +120,7 @@ def test_two_processes(run):
     name, common, folder = run
     (folder / "encoder_ema.safetensors").unlink()
     flags = f"{MAINS[name][1]} {common} {OTHER} --batch_size 8"
-    said = ranks("main_pretrain", flags, 2)
-    assert "its results are written: encoder.safetensors, encoder_ema.safetensors\n" in said
+    output = ranks("main_pretrain", flags, 2)
+    assert "its results are written: encoder.safetensors, encoder_ema.safetensors\n" in output
     assert len(ledger.read(folder / "results.jsonl")) == 1
     assert metadata(folder / "encoder_ema.safetensors")["batch_size"] == 16

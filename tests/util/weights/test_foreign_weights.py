@@ -204,12 +204,12 @@ def hf_files(model, folder):
     ]
 
 
-def hf_model(kind, seed=0, **config):
+def hf_model(class_name, seed=0, **config):
     transformers = pytest.importorskip("transformers")
     transformers.logging.disable_progress_bar()
-    configuration = transformers.ViTMAEConfig if "MAE" in kind else transformers.ViTConfig
+    configuration = transformers.ViTMAEConfig if "MAE" in class_name else transformers.ViTConfig
     torch.manual_seed(seed)
-    model = getattr(transformers, kind)(configuration(**HF, **config)).eval()
+    model = getattr(transformers, class_name)(configuration(**HF, **config)).eval()
     # Positions too: transformers 5 leaves them at zero, which would hide a wrong order.
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -245,18 +245,18 @@ def test_hugging_face_classifier_has_the_same_logits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, origin, dropped",
+    "class_name, origin, dropped",
     [
         ("ViTMAEModel", "MAE encoder", set()),
         ("ViTModel", "ViT encoder", {"pooler.dense.weight", "pooler.dense.bias"}),
         ("ViTForMaskedImageModeling", "ViT encoder", {"embeddings.mask_token", "decoder.0.weight", "decoder.0.bias"}),
     ],
 )
-def test_hugging_face_encoders_have_the_same_features(tmp_path, kind, origin, dropped):
-    theirs = hf_model(kind, **({"encoder_stride": 4} if "Masked" in kind else {}))
+def test_hugging_face_encoders_have_the_same_features(tmp_path, class_name, origin, dropped):
+    theirs = hf_model(class_name, **({"encoder_stride": 4} if "Masked" in class_name else {}))
     imgs, noise = torch.randn(2, 3, 16, 16), torch.arange(16.0).expand(2, -1)
     encoder = getattr(theirs, "vit", theirs)
-    if kind == "ViTMAEModel":
+    if class_name == "ViTMAEModel":
         theirs.config.mask_ratio = 0.0
         table = get_2d_sincos_pos_embed(32, 4, cls_token=True)
         theirs.embeddings.position_embeddings.data.copy_(torch.from_numpy(table)[None])
