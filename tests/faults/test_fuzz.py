@@ -53,7 +53,7 @@ def damaged(draw, whole: bytes, most: int = 3) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 

@@ -57,7 +57,7 @@ SCRIPTS = {
 
 
 @pytest.fixture
-def place(tmp_path):
+def folders(tmp_path):
     """Folders of these names, one of them an image folder, and an environment in which python is the stand-in."""
     out, data, venv = (tmp_path / f"{name} {HOSTILE}" for name in ("out", "data", "venv"))
     for split in ("train", "val"):
