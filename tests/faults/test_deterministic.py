@@ -68,11 +68,11 @@ def test_switches_of_the_flag(image_folder, tmp_path, monkeypatch):
     """Checked in the middle of a run: an operation without a deterministic algorithm raises only with the flag."""
     seen = []
 
-    def look(_run):
+    def check(_run):
         seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
         seen.append(torch.backends.cudnn.deterministic)
 
-    after_step(monkeypatch, 1, look)
+    after_step(monkeypatch, 1, check)
     pretrain(f"{SHORT.replace('--deterministic', '')} --epochs 1 --data_path {image_folder} --output_dir {tmp_path}/no")
     pretrain(f"{SHORT} --epochs 1 --data_path {image_folder} --output_dir {tmp_path}/yes")
     assert seen == [(False, None), False, (True, ":4096:8"), True]
