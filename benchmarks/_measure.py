@@ -1,4 +1,4 @@
-"""Variants of a training step, timed side by side in one run; peak memory of each in a process of its own."""
+"""Variants of a training step, timed in one run; peak memory of each is measured in a separate process."""
 
 import argparse
 import contextlib
@@ -25,7 +25,7 @@ from util.parallel.distributed import choose_device  # noqa: E402
 
 
 class Variant:
-    """Training steps of `flags` on images that are already on the device: forward, backward, AdamW, methods."""
+    """Training steps with `flags` on images on the device: forward pass, backward pass, AdamW, updates of methods."""
 
     def __init__(self, flags: str, options):
         self.args = main_pretrain.get_args_parser().parse_args(
@@ -52,10 +52,10 @@ class Variant:
         return build_model(options.model, norm_pix_loss=True)
 
     def prepare(self) -> None:
-        """What a variant needs before its pretrainer is made."""
+        """Prepare a variant before its pretrainer is made; a hook for subclasses."""
 
     def step(self) -> float:
-        """Seconds of one step."""
+        """Return the seconds of one step."""
         self.wait()
         began = self.clock()
         self.train_step()
@@ -77,22 +77,23 @@ class Variant:
 
 
 def peak_memory(make, steps: int) -> float:
-    """MiB at the peak of `steps` steps, weights, gradients, optimizer and teachers included, in this process. On a GPU
-    the allocator's, on a CPU that of the resident memory over its level before."""
+    """Return the peak memory of `steps` steps in this process in MiB, with weights, gradients, optimizer and teachers.
+    On a GPU it is that of the allocator, on a CPU the increase of resident memory."""
     before = _resident("VmRSS")
     variant = quietly(make)
-    quietly(lambda: [variant.step() for _ in range(steps)])  # the first batch also introduces a pretrained teacher
+    # The first batch includes the sanity check of a pretrained teacher.
+    quietly(lambda: [variant.step() for _ in range(steps)])
     if variant.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         quietly(lambda: [variant.step() for _ in range(steps)])
         return torch.cuda.max_memory_allocated() / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     quietly(lambda: [variant.step() for _ in range(steps)])
     return _resident("VmHWM") - before
 
 
 def _resident(what: str) -> float:
-    """VmRSS, now, or VmHWM, the peak: MiB of this process."""
+    """Return VmRSS (current) or VmHWM (peak) of this process in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
 
@@ -103,14 +104,15 @@ def quietly(call):
 
 
 def measured(names: list[str], make, options, argv: list[str], memory_steps: int) -> tuple[dict, dict]:
-    """Seconds of a step, one number a round, and MiB, by variant; `make(name)` makes one."""
+    """Return by variant the seconds of a step in each round, and the peak memory in MiB. `make(name)` makes a
+    variant."""
     memory = {}
     for name in names:
         command = [sys.executable, sys.argv[0], *argv, "--memory_of", name]
         memory[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     variants = {name: quietly(lambda name=name: make(name)) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(options.rounds + 1):  # the first one warms up
+    for round_ in range(options.rounds + 1):  # the first round warms up
         for name, variant in variants.items():
             seconds = quietly(lambda variant=variant: [variant.step() for _ in range(options.steps)])
             if round_:
@@ -123,7 +125,7 @@ def clocked(options) -> str:
 
 
 def report(options, times: dict, memory: dict) -> None:
-    """The table, as ratios of medians to the first variant and the quartiles of the ratios per round."""
+    """Print the table: ratios of medians to the first variant, and quartiles of the ratios per round."""
     first = next(iter(times))
     rows = {}
     for name in times:
@@ -162,7 +164,9 @@ def parser(description: str, rounds: int, steps: int) -> argparse.ArgumentParser
     made.add_argument("--steps", type=int, default=steps, help="steps of a variant in each round")
     made.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     made.add_argument(
-        "--cpu_time", action="store_true", help="count this process's work, not the wall's time: for a busy machine"
+        "--cpu_time",
+        action="store_true",
+        help="measure processor time of this process instead of wall time, for a busy machine",
     )
     made.add_argument("--device", default="cpu")
     made.add_argument("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])

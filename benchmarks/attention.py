@@ -1,4 +1,4 @@
-"""Attention by torch's fused kernel or by two matrix products and a softmax: forward and backward, side by side.
+"""Attention by torch's fused kernel and by two matrix products with a softmax: forward and backward pass, compared.
 
 python benchmarks/attention.py                           on the CPU, bf16 and fp32, 17 to 1025 tokens
 python benchmarks/attention.py --device cuda
@@ -26,22 +26,22 @@ def matmul(q, k, v):
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
 
-def seconds(kind, inputs, device) -> float:
+def seconds(attend, inputs, device) -> float:
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     began = time.perf_counter()
-    kind(*inputs).sum().backward()
+    attend(*inputs).sum().backward()
     wait()
     return time.perf_counter() - began
 
 
 def row(tokens: int, heads: int, width: int, dtype, device, rounds: int) -> tuple[float, list[float]]:
-    """Milliseconds of the fused kernel, and the ratio of the products' time to it in every round."""
+    """Return the milliseconds of the fused kernel, and in every round the ratio of the products' time to its time."""
     batch = max(1, 8192 // tokens)
-    # Strided, as a block makes them: one product for queries, keys and values.
+    # Strided as in a block, which computes queries, keys and values by one product.
     qkv = torch.randn(batch, tokens, 3, heads, width, device=device, dtype=dtype)
     inputs = [x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0)]
-    pairs = [[seconds(kind, inputs, device) for kind in (fused, matmul)] for _ in range(rounds + 2)][2:]
+    pairs = [[seconds(attend, inputs, device) for attend in (fused, matmul)] for _ in range(rounds + 2)][2:]
     return 1000 * statistics.median(one for one, _ in pairs), sorted(two / one for one, two in pairs)
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--heads", type=int, default=3)
-    parser.add_argument("--width", type=int, default=64, help="of a head")
+    parser.add_argument("--width", type=int, default=64, help="width of a head")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()

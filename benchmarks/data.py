@@ -1,11 +1,11 @@
-"""Images per second of every way to the batch, beside torchvision's plain ImageFolder and DataLoader.
+"""Images per second of every way to read batches, compared with torchvision's ImageFolder and DataLoader.
 
 python benchmarks/data.py --data DIR         DIR: any folder of images; CIFAR-10 or Tiny ImageNet will do
 
-Makes JPEGs of 32, 64 and about 500 pixels from DIR's images in a temporary folder and reads each set by every path, as
-pretraining does (random resized crop to 32, 64, 96 and 224 pixels, flip, normalised), in rounds that visit every path;
-first passes warm up. `torchvision`, `from files`, `jpeg_draft` (the same with that flag) and `shards` (the same images
-in tar files) decode with `--num_workers` processes, `data_cache ram` has decoded before.
+Makes JPEGs of 32, 64 and about 500 pixels from DIR's images in a temporary folder and reads each set in every way, as
+pretraining does (random resized crop to 32, 64, 96 and 224 pixels, flip, normalised), in rounds that visit every way;
+the first passes warm up. `torchvision`, `from files`, `jpeg_draft` (the same with that flag) and `shards` (the same
+images in tar files) decode with `--num_workers` processes; `data_cache ram` decodes before the measurement.
 """
 
 import argparse
@@ -39,9 +39,9 @@ SETS = {32: (32, 32), 64: (64, 64), 96: (375, 500), 224: (375, 500)}
 
 
 def make_set(sources: list[Path], folder: Path, size: tuple[int, int]) -> None:
-    """JPEGs of `size` in two classes of an image folder, and shards of them."""
-    for place, source in enumerate(sources):
-        target = folder / "train" / f"class{place % 2}" / f"{place}.jpg"
+    """Write JPEGs of `size` in two classes of an image folder, and shards of them."""
+    for index, source in enumerate(sources):
+        target = folder / "train" / f"class{index % 2}" / f"{index}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.open(source).convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC).save(target, quality=90)
     tool = [sys.executable, str(_measure.ROOT / "tools" / "make_shards.py"), "--splits", "train"]
@@ -50,7 +50,7 @@ def make_set(sources: list[Path], folder: Path, size: tuple[int, int]) -> None:
 
 
 def paths(folder: Path, side: int, options) -> dict:
-    """By name, something that makes one pass over the set when it is called."""
+    """Return by name a function that makes one pass over the set."""
     args = SimpleNamespace(
         dataset="imagefolder",
         data_path=str(folder),
@@ -84,10 +84,10 @@ def paths(folder: Path, side: int, options) -> dict:
     with contextlib.redirect_stdout(io.StringIO()):
         cached = cache_images(images, args, torch.device("cpu"))
     cache = CachedLoader(cached, BatchTransform("mae", (side, side), *IMAGENET, 0), args, options.batch_size)
-    found = {"torchvision": lambda _: plain, "from files": files.begin}
+    passes = {"torchvision": lambda _: plain, "from files": files.begin}
     if min(SETS[side]) >= 2 * side:
-        found["jpeg_draft"] = drafts.begin
-    return found | {"shards": shards.begin, "data_cache ram": cache.begin}
+        passes["jpeg_draft"] = drafts.begin
+    return passes | {"shards": shards.begin, "data_cache ram": cache.begin}
 
 
 def changed(args, **flags):
@@ -95,7 +95,7 @@ def changed(args, **flags):
 
 
 def one_pass(begin, epoch: int, options) -> float:
-    """Images per second."""
+    """Return the images per second of one pass."""
     clock = time.process_time if options.cpu_time else time.perf_counter
     began = clock()
     count = sum(1 for _ in begin(epoch))
@@ -104,10 +104,10 @@ def one_pass(begin, epoch: int, options) -> float:
 
 def main(options) -> None:
     options.num_workers = 0 if options.cpu_time else options.num_workers
-    found = sorted(p for p in Path(options.data).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if not found:
+    files = sorted(p for p in Path(options.data).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not files:
         raise UserError(f"--data {options.data} holds no images")
-    sources = found[:: max(1, len(found) // options.count)][: options.count]
+    sources = files[:: max(1, len(files) // options.count)][: options.count]
     print(
         f"{len(sources)} images, batch {options.batch_size}, {options.num_workers} workers, {options.rounds} rounds, "
         f"torch {torch.__version__}\n"
@@ -141,7 +141,7 @@ def get_args_parser():
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument(
-        "--cpu_time", action="store_true", help="seconds of this process's work, for a busy machine; no workers"
+        "--cpu_time", action="store_true", help="measure processor time of this process, for a busy machine; no workers"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SETS), choices=list(SETS))

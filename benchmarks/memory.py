@@ -1,20 +1,20 @@
-"""Memory at the peak of a training step: what planning/footprint.py predicts, beside what the real code allocates.
+"""Peak memory of a training step: the prediction of planning/footprint.py beside the allocations of the real code.
 
 python benchmarks/memory.py                                              on the CPU: small models
 python benchmarks/memory.py --device cuda --model mae_vit_base_patch16 --batch_size 64 256 --amp_dtype bf16
 torchrun --nproc_per_node 2 benchmarks/memory.py --mode fsdp --model mae_vit_small_patch4          or ddp: of rank 0
 
-The steps are those of `engine_pretrain.py`: the passes under autocast, AdamW, the methods' updates. On a CPU the peak
-is that of torch's allocator as its profiler records it, every tensor and every buffer inside an operation: the same
-number in every run, unlike resident memory. On a GPU it is `torch.cuda.max_memory_allocated`. Ends with an error when
-a prediction is off by more than 15 %.
+The steps are those of `engine_pretrain.py`: the passes under autocast, AdamW, the methods' updates. On a CPU the
+profiler records the allocations of all tensors and of buffers inside operations: unlike resident memory, the number is
+the same in every run. On a GPU it is `torch.cuda.max_memory_allocated`. Exits with an error when a prediction is wrong
+by more than 15 %.
 """
 
 import argparse
 import os
 import sys
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # messages of the profiler
 
 import _measure
 import torch
@@ -29,13 +29,13 @@ from util.errors import UserError, user_errors
 from util.parallel.distributed import setup_for_distributed
 from util.parallel.fsdp import shard
 
-METHODS = {"none": "", "encoder": "--mae_k 1", "autoencoder": "--rc_mae"}  # one of each kind of teacher
+METHODS = {"none": "", "encoder": "--mae_k 1", "autoencoder": "--rc_mae"}  # one method for each type of teacher
 TOLERANCE = 0.15
 
 
 class Step(_measure.Variant):
-    """A step of `accum` micro-batches as the engine makes it: autocast ends, and its copies of weights with it, after
-    the optimizer's step. `config` (constructor arguments) takes the place of the named model."""
+    """A step of `accum` micro-batches as in the engine: autocast, with its copies of weights, ends after the
+    optimizer's step. `config` (constructor arguments) replaces the named model."""
 
     def __init__(self, options, setup: Setup, config: dict | None = None):
         self.setup, self.config = setup, config
@@ -73,7 +73,7 @@ class Step(_measure.Variant):
         self.count += 1
 
     def idle(self) -> int:
-        """Bytes between two steps, by counting the tensors there are."""
+        """Return the bytes of all existing tensors between two steps."""
         held = [*self.pretrainer.parameters(), *self.pretrainer.buffers(), self.imgs]
         for state in self.optimizer.state.values():
             held += [value for value in state.values() if torch.is_tensor(value)]
@@ -81,7 +81,7 @@ class Step(_measure.Variant):
 
 
 def measured(step: Step) -> int:
-    """Bytes at the peak of a step, the second one (the first makes the optimizer's moments)."""
+    """Return the peak bytes of the second step (the first one makes the optimizer's moments)."""
     step.step()
     if step.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -92,22 +92,22 @@ def measured(step: Step) -> int:
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     level = highest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        level += event.nbytes()  # negative where memory is given back
+        level += event.nbytes()  # negative when memory is freed
         highest = max(highest, level)
     return step.idle() + highest
 
 
 def compared(options, setup: Setup, config: dict | None = None) -> tuple[str, float, int]:
-    """(the moment of the predicted peak, its bytes, those measured)."""
+    """Return (time of the predicted peak, predicted bytes, measured bytes)."""
     predicted = moments(sizes_of(config or MODELS[options.model].config), setup)
-    predicted.pop("between epochs", None)  # measured are steps
+    predicted.pop("between epochs", None)  # only steps are measured
     predicted = {moment: sum(parts.values()) for moment, parts in predicted.items()}
     moment = max(predicted, key=predicted.get)
     return moment, predicted[moment], measured(Step(options, setup, config))
 
 
 def setups(options) -> list[tuple[str, Setup]]:
-    """(type, setup) for every choice."""
+    """Return (type, setup) for every combination of options."""
     return [
         (
             name,
@@ -129,11 +129,11 @@ def setups(options) -> list[tuple[str, Setup]]:
 
 
 def join(options) -> None:
-    """The process group of `--mode ddp` and `fsdp`. UserError for flags that cannot be."""
+    """Start the process group of --mode ddp and fsdp. Raises UserError for invalid flags."""
     if min(options.batch_size) < 1:
         raise UserError("--batch_size must be positive")
     if (options.mode == "one") != ("RANK" not in os.environ):
-        raise UserError("--mode ddp and fsdp need several processes (torchrun), and --mode one has one")
+        raise UserError("--mode ddp and fsdp need several processes (torchrun), --mode one needs one")
     if options.mode == "fsdp" and "fp16" in options.amp_dtype:
         raise UserError("--mode fsdp works in bf16 and fp32")
     if options.mode != "one":
@@ -152,11 +152,11 @@ def main(options) -> None:
     for model in options.model:
         for dtype, setup in setups(options):
             case = argparse.Namespace(**vars(options) | {"model": model, "amp_dtype": dtype})
-            moment, predicted, found = _measure.quietly(lambda case=case, setup=setup: compared(case, setup))
-            worst = max(worst, abs(predicted / found - 1))
+            moment, predicted, actual = _measure.quietly(lambda case=case, setup=setup: compared(case, setup))
+            worst = max(worst, abs(predicted / actual - 1))
             print(
                 f"| {model} | {setup.batch} | {dtype} | {'yes' if setup.grad_checkpoint else 'no'} | {setup.teacher} | "
-                f"{predicted / GIB * 1024:.0f} | {found / GIB * 1024:.0f} | {predicted / found:.3f} | {moment} |",
+                f"{predicted / GIB * 1024:.0f} | {actual / GIB * 1024:.0f} | {predicted / actual:.3f} | {moment} |",
                 flush=True,
             )
     if dist.is_initialized():
@@ -175,7 +175,7 @@ def get_args_parser():
     parser.add_argument("--mode", default="one", choices=["one", "ddp", "fsdp"], help="ddp and fsdp through torchrun")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    parser.set_defaults(cpu_time=False)  # what `_measure` asks: nothing is timed here
+    parser.set_defaults(cpu_time=False)  # read by `_measure`; nothing is timed here
     return parser
 
 

@@ -1,12 +1,11 @@
-"""What each method costs beside plain MAE: time and peak memory of a training step, all variants in one run.
+"""Cost of each method relative to plain MAE: time and peak memory of a training step, all variants in one run.
 
 python benchmarks/methods.py                                    ViT-Tiny at 32 px, the paper's decoder for it
 python benchmarks/methods.py --model mae_vit_base_patch16 --batch_size 64 --teacher mae_vit_large_patch16 --device cuda
 
-Steps are forward, backward, AdamW and the methods' own updates on images that are already on the device, in rounds that
-visit every variant; the table shows ratios of medians to plain MAE and their spread (quartiles of the ratio per round).
-Bootstrapped methods are timed in their feature stage. MLO-MAE has a benchmark of its own, mlo.py.
-"""
+Steps are forward pass, backward pass, AdamW and the methods' updates on images on the device, in rounds that visit
+every variant. The table has ratios of medians to plain MAE, and quartiles of the ratios per round. Bootstrapped methods
+are timed in their feature stage. For MLO-MAE see benchmarks/mlo.py."""
 
 import sys
 import tempfile
@@ -65,7 +64,7 @@ def main(options, argv: list[str]) -> None:
 def get_args_parser():
     parser = _measure.parser(__doc__.split("\n")[0], rounds=10, steps=2)
     parser.add_argument("--teacher", default="", help="model of DMAE's teacher (default: the student's)")
-    parser.add_argument("--only", nargs="*", choices=VARIANTS, help="these variants, beside mae")
+    parser.add_argument("--only", nargs="*", choices=VARIANTS, help="variants to measure besides mae")
     return parser
 
 

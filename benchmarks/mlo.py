@@ -1,11 +1,11 @@
-"""What learned masks cost beside plain MAE: time and peak memory of a training step, and where the time goes.
+"""Cost of learned masks relative to plain MAE: time and peak memory of a training step, and the time of its parts.
 
 python benchmarks/mlo.py                                          ViT-Tiny at 32 px
 python benchmarks/mlo.py --model mae_vit_base_patch16 --batch_size 64 --device cuda
 
-The masking network looks back on two steps (--mlo_unroll 2) and moves every time or every fifth time, so a round is ten
-steps of every variant, and its mean is one number. `naive` gets the hypergradient, every time, from a graph through
-the unrolled steps that is differentiated twice (unrolled.py). Labelled batches are as large as the others.
+The hypergradient unrolls two steps (--mlo_unroll 2), and the masking network moves in every or every fifth window, so a
+round is the mean of ten steps of every variant. `naive` computes the hypergradient in every window from a graph through
+the unrolled steps that is differentiated twice (benchmarks/unrolled.py). Labelled batches have the same size.
 """
 
 import sys
@@ -29,11 +29,11 @@ VARIANTS = {
     "solve, every 5": "--mlo_stage2 solve --mlo_update_every 5",
     "naive, every 1": "--mlo_hypergrad fd",
 }
-CYCLE = 10  # steps after which every variant has moved its masking network equally often
+CYCLE = 10  # steps: a multiple of the windows of every variant
 
 
 class RandomTask(labelled_task.Classification):
-    """Ten classes, given to random images at random: costs what a real task costs, reading images apart."""
+    """Random images with random labels of ten classes: the cost of a real task without reading images."""
 
     def __init__(self, imgs, pool="avg"):
         self.pool, self.classes, self.held_out = pool, 10, [0]
@@ -46,7 +46,7 @@ class RandomTask(labelled_task.Classification):
 
 
 class MLOVariant(_measure.Variant):
-    """One way of getting the hypergradient; `parts` collects the seconds of its parts."""
+    """One way to compute the hypergradient; `parts` collects the seconds of its parts."""
 
     def __init__(self, name: str, options):
         flags = VARIANTS[name] and f"--mlo_mae --mlo_labels same {VARIANTS[name]}"
@@ -59,7 +59,7 @@ class MLOVariant(_measure.Variant):
         (method,) = self.methods
         method.set_task(task := RandomTask(self.imgs))
         method._draw = lambda stage: task.batch
-        if self.naive:  # in place of stage III and all that follows from it
+        if self.naive:  # replaces stage III and everything after it
             method.batches = [SimpleNamespace(batch=lambda _: task.batch)] * 2
             method.stage2.paths = lambda *_: ({}, {"direct": {}})
             method._update_mask_net = self.move_naively
@@ -89,7 +89,7 @@ class MLOVariant(_measure.Variant):
 
 
 def breakdown(variant: MLOVariant, plain: float) -> None:
-    """Where the time of one cycle goes, as multiples of a MAE step per step."""
+    """Print the time of the parts of one cycle per step, as multiples of a MAE step."""
     variant.watch_parts()
     total = sum(variant.step() for _ in range(CYCLE)) / CYCLE
     print("\n| part of `fd, every 1` | time, of a MAE step |\n|---|---|")
@@ -120,7 +120,7 @@ def main(options, argv: list[str]) -> None:
 
 def get_args_parser():
     parser = _measure.parser(__doc__.split("\n")[0], rounds=5, steps=CYCLE)
-    parser.add_argument("--only", nargs="*", choices=list(VARIANTS), help="these variants, beside mae")
+    parser.add_argument("--only", nargs="*", choices=list(VARIANTS), help="variants to measure besides mae")
     return parser
 
 

@@ -1,13 +1,13 @@
-"""The pretraining step beside other implementations of MAE at equal architecture, batch and precision.
+"""The pretraining step compared with other implementations of MAE at equal architecture, batch and precision.
 
 python benchmarks/peers.py                                       ViT-Tiny/4 at 32 px on the CPU, bf16 and fp32
 python benchmarks/peers.py --model mae_vit_base_patch16 --batch_size 64 --device cuda
-python benchmarks/peers.py --compile                             ours compiled, too (a minute or more to compile)
+python benchmarks/peers.py --compile                             also ours compiled (a minute or more to compile)
 
-Needs requirements-bench.txt (Hugging Face transformers and lightly; one that is not installed is left out). Each makes
-forward, backward and fused AdamW on images that are on the device. Ours and Hugging Face's have the same weights, by
-our loader, and the script ends with an error when their losses on the same noise differ. Rounds visit every variant.
-The floor is the time that the matrix products of our step would take at the rate of large ones on this device.
+Needs requirements-bench.txt: Hugging Face transformers and lightly, each left out if it is not installed. A step is
+forward pass, backward pass and fused AdamW on images on the device. Our loader gives ours and Hugging Face's the same
+weights, and the script exits with an error when their losses on the same noise differ. Rounds visit every variant. The
+floor is the time of our step's matrix products at the rate of large products on this device.
 """
 
 import json
@@ -33,7 +33,7 @@ from util.weights.load import load_into, read_weights
 
 
 def hugging_face(model, seed: int = 0):
-    """transformers' ViTMAE with the architecture of `model`."""
+    """Return transformers' ViTMAE with the architecture of `model`."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     (height, width), block = model.patch_embed.img_size, model.blocks[0]
@@ -59,7 +59,7 @@ def hugging_face(model, seed: int = 0):
 
 
 class Lightly(nn.Module):
-    """lightly's modules, put together as its documentation does."""
+    """lightly's modules, combined as in its documentation."""
 
     def __init__(self, model):
         super().__init__()
@@ -101,31 +101,31 @@ class Lightly(nn.Module):
 
 
 class Peer:
-    """Training steps of one implementation in one type."""
+    """Training steps of one implementation in one data type."""
 
     def __init__(self, name: str, options):
-        kind, dtype = name.rsplit(" ", 1)
+        implementation, dtype = name.rsplit(" ", 1)
         self.device, self.dtype = choose_device(options.device), DTYPES[dtype]
         torch.manual_seed(0)
         ours = build_model(options.model, norm_pix_loss=True)
         self.imgs = torch.randn(options.batch_size, 3, *ours.patch_embed.img_size).to(self.device)
         self.noise = torch.rand(options.batch_size, ours.patch_embed.num_patches).to(self.device)
-        self.model, ratio = self.made(kind, ours), options.mask_ratio
-        if kind == "Hugging Face":
+        self.model, ratio = self.made(implementation, ours), options.mask_ratio
+        if implementation == "Hugging Face":
             self.model.config.mask_ratio = ratio
             self.loss = lambda: self.model(self.imgs, noise=self.noise).loss
-        elif kind == "lightly":
+        elif implementation == "lightly":
             self.loss = lambda: self.model(self.imgs, ratio)
         else:
             self.loss = lambda: ours.reconstruction_loss(ours.forward_pretrain(self.imgs, ratio, self.noise))
         self.clock = time.process_time if options.cpu_time else time.perf_counter
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
-    def made(self, kind: str, ours) -> nn.Module:
-        if kind == "lightly":
+    def made(self, implementation: str, ours) -> nn.Module:
+        if implementation == "lightly":
             return Lightly(ours).to(self.device).train()
         theirs = hugging_face(ours)
-        if kind == "Hugging Face":
+        if implementation == "Hugging Face":
             return theirs.to(self.device).train()
         with tempfile.TemporaryDirectory() as folder:
             torch.save({"model": theirs.state_dict()}, f"{folder}/hf.pth")
@@ -133,7 +133,7 @@ class Peer:
         for module in ours.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = attention_is_fused("auto", self.device, self.dtype)
-        if "compiled" in kind:
+        if "compiled" in implementation:
             compile_blocks(ours)
         return ours.to(self.device).train()
 
@@ -151,8 +151,8 @@ class Peer:
 
 
 def same_losses(options) -> None:
-    """Ours and Hugging Face's on the same weights, images and noise, in float32."""
-    peers = [Peer(f"{kind} fp32", options) for kind in ("ours", "Hugging Face")]
+    """Exit with an error unless both losses agree on the same weights, images and noise in float32."""
+    peers = [Peer(f"{implementation} fp32", options) for implementation in ("ours", "Hugging Face")]
     with torch.no_grad():
         ours, theirs = (peer.loss().item() for peer in peers)
     print(f"loss {ours:.6f}, Hugging Face's {theirs:.6f}")
@@ -176,7 +176,7 @@ def measure(names: list[str], options, argv: list[str]) -> tuple[dict, dict]:
         memory[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     peers = {name: Peer(name, options) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(options.rounds + 2):  # the first two warm up
+    for round_ in range(options.rounds + 2):  # the first two rounds warm up
         for name, peer in peers.items():
             seconds = peer.step()
             if round_ > 1:
@@ -185,7 +185,7 @@ def measure(names: list[str], options, argv: list[str]) -> tuple[dict, dict]:
 
 
 def floor(options, dtype: str) -> float:
-    """Images per second of our matrix products at the measured rate of the device."""
+    """Return the images per second of our matrix products at the measured rate of the device."""
     peer = Peer(f"ours {dtype}", options)
     with flop_counter() as counter:
         peer.step()
@@ -198,10 +198,10 @@ def main(options, argv: list[str]) -> None:
     if options.memory_of:
         print(_measure.peak_memory(lambda: Peer(options.memory_of, options), steps=2))
         return
-    kinds = ["ours", *(["ours compiled"] if options.compile else []), "Hugging Face", "lightly"]
-    kinds = [kind for kind in kinds if installed(kind)]
+    implementations = ["ours", *(["ours compiled"] if options.compile else []), "Hugging Face", "lightly"]
+    implementations = [implementation for implementation in implementations if installed(implementation)]
     same_losses(options)
-    names = [f"{kind} {dtype}" for dtype in options.types for kind in kinds]
+    names = [f"{implementation} {dtype}" for dtype in options.types for implementation in implementations]
     floors = {dtype: floor(options, dtype) for dtype in options.types}
     times, memory = measure(names, options, argv)
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
@@ -210,7 +210,7 @@ def main(options, argv: list[str]) -> None:
         f"{_measure.clocked(options)}, {device}, torch {torch.__version__}, {options.rounds} rounds; "
         f"floors (images/s): {', '.join(f'{dtype} {value:.0f}' for dtype, value in floors.items())}\n"
     )
-    against = [f"Hugging Face {dtype}" for dtype in options.types] if "Hugging Face" in kinds else names[:1]
+    against = [f"Hugging Face {dtype}" for dtype in options.types] if "Hugging Face" in implementations else names[:1]
     print(
         f"| implementation | images/s | {' | '.join(f'speed, {name} = 1' for name in against)} | of the floor | "
         f"peak memory, MiB |\n|{'---|' * (4 + len(against))}"
@@ -234,7 +234,7 @@ def main(options, argv: list[str]) -> None:
 def get_args_parser():
     parser = _measure.parser(__doc__.split("\n")[0], rounds=8, steps=1)
     parser.add_argument("--types", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp16", "fp32"])
-    parser.add_argument("--compile", action="store_true", help="with a line for ours compiled")
+    parser.add_argument("--compile", action="store_true", help="with a row for ours compiled")
     return parser
 
 

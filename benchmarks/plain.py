@@ -1,4 +1,4 @@
-"""The step without what it need not do, piece by piece: what benchmarks/step.py times and tests compare with."""
+"""The training step with each of our optimisations removed: the reference of benchmarks/step.py and of tests."""
 
 import torch
 
@@ -9,10 +9,10 @@ PIECES = ("embed", "order", "removed", "last")
 
 
 class PlainMAE(MaskedAutoencoderViT):
-    """The same autoencoder, by the book: embeds every patch and then drops the removed ones (without "embed" in
-    `pieces`), puts mask tokens between the visible ones (without "order"), predicts and compares every patch and then
-    masks the errors (without "removed"). And what did not pay: a last decoder block that computes only what the loss
-    reads ("last")."""
+    """The textbook autoencoder. It embeds every patch and then drops the removed ones (unless "embed" is in `pieces`),
+    inserts mask tokens between the visible ones (unless "order"), and predicts every patch and then masks the errors
+    (unless "removed"). With "last", the last decoder block computes only the tokens that the loss reads; this did not
+    make the step faster."""
 
     pieces: tuple[str, ...] = ()
 
@@ -65,7 +65,7 @@ class PlainMAE(MaskedAutoencoderViT):
 
 
 def plain(model: MaskedAutoencoderViT, *pieces: str) -> MaskedAutoencoderViT:
-    """`model` itself, made to work without the pieces that are not named."""
+    """Change `model` to use the textbook step except for the named pieces, and return it."""
     model.__class__ = PlainMAE
     model.pieces = pieces
     return model

@@ -1,11 +1,11 @@
-"""Whether two checkouts of this project compute the same bits: ten optimizer steps of every method from one seed.
+"""Check that two checkouts of this project compute the same bits: ten optimizer steps of every method from one seed.
 
     git worktree add /tmp/before REVISION
     python benchmarks/same_numbers.py /tmp/before .
 
-Runs each line of `RUNS` in both checkouts, on the CPU with one thread, and compares what they leave behind: every
-tensor and number of the checkpoint (weights, optimizer, methods, random numbers), the flags stored in it, every metric
-of log.txt, and every scalar of TensorBoard. Exits with 1 if anything differs. Speeds, times and revisions are left out.
+Runs each line of `RUNS` in both checkouts, on the CPU with one thread, and compares the files of the two runs: all
+tensors, numbers and flags of the checkpoints (weights, optimizer, methods, random numbers), the metrics of log.txt, and
+the scalars and images of TensorBoard. Speeds, times and revisions are left out. Exits with 1 if anything differs.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SMALL = "--dataset digits --input_size 16 --num_workers 0 --device cpu --seed 3 --save_freq 1 --print_freq 1"
-# The digits are 1,437 training images: five batches of 287 an epoch, two epochs, ten steps.
+# The digits have 1,437 training images: two epochs of five batches of 287 are ten steps.
 PRETRAIN = f"{SMALL} --model mae_vit_micro_patch4 --decoder_embed_dim 64 --decoder_depth 1 --decoder_num_heads 2"
 PRETRAIN += " --batch_size 287 --epochs 2 --warmup_epochs 1 --lr 1e-3 --vis_freq 1 --mask_ratio 0.6 --amp_dtype fp32"
 MLO = "--mlo_mae --mlo_labels same --mlo_batch_size 64 --batch_size 229"
@@ -52,11 +52,12 @@ RUNS = {
     "--warmup_epochs 1 --head attentive",
     "cached probe": f"main_linprobe {SMALL} --finetune {{teacher}}/checkpoint-1.pth --epochs 4 --cache_features",
 }
-IGNORED_FLAGS = {"output_dir", "log_dir", "dmae_teacher", "finetune"}  # paths of this comparison
-TIMES = ("seconds", "speed/", "final/", "_hparams_")  # prefixes of what depends on the clock or repeats other values
+IGNORED_FLAGS = {"output_dir", "log_dir", "dmae_teacher", "finetune"}  # paths in the temporary folder
+TIMES = ("seconds", "speed/", "final/", "_hparams_")  # prefixes of metrics that depend on the clock or repeat others
 
 
 def run(checkout: Path, name: str, folder: Path) -> None:
+    """Start run `name` in `checkout` with `folder`/`name` as its output folder. Exits with its output when it fails."""
     main, flags = RUNS[name].format(teacher=folder / "teacher").split(" ", 1)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, f"{main}.py", *flags.split(), "--output_dir", str(folder / name)]
@@ -65,79 +66,97 @@ def run(checkout: Path, name: str, folder: Path) -> None:
         sys.exit(f"{name} failed in {checkout}:\n{done.stdout}")
 
 
-def left_behind(folder: Path) -> dict:
-    """What a run wrote, as nested dicts and lists of tensors, numbers and texts."""
-    content = {}
-    for path in sorted(folder.glob("*.pth")):
-        content[path.name] = torch.load(path, weights_only=True)
-        content[path.name].pop("origin", None)
-        args = content[path.name]["args"]
-        content[path.name]["args"] = {key: value for key, value in args.items() if key not in IGNORED_FLAGS}
-        content[path.name].get("data", {}).get("meter", {}).pop("seconds", None)
-    lines = (folder / "log.txt").read_text().splitlines()
-    content["log.txt"] = [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMES)} for line in lines]
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
-    events.Reload()
-    content["scalars"] = {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-        if not tag.startswith(TIMES)
-    }
-    content["pictures"] = {
-        tag: [(event.step, event.encoded_image_string) for event in events.Images(tag)]
-        for tag in events.Tags()["images"]
-    }
+def read_checkpoint(path: Path) -> dict:
+    """Return the content of a checkpoint without paths, times and the revision of the code."""
+    content = torch.load(path, weights_only=True)
+    content.pop("origin", None)
+    content["args"] = {flag: value for flag, value in content["args"].items() if flag not in IGNORED_FLAGS}
+    content.get("data", {}).get("meter", {}).pop("seconds", None)
     return content
 
 
-def differences(one, other, where: str = "") -> list[str]:
+def read_log(path: Path) -> list[dict]:
+    """Return the metrics of log.txt by epoch, without times."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith(TIMES)} for line in lines]
+
+
+def read_tensorboard(folder: Path) -> dict:
+    """Return all scalars and encoded images as lists of (step, value) by tag, without times."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    scalars = [tag for tag in events.Tags()["scalars"] if not tag.startswith(TIMES)]
+    return {
+        "scalars": {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in scalars},
+        "images": {
+            tag: [(event.step, event.encoded_image_string) for event in events.Images(tag)]
+            for tag in events.Tags()["images"]
+        },
+    }
+
+
+def read_results(folder: Path) -> dict:
+    """Return the files of a run as nested dicts and lists of tensors, numbers and strings."""
+    checkpoints = {path.name: read_checkpoint(path) for path in sorted(folder.glob("*.pth"))}
+    return {**checkpoints, "log.txt": read_log(folder / "log.txt"), **read_tensorboard(folder)}
+
+
+def same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether type, shape and all values are equal, NaN equal to NaN."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def differences(one, other, path: str = "") -> list[str]:
+    """Return a line for each value that differs between two nested dicts and lists, with its path."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        same = (
-            one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
-        )
-        return [] if same else [f"{where}: tensors differ"]
+        return [] if same_tensor(one, other) else [f"{path}: tensors differ"]
     if isinstance(one, dict) and isinstance(other, dict):
-        missing = [f"{where}/{key}: only in one of them" for key in one.keys() ^ other.keys()]
-        return missing + [
-            d for key in one.keys() & other.keys() for d in differences(one[key], other[key], f"{where}/{key}")
-        ]
+        lines = [f"{path}/{key}: only in one of them" for key in one.keys() ^ other.keys()]
+        for key in one.keys() & other.keys():
+            lines += differences(one[key], other[key], f"{path}/{key}")
+        return lines
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
-        return [d for i, pair in enumerate(zip(one, other)) for d in differences(*pair, f"{where}[{i}]")]
-    return [] if one == other else [f"{where}: {str(one)[:60]} and {str(other)[:60]}"]
+        return [line for i, pair in enumerate(zip(one, other)) for line in differences(*pair, f"{path}[{i}]")]
+    return [] if one == other else [f"{path}: {str(one)[:60]} and {str(other)[:60]}"]
 
 
-def count(content) -> int:
+def count_values(content) -> int:
+    """Return the number of values in nested dicts, lists and tensors."""
     if isinstance(content, torch.Tensor):
         return content.numel()
-    items = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else None
-    return 1 if items is None else sum(map(count, items))
+    if isinstance(content, dict):
+        return sum(map(count_values, content.values()))
+    return sum(map(count_values, content)) if isinstance(content, (list, tuple)) else 1
+
+
+def compare(name: str, checkouts: tuple[Path, Path], folders: tuple[Path, Path]) -> bool:
+    """Start run `name` in both checkouts, print the first differences, and return whether there are none."""
+    for checkout, folder in zip(checkouts, folders):
+        folder.mkdir(exist_ok=True)
+        run(checkout.resolve(), name, folder)
+    results = [read_results(folder / name) for folder in folders]
+    lines = differences(*results)
+    verdict = "DIFFERENT" if lines else "the same bits"
+    print(f"{name:18s} {count_values(results[0]):9,d} values: {verdict}", flush=True)
+    for line in sorted(lines)[:8]:
+        print(f"    {line}")
+    return not lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("before", type=Path, help="a checkout")
-    parser.add_argument("after", type=Path, help="another one")
+    parser.add_argument("before", type=Path, help="a checkout of the project")
+    parser.add_argument("after", type=Path, help="the checkout to compare with it")
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS), help="runs to compare")
     args = parser.parse_args()
-    names = [name for name in RUNS if name in args.only or name == "teacher"]
-    wrong = 0
+    names = [name for name in RUNS if name in args.only or name == "teacher"]  # other runs start from the teacher
     with tempfile.TemporaryDirectory() as folder:
-        folders = [Path(folder) / "before", Path(folder) / "after"]
-        for name in names:
-            for checkout, target in zip((args.before, args.after), folders):
-                target.mkdir(exist_ok=True)
-                run(checkout.resolve(), name, target)
-            contents = [left_behind(target / name) for target in folders]
-            found = differences(*contents)
-            wrong += bool(found)
-            print(
-                f"{name:18s} {count(contents[0]):9,d} values: {'the same bits' if not found else 'DIFFERENT'}",
-                flush=True,
-            )
-            for line in sorted(found)[:8]:
-                print(f"    {line}")
-    print(f"{len(names) - wrong} of {len(names)} runs are the same to the bit")
-    sys.exit(bool(wrong))
+        folders = (Path(folder) / "before", Path(folder) / "after")
+        same = sum([compare(name, (args.before, args.after), folders) for name in names])
+    print(f"{same} of {len(names)} runs are the same to the bit")
+    sys.exit(same < len(names))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What each piece of the training step saves: the step by the book, and then one piece after the other on top.
+"""Gain of each optimisation of the training step: the textbook step, with one optimisation after the other added.
 
-python benchmarks/step.py                                ViT-Tiny/4 at 32 px on the CPU, bf16 where it multiplies it
+python benchmarks/step.py                                ViT-Tiny/4 at 32 px on the CPU, bf16 where it is fast
 python benchmarks/step.py --model mae_vit_base_patch16 --batch_size 64 --device cuda
-python benchmarks/step.py --compile                      with a line for compiled blocks (a minute or more to compile)
+python benchmarks/step.py --compile                      with a row for compiled blocks (a minute or more to compile)
 
-Every variant has the same weights, images and masks, and the script ends with an error when a loss differs by more than
-rounding. Rounds visit every variant; ratios are of medians, with the quartiles of the ratios per round.
+Every variant has the same weights, images and masks, and the script exits with an error when a loss differs by more
+than rounding. Rounds visit every variant; the table has ratios of medians, and quartiles of the ratios per round.
 """
 
 import sys
@@ -33,11 +33,11 @@ class Step(_measure.Variant):
     def __init__(self, name: str, options):
         self.name = name
         super().__init__("", options)
-        kind, pieces, compiled = VARIANTS[name]
+        attention, pieces, compiled = VARIANTS[name]
         model = plain(self.pretrainer.model, *pieces)
         for module in model.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = attention_is_fused(kind, self.device, self.dtype)
+                module.fused_attn = attention_is_fused(attention, self.device, self.dtype)
         if compiled:
             compile_blocks(model)
         generator = torch.Generator().manual_seed(0)
@@ -76,7 +76,7 @@ def main(options, argv: list[str]) -> None:
 
 def get_args_parser():
     parser = _measure.parser(__doc__.split("\n")[0], rounds=8, steps=1)
-    parser.add_argument("--compile", action="store_true", help="with a line for compiled blocks")
+    parser.add_argument("--compile", action="store_true", help="with a row for compiled blocks")
     return parser
 
 

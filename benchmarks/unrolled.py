@@ -1,5 +1,5 @@
-"""The hypergradient of MLO-MAE the straightforward way: a graph through every step, differentiated twice. The tests
-compare the cheap way with it, and `mlo.py` measures it."""
+"""The hypergradient of MLO-MAE by a graph through every step that is differentiated twice. Tests compare the fast
+computation with it, and benchmarks/mlo.py measures its cost."""
 
 import torch
 from torch import nn
@@ -12,8 +12,8 @@ from methods.mlo.inner_problems import trainable
 
 @sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
 def unrolled(pretrainer, method, batches, ratio, attach=False, head_path=True) -> list[torch.Tensor]:
-    """The hypergradient by autograd through every step, second derivatives and all: gradient descent on stage I for
-    each batch, one step of the head, stage III. Nothing is dropped: later probabilities follow earlier steps.
+    """Return the hypergradient by autograd through every step with second derivatives: gradient descent on stage I for
+    each batch, one step of the head, stage III. No term is dropped: later probabilities depend on earlier steps.
 
     `attach`: as in the public code, stage I's gradient reaches the embedding through the masking network's input.
     """
@@ -33,14 +33,14 @@ def unrolled(pretrainer, method, batches, ratio, attach=False, head_path=True) -
 
 
 def leaves(module, prefix=""):
-    """A copy of the parameters, at the root of a graph."""
+    """Return copies of the parameters as leaves of a new graph."""
     parameters = module if isinstance(module, dict) else dict(module.named_parameters())
     return {f"{prefix}{name}": p.detach().clone().requires_grad_() for name, p in parameters.items()}
 
 
 def stage_one(pretrainer, method, theta, net, imgs, ratio=0.75, attach=False):
-    """The weighted loss of stage I, and the copy of theta by which to differentiate it: without `attach`, the input of
-    the masking network is not part of that."""
+    """Return the weighted loss of stage I, and the copy of theta to differentiate with respect to. Without `attach` it
+    excludes the input of the masking network."""
     model, here = pretrainer.model, {name: value * 1 for name, value in theta.items()}
     tokens = functional_call(Tokens(model), here if attach else theta, (imgs,))
     logits = functional_call(method.net, net, (tokens,))

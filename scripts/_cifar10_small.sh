@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2154,SC2034,SC1091
-# Sourced by the studies on CIFAR-10 with a laptop's means: 500 training images of each class for everything
+# Sourced by the small studies on CIFAR-10: 500 training images of each class for all stages
 # (pretraining, probing, fine-tuning), the whole test set, three seeds, linked into OUT/data. Sets the arrays of
 # _sweep.sh; --data is CIFAR-10 as train/<class>/ and val/<class>/.
 SEEDS=${SEEDS:-0 1 2}

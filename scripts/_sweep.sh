@@ -1,20 +1,21 @@
 # shellcheck shell=bash disable=SC2154,SC2034,SC1091
 # Sourced by the sweeps of the papers. A sweep is a list of runs: each is pretrained, then fine-tuned, probed linearly and
-# by nearest neighbours. What is finished is skipped, what was interrupted goes on, when the sweep is started again.
+# by nearest neighbours. When the sweep is started again, finished runs are skipped and interrupted ones are resumed.
 #
-#   OUT               where everything goes (first argument)
-#   --data DIR        the data set (the sweep says which and in what form); not needed with --cpu_small
+#   OUT               output folder (first argument)
+#   --data DIR        the data set (see the sweep for its name and layout); not needed with --cpu_small
 #   --cpu_small       a small model on scikit-learn's digits: one to two minutes a run on one core
 #   --gpu_hour        the whole list on --data in about an hour of one H100: fewer epochs, mostly a smaller model
 #   --only "A B"      these runs only
 #   --list            print the names of the runs, with their flags
-#   anything else     goes to every pretraining
+#   other flags       are passed to every pretraining
 #   SEEDS (default 0), GPUS (processes, default 1) and PYTHON come from the environment.
 #
-# No --gpu_hour was measured on a GPU. Its lengths are what tools/plan.py's formulas give for a step at 100 TFLOP/s (what so
-# narrow networks may reach) and 0.6 ms of launching for each block, times what benchmarks/README.md measured of a method on
-# a CPU; fine-tuning takes at least the time of 12 workers that prepare 1,250 images/s each (the same page), and every
-# command 12 s to start. The sums, in seconds, are in the sweeps. What the paper gives in epochs is scaled with them.
+# --gpu_hour is an estimate that was not measured on a GPU. tools/plan.py's formulas give the time of a step at 100 TFLOP/s
+# (a guess for such narrow networks) with 0.6 ms of launches for each block; it is multiplied by the cost of the method on a
+# CPU (benchmarks/README.md). Fine-tuning takes at least the time in which 12 workers prepare the images at 1,250 images/s
+# each (the same page), and every command takes 12 s to start. The sweeps have the sums in seconds. Settings that a paper
+# gives in epochs are scaled with the number of epochs.
 #
 # The sweep sets arrays of flags: `data_flags`, `pretrain`, `finetune`, `linprobe` and `encoder` (the model of the last
 # two), and calls `run NAME FLAGS…` and `scratch NAME`, then `table`.
@@ -42,26 +43,26 @@ if [ -z "$list$out" ]; then
     exit 2
 fi
 if [ -n "$cpu_small" ] && [ -n "$gpu_hour" ]; then
-    echo "error: --cpu_small and --gpu_hour are two sizes of the same runs: choose one" >&2
+    echo "error: --cpu_small and --gpu_hour exclude each other: choose one" >&2
     exit 2
 fi
 if [ -z "$list$cpu_small$data" ]; then
-    echo "error: --data DIR is needed, the data set of the paper (or --cpu_small, which needs none)" >&2
+    echo "error: --data DIR is needed: the data set of the paper (--cpu_small needs none)" >&2
     exit 2
 fi
 for name in $only; do
     if ! bash "$0" --list ${cpu_small:+--cpu_small} ${gpu_hour:+--gpu_hour} | cut -d: -f1 | grep -qxF -- "$name"; then
-        echo "error: --only $name is no run of this sweep; --list names them" >&2
+        echo "error: --only $name is no run of this sweep; --list shows its runs" >&2
         exit 2
     fi
 done
-extra_finetunes=()  # names of further arrays of fine-tuning flags, for papers that compare several
+extra_finetunes=()  # names of further arrays of fine-tuning flags, for papers with several
 
-per_process() { # EFFECTIVE BATCH: the --batch_size of each of these processes
+per_process() { # EFFECTIVE BATCH: print the --batch_size of each process
     echo $(($1 / (GPUS * NODES)))
 }
 
-small_recipe() { # what --cpu_small trains
+small_recipe() { # the settings of --cpu_small
     data_flags=(--dataset digits --input_size 16 --num_workers 1)
     pretrain=(--model mae_vit_micro_patch4 --batch_size 64 --epochs 24 --warmup_epochs 2 --lr 1e-3 --amp_dtype fp32)
     finetune=(--batch_size 64 --epochs 5 --warmup_epochs 1 --lr 2e-3 --layer_decay 0.75 --amp_dtype fp32)
@@ -69,21 +70,21 @@ small_recipe() { # what --cpu_small trains
     encoder=(--model vit_micro_patch4 --global_pool)
 }
 
-imagefolder_or() { # READER: that reader's own format, or train/<class>/ and val/<class>/ of images
+imagefolder_or() { # READER: print imagefolder if --data has class folders, else the reader
     if [ -d "$data/train" ]; then echo imagefolder; else echo "$1"; fi
 }
 
-once() { # FILE COMMAND…: nothing when the file is there, which the command writes last
+once() { # FILE COMMAND…: run the command, which writes the file last, unless the file exists
     local file=$1
     shift
     [ ! -e "$file" ] || return 0
     "$@"
-    [ -e "$file" ] || { echo "stopped before $file was written: start the sweep again to go on" >&2; exit 1; }
+    [ -e "$file" ] || { echo "stopped before $file was written: start the sweep again to resume" >&2; exit 1; }
 }
 
-main() (torchrun_main "$@")  # in a subshell, which torchrun_main replaces
+main() (torchrun_main "$@")  # in a subshell, because torchrun_main replaces the shell
 
-epochs_of() { # the last --epochs among flags
+epochs_of() { # FLAGS…: print the value of the last --epochs
     local value='' previous=''
     for word in "$@"; do
         case $word in --epochs=*) value=${word#*=} ;; esac
@@ -97,21 +98,21 @@ wanted() {
     [ -z "$only" ] || case " $only " in *" $1 "*) ;; *) return 1 ;; esac
 }
 
-chosen() { # NAME FLAGS…: whether this run is to be done now; with --list it is only named
+chosen() { # NAME FLAGS…: succeed if this run is wanted; with --list print its name and fail
     local name=$1
     shift
     wanted "$name" || return 1
     [ -z "$list" ] || { echo "$name${*:+: $*}"; return 1; }
 }
 
-scratch() { # NAME: an encoder that is not pretrained
+scratch() { # NAME: evaluate an encoder without pretraining
     chosen "$1" || return 0
     for seed in $SEEDS; do
         evaluate "$1-seed$seed" "" "$seed" model
     done
 }
 
-run() { # NAME FLAGS…: {seed} in a flag stands for the seed
+run() { # NAME FLAGS…: pretrain and evaluate; {seed} in a flag is replaced by the seed
     local name=$1 folder checkpoint
     shift
     chosen "$name" "$@" || return 0
@@ -130,7 +131,7 @@ evaluate() { # NAME CHECKPOINT SEED KEY
     [ -z "$2" ] || common+=(--finetune "$2" --checkpoint_key "$4")
     local probe="$out/probe-$1" folder last kind again
     case " ${linprobe[*]} " in
-        *" --cache_features "*) last=probe.json again=(--overwrite) ;;  # seconds: from the beginning
+        *" --cache_features "*) last=probe.json again=(--overwrite) ;;  # takes seconds, so it starts anew
         *) last=checkpoint-$(($(epochs_of "${linprobe[@]}") - 1)).pth again=(--resume auto) ;;
     esac
     once "$probe/$last" main main_linprobe.py "${common[@]}" "${linprobe[@]}" --output_dir "$probe" "${again[@]}"

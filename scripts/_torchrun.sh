@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the launchers: `torchrun_main MAIN FLAGS…` starts a main on one GPU, one node or several.
-#   GPUS    processes on this node (default: the GPUs there are, at least one process)
+#   GPUS    processes on this node (default: the number of GPUs, at least one)
 #   NODES   nodes of the run (default 1); on each: NODE_RANK (0, 1, …) and MASTER (host:port of node 0)
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # see _venv.sh
 NODES=${NODES:-1}
 GPUS=${GPUS:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 
-# accumulate EFFECTIVE BATCH: the --accum_iter with which these processes make up the effective batch size
+# accumulate EFFECTIVE BATCH: print the --accum_iter for which the processes reach the effective batch size
 accumulate() {
     local together=$(($2 * GPUS * NODES))
     echo $((together < $1 ? $1 / together : 1))

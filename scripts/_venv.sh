@@ -1,13 +1,13 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by the other scripts: makes the virtual environment if there is none and installs what a requirements file
-# names, once per content of that file; what is installed later does not change those versions. Sets `python`.
-#   VENV          where it is (default: .venv in the repository)
-#   REQUIREMENTS  what to install (default: requirements.txt)
+# Sourced by the other scripts: makes the virtual environment if it does not exist, and installs a requirements
+# file, once for each content of the file; later installations keep those versions. Sets `python`.
+#   VENV          its folder (default: .venv in the repository)
+#   REQUIREMENTS  the requirements file (default: requirements.txt)
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
 requirements=${REQUIREMENTS:-$root/requirements.txt}
-dev="$root/requirements-dev.txt"  # what the tests need besides
+dev="$root/requirements-dev.txt"  # further packages for the tests
 [ "$(basename "$requirements")" != requirements-oldest.txt ] || dev="$root/requirements-dev-oldest.txt"
 
 find_python() {
@@ -19,7 +19,7 @@ find_python() {
             return
         fi
     done
-    echo "error: Python 3.11 or 3.12 is needed, with its venv module; set PYTHON to its path" >&2
+    echo "error: Python 3.11 or 3.12 with its venv module is required; set PYTHON to its path" >&2
     exit 2
 }
 
@@ -41,7 +41,7 @@ if [ ! -x "$venv/bin/python" ]; then
     "$interpreter" -m venv "$venv"
 fi
 install_requirements "$requirements"
-# On a CPU whose cores others use too (data workers, a second run), threads that spin while they wait cost several times
-# what they save.
+# On a CPU with other work (data workers, a second run), threads that spin while they wait cost several times what they
+# save.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 python="$venv/bin/python"

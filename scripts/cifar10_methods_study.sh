@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# MAE, MAE-K, EMA-MAE, RC-MAE and DMAE on CIFAR-10 with a laptop's means: 500 training images of each class for everything
-# (pretraining, probing, fine-tuning), the whole test set, three seeds. One MAE run takes about two minutes on two cores.
+# MAE, MAE-K, EMA-MAE, RC-MAE and DMAE on a small CIFAR-10: 500 training images of each class for pretraining,
+# probing and fine-tuning, the whole test set, three seeds. One MAE run takes about two minutes on two cores.
 #
 #   bash scripts/cifar10_methods_study.sh OUT --data CIFAR10        (train/<class>/ and val/<class>/)
 #
@@ -23,6 +23,6 @@ run maek --mae_k 3
 run emamae --ema_mae --wse 3 --tau 0.005
 run rcmae --rc_mae
 run dmae --dmae_teacher "$teacher/checkpoint-39.pth" --dmae_teacher_model mae_deit_tiny_patch4
-# MAE with at least the time that the dearest method takes, by the ratios of benchmarks/methods.py.
+# MAE for at least the time of the most expensive method, by the ratios of benchmarks/methods.py.
 run mae-equaltime --epochs 16
 table

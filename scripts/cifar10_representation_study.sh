@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What the encoders of MAE, EMA-MAE (bootstrapped) and RC-MAE are worth beside a random one, on CIFAR-10 with a laptop's
-# means (_cifar10_small.sh): linear probe, few-shot, robustness of the probe under 15 corruptions, the similarity ratio of
-# test features, and their t-SNE. Pretrained as in cifar10_methods_study.sh, whose OUT may be given: what is there is used.
+# The encoders of MAE, EMA-MAE (bootstrapped) and RC-MAE compared with a random one on a small CIFAR-10
+# (_cifar10_small.sh): linear probe, few-shot, robustness of the probe under 15 corruptions, the similarity ratio of test
+# features, and their t-SNE. Pretrained as in cifar10_methods_study.sh; runs in its OUT are reused when OUT is the same.
 #
 #   bash scripts/cifar10_representation_study.sh OUT --data CIFAR10        (train/<class>/ and val/<class>/)
 #
@@ -11,7 +11,7 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/_cifar10_small.sh"
 
-evaluate() { # NAME CHECKPOINT SEED KEY: in place of the sweeps' own
+evaluate() { # NAME CHECKPOINT SEED KEY: replaces the function of _sweep.sh
     local common=("${data_flags[@]}" "${encoder[@]}" --seed "$3") corrupt="$out/robustness-$1"
     [ -z "$2" ] || common+=(--finetune "$2" --checkpoint_key "$4")
     once "$out/linear-$1/results.jsonl" main main_linprobe.py "${common[@]}" "${linprobe[@]}" \
@@ -37,7 +37,7 @@ scratch random
 first=${SEEDS%% *}
 "$python" "$root/tools/tsne.py" "${data_flags[@]}" "${encoder[@]}" --seed "$first" --out "$out/tsne.png" \
     random "$out"/{mae,emamae,rcmae}-seed"$first/checkpoint-8.pth" --titles random MAE EMA-MAE RC-MAE
-# Which of the test images t-SNE and the corruptions see is drawn by the seed, hence --allow_differing.
+# The seed draws the test images of t-SNE and of the corruptions, hence --allow_differing.
 "$python" "$root/tools/collect.py" "$out"/{linear,fewshot,tsne,robustness}-*-seed* --by run \
     --strip linear- fewshot- tsne- robustness- --metric linear:test_acc1 fewshot1_acc1 fewshot2_acc1 fewshot5_acc1 \
     fewshot10_acc1 ratio clean_error corrupted_error --allow_differing data.test data.imagefolder --out "$out/representation.md"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A masked autoencoder from nothing: installs, pretrains a small one, draws what it reconstructs, and compares it with an
-# untrained one where labels are few. Minutes on a laptop.
+# A masked autoencoder in minutes on a laptop: installs, pretrains a small one, draws its reconstructions, and compares it
+# with an untrained one where labels are few.
 #
 #   bash scripts/quickstart.sh                     handwritten digits, which come with scikit-learn
 #   bash scripts/quickstart.sh --data_path DIR     your images: any folder, or DIR/train/<class>/ and DIR/val/<class>/

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# A paper's table: its sweep (what is missing only, going on where it was interrupted), then ours beside the published
-# numbers, with a column that says what differs in the setting; printed, and in OUT/reproduced.md and .csv.
+# A paper's table: its sweep (missing runs only; interrupted ones are resumed), then our numbers beside the published ones,
+# with a column of differences in the setting; printed, and in OUT/reproduced.md and .csv.
 #
 #   bash scripts/reproduce.sh PAPER OUT --budget cpu_small                   (scikit-learn's digits; maws: --data CIFAR10)
 #   bash scripts/reproduce.sh PAPER OUT --budget gpu_hour --data DIR         (about an hour of one H100, by estimate)
 #   bash scripts/reproduce.sh PAPER OUT --budget paper --data DIR            (the paper's model and lengths)
 #
-# PAPER is bootstrap_mae, dmae, rc_mae, mlo_mae or maws. Everything else goes to scripts/PAPER/sweep.sh, which says which data
-# it wants: --only "RUN …", --list, flags for the pretraining, SET, TEACHER, WEAK, SEEDS, GPUS. A folder holds one budget.
+# PAPER is bootstrap_mae, dmae, rc_mae, mlo_mae or maws. All other arguments go to scripts/PAPER/sweep.sh,
+# whose comment names its data set: --only "RUN …", --list, flags for the pretraining, SET, TEACHER, WEAK, SEEDS, GPUS. A
+# folder holds one budget.
 set -euo pipefail
 GPUS=${GPUS:-1}
 . "$(dirname "${BASH_SOURCE[0]}")/_torchrun.sh"

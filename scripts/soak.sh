@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Kills runs, damages files and feeds bad input for as long as one likes, and counts what is lost (docs/reliability.md).
+# Kills runs, damages files and feeds bad input for a given time, and counts losses (docs/reliability.md).
 #
 #   bash scripts/soak.sh                          half an hour
 #   bash scripts/soak.sh --minutes 600 --seed 1 --out soak.json

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need, checks the style, runs the suite, two files at a time, one thread each (WORKERS=4: four).
+# Installs the packages of the tests, checks the style, and runs the suite, two files at a time (WORKERS=4: four).
 # Arguments go to pytest:
 #   bash scripts/test.sh
 #   bash scripts/test.sh tests/models/test_fixtures.py -k lars

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The suite (test.sh) on the oldest and the newest supported versions of everything, with Python 3.11 and 3.12 where they
-# are installed, one after the other; then a table. Exit code 1 if anything fails. Arguments go to pytest:
+# The suite (test.sh) on the oldest and the newest supported versions of all packages, with Python 3.11 and 3.12 where they
+# are installed, one case after the other; then a table. Exit code 1 if anything fails. Arguments go to pytest:
 #   bash scripts/test_matrix.sh
 #   bash scripts/test_matrix.sh tests/models/test_fixtures.py tests/util/checkpoint/test_frozen.py
-#   CASES   which ones (default: oldest-3.11 oldest-3.12 newest-3.11 newest-3.12)
-#   VENVS   where their environments are, or are made, by these names (default: .venv-matrix in the repository; about
-#           7 GB each)
+#   CASES   cases to run (default: oldest-3.11 oldest-3.12 newest-3.11 newest-3.12)
+#   VENVS   folder of their environments, which are made if needed (default: .venv-matrix in the repository; about 7 GB
+#           each)
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venvs=${VENVS:-$root/.venv-matrix}
@@ -13,13 +13,13 @@ mkdir -p "$venvs"
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
-versions() { # PYTHON: those that it finds
+versions() { # PYTHON: print the versions of its packages
     "$1" -c '
 import platform, timm, torch, torchvision
 print(platform.python_version(), *(each.__version__.split("+")[0] for each in (torch, torchvision, timm)))' 2> /dev/null
 }
 
-count() { # WORD: the number before it in pytest's last line
+count() { # WORD: print the number before it in pytest's last line
     tail -n 1 "$log" | grep -oE "[0-9]+ $1" | grep -oE '^[0-9]+' || echo 0
 }
 
@@ -32,7 +32,7 @@ for name in ${CASES:-oldest-3.11 oldest-3.12 newest-3.11 newest-3.12}; do
     case $name in
         oldest-3.1[12]) requirements="requirements-oldest.txt" ;;
         newest-3.1[12]) requirements="requirements.txt" ;;
-        *) echo "error: CASES names $name; there are oldest-3.11, oldest-3.12, newest-3.11 and newest-3.12" >&2; exit 2 ;;
+        *) echo "error: CASES has $name; use oldest-3.11, oldest-3.12, newest-3.11 or newest-3.12" >&2; exit 2 ;;
     esac
     if [ ! -x "$venv/bin/python" ] && ! "$python" -c 'import venv' 2> /dev/null; then
         table+=$'\n'"$name: $python is not installed"
@@ -46,7 +46,7 @@ for name in ${CASES:-oldest-3.11 oldest-3.12 newest-3.11 newest-3.12}; do
     status=$((status | failed))
     read -ra set_of <<< "$(versions "$venv/bin/python" || echo - - - -)"
     bad=$(($(count failed) + $(count 'errors?')))
-    [ "$failed" = 0 ] || [ "$bad" -gt 0 ] || bad=all  # it did not get as far as pytest, or pytest broke
+    [ "$failed" = 0 ] || [ "$bad" -gt 0 ] || bad=all  # pytest was not reached, or crashed
     minutes=$(awk -v s=$((SECONDS - began)) 'BEGIN { printf "%.1f", s / 60 }')
     table+=$'\n'$(row "$name" "${set_of[@]}" "$(count passed)" "$bad" "$(count skipped)" "$minutes")
 done

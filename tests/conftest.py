@@ -1,4 +1,4 @@
-"""Shared helpers: fixtures of the reference implementations, small image folders, launching the mains."""
+"""Fixtures that many tests share: recorded numbers of reference implementations, and a small image folder."""
 
 import json
 import sys
@@ -20,13 +20,13 @@ from helpers.teachers import teacher as teacher  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def fused_attention():
-    """Mains in this process choose the kind of attention of models to come; the next test must not find that."""
+    """Restore the default attention kernel, which a main that runs in this process may have changed."""
     yield
     set_fused_attn(True)
 
 
 class Golden:
-    """One file of `tests/fixtures`: arrays as tensors, `meta` as a dict, groups of arrays by prefix."""
+    """A file of tests/fixtures: its arrays as tensors, `meta` as a dict, and groups of arrays by prefix."""
 
     def __init__(self, name):
         self.arrays = np.load(ROOT / "tests" / "fixtures" / f"{name}.npz", allow_pickle=False)
@@ -54,7 +54,7 @@ def _fixed_seed():
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """An image folder of four classes, 96 training and 20 validation images of 16x16 pixels, colours and noise."""
+    """Four classes of noisy colours as an image folder: 96 training and 20 validation images of 16x16 pixels."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("val", 5)):

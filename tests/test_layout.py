@@ -1,4 +1,4 @@
-"""The layout of the project: which room may import from which, what forks import, and that tests stand alone."""
+"""The layout of the project: permitted imports between rooms, the names that forks import, independent tests."""
 
 import ast
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_no_import_breaks_the_layout():
 
 
 @pytest.mark.parametrize("fault", PLANTED)
-def test_planted_faults_are_named(fault):
+def test_planted_faults_are_reported(fault):
     file, line, expected = PLANTED[fault]
     sources = layout.modules(ROOT)
     module = file.replace("/", ".")
@@ -34,15 +34,15 @@ def test_planted_faults_are_named(fault):
     assert any(expected in sentence for sentence in layout.faults(sources))
 
 
-def test_circles_are_named():
-    """Through a third module, inside one room, where no arrow runs up."""
+def test_circles_are_reported():
+    """A circle through a third module inside one room, where no import goes upwards."""
     sources = layout.modules(ROOT)
     sources["util.data.images"] = f"import util.data.labels\n{sources['util.data.images']}"
     assert any("util.data.images" in sentence and "a circle" in sentence for sentence in layout.faults(sources))
 
 
 def test_tests_do_not_import_tests():
-    """What two tests share is in tests/helpers; none reaches into tools/ by sys.path."""
+    """Code that tests share is in tests/helpers; no test inserts tools/ into sys.path."""
     for path in sorted((ROOT / "tests").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)):
@@ -52,7 +52,7 @@ def test_tests_do_not_import_tests():
         assert path == Path(__file__) or 'ROOT / "tools"))' not in text, f"{path} inserts tools/ into sys.path"
 
 
-def test_what_forks_import():
+def test_names_that_forks_import():
     """The names that forks of the official repository take from `util`, imported as they do."""
     import util.lr_sched as lr_sched
     import util.misc as misc

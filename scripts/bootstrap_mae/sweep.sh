@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # MAE-K and EMA-MAE as in the Bootstrap-MAE report (Li): DeiT-Tiny on CIFAR-10 at 32 px, batch 512, 200 epochs; fine-tuned
 # for 100 epochs, and probed linearly. Runs: the baseline, a random encoder, K in {1, 2, 4, 5, 10, 20}, WSE in {0, 5, 20,
-# 50} at tau 0.005, tau in {0.1, 0.3} at WSE 20. What the report does not say is the official MAE's default.
+# 50} at tau 0.005, tau in {0.1, 0.3} at WSE 20. Settings that the report omits are the official MAE's defaults.
 #
 #   bash scripts/bootstrap_mae/sweep.sh OUT --data CIFAR10        (train/<class>/ and val/<class>/, or torchvision's files)
 #   bash scripts/bootstrap_mae/sweep.sh OUT --data CIFAR10 --only "mae k10 k20 wse20"
 #   bash scripts/bootstrap_mae/sweep.sh OUT --data CIFAR10 --gpu_hour
 #   bash scripts/bootstrap_mae/sweep.sh OUT --cpu_small
 #
-# More in scripts/_sweep.sh. A run takes its time three times over: see docs/results.md for an estimate.
+# More in scripts/_sweep.sh. For an estimate of the time see docs/results.md.
 # shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_sweep.sh"
@@ -21,7 +21,7 @@ finetune=(--batch_size "$batch" --epochs 100 --warmup_epochs 5 --blr 5e-4 --laye
 linprobe=(--batch_size "$batch" --epochs 90 --blr 0.1)
 encoder=(--model deit_tiny_patch4 --global_pool)
 [ -z "$cpu_small" ] || small_recipe
-scaled() { echo "$1"; }  # epochs of the paper's 200 among those of these runs
+scaled() { echo "$1"; }  # EPOCHS of the paper's 200: print the corresponding epochs of these runs
 if [ -n "$gpu_hour" ]; then  # 13 runs: pretraining 120 (MAE), 165 (features); fine-tuning 65; starting and probing 60
     pretrain+=(--epochs 100 --warmup_epochs 20 --data_cache device)
     finetune+=(--epochs 20 --warmup_epochs 1 --eval_freq 20)

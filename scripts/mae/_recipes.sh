@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The paper's settings (He et al. 2022, Appendix A), sourced by the launchers: one array of flags a task.
+# The paper's settings (He et al. 2022, Appendix A), sourced by the launchers: one array of flags for each task.
 # shellcheck disable=SC2034
 pretrain=(--model mae_vit_large_patch16 --norm_pix_loss --mask_ratio 0.75 --batch_size 64 --epochs 800
     --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05)                                          # Table 8

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# MAE on CIFAR-10 with a laptop's means: three seeds of pretraining, each probed linearly beside a random encoder of the
-# same architecture and seed. About 9 minutes a seed on two cores. Finished parts are skipped when started again.
+# MAE on a small CIFAR-10: three seeds of pretraining, each linear probe beside that of a random encoder with the same
+# architecture and seed. About 9 minutes a seed on two cores. Finished parts are skipped when started again.
 #
 #   bash scripts/mae/cifar10_study.sh DATA OUT        DATA holds train/<class>/ and val/<class>/
 set -euo pipefail

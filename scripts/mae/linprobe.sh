@@ -3,7 +3,7 @@
 #
 #   bash scripts/mae/linprobe.sh --finetune CHECKPOINT --data_path IMAGENET --output_dir OUT
 #
-# GPUS, NODES, NODE_RANK and MASTER as in pretrain.sh. In a hundredth of the time, without augmentation:
+# GPUS, NODES, NODE_RANK and MASTER as in pretrain.sh. Without augmentation, in a hundredth of the time:
 # python main_linprobe.py --cache_features --finetune CHECKPOINT --data_path IMAGENET --output_dir OUT
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"

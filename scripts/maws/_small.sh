@@ -1,13 +1,13 @@
 # shellcheck shell=bash disable=SC2154,SC2034
-# Sourced by the scripts of this folder for --cpu_small: of CIFAR-10 (train/<class>/ and val/<class>/) 500 training images
-# of each class with hashtags for the first stages, 100 others with labels for the last one, 200 test images; for --gpu_hour
-# 4000, 1000 and 900; linked into OUT/data. The hashtags are made up: the class by another name and what it has in common
-# with others; noise comes on top.
+# Sourced by the scripts of this folder for --cpu_small: links a part of CIFAR-10 (train/<class>/ and val/<class>/) into
+# OUT/data. Each class has 500 training images with hashtags for the first stages, 100 others with labels for the last one,
+# and 200 test images; for --gpu_hour 4000, 1000 and 900. The hashtags are synthetic: another name of the class, and
+# attributes that it shares with other classes, plus noise.
 budget=--cpu_small weak_count=500 labelled_count=100 test_count=200 weak_test_count=20
 [ -z "$gpu_hour" ] || budget=--gpu_hour weak_count=4000 labelled_count=1000 test_count=900 weak_test_count=100
 [ -n "$list$data" ] || { echo "error: $budget needs --data CIFAR10, with train/<class>/ and val/<class>/" >&2; exit 2; }
 [ -n "$list" ] || [ -d "$data/train/airplane" ] ||
-    { echo "error: --data $data has no train/airplane/: $budget wants CIFAR-10 as class folders" >&2; exit 2; }
+    { echo "error: --data $data has no train/airplane/: $budget needs CIFAR-10 as class folders" >&2; exit 2; }
 
 declare -A hashtags=([airplane]="plane,vehicle,sky,travel" [automobile]="car,vehicle,road" [bird]="bird,animal,sky"
     [cat]="kitten,animal,pet" [deer]="deer,animal,wild" [dog]="puppy,animal,pet" [frog]="frog,animal,wild"
@@ -34,7 +34,7 @@ if [ -z "$list" ] && [ ! -d "$out/data" ]; then
 fi
 weak=$out/data/weak weak_train=$out/data/train.txt weak_val=$out/data/val.txt labelled=$out/data/labelled
 statistics=(--mean 0.49140 0.48216 0.44653 --std 0.24703 0.24349 0.26159 --num_workers 1 --amp_dtype fp32
-    --allow_outside)  # the links lead to --data
+    --allow_outside)  # because the links lead to --data
 pretrain=(--model mae_vit_micro_patch4 --norm_pix_loss --aug crop --batch_size 100 --lr 1.5e-3 --vis_freq 0)
 wsp=(--aug crop --aa none --smoothing 0 --reprob 0 --drop_path 0 --batch_size 100 --lr 1e-3 --layer_decay 1
     --label_noise "${NOISE:-0.3}")

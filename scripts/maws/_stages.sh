@@ -1,15 +1,15 @@
 # shellcheck shell=bash disable=SC2154
-# Sourced by the scripts of this folder: the stages of a chain. The features are [cls] throughout.
+# Sourced by the scripts of this folder: the stages of a chain. All features are [cls] tokens.
 
-share() { # A B: their product, shortest
+share() { # A B: print their product without trailing zeros
     awk -v a="$1" -v b="$2" 'BEGIN { printf "%.6g", a * b }'
 }
 
-newest() { # FOLDER: the last checkpoint of a run
+newest() { # FOLDER: print the last checkpoint of a run
     find "$1" -name 'checkpoint-*.pth' ! -name '*best*' | sort -V | tail -1
 }
 
-judge() { # NAME CHECKPOINT SEED: stage three, on the labelled images
+judge() { # NAME CHECKPOINT SEED: run stage three, the evaluations on the labelled images
     local common=(--data_path "$labelled" "${statistics[@]}" "${encoder[@]}" --finetune "$2" --seed "$3")
     local again=(--resume auto)
     case " ${linprobe[*]} " in *" --cache_features "*) again=(--overwrite) ;; esac
@@ -21,7 +21,7 @@ judge() { # NAME CHECKPOINT SEED: stage three, on the labelled images
         --out "$out/fewshot-$1/fewshot.json"
 }
 
-figures() { # BY X NAME: a table, and three curves over X
+figures() { # BY X NAME: print a table, and draw three curves over X
     [ -z "$list" ] || return 0
     local kind metric
     "$python" "$root/tools/collect.py" "$out"/{finetune,linear,fewshot}-*-seed* --strip finetune- linear- fewshot- \

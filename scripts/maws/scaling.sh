@@ -14,7 +14,7 @@ here=$(dirname "${BASH_SOURCE[0]}")
 . "$here/../_sweep.sh"
 . "$here/_stages.sh"
 
-[ -z "$gpu_hour" ] || { echo "error: $0 has no --gpu_hour: SIZES, SHARES and STEPS say how long it takes" >&2; exit 2; }
+[ -z "$gpu_hour" ] || { echo "error: $0 has no --gpu_hour: set its length by SIZES, SHARES and STEPS" >&2; exit 2; }
 if [ -n "$cpu_small" ]; then
     sizes=${SIZES:-vit_micro_patch4 deit_tiny_patch4} shares=${SHARES:-0.1 0.3 1} steps=${STEPS:-250}
     . "$here/_small.sh"
@@ -28,7 +28,7 @@ else
     linprobe+=(--accum_iter "$(accumulate "$linprobe_effective" "$linprobe_batch")")
 fi
 
-part() { # SHARE: the list file of this share of the images, from one order that chance has made once
+part() { # SHARE: print the list file of this share of the images, the first ones of one random order
     local all="$out/lists/all.txt" one="$out/lists/$1.txt"
     if [ ! -e "$one" ]; then
         mkdir -p "$out/lists"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # "The effectiveness of MAE pre-pretraining for billion-scale pretraining" (Singh et al. 2023): MAE, then weakly supervised
 # pretraining (WSP) on hashtags, then fine-tuning, linear probe and few-shot. WSP starts from random weights and from MAE
-# after 0.1, 0.5 and 1 of its budget; every length of WSP is a run of its own, whose schedule ends with it. At the end a
+# after 0.1, 0.5 and 1 of its budget; every length of WSP is a separate run with its own schedule. At the end a
 # table and three figures: accuracy against epochs of WSP for every initialisation.
 #
 #   WEAK=DIR WEAK_LIST=train.txt WEAK_VAL=val.txt bash scripts/maws/sweep.sh OUT --data IMAGENET
@@ -9,7 +9,7 @@
 #   bash scripts/maws/sweep.sh OUT --cpu_small --data CIFAR10          (all as train/<class>/ and val/<class>/)
 #
 # The lists hold path<TAB>label,label,… below WEAK. MAE_EPOCHS is the budget, WSP_EPOCHS the lengths (both may be
-# fractions), NOISE the noise of --cpu_small (some 20 minutes on one idle core) and --gpu_hour, whose hashtags are made up.
+# fractions), NOISE the noise of --cpu_small (some 20 minutes on one idle core) and --gpu_hour, whose hashtags are synthetic.
 # Further flags go to MAE; --only, --list, SEEDS and GPUS as in scripts/_sweep.sh.
 # shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
 set -euo pipefail
@@ -45,7 +45,7 @@ mae() { # NAME SHARE SEED
         "${extra[@]}"
 }
 
-chain() { # SHARE OF THE MAE BUDGET (0: random), EPOCHS OF WSP
+chain() { # SHARE (of the MAE budget; 0: random weights) EPOCHS (of WSP)
     local start=random name from seed
     [ "$1" = 0 ] || start=mae$1
     name=$start-wsp$2

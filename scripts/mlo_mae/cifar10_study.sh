@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# MLO-MAE on CIFAR-10 with a laptop's means (_cifar10_small.sh): MAE, learned masks (moved every time, every fifth time,
-# two levels), a mask learned before and kept, an untrained encoder. 400 steps of 100 images for each; a fifth of the
+# MLO-MAE on a small CIFAR-10 (_cifar10_small.sh): MAE, learned masks (moved every time, every fifth time, two levels), a
+# frozen mask from an earlier run, an untrained encoder. 400 steps of 100 images for each; a fifth of the
 # labelled training images is held out from stage I, so an epoch of MLO-MAE is shorter.
 #
 #   bash scripts/mlo_mae/cifar10_study.sh OUT --data CIFAR10        (train/<class>/ and val/<class>/)
@@ -17,6 +17,6 @@ run mlo "${mlo[@]}"
 run mlo-every5 "${mlo[@]}" --mlo_update_every 5
 run blo "${mlo[@]}" --mlo_levels 2
 run frozen --mlo_mae --mlo_frozen --mlo_mask_net "$out/mlo-seed{seed}/checkpoint-9.pth" --epochs 8
-# MAE with at least the time that MLO-MAE takes, by the ratios of benchmarks/mlo.py.
+# MAE for at least the time of MLO-MAE, by the ratios of benchmarks/mlo.py.
 run mae-equaltime --epochs 20
 table

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# MAE against MLO-MAE in the same time: CIFAR-10, ViT-Small with patches of 4, batch 512, bf16, on one GPU. The benchmark
-# says first what a step of MLO-MAE costs here; its runs then get that many epochs fewer.
+# MAE against MLO-MAE in the same time: CIFAR-10, ViT-Small with patches of 4, batch 512, bf16, on one GPU. A benchmark
+# first measures the cost of an MLO-MAE step on this machine; MLO-MAE then trains for correspondingly fewer epochs.
 #
 #   EPOCHS=100 bash scripts/mlo_mae/equal_time.sh OUT --data CIFAR10      (train/<class>/ and val/<class>/, or torchvision's)
 #
@@ -24,7 +24,7 @@ if [ -z "$list" ]; then
     once "$cost" "$python" "$root/benchmarks/mlo.py" --model mae_vit_small_patch4 --batch_size 512 --rounds 3 \
         --device "${DEVICE:-cuda}" --only "fd, every 1" "fd, every 5" --out "$cost"
 fi
-in_time() { # VARIANT: its epochs in MAE's time; an epoch of four fifths of the images is that much shorter
+in_time() { # VARIANT: print its epochs in MAE's time; an epoch has four fifths of the images
     [ -z "$list" ] || { echo "$epochs"; return; }
     "$python" -c "import json, sys; row = json.load(open(sys.argv[1]))['rows'][sys.argv[2]]
 print(max(6, round(float(sys.argv[3]) / row['time'] / 0.8)))" "$cost" "$1" "$epochs"

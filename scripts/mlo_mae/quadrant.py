@@ -1,13 +1,13 @@
-"""Does a masking network find what decides the class? Digits in one quadrant of a textured canvas, where that is known.
+"""Learned masks on a task whose relevant patches are known: digits in one quadrant of a textured canvas.
 
 python scripts/mlo_mae/quadrant.py OUT        three seeds: half an hour on one core; --seeds 0 for one
 
-For every seed: plain MAE for a moment, whose encoder MLO-MAE goes on with, slowly, the head solved for at every move
-(why both matter: docs/mlo.md). Then the area under the ROC curve of the masking network's probabilities, patches inside
-the quadrant against those outside (0.5: no difference; above: it removes the inside), as it was drawn and as it was
-learned. Last, the same MAE goes on with masks that stay as they are, the learned one and its mirror image (it removes
-what the other keeps): the validation loss of the best head after one epoch and after all, which the learned one should
-lower, and a linear probe. What is finished is skipped.
+For every seed, a short plain MAE is continued by MLO-MAE with a small learning rate and a head that is solved at every
+move (docs/mlo.md gives the reasons). Then the script computes the area under the ROC curve of the masking network's
+probabilities, patches inside the quadrant against those outside (0.5: no difference; above: it removes the inside),
+before and after learning. Last, the same MAE is continued with two frozen masks, the learned one and its opposite
+(which removes the patches that the other keeps): the validation loss of the best head after one epoch and after all,
+which the learned mask should lower, and a linear probe. Finished runs are skipped.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def python(*words: str) -> None:
 
 
 def pretrain(folder: Path, data: Path, seed: int, epochs: int, flags: str) -> Path:
-    """The last checkpoint of a run, made when it is not there."""
+    """Return the last checkpoint of a run, which is made if it does not exist."""
     last = folder / f"checkpoint-{epochs - 1}.pth"
     if not last.exists():
         where = ("--data_path", data, "--output_dir", folder, "--resume", "auto", "--amp_dtype", "fp32")
@@ -60,7 +60,7 @@ def pretrain(folder: Path, data: Path, seed: int, epochs: int, flags: str) -> Pa
 
 
 def probe(folder: Path, checkpoint: Path, data: Path, seed: int) -> float:
-    """Top-1 on the validation images, in percent."""
+    """Return the top-1 accuracy of a linear probe on the validation images in percent."""
     if not (folder / "probe.json").exists():
         where = ("--data_path", data, "--output_dir", folder, "--overwrite", "--amp_dtype", "fp32")
         python("main_linprobe.py", "--model", MODEL, "--finetune", checkpoint, "--seed", seed, *where,
@@ -69,16 +69,16 @@ def probe(folder: Path, checkpoint: Path, data: Path, seed: int) -> float:
 
 
 def images(data: Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """All of a split, and their labels."""
+    """Return all images of a split, and their labels."""
     args = SimpleNamespace(dataset="imagefolder", data_path=str(data), seed=0, in_chans=3)
     dataset = KeyedDataset(read_images(args, train=train), eval_transform((32, 32), *IMAGENET, None), args)
-    samples = [dataset[place] for place in range(len(dataset))]
+    samples = [dataset[index] for index in range(len(dataset))]
     return torch.stack([s.image for s in samples]), torch.tensor([s.target for s in samples])
 
 
 @torch.no_grad()
 def separation(checkpoint: Path, data: Path) -> tuple[float, float, float]:
-    """Area under the curve, and the mean probability inside and outside, over the validation images."""
+    """Return the area under the curve, and the mean probability inside and outside, over the validation images."""
     net, embedding = load_mask_net(str(checkpoint), build_model(f"mae_{MODEL}"))
     p = net(embedding.network(images(data, train=False)[0])).sigmoid()
     inside = torch.zeros(8, 8, dtype=torch.bool)
@@ -89,21 +89,21 @@ def separation(checkpoint: Path, data: Path) -> tuple[float, float, float]:
 
 
 def validation_loss(checkpoint: Path, data: Path) -> float:
-    """Of the head that is best on the training images (--mlo_stage2 solve), on the validation images."""
+    """Return the loss on the validation images of the best head for the training images (--mlo_stage2 solve)."""
     model = build_model(f"mae_{MODEL}", norm_pix_loss=True)
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
-    found = []
+    losses = []
     for train in (True, False):
         imgs, targets = images(data, train)
-        found.append((torch.cat([mae_features(model, part, "avg") for part in imgs.split(256)]).double(), targets))
-    (ours, targets), (theirs, labels) = found
+        losses.append((torch.cat([mae_features(model, part, "avg") for part in imgs.split(256)]).double(), targets))
+    (ours, targets), (theirs, labels) = losses
     fit = HeadFit(F.cross_entropy, torch.nn.Linear(ours.shape[1], 10), RIDGE)
     solution = fit.solve(torch.zeros(10 * ours.shape[1] + 10).double(), ours, targets, 1e-6)
     return F.cross_entropy(fit.logits(solution, standardized(theirs, ours)), labels).item()
 
 
 def changed(checkpoint: Path, to: Path, sign: float) -> Path:
-    """The checkpoint with a masking network of the opposite order (`sign` -1)."""
+    """Write the checkpoint with the masking network's output multiplied by `sign`; -1 gives the opposite order."""
     content = torch.load(checkpoint, weights_only=True)
     for name in ("weight", "bias"):
         content["methods"][f"mlo_mae.net.layers.2.{name}"] *= sign
@@ -115,7 +115,7 @@ def one_seed(out: Path, data: Path, seed: int, args) -> dict[str, float]:
     warm = f"--init_from {pretrain(out / f'mae-seed{seed}', data, seed, args.epochs, PLAIN)}"
     mlo = f"{warm} --mlo_mae {args.learning}"
     learned = pretrain(out / f"mlo-seed{seed}", data, seed, args.moves, mlo)
-    # The masking network as it was before: it never moves.
+    # The masking network before learning: it never moves.
     before = pretrain(out / f"before-seed{seed}", data, seed, 1, f"{mlo} --mlo_update_every 1000")
     mirrored = changed(learned, out / f"mirrored-seed{seed}.pth", -1)
     row = {}
@@ -134,11 +134,11 @@ def one_seed(out: Path, data: Path, seed: int, args) -> dict[str, float]:
 
 
 def check_protocol(out: Path, protocol: str) -> None:
-    """UserError when `out` holds runs of other flags: what is finished there would be taken for these."""
+    """Raise UserError when `out` holds runs with other flags, which would count as finished runs of this call."""
     out.mkdir(parents=True, exist_ok=True)
     written = out / "protocol.txt"
     if any(out.iterdir()) and (not written.exists() or written.read_text() != protocol):
-        raise UserError(f"{out} holds runs of another protocol: give an empty folder")
+        raise UserError(f"{out} holds runs with other flags: give an empty folder")
     written.write_text(protocol)
 
 

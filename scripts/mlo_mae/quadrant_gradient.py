@@ -1,13 +1,14 @@
-"""Which way does the hypergradient point on the quadrant task, and how firmly? What quadrant.py should find.
+"""Direction and noise of the hypergradient on the quadrant task: the expected result of quadrant.py.
 
 python scripts/mlo_mae/quadrant_gradient.py OUT        OUT: the folder of quadrant.py; two minutes a seed on one core
 
-For the plain MAE of every seed and many pairs of labelled batches (stages II and III), the head is solved for on the
-first, and the held-out loss of the second is differentiated with the head as it is (the direct path), and with the head
-solved anew (the whole derivative). Along each direction, scaled as Adam scales steps, the rate of change of the removed
-patches' errors on other images, under random masks: minus the learning rate times that is what the weight of a patch
-does to the held-out loss in the next step, so where it is positive a weight should rise. Mean inside the quadrant and
-outside; and the difference between them in one pair of batches, in its deviations.
+For the plain MAE of every seed and many pairs of labelled batches (stages II and III), the head is solved on the first
+batch, and the held-out loss of the second is differentiated with a fixed head (the direct path) and through the
+solution of the head (the whole derivative). Along each direction, scaled as Adam scales steps, the script computes the
+rate of change of the removed patches' errors on other images under random masks. Minus the learning rate times this
+rate is the effect of a patch's weight on the held-out loss in the next step, so a weight should rise where the rate is
+positive. The table has its means inside and outside the quadrant, and their difference in one pair of batches in
+standard deviations.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def newest(folder: Path) -> Path:
 
 
 def load(checkpoint: Path):
-    """The autoencoder and its optimizer."""
+    """Return the autoencoder and its optimizer."""
     content = torch.load(checkpoint, weights_only=True)
     model = build_model(f"mae_{MODEL}", norm_pix_loss=True)
     model.load_state_dict(content["model"])
@@ -47,7 +48,7 @@ def load(checkpoint: Path):
 
 
 class Problem:
-    """The autoencoder of one seed, its optimizer, and images for training and held-out ones."""
+    """The autoencoder of one seed, its optimizer, and training and held-out images."""
 
     def __init__(self, folder: Path, split, ridge: float):
         torch.manual_seed(0)
@@ -61,10 +62,10 @@ class Problem:
         return torch.randperm(count)[:size] + self.cut * held_out
 
     def directions(self, size: int):
-        """(direct path, path through the head) of one pair of batches, and the held-out top-1 in percent."""
-        places = self.draw(size), self.draw(size, held_out=True)
-        features = [encoder_features(self.model, self.images[part], "avg") for part in places]
-        batches = [(f.detach().double(), self.targets[part]) for f, part in zip(features, places)]
+        """Return (direct path, path through the head) of one pair of batches, and the held-out top-1 in percent."""
+        parts = self.draw(size), self.draw(size, held_out=True)
+        features = [encoder_features(self.model, self.images[part], "avg") for part in parts]
+        batches = [(f.detach().double(), self.targets[part]) for f, part in zip(features, parts)]
         unknowns = sum(p.numel() for p in self.fit.head.parameters())
         solution = self.fit.solve(torch.zeros(unknowns).double(), *batches[0])
         _, logits, *sent = self.fit.differentiate(solution, *batches)
@@ -72,19 +73,20 @@ class Problem:
         return direct, head, 100 * (logits.argmax(1) == batches[1][1]).double().mean().item()
 
     def rates(self, direction, imgs, ids_keep, ids_removed) -> torch.Tensor:
-        """Mean rate of the removed patches inside the quadrant and outside."""
+        """Return the mean rate of the removed patches inside and outside the quadrant."""
         scaled = precondition(self.optimizer, trainable(self.model), direction, "adam")
         scaled = {f"model.{name}": value for name, value in scaled.items()}
         weights = {f"model.{name}": p.detach() for name, p in trainable(self.model).items()}
         with exact_arithmetic(self.model):
-            found = directional_derivative_fd(
+            result = directional_derivative_fd(
                 Residuals(self.model, False), weights, scaled, (imgs, ids_keep, ids_removed), 1e-2
             )
         inside = (ids_removed // 8 < 4) & (ids_removed % 8 < 4)  # upper left
-        return torch.stack([found[inside].mean(), found[~inside].mean()])
+        return torch.stack([result[inside].mean(), result[~inside].mean()])
 
     def pair(self, size: int) -> tuple[torch.Tensor, float, float]:
-        """Rates (direct and whole) x (inside, outside) of one pair of batches, the cosine of the paths, top-1."""
+        """Return the rates (direct, whole) x (inside, outside) of one pair of batches, the cosine of the paths, and
+        top-1."""
         direct, head, top1 = self.directions(size)
         imgs = self.images[self.draw(128)]
         out = self.model.forward_pretrain(imgs, 0.75, torch.rand(128, 64))
@@ -94,7 +96,7 @@ class Problem:
 
 
 def line(seed: int, name: str, rates: torch.Tensor, cosine: float, top1: float) -> str:
-    """`rates` (pairs, 2) inside and outside."""
+    """Return a row of the table; `rates` (pairs, 2) are inside and outside."""
     errors = rates.mean(0) / rates.std(0) * len(rates) ** 0.5
     difference = rates[:, 0] - rates[:, 1]
     return (
@@ -119,11 +121,11 @@ def main() -> None:
     )
     for seed in args.seeds:
         problem = Problem(args.out / f"mae-seed{seed}", (imgs[order], targets[order]), args.ridge)
-        found = [problem.pair(args.batch_size) for _ in range(args.pairs)]
-        rates = torch.stack([rates for rates, _, _ in found])
-        cosine, top1 = (sum(pair[place] for pair in found) / len(found) for place in (1, 2))
-        for place, name in enumerate(("direct path", "whole")):
-            print(line(seed, name, rates[:, place], cosine, top1), flush=True)
+        pairs = [problem.pair(args.batch_size) for _ in range(args.pairs)]
+        rates = torch.stack([rates for rates, _, _ in pairs])
+        cosine, top1 = (sum(pair[index] for pair in pairs) / len(pairs) for index in (1, 2))
+        for index, name in enumerate(("direct path", "whole")):
+            print(line(seed, name, rates[:, index], cosine, top1), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# MLO-MAE (Guo, Ban, Xie): ViT-B, and its ablations. SET says which setting, the task's labels being the data set's own:
+# MLO-MAE (Guo, Ban, Xie): ViT-B, and its ablations. SET chooses the setting; the task's labels are those of the data set:
 #   cifar10, cifar100   patches of 2 pixels at 32 px, batch 128, 200 epochs, unrolling 2 (Table 13); pad, crop and flip
 #   imagenet            patches of 16 at 224 px, batch 256, 50 epochs, unrolling 1 (Table 12)
 # Runs: MAE; MLO-MAE; unrolling 1, 2, 5; patches of 2, 4, 8; mask ratios 60 to 90; moving the masking network every fifth
-# time; two levels (BLO-MAE); stage II with a fine-tuned encoder; a mask ratio that grows from 0.5 to 0.9.
+# window; two levels (BLO-MAE); stage II with a fine-tuned encoder; a mask ratio that grows from 0.5 to 0.9.
 #
 #   SET=cifar100 bash scripts/mlo_mae/sweep.sh OUT --data CIFAR100    (train/<class>/ and val/<class>/, or torchvision's)
 #   bash scripts/mlo_mae/sweep.sh OUT --data CIFAR10 --only "mae mlo every5"
@@ -33,7 +33,7 @@ case $SET in
         pretrain=(--model mae_vit_base_patch16 --batch_size "$batch" --epochs 50 --warmup_epochs 5 --blr 1.5e-4)
         finetune=(--batch_size "$batch" --epochs 100 --warmup_epochs 5 --blr 5e-4 --layer_decay 0.65 --drop_path 0.1)
         encoder=(--model vit_base_patch16 --global_pool) ;;
-    *) echo "error: SET=$SET is not known; use cifar10, cifar100 or imagenet" >&2; exit 2 ;;
+    *) echo "error: SET=$SET is unknown; use cifar10, cifar100 or imagenet" >&2; exit 2 ;;
 esac
 pretrain+=(--norm_pix_loss --mask_ratio 0.75)
 linprobe=(--cache_features)

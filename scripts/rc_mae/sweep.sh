@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # RC-MAE as in Lee et al. (ICLR 2023): ViT-B on ImageNet, effective batch 4096, 1600 epochs, momentum 0.996 to 1; beside
-# MAE, with the teacher's mask the same or its own, and with the constant momentum that the released code amounts to. Both
+# MAE, with the same or another mask for the teacher, and with the released code's effectively constant momentum. Both
 # the student and its teacher (`-ema`, what the paper reports) are fine-tuned as He et al. (Table 9) and probed (Table 10).
 #
 #   bash scripts/rc_mae/sweep.sh OUT --data IMAGENET              (train/<class>/ and val/<class>/)
@@ -19,7 +19,7 @@ pretrain+=(--model mae_vit_base_patch16 --epochs 1600 --accum_iter "$(accumulate
 finetune+=(--accum_iter "$(accumulate "$finetune_effective" "$finetune_batch")")
 linprobe+=(--accum_iter "$(accumulate "$linprobe_effective" "$linprobe_batch")")
 encoder=(--model vit_base_patch16)
-cosine=1000  # steps between two looks at the gradients
+cosine=1000  # steps between two gradient diagnostics
 if [ -n "$gpu_hour" ]; then
     # 4 runs on 100,000 images: pretraining 490 (MAE), 660; 7 encoders: fine-tuning 70, starting and probing 60
     batch=$(per_process 512)

@@ -1,7 +1,7 @@
-"""Every command of the documentation exists, and its flags are flags of that command.
+"""Every command on the pages exists, and its flags are accepted.
 
-Nothing is run: a Python command is parsed by its own parser. A shell script is started with a stand-in for python
-that records what the script would start, and that is parsed; sweeps only list their runs.
+Nothing is trained. The parser of a Python command parses its flags. A shell script runs with a stand-in for python
+that records the commands, which are then parsed; sweeps only list their runs.
 """
 
 import functools
@@ -21,7 +21,7 @@ ASSIGNMENT = re.compile(r"[A-Z_]+=.*", re.DOTALL)
 OTHER_PROGRAMS = {"pip", "tensorboard"}
 OTHER_FLAGS = {"--max_restarts", "--nproc_per_node", "--standalone"}  # of torchrun
 PYTEST_SCRIPTS = {"scripts/test.sh", "scripts/test_matrix.sh"}  # their arguments go to pytest
-# What the sweeps read themselves, with the number of values; everything else goes to each pretraining.
+# Flags that the sweeps read, with their number of values; they pass all others to each pretraining.
 SWEEP_FLAGS = {"--data": 1, "--only": 1, "--budget": 1, "--cpu_small": 0, "--gpu_hour": 0, "--list": 0}
 EXAMPLES = {"PAPER": "dmae", "BUDGET": "cpu_small"}  # for placeholders that a script checks
 STAND_IN = """#!/bin/bash
@@ -31,16 +31,16 @@ printf '%s\\0' "$@" $'\\n' >> "$CALLS"
 
 
 class Command(NamedTuple):
-    """A line of a page that starts a `program`: a script by its path, or another one by its name."""
+    """A command on a page. `program` is the path of a script, or the name of another program."""
 
     program: str
     arguments: list[str]
-    variables: dict[str, str]  # set before it
-    whole: bool = True  # nothing that is required is missing
+    variables: dict[str, str]  # environment variables set on the same line
+    whole: bool = True  # False: an excerpt, which may omit required flags
 
 
 def words_of(line: str) -> list[str]:
-    """Without comments; none where the line is no code of a shell."""
+    """Return the words of a line without comments; none when the line is not shell code."""
     try:
         return shlex.split(line, comments=True)
     except ValueError:  # a single quote
@@ -48,7 +48,7 @@ def words_of(line: str) -> list[str]:
 
 
 def parse(line: str) -> Command | None:
-    """None where nothing is started. A line with an ellipsis is a part of a command."""
+    """Return the command of a line, None when it has none. An ellipsis marks an excerpt."""
     words, variables = [word for word in words_of(line) if word != "…"], {}
     while words and ASSIGNMENT.fullmatch(words[0]):
         variable, _, value = words.pop(0).partition("=")
@@ -66,7 +66,7 @@ def parse(line: str) -> Command | None:
 
 
 def commands_of(text: str) -> list[Command]:
-    """The lines of the bash blocks of a page, and the spans of code that begin with a script."""
+    """Return the commands in the bash blocks of a page and in spans of code that begin with a script."""
     lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
     commands = [parse(line) for line in lines]
     for span in inline_code(text):
@@ -83,7 +83,7 @@ def missing(paths: list[str]) -> list[str]:
 
 @pytest.fixture
 def started(tmp_path):
-    """Runs a shell script -> the commands of this project that it would start, as (script, arguments)."""
+    """A function that runs a shell script and returns the commands it would start, as (script, arguments)."""
     calls, binaries = tmp_path / "calls", tmp_path / "venv/bin"
     binaries.mkdir(parents=True)
     (binaries / "python").write_text(STAND_IN)
@@ -104,7 +104,7 @@ def started(tmp_path):
 
 
 def passed_on(arguments: list[str]) -> list[str]:
-    """What a sweep hands to every pretraining."""
+    """Return the flags that a sweep passes to every pretraining."""
     rest, extra = iter(arguments), []
     for word in rest:
         for _ in range(SWEEP_FLAGS.get(word, 0)):
@@ -131,9 +131,9 @@ def check_shell(command: Command, started) -> list[str]:
 
 
 def check(command: Command, started) -> list[str]:
-    """What is wrong with a command; empty strings are no complaints."""
+    """Return what is wrong with a command; empty strings mean nothing."""
     program, arguments, _, whole = command
-    if program == "-m":  # of python: pytest, zipfile
+    if program == "-m":  # python -m pytest, python -m zipfile
         return missing([word for word in arguments if "/" in word])
     if program in OTHER_PROGRAMS:
         return missing([file for flag, file in itertools.pairwise(arguments) if flag == "-r"])
@@ -155,7 +155,7 @@ def test_scripts_are_shell():
 
 
 def test_flags_in_prose():
-    """Each flag that a page names is one of a command, hidden aliases included, or is made on the page."""
+    """Each flag named on a page exists in some command (hidden aliases count), or its declaration is on the page."""
     scripts = tracked(
         "*.py", "tools/*.py", "benchmarks/*.py", "scripts/*/*.py", "tests/helpers/freeze.py", "tests/faults/soak.py"
     )
@@ -169,7 +169,7 @@ def test_flags_in_prose():
         assert sorted(named - made_here - known) == [], name(page)
 
 
-def test_what_is_a_command():
+def test_commands_are_recognised():
     text = "`A=1 bash a.sh X`, `b.py --c`, `main_pretrain.py`\n```bash\npython d.py \\\n  --e 'f # g' …  # h\n```\n"
     assert commands_of(text) == [
         Command("tools/d.py", ["--e", "f # g"], {}, False),

@@ -1,4 +1,4 @@
-"""Every link of the documentation leads somewhere: files exist, and so do the headings that anchors name."""
+"""Every link on the pages works: its file exists, and so does the heading of its anchor."""
 
 import re
 from collections import Counter
@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from helpers.pages import INLINE, PAGES, ROOT, name, without_blocks
 
-# [text](target), ![text](target), [label]: target. A title behind the target is allowed.
+# [text](target), ![text](target), [label]: target. A title may follow the target.
 LINK = re.compile(r"\[[^\[\]]*\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)|^\[[^\]]+\]:\s*(\S+)", re.MULTILINE)
 HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$", re.MULTILINE)
 WEB_ADDRESS = re.compile(r"https?://[^\s<>)\]`\"']+")
@@ -19,7 +19,7 @@ def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives the headings of `page`."""
     seen, slugs = Counter(), set()
     for heading in HEADING.findall(without_blocks(page.read_text(encoding="utf-8"))):
-        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)  # of a link its text counts
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)  # GitHub uses the text of a link
         slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
         slugs.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
         seen[slug] += 1
@@ -27,12 +27,12 @@ def anchors(page: Path) -> set[str]:
 
 
 def targets(text: str) -> list[str]:
-    """What the links of a page point at. Code is no link."""
+    """Return the targets of the links on a page, code excluded."""
     return [one or other for one, other in LINK.findall(INLINE.sub("code", without_blocks(text)))]
 
 
 def fault(page: Path, target: str) -> str:
-    """What is wrong with a relative link, else an empty string."""
+    """Return what is wrong with a relative link, else an empty string."""
     path, _, anchor = target.partition("#")
     file = (page.parent / unquote(path)).resolve() if path else page
     if not file.is_relative_to(ROOT):
@@ -60,7 +60,7 @@ def test_web_addresses(page):
 
 
 def test_every_page_can_be_reached():
-    """From the README, by links alone."""
+    """Links lead from the README to every page."""
     reached, new = set(), {ROOT / "README.md"}
     while new:
         reached |= new

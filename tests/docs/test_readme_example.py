@@ -1,4 +1,4 @@
-"""The README's example of a method is a method: its flag turns it on, and its term has a gradient."""
+"""The example method of the README works: its flag enables it, and its term has a gradient."""
 
 import torch
 from helpers.pages import ROOT, blocks

@@ -1,4 +1,4 @@
-"""Exported models compute what ours do, in the other library, and are read back as what they were."""
+"""Exported models compute the same in the other library, and are read back unchanged."""
 
 import importlib
 import json
@@ -26,13 +26,13 @@ from util.report import ledger
 from util.weights.file import read_file
 from util.weights.load import load_into, read_weights
 
-# Float32 sums in another order, through four blocks and a norm, on outputs of about 1: 1e-6 is usual.
+# Float32 sums in another order through four blocks and a norm, on outputs of about 1: usually 1e-6.
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 FLAGS = {"model": "vit_micro_patch4", "input_size": 16, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
 
 
 def scrambled(model):
-    """All values but fixed positions random, so that a swapped or forgotten tensor shows."""
+    """Randomise all values but fixed positions, so that a swapped or missing tensor shows."""
     for name, parameter in model.named_parameters():
         if not (name.endswith("pos_embed") and isinstance(model, models_mae.MaskedAutoencoderViT)):
             nn.init.normal_(parameter, std=0.1)
@@ -66,7 +66,7 @@ def classifier(tmp_path):
 
 def exported(checkpoint, to, out, *flags):
     options = [str(checkpoint), "--to", to, "--out", str(out), *map(str, flags)]
-    assert export.main(export.get_args_parser().parse_args(options)) < 1e-5  # its own check
+    assert export.main(export.get_args_parser().parse_args(options)) < 1e-5  # runs the tool's own check
     return out
 
 
@@ -77,9 +77,9 @@ def refused(*flags):
     return str(caught.value)
 
 
-def printed_model(said):
-    """What the line of code that the tool printed makes."""
-    code = next(line for line in said.splitlines() if "model = " in line).split("model = ")[1]
+def printed_model(printed):
+    """Return the model that the printed line of code makes."""
+    code = next(line for line in printed.splitlines() if "model = " in line).split("model = ")[1]
     modules = {name: importlib.import_module(name) for name in ("functools", "timm", "torch")}
     if "transformers" in code:
         modules["transformers"] = pytest.importorskip("transformers")
@@ -90,7 +90,7 @@ def printed_model(said):
 
 
 def features_again(path, imgs, pool="cls", **flags):
-    """As the mains would read the exported file for transfer, without a flag about the model."""
+    """Return the features of the exported file, read as the mains read it, without a flag about the model."""
     names = "model input_size patch_size in_chans".split()
     args = SimpleNamespace(**{**dict.fromkeys(names), "checkpoint_key": "model", **flags})
     model, _ = load_encoder(args, str(path), head=False)
@@ -129,7 +129,7 @@ def test_classifier_to_timm_and_back(classifier, tmp_path, capsys, global_pool, 
 
 
 def test_names_of_timm():
-    """Where timm has a model of these sizes, its name alone is enough; else ViT-B/16 and what differs."""
+    """Sizes of a timm model give its name alone; other sizes give ViT-B/16 and the arguments that differ."""
     for name, build in models_vit.MODELS.items():
         with torch.device("meta"):  # shapes without memory
             model = build(num_classes=0, depth=1)
@@ -138,7 +138,7 @@ def test_names_of_timm():
         if name.endswith(("patch16", "huge_patch14", "patch8")):
             assert arguments["model_name"] == f"{name}_224"
             assert set(arguments) <= {"model_name", "img_size", "num_classes"}
-        if build.config["embed_dim"] <= 192:  # quickly made
+        if build.config["embed_dim"] <= 192:  # small and fast
             theirs, ours = timm.create_model(**arguments), build(num_classes=0)
             assert {key: value.shape for key, value in theirs.state_dict().items()} == {
                 key: value.shape for key, value in ours.state_dict().items()
@@ -177,8 +177,8 @@ def test_encoder_to_hugging_face_vit_and_back(mae, tmp_path, capsys):
 
 
 def test_the_epsilon_of_a_folder(tmp_path, capsys):
-    """Hugging Face's configuration has an epsilon of its own (1e-12 by default; here one that shows): it is used, it
-    goes along with what is exported, and it is said where it cannot be used. A file alone does not tell it."""
+    """The epsilon of Hugging Face's configuration (1e-12 by default; here a large one) is used and exported, and
+    reported where it cannot be used. A file without a configuration does not contain it."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, image_size=16)
     config = transformers.ViTConfig(**sizes, patch_size=4, layer_norm_eps=1e-3)
@@ -188,13 +188,13 @@ def test_the_epsilon_of_a_folder(tmp_path, capsys):
     torch.testing.assert_close(features_again(tmp_path / "vit", imgs), expected, **CLOSE)
     (tmp_path / "alone.safetensors").write_bytes((tmp_path / "vit" / "model.safetensors").read_bytes())
     alone = features_again(tmp_path / "alone.safetensors", imgs, model="vit_micro_patch4", input_size=[16])
-    assert (alone - expected).abs().max() > 1e-3  # a hundred times what rounding does
+    assert (alone - expected).abs().max() > 1e-3  # a hundred times the rounding error
     for to, out in (("timm", "a.safetensors"), ("hf-vit", "b")):
         capsys.readouterr()
         out = exported(tmp_path / "vit", to, tmp_path / out)
         torch.testing.assert_close(features_again(out, imgs), expected, **CLOSE)
-        again, said = printed_model(capsys.readouterr().out), {"timm": lambda x: x, "hf-vit": lambda x: x[0][:, 0]}
-        torch.testing.assert_close(said[to](again(imgs)), expected, **CLOSE)
+        again, printed = printed_model(capsys.readouterr().out), {"timm": lambda x: x, "hf-vit": lambda x: x[0][:, 0]}
+        torch.testing.assert_close(printed[to](again(imgs)), expected, **CLOSE)
     report = load_into(models_mae.mae_vit_micro_patch4(img_size=16), read_weights(tmp_path / "vit"))
     assert "note: its layer norms have an epsilon of 0.001, the model's have 1e-06" in str(report)
     content = json.loads((tmp_path / "vit" / "config.json").read_text())
@@ -231,16 +231,16 @@ def test_autoencoder_to_hugging_face_and_back(mae, tmp_path, capsys):
     theirs = printed_model(capsys.readouterr().out)
     imgs, noise = torch.randn(3, 3, 16, 16), torch.rand(3, 16)
     loss, pred, _ = model(imgs, 0.5, noise)
-    found = theirs(imgs, noise=noise)
-    torch.testing.assert_close(found.logits, pred, **CLOSE)
-    torch.testing.assert_close(found.loss, loss, **CLOSE)
+    result = theirs(imgs, noise=noise)
+    torch.testing.assert_close(result.logits, pred, **CLOSE)
+    torch.testing.assert_close(result.loss, loss, **CLOSE)
     again, weights = models_mae.mae_vit_micro_patch4(img_size=16), read_weights(out)
     assert load_into(again, weights).missing == [] and weights.args["decoder_embed_dim"] == 96
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
     args = command_line.parser("").parse_args([])
     for name in ("checkpoint_key", "model", "input_size", "patch_size", "in_chans"):
         setattr(args, name, "model" if name == "checkpoint_key" else None)
-    assert command_line.load_autoencoder(str(out), args).blocks[0].attn.num_heads == 4  # by its config.json alone
+    assert command_line.load_autoencoder(str(out), args).blocks[0].attn.num_heads == 4  # read from config.json
     encoder = exported(path, "hf-vitmae", tmp_path / "encoder", "--encoder_only")
     theirs = printed_model(capsys.readouterr().out)
     order = torch.arange(16.0).expand(3, -1)
@@ -250,7 +250,7 @@ def test_autoencoder_to_hugging_face_and_back(mae, tmp_path, capsys):
 
 
 def test_heads_of_a_folder_are_checked(mae, tmp_path):
-    """Shapes do not show the number of attention heads; the configuration does."""
+    """Shapes do not give the number of attention heads; the configuration does."""
     pytest.importorskip("transformers")
     out = exported(mae[1], "hf-vit", tmp_path / "vit")
     config = json.loads((out / "config.json").read_text())
@@ -269,25 +269,25 @@ def test_heads_of_a_folder_are_checked(mae, tmp_path):
 # --- programs
 
 
-@pytest.mark.parametrize("kind", ["encoder", "avg"])
-def test_onnx_and_torch_export(mae, classifier, tmp_path, capsys, kind):
-    """Any number of images, as one too, though both were made with two."""
+@pytest.mark.parametrize("model_type", ["encoder", "avg"])
+def test_onnx_and_torch_export(mae, classifier, tmp_path, capsys, model_type):
+    """The programs accept any number of images, also one, although the examples have two."""
     pytest.importorskip("onnxscript")
-    model, path = mae if kind == "encoder" else classifier(True)
+    model, path = mae if model_type == "encoder" else classifier(True)
     exported(path, "onnx", tmp_path / "model.onnx")
     session = printed_model(capsys.readouterr().out)
     exported(path, "torch-export", tmp_path / "model.pt2")
     program = printed_model(capsys.readouterr().out)
     for count in (1, 5):
         imgs = torch.randn(count, 3, 16, 16)
-        if kind == "encoder":
+        if model_type == "encoder":
             latent = model.encode(model.embed(imgs))[0]
             expected = [latent[:, 0], latent]
         else:
             expected = [model(imgs)]
-        found = session.run(None, {"imgs": imgs.numpy()})
-        assert len(found) == len(expected)
-        for ours, onnx, torch_export in zip(expected, found, program(imgs)):
+        result = session.run(None, {"imgs": imgs.numpy()})
+        assert len(result) == len(expected)
+        for ours, onnx, torch_export in zip(expected, result, program(imgs)):
             torch.testing.assert_close(torch.from_numpy(onnx), ours, **CLOSE)
             torch.testing.assert_close(torch_export, ours, **CLOSE)
     flags = session.get_modelmeta().custom_metadata_map
@@ -310,20 +310,20 @@ def test_safetensors_holds_everything(mae, tmp_path):
     assert not read_weights(out).has_decoder
 
 
-def test_a_file_of_timm_that_says_nothing(tmp_path, capsys):
-    """Its name, patch and image size follow from the shapes; positions are not resampled without being asked."""
+def test_a_file_of_timm_without_metadata(tmp_path, capsys):
+    """Name, patch and image size follow from the shapes; positions are resampled only on request."""
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=48, num_classes=3).eval()
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
     out = exported(tmp_path / "timm.pth", "timm", tmp_path / "again.safetensors")
-    said, imgs = capsys.readouterr().out, torch.randn(2, 3, 48, 48)
-    assert "vit_tiny_patch16_224" in said and "interpolated" not in said
-    torch.testing.assert_close(printed_model(said)(imgs), theirs(imgs), **CLOSE)
+    printed, imgs = capsys.readouterr().out, torch.randn(2, 3, 48, 48)
+    assert "vit_tiny_patch16_224" in printed and "interpolated" not in printed
+    torch.testing.assert_close(printed_model(printed)(imgs), theirs(imgs), **CLOSE)
     exported(tmp_path / "timm.pth", "timm", out, "--overwrite", "--input_size", "64")
     assert "interpolated: pos_embed, 3x3 -> 4x4" in capsys.readouterr().out
 
 
-def test_an_autoencoder_that_says_nothing(mae, tmp_path):
-    """As the official files for visualisation: tensors alone."""
+def test_an_autoencoder_without_metadata(mae, tmp_path):
+    """Tensors alone, as in the official files for visualisation."""
     pytest.importorskip("transformers")
     torch.save({"model": mae[0].state_dict()}, tmp_path / "bare.pth")
     out = exported(tmp_path / "bare.pth", "hf-vitmae", tmp_path / "vitmae")
@@ -333,12 +333,12 @@ def test_an_autoencoder_that_says_nothing(mae, tmp_path):
 
 
 def test_a_cross_attention_decoder(tmp_path):
-    """Comes back from our own format; Hugging Face has none."""
+    """It is read back from our own format; Hugging Face has no such decoder."""
     pytest.importorskip("transformers")
     model = scrambled(models_mae.mae_vit_micro_patch4(img_size=16, decoder="cross"))
     path = saved(tmp_path / "cross.pth", model, model="mae_vit_micro_patch4", decoder="cross")
     out = exported(path, "safetensors", tmp_path / "cross.safetensors")
-    exported(out, "safetensors", tmp_path / "again.safetensors")  # built from what the first one says
+    exported(out, "safetensors", tmp_path / "again.safetensors")  # built from the metadata of the first
     assert read_weights(tmp_path / "again.safetensors").state.keys() == model.state_dict().keys()
     assert "self-attention" in refused(path, "--to", "hf-vitmae", "--out", tmp_path / "vitmae")
 
@@ -366,8 +366,8 @@ def test_refusals(mae, classifier, tmp_path, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
-def test_what_was_checked_is_written_down(mae, tmp_path):
-    """Beside a file and beside a folder: a line of the ledger, a JSON and TensorBoard say the same difference."""
+def test_the_result_of_the_check_is_recorded(mae, tmp_path):
+    """Ledger, JSON and TensorBoard hold the same difference, beside an exported file and beside a folder."""
     pytest.importorskip("transformers")
     for to, name, beside in (("timm", "a.safetensors", "a.json"), ("hf-vit", "v-1.0", "v-1.0.json")):
         exported(mae[1], to, tmp_path / "new" / name)
@@ -380,8 +380,8 @@ def test_what_was_checked_is_written_down(mae, tmp_path):
     assert not (tmp_path / "new" / "v-1.0" / "results.jsonl").exists()
 
 
-def test_a_wrong_export_is_not_passed_off(mae, tmp_path, monkeypatch, capsys):
-    """The check at the end is on the file: values in place of queries end with exit code 1."""
+def test_a_wrong_export_fails(mae, tmp_path, monkeypatch, capsys):
+    """The final check reads the written file: values swapped with queries give exit code 1."""
     import evaluation.export
 
     right = evaluation.export.to_hugging_face

@@ -1,4 +1,4 @@
-"""Few-shot accuracy, similarity ratio and t-SNE: known answers, a chain of real commands, and mistakes."""
+"""Few-shot accuracy, similarity ratio and t-SNE: known answers, a chain of real commands, and refusals."""
 
 import itertools
 import json
@@ -38,29 +38,29 @@ def pretrained(tmp_path_factory):
 
 
 def clusters(distance: float, seed: int = 0, images: int = 400):
-    """Features (M, 8) of noise around the eight corners of a simplex, and their labels (M,)."""
+    """Return noisy features (M, 8) around the eight corners of a simplex, and their labels (M,)."""
     rng = np.random.default_rng(seed)
     labels = np.arange(images) % 8
     return distance * np.eye(8)[labels] + rng.normal(size=(images, 8)), labels
 
 
 @pytest.mark.parametrize("how", fewshot.NORMALIZE)
-def test_what_separates_is_found_at_once(how):
+def test_separate_clusters_are_classified_perfectly(how):
     (train, labels), (test, test_labels) = clusters(40.0), clusters(40.0, seed=1)
     train, test = fewshot.normalized(train, test, how)
     draws = [fewshot.draw(labels, 5, 0, number) for number in range(3)]
-    found = fewshot.fewshot_accuracies(train, labels, test, test_labels, [1, 5], draws, C=1.0)
-    assert found == {1: [100.0] * 3, 5: [100.0] * 3}
+    result = fewshot.fewshot_accuracies(train, labels, test, test_labels, [1, 5], draws, C=1.0)
+    assert result == {1: [100.0] * 3, 5: [100.0] * 3}
 
 
 def test_noise_is_chance():
-    """The interval over draws of noise, widened by what 2000 test images leave to chance, holds one in eight."""
+    """Chance, one in eight, lies in the interval over draws of noise, widened by the sampling error of 2000 images."""
     (train, labels), (test, test_labels) = clusters(0.0), clusters(0.0, seed=1, images=2000)
     draws = [fewshot.draw(labels, 10, 0, number) for number in range(10)]
-    found = fewshot.fewshot_accuracies(train, labels, test, test_labels, [1, 10], draws, C=0.1)
-    for values in found.values():
+    result = fewshot.fewshot_accuracies(train, labels, test, test_labels, [1, 10], draws, C=0.1)
+    for values in result.values():
         mean, half = fewshot.interval(values)
-        # The test split is common to all draws; three deviations of the mean of 2000 guesses, 0.7 points each.
+        # All draws share the test split: three standard deviations of the mean of 2000 guesses, 0.7 points each.
         assert abs(mean - 12.5) < half + 3 * 100 * math.sqrt(0.125 * 0.875 / 2000) and half < 3
 
 
@@ -74,7 +74,8 @@ def test_interval_against_scipy():
 
 
 def test_draws():
-    """As many of each class, all different; fewer are part of more; the same for everybody, another every time."""
+    """A draw has equally many different images of each class; smaller draws are part of larger ones. Draws depend on
+    the seed alone and differ from one another."""
     labels = np.random.default_rng(0).integers(0, 4, 100)
     chosen = fewshot.draw(labels, 10, seed=3, number=1)
     assert chosen.shape == (4, 10) and len(set(chosen.ravel())) == 40
@@ -87,8 +88,8 @@ def test_draws():
         fewshot.draw(labels, 90, 3, 1)
 
 
-def test_only_what_is_needed_is_encoded(monkeypatch):
-    """The draws, found again among fewer images, and as many others as the statistics want."""
+def test_only_needed_images_are_encoded(monkeypatch):
+    """Only the drawn images, and those that the statistics need, are encoded."""
     monkeypatch.setattr(fewshot, "STATISTICS", 50)
     args = fewshot.get_args_parser().parse_args([*DATA.split(), "--shots", "2", "--draws", "3"])
     images = read_images(args, train=True)
@@ -101,7 +102,7 @@ def test_only_what_is_needed_is_encoded(monkeypatch):
 
 def test_standardising_needs_the_training_split_alone():
     train, test = np.random.default_rng(0).normal(3, 5, (50, 4)), np.full((2, 4), 3.0)
-    train[:, 3] = 7.0  # a dead channel: no division by nothing
+    train[:, 3] = 7.0  # a constant channel: no division by zero
     first, second = fewshot.normalized(train, test, "standard")
     assert np.allclose(first[:, :3].mean(0), 0) and np.allclose(first[:, :3].std(0), 1)
     assert np.allclose(second[:, :3], ((test - train.mean(0)) / np.where(train.std(0) > 0, train.std(0), 1))[:, :3])
@@ -112,24 +113,24 @@ def test_standardising_needs_the_training_split_alone():
 
 
 def test_ratio_of_two_directions():
-    """Two classes, each on a ray, 60 degrees apart: alike 1 inside, 1/2 between; lengths do not matter."""
+    """Two classes on rays 60 degrees apart: similarity 1 within a class, 1/2 between classes, regardless of length."""
     features = torch.tensor([[1.0, 0.0], [5.0, 0.0], [0.5, math.sqrt(0.75)], [1.0, math.sqrt(3.0)]])
-    found = tsne.class_similarity(features, torch.tensor([0, 0, 1, 1]))
+    result = tsne.class_similarity(features, torch.tensor([0, 0, 1, 1]))
     # float32 input: seven digits
-    assert found == pytest.approx({"intra": 1.0, "inter": 0.5, "ratio": 2.0}, rel=1e-6)
+    assert result == pytest.approx({"intra": 1.0, "inter": 0.5, "ratio": 2.0}, rel=1e-6)
 
 
 def test_ratio_against_all_pairs():
-    """Classes of different sizes, one of them a single image, one number unused."""
+    """Classes of different sizes, one with a single image, and one unused label."""
     features, labels = torch.randn(40, 6) + 0.5, torch.tensor([0] * 20 + [1] * 14 + [3] * 5 + [4])
     cosine = torch.nn.functional.cosine_similarity
     alike: dict[bool, list] = {True: [], False: []}
     for i, j in itertools.combinations(range(40), 2):
         alike[bool(labels[i] == labels[j])].append(cosine(features[i], features[j], dim=0).item())
     intra, inter = (float(np.mean(alike[same])) for same in (True, False))
-    found = tsne.class_similarity(features, labels)
-    # The pairs are summed in float32 cosines, ours in float64.
-    assert found == pytest.approx({"intra": intra, "inter": inter, "ratio": intra / inter}, rel=1e-5)
+    result = tsne.class_similarity(features, labels)
+    # The pairs are float32 cosines, our sums are in float64.
+    assert result == pytest.approx({"intra": intra, "inter": inter, "ratio": intra / inter}, rel=1e-5)
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 2]])
@@ -139,7 +140,7 @@ def test_ratio_without_pairs(labels):
 
 
 def test_clusters_stay_clusters():
-    """t-SNE keeps far clusters apart: in the plane, the nearest other point is of the same class."""
+    """t-SNE keeps distant clusters apart: the nearest other point in the plane is of the same class."""
     features, labels = clusters(40.0, images=100)
     points = tsne.embed(torch.tensor(features), 10.0, 0)
     distance = np.linalg.norm(points[:, None] - points[None], axis=-1) + 1e9 * np.eye(100)
@@ -152,7 +153,7 @@ def test_clusters_stay_clusters():
 
 
 def test_a_checkpoint_judged_in_every_way(pretrained, tmp_path):
-    """The chain from pretraining to a table: JSON, TensorBoard and ledger of every command say the same."""
+    """From pretraining to a table: JSON, TensorBoard and ledger of every command hold the same values."""
     file = pretrained / "checkpoint-0.pth"
     found = run(knn, file, *DATA.split(), "--k", 5, "--out", tmp_path / "knn.json")
     few = run(fewshot, file, *DATA.split(), "--shots", 1, 5, "--draws", 3, "--out", tmp_path / "fewshot.json")
@@ -166,7 +167,7 @@ def test_a_checkpoint_judged_in_every_way(pretrained, tmp_path):
     content = json.loads((tmp_path / "fewshot.json").read_text())
     assert content["pool"] == "avg" and content["model"] == "vit_micro_patch4" and content["input_size"] == 16
     assert np.mean(content["draws_acc1"]["5"]) == pytest.approx(few["fewshot5_acc1"])
-    # Five labelled digits of each class tell more than one; both more than chance (10 %).
+    # Five labels a class are better than one; both are above chance (10 %).
     assert few["fewshot5_acc1"] > few["fewshot1_acc1"] > 10
     ((x, value),) = scalars(tmp_path / "tensorboard-fewshot", "fewshot/fewshot5_acc1")
     assert x == 1000 and value == pytest.approx(few["fewshot5_acc1"])  # after epoch 0
@@ -177,7 +178,8 @@ def test_a_checkpoint_judged_in_every_way(pretrained, tmp_path):
 
 
 def test_names_of_a_checkpoint(pretrained, image_folder, capsys):
-    """Positional or as the mains name it, file or encoder alone; `random` is what a probe without a file has."""
+    """A checkpoint is an argument or --finetune, a checkpoint or encoder file; `random` is the encoder of a probe
+    without a file."""
     flags = ["--data_path", image_folder, *DATA.split()[2:], "--k", 1]
     files = [pretrained / "checkpoint-0.pth", pretrained / "encoder.safetensors"]
     by_file = [run(knn, *where, *flags) for where in ([files[0]], [files[1]], ["--finetune", files[0]])]
@@ -191,7 +193,8 @@ def test_names_of_a_checkpoint(pretrained, image_folder, capsys):
 
 
 def test_a_timm_model_by_name(monkeypatch):
-    """Features are timm's own; mean, deviation and size come from its configuration. Nothing is downloaded here."""
+    """Features are those of timm; mean, standard deviation and size come from its configuration. Nothing is
+    downloaded."""
     create = timm.create_model
     made = []
 
@@ -208,7 +211,7 @@ def test_a_timm_model_by_name(monkeypatch):
     imgs = torch.rand(2, 3, 224, 224)
     with torch.no_grad():
         ours, theirs = judged.model.norm(judged.model.forward_tokens(imgs)), made[0].forward_features(imgs)
-    # The same operations in float32; the attention kernels may sum in another order.
+    # The same float32 operations; the attention kernels may sum in another order.
     assert torch.allclose(ours, theirs, atol=1e-4)
 
     def offline(*args, **kwargs):
@@ -232,15 +235,14 @@ def test_tsne_side_by_side(pretrained, tmp_path, capsys):
     for result in results:
         row = rows[result["checkpoint"]]
         assert row["metrics"] == {name: result[name] for name in ("intra", "inter", "ratio")}
-        assert (
-            row["flags"]["model"] == "vit_micro_patch4" and row["flags"]["input_size"] == 16
-        )  # random: like the other
+        # Random: like the other model.
+        assert row["flags"]["model"] == "vit_micro_patch4" and row["flags"]["input_size"] == 16
         assert row["data"]["test"]["images"] == 120
     assert rows["random"]["source"] is None
 
 
 @pytest.mark.parametrize(
-    ("tool", "flags", "said"),
+    ("tool", "flags", "message"),
     [
         (fewshot, "random --shots 0", "--shots 0 must be positive"),
         (fewshot, "random --shots 5 5", "--shots 5 5 must be positive numbers, each once"),
@@ -260,9 +262,9 @@ def test_tsne_side_by_side(pretrained, tmp_path, capsys):
         (tsne, "{box}/checkpoint-0.pth --images 20 --out {tmp}/a.png", "--perplexity 30 must be below the number"),
     ],
 )
-def test_mistakes(pretrained, image_folder, tmp_path, tool, flags, said):
+def test_mistakes(pretrained, image_folder, tmp_path, tool, flags, message):
     flags = flags.format(box=pretrained, images=image_folder, tmp=tmp_path).split()
     data = [] if "--dataset" in flags else ["--dataset", "digits"]
     random = ["--model", "vit_micro_patch4"] if flags[0] == "random" else []
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         run(tool, *flags, *data, *random, "--num_workers", "0", "--device", "cpu")

@@ -1,4 +1,4 @@
-"""Pictures of what an encoder computes: attention, Grad-CAM, images that excite a channel, each where it is known."""
+"""Attention maps, Grad-CAM, and images that maximise a channel, on models with known answers."""
 
 import json
 
@@ -28,9 +28,9 @@ def scrambled(**config):
     return model.eval()
 
 
-def looks_at_brightness(classes=2):
-    """One block does something: [cls] asks for the brightness of a patch (coordinate 0) and adds what it finds to its
-    coordinate 3, which class 1 reads. Coordinates 1 and 2 hold constants, so that norms leave the order as it is."""
+def attends_to_brightness(classes=2):
+    """Return a classifier with one active block: [cls] attends to the brightness of a patch (coordinate 0) and adds it
+    to coordinate 3, which class 1 reads. Coordinates 1 and 2 are constants, so that norms keep the order."""
     model = models_vit.vit_micro_patch4(img_size=16, num_classes=classes)
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
@@ -55,20 +55,20 @@ def looks_at_brightness(classes=2):
 
 @pytest.mark.parametrize("block", [0, 2, -1])
 def test_attention_is_the_softmax_of_queries_and_keys(block):
-    model, imgs, found = scrambled(), torch.randn(2, 3, 16, 16), []
+    model, imgs, result = scrambled(), torch.randn(2, 3, 16, 16), []
     before = model(imgs)
-    hook = model.blocks[block].attn.qkv.register_forward_hook(lambda module, inputs, output: found.append(output))
+    hook = model.blocks[block].attn.qkv.register_forward_hook(lambda module, inputs, output: result.append(output))
     rows = cls_attention(model, imgs, block)
     hook.remove()
-    q, k, _ = found[0].detach().reshape(2, 17, 3, 4, 32).permute(2, 0, 3, 1, 4)
+    q, k, _ = result[0].detach().reshape(2, 17, 3, 4, 32).permute(2, 0, 3, 1, 4)
     expected = (torch.einsum("nhd,nhld->nhl", q[:, :, 0], k) / 32**0.5).softmax(dim=-1)
     torch.testing.assert_close(rows, expected, **EXACT)
     torch.testing.assert_close(rows.sum(dim=-1), torch.ones(2, 4), **EXACT)
-    assert model.blocks[block].attn.fused_attn and torch.equal(model(imgs), before)  # nothing is left behind
+    assert model.blocks[block].attn.fused_attn and torch.equal(model(imgs), before)  # hooks are removed
 
 
 def test_share_of_attended_patches():
-    """One patch of four, and all alike, whatever [cls] gives itself."""
+    """One patch of four, and all patches equally, regardless of the attention of [cls] to itself."""
     rows = torch.tensor([[[0.6, 0.4, 0.0, 0.0, 0.0], [0.2, 0.2, 0.2, 0.2, 0.2]]])
     torch.testing.assert_close(attended_share(rows), torch.tensor([[0.25, 1.0]]), **EXACT)
 
@@ -77,11 +77,11 @@ def test_share_of_attended_patches():
 
 
 def test_grad_cam_by_hand():
-    """With a last block that is its first norm alone, and a head on the mean of the patches, d score / d A = w / L."""
+    """If the last block is only its first norm and the head reads the mean of the patches, d score / d A = w / L."""
     model = scrambled(global_pool=True)
     model.fc_norm, model.blocks[-1].forward = nn.Identity(), model.blocks[-1].norm1.__call__
     model.blocks = model.blocks[-1:]
-    nn.init.zeros_(model.blocks[0].norm1.bias)  # patches differ by more than they share: both signs before the relu
+    nn.init.zeros_(model.blocks[0].norm1.bias)  # patches differ more than they agree: both signs occur before the ReLU
     imgs = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         activations = model.forward_tokens(imgs)[:, 1:]
@@ -92,9 +92,9 @@ def test_grad_cam_by_hand():
 
 @pytest.mark.parametrize("global_pool", [False, True])
 def test_grad_cam_of_a_whole_block(global_pool):
-    """The rest of the network written out, from the first norm of the last block on, one image at a time."""
+    """Compare with the explicit network after the first norm of the last block, one image at a time."""
     model, imgs = scrambled(global_pool=global_pool), torch.randn(2, 3, 16, 16)
-    found = grad_cam(model, imgs, lambda: model(imgs)[:, 2])
+    result = grad_cam(model, imgs, lambda: model(imgs)[:, 2])
     block, entering = model.blocks[-1], []
     hook = block.register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0].detach()))
     model(imgs)
@@ -106,7 +106,7 @@ def test_grad_cam_of_a_whole_block(global_pool):
         feature = model.fc_norm(y[:, 1:].mean(1)) if global_pool else model.norm(y)[:, 0]
         gradient = torch.autograd.grad(model.head(feature)[0, 2], a)[0][0, 1:]
         expected = (a[0, 1:] @ gradient.mean(dim=0)).relu().detach()
-        torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-6)  # a gradient through four matrix products
+        torch.testing.assert_close(result[i], expected, rtol=1e-4, atol=1e-6)  # a gradient through four matrix products
 
 
 # --- the tool
@@ -114,17 +114,17 @@ def test_grad_cam_of_a_whole_block(global_pool):
 
 @pytest.fixture
 def planted(tmp_path):
-    """Grey images with a bright patch at a place of its own, and a checkpoint that looks for it."""
+    """Grey images with one bright patch each, and a checkpoint that attends to it."""
     (tmp_path / "images").mkdir()
-    places = [0, 5, 10, 15]
-    for i, place in enumerate(places):
+    patches = [0, 5, 10, 15]
+    for i, patch in enumerate(patches):
         pixels = np.full((16, 16, 3), 90, np.uint8)
-        row, column = divmod(place, 4)
+        row, column = divmod(patch, 4)
         pixels[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 250
         Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
     args = {"model": "vit_micro_patch4", "input_size": 16, "mean": [0.35] * 3, "std": [0.2] * 3}
-    torch.save({"model": looks_at_brightness().state_dict(), "args": args}, tmp_path / "bright.pth")
-    return tmp_path, places
+    torch.save({"model": attends_to_brightness().state_dict(), "args": args}, tmp_path / "bright.pth")
+    return tmp_path, patches
 
 
 def drawn(folder, *flags, checkpoints=("bright.pth",)):
@@ -136,13 +136,13 @@ def drawn(folder, *flags, checkpoints=("bright.pth",)):
     return attention.main(attention.get_args_parser().parse_args(options))
 
 
-def test_a_planted_patch_wins(planted, capsys):
-    folder, places = planted
-    (found,) = drawn(folder, "--class_index", "1")
-    assert found["gradcam"].flatten(1).argmax(dim=1).tolist() == places
-    assert found["attention"].mean(dim=1).flatten(1).argmax(dim=1).tolist() == places
+def test_a_planted_patch_has_the_most_attention(planted, capsys):
+    folder, patches = planted
+    (result,) = drawn(folder, "--class_index", "1")
+    assert result["gradcam"].flatten(1).argmax(dim=1).tolist() == patches
+    assert result["attention"].mean(dim=1).flatten(1).argmax(dim=1).tolist() == patches
     numbers = np.load(folder / "a.npz")
-    assert np.array_equal(numbers["gradcam_0"], found["gradcam"].numpy()) and numbers["attention_0"].shape == (
+    assert np.array_equal(numbers["gradcam_0"], result["gradcam"].numpy()) and numbers["attention_0"].shape == (
         4,
         4,
         4,
@@ -151,25 +151,25 @@ def test_a_planted_patch_wins(planted, capsys):
     total = numbers["attention_0"].sum(axis=(2, 3)) + numbers["to_cls_0"]
     assert np.allclose(total, 1, atol=1e-6)  # float32
     assert json.loads((folder / "a.json").read_text())["objective"] == "class"
-    # The map over the picture is brightest where the patch is.
+    # The map is brightest at the patch.
     dark = torch.zeros(4, 3, 16, 16)
-    over = overlay(dark, found["gradcam"]).mean(dim=1).unfold(1, 4, 4).unfold(2, 4, 4).mean(dim=(-1, -2))
-    assert over.flatten(1).argmax(dim=1).tolist() == places
+    over = overlay(dark, result["gradcam"]).mean(dim=1).unfold(1, 4, 4).unfold(2, 4, 4).mean(dim=(-1, -2))
+    assert over.flatten(1).argmax(dim=1).tolist() == patches
 
 
 def test_checkpoints_side_by_side(planted):
-    """Each with its own size of image; heads add columns; without classifiers the feature is explained."""
+    """Each checkpoint has its own image size; heads add columns; without a classifier the feature is explained."""
     folder, _ = planted
     mae = {"model": "vit_micro_patch4", "input_size": 32}
     encoder = models_vit.vit_micro_patch4(img_size=32, num_classes=0)
     torch.save({"model": encoder.state_dict(), "args": mae}, folder / "encoder.pth")
     both = ("bright.pth", "encoder.pth")
-    found = drawn(folder, "--heads", checkpoints=both)
-    assert found[0]["gradcam"].shape == (4, 4, 4) and found[1]["gradcam"].shape == (4, 8, 8)
+    result = drawn(folder, "--heads", checkpoints=both)
+    assert result[0]["gradcam"].shape == (4, 4, 4) and result[1]["gradcam"].shape == (4, 8, 8)
     assert json.loads((folder / "a.json").read_text())["objective"] == "feature"
     width = Image.open(folder / "a.png").width
     assert width == (1 + 2 * (1 + 4 + 1)) * (96 + 4) + 4
-    for i, (maps, name) in enumerate(zip(found, both)):
+    for i, (maps, name) in enumerate(zip(result, both)):
         row = ledger.read(folder / "results.jsonl")[i]
         assert row["command"] == "attention" and row["flags"]["checkpoint"] == str(folder / name)
         assert row["data"]["shown"]["images"] == row["images_seen"] == 4 and row["source"]["sha256"]
@@ -179,7 +179,7 @@ def test_checkpoints_side_by_side(planted):
         ((x, value),) = scalars(folder / f"tensorboard-attention-{i}", "attention/attended_share")
         assert x == 1000 and value == pytest.approx(row["metrics"]["attended_share"])
     random = drawn(folder, "--show", "attention", checkpoints=("random", "encoder.pth"))[0]
-    assert random["attention"].shape == (4, 4, 8, 8)  # of the other's model
+    assert random["attention"].shape == (4, 4, 8, 8)  # of the other model
     drawn(folder, "--show", "attention", "--global_pool", checkpoints=("encoder.pth",))
     assert Image.open(folder / "a.png").width == 2 * 2 * (96 + 4) + 4
     for flags, right in (
@@ -197,7 +197,7 @@ def test_checkpoints_side_by_side(planted):
         drawn(folder, "--class_index", "2")
 
 
-# --- images that excite a channel
+# --- images that maximise a channel
 
 
 def ascend(activation, count=1, size=16, steps=256, lr=0.1, tv=0.0, jitter=0, seed=0):
@@ -207,24 +207,24 @@ def ascend(activation, count=1, size=16, steps=256, lr=0.1, tv=0.0, jitter=0, se
 
 
 def test_the_optimum_of_a_linear_channel():
-    """<w, x> over colours x in [0, 1] is largest where x is 1 for positive w and 0 for negative. All but the hardly
-    weighted pixels end on the right side, and 95 % of the way to the optimum is gone: the pull to grey, which is found
-    where w sigmoid'(z) = 0.01 z, keeps the colours from the bounds."""
+    """<w, x> over colours x in [0, 1] is largest where x is 1 for positive w and 0 for negative w. All pixels but those
+    of small weight end on the right side, and 95 % of the optimum is reached: the penalty towards grey, in balance at w
+    sigmoid'(z) = 0.01 z, keeps the colours from the bounds."""
     stripes = torch.sin(torch.arange(16) * torch.pi / 4 + 0.3).expand(3, 16, 16)
     for w in (stripes, -stripes, torch.randn(3, 16, 16)):
         imgs, values = ascend(lambda imgs, w=w: (imgs * w).sum(dim=(1, 2, 3)))
         best, worst = w.clamp(min=0).sum(), w.clamp(max=0).sum()
         start, end = (values - worst) / (best - worst)
-        assert abs(start - 0.5) < 0.05 and end > 0.95  # from grey, which is half-way
+        assert abs(start - 0.5) < 0.05 and end > 0.95  # from grey, the midpoint
         clear = w.abs() > 0.1
         assert ((imgs[0] > 0.5) == (w > 0))[clear].float().mean() > 0.99
     logits = imgs[0].logit()
     balance = w / w.square().mean().sqrt() * imgs[0] * (1 - imgs[0]) - 0.01 * logits
-    assert balance.abs().mean() < 0.002  # a tenth and less of the pull on a clear pixel
+    assert balance.abs().mean() < 0.002  # at most a tenth of the gradient of a clear pixel
 
 
 def test_smoothness_and_jitter():
-    """Total variation by hand; it smooths; shifts leave what is the same everywhere."""
+    """Total variation equals the formula and smooths; shifts keep a constant image."""
     steps = torch.tensor([[0.0, 0.0], [1.0, 3.0]]).expand(1, 1, 2, 2)
     assert total_variation(steps).item() == pytest.approx((1 + 3) / 2 + (0 + 2) / 2)
     w = torch.randn(3, 16, 16)
@@ -237,14 +237,14 @@ def test_smoothness_and_jitter():
 
 @pytest.mark.parametrize("layer", ["mlp", "block"])
 def test_a_channel_at_its_depth(layer):
-    """The activation is the one a forward pass has there, and the blocks behind are neither used nor lost."""
-    model, imgs, found = scrambled(), torch.randn(3, 3, 16, 16), []
+    """The activation is that of a forward pass; the later blocks are neither used nor removed."""
+    model, imgs, result = scrambled(), torch.randn(3, 3, 16, 16), []
     place = model.blocks[1].mlp.fc2 if layer == "mlp" else model.blocks[2]
-    hook = place.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
+    hook = place.register_forward_pre_hook(lambda module, inputs: result.append(inputs[0]))
     before = model(imgs)
     hook.remove()
     channels = torch.tensor([5, 0, 127])
-    expected = torch.stack([found[0][i, 1:, channel].mean() for i, channel in enumerate(channels)])
+    expected = torch.stack([result[0][i, 1:, channel].mean() for i, channel in enumerate(channels)])
     torch.testing.assert_close(channel_activation(model, 1, layer)(imgs, channels), expected, **EXACT)
     assert len(model.blocks) == 4 and torch.equal(model(imgs), before)
 
@@ -255,12 +255,12 @@ def visualised(folder, checkpoint, *flags):
 
 
 def test_feature_viz(tmp_path, capsys):
-    """Every channel at every depth is excited more than by grey, the same way each time; pixels of channels that know
-    one colour take that colour."""
+    """Every channel at every depth is larger than for grey, reproducibly; pixels of channels that read one colour take
+    that colour."""
     args = {"model": "vit_micro_patch4", "input_size": 16, "mean": [0.5] * 3, "std": [0.2] * 3}
     untrained = models_mae.mae_vit_micro_patch4(img_size=16)
     torch.save({"model": untrained.state_dict(), "args": args}, tmp_path / "a.pth")
-    flags = "--count 3 --layer block --jitter 0".split()  # an untrained encoder knows a shifted patch for another
+    flags = "--count 3 --layer block --jitter 0".split()  # to an untrained encoder a shifted patch is another patch
     images, values = visualised(tmp_path, tmp_path / "a.pth", *flags)
     assert images.shape == (4, 3, 3, 16, 16) and (values[:, 1] > values[:, 0]).all()
     again, _ = visualised(tmp_path, tmp_path / "a.pth", *flags)
@@ -273,7 +273,7 @@ def test_feature_viz(tmp_path, capsys):
     (_, value), *_ = scalars(tmp_path / "tensorboard-feature_viz", "feature_viz/block0_grey")
     assert value == pytest.approx(values[0, 0].mean().item())
     assert Image.open(tmp_path / "f.png").width == ROW_LABEL + 3 * (96 + 4) + 4
-    model = looks_at_brightness()
+    model = attends_to_brightness()
     with torch.no_grad():  # coordinate 0: red less blue; two channels of the last MLP that read it, or its negative
         model.patch_embed.proj.weight[0, 2] *= -1
         model.patch_embed.proj.weight[0, 1] = 0
@@ -282,7 +282,7 @@ def test_feature_viz(tmp_path, capsys):
     flags = "--blocks 3 --channels 7 9 --steps 128 --lr 0.1".split()
     ((red, blue),) = visualised(tmp_path, tmp_path / "red.pth", *flags)[0]
     assert red[0].min() > 0.9 and red[2].max() < 0.1 and blue[0].max() < 0.1 and blue[2].min() > 0.9
-    visualised(tmp_path, tmp_path / "red.pth", "--blocks", "3", "--channels", "7", "8")  # 8 is dead
+    visualised(tmp_path, tmp_path / "red.pth", "--blocks", "3", "--channels", "7", "8")  # channel 8 is constant
     assert "; 1 of 2 no more than by grey" in capsys.readouterr().out
     for flags, right in (
         ("--blocks 4", "--blocks 4: the encoder has 4"),

@@ -1,10 +1,10 @@
-"""Kill runs, damage files and feed bad input until the time is up, then say how much was tried and what was lost.
+"""Kill runs, damage files and feed bad input for a given time, then report the number of attempts and of losses.
 
 python tests/faults/soak.py --minutes 30 --out soak.json        (scripts/soak.sh)
 
-Rounds of chance, from `--seed`: a run of one of several methods, on one process or two, killed one to five times at
-moments of chance and compared with the undisturbed run; images, list files, shards and checkpoints with bytes that are
-changed, cut off or put in. Nothing may crash, hang, be lost, or be read as something else in silence.
+Rounds are random, seeded by `--seed`. A run of one of several methods, on one process or two, is killed one to five
+times at random moments and compared with the undisturbed run. Bytes of images, list files, shards and checkpoints are
+changed, cut off or inserted. Nothing may crash, hang, be lost, or be read wrongly without a message.
 """
 
 import argparse
@@ -43,15 +43,15 @@ class Soak:
         self.references: dict[tuple, Killed] = {}
 
     def round(self) -> None:
-        kind = self.chance.choices(("kills", "images", "lists", "shards", "checkpoints"), (6, 1, 1, 1, 1))[0]
+        task = self.chance.choices(("kills", "images", "lists", "shards", "checkpoints"), (6, 1, 1, 1, 1))[0]
         try:
-            getattr(self, kind)()
-        except Exception as error:  # whatever it is, it must not be
-            self.losses.append(f"{kind}: {type(error).__name__}: {error}")
+            getattr(self, task)()
+        except Exception as error:  # every exception is a loss
+            self.losses.append(f"{task}: {type(error).__name__}: {error}")
             print(f"LOST {self.losses[-1]}", flush=True)
-        self.count[f"rounds of {kind}"] += 1
+        self.count[f"rounds of {task}"] += 1
 
-    # Kills --------------------------------------------------------------------------------------------------------
+    # Kills ------------------------------------------------------------------------------------------------------------
 
     def kills(self) -> None:
         name = self.chance.choice(list(METHODS))
@@ -61,17 +61,17 @@ class Soak:
             where = self.chance.choice(list(EVENTS))
             number = self.chance.randint(1, max(1, EVENTS[where] // 2))
             rank = self.chance.randrange(processes) if where in ("step", "accumulation", "worker") else 0
-            code, said = run.start(where, number, rank)
-            if code == 0:  # it ended before that moment came
+            code, output = run.start(where, number, rank)
+            if code == 0:  # the run ended before the kill
                 break
-            if "Traceback" in said and where != "worker" and processes == 1:
-                raise Broken(f"{name}: {said.splitlines()[-1]}")
+            if "Traceback" in output and where != "worker" and processes == 1:
+                raise Broken(f"{name}: {output.splitlines()[-1]}")
             self.count[f"kills: {where}"] += 1
             self.count["kills"] += 1
             self.count["kills of a rank of two"] += processes > 1
-        code, said = run.start()
+        code, output = run.start()
         if code != 0:
-            raise Broken(f"{name} on {processes}: exit code {code}: {said.splitlines()[-1]}")
+            raise Broken(f"{name} on {processes}: exit code {code}: {output.splitlines()[-1]}")
         run.check_end(self.reference(name, processes))
         self.count[f"runs of {name} on {processes}"] += 1
         run.remove()
@@ -79,28 +79,28 @@ class Soak:
     def reference(self, name: str, processes: int) -> Killed:
         if (name, processes) not in self.references:
             run = Killed(self.folder / f"{name}-{processes}", METHODS[name], processes)
-            code, said = run.start()
+            code, output = run.start()
             if code != 0:
-                raise Broken(f"the undisturbed {name} on {processes}: {said.splitlines()[-1]}")
+                raise Broken(f"the undisturbed {name} on {processes}: {output.splitlines()[-1]}")
             self.references[name, processes] = run
         return self.references[name, processes]
 
-    # Files --------------------------------------------------------------------------------------------------------
+    # Files ------------------------------------------------------------------------------------------------------------
 
     def damaged(self, content: bytes) -> bytes:
-        """With some bytes changed, the end cut off, or other bytes put in."""
+        """Return the content with some bytes changed, cut off at the end, or inserted."""
         content, chance = bytearray(content), self.chance
-        kind = chance.randrange(4)
-        if kind == 0:
+        change = chance.randrange(4)
+        if change == 0:
             return bytes(content[: chance.randrange(len(content) + 1)])
         for _ in range(chance.choice((1, 3, 30))):
-            place = chance.randrange(max(1, len(content)))
-            if kind == 1:
-                content[place : place + 1] = bytes([chance.randrange(256)])
-            elif kind == 2:
-                content[place:place] = chance.randbytes(chance.randint(1, 8))
+            offset = chance.randrange(max(1, len(content)))
+            if change == 1:
+                content[offset : offset + 1] = bytes([chance.randrange(256)])
+            elif change == 2:
+                content[offset:offset] = chance.randbytes(chance.randint(1, 8))
             else:
-                del content[place : place + chance.randint(1, 64)]
+                del content[offset : offset + chance.randint(1, 64)]
         return bytes(content)
 
     def picture(self, format: str) -> bytes:
@@ -113,7 +113,7 @@ class Soak:
         return main_pretrain.get_args_parser().parse_args(f"{flags} --num_workers 0 --input_size 16".split())
 
     def images(self) -> None:
-        """Each is read, or counted as unreadable."""
+        """Each image is read, or counted as unreadable."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             for number in range(60):
                 ending = self.chance.choice((".png", ".jpg", ".webp", ".bmp", ".ppm"))
@@ -122,12 +122,12 @@ class Soak:
                 (Path(folder) / f"{number:02d}{ending}").write_bytes(content)
             args = self.args(f"--dataset folder --data_path {folder}")
             dataset = KeyedDataset(read_images(args, True), self.transform(), args, replace=False)
-            bad = sum(int(dataset[place].bad) for place in range(len(dataset)))
+            bad = sum(int(dataset[index].bad) for index in range(len(dataset)))
         self.count["bad images"] += 60
         self.count["bad images that were still readable"] += 60 - bad
 
     def lists(self) -> None:
-        """Each is read, or refused in a sentence."""
+        """Each list is read, or refused in a sentence."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             for number in range(10):
                 (Path(folder) / f"{number}.png").write_bytes(self.picture("PNG"))
@@ -137,14 +137,15 @@ class Soak:
                 args = self.args(f"--dataset filelist --data_path {folder} --train_list {folder}/list.txt")
                 try:
                     dataset = KeyedDataset(read_images(args, True), self.transform(), args, replace=False)
-                    for place in range(len(dataset)):
-                        dataset[place]  # what is not there counts as unreadable
+                    for index in range(len(dataset)):
+                        dataset[index]  # missing files count as unreadable
                 except UserError:
                     self.count["bad lists refused"] += 1
                 self.count["bad lists"] += 1
 
     def shards(self) -> None:
-        """As many images come as there are, damaged ones replaced and counted; or the run is refused in a sentence."""
+        """The number of images stays, and damaged ones are replaced and counted; or the run is refused in a
+        sentence."""
         import tarfile
 
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
@@ -169,7 +170,7 @@ class Soak:
                 self.count["bad shards"] += 1
 
     def checkpoints(self) -> None:
-        """Each is refused in a sentence, or holds what was written."""
+        """Each checkpoint is refused in a sentence, or has its original content."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             path, state = Path(folder) / "checkpoint.pth", {"model": {"w": torch.randn(50, 7)}, "epoch": 3}
             torch.save(state, path)
@@ -177,11 +178,11 @@ class Soak:
             for _ in range(100):
                 path.write_bytes(self.damaged(whole))
                 try:
-                    found = read_file(path)
+                    result = read_file(path)
                 except UserError:
                     self.count["damaged checkpoints refused"] += 1
                 else:
-                    if not (torch.equal(found["model"]["w"], state["model"]["w"]) and found["epoch"] == 3):
+                    if not (torch.equal(result["model"]["w"], state["model"]["w"]) and result["epoch"] == 3):
                         raise Broken("a damaged checkpoint was read as another one")
                 self.count["damaged checkpoints"] += 1
 
@@ -195,14 +196,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the counts")
     options = parser.parse_args()
-    began, said = time.monotonic(), 0.0
+    began, reported = time.monotonic(), 0.0
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(Path(folder), options.seed)
         while (minutes := (time.monotonic() - began) / 60) < options.minutes:
             with contextlib.redirect_stderr(io.StringIO()):  # names of unreadable images
                 soak.round()
-            if minutes - said >= 1:
-                said = minutes
+            if minutes - reported >= 1:
+                reported = minutes
                 print(f"{minutes:.0f} min: {soak.count['kills']} kills, {len(soak.losses)} losses", flush=True)
     result = {
         "seed": options.seed,

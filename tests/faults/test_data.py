@@ -1,4 +1,4 @@
-"""Strange and damaged images through every reader: the right pixels, or named and counted; nothing else is read."""
+"""Unusual and damaged images through every reader: their pixels are right, or they are named and counted."""
 
 import io
 import os
@@ -27,8 +27,8 @@ from util.report.ledger import describe_images
 PLAIN8 = tvt.Compose([tvt.CenterCrop((8, 8)), PLAIN])
 
 
-class Place:
-    """These contents as every reader finds them: number, label and all."""
+class ImageSet:
+    """The same images laid out for every reader, with the same indices and labels."""
 
     def __init__(self, root, contents: list[bytes], ending="png"):
         self.root, self.ending = root, ending
@@ -41,7 +41,7 @@ class Place:
         write_shard(root / "x-train-000.tar", {f"{n:03d}.{ending}": c for n, c in enumerate(contents)})
 
     def read(self, reader: str, *argv):
-        """-> {index: sample} of an evaluation, through the loader."""
+        """Return {index: sample} of an evaluation through the loader."""
         path = f"{self.root}/x-train-000.tar" if reader == "wds" else self.root
         words = ["--dataset", reader, "--data_path", path, "--num_workers", 0, "--max_bad_fraction", 1, *argv]
         args = flags(*words, "--train_list", self.root / "list.txt", size=8)
@@ -49,12 +49,12 @@ class Place:
         if args.data_cache != "none":
             images = cache_images(images, args, torch.device("cpu"))
         batches = build_loader(images, PLAIN8, args, 5, train=False).begin(0)
-        found = [
+        result = [
             (i, (pixels, bad))
             for pixels, _, index, bads in batches
             for pixels, i, bad in zip(pixels, index.tolist(), bads.tolist())
         ]
-        return dict(found)
+        return dict(result)
 
 
 READERS = [("imagefolder",), ("folder",), ("filelist",), ("wds",), ("folder", "--data_cache", "ram", "--cache_size", 8)]
@@ -62,11 +62,11 @@ READERS = [("imagefolder",), ("folder",), ("filelist",), ("wds",), ("folder", "-
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda words: "-".join(map(str, words)))
 def test_strange_images_are_read(tmp_path, reader):
-    """Pixels as they are in the file: the first picture, not turned, without regard to alpha."""
-    found = Place(tmp_path, list(GOOD.values())).read(*reader)
-    assert len(found) == len(GOOD)
+    """The pixels are those of the file's first picture, without rotation and regardless of alpha."""
+    result = ImageSet(tmp_path, list(GOOD.values())).read(*reader)
+    assert len(result) == len(GOOD)
     for number, name in enumerate(GOOD):
-        pixels, bad = found[number]
+        pixels, bad = result[number]
         assert not bad, name
         lossy = "JPEG" in name or "LAB" in name or "EXIF" in name  # YCbCr and LAB are rounded twice to 8 bits
         for column in (1, 6):
@@ -76,21 +76,21 @@ def test_strange_images_are_read(tmp_path, reader):
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda words: "-".join(map(str, words)))
-def test_what_is_no_image_is_counted(tmp_path, reader, capfd):
-    """Each is named once, and no memory is taken for what its header says: below 150 MB more than before, of which the
-    text of 200 MB must not be a part (pillow reads 64 MB of it)."""
-    place = Place(tmp_path, [encoded(plain(), "PNG"), *BAD.values()])
+def test_files_that_are_no_images_are_counted(tmp_path, reader, capfd):
+    """Each is named once, and no memory is allocated for the size in its header: less than 150 MB are added, although
+    a text chunk expands to 200 MB (pillow reads 64 MB of it)."""
+    image_set = ImageSet(tmp_path, [encoded(plain(), "PNG"), *BAD.values()])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = place.read(*reader)
+    result = image_set.read(*reader)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 150 << 10
-    assert [found[number][1] for number in range(len(found))] == [0] + [1] * len(BAD)
-    said = capfd.readouterr().err
-    assert said.count("unreadable image") == len(BAD) * (2 if "ram" in reader else 1)
+    assert [result[number][1] for number in range(len(result))] == [0] + [1] * len(BAD)
+    output = capfd.readouterr().err
+    assert output.count("unreadable image") == len(BAD) * (2 if "ram" in reader else 1)
 
 
-def test_nothing_is_started_for_an_image(tmp_path, monkeypatch):
-    """Pillow knows EPS by its first bytes, and calls Ghostscript."""
+def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
+    """Pillow recognises EPS by its first bytes and would start Ghostscript."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
@@ -100,13 +100,13 @@ def test_nothing_is_started_for_an_image(tmp_path, monkeypatch):
 
 
 def test_memory_of_large_grey_images():
-    """4 bytes a pixel for the scaled values, 1 for the result, 1 for pillow's copy, and what numpy buffers."""
+    """4 bytes a pixel for the scaled values, 1 for the result, 1 for pillow's copy, and numpy's buffers."""
     picture = Image.fromarray(np.full((2000, 2000), 257, np.uint16))
     tracemalloc.start()
-    found = to_channels(picture, 1)
+    result = to_channels(picture, 1)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert found.getpixel((0, 0)) == 1
+    assert result.getpixel((0, 0)) == 1
     assert peak < 9 * 4_000_000  # with the 2 bytes of its values
 
 
@@ -144,7 +144,7 @@ NAMES = [
 
 
 def test_names(tmp_path, capfd):
-    """Any name that a file may have, in a class of such a name; two that differ in case are two images."""
+    """Unusual but legal names of files and classes; two names that differ in case are two images."""
     for label, folder in enumerate(("Cat é", "cat é", os.fsdecode(b"c\xff"))):
         for number, name in enumerate(NAMES):
             save(tmp_path / "train" / folder / name, 20 * label + number)
@@ -152,22 +152,22 @@ def test_names(tmp_path, capfd):
     args = flags("--data_path", tmp_path, "--num_workers", 1)
     images = read_images(args, True)
     assert "'Cat é' and 'cat é' differ only in case; they count as 2 classes" in capfd.readouterr().out
-    good = [place for place in range(len(images)) if "bad" not in images.name(place)]
-    read = [(images.load(place).getpixel((0, 0))[0], images.targets[place]) for place in good]
+    good = [index for index in range(len(images)) if "bad" not in images.name(index)]
+    read = [(images.load(index).getpixel((0, 0))[0], images.targets[index]) for index in good]
     assert sorted(read) == sorted((20 * label + number, label) for label in range(3) for number in range(len(NAMES)))
     samples = build_loader(images, PLAIN8, args, 42, train=False)
     assert int(next(iter(samples.begin(0))).bad.sum()) == 3
-    said = capfd.readouterr().err
-    assert said.count("\n") == 3 and "\x1b" not in said  # one line each, which moves no cursor
+    output = capfd.readouterr().err
+    assert output.count("\n") == 3 and "\x1b" not in output  # one line each, which moves no cursor
     assert describe_images(images, str(tmp_path))["images"] == 42
 
 
-def test_shown():
+def test_escaped_names():
     assert [printable(name) for name in ("a b ü", "a\nb", "\udcff")] == ["a b ü", r"'a\nb'", r"'\udcff'"]
 
 
 def test_vanished_files_are_counted_and_replaced(tmp_path, capfd):
-    """In the middle of an epoch, whose length and other images stay what they were."""
+    """Files vanish in the middle of an epoch: its length and its other images stay the same."""
     class_folders(tmp_path / "train", a=range(40))
     args = flags("--data_path", tmp_path, "--num_workers", 0)
     images = read_images(args, True)
@@ -189,7 +189,7 @@ def test_vanished_files_are_counted_and_replaced(tmp_path, capfd):
     assert capfd.readouterr().err.count("No such file") == sum(int(batch.bad.sum()) for batch in seen)
 
 
-def test_a_disk_that_goes_away(tmp_path):
+def test_a_disk_that_is_unmounted(tmp_path):
     class_folders(tmp_path / "train", a=range(40))
     args = flags("--data_path", tmp_path, "--num_workers", 0)
     batches = iter(build_loader(read_images(args, True), PLAIN8, args, 4, train=True))
@@ -201,7 +201,7 @@ def test_a_disk_that_goes_away(tmp_path):
 
 @pytest.mark.parametrize("reader", ["folder", "filelist", "imagefolder"])
 def test_pipes_devices_and_links(tmp_path, reader, capfd):
-    """None is waited for, and none is read without end."""
+    """Reading neither waits for them nor reads them without end."""
     folder = tmp_path / "train" / "a"
     save(folder / "0.png", 5)
     os.mkfifo(folder / "1.png")
@@ -218,18 +218,18 @@ def test_pipes_devices_and_links(tmp_path, reader, capfd):
     assert [os.path.basename(images.name(i)) for i in range(len(images))] == [f"{n}.png" for n in (0, 1, 2, 3, 4, 6)]
     batch = next(iter(build_loader(images, PLAIN8, args, 6, train=False)))
     assert batch.bad.tolist() == [0, 1, 1, 1, 1, 0]
-    for place in (1, 2):
+    for index in (1, 2):
         with pytest.raises(OSError, match=r"not a file|a link out"):
-            images.open(place)
-    said = capfd.readouterr().err
-    assert "it is a pipe or a device" in said and "symbolic links" in said
+            images.open(index)
+    output = capfd.readouterr().err
+    assert "it is a pipe or a device" in output and "symbolic links" in output
 
 
-# nvJPEG's way ---------------------------------------------------------------------------------------------------------
+# Decoding by nvJPEG ---------------------------------------------------------------------------------------------------
 
 
 def test_decoding_on_a_device_follows_no_link_outside(tmp_path, monkeypatch):
-    """And takes no memory for what is too large."""
+    """Links that lead outside are not followed, and files that are too large take no memory."""
     (tmp_path / "in").mkdir()
     (tmp_path / "secret.jpg").write_bytes(encoded(plain(), "JPEG"))
     (tmp_path / "in" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
@@ -243,5 +243,5 @@ def test_decoding_on_a_device_follows_no_link_outside(tmp_path, monkeypatch):
     paths = [str(tmp_path / "in" / f"{name}.jpg") for name in ("good", "link", "huge")]
     decoder = Decoder(Files(paths, [0] * 3, None, str(tmp_path / "in")), 3, None, torch.device("cpu"))
     given.clear()
-    assert [decoder._decoded(place) is not None for place in range(3)] == [True, False, False]
+    assert [decoder._decoded(index) is not None for index in range(3)] == [True, False, False]
     assert given == [len(encoded(plain(), "JPEG"))]

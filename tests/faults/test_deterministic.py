@@ -1,4 +1,4 @@
-"""`--deterministic`: two runs give the same bits, with every method, and only such algorithms run."""
+"""`--deterministic`: two runs of every method give the same bits, and only deterministic algorithms run."""
 
 import os
 
@@ -23,10 +23,10 @@ SHORT = FLAGS.replace("--save_steps 1", "--save_steps 0") + " --deterministic"
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
-    """The switches are the process's: the next test must not find them on."""
+    """Restore the process-wide switches for the next test."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # sums of several threads are where a CPU could differ
+    torch.set_num_threads(2)  # on a CPU, sums over several threads could differ
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
@@ -47,14 +47,14 @@ def test_two_runs_are_the_same(image_folder, tmp_path, method):
     if method == "dmae":
         pretrain(f"{flags} --epochs 1 --output_dir {tmp_path}/teacher")
     for name in ("one", "other"):
-        torch.manual_seed(sum(map(ord, name)))  # what the process did before must not matter
+        torch.manual_seed(sum(map(ord, name)))  # earlier random numbers of the process must not matter
         method_flags = METHODS[method].format(teacher=f"{tmp_path}/teacher/checkpoint-0.pth")
         pretrain(f"{flags} {method_flags} --output_dir {tmp_path}/{name}")
     assert_same_bits(tmp_path / "one", tmp_path / "other", "checkpoint-1.pth")
 
 
 def test_fine_tuning_and_probing(image_folder, tmp_path):
-    """With everything that draws random numbers, and with the probe's own optimizer."""
+    """With all augmentations that draw random numbers, and with the optimizer of the probe."""
     mixed = "--mixup 0.8 --cutmix 1.0 --drop_path 0.3 --deterministic --data_path"
     for name in ("one", "other"):
         finetune(f"{CLASSIFIER} {mixed} {image_folder} --output_dir {tmp_path}/{name}")
@@ -64,15 +64,15 @@ def test_fine_tuning_and_probing(image_folder, tmp_path):
     assert_same_bits(tmp_path / "probe-one", tmp_path / "probe-other", "checkpoint-1.pth")
 
 
-def test_what_the_flag_sets(image_folder, tmp_path, monkeypatch):
-    """In the middle of a run; an operation without a deterministic algorithm raises there, and does not without."""
+def test_switches_of_the_flag(image_folder, tmp_path, monkeypatch):
+    """Checked in the middle of a run: an operation without a deterministic algorithm raises only with the flag."""
     seen = []
 
-    def look(_run):
+    def check(_run):
         seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
         seen.append(torch.backends.cudnn.deterministic)
 
-    after_step(monkeypatch, 1, look)
+    after_step(monkeypatch, 1, check)
     pretrain(f"{SHORT.replace('--deterministic', '')} --epochs 1 --data_path {image_folder} --output_dir {tmp_path}/no")
     pretrain(f"{SHORT} --epochs 1 --data_path {image_folder} --output_dir {tmp_path}/yes")
     assert seen == [(False, None), False, (True, ":4096:8"), True]

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or away, and bytes that change on it."""
+"""A disk that is full, read-only or unmounted, and bytes that change on it."""
 
 import shutil
 import subprocess
@@ -18,9 +18,9 @@ from util.weights.checksum import damage
 from util.weights.file import read_file
 
 
-def flip(path, place: int) -> None:
+def flip(path, offset: int) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 0x10
+    content[offset] ^= 0x10
     path.write_bytes(content)
 
 
@@ -44,25 +44,25 @@ def assert_same_run(folder, undisturbed) -> None:
 # Checksums ------------------------------------------------------------------------------------------------------------
 
 
-def test_any_flipped_byte_is_found_or_harmless(tmp_path):
-    """A bit of every single byte of a checkpoint: the file is refused, or what is read from it is the same (padding,
-    dates). The bit is the one that can make a folder of a record, which torch.load reads as garbage."""
+def test_any_flipped_byte_is_detected_or_harmless(tmp_path):
+    """One bit of every byte of a checkpoint: the file is refused, or its content is unchanged (padding, dates). The bit
+    is the one that can turn a record into a folder, which torch.load reads as garbage."""
     state = {"model": {"w": torch.randn(3, 5), "b": torch.randn(7)}, "epoch": 3}
     path = save_checkpoint(tmp_path, 3, 0, state)
     assert damage(path) == ""
-    whole, found = path.read_bytes(), 0
-    for place in range(len(whole)):
+    whole, detected = path.read_bytes(), 0
+    for offset in range(len(whole)):
         changed = bytearray(whole)
-        changed[place] ^= 0x10
-        path = tmp_path / f"flipped-{place}.pth"
+        changed[offset] ^= 0x10
+        path = tmp_path / f"flipped-{offset}.pth"
         path.write_bytes(changed)
         try:
-            assert same_tensors(read_file(path), state), place
+            assert same_tensors(read_file(path), state), offset
         except UserError as error:
-            found += 1
+            detected += 1
             assert str(path) in str(error)
         path.unlink()
-    assert found > len(whole) / 10  # the records themselves
+    assert detected > len(whole) / 10  # the records themselves
 
 
 def test_files_without_checksums_are_read(tmp_path):
@@ -85,9 +85,9 @@ def test_a_run_goes_on_from_the_file_before_the_damaged_one(undisturbed, image_f
     ):
         pretrain(f"{flags} --resume {tmp_path}/checkpoint-1.pth")
     pretrain(f"{flags} --resume auto")
-    said = capsys.readouterr().out
-    assert f"skipping {tmp_path}/checkpoint-1.pth: the file is damaged" in said
-    assert f"resumed {tmp_path}/checkpoint-0.pth" in said
+    output = capsys.readouterr().out
+    assert f"skipping {tmp_path}/checkpoint-1.pth: the file is damaged" in output
+    assert f"resumed {tmp_path}/checkpoint-0.pth" in output
     assert_same_run(tmp_path, undisturbed)
 
 
@@ -98,7 +98,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = save_checkpoint(tmp_path, 0, 0, {"model": {"w": torch.ones(1000)}})
     before = path.read_bytes()
     FullDisk(monkeypatch, full=True)
-    with pytest.raises(retry.SaveFailed, match="No space left on device"):  # what torch says is no OSError
+    with pytest.raises(retry.SaveFailed, match="No space left on device"):  # torch does not raise an OSError
         save_checkpoint(tmp_path, 0, 0, {"model": {"w": torch.zeros(1000)}})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
@@ -117,7 +117,7 @@ def test_growing_file_takes_back_what_was_cut_off(tmp_path, monkeypatch, capsys)
 
 
 def test_full_for_a_while(undisturbed, image_folder, tmp_path, monkeypatch, capsys):
-    """From step 3 on nothing can be written, over the end of the epoch, until step 8: the run ends like any other."""
+    """The disk is full from step 3 to step 8, across the end of the epoch: the run resumes bit-identically."""
     full = FullDisk(monkeypatch)
     kept = []
 
@@ -134,14 +134,14 @@ def test_full_for_a_while(undisturbed, image_folder, tmp_path, monkeypatch, caps
         after_step(patch, 8, empty)
         pretrain(f"{FLAGS} --data_path {image_folder} --output_dir {tmp_path}")
     assert kept == ["checkpoint-0-3.pth"] * 2
-    said = capsys.readouterr().out
-    assert f"no checkpoint could be written to {tmp_path} (No space left on device)" in said
-    assert "the last checkpoint is checkpoint-0-3.pth" in said and "can be written" in said
+    output = capsys.readouterr().out
+    assert f"no checkpoint could be written to {tmp_path} (No space left on device)" in output
+    assert "the last checkpoint is checkpoint-0-3.pth" in output and "can be written" in output
     assert full.refused > 5  # log lines, events, checkpoints
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_a_failed_save_is_tried_again_before_the_next_is_due(image_folder, tmp_path, monkeypatch):
+def test_a_failed_save_is_retried_before_the_next_is_due(image_folder, tmp_path, monkeypatch):
     full = FullDisk(monkeypatch)
     flags = FLAGS.replace("--save_steps 1", "--save_steps 2").replace("--epochs 2", "--epochs 1")
     seen = []
@@ -165,7 +165,7 @@ def test_full_until_the_end_fails(image_folder, tmp_path, monkeypatch, capsys):
 
 
 def test_vanished_folder(undisturbed, image_folder, tmp_path, monkeypatch, capsys):
-    """Deleted in the middle: it is made again, and the end of the run is in it."""
+    """The output folder is deleted during the run: it is made again and holds the end of the run."""
     folder = tmp_path / "run"
     after_step(monkeypatch, 8, lambda _: shutil.rmtree(folder))
     pretrain(f"{FLAGS} --data_path {image_folder} --output_dir {folder}")
@@ -179,7 +179,7 @@ def test_vanished_folder(undisturbed, image_folder, tmp_path, monkeypatch, capsy
 
 
 def test_vanished_disk_is_not_replaced_by_a_folder(tmp_path):
-    """With its parent gone as well, it was a mounted disk: nothing is made in its place."""
+    """When the parent is gone too, the folder was on a mounted disk: no folder is made instead."""
     file = retry.GrowingFile(tmp_path / "mounted" / "run" / "log.txt")
     file.append(b"line\n")
     assert not (tmp_path / "mounted").exists() and file.waiting == b"line\n"
@@ -198,8 +198,8 @@ def test_read_only_folder_is_refused_at_the_start(image_folder, tmp_path, monkey
 
 
 def test_best_weights_wait_too(image_folder, tmp_path, monkeypatch):
-    """The best checkpoint of the first epoch cannot be written then; it is, with the next checkpoint, unchanged by the
-    training in between."""
+    """The best checkpoint of the first epoch cannot be written at first; it is written with the next checkpoint,
+    unchanged by the training in between."""
     full, wanted = FullDisk(monkeypatch), []
     original = retry.LateFile.put
 
@@ -216,8 +216,8 @@ def test_best_weights_wait_too(image_folder, tmp_path, monkeypatch):
     assert same_tensors(checkpoint(tmp_path, "checkpoint-best.pth")["model"], wanted[0])
 
 
-def test_the_end_of_a_run_is_insisted_on(tmp_path, monkeypatch):
-    """encoder.safetensors, the ledger: tried again; and a mistake of the user's is not taken for a full disk."""
+def test_last_files_of_a_run_are_retried(tmp_path, monkeypatch):
+    """Writes of encoder.safetensors and of the ledger are retried; a UserError is not treated as a full disk."""
     monkeypatch.setattr("util.checkpoint.retry.FIRST", 0.001)
     calls = []
 
@@ -235,7 +235,7 @@ def test_the_end_of_a_run_is_insisted_on(tmp_path, monkeypatch):
 
 
 def test_two_ranks_while_the_disk_of_one_is_full(image_folder, tmp_path):
-    """Rank 0 cannot write from step 3 to step 8; rank 1 goes on with it, and both end."""
+    """Rank 0 cannot write from step 3 to step 8; both ranks continue and finish."""
     flags = FLAGS.replace("--batch_size 16", "--batch_size 8")
     output = ranks("helpers.fault_script", f"full {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
     assert "no checkpoint could be written" in output and "can be written" in output
@@ -244,8 +244,8 @@ def test_two_ranks_while_the_disk_of_one_is_full(image_folder, tmp_path):
     assert [row["epoch"] for row in log_rows(tmp_path)] == [0, 1]
 
 
-def test_two_ranks_while_a_share_of_a_folder_cannot_be_written(image_folder, tmp_path):
-    """--fsdp: rank 1 alone meets the full disk, both try again together."""
+def test_two_ranks_while_a_part_of_a_folder_cannot_be_written(image_folder, tmp_path):
+    """--fsdp: only rank 1 has a full disk, and both ranks retry together."""
     flags = FLAGS.replace("--batch_size 16", "--batch_size 8") + " --fsdp --keep 1"
     output = ranks("helpers.fault_script", f"share {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
     assert "(No space left on device): the run goes on" in output and "checkpoint-0-3.dcp is the last good" in output
@@ -270,12 +270,12 @@ exit $code
 
 
 def test_a_real_full_disk(undisturbed, image_folder, tmp_path):
-    """A tmpfs with room for five checkpoints of 9.6 MB that something else fills after step 2, for half a second;
-    skipped where none may be mounted."""
-    out, place = tmp_path / "out", tmp_path / "disk"
-    out.mkdir(), place.mkdir()
-    command = f"{sys.executable} {ROOT}/main_pretrain.py {FLAGS} --data_path {image_folder} --output_dir {place}"
-    script = TMPFS.format(disk=place, out=out, command=f"{command} --save_patience 1")
+    """A tmpfs with room for five checkpoints of 9.6 MB, which is filled for half a second after step 2; skipped where
+    mounting is not permitted."""
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    out.mkdir(), disk.mkdir()
+    command = f"{sys.executable} {ROOT}/main_pretrain.py {FLAGS} --data_path {image_folder} --output_dir {disk}"
+    script = TMPFS.format(disk=disk, out=out, command=f"{command} --save_patience 1")
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=170)
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip("no tmpfs can be mounted here")
@@ -285,7 +285,7 @@ def test_a_real_full_disk(undisturbed, image_folder, tmp_path):
 
 
 def test_whole_or_not_at_all(tmp_path):
-    """An error of any other kind surfaces as it is, and leaves nothing behind."""
+    """Any other error is raised unchanged, and leaves no file behind."""
 
     def write(file):
         file.write(b"half")

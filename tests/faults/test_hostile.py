@@ -1,4 +1,4 @@
-"""A checkpoint whose pickle runs code is refused wherever a checkpoint is named, and its code does not run.
+"""A checkpoint whose pickle runs code is refused by every command, and its code does not run.
 
 The payloads are real: each makes a folder when it is unpickled, which the last test shows.
 """
@@ -20,7 +20,7 @@ DATA = "--num_workers 0 --device cpu"
 MAE = f"{SMALL} {DATA} --vis_freq 0 --epochs 1 --batch_size 8 --data_path {{data}}"
 VIT = f"--model vit_micro_patch4 --input_size 16 {DATA} --epochs 1 --batch_size 8 --data_path {{data}}"
 RUN = "--output_dir {out}/run"
-# Every place where a command reads a checkpoint.
+# Every flag by which a command reads a checkpoint.
 COMMANDS = {
     "--init_from": f"main_pretrain {MAE} {RUN} --init_from {{evil}}",
     "--resume": f"main_pretrain {MAE} {RUN} --resume {{evil}}",
@@ -87,24 +87,24 @@ def evil(request, tmp_path):
 
 
 def run(line: str, capsys, monkeypatch, **names) -> str:
-    """What a command says; exit code 2 and one sentence are demanded."""
+    """Return the output of a command, which must exit with code 2 and one sentence."""
     name, *flags = [word.format(**names) for word in line.split()]
     module = command_module(name)
     monkeypatch.setattr(sys, "argv", [name, *flags])
     with pytest.raises(SystemExit) as ended, user_errors(name):
         module.main(*([module.get_args_parser().parse_args(flags)] if hasattr(module, "get_args_parser") else []))
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and "Traceback" not in said
-    return said
+    output = capsys.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in output
+    return output
 
 
 @pytest.mark.parametrize("evil", KINDS, indirect=True)
-@pytest.mark.parametrize("place", COMMANDS)
-def test_its_code_is_not_run(place, evil, image_folder, tmp_path, capsys, monkeypatch):
-    said = run(COMMANDS[place], capsys, monkeypatch, evil=evil, data=image_folder, out=tmp_path / "out")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_its_code_is_not_run(command, evil, image_folder, tmp_path, capsys, monkeypatch):
+    output = run(COMMANDS[command], capsys, monkeypatch, evil=evil, data=image_folder, out=tmp_path / "out")
     assert not (tmp_path / "pwned").exists()
-    assert evil.name in said and said.count("error:") == 1
-    assert not list(tmp_path.glob("out/**/*.*"))  # nor is anything written
+    assert evil.name in output and output.count("error:") == 1
+    assert not list(tmp_path.glob("out/**/*.*"))  # and nothing is written
 
 
 def test_every_tool_is_in_the_list():
@@ -115,7 +115,7 @@ def test_every_tool_is_in_the_list():
 
 @pytest.mark.parametrize("name", ["rest.pth", ".metadata"])
 def test_a_folder_of_fsdp(name, image_folder, tmp_path, capsys, monkeypatch):
-    """One of its files is hostile: the rest of the state, or the list of tensors."""
+    """One file of the folder is hostile: the state without tensors, or the list of tensors."""
     folder = tmp_path / "checkpoint-0.dcp"
     folder.mkdir()
     torch.save({"names": [], "checksums": {}, "epoch": 0, "args": {}}, folder / "rest.pth")
@@ -128,8 +128,8 @@ def test_a_folder_of_fsdp(name, image_folder, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("evil", ["zip.pth", "pickle.pth"], indirect=True)
 def test_resume_auto(evil, image_folder, tmp_path, capsys, monkeypatch):
-    """It lies in the output folder as the newest checkpoint. What is not even a zip archive is damaged and passed over,
-    by name; what is whole is refused, and nothing is trained."""
+    """The hostile file is the newest checkpoint of the output folder. A file that is not a zip archive is damaged: it
+    is named and skipped. An intact one is refused, and nothing is trained."""
     import main_pretrain
 
     line = MAE.replace("--epochs 1", "--epochs 2") + " --output_dir {out} --save_freq 1"
@@ -137,12 +137,12 @@ def test_resume_auto(evil, image_folder, tmp_path, capsys, monkeypatch):
     main_pretrain.main(main_pretrain.get_args_parser().parse_args(flags))
     shutil.copy(evil, tmp_path / "run" / "checkpoint-7.pth")
     if evil.name == "zip.pth":
-        said = run(f"main_pretrain {line} --resume auto", capsys, monkeypatch, data=image_folder, out=tmp_path / "run")
-        assert "checkpoint-7.pth is refused because its pickle refers to posix.mkdir" in said
+        shown = run(f"main_pretrain {line} --resume auto", capsys, monkeypatch, data=image_folder, out=tmp_path / "run")
+        assert "checkpoint-7.pth is refused because its pickle refers to posix.mkdir" in shown
     else:
         main_pretrain.main(main_pretrain.get_args_parser().parse_args([*flags, "--resume", "auto"]))
-        said = capsys.readouterr()
-        assert "checkpoint-7.pth" in said.out + said.err and f"resumed {tmp_path}/run/checkpoint-1.pth" in said.out
+        shown = capsys.readouterr()
+        assert "checkpoint-7.pth" in shown.out + shown.err and f"resumed {tmp_path}/run/checkpoint-1.pth" in shown.out
     assert not (tmp_path / "pwned").exists()
 
 

@@ -1,7 +1,7 @@
-"""A checkpoint folder of --fsdp that runs code, leads outside itself or asks for endless memory is refused in one
-sentence, by what makes one file of it and by --resume.
+"""A checkpoint folder of --fsdp that runs code, names files outside itself, or claims too much memory is refused in one
+sentence, by tools/unshard.py and by --resume.
 
-The folders are written by `sharding.save` and then forged: the list of tensors, and with it the checksums.
+`util.checkpoint.sharded.save` writes the folders; the tests then forge the list of tensors and renew the checksums.
 """
 
 import io
@@ -60,14 +60,14 @@ def folder(tmp_path) -> Path:
 
 
 def seal(folder: Path) -> None:
-    """Renew the checksums after a change."""
+    """Recompute the checksums after a change."""
     rest = read_file(folder / sharded.REST)
     rest["checksums"] = {name: crc32(folder / name) for name in rest["checksums"]}
     write_tensors(folder / sharded.REST, rest)
 
 
 def forge(folder: Path, change) -> None:
-    """`change` alters the list of tensors that it is given."""
+    """Let `change` modify the list of tensors, and recompute the checksums."""
     listed = pickle.loads((folder / ".metadata").read_bytes())
     change(listed)
     (folder / ".metadata").write_bytes(pickle.dumps(listed))
@@ -75,7 +75,7 @@ def forge(folder: Path, change) -> None:
 
 
 def add_payload(folder: Path, name: str, target: Path) -> _StorageInfo:
-    """Append a hostile pickle to the first file -> where it is. It is longer than the tensor `name`."""
+    """Append a hostile pickle to the first file, and return its offset and length. It is longer than tensor `name`."""
     buffer = io.BytesIO()
     torch.save([Payload(target), b"x" * 10_000], buffer)
     file = next(folder.glob("__0_*.distcp"))
@@ -86,7 +86,7 @@ def add_payload(folder: Path, name: str, target: Path) -> _StorageInfo:
 
 
 def bytes_for_a_tensor(folder: Path, target: Path, name: str = NAME) -> None:
-    """Bytes with the attributes of a tensor's description: torch loads them with weights_only=False."""
+    """Replace a tensor by bytes with the attributes of its description: torch loads bytes with weights_only=False."""
     info = add_payload(folder, name, target)
 
     def change(listed):
@@ -118,7 +118,7 @@ def test_bytes_that_look_like_a_tensor(read, folder, tmp_path):
 
 
 def test_this_payload_is_real(folder, tmp_path):
-    """Torch's own reader and planner run it."""
+    """Torch's own reader and planner run the payload."""
     bytes_for_a_tensor(folder, tmp_path / "owned")
     dcp.load({NAME: torch.zeros(4, 4)}, storage_reader=FileSystemReader(folder), no_dist=True)
     assert (tmp_path / "owned").is_dir()
@@ -135,7 +135,7 @@ def test_unshard_ends_in_one_sentence(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_resume_ends_in_one_sentence(tmp_path, monkeypatch):
-    """The command itself, on two ranks: each ends with its own line."""
+    """The command on two ranks: each ends with its own line."""
     frozen = freeze.FROZEN / "e71f53e" / "fsdp.tar.xz"
     bytes_for_a_tensor(freeze.unpack(frozen, tmp_path / "run"), tmp_path / "owned", "module.model.cls_token")
     monkeypatch.chdir(tmp_path)
@@ -148,7 +148,7 @@ def test_resume_ends_in_one_sentence(tmp_path, monkeypatch):
 
 
 def test_the_planner_refuses_bytes(folder, tmp_path):
-    """Even when a list of tensors lets them through."""
+    """The planner refuses bytes even if the check of the list has accepted them."""
     bytes_for_a_tensor(folder, tmp_path / "owned")
     with pytest.raises(CheckpointException, match="is not a tensor"):
         dcp.load(
@@ -162,7 +162,7 @@ def test_the_planner_refuses_bytes(folder, tmp_path):
 
 @READERS
 def test_a_pickle_in_a_file_of_tensors(read, folder, tmp_path):
-    """Listed as a tensor, so torch reads it with weights_only=True."""
+    """The pickle is listed as a tensor, so torch reads it with weights_only=True."""
     info = add_payload(folder, NAME, tmp_path / "owned")
     forge(folder, lambda listed: listed.storage_data.update({MetadataIndex(NAME, (0, 0)): info}))
     with pytest.raises(UserError, match="do not contain the listed tensors"):
@@ -174,7 +174,7 @@ def test_a_pickle_in_a_file_of_tensors(read, folder, tmp_path):
 
 
 def relocate(**fields):
-    """Another entry for the bytes of the forged tensor."""
+    """Return a change that replaces the storage entry of the forged tensor."""
 
     def change(listed):
         index = MetadataIndex(NAME, (0, 0))
@@ -184,7 +184,7 @@ def relocate(**fields):
 
 
 def describe(**fields):
-    """Another description of the forged tensor."""
+    """Return a change that replaces the description of the forged tensor."""
     return lambda listed: vars(listed.state_dict_metadata[NAME]).update(fields)
 
 
@@ -244,7 +244,7 @@ def test_a_forged_list(read, forgery, folder):
     assert words in str(refused.value) and folder.name in str(refused.value) and "\n" not in str(refused.value)
 
 
-# Opcodes: GLOBAL of a class of torch's descriptions, then what the pickle does to it.
+# Opcodes: GLOBAL of a class of torch's descriptions, then the operations on it.
 CLASS = b"ctorch.distributed.checkpoint.metadata\n%s\n"
 PICKLES = {
     "code": (b"cposix\nmkdir\n(S'owned'\ntR.", "posix.mkdir"),
@@ -266,7 +266,7 @@ PICKLES = {
 
 @READERS
 @pytest.mark.parametrize("name", PICKLES)
-def test_a_strange_pickle(read, name, folder, tmp_path, monkeypatch):
+def test_a_pickle_with_other_opcodes(read, name, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content, words = PICKLES[name]
     (folder / ".metadata").write_bytes(content)
@@ -277,7 +277,7 @@ def test_a_strange_pickle(read, name, folder, tmp_path, monkeypatch):
 
 
 def test_a_class_of_torch_is_not_changed(folder):
-    """BUILD with a pair as its state sets attributes, on classes too."""
+    """The opcode BUILD with a pair as its state sets attributes, also of classes."""
     for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata"):
         (folder / ".metadata").write_bytes(CLASS % name.encode() + b"(N}S'forged'\nI1\nstb.")
         seal(folder)
@@ -301,7 +301,7 @@ RESTS = {
 
 @READERS
 @pytest.mark.parametrize("name", RESTS)
-def test_a_forged_rest(read, name, folder):
+def test_a_forged_state(read, name, folder):
     change, words = RESTS[name]
     write_tensors(folder / sharded.REST, read_file(folder / sharded.REST) | change)
     with pytest.raises(UserError, match=words):
@@ -318,7 +318,7 @@ def test_less_memory_than_the_folder_needs(folder, monkeypatch):
 
 
 def test_an_honest_folder(folder):
-    """Comes back to the bit, both ways, and its list describes every tensor as torch's own reader does."""
+    """It is read back bit for bit both ways, and its list agrees with torch's own reader."""
     module, optimizer = trained()
     sharded.load(folder, module, optimizer)
     made = sharded.one_file(folder)

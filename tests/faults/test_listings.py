@@ -1,4 +1,4 @@
-"""Folders, lists and shards from strangers: what is missing, twice or outside is said, refused or counted."""
+"""Untrusted folders, lists and shards: missing, duplicate and outside files are reported, refused or counted."""
 
 import os
 import tarfile
@@ -19,7 +19,7 @@ PLAIN8 = tvt.Compose([tvt.CenterCrop((8, 8)), PLAIN])
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
-def test_an_empty_class_keeps_its_place(tmp_path, capsys):
+def test_an_empty_class_keeps_its_number(tmp_path, capsys):
     class_folders(tmp_path / "train", ant=[1], bee=[], cat=[3])
     class_folders(tmp_path / "val", cat=[4])
     args = flags("--data_path", tmp_path)
@@ -29,7 +29,7 @@ def test_an_empty_class_keeps_its_place(tmp_path, capsys):
     assert "1 class folders without images, among them 'bee'; each counts as a class" in capsys.readouterr().out
 
 
-def test_a_class_that_leads_nowhere(tmp_path):
+def test_a_class_with_a_broken_link(tmp_path):
     class_folders(tmp_path / "train", ant=[1])
     (tmp_path / "train" / "bee").symlink_to(tmp_path / "unmounted")
     with pytest.raises(UserError, match="bee is a broken link"):
@@ -55,13 +55,13 @@ def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
         images_below(tmp_path)
 
 
-def test_other_endings_are_said(tmp_path, capsys):
+def test_other_endings_are_reported(tmp_path, capsys):
     save(tmp_path / "a.png", 1)
     for name in ("b.gif", "c.GIF", "d.heic", "notes.txt"):
         (tmp_path / name).touch()
     assert len(read_images(flags("--dataset", "folder", "--data_path", tmp_path), True)) == 1
-    said = capsys.readouterr().out
-    assert "note: 3 files below" in said and "(.gif .heic)" in said
+    output = capsys.readouterr().out
+    assert "note: 3 files below" in output and "(.gif .heic)" in output
 
 
 # Lists ----------------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def listed(root, text: str | bytes, *argv):
 
 
 def test_lists_of_other_editors(tmp_path):
-    """A byte order mark, lines with a carriage return, a name with what unicode calls a line's end, missing lines."""
+    """A byte order mark, carriage returns, a name with a Unicode line separator, and empty lines."""
     images = listed(tmp_path, b"\xef\xbb\xbf0.png\tx\r\n\r\n1.png\ty\r\n" + "u\u2028v.png\tx\r\n".encode())
     assert contents(images) == [(0, 0), (1, 1), (9, 0)] and images.classes == ["x", "y"]
 
@@ -106,7 +106,7 @@ def test_stray_quotes(tmp_path, text, words):
         listed(tmp_path, text)
 
 
-def test_quotes_that_are_meant(tmp_path):
+def test_intended_quotes(tmp_path):
     save(tmp_path / "in" / "'q\".png", 5)
     images = listed(tmp_path, "'q\".png\t's-Hertogenbosch\n0.png\t7\"\n")
     assert contents(images) == [(5, 0), (0, 1)] and images.classes == ["'s-Hertogenbosch", '7"']
@@ -135,14 +135,14 @@ def test_lists_of_published_sets_name_nothing_outside(tmp_path, stray):
 # Shards ---------------------------------------------------------------------------------------------------------------
 
 
-def link(kind: bytes, target: str) -> tarfile.TarInfo:
+def link(member_type: bytes, target: str) -> tarfile.TarInfo:
     member = tarfile.TarInfo()
-    member.type, member.linkname = kind, target
+    member.type, member.linkname = member_type, target
     return member
 
 
 def test_shards_do_not_escape(tmp_path, monkeypatch, capfd):
-    """Names with `..`, absolute ones, links and devices: nothing but the shard is opened, nothing is written."""
+    """Names with `..`, absolute names, links and devices: only the shard is opened, and nothing is written."""
     secret = encoded(plain((99, 99, 99)), "PNG")
     (tmp_path / "secret.png").write_bytes(secret)
     (tmp_path / "shards").mkdir()
@@ -168,13 +168,13 @@ def test_shards_do_not_escape(tmp_path, monkeypatch, capfd):
     (batch,) = build_loader(images, PLAIN8, args, 3, train=False).begin(0)
     assert images.counts == [3] and not batch.bad.any()
     assert (batch.image[:, :, 0, 0] * 255).round().tolist() == [list(DARK)] * 3
-    beside = str(path.with_name("_info.json"))  # an index, which it has not
+    beside = str(path.with_name("_info.json"))  # the index, which does not exist
     assert {name for name in opened if str(tmp_path) in name} - {beside} == {str(path)}
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_member_that_would_fill_the_memory(tmp_path, capfd):
-    """A sparse one: a terabyte of zeros in two blocks."""
+    """A sparse member: a terabyte of zeros in two blocks."""
     path, image = tmp_path / "x.tar", encoded(plain(), "PNG")
     sparse = tarfile.TarInfo()
     sparse.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.name": "b.png"}
@@ -188,7 +188,7 @@ def test_a_member_that_would_fill_the_memory(tmp_path, capfd):
 
 
 def test_one_name_twice_in_a_shard(tmp_path, capfd):
-    """In another case: one sample, and the other one is named."""
+    """Names that differ in case only: one sample is read, and the other is named."""
     image = encoded(plain(), "PNG")
     write_shard(tmp_path / "x.tar", {"a.png": image, "a.PNG": image, "A.png": image})
     assert count_images(str(tmp_path / "x.tar")) == 2

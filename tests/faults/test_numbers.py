@@ -1,4 +1,4 @@
-"""NaN and Inf, wherever they come from, stop every rank at the same step; overflows and leaps of the loss are said."""
+"""NaN and Inf stop every rank at the same step, whatever their source; overflows and loss spikes are reported."""
 
 import json
 import math
@@ -71,26 +71,26 @@ def teacher_file(image_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_not_a_number(image_folder, tmp_path, monkeypatch, teacher_file, fault):
-    """Injected after a step of the second epoch: the next one is named, and the checkpoint before it is untouched."""
-    flags, inject, said = FAULTS[fault]
+    """The fault follows a step of the second epoch: the next step is named, and the earlier checkpoint is unchanged."""
+    flags, inject, message = FAULTS[fault]
     flags = f"{FLAGS} {flags.format(teacher=teacher_file)} --data_path {image_folder} --output_dir {tmp_path}"
-    place = {}
+    before = {}
 
     def spoil(run):
         newest = list_checkpoints(tmp_path)[0]
-        place.update(newest=newest, content=newest.read_bytes())
+        before.update(newest=newest, content=newest.read_bytes())
         inject(run)
 
     after_step(monkeypatch, 7, spoil)
-    with pytest.raises(RunFailed, match=f"{said}.*") as failure:
+    with pytest.raises(RunFailed, match=f"{message}.*") as failure:
         pretrain(flags)
     assert "at step 7 (epoch 1)" in str(failure.value) or "after step 8" in str(failure.value)
-    assert list_checkpoints(tmp_path)[0] == place["newest"]
-    assert place["newest"].read_bytes() == place["content"]
+    assert list_checkpoints(tmp_path)[0] == before["newest"]
+    assert before["newest"].read_bytes() == before["content"]
 
 
 def test_a_weight_that_no_loss_reads(image_folder, tmp_path, monkeypatch):
-    """It would be in the next checkpoint, which takes the place of a good one: that is not written."""
+    """The next checkpoint would contain it and replace a good one, so it is not written."""
 
     def spoil(run):
         run.saved_model.register_buffer("unused", torch.full((3,), math.inf))
@@ -102,7 +102,7 @@ def test_a_weight_that_no_loss_reads(image_folder, tmp_path, monkeypatch):
 
 
 def test_a_moment_of_the_optimizer(image_folder, tmp_path, monkeypatch):
-    """An infinite second moment freezes its weight in silence."""
+    """An infinite second moment would freeze its weight unnoticed."""
 
     def spoil(run):
         poison(run.optimizer.state[last_parameter(run)]["exp_avg_sq"], math.inf)
@@ -113,7 +113,7 @@ def test_a_moment_of_the_optimizer(image_folder, tmp_path, monkeypatch):
     assert checkpoint(tmp_path, "checkpoint-0-3.pth")["step"] == 3
 
 
-def test_fine_tuning_too(image_folder, tmp_path, monkeypatch):
+def test_fine_tuning(image_folder, tmp_path, monkeypatch):
     after_step(monkeypatch, 7, lambda run: poison(run.saved_model.head.weight))
     with pytest.raises(RunFailed, match=r"loss became non-finite at step 7 .*weight head.weight"):
         finetune(f"{CLASSIFIER} --data_path {image_folder} --output_dir {tmp_path} --print_freq 1")
@@ -121,21 +121,21 @@ def test_fine_tuning_too(image_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("fault", "message"),
     [
         ("weight", "reconstruction became non-finite at step 3 (epoch 0); weight model.decoder_pred.bias on rank 1"),
         ("gradient", "gradient became non-finite at step 3"),
         ("teacher", "non-finite at step 3"),
     ],
 )
-def test_one_rank_stops_both(image_folder, tmp_path, teacher_file, kind, said):
+def test_one_rank_stops_both(image_folder, tmp_path, teacher_file, fault, message):
     flags = FLAGS.replace("--batch_size 16", "--batch_size 8").replace("--print_freq 1", "--print_freq 2")
-    if kind == "teacher":
+    if fault == "teacher":
         flags += f" --dmae_teacher {teacher_file}"
-    output = ranks("helpers.fault_script", f"{kind} {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
+    output = ranks("helpers.fault_script", f"{fault} {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
     lines = {line for line in output.splitlines() if "became" in line and line.startswith("rank")}
     assert {line.split(":")[0] for line in lines} == {"rank 0", "rank 1"}
-    assert all(said in line for line in lines)
+    assert all(message in line for line in lines)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-0-3.pth"]
     assert checkpoint(tmp_path, "checkpoint-0-3.pth")["step"] == 3
 
@@ -158,15 +158,16 @@ class Overflowing:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def test_fifty_overflows_in_a_row_are_said_once(monkeypatch, capsys):
+def test_fifty_overflows_in_a_row_are_reported_once(monkeypatch, capsys):
     run = Overflowing(monkeypatch)
     watch, before = OverflowDetector(run.scaler), run.weight.detach().clone()
     for step in range(1, 61):
         run.step(math.inf)
         if step % 7 == 0:
             watch.read(step)
-        said = capsys.readouterr().out
-        assert ("56 steps in a row (until step 56)" in said) == (step == 56)  # the first reading past 50
+        output = capsys.readouterr().out
+        # The first reading of the metrics after 50 overflows.
+        assert ("56 steps in a row (until step 56)" in output) == (step == 56)
     assert torch.equal(run.weight, before)
     run.step(1.0)
     run.step(math.inf)
@@ -174,7 +175,7 @@ def test_fifty_overflows_in_a_row_are_said_once(monkeypatch, capsys):
     assert run.scaler.overflows() == (1, 1) and capsys.readouterr().out == ""
 
 
-def test_a_row_that_ended_before_the_reading_is_said(monkeypatch, capsys):
+def test_a_row_that_ended_before_the_reading_is_reported(monkeypatch, capsys):
     run = Overflowing(monkeypatch)
     for factor in [math.inf] * 50 + [1.0]:
         run.step(factor)
@@ -192,28 +193,28 @@ def test_no_scale_is_small_enough():
 
 
 def test_spikes_are_steps_above_the_median():
-    """Against a list made by hand: losses around 1, a leap in step 30 and one before enough steps are known."""
-    spikes, found = SpikeDetector(3.0), []
+    """Losses around 1 with a spike in step 30, and one before the median has enough steps."""
+    spikes, steps = SpikeDetector(3.0), []
     for step in range(40):
         leap = 10.0 if step in (5, 30) else 1.0 + 0.1 * (step % 3)
         for half in (0, 1):  # two micro-batches
             spikes.add(step, torch.tensor(leap + half * 0.2), torch.tensor([2 * step + half]))
         if step % 4 == 3:
-            found += spikes.read(lambda index: f"{index}.png")
-    assert [spike["step"] for spike in found] == [30]
-    assert found[0]["images"] == ["60.png", "61.png"] and found[0]["indices"] == [60, 61]
-    assert found[0]["loss"] == pytest.approx(10.1, rel=1e-6)  # float32
-    assert found[0]["usual"] == pytest.approx(1.2, rel=1e-6)
+            steps += spikes.read(lambda index: f"{index}.png")
+    assert [spike["step"] for spike in steps] == [30]
+    assert steps[0]["images"] == ["60.png", "61.png"] and steps[0]["indices"] == [60, 61]
+    assert steps[0]["loss"] == pytest.approx(10.1, rel=1e-6)  # float32
+    assert steps[0]["usual"] == pytest.approx(1.2, rel=1e-6)
 
 
-def test_off_by_default_nothing_is_kept():
+def test_spike_factor_is_off_by_default():
     spikes = SpikeDetector(None)
     spikes.add(0, torch.tensor(1.0), torch.tensor([0]))
     assert spikes.read(str) == [] and spikes._steps == []
 
 
 def test_spike_factor_lists_the_images(image_folder, tmp_path, monkeypatch, capsys):
-    """The images of one step are made a hundred times brighter: that step is listed with exactly these images."""
+    """The images of one step are made a hundred times brighter: exactly these images are listed."""
     flags = f"{FLAGS.replace('--epochs 2', '--epochs 5').replace('--save_steps 1', '')} --spike_factor 3"
     original, given = Run._next, []
 
@@ -229,8 +230,8 @@ def test_spike_factor_lists_the_images(image_folder, tmp_path, monkeypatch, caps
     rows = [json.loads(line) for line in (tmp_path / "spikes.jsonl").read_text().splitlines()]
     assert [(row["step"], row["epoch"], row["indices"]) for row in rows] == [(25, 4, given)]
     assert len(rows[0]["images"]) == 16 and all(name.startswith(str(image_folder)) for name in rows[0]["images"])
-    said = capsys.readouterr().out
-    assert "loss spike at step 25" in said and f"its 16 images ({rows[0]['images'][0]}" in said
+    output = capsys.readouterr().out
+    assert "loss spike at step 25" in output and f"its 16 images ({rows[0]['images'][0]}" in output
 
 
 def test_spike_factor_is_checked(image_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Names of folders that a shell would run: every script hands them on whole, and nothing in them is executed."""
+"""Folder names with shell commands in them: every script passes them on unchanged and executes nothing."""
 
 import os
 import shlex
@@ -12,7 +12,7 @@ import main_pretrain
 from util.parallel import slurm
 
 HOSTILE = "a b; touch pwned1 $(touch pwned2) `touch pwned3` 'x \"y *?[z] --list & | #"
-# What the mains and tools leave behind; every call is a line of $CALLS, its words quoted.
+# Writes the files that mains and tools write; every call is a line of $CALLS with quoted words.
 STAND_IN = r"""#!/bin/bash
 if [ "$1" = -c ]; then echo 7; exit; fi
 printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
@@ -31,7 +31,7 @@ if [ -n "$file" ]; then mkdir -p "$(dirname "$file")"; touch "$file" "$(dirname 
 STUDY = ["{out}", "--data", "{data}"]
 FLAGS = ["--data_path", "{data}", "--output_dir", "{out}"]
 SMALL = [*STUDY, "--cpu_small"]
-# Script, its arguments, and how many commands it starts at least.
+# Script, its arguments, and the least number of commands that it starts.
 SCRIPTS = {
     "mae/pretrain": (FLAGS, 1),
     "mae/finetune": ([*FLAGS, "--finetune", "{out}/x.pth"], 1),
@@ -57,8 +57,8 @@ SCRIPTS = {
 
 
 @pytest.fixture
-def place(tmp_path):
-    """Folders of these names, one an image folder, and an environment in which python is the stand-in."""
+def folders(tmp_path):
+    """Folders of these names, one of them an image folder, and an environment in which python is the stand-in."""
     out, data, venv = (tmp_path / f"{name} {HOSTILE}" for name in ("out", "data", "venv"))
     for split in ("train", "val"):
         for name in "airplane automobile bird cat deer dog frog horse ship truck".split():
@@ -69,7 +69,7 @@ def place(tmp_path):
     for name in ("python", "ruff"):
         (venv / "bin" / name).write_text(STAND_IN)
         (venv / "bin" / name).chmod(0o755)
-    for name in ("requirements.txt", "requirements-dev.txt"):  # as if installed
+    for name in ("requirements.txt", "requirements-dev.txt"):  # the requirements count as installed
         (venv / f".installed-{name}").write_bytes((ROOT / name).read_bytes())
     (tmp_path / "cwd").mkdir()
     environment = {"PYTHON": str(venv / "bin" / "python"), "VENV": str(venv), "CALLS": str(tmp_path / "calls")}
@@ -80,8 +80,8 @@ def place(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "processes"), [*((name, "1") for name in SCRIPTS), ("mae/pretrain", "2")])
-def test_names_arrive_whole(tmp_path, place, name, processes):
-    out, data, environment = place
+def test_names_are_passed_unchanged(tmp_path, folders, name, processes):
+    out, data, environment = folders
     arguments, least = SCRIPTS[name]
     words = [word.format(out=out, data=data) for word in arguments]
     done = subprocess.run(
@@ -108,8 +108,8 @@ def test_names_arrive_whole(tmp_path, place, name, processes):
 
 
 def test_slurm(tmp_path, monkeypatch):
-    """The batch file that submitit writes, started by a scheduler that runs it, starts this python with the folder as
-    one word."""
+    """The batch file of submitit, run by a stand-in for the scheduler, starts this Python with the folder as one
+    word."""
     folder, bin, calls = tmp_path / f"jobs {HOSTILE.replace('%', '')}", tmp_path / "bin", tmp_path / "calls"
     bin.mkdir()
     scripts = {

@@ -1,4 +1,4 @@
-"""A rank that stands still is named by the others within the time they wait; one that is only slow is let be."""
+"""The other ranks name a hanging rank before they abort; a slow rank does not end the run."""
 
 import os
 import re
@@ -19,18 +19,18 @@ FLAGS = f"{SMALL} --batch_size 8 --epochs 1 --warmup_epochs 0 --num_workers 0 --
 
 
 @pytest.mark.parametrize(
-    "kind, rank, said",
+    "case, rank, message",
     [
         ("images", 0, "rank 0 has been waiting for images for "),
         ("step", 1, "rank 1 has been in step 2 for "),
         ("process", 1, "rank 1 has not answered for "),
-        # It holds the store, which is what does not answer then.
+        # Rank 0 holds the store, so then the store does not answer.
         ("process", 0, "rank 0, which hosts the store of the process group, does not answer"),
     ],
 )
-def test_the_rank_that_stands_still_is_named(kind, rank, said, image_folder, tmp_path):
-    """The two wait for each other in every step, so that the other one cannot get ahead by more than one."""
-    flags = f"{kind} {rank} {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 6"
+def test_the_hanging_rank_is_named(case, rank, message, image_folder, tmp_path):
+    """The ranks wait for each other in every step, so the other rank is at most one step ahead."""
+    flags = f"{case} {rank} {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 6"
     run = Forked("helpers.stuck_script", flags, 2)
     began = time.monotonic()
     run.ranks[1 - rank].join(90)
@@ -38,25 +38,25 @@ def test_the_rank_that_stands_still_is_named(kind, rank, said, image_folder, tmp
     os.killpg(run.pid, signal.SIGKILL)
     output, _ = run.communicate()
     assert code == 1, output
-    assert [line for line in complaints(output) if line.startswith(f"[rank {1 - rank}]") and said in line], output
+    assert [line for line in complaints(output) if line.startswith(f"[rank {1 - rank}]") and message in line], output
     assert "(--timeout_s 6)" in output
-    assert seconds < 60  # 6 to wait, 2 to 6 to look twice, and the start beside other tests
+    assert seconds < 60  # timeout of 6 s, 2 to 6 s for two checks, and the start beside other tests
 
 
 def complaints(output: str) -> list[str]:
     return [line for line in output.splitlines() if "error:" in line]
 
 
-def test_a_slow_rank_is_waited_for_and_named(image_folder, tmp_path):
+def test_a_slow_rank_is_named_and_not_aborted(image_folder, tmp_path):
     flags = f"moment 1 {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 60"
     output = ranks("helpers.stuck_script", flags, 2)
     assert re.search(r"note: rank 1 waited \d+ of ", output) and not complaints(output), output
 
 
-@pytest.mark.parametrize("kind", ["start", "end"])
-def test_no_healthy_run_is_ended(kind, image_folder, tmp_path):
-    """Twice as long as the time to wait: for the first images, on all ranks; on rank 0, when the other has ended."""
-    flags = f"{kind} 0 {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 3"
+@pytest.mark.parametrize("case", ["start", "end"])
+def test_no_healthy_run_is_aborted(case, image_folder, tmp_path):
+    """Waits of twice the timeout: for the first images on all ranks, and on rank 0 after the other rank has ended."""
+    flags = f"{case} 0 {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 3"
     assert not complaints(ranks("helpers.stuck_script", flags, 2))
     assert (tmp_path / "encoder.safetensors").is_file() and (tmp_path / "results.jsonl").is_file()
 
@@ -66,18 +66,15 @@ def post(number=5, step=7, task="", seconds=0.0, ended=False):
 
 
 @pytest.mark.parametrize(
-    "after, said",
+    "after, message",
     [
-        # The step of rank 2 says where it stands; what ranks 0 and 1 do is wait for it.
-        (
-            [post(), post(), post(4, 6, seconds=99)],
-            "rank 2 has not answered for 3 s: stopped, or its node failed",
-        ),
+        # Rank 2 is behind by its step number; ranks 0 and 1 wait for it.
+        ([post(), post(), post(4, 6, seconds=99)], "rank 2 has not answered for 3 s: stopped, or its node failed"),
         (
             [post(seconds=50), post(task="reading", seconds=60), post(seconds=50)],
             "rank 1 has been reading for 60 s, in step 7",
         ),
-        # A rank that reads and has only begun to is not what the others wait for.
+        # A rank that has only just begun to read is not the one that the others wait for.
         (
             [post(step=6, seconds=40), post(task="reading", seconds=2), post(seconds=50)],
             "rank 0 has been in step 6 for 40 s, while others are in step 7",
@@ -86,19 +83,19 @@ def post(number=5, step=7, task="", seconds=0.0, ended=False):
             [post(step=6, seconds=40), post(step=6, seconds=41), post(seconds=50)],
             "ranks 0, 1 have been in step 6 for 40 s, while others are in step 7",
         ),
-        # All in one step: a collective that does not end, which is torch's to say.
+        # All ranks are in one step: a collective hangs, which torch reports.
         ([post(seconds=50), post(seconds=50), post(seconds=50)], ""),
-        # Nobody ahead has waited for so long.
+        # No rank ahead has waited for that long.
         ([post(step=6, seconds=40), post(seconds=1), post(seconds=2)], ""),
-        # It has ended, and writes no more.
+        # A rank that has ended posts nothing more.
         ([post(step=9, seconds=40), post(4, 9, seconds=40, ended=True), post(step=9)], ""),
-        # Behind, but moving.
+        # The rank is behind but makes progress.
         ([post(step=6, seconds=1), post(seconds=50), post(seconds=50)], ""),
     ],
 )
-def test_who_is_waited_for(after, said):
+def test_blocking_rank(after, message):
     before = [post(number=4) for _ in after]
-    assert describe(before, after, timeout=30, silence=3)[1] == said
+    assert describe(before, after, timeout=30, silence=3)[1] == message
 
 
 def test_many_ranks_are_not_all_listed():
@@ -107,9 +104,9 @@ def test_many_ranks_are_not_all_listed():
 
 
 @pytest.mark.parametrize(
-    "waited, found", [([1, 30, 2, 1], True), ([30, 31, 30, 29], False), ([0.1, 0.4, 0.1, 0.1], False), ([20], False)]
+    "waited, slow", [([1, 30, 2, 1], True), ([30, 31, 30, 29], False), ([0.1, 0.4, 0.1, 0.1], False), ([20], False)]
 )
-def test_which_reader_is_slow(waited, found):
-    """A tenth of an epoch of 100 s, and twice the median; one process is nobody's brake."""
-    said = slow_reader(waited, 100)
-    assert said.startswith("rank 1 waited 30 of 100 s for images, the others 1 s") if found else said == ""
+def test_which_reader_is_slow(waited, slow):
+    """A reader is slow above a tenth of an epoch of 100 s and twice the median; one process is never slow."""
+    output = slow_reader(waited, 100)
+    assert output.startswith("rank 1 waited 30 of 100 s for images, the others 1 s") if slow else output == ""

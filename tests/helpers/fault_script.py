@@ -1,7 +1,7 @@
-"""A main for `launch.ranks`: one pretraining with a fault on one of two ranks after step 3 (`KIND FLAGS…`).
+"""A main for `launch.ranks`: a pretraining with a fault on one of two ranks after step 3 (`FAULT FLAGS…`).
 
-full: rank 0's disk, until step 8. share: rank 1's share of the folders of --fsdp, until then. weight, gradient: NaN or
-Inf in one element on rank 1. teacher: NaN in rank 1's DMAE teacher. Prints lines that start with "rank R:".
+full: rank 0's disk is full until step 8. share: rank 1 cannot write its part of the --fsdp folders until then. weight,
+gradient: NaN or Inf in one element on rank 1. teacher: NaN in rank 1's DMAE teacher. Output lines start with "rank R:".
 """
 
 import os
@@ -32,23 +32,23 @@ def no_space(*_):
     raise FULL
 
 
-def fault(kind: str, run: Run) -> None:
+def fault(fault_name: str, run: Run) -> None:
     last = list(run.saved_model.parameters())[-1]
-    if kind == "weight":
+    if fault_name == "weight":
         poison(last)
-    elif kind == "gradient":
+    elif fault_name == "gradient":
         last.register_hook(lambda gradient: gradient * float("inf"))
-    elif kind == "teacher":
+    elif fault_name == "teacher":
         poison(next(run.methods["dmae"].external_networks()[0].parameters()))
 
 
 def main(words):
-    kind, patch = words[0], pytest.MonkeyPatch()
-    if kind == "full":
+    fault_name, patch = words[0], pytest.MonkeyPatch()
+    if fault_name == "full":
         disk = FullDisk(patch)
         after_step(patch, 3, lambda _: setattr(disk, "full", RANK == 0))
         after_step(patch, 8, lambda _: setattr(disk, "full", False))
-    elif kind == "share":
+    elif fault_name == "share":
         writer, write_data = (
             util.checkpoint.sharded.FileSystemWriter,
             util.checkpoint.sharded.FileSystemWriter.write_data,
@@ -56,7 +56,7 @@ def main(words):
         after_step(patch, 3, lambda _: RANK and setattr(writer, "write_data", no_space))
         after_step(patch, 8, lambda _: setattr(writer, "write_data", write_data))
     elif RANK == 1:
-        after_step(patch, 3, lambda run: fault(kind, run))
+        after_step(patch, 3, lambda run: fault(fault_name, run))
     close = Run.close
     patch.setattr(Run, "close", lambda self: (say(f"ended at step {self.step}"), close(self)))
     try:

@@ -1,5 +1,5 @@
-"""Runs whose start is not what is tested: forked from a process that has imported everything, which takes most of the
-time of a command that `launch` starts."""
+"""Runs that are forked from a process which has already imported everything: they start faster than the commands of
+`launch`, whose imports take most of the time."""
 
 import atexit
 import importlib
@@ -23,8 +23,8 @@ PRELOADED = ["main_pretrain", "main_finetune", "sklearn.datasets", "sklearn.mode
 
 
 class Forked:
-    """`main` (a module with the two functions of the mains) in one or several ranks, which share a process group with
-    their data workers. Serves like the `subprocess.Popen` of a command; there is no launcher around the ranks."""
+    """One or several ranks that run `main`, a module with `get_args_parser` and `main`. They share a process group with
+    their data workers. The interface is that of `subprocess.Popen`; there is no launcher around the ranks."""
 
     def __init__(self, main: str, flags: str, processes: int = 1):
         os.environ["PYTHONPATH"] = str(ROOT)
@@ -45,7 +45,7 @@ class Forked:
 
     @property
     def returncode(self) -> int | None:
-        """That of the first rank that failed, if one did; minus the number of a signal."""
+        """The exit code of the first rank that failed, else 0; minus the signal's number after a signal."""
         codes = [rank.exitcode for rank in self.ranks]
         return None if None in codes else next((code for code in codes if code), 0)
 
@@ -53,7 +53,7 @@ class Forked:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """What the ranks said, one after the other, when all have ended."""
+        """Wait until all ranks have ended, and return their output, rank by rank."""
         deadline = None if timeout is None else time.monotonic() + timeout
         for rank in self.ranks:
             rank.join(None if deadline is None else max(0.1, deadline - time.monotonic()))
@@ -70,19 +70,19 @@ def _free_port() -> int:
 
 
 def _group(leader: int) -> int:
-    """Its number, once there is one."""
+    """Return the number of the process group, once it exists."""
     with suppress(ProcessLookupError):
         while os.getpgid(leader) != leader:
             time.sleep(0.001)
     return leader
 
 
-def _rank(main: str, flags: str, env: dict[str, str], said: str, group: int) -> None:
+def _rank(main: str, flags: str, env: dict[str, str], path: str, group: int) -> None:
     os.setpgid(0, group)
-    multiprocessing.set_start_method("fork", force=True)  # data workers, as those of a command
+    multiprocessing.set_start_method("fork", force=True)  # data workers start as they do in a command
     os.environ.clear()
     os.environ.update(env)
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  until the process ends
     torch.set_num_threads(1)
@@ -95,7 +95,7 @@ def _rank(main: str, flags: str, env: dict[str, str], said: str, group: int) -> 
     except SystemExit as left:
         code = left.code
     except BaseException:
-        sys.stderr.write(traceback.format_exc())  # print is silent on the ranks beside 0
+        sys.stderr.write(traceback.format_exc())  # print is silenced on all ranks but 0
     atexit._run_exitfuncs()
     sys.stdout.flush()
-    os._exit(code)  # gloo may abort while the interpreter is torn down
+    os._exit(code)  # gloo may abort during the interpreter's shutdown

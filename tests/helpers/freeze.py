@@ -1,9 +1,9 @@
-"""Freezes the format of checkpoints: tiny runs, by the code of any revision, that are stopped half-way, with what that
-code did afterwards (tests/fixtures/frozen/README.md). tests/util/checkpoint/test_frozen.py lets today's code do the
-same.
+"""Freeze the format of checkpoints: tiny runs by the code of any revision, stopped half-way, with the numbers that the
+same code then computed (tests/fixtures/frozen/README.md). tests/util/checkpoint/test_frozen.py compares today's code
+with them.
 
-    python tests/helpers/freeze.py                                   the format of this working tree, every kind of run
-    python tests/helpers/freeze.py --only mae finetune               these kinds
+    python tests/helpers/freeze.py                                   the format of this working tree, all runs
+    python tests/helpers/freeze.py --only mae finetune               these runs
     python tests/helpers/freeze.py --revision 9db5653 --only mae_k   the code of an older commit
 """
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FROZEN = ROOT / "tests" / "fixtures" / "frozen"
 TEACHER = FROZEN / "cbfb22c" / "mae.tar.xz"  # of DMAE's runs
 
-# A model of about 2,500 weights; what a file takes is mostly names.
+# A model of about 2,500 weights: most of a file is names.
 TINY = dict(embed_dim=8, depth=1, num_heads=2)
 COMMON = "--dataset digits --input_size 16 --in_chans 1 --epochs 2 --warmup_epochs 1 --num_workers 0 --device cpu"
 COMMON += " --amp_dtype fp32 --print_freq 1"
@@ -36,7 +36,7 @@ MLO = f"{PRETRAIN} --batch_size 12 --epochs 1 --warmup_epochs 0 --mlo_mae --mlo_
 EMA_RC = "--ema_mae --wse 1 --ema_update step --rc_mae"
 CLASSIFY = f"{COMMON} --model vit_micro_patch4 --batch_size 128"
 
-# Name: main, flags, the step after which it is stopped. An epoch has 11 steps, of MLO-MAE 95, in windows of 2.
+# Name: main, flags, the step after which the run stops. An epoch has 11 steps (MLO-MAE: 95), in windows of 2.
 KINDS = {
     "mae": ("main_pretrain", ALL, 6),
     "cross": ("main_pretrain", f"{ALL} --decoder cross", 11),
@@ -57,12 +57,12 @@ KINDS = {
 }
 
 
-# One run, by the code that PYTHONPATH names ---------------------------------------------------------------------------
+# One run, by the code in PYTHONPATH ---------------------------------------------------------------------------------
 
 
 @contextmanager
 def tiny_models():
-    """The micro models are of `TINY` size inside, whether their module is imported already or not."""
+    """Give the micro models `TINY` size, whether their module is imported already or not."""
     from util import architectures
 
     configs = [architectures.ENCODERS["vit_micro_patch4"]]
@@ -79,19 +79,19 @@ def tiny_models():
 
 
 def example():
-    """(1, 1, 16, 16): what features are computed of."""
+    """Return the image (1, 1, 16, 16) whose features are recorded."""
     import torch
 
     return torch.arange(256.0).mul(0.37).sin().view(1, 1, 16, 16)
 
 
 def is_linear(head) -> bool:
-    """Whether it is a layer on one vector, perhaps behind a BatchNorm."""
+    """Return whether the head is a linear layer, perhaps behind a BatchNorm."""
     return type(next(head.children(), head)).__name__ in ("Linear", "BatchNorm1d") if head else False
 
 
 def features(network, imgs) -> dict[str, list]:
-    """Tokens after the last block, before any norm, [cls] first; of a classifier the logits too."""
+    """Return the tokens after the last block, before any norm, [cls] first; for a classifier the logits too."""
     import torch
 
     network.eval()
@@ -100,15 +100,15 @@ def features(network, imgs) -> dict[str, list]:
         x = torch.cat([network.cls_token + network.pos_embed[:, :1], x], dim=1)
         for block in network.blocks:
             x = block(x)
-        found = {"tokens": x[0]} | ({"logits": network(imgs)[0]} if is_linear(getattr(network, "head", None)) else {})
-    return {name: [float(f"{value:.6g}") for value in values.flatten()] for name, values in found.items()}
+        outputs = {"tokens": x[0]} | ({"logits": network(imgs)[0]} if is_linear(getattr(network, "head", None)) else {})
+    return {name: [float(f"{value:.6g}") for value in values.flatten()] for name, values in outputs.items()}
 
 
 def run_once(main: str, flags: str, stop_after: int = 0) -> dict | None:
-    """One run of this process -> the features of the networks that it ends with. SIGTERM in its step `stop_after`."""
+    """Run a main in this process and return the features of its final networks. SIGTERM in step `stop_after`."""
     try:
         run = importlib.import_module("util.training.run")
-    except ModuleNotFoundError:  # of revisions before a90ce24
+    except ModuleNotFoundError:  # revisions before a90ce24
         run = importlib.import_module("util.run")
     module, steps, runs = importlib.import_module(main), [0], []
     adjust, init = run.adjust_learning_rate, run.Run.__init__
@@ -125,11 +125,12 @@ def run_once(main: str, flags: str, stop_after: int = 0) -> dict | None:
     if "--fsdp" in flags:
         return None
     model = getattr(runs[0], "saved_model", None) or runs[0].model  # its name in older revisions
-    found, network = {"model": features(model, example())}, copy.deepcopy(model)
+    outputs, network = {"model": features(model, example())}, copy.deepcopy(model)
     for key, teacher in (runs[0].exported() if hasattr(runs[0], "exported") else {}).items():
-        network.load_state_dict(teacher if isinstance(teacher, dict) else teacher.state_dict())  # it was a dict once
-        found[key] = features(network, example())
-    return found
+        state = teacher if isinstance(teacher, dict) else teacher.state_dict()  # a dict in older revisions
+        network.load_state_dict(state)
+        outputs[key] = features(network, example())
+    return outputs
 
 
 def scalars(folder: Path) -> list:
@@ -145,11 +146,11 @@ def log_rows(folder: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-# All of a kind --------------------------------------------------------------------------------------------------------
+# Archives -------------------------------------------------------------------------------------------------------------
 
 
 def start(code: Path, folder: Path, main: str, flags: str, stop_after: int = 0) -> None:
-    """`run_once` in a process of its own, of two with --fsdp; its features go into `features.json` of `folder`."""
+    """Start `run_once` in its own process (two with --fsdp) and write its features to `folder`/features.json."""
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if "--fsdp" in flags else []
     command = [sys.executable, *two, __file__, "--worker", main, flags, str(stop_after)]
     env = {**os.environ, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -159,14 +160,14 @@ def start(code: Path, folder: Path, main: str, flags: str, stop_after: int = 0) 
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """-> the checkpoint in it."""
+    """Unpack an archive and return the path of its checkpoint."""
     with tarfile.open(archive) as file:
         file.extractall(folder, filter="data")
     return next(folder.glob("checkpoint-*"))
 
 
 def pack(paths: list[Path], archive: Path) -> None:
-    """Without owners and dates."""
+    """Write an archive without owners and dates."""
 
     def nobodys(info):
         info.uid = info.gid = info.mtime = 0
@@ -180,8 +181,8 @@ def pack(paths: list[Path], archive: Path) -> None:
 
 
 def freeze(code: Path, revision: str, kind: str) -> Path:
-    """Write tests/fixtures/frozen/REVISION/KIND.tar.xz, the checkpoint, and KIND.json: the flags, features of the
-    networks in it, losses of all later steps and the log of their epochs. Nothing in it names a folder outside."""
+    """Write tests/fixtures/frozen/REVISION/KIND.tar.xz, the checkpoint, and KIND.json: the flags, the features of its
+    networks, the losses of all later steps and the log of their epochs. Neither contains paths of this machine."""
     import torch
 
     main, flags, stop_after = KINDS[kind]
@@ -191,13 +192,13 @@ def freeze(code: Path, revision: str, kind: str) -> Path:
         if "teacher.pth" in flags:
             unpack(TEACHER, folder / "teacher").rename(folder / "teacher.pth")
         start(code, folder, main, f"{flags} --output_dir run", stop_after)
-        found = max((folder / "run").glob("checkpoint-[0-9]*"), key=os.path.getmtime)
-        shutil.move(found, folder)
+        newest = max((folder / "run").glob("checkpoint-[0-9]*"), key=os.path.getmtime)
+        shutil.move(newest, folder)
         shutil.rmtree(folder / "run")
-        parts = [folder / found.name]
+        parts = [folder / newest.name]
         expected = {"main": main, "flags": flags, "torch": torch.__version__}
         expected["features"] = json.loads((folder / "features.json").read_text())
-        start(code, folder, main, f"{flags} --output_dir run --resume {found.name}")
+        start(code, folder, main, f"{flags} --output_dir run --resume {newest.name}")
         expected |= {"losses": scalars(folder / "run"), "log": log_rows(folder / "run")}
         if kind == "mae":
             parts.append(folder / "run" / "encoder.safetensors")
@@ -209,7 +210,9 @@ def freeze(code: Path, revision: str, kind: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--revision", default="", help="freeze what this commit wrote, not the working tree")
+    parser.add_argument(
+        "--revision", default="", help="freeze the checkpoints of this commit instead of the working tree"
+    )
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
     args = parser.parse_args()
     git = ["git", "-C", str(ROOT)]

@@ -1,4 +1,4 @@
-"""Injecting faults into runs of this process: at a step, into a disk."""
+"""Inject faults into runs of this process: at a step, or on the disk."""
 
 import errno
 import signal
@@ -11,7 +11,7 @@ import util.training.run
 from helpers.launch import SMALL
 from util.training.run import Run
 
-# Six steps an epoch on `image_folder`, a checkpoint and a reading of the metrics after every one.
+# Six steps an epoch on `image_folder`; each is followed by a checkpoint and a reading of the metrics.
 FLAGS = f"{SMALL} --aug none --num_workers 0 --batch_size 16 --vis_freq 0 --warmup_epochs 0 --epochs 2 --device cpu "
 FLAGS += "--save_steps 1 --save_freq 1 --print_freq 1"
 CLASSIFIER = "--model vit_micro_patch4 --input_size 16 --num_workers 0 --batch_size 16 --warmup_epochs 0 --epochs 2 "
@@ -28,7 +28,7 @@ def finetune(flags: str) -> dict:
 
 
 def after_step(patch, number: int, act) -> None:
-    """`act(run)` when `number` optimizer steps are done, saved and logged, before the next one (of that number)."""
+    """Call `act(run)` after `number` optimizer steps are done, saved and logged, before step `number` begins."""
     original = Run.finish_step
 
     def after(self):
@@ -40,14 +40,14 @@ def after_step(patch, number: int, act) -> None:
 
 
 def poison(tensor: torch.Tensor, value: float = float("nan")) -> None:
-    """One element."""
+    """Set one element of a tensor to `value`."""
     with torch.no_grad():
         tensor.view(-1)[0] = value
 
 
 class FullDisk:
-    """A disk that takes half of what a write gives it, and says that it is full, while `full`: for checkpoints (and
-    whatever else `util.checkpoint.atomic` writes) and for files that grow."""
+    """A disk that writes half of the bytes and raises ENOSPC while `full`. Affects checkpoints, the other files of
+    `util.checkpoint.atomic`, and files that grow."""
 
     def __init__(self, patch, full: bool = False):
         self.full, self.refused = full, 0

@@ -1,6 +1,6 @@
-"""What a scheduler's job does, for test_slurm.py: the run as submitit sends it, in a job that the arguments describe.
+"""A job of a scheduler, for test_slurm.py: the run that submitit would start, inside a job with the number JOB_ID.
 
-A main for `forked.Forked` of the words JOB_ID FLAGS…
+A main for `forked.Forked` with the arguments JOB_ID FLAGS…
 """
 
 from types import SimpleNamespace

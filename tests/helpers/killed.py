@@ -1,14 +1,13 @@
-"""main_pretrain.py, which kills itself: `killed.py WHERE N RANK STEPS FLAGS…`. At the N-th time that rank RANK comes to
+"""main_pretrain.py that kills itself: `killed.py WHERE N RANK STEPS FLAGS…`. The N-th time that rank RANK reaches
 
     step          the end of an optimizer step
     accumulation  a micro-batch inside a window
-    write         the writing of a checkpoint, of which half is on the disk
-    rename        the renaming of a checkpoint: before it (N even) or after it (N odd)
-    evaluation    the kNN evaluation
+    write         a write of a checkpoint, when half of it is on disk
+    rename        a rename of a checkpoint: before it (N even) or after it (N odd)
+    evaluation    a kNN evaluation
     worker        an image, in a data worker
 
-that process sends itself SIGKILL; never when N is 0. Rank 0 appends the numbers of the steps that it does to the file
-STEPS.
+the process sends itself SIGKILL; never when N is 0. Rank 0 appends the number of each step to the file STEPS.
 """
 
 import io
@@ -36,7 +35,7 @@ def kill() -> None:
 
 
 class Countdown:
-    """`now()` is true at the N-th call."""
+    """A counter whose `now()` returns True at the N-th call."""
 
     def __init__(self, number: int):
         self.left = number
@@ -47,7 +46,7 @@ class Countdown:
 
 
 def before(owner, name: str, act) -> None:
-    """`act(*args)` at the beginning of every call."""
+    """Call `act(*args)` at the beginning of every call of a method of `owner`."""
     original = getattr(owner, name)
 
     def call(*args, **kwargs):

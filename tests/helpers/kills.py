@@ -1,4 +1,4 @@
-"""A run that is killed again and again, and what must hold of it: for the tests and for soak.py."""
+"""A run that is killed repeatedly, and the checks of its files: for the tests and for soak.py."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class Broken(AssertionError):
 
 
 class Killed:
-    """One run in `folder`, of `flags`, with `processes` ranks, started by `launch` (`command`) or forked."""
+    """A run of `processes` ranks in `folder`, started as a command by `launch` (`command`) or forked."""
 
     def __init__(self, folder: Path, flags: str = "", processes: int = 1, command: bool = True):
         self.folder, self.processes, self.kills, self.command = folder, processes, 0, command
@@ -39,8 +39,8 @@ class Killed:
         self.steps = folder.parent / f"{folder.name}.steps"
 
     def start(self, where: str = "step", number: int = 0, rank: int = 0, seconds: float = 300) -> tuple[int, str]:
-        """Run until it is killed or ends -> exit code, what it said. Broken when a file is not what its name says, or
-        when more was done again than a checkpoint is apart from the next."""
+        """Run until it is killed or ends, and return exit code and output. Raises Broken when the content of a file
+        does not match its name, or when more steps are repeated than lie between two checkpoints."""
         before = self._done()
         words = f"{where} {number} {rank} {self.steps} {self.flags}"
         if self.command:
@@ -48,7 +48,7 @@ class Killed:
         else:
             process = Forked("helpers.killed", words, self.processes)
         try:
-            said, _ = process.communicate(timeout=seconds)
+            output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise Broken(f"hangs after a kill at {where} {number} of rank {rank}") from None
@@ -58,7 +58,7 @@ class Killed:
         again = before[-1] - after[0] + 1 if before and after else 0
         if again > SAVE_STEPS:
             raise Broken(f"{again} steps were done again after a kill at {where} {number}: {before[-1]} to {after[0]}")
-        return process.returncode, said
+        return process.returncode, output
 
     def _done(self) -> list[int]:
         return [int(line) for line in self.steps.read_text().split()] if self.steps.exists() else []
@@ -75,12 +75,12 @@ class Killed:
         return path.read_text().splitlines() if path.exists() else []
 
     def check_end(self, reference: "Killed") -> None:
-        """Broken when it did not end as the undisturbed run did, bit for bit."""
+        """Raise Broken unless the result equals that of the undisturbed run bit for bit."""
         ours, theirs = (checkpoint(run.folder, "checkpoint-1.pth") for run in (self, reference))
         for key in ("model", "optimizer", "methods", "step", "rng"):
             if not same_tensors(ours[key], theirs[key]):
                 raise Broken(f"{key} is not as in the undisturbed run")
-        # A kill during the evaluation or after the rename may leave the line of an epoch twice, or its time other.
+        # A kill during the evaluation or after the rename may write an epoch's line twice, or change its time.
         if log_rows(self.folder) != log_rows(reference.folder):
             raise Broken("log.txt is not as in the undisturbed run")
 

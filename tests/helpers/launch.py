@@ -1,4 +1,4 @@
-"""Starting the mains the way users do, and reading what they leave behind."""
+"""Start the mains as users do, and read the files they write."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ from helpers.forked import Forked
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# The smallest autoencoder that has everything: 16 patches, two encoder blocks' worth of width, one decoder block.
+# The smallest autoencoder with all parts: 16 patches, the micro encoder, one decoder block.
 SMALL = "--model mae_vit_micro_patch4 --input_size 16 --decoder_embed_dim 32 --decoder_depth 1 --decoder_num_heads 2"
 DIGITS = f"--dataset digits {SMALL} --batch_size 64 --epochs 2 --warmup_epochs 1 --vis_freq 0 --device cpu"
 
@@ -35,7 +35,7 @@ def command(main: str, flags: str, processes: int = 1, restarts: int = 0) -> lis
 
 
 def launch(main: str, flags: str, processes: int = 1, restarts: int = 0, **options) -> subprocess.Popen:
-    """In a process group of its own, with one thread per process: the machine may have only two cores."""
+    """Start a main in its own process group, with one thread per process: the machine may have only two cores."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         command(main, flags, processes, restarts),
@@ -49,7 +49,7 @@ def launch(main: str, flags: str, processes: int = 1, restarts: int = 0, **optio
 
 
 def ranks(main: str, flags: str, processes: int, seconds: float = 180) -> str:
-    """What they wrote, each without a launcher (see `forked`)."""
+    """Run a main on several ranks without a launcher (see `forked`), and return their output."""
     return finish(Forked(main, flags, processes), seconds=seconds)
 
 
@@ -64,11 +64,11 @@ def finish(process: subprocess.Popen | Forked, code: int = 0, seconds: float = 1
 
 
 def kill_when(process: subprocess.Popen | Forked, happened, number=signal.SIGKILL) -> None:
-    """Send a signal to the whole group as soon as `happened()`."""
+    """Send a signal to the whole process group as soon as `happened()` is true."""
     deadline = time.monotonic() + 120
     while not happened():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the run never got there"
+        assert time.monotonic() < deadline, "the run ended before the condition was met"
         time.sleep(0.002)
     os.killpg(process.pid, number)
 
@@ -82,7 +82,7 @@ def largest_difference(one: dict, other: dict) -> float:
 
 
 def same_tensors(one, other) -> bool:
-    """Equal bit for bit, through nested dicts and lists."""
+    """Return whether nested dicts and lists of tensors are equal bit for bit."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -98,7 +98,7 @@ def log_rows(folder: Path, without=("seconds",)) -> list[dict]:
 
 
 def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
-    """(x, value) of one TensorBoard series, over all event files of the folder."""
+    """Return the (x, value) pairs of one TensorBoard series over all event files of the folder."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]

@@ -1,4 +1,4 @@
-"""Reads the imports of the project and says which of them break its layout (docs/architecture.md).
+"""Read the imports of the project and report those that break its layout.
 
 A module may import from its own room and from the rooms before it in `ROOMS`. No two modules import each other, not
 even through others. Imports stand at the top of a file, unless they are in `ALLOWED_LATE`.
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# From the bottom to the top. A name stands for a module, or for a package with everything in it.
+# From the lowest to the highest. A name is a module, or a package with all its modules.
 ROOMS: list[tuple[str, ...]] = [
     (
         "util.errors",
@@ -42,7 +42,7 @@ TOOLS = "tools"  # may import everything but mains, engines and each other
 
 @dataclass(frozen=True)
 class Import:
-    """One import of one module of the project by another."""
+    """An import of one module of the project by another."""
 
     importer: str
     line: int
@@ -79,7 +79,7 @@ def imports(sources: dict[str, str]) -> Iterator[Import]:
 
 
 def room_of(module: str) -> int | None:
-    """The place of its room in `ROOMS`, None for a tool and for an empty package such as `util`."""
+    """Return the index of its room in `ROOMS`, None for a tool and for an empty package such as `util`."""
     for number, names in enumerate(ROOMS):
         if any(module == name or module.startswith(f"{name}.") for name in names):
             return number
@@ -87,7 +87,7 @@ def room_of(module: str) -> int | None:
 
 
 def faults(sources: dict[str, str]) -> list[str]:
-    """What breaks the layout, a sentence for each import."""
+    """Return a sentence for each import that breaks the layout."""
     all_imports = list(imports(sources))
     wrong = []
     homeless = {m for m in sources if room_of(m) is None and m.split(".")[0] != TOOLS and sources[m].strip()}
@@ -108,15 +108,15 @@ def faults(sources: dict[str, str]) -> list[str]:
 
 
 def circles(all_imports: list[Import]) -> list[list[str]]:
-    """Modules that import each other, each circle once."""
+    """Return the circles of modules that import each other, each once."""
     graph: dict[str, set[str]] = {}
     for each in all_imports:
         graph.setdefault(each.importer, set()).add(each.imported)
-    found, done = [], set()
+    found_circles, done = [], set()
 
     def visit(module: str, path: list[str]) -> None:
         if module in path:
-            found.append([*path[path.index(module) :], module])
+            found_circles.append([*path[path.index(module) :], module])
         elif module not in done:
             for imported in sorted(graph.get(module, ())):
                 visit(imported, [*path, module])
@@ -124,4 +124,4 @@ def circles(all_imports: list[Import]) -> list[list[str]]:
 
     for module in sorted(graph):
         visit(module, [])
-    return found
+    return found_circles

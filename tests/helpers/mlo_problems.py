@@ -1,6 +1,6 @@
-"""MLO-MAE driven on small problems, in float64 and with gradient descent in place of AdamW.
+"""MLO-MAE on small problems, in float64 and with gradient descent in place of AdamW.
 
-One step of each problem is then what the fixtures and the unrolled graph compute.
+One step of each problem then equals the computation of the fixtures and of the unrolled graph.
 """
 
 import re
@@ -22,7 +22,7 @@ EXACT = 1e-10  # float64: a chain of a few hundred operations, relative to the n
 
 
 class Task:
-    """A guiding task on given batches."""
+    """A labelled task with given batches."""
 
     held_out, loss, score = [0], staticmethod(F.cross_entropy), staticmethod(Classification.score)
     logged = Classification.logged
@@ -35,7 +35,7 @@ class Task:
         return self.made
 
     def observe(self, head, features):
-        """A head that has observed its features before keeps to that."""
+        """Let a head observe its features once; later calls have no effect."""
 
     def batches(self, every):
         return self.given
@@ -51,7 +51,7 @@ def labelled(images, targets):
 
 
 def the_method(model, task, flags="", inner_lr=0.1, head_lr=0.2, net=None, steps=1000):
-    """MLOMAE with gradient descent for all three problems; the masking network moves by its gradient."""
+    """Return an MLOMAE whose three problems use gradient descent, so the masking network moves by its gradient."""
     argv = f"--mlo_mae --mlo_labels same --amp_dtype fp32 --mlo_mask_lr 1 --mlo_precondition none {flags}".split()
     argv += (
         ["--mlo_head_lr", str(head_lr)]
@@ -84,12 +84,12 @@ def train_step(pretrainer, method, imgs, ratio):
 
 
 def move_of(pretrainer, method, batches, ratio) -> dict:
-    """The hypergradient that the masking network moves by after steps on `batches`."""
-    found, original = [], method.hypergradient
-    method.hypergradient = lambda *args: found.append(original(*args)) or found[-1]
+    """Return the hypergradient that moves the masking network after steps on `batches`."""
+    result, original = [], method.hypergradient
+    method.hypergradient = lambda *args: result.append(original(*args)) or result[-1]
     for imgs in batches:
         train_step(pretrainer, method, imgs, ratio)
-    return {name: sum(part[name] for part in found) for name in found[0]}
+    return {name: sum(part[name] for part in result) for name in result[0]}
 
 
 def flat(gradients) -> torch.Tensor:
@@ -97,18 +97,18 @@ def flat(gradients) -> torch.Tensor:
 
 
 def off(ours, theirs) -> float:
-    """Relative error in norm."""
+    """Return the relative error in norm."""
     ours, theirs = flat(ours), flat(theirs)
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def cosine(one, other) -> float:
     one, other = flat(one).double(), flat(other).double()
-    return (one @ other / (one.norm() * other.norm())).item()  # torch's own is afraid of vectors this short
+    return (one @ other / (one.norm() * other.norm())).item()  # torch's function clamps norms as small as these
 
 
 def small_vit(flags, dtype=torch.float64, depth=2, inner_lr=0.1, head_lr=0.3):
-    """An autoencoder with a made-up task of three classes, on noise."""
+    """Return an autoencoder with a synthetic task: three classes of noise images."""
     model = MaskedAutoencoderViT(16, 4, 3, 24, depth, 2, 16, 1, 2, mlp_ratio=2.0, norm_pix_loss=True).to(dtype)
     draw = partial(torch.randn, dtype=dtype)
     head = (StandardizedLinear if "head_norm" in flags else nn.Linear)(24, 3).to(dtype).requires_grad_(False)
@@ -126,7 +126,7 @@ def small_vit(flags, dtype=torch.float64, depth=2, inner_lr=0.1, head_lr=0.3):
 
 
 def twice(make):
-    """The same thing made twice."""
+    """Return two results of `make` from the same seed."""
     state = torch.get_rng_state()
     first = make()
     torch.set_rng_state(state)
@@ -135,8 +135,8 @@ def twice(make):
 
 def in_float(given):
     def batch(number):
-        found = given.batch(number)
-        return found._replace(image=found.image.float())
+        result = given.batch(number)
+        return result._replace(image=result.image.float())
 
     return SimpleNamespace(batch=batch)
 

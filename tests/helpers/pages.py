@@ -1,4 +1,4 @@
-"""The pages of the documentation, and what is code in them."""
+"""The pages of the documentation, and the code on them."""
 
 import re
 from pathlib import Path
@@ -13,12 +13,12 @@ INLINE = re.compile(r"(?<!`)(`+)(?!`)((?:(?!\n\n).)+?)(?<!`)\1(?!`)", re.DOTALL)
 
 
 def name(page: Path) -> str:
-    """The page's path from the root of the repository."""
+    """Return the page's path relative to the repository."""
     return str(page.relative_to(ROOT))
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """The fenced blocks of that language."""
+    """Return the fenced blocks of a language."""
     return [body for label, body in FENCE.findall(text) if label == language]
 
 
@@ -27,5 +27,5 @@ def without_blocks(text: str) -> str:
 
 
 def inline_code(text: str) -> list[str]:
-    """The `spans`, line breaks as spaces. A table escapes the pipe, which is undone."""
+    """Return the spans of code with line breaks as spaces, and pipes that a table escapes unescaped."""
     return [span.strip().replace("\n", " ").replace("\\|", "|") for _, span in INLINE.findall(without_blocks(text))]

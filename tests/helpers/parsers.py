@@ -1,5 +1,5 @@
-"""The argument parsers of the project's commands, got from the commands themselves: each is started in this process as
-`python SCRIPT` would, up to the moment at which it parses its flags."""
+"""The argument parsers of the project's commands. Each command is started in this process as `python SCRIPT` would
+start it, and stops when it parses its flags."""
 
 import argparse
 import contextlib
@@ -14,11 +14,11 @@ from unittest import mock
 from helpers.pages import ROOT
 
 PARSE = argparse.ArgumentParser.parse_args
-PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*")  # N, FILE, BUDGET: what a reader replaces
+PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*")  # placeholders: N, FILE, BUDGET
 
 
 class _Parser(BaseException):
-    """Carries a parser out of a command, through all that handles errors there."""
+    """Carries a parser out of a command, past its error handlers."""
 
 
 def _hand_over(parser, *_):
@@ -27,7 +27,7 @@ def _hand_over(parser, *_):
 
 @functools.cache
 def parser_of(script: str) -> argparse.ArgumentParser:
-    """The parser of a script, named by its path from the root of the repository."""
+    """Return the parser of a script; its path is relative to the repository."""
     path = ROOT / script
     with (
         mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
@@ -45,7 +45,7 @@ def parser_of(script: str) -> argparse.ArgumentParser:
 
 
 def _accept_placeholders(parser) -> None:
-    """Where a number, or one of several words, is due, a placeholder is accepted, too."""
+    """Make a parser accept placeholders as values of any type and among choices."""
     value, check = parser._get_value, parser._check_value
 
     def get_value(action, text):
@@ -61,8 +61,8 @@ def _accept_placeholders(parser) -> None:
 
 
 def complaint(script: str, words: list[str], whole: bool = True) -> str:
-    """What the script's parser has against these arguments, else an empty string. Of a command that is not `whole`
-    nothing that is required may be missing."""
+    """Return the error of the script's parser for these arguments, else an empty string. A command that is not
+    `whole` may omit required arguments."""
     parser, stderr = parser_of(script), io.StringIO()
     with contextlib.ExitStack() as stack:
         for action in () if whole else parser._actions:
@@ -79,10 +79,10 @@ def complaint(script: str, words: list[str], whole: bool = True) -> str:
 
 
 def options(script: str) -> set[str]:
-    """The flags of a script, hidden ones included."""
+    """Return the flags of a script, hidden ones included."""
     return set(parser_of(script)._option_string_actions)
 
 
 def tracked(*patterns: str) -> list[str]:
-    """Scripts that match, by their path from the root of the repository, in order."""
+    """Return the tracked files that match, sorted, as paths relative to the repository."""
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))

@@ -1,4 +1,4 @@
-"""Images of one colour, flags that say how to read them, and the state of the random numbers: for the tests of data."""
+"""Images of one colour, flags to read them, and the states of the random generators: for the tests of data."""
 
 import random
 
@@ -26,7 +26,7 @@ def finetune_flags(*argv, size=32):
 
 
 def save(path, value=0, size=(8, 8)):
-    """An image of one colour, lossless whatever the format."""
+    """Save an image of one colour without loss."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (value,) * 3).save(path)
 
@@ -36,7 +36,7 @@ def value_of(img) -> int:
 
 
 def contents(images) -> list[tuple[int, int]]:
-    """(grey value, label) of every image."""
+    """Return (grey value, label) of every image."""
     return [(value_of(images.load(i)), images.targets[i]) for i in range(len(images))]
 
 

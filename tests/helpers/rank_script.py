@@ -1,5 +1,5 @@
-"""A main for `launch.ranks`: one pretraining with trouble on rank 1 (`nan FLAGS…`), with a metric that rank 1 alone
-logs (`metric FLAGS…`), or with every gradient bucket counted (`count FLAGS…`). Prints lines that start with "rank R:".
+"""A main for `launch.ranks`: a pretraining with a NaN loss on rank 1 (`nan FLAGS…`), with a metric that only rank 1
+logs (`metric FLAGS…`), or with a count of gradient buckets (`count FLAGS…`). Output lines start with "rank R:".
 """
 
 import hashlib
@@ -21,12 +21,12 @@ RANK = int(os.environ["RANK"])
 
 
 def say(text):
-    sys.stdout.write(f"rank {RANK}: {text}\n")  # one write, so that the ranks' lines do not mix
+    sys.stdout.write(f"rank {RANK}: {text}\n")  # one write, so that lines of different ranks do not mix
     sys.stdout.flush()
 
 
 def poison_rank_one():
-    """NaN in rank 1's loss of the fourth forward pass."""
+    """Make the loss of rank 1's fourth forward pass NaN."""
     calls, original = [0], MaskedAutoencoderViT.reconstruction_loss
 
     def reconstruction_loss(self, *args):
@@ -37,7 +37,7 @@ def poison_rank_one():
 
 
 def log_on_rank_one():
-    """Rank 1's second optimizer step logs a metric that rank 0's does not."""
+    """Make rank 1 log a metric in its second optimizer step that rank 0 does not log."""
     calls, original = [0], Pretrainer.metrics
 
     def metrics(self):
@@ -48,7 +48,7 @@ def log_on_rank_one():
 
 
 def count_buckets():
-    """-> a list that grows by one with every gradient bucket that DDP sends."""
+    """Return a list that grows by one with every gradient bucket that DDP sends."""
     sent, original = [], util.training.stepping.Stepper._wrap
 
     def hook(_state, bucket):
@@ -66,23 +66,23 @@ def count_buckets():
 
 
 def fingerprint_methods():
-    """-> a list that will hold a hash of everything the methods own, as it is at the end of the run."""
-    found, original = [], util.training.run.Run.close
+    """Return a list that will hold a hash of all state of the methods at the end of the run."""
+    result, original = [], util.training.run.Run.close
 
     def close(self):
         digest = hashlib.sha256()
         for name, value in sorted(self.methods.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
-        found.append(digest.hexdigest()[:12])
+        result.append(digest.hexdigest()[:12])
         original(self)
 
     util.training.run.Run.close = close
-    return found
+    return result
 
 
 def count_reductions():
-    """-> a list that grows by one with every reduction that python code asks for."""
+    """Return a list that grows by one with every all-reduce that Python code starts."""
     seen, original = [], torch.distributed.all_reduce
 
     def all_reduce(*args, **kwargs):
@@ -90,7 +90,7 @@ def count_reductions():
         return original(*args, **kwargs)
 
     torch.distributed.all_reduce = all_reduce
-    util.parallel.signals.StopRequest.poll = lambda *_: (False, False)  # its rhythm follows the clock
+    util.parallel.signals.StopRequest.poll = lambda *_: (False, False)  # the watchdog's calls depend on the clock
     return seen
 
 

@@ -1,7 +1,7 @@
-"""How bad input must be refused: one sentence on stderr that names the flag or file, exit code 2, not a file touched.
+"""Checks of refusals: one sentence on stderr that names the flag or file, exit code 2, and no file changed.
 
-Every case runs with `--overwrite` into the folder of another run, which must stay as it is; those of pretraining also
-into a folder that does not exist, which must not be created. Most run inside this process, a few are real commands.
+Every case runs with `--overwrite` in the folder of another run, which must stay unchanged; pretraining cases also run
+in a folder that does not exist, which must not be created. Most run in this process, a few as real commands.
 """
 
 import builtins
@@ -37,12 +37,12 @@ BASE = {
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK")
 
 
-# --- the box: everything a test may name, and everything that must stay as it is
+# --- the box: a folder with all files that a case may name, none of which may change
 
 
 @contextmanager
 def isolated(folder: Path):
-    """A main in this process leaves no trace: its signal handlers, `print`, random state and folder are undone."""
+    """Restore signal handlers, `print`, random states and the working folder after a main in this process."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     states, printer = (random.getstate(), np.random.get_state()), builtins.print
     precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
@@ -65,12 +65,12 @@ def isolated(folder: Path):
 
 
 def command(program: str, box: Path, *flags: str) -> list[str]:
-    """A valid command line and `flags`, in which {box} is the box."""
+    """Return a valid command line followed by `flags`, with {box} replaced."""
     return [flag.replace("{box}", str(box)) for flag in [*BASE[program], *flags]]
 
 
 def call(program: str, argv: list[str], folder: Path) -> None:
-    """`python main_<program>.py argv` in this process, started in `folder`."""
+    """Run `python main_<program>.py argv` in this process, in `folder`."""
     with isolated(folder):
         sys.argv = [f"main_{program}.py"]
         with user_errors(f"main_{program}.py"):
@@ -78,13 +78,13 @@ def call(program: str, argv: list[str], folder: Path) -> None:
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Change time and size of everything below; a folder's time tells of files that came and went."""
-    found = {}
+    """Return time of change and size of all files and folders; a folder's time shows created and deleted files."""
+    entries = {}
     for parent, _, files in os.walk(folder):
         for path in (parent, *(os.path.join(parent, name) for name in files)):
             status = os.lstat(path)
-            found[path] = status.st_mtime_ns, status.st_size
-    return found
+            entries[path] = status.st_mtime_ns, status.st_size
+    return entries
 
 
 def put_images(folder: Path, count: int = 2) -> None:
@@ -141,14 +141,14 @@ def put_lists(lists: Path) -> None:
 
 
 class Evil:
-    """What a hostile pickle asks for."""
+    """The payload of a hostile pickle."""
 
     def __reduce__(self):
         return os.system, ("true",)
 
 
 def put_files(files: Path, run: Path) -> None:
-    """Files that are no checkpoint of the micro model."""
+    """Write files that are not checkpoints of the micro model."""
     files.mkdir()
     put_images(files / "pictures", 1)
     whole = (run / "checkpoint-0.pth").read_bytes()
@@ -183,11 +183,11 @@ def put_files(files: Path, run: Path) -> None:
 
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory):
-    """The box as it must be before and after every test: three finished runs, data folders, files of every kind."""
+    """The box in its original state: three finished runs, data folders, and valid and invalid files."""
     box = tmp_path_factory.mktemp("bad_input") / "box"
     (box / "here").mkdir(parents=True)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # nothing here is large enough to share
+    torch.set_num_threads(1)  # all tensors here are small
     put_data(box / "data")
     for program in MAINS:
         call(program, command(program, box, "--output_dir", f"{{box}}/{program}"), box / "here")
@@ -206,7 +206,7 @@ def untouched(pristine):
 
 @pytest.fixture
 def box(pristine, untouched):
-    """The box, restored if a test that failed has touched it. Cases name paths in it as `{box}/...`."""
+    """The box, restored if a failed test has changed it. Cases write its paths as `{box}/...`."""
     yield pristine
     if listing(pristine) != untouched:
         shutil.rmtree(pristine)
@@ -214,8 +214,8 @@ def box(pristine, untouched):
 
 
 def refusal(capsys, program: str, flags: str | list[str], box: Path, *common: str) -> str:
-    """The one line with which `program` refuses `flags` (on top of a valid command line), after which the box is as
-    it was."""
+    """Return the line with which `program` refuses a valid command line with `flags` added. The box must be
+    unchanged afterwards."""
     flags = flags.split() if isinstance(flags, str) else flags
     argv = command(program, box, *common, *flags)
     before = listing(box)
@@ -227,7 +227,7 @@ def refusal(capsys, program: str, flags: str | list[str], box: Path, *common: st
     assert error.endswith("\n") and error.count("\n") == 1, f"not one line:\n{error}"
     assert f"main_{program}.py: error: " in error
     assert len(error) < 900, f"no sentence but {len(error)} characters"
-    assert listing(box) == before, "files were touched"
+    assert listing(box) == before, "files were changed"
     return error.strip()
 
 
@@ -237,33 +237,33 @@ def assert_names(line: str, words: str) -> None:
 
 
 def split_flags(flags: str) -> list[str]:
-    """Like a shell, but a trailing space is an empty value."""
+    """Split flags as a shell does; a trailing space is an empty value."""
     return flags.split(" ") if flags.endswith(" ") else flags.split()
 
 
 def cases(shared=(), transfer=(), **tables) -> list[tuple[str, str, str]]:
-    """(program, flags, names) of tables {flags: names}: `shared` of all mains, `transfer` of the two that read labels,
-    the others of the main whose name they have."""
-    found = [(program, *case) for program in MAINS for case in dict(shared).items()]
-    found += [(program, *case) for program in ("finetune", "linprobe") for case in dict(transfer).items()]
-    return found + [(program, *case) for program, table in tables.items() for case in table.items()]
+    """Return (program, flags, names) of tables {flags: names}. `shared` is for all mains, `transfer` for fine-tuning
+    and linear probing, the other tables for the main of that name."""
+    rows = [(program, *case) for program in MAINS for case in dict(shared).items()]
+    rows += [(program, *case) for program in ("finetune", "linprobe") for case in dict(transfer).items()]
+    return rows + [(program, *case) for program, table in tables.items() for case in table.items()]
 
 
-def parameters(found):
-    """(program, flags, names) of each case, by its command line."""
-    for program, flags, names in found:
+def parameters(rows):
+    """Return the cases as parameters of a test, with the command line as id."""
+    for program, flags, names in rows:
         text = f"{program} {flags}"
         yield pytest.param(program, flags, names, id=text.replace("x" * 300, "xxx"))
 
 
 def assert_refused(capsys, program: str, flags: str, names: str, box: Path) -> None:
-    """One case: a new folder and that of another run, where each makes sense."""
+    """Check one case in a new folder and in the folder of another run, where applicable."""
     flags = split_flags(flags.replace("{program}", program))
     names = names.replace("{box}", str(box))
     folders = [["--output_dir", "{box}/new"], ["--output_dir", f"{{box}}/{program}", "--overwrite"]]
     if "--resume" in flags:
         folders[1].pop()
-    if program != "pretrain" or "--output_dir" in flags:  # what makes the folder is common to all of them
+    if program != "pretrain" or "--output_dir" in flags:  # the code that makes the folder is the same for all mains
         folders.pop(0)
     for folder in folders:
         assert_names(refusal(capsys, program, flags, box, *folder), names)

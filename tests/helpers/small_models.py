@@ -16,7 +16,7 @@ DECODER = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=4)
 
 
 def scrambled(model):
-    """All values but the fixed positions random, so that no two tensors are equal by chance (biases, norms)."""
+    """Randomise all values but the fixed positions, so that no two tensors (biases, norms) are equal."""
     for name, parameter in model.named_parameters():
         if not (name.endswith("pos_embed") and isinstance(model, MaskedAutoencoderViT)):
             nn.init.normal_(parameter, std=0.3)
@@ -47,7 +47,7 @@ def assert_same(state, expected):
 
 
 def refusal(function, *args, **kwargs):
-    """The message of the UserError, which must be one sentence on one line."""
+    """Return the message of the UserError, which must be one sentence on one line."""
     with pytest.raises(UserError) as caught:
         function(*args, **kwargs)
     message = str(caught.value)
@@ -56,7 +56,7 @@ def refusal(function, *args, **kwargs):
 
 
 def reference_mae(meta, eps=1e-6, **more):
-    """The autoencoder that a recorded fixture describes."""
+    """Return the autoencoder that a recorded fixture describes."""
     names = "img_size patch_size embed_dim depth num_heads decoder_embed_dim decoder_depth decoder_num_heads mlp_ratio"
     config = {name: meta[name] for name in names.split() if name in meta} | more
     return MaskedAutoencoderViT(**config, norm_layer=partial(nn.LayerNorm, eps=eps))

@@ -1,4 +1,4 @@
-"""Images of every kind, good and bad, as bytes; and shards of them."""
+"""Unusual and damaged images as bytes, and shards of them."""
 
 import io
 import struct
@@ -18,7 +18,7 @@ def encoded(picture: Image.Image, format: str, **options) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """By hand, for what pillow does not write."""
+    """Return a PNG, written by hand: pillow does not write these."""
     header = (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     parts = [header, *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     made = (struct.pack(">I", len(b)) + a + b + struct.pack(">I", zlib.crc32(a + b)) for a, b in parts)
@@ -34,7 +34,7 @@ def frames() -> dict:
 
 
 def ycck() -> bytes:
-    """A JPEG of four channels, the first three of which Adobe's mark says to be YCbCr."""
+    """Return a JPEG of four channels, of which Adobe's marker declares the first three to be YCbCr."""
     merged = Image.merge("CMYK", (*plain().convert("YCbCr").split(), plain(0, "L")))
     content = bytearray(encoded(merged, "JPEG", quality=100, subsampling=0))
     content[content.index(b"Adobe") + 11] = 2
@@ -43,16 +43,16 @@ def ycck() -> bytes:
 
 def with_exif(damage=False) -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # orientation: rotated by 90 degrees
     content = bytearray(encoded(two_rows(), "JPEG", quality=100, subsampling=0, exif=exif))
     if damage:
-        place = content.index(b"Exif") + 6
-        content[place : place + 12] = b"\xff" * 12
+        offset = content.index(b"Exif") + 6
+        content[offset : offset + 12] = b"\xff" * 12
     return bytes(content)
 
 
 def two_rows() -> Image.Image:
-    """Dark above, white below: what is turned would show it."""
+    """Return an image that is dark above and white below, so that a rotation shows."""
     picture = plain()
     picture.paste((255, 255, 255), (0, 4, 8, 8))
     return picture
@@ -91,19 +91,19 @@ def half(format: str) -> bytes:
 
 
 def huge(format: str) -> bytes:
-    """A small file that says to have billions of pixels."""
+    """Return a small file whose header claims billions of pixels."""
     side = 50_000
     if format == "PNG":
         return png(side, side, 8, 2, b"")
     if format == "PPM":
         return b"P6\n%d %d\n255\n" % (side, side)
     content = bytearray(encoded(plain(size=(16, 16)), format))
-    place, form = {
+    offset, form = {
         "JPEG": (content.find(b"\xff\xc0") + 5, ">HH"),
         "GIF": (6, "<HH"),
         "BMP": (18, "<ii"),
     }[format]
-    struct.pack_into(form, content, place, side, side)
+    struct.pack_into(form, content, offset, side, side)
     return bytes(content)
 
 

@@ -1,6 +1,8 @@
-"""One pretraining in which a rank stands still in its third step, while it waits for images, computes, or is stopped as
-a whole (`images RANK FLAGS…`, `step`, `process`); for two seconds only (`moment`); or seems to: all wait long for their
-first images (`start`), or rank 0 has much to do after the others have ended (`end`).
+"""A pretraining in which a rank hangs in its third step (`CASE RANK FLAGS…`).
+
+images: it waits for images. step: it computes. process: the whole process is stopped. moment: it hangs for two seconds
+only. Two cases are healthy: all ranks wait long for their first images (start), or rank 0 works on after the others
+have ended (end).
 """
 
 import os
@@ -32,8 +34,8 @@ def in_batch(number: int, act) -> None:
     original = Loader.skip_to_start
 
     def skip_to_start(self, iterator):
-        for place, batch in enumerate(original(self, iterator)):
-            if place == number:
+        for index, batch in enumerate(original(self, iterator)):
+            if index == number:
                 act()
             yield batch
 
@@ -50,18 +52,18 @@ def at_the_end(act) -> None:
 
 
 def main(words):
-    kind, rank = words[0], words[1]
-    if kind == "start":
+    case, rank = words[0], words[1]
+    if case == "start":
         in_batch(0, lambda: time.sleep(6))
     elif os.environ["RANK"] == rank:
-        if kind == "images":
+        if case == "images":
             in_batch(2, lambda: time.sleep(FOREVER))
-        elif kind == "moment":
+        elif case == "moment":
             in_batch(2, lambda: time.sleep(2))
-        elif kind == "step":
+        elif case == "step":
             in_step(3, lambda: time.sleep(FOREVER))
-        elif kind == "process":
+        elif case == "process":
             in_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
-        elif kind == "end":
+        elif case == "end":
             at_the_end(lambda: time.sleep(6))
     main_pretrain.main(main_pretrain.get_args_parser().parse_args(words[2:]))

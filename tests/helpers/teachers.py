@@ -1,4 +1,4 @@
-"""Small runs with teachers, for the tests of the methods that have one."""
+"""Small runs of the methods that have a teacher."""
 
 import itertools
 
@@ -25,7 +25,7 @@ def switches(names, teacher="") -> str:
 
 
 def made(flags: str, steps=100):
-    """The pretrainer of these flags, and the flags."""
+    """Return the pretrainer of these flags, and the parsed flags."""
     args = main_pretrain.get_args_parser().parse_args(f"{BASE} --epochs 10 {flags}".split())
     chosen = main_pretrain.check(args)
     args.input_size = args.input_size[0]
@@ -51,7 +51,7 @@ def stepped(pretrainer, count=1, applied=1.0, first=0):
 
 @pytest.fixture(scope="session")
 def teacher(image_folder, tmp_path_factory):
-    """A pretrained autoencoder of the model that all tests here use."""
+    """The checkpoint of a pretrained autoencoder."""
     folder = tmp_path_factory.mktemp("teacher")
     flags = "--mean 0.5 0.5 0.5 --std 0.25 0.25 0.25 --epochs 15 --batch_size 16"
     pretrain(f"{BASE} {flags} --data_path {image_folder} --output_dir {folder}")

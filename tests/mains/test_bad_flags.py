@@ -1,9 +1,9 @@
-"""Flags that cannot be: numbers out of range, unknown names, flags that exclude or need each other."""
+"""Invalid flags: numbers out of range, unknown names, flags that exclude or require each other."""
 
 import pytest
 from helpers.refusals import assert_refused, cases, parameters
 
-# flags, and what the sentence must name (alternated by " | ")
+# flags, and the words that the sentence must contain (separated by " | ")
 NUMBERS = [
     *(f"--{name} {value}" for name in ("batch_size", "epochs", "accum_iter", "save_freq", "print_freq")
       for value in (0, -1)),

@@ -1,4 +1,4 @@
-"""The folder of another run, what depends on the machine, what must not be refused, and refusals of real commands."""
+"""Refusals that depend on an existing folder or on the machine, valid flags that must pass, and real commands."""
 
 import os
 import shutil
@@ -68,12 +68,12 @@ def test_overwrite_deletes_the_run_and_nothing_else(box, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written(box, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs the tests may be root
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not stop root
     assert "--output_dir" in refusal(capsys, "pretrain", "", box, "--output_dir", str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
-# --- what depends on the machine
+# --- the machine
 
 
 @pytest.mark.parametrize("program", MAINS)
@@ -91,7 +91,7 @@ def test_a_gpu_that_is_not_there(box, capsys, monkeypatch):
     assert_names(line, "--device cuda:7 | 1 GPU")
 
 
-# --- what must not be refused
+# --- valid flags
 
 ACCEPTED = {
     "labels that only look like numbers": "--dataset filelist --train_list {box}/lists/odd.txt",
@@ -111,7 +111,7 @@ def test_resuming_with_a_flag_at_the_models_own_value_is_accepted(box, tmp_path)
     call("pretrain", command("pretrain", box, *flags), box / "here")
 
 
-# --- real processes
+# --- real commands
 
 
 def clean_environment(**variables) -> dict[str, str]:
@@ -120,7 +120,7 @@ def clean_environment(**variables) -> dict[str, str]:
 
 
 def run_command(argv: list[str], folder: Path, seconds: float = 120) -> subprocess.CompletedProcess:
-    """A command with all its descendants, which end with it however it ends."""
+    """Run a command, and end all its descendants with it."""
     process = subprocess.Popen(
         argv,
         cwd=folder,
@@ -172,9 +172,9 @@ def test_ranks_that_disagree(box, tmp_path):
     before = listing(box)
     done = run_command([*launcher, str(wrapper), *argv], box / "here", seconds=100)
     assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if "main_pretrain.py: error: " in line]
-    assert 1 <= len(said) <= 2, done.stderr
-    for line in said:  # the other rank may have been ended by the launcher before it spoke
+    output = [line for line in done.stderr.splitlines() if "main_pretrain.py: error: " in line]
+    assert 1 <= len(output) <= 2, done.stderr
+    for line in output:  # the launcher may have ended the other rank before it wrote its line
         assert_names(line, "--mask_ratio is 0.75 on rank 0 and 0.5 on rank 1")
     assert "exitcode  : 2" in done.stderr, done.stderr
     assert listing(box) == before

@@ -1,4 +1,4 @@
-"""`--help` of every main and tool: short, one line of usage, and every default once and as the parser has it."""
+"""`--help` of every main and tool: short, one line of usage, and every default once and equal to the parser's."""
 
 import re
 import sys
@@ -12,7 +12,7 @@ from util.parser import HelpAll, Parser, default_of, rare
 MAINS = ["main_pretrain", "main_finetune", "main_linprobe"]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("[!_]*.py"))
 JOBS = [main.replace("main", "submitit") for main in MAINS]
-WIDTH = 80  # of a terminal that says nothing about itself
+WIDTH = 80  # of a terminal of unknown size
 
 
 @pytest.fixture(params=MAINS + TOOLS + JOBS)
@@ -26,18 +26,18 @@ def command(request, monkeypatch):
 
 
 def entries(text: str) -> dict[str, str]:
-    """{flag or argument: its whole entry in one line}. An entry's explanation begins in column 10 or later, on the line
-    of the flag or on the next."""
-    found = {}
+    """Return {flag or argument: its entry in one line}. The explanation of an entry begins in column 10 or later, on
+    the line of the flag or on the next."""
+    by_flag = {}
     for entry in re.findall(r"^  \S[^\n]*(?:   *|\n {10,})\S[^\n]*(?:\n {10,}[^\n]*)*", text, re.MULTILINE):
         name = entry.split()[0].rstrip(",")
-        assert name not in found, f"{name} has two entries"
-        found[name] = " ".join(entry.split())
-    return found
+        assert name not in by_flag, f"{name} has two entries"
+        by_flag[name] = " ".join(entry.split())
+    return by_flag
 
 
 def read_default(action, text: str):
-    """The value that a "(default: TEXT)" stands for."""
+    """Return the value of a "(default: TEXT)"."""
     if text == "all":
         return list(action.choices)
     values = [(action.type or str)(word) for word in text.split()]
@@ -79,7 +79,7 @@ def test_length(monkeypatch):
 
 
 def test_old_spellings(monkeypatch):
-    """They parse as the new ones, into the names that ledgers have, and are not shown."""
+    """They are aliases of the new flags with the names of the ledger, and are not shown."""
     parser = command_module("robustness").get_args_parser()
     old = parser.parse_args(["x.pth", "--foreign", "o", "--known", "val"])
     assert old == parser.parse_args(["x.pth", "--ood", "o", "--in_distribution", "val"])

@@ -1,4 +1,4 @@
-"""Runs that end inside an epoch: how many steps, where the schedules end, and that going on there is exact."""
+"""Runs that end inside an epoch: number of steps, end of the schedules, exact resumption."""
 
 import argparse
 import json
@@ -22,8 +22,8 @@ FINETUNE = f"--model vit_micro_patch4 --input_size 16 {BASE} --warmup_epochs 0.5
 MAINS = {"pretrain": (main_pretrain, PRETRAIN), "finetune": (main_finetune, FINETUNE)}
 
 
-def start(kind, flags):
-    main, base = MAINS[kind]
+def start(task, flags):
+    main, base = MAINS[task]
     return main.main(main.get_args_parser().parse_args(f"{base} {flags}".split()))
 
 
@@ -50,17 +50,17 @@ def flags_of(**given):
 )
 def test_steps_and_end(epochs, max_steps, accum, batches, steps, end):
     args = flags_of(epochs=epochs, max_steps=max_steps, accum_iter=accum)
-    for _ in range(2):  # the second time from its own result
+    for _ in range(2):  # the second call takes its own result
         assert settle_length(args, batches) == steps
         assert args.epochs == pytest.approx(end, rel=1e-15)  # one division
     assert steps <= ceil(end) * ceil(batches / accum)
 
 
-@pytest.mark.parametrize("kind", MAINS)
+@pytest.mark.parametrize("task", MAINS)
 @pytest.mark.parametrize("length,steps", [("--epochs 1.5", 9), ("--max_steps 8", 8)])
-def test_schedule_ends_with_the_run(kind, length, steps, image_folder, tmp_path):
-    """A point for every step; the last rate is the cosine's one step before its end."""
-    start(kind, f"--data_path {image_folder} {length} --output_dir {tmp_path}")
+def test_schedule_ends_with_the_run(task, length, steps, image_folder, tmp_path):
+    """TensorBoard has a point for every step; the last rate is that of the cosine one step before its end."""
+    start(task, f"--data_path {image_folder} {length} --output_dir {tmp_path}")
     rates = scalars(tmp_path, "train/lr")
     assert len(rates) == steps
     flags = argparse.Namespace(lr=1e-3, min_lr=1e-5, warmup_epochs=0.5, epochs=steps / 6)
@@ -71,30 +71,30 @@ def test_schedule_ends_with_the_run(kind, length, steps, image_folder, tmp_path)
     assert log_rows(tmp_path)[-1]["step"] == steps
     entered = json.loads((tmp_path / "results.jsonl").read_text())
     assert entered["images_seen"] == 16 * steps
-    if kind == "finetune":
+    if task == "finetune":
         assert "test_acc1" in entered["metrics"]
 
 
-@pytest.mark.parametrize("kind", MAINS)
-def test_resume_is_exact(kind, image_folder, tmp_path):
-    """From the end of the first epoch, and again at the end, where nothing is left to do."""
+@pytest.mark.parametrize("task", MAINS)
+def test_resume_is_exact(task, image_folder, tmp_path):
+    """A run resumes from the end of the first epoch, and again at its end, where nothing is left to train."""
     flags = f"--data_path {image_folder} --epochs 1.5 --output_dir {tmp_path}"
-    start(kind, flags)
+    start(task, flags)
     end = tmp_path / "checkpoint-1-6.pth"
     whole, rows = checkpoint(tmp_path, end.name), log_rows(tmp_path)
     end.unlink()
-    start(kind, f"{flags} --resume auto")
+    start(task, f"{flags} --resume auto")
     state = checkpoint(tmp_path, end.name)
     for key in ("model", "optimizer", "step", "rng"):
         assert same_tensors(state[key], whole[key]), key
     assert log_rows(tmp_path) == rows
     entered = (tmp_path / "results.jsonl").read_text()
-    start(kind, f"{flags} --resume auto")
+    start(task, f"{flags} --resume auto")
     assert log_rows(tmp_path) == rows and (tmp_path / "results.jsonl").read_text() == entered
 
 
-def test_a_finished_part_can_be_made_longer(image_folder, tmp_path):
-    """With a constant rate, half an epoch and then the rest of it is one epoch."""
+def test_a_finished_run_can_be_extended(image_folder, tmp_path):
+    """With a constant learning rate, half an epoch followed by the other half equals one epoch."""
     flags = f"--data_path {image_folder} --warmup_epochs 0 --min_lr 1e-3"
     start("pretrain", f"{flags} --epochs 1 --output_dir {tmp_path / 'one'}")
     start("pretrain", f"{flags} --epochs 0.5 --output_dir {tmp_path / 'two'}")

@@ -1,4 +1,4 @@
-"""Learning with most of the encoder frozen: the last blocks alone, and attentive probing."""
+"""Training with most of the encoder frozen: only the last blocks, and attentive probing."""
 
 import math
 
@@ -28,9 +28,9 @@ def depth_of(name):
 
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 @pytest.mark.parametrize("pooled", ["--global_pool", "--cls_token"])
-def test_the_rest_stays_as_it_was(blocks, pooled, image_folder, tmp_path):
-    """Bit for bit, after six steps with weight decay; everything that should learn has moved, and nothing else is in
-    the optimizer."""
+def test_frozen_weights_do_not_change(blocks, pooled, image_folder, tmp_path):
+    """After six steps with weight decay, frozen weights are equal bit for bit; all trained ones have moved, and the
+    optimizer holds no others."""
     common = f"{FINETUNE} {pooled} --data_path {image_folder}"
     start(main_finetune, f"{common} --lr 1e-9 --output_dir {tmp_path / 'before'}")
     first = tmp_path / "before" / "checkpoint-0.pth"
@@ -51,8 +51,8 @@ def test_the_rest_stays_as_it_was(blocks, pooled, image_folder, tmp_path):
     assert sum(len(group["params"]) for group in groups) == len(moved)
 
 
-def test_frozen_blocks_sleep():
-    """No drop path and no gradient below the last block; the rates are those of a whole fine-tuning."""
+def test_frozen_blocks_have_no_drop_path():
+    """No drop path and no gradient below the last block; the learning rates are those of full fine-tuning."""
     model = models_vit.build_model("vit_micro_patch4", img_size=16, num_classes=3, drop_path_rate=0.9)
     whole = {id(p): g["lr_scale"] for g in param_groups_lrd(model, layer_decay=0.5) for p in g["params"]}
     model.train_last_blocks(1)
@@ -63,7 +63,7 @@ def test_frozen_blocks_sleep():
     imgs = torch.randn(4, 3, 16, 16)
     model(imgs).sum().backward()
     model(imgs)
-    assert torch.equal(*seen) and not seen[0].requires_grad  # the same twice: nothing was dropped
+    assert torch.equal(*seen) and not seen[0].requires_grad  # equal outputs: nothing was dropped
     assert all((p.grad is None) == (not p.requires_grad) for p in model.parameters())
     groups = param_groups_lrd(model, layer_decay=0.5)
     assert all(whole[id(p)] == group["lr_scale"] for group in groups for p in group["params"])
@@ -72,9 +72,9 @@ def test_frozen_blocks_sleep():
 
 
 def test_attention_written_out():
-    """softmax(q k / sqrt(d)) v for each head, with the query's and the patches' projections cut from one matrix."""
+    """softmax(q k / sqrt(d)) v for each head, with the projections of query and patches cut from one matrix."""
     pool, (heads, dim) = AttentivePool(12, 3).double(), (3, 12)
-    torch.nn.init.normal_(pool.attention.in_proj_bias)  # zero at the start, which would hide a mistake
+    torch.nn.init.normal_(pool.attention.in_proj_bias)  # biases start at zero, which would hide an error
     tokens = torch.randn(2, 5, dim, dtype=torch.float64)
     w, b = pool.attention.in_proj_weight.chunk(3), pool.attention.in_proj_bias.chunk(3)
     q = (pool.query[0, 0] @ w[0].T + b[0]).view(heads, -1)
@@ -85,7 +85,8 @@ def test_attention_written_out():
 
 
 def test_attentive_probe(image_folder, tmp_path):
-    """It reads normed patches without [cls], learns its head alone, and is evaluated again from its checkpoint."""
+    """It reads normalised patch tokens without [cls], trains only its head, and can be evaluated from its
+    checkpoint."""
     flags = f"{PROBE} --head attentive --in_chans 3 --data_path {image_folder}"
     stats = start(main_linprobe, f"{flags} --output_dir {tmp_path / 'a'}")
     state = checkpoint(tmp_path / "a", "checkpoint-0.pth")

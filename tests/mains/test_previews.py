@@ -1,4 +1,4 @@
-"""What is drawn and measured between epochs: the same on any number of processes, and of weights in bfloat16."""
+"""Pictures and metrics between epochs: the same on any number of processes, also with weights in bfloat16."""
 
 import tarfile
 from functools import partial
@@ -39,8 +39,7 @@ def pictures(folder) -> list[bytes]:
 
 
 def test_same_on_one_and_three_processes(image_folder, tmp_path):
-    """After a step of length 0, so that the weights are equal bit for bit; one of three ranks has no image for the
-    kNN."""
+    """A learning rate of 0 keeps the weights equal bit for bit; one of three ranks has no image for the kNN."""
     flags = f"{SMALL} --data_path {image_folder} --max_steps 1 --warmup_epochs 0 --lr 0 --vis_freq 1 --knn_freq 1"
     flags += " --knn_images 2 --num_workers 0 --device cpu --amp_dtype fp32"
     for processes in (1, 3):
@@ -52,7 +51,7 @@ def test_same_on_one_and_three_processes(image_folder, tmp_path):
 
 
 def shards(folder, images) -> str:
-    """A pattern of three shards with four of `images` each."""
+    """Write three shards of four images each, and return their pattern."""
     files = sorted(images.glob("train/*/*.png"))[:12]
     for number in range(3):
         with tarfile.open(folder / f"{number}.tar", "w") as tar:
@@ -63,7 +62,7 @@ def shards(folder, images) -> str:
 
 @pytest.mark.parametrize("dataset", ["imagefolder", "wds"])
 def test_more_processes_than_pictures(image_folder, tmp_path, monkeypatch, dataset):
-    """Whichever of nine processes reads the images to be drawn, it reads all eight."""
+    """Each of nine processes would read all eight images that are drawn."""
     data = image_folder if dataset == "imagefolder" else shards(tmp_path, image_folder)
     args = parsed(f"--dataset {dataset} --data_path {data}")
     images = read_images(args, train=True)
@@ -78,8 +77,8 @@ def test_more_processes_than_pictures(image_folder, tmp_path, monkeypatch, datas
 
 
 def test_gradients_of_the_cosine_on_two_ranks(monkeypatch):
-    """Each rank sees every second image of the batch. Their gradients add up to those of one process, because an image
-    has the same mask."""
+    """Each rank has every second image of the batch. The gradients add up to those of one process, because masks are
+    tied to images."""
     model, imgs, sent = mae(), torch.randn(6, 3, 16, 16), []
     args = parsed("--data_path x --rc_mae")
     methods.enabled_methods(args, methods.METHODS)
@@ -92,14 +91,15 @@ def test_gradients_of_the_cosine_on_two_ranks(monkeypatch):
         monkeypatch.setattr(methods.rcmae, "get_rank", lambda rank=rank: rank)
         pretrainer.methods["rc_mae"].diagnostics(pretrainer, imgs[rank::2], step=3)
     for one, *two in zip(sent[:2], sent[2:4], sent[4:]):
-        torch.testing.assert_close(sum(two), one, rtol=1e-4, atol=1e-4 * one.abs().max().item())  # float32, other sums
+        # Float32 sums in another order.
+        torch.testing.assert_close(sum(two), one, rtol=1e-4, atol=1e-4 * one.abs().max().item())
 
 
 # --fsdp in bfloat16 ---------------------------------------------------------------------------------------------------
 
 
 class CastingNorm(nn.LayerNorm):
-    """In float32, whatever the type of its weights: what autocast makes of a norm on a GPU, and not on a CPU."""
+    """A norm that computes in float32 whatever the type of its weights, as autocast does on a GPU but not on a CPU."""
 
     def forward(self, x):
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
@@ -114,8 +114,8 @@ def one_rank():
 
 @pytest.fixture
 def after_epoch(image_folder, one_rank, monkeypatch):
-    """A function that returns loss, kNN accuracy and picture of one autoencoder after an epoch. With a type, the model
-    is spread by FSDP and its blocks are gathered in that type."""
+    """A function that returns loss, kNN accuracy and picture of an autoencoder after an epoch. Given a type, FSDP
+    shards the model and gathers its blocks in that type."""
     args = parsed(f"--data_path {image_folder} --vis_freq 1 --knn_freq 1 --batch_size 32")
     images, held_out = (read_images(args, train) for train in (True, False))
 
@@ -142,18 +142,18 @@ def after_epoch(image_folder, one_rank, monkeypatch):
 
 def test_blocks_gathered_in_bfloat16(after_epoch):
     (loss, accuracy, picture), (whole_loss, whole_accuracy, whole) = after_epoch(torch.bfloat16), after_epoch(None)
-    # Each rounding to bfloat16 is one of at most 0.4 %, and they average out over pixels: measured 5e-5.
+    # A rounding to bfloat16 changes a value by at most 0.4 %, which averages out over pixels: measured 5e-5.
     assert loss == pytest.approx(whole_loss, rel=2e-3) and loss != whole_loss
     assert (picture - whole).abs().mean() < 2e-3
-    assert accuracy == pytest.approx(whole_accuracy, abs=5.1)  # one of 20 images may fall on the other side
+    assert accuracy == pytest.approx(whole_accuracy, abs=5.1)  # the prediction of one of 20 images may change
 
 
-def test_heat_maps_of_what_autocast_made():
-    values = torch.rand(1, 4, 4).bfloat16()  # which numpy does not know
+def test_heat_maps_of_bfloat16():
+    values = torch.rand(1, 4, 4).bfloat16()  # numpy has no bfloat16
     assert torch.equal(heat_map(values), heat_map(values.float()))
 
 
 def test_blocks_gathered_in_float32(after_epoch):
-    """Bit for bit what is drawn without --fsdp, in float32."""
+    """Pictures equal those without --fsdp bit for bit, in float32."""
     (*numbers, picture), (*whole_numbers, whole) = after_epoch(torch.float32), after_epoch(None)
     assert numbers == whole_numbers and torch.equal(picture, whole)

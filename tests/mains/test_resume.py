@@ -1,4 +1,4 @@
-"""A run that was killed or stopped ends like one that was not, bit for bit."""
+"""A run that was killed or stopped resumes bit-identically."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ STEPS = 22  # 1437 digits in batches of 64
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
 def reference(request, tmp_path_factory):
-    """(number of processes, flags, folder) of a run that nobody disturbed."""
+    """(number of processes, flags, folder) of an undisturbed run."""
     processes = request.param
     flags = DIGITS.replace("--batch_size 64", f"--batch_size {64 // processes}")
     flags += " --num_workers 1 --save_steps 3 --save_freq 1 --print_freq 1"
@@ -43,7 +43,7 @@ def assert_same_run(folder, reference):
 
 
 def test_killed_three_times(reference, tmp_path):
-    """SIGKILL inside the first epoch, around its end, and inside the second; a little later each time by chance."""
+    """SIGKILL inside the first epoch, around its end, and inside the second, each after a short random delay."""
     processes, flags, undisturbed = reference
     if processes == 1:
         pytest.skip("tests/faults/test_kills.py does it at more places")
@@ -72,7 +72,7 @@ def is_rank(process) -> bool:
 
 
 def test_elastic_restart(reference, tmp_path):
-    """One rank is killed; torchrun starts both again, they resume, and the run ends like the undisturbed one."""
+    """One rank is killed; torchrun restarts both, and the run resumes bit-identically."""
     processes, flags, undisturbed = reference
     if processes == 1:
         pytest.skip("there is no launcher that could restart it")
@@ -85,7 +85,7 @@ def test_elastic_restart(reference, tmp_path):
 
 
 def test_signal_saves_and_exits_zero(reference, tmp_path):
-    """SIGTERM to the whole group (workers too) with one process; with two SIGUSR1 to one rank: both stop together."""
+    """One process: SIGTERM to the whole group, workers included. Two: SIGUSR1 to one rank stops both together."""
     processes, flags, undisturbed = reference
     number = signal.SIGTERM if processes == 1 else signal.SIGUSR1
     run = f"{flags} --output_dir {tmp_path}"
@@ -112,7 +112,8 @@ def finetune(flags):
 
 @pytest.mark.parametrize("step", [1, 6, 8])  # six steps an epoch
 def test_finetuning_resumes_with_its_random_numbers(tmp_path, monkeypatch, image_folder, step):
-    """Mixup, drop path and RandAugment draw on: stopped after the first step, at the end of an epoch, in the second."""
+    """Mixup, drop path and RandAugment continue: stopped after the first step, at the end of an epoch, in the
+    second."""
     flags = f"--data_path {image_folder} --model vit_micro_patch4 --input_size 16 --batch_size 16 --epochs 2 "
     flags += "--warmup_epochs 1 --num_workers 0 --mixup 0.8 --cutmix 1.0 --drop_path 0.3 --blr 0.01 --device cpu "
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -135,13 +136,13 @@ def test_auto_skips_damaged_files(tmp_path, capsys):
     flipped[len(flipped) // 2] ^= 0xFF  # inside the tensor
     (tmp_path / "checkpoint-1.pth").write_bytes(flipped)
     assert find_resume("auto", str(tmp_path)) == tmp_path / "checkpoint-0.pth"
-    said = capsys.readouterr().out
-    assert "checkpoint-2.pth" in said and "checkpoint-1.pth" in said
+    output = capsys.readouterr().out
+    assert "checkpoint-2.pth" in output and "checkpoint-1.pth" in output
 
 
 def test_other_batch_flags_after_a_stop(tmp_path, monkeypatch, image_folder):
-    """Stopped after micro-batch 5 of 12, resumed in windows of 4: back to where a window begins, exact windows. The
-    number of a step is its place in the run, three windows an epoch, whatever was done before the stop."""
+    """Stopped after micro-batch 5 of 12, resumed in windows of 4: the run goes back to the beginning of a window. Steps
+    are numbered by their position in the run, three windows an epoch, whatever was done before the stop."""
     flags = f"{DIGITS.replace('--dataset digits', '')} --data_path {image_folder} --num_workers 0 --print_freq 1 "
     flags = flags.replace("--batch_size 64", "--batch_size 8") + f"--output_dir {tmp_path} "
     with monkeypatch.context() as patch:
@@ -169,8 +170,8 @@ def test_resuming_an_earlier_file_abandons_the_later_ones(tmp_path, image_folder
 
 
 def test_an_official_checkpoint_can_be_resumed(tmp_path, image_folder):
-    """Its optimizer state comes from a torch that counted steps in python numbers and had no fused AdamW; its flags
-    are a Namespace; it knows no data position, random numbers or methods."""
+    """Its optimizer state is of a torch that counted steps in Python numbers and had no fused AdamW; its flags are a
+    Namespace; it has no data position, random states or methods."""
     flags = f"{DIGITS.replace('--dataset digits', '')} --data_path {image_folder} --num_workers 0 --save_freq 1 "
     flags = flags.replace("--batch_size 64", "--batch_size 32")
     pretrain(f"{flags} --output_dir {tmp_path}/ours")
@@ -194,7 +195,7 @@ def test_auto_with_nothing_to_resume(tmp_path, capsys):
 
 
 def test_keep(tmp_path):
-    """The newest `keep` epoch files stay; files inside an epoch only until a later one is whole."""
+    """The newest `keep` files of epochs stay; files inside an epoch stay until a later one is complete."""
     for epoch, batch in ((0, 0), (1, 4), (1, 8), (1, 0), (2, 0), (3, 4)):
         save_checkpoint(tmp_path, epoch, batch, {"epoch": epoch}, keep=2)
     left = [path.name for path in list_checkpoints(tmp_path)]
@@ -202,7 +203,7 @@ def test_keep(tmp_path):
 
 
 def test_checkpoint_layout(tmp_path):
-    """What other people's code relies on: names, keys, plain types, upstream's tensor names."""
+    """The parts that other code relies on: file names, keys, plain types, the tensor names of the official code."""
     pretrain(f"{DIGITS} --epochs 1 --num_workers 0 --output_dir {tmp_path}")
     state = checkpoint(tmp_path, "checkpoint-0.pth")
     assert set(state) == {"model", "optimizer", "epoch", "step", "scaler", "args", "methods", "rng", "origin", "data"}

@@ -1,4 +1,4 @@
-"""The loop: several processes, accumulation and workers change nothing; trouble stops it in time; the log is right."""
+"""The loop: processes, accumulation and workers change nothing; faults stop it before an update; logs are right."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from util.lr_sched import adjust_learning_rate
 from util.training.batches import accumulation_window
 from util.training.meters import EpochMeter
 
-# fp32 wherever the tests run: on a CPU that multiplies bf16 fast, `auto` is bf16, which rounds too coarsely to compare.
+# fp32 on every machine: where a CPU multiplies bf16 fast, `auto` is bf16, whose rounding is too coarse to compare.
 BASE = f"{SMALL} --epochs 2 --warmup_epochs 1 --blr 0.01 --num_workers 0 --vis_freq 0 --print_freq 1 --device cpu"
 BASE += " --amp_dtype fp32"
 
@@ -59,12 +59,12 @@ def test_two_processes_equal_one(plain_run, tmp_path):
     assert [x for x, _ in one] == [x for x, _ in two] and len(one) == 6
     for (_, a), (_, b) in zip(one, two):
         assert b == pytest.approx(a, rel=1e-5)
-    # Adam divides by the root of the second moment: where that is tiny, rounding is enlarged to a share of lr (1e-3).
+    # Adam divides by the root of the second moment: where that is tiny, it enlarges rounding to a part of lr (1e-3).
     assert largest_difference(final_weights(folder), final_weights(tmp_path)) < 5e-4
 
 
 def test_accumulation_equals_a_large_batch(plain_run, tmp_path):
-    """4 x 8 = 32, to the rounding of sums of gradients."""
+    """4 x 8 = 32 images, equal up to the rounding of gradient sums."""
     folder, flags = plain_run
     pretrain(f"{flags} --batch_size 8 --accum_iter 4 --output_dir {tmp_path}")
     for (_, a), (_, b) in zip(scalars(folder, "train/loss"), scalars(tmp_path, "train/loss"), strict=True):
@@ -86,7 +86,7 @@ def test_windows(total, accum, sizes):
 
 
 def test_last_partial_window_is_a_mean_too(image_folder, tmp_path):
-    """12 micro-batches of 8 in windows of 5, 5 and 2 against a loop written out with batches of 40, 40 and 16."""
+    """12 micro-batches of 8 in windows of 5, 5 and 2 equal an explicit loop with batches of 40, 40 and 16."""
     flags = f"{BASE} --epochs 1 --warmup_epochs 0 --data_path {image_folder} --batch_size 8 --accum_iter 5"
     pretrain(f"{flags} --output_dir {tmp_path}")
     args = main_pretrain.get_args_parser().parse_args(flags.split())
@@ -108,7 +108,7 @@ def test_last_partial_window_is_a_mean_too(image_folder, tmp_path):
 
 def test_non_finite_loss_stops_before_the_update(plain_run, tmp_path, monkeypatch):
     """A NaN in step 4 (the second of epoch 1), read only at the end of the epoch: no later step moves a weight, and the
-    checkpoint of epoch 0 is left alone."""
+    checkpoint of epoch 0 is unchanged."""
     _, flags = plain_run
     seen, original = [], MaskedAutoencoderViT.reconstruction_loss
 
@@ -120,13 +120,13 @@ def test_non_finite_loss_stops_before_the_update(plain_run, tmp_path, monkeypatc
     flags = flags.replace("--print_freq 1", "--print_freq 100").replace("--num_workers 0", "--num_workers 1")
     with pytest.raises(RunFailed, match=r"reconstruction became non-finite at step 4 \(epoch 1\)"):
         pretrain(f"{flags} --batch_size 32 --save_freq 1 --output_dir {tmp_path}")
-    assert len(seen) == 6  # one step more was computed, and changed nothing:
+    assert len(seen) == 6  # one more step was computed, which changed nothing:
     assert same_tensors(seen[4], seen[5])
     assert [path.name for path in tmp_path.glob("*.pth")] == ["checkpoint-0.pth"]
 
 
 def test_guard_and_loss_scaling():
-    """fp16 scaling: an overflowing step is skipped and `applied` says so; the next one counts again."""
+    """fp16 scaling: `applied` is 0 for a step that overflows and is skipped, and 1 for the next one."""
     model = torch.nn.Linear(4, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     scaler = NativeScalerWithGradNormCount(enabled=True)
@@ -140,8 +140,8 @@ def test_guard_and_loss_scaling():
     assert scaler.state_dict()["scale"] == 2.0**15
 
 
-def test_a_loop_of_ones_own():
-    """The helper under its upstream name, with an optimizer that is not fused: steps, and refuses a bad one."""
+def test_scaler_in_a_custom_loop():
+    """The helper under its official name, with an optimizer that is not fused: it steps, and refuses NaN gradients."""
     from util.misc import NativeScalerWithGradNormCount as NativeScaler
 
     model = torch.nn.Linear(4, 2)
@@ -154,7 +154,7 @@ def test_a_loop_of_ones_own():
 
 
 def test_skipped_steps_are_counted(image_folder, tmp_path):
-    """fp16: the first losses overflow at the initial scale or not, but the norm in the log is always a number."""
+    """fp16: whether or not the first losses overflow at the initial scale, the logged norm is always finite."""
     pretrain(f"{BASE} --data_path {image_folder} --batch_size 32 --amp_dtype fp16 --output_dir {tmp_path}")
     rows = log_rows(tmp_path)
     assert all(math.isfinite(row["train_grad_norm"]) and 0 <= row["train_skipped_steps"] <= 1 for row in rows)
@@ -177,7 +177,7 @@ def test_low_precision_trains(image_folder, tmp_path, dtype):
 
 
 def test_evaluation_counts_every_image_once(image_folder, tmp_path):
-    """20 images in batches of 3 on two ranks (10 each, the last batch of one) give what one process gives."""
+    """20 images in batches of 3 on two ranks (10 each, the last batch of one image) give the result of one process."""
     flags = f"--data_path {image_folder} --model vit_micro_patch4 --input_size 16 --batch_size 16 --num_workers 0 "
     flags += "--aa none --device cpu "
     finetune(f"{flags} --epochs 1 --warmup_epochs 0 --output_dir {tmp_path}")
@@ -203,8 +203,8 @@ def test_evaluate_against_counting_by_hand(image_folder):
     assert stats["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-6)
 
 
-def test_evaluation_every_so_often(image_folder, tmp_path):
-    """Every second epoch and the last; it changes nothing about what is learned."""
+def test_evaluation_every_second_epoch(image_folder, tmp_path):
+    """Evaluation every second epoch and after the last; it does not change the weights."""
     flags = f"--data_path {image_folder} --model vit_micro_patch4 --input_size 16 --batch_size 32 --num_workers 0 "
     flags += "--epochs 5 --warmup_epochs 1 --device cpu --amp_dtype fp32 --save_freq 5 --keep 0 "
     finetune(f"{flags} --output_dir {tmp_path}/every")
@@ -225,12 +225,13 @@ def test_unreadable_images_are_counted_and_limited(tmp_path, image_folder):
     with pytest.raises(UserError, match=r"--max_bad_fraction 0\.01"):
         pretrain(f"{flags} --output_dir {tmp_path}/strict")
     pretrain(f"{flags} --output_dir {tmp_path}/lenient --max_bad_fraction 0.1")
-    # A replacement can be the broken image again, with probability 1/96: 1, hardly ever more, per epoch.
+    # A replacement can be the broken image again with probability 1/96: usually 1 per epoch, hardly ever more.
     assert all(1 <= row["bad_images"] <= 3 for row in log_rows(tmp_path / "lenient"))
 
 
-def test_what_is_logged(image_folder, tmp_path):
-    """TensorBoard: scalars on epoch x 1000, pictures, flags, hparams with final metrics; log.txt one object a line."""
+def test_log_and_tensorboard(image_folder, tmp_path):
+    """TensorBoard has scalars at epoch x 1000, pictures, flags, and hparams with final metrics; log.txt has one object
+    a line."""
     flags = BASE.replace("--vis_freq 0", "--vis_freq 1")
     pretrain(f"{flags} --data_path {image_folder} --batch_size 32 --knn_freq 1 --output_dir {tmp_path}")
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "images": 0})
@@ -265,7 +266,7 @@ def test_means_are_over_the_steps_that_have_a_value():
 
 
 def test_more_than_a_thousand_steps_an_epoch(tmp_path):
-    """No x is written twice, however many steps fall on it."""
+    """No x value is written twice, however many steps share it."""
     from util.report.tensorboard import Board
 
     board = Board(str(tmp_path))
@@ -277,7 +278,7 @@ def test_more_than_a_thousand_steps_an_epoch(tmp_path):
 
 
 def test_flags_cannot_write_markup(tmp_path):
-    """TensorBoard shows text as Markdown: a file name must stay one cell of plain text."""
+    """TensorBoard shows text as Markdown: a file name must remain one cell of plain text."""
     from util.report.tensorboard import Board
 
     board = Board(str(tmp_path))
@@ -291,21 +292,21 @@ def test_flags_cannot_write_markup(tmp_path):
     assert "<img" not in text.decode() and "`" not in text.decode() and text.decode().count("</code>") == 2
 
 
-def test_linear_probe_both_ways(image_folder, tmp_path):
-    """Trained on images and on cached features; the cached one picks its rate without looking at the test set."""
+def test_linear_probe_on_images_and_on_cached_features(image_folder, tmp_path):
+    """A probe on images and one on cached features, which chooses its learning rate without the test set."""
     flags = f"--data_path {image_folder} --model vit_micro_patch4 --input_size 16 --batch_size 32 --num_workers 0 "
     flags += "--epochs 30 --warmup_epochs 2 --device cpu --global_pool "
     parser = main_linprobe.get_args_parser()
     cached = main_linprobe.main(parser.parse_args(f"{flags} --cache_features --output_dir {tmp_path}/c".split()))
     assert cached["train_images"] == 88 and cached["test_images"] == 20  # 2 of each class held out
-    assert cached["test_acc1"] > 70  # colours are in any feature
+    assert cached["test_acc1"] > 70  # any features separate the colours
     assert cached["blr"] in parser.get_default("probe_blrs")
     stored = json.loads((tmp_path / "c" / "probe.json").read_text())
     assert stored["result"] == cached
     seen = main_linprobe.main(parser.parse_args(f"{flags} --eval --resume {tmp_path}/c/probe.pth".split()))
     assert (seen["acc1"], seen["acc5"]) == pytest.approx((cached["test_acc1"], cached["test_acc5"]))
-    _, found = load_encoder(parser.parse_args([]), f"{tmp_path}/c/probe.pth")  # as tools/robustness.py reads it
-    assert found.classes == [f"class{i}" for i in range(4)] and found.state["head.weight"].shape == (4, 128)
+    _, result = load_encoder(parser.parse_args([]), f"{tmp_path}/c/probe.pth")  # as tools/robustness.py reads it
+    assert result.classes == [f"class{i}" for i in range(4)] and result.state["head.weight"].shape == (4, 128)
     live = main_linprobe.main(parser.parse_args(f"{flags} --blr 3 --output_dir {tmp_path}/l".split()))
     assert live["acc1"] > 70
     again = main_linprobe.main(

@@ -1,4 +1,4 @@
-"""MAE-K and EMA-MAE: when the target moves, and by how much."""
+"""MAE-K and EMA-MAE: times and sizes of the target's updates."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_when_the_target_is_copied():
 
 
 def test_mae_k_by_hand():
-    """The target is the student of the copy's moment; its features, not the student's, are the loss."""
+    """The target is a copy of the student at the time of copying; the loss regresses the target's features."""
     pretrainer, _ = made("--mae_k 2")
     method, model = pretrainer.methods["mae_k"], pretrainer.model
     head = {name: p.clone() for name, p in method.head.named_parameters()}
@@ -50,7 +50,7 @@ def test_mae_k_by_hand():
         stepped(pretrainer, 10, first=10 * epoch)
         ages.append(method.metrics()["target_age_epochs"])
         assert method.metrics()["feature_stage"] == (epoch >= 2)
-        if epoch < 2:  # an idle head is not worn down while it waits
+        if epoch < 2:  # weight decay does not act on a head before its first use
             assert all(torch.equal(head[name], p) for name, p in method.head.named_parameters())
         else:
             assert same_tensors(dict(copied.state_dict()), dict(method.target.network.state_dict()))
@@ -74,7 +74,7 @@ def test_features_never_reached_is_plain_mae(image_folder, tmp_path, flags, caps
 
 @pytest.mark.parametrize("when", ["epoch", "step"])
 def test_ema_mae_by_hand(when):
-    """A copy at WSE, not an average from the start; then (1 - tau) * target + tau * student."""
+    """The target is copied at WSE, not averaged from the start; then it is (1 - tau) * target + tau * student."""
     pretrainer, _ = made(f"--ema_mae --wse 2 --tau 0.25 --ema_update {when}")
     method, model = pretrainer.methods["ema_mae"], pretrainer.model
     target, ages = None, []
@@ -91,7 +91,7 @@ def test_ema_mae_by_hand(when):
         ages.append(method.age)
     for name, value in method.target.network.named_parameters():
         assert torch.allclose(value, target[name], atol=1e-6)
-    per_step = 0.1  # of an epoch: `made` says 100 steps in 10 epochs
+    per_step = 0.1  # of an epoch: `made` gives 100 steps in 10 epochs
     if when == "epoch":
         assert ages[2:] == pytest.approx([3 * per_step, 0.75 * 3 * per_step + 3 * per_step])
     else:
@@ -111,16 +111,16 @@ def test_average_of_layers():
     close(target_features(encoder, imgs, 4), sum(outputs) / 4)
 
 
-def test_collapse_watch():
-    """Known spectra: isotropic, one direction, nothing, two equal directions."""
+def test_collapse_diagnostics():
+    """Known spectra: isotropic, one direction, zero, two equal directions."""
     x = torch.randn(20000, 8)
-    found = collapse(x * 3)
-    assert found["target_std"] == pytest.approx(3, rel=0.02) and found["target_rank"] == pytest.approx(8, rel=0.01)
+    result = collapse(x * 3)
+    assert result["target_std"] == pytest.approx(3, rel=0.02) and result["target_rank"] == pytest.approx(8, rel=0.01)
     assert collapse(x[:, :1] @ torch.ones(1, 8))["target_rank"] == pytest.approx(1, abs=0.05)
     assert collapse(torch.ones(100, 8))["target_std"] == 0
     flat = torch.cat([x[:, :2], torch.zeros(20000, 6)], 1)
     assert collapse(flat)["target_rank"] == pytest.approx(2, rel=0.02)
-    # A line has rank 1 also where products are rounded to bf16, and features that broke do not end the run.
+    # A line has rank 1 even if products are rounded to bf16; non-finite features do not end the run.
     line = torch.randn(3000, 1) @ torch.randn(1, 192)
     with torch.autocast("cpu", torch.bfloat16):
         assert collapse(line)["target_rank"] < 1.2

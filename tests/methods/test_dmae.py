@@ -1,4 +1,4 @@
-"""DMAE: the teacher's geometry, its file, its sanity check."""
+"""DMAE: geometry, file and sanity check of the teacher."""
 
 import re
 
@@ -20,16 +20,17 @@ def test_default_blocks():
 
 
 def test_teacher_is_checked_and_not_stored(image_folder, tmp_path, teacher, capsys):
-    """Its loss on the first batch is printed, once; the checkpoint has its hash; a resume refuses another file."""
+    """The teacher's loss on the first batch is printed once; the checkpoint has its hash; --resume refuses another
+    file."""
     flags = f"{BASE} --data_path {image_folder} --epochs 2 --batch_size 32 --save_freq 1 --output_dir {tmp_path} "
     flags += f"{switches(['dmae'])}".replace("--dmae_teacher", f"--dmae_teacher {teacher}")
     pretrain(f"{flags} --dmae_blocks 2:3,4:4 --dmae_proj mlp")
-    said = capsys.readouterr().out
-    found = re.findall(r"teacher: reconstruction loss (\S+) on the first batch, (\S+) if it predicted zeros", said)
-    assert len(found) == 1
-    loss, nothing = (float(number) for number in found[0])
+    output = capsys.readouterr().out
+    result = re.findall(r"teacher: reconstruction loss (\S+) on the first batch, (\S+) if it predicted zeros", output)
+    assert len(result) == 1
+    loss, nothing = (float(number) for number in result[0])
     rows = log_rows(teacher.parent)
-    # Colour and noise: the teacher does better than nothing, about as well as its own log says.
+    # Colour and noise: the teacher is better than predicting the mean, and close to the loss in its log.
     assert loss < 0.9 * nothing and loss == pytest.approx(rows[-1]["train_reconstruction"], rel=0.25)
     assert {"train_distillation_2", "train_distillation_4"} <= log_rows(tmp_path)[0].keys()
     state = checkpoint(tmp_path, "checkpoint-1.pth")["methods"]
@@ -48,7 +49,7 @@ def test_teacher_is_checked_and_not_stored(image_folder, tmp_path, teacher, caps
         pretrain(f"{flags} --dmae_blocks 2:3,4:4 --overwrite --dmae_teacher {other}")
 
 
-def test_untrained_teacher_is_seen(tmp_path, capsys):
+def test_untrained_teacher_is_reported(tmp_path, capsys):
     args = "--norm_pix_loss"
     model = made(args)[0].model
     torch.save(
@@ -79,7 +80,7 @@ def test_other_pixels_are_warned_about(teacher, capsys):
 
 @pytest.mark.parametrize("positions", ["inner", "fresh"])
 def test_larger_teacher_grid(tmp_path, positions):
-    """A teacher of another patch and image size, as a file of weights alone: which positions its inner tokens get."""
+    """A teacher of another patch and image size, given as weights alone: the positions of its inner tokens."""
     whole = build_model("mae_vit_micro_patch4", img_size=64, patch_size=8)
     with torch.no_grad():
         whole.pos_embed.normal_()
@@ -92,7 +93,7 @@ def test_larger_teacher_grid(tmp_path, positions):
     imgs = torch.randn(2, 3, 16, 16)
     ids = torch.tensor([[5, 0, 15], [1, 2, 3]])
     features = method.teacher_features(imgs, ids)[2]
-    # By hand, with the padding: 16 px resized to 4 patches of 8, 16 px of zeros around, rows and columns 2 to 5 kept.
+    # With explicit padding: 16 px resized to 4 patches of 8, padded by 16 px of zeros, rows and columns 2 to 5 kept.
     padded = torch.nn.functional.pad(torch.nn.functional.interpolate(imgs, (32, 32), mode="bilinear"), (16,) * 4)
     kept = [8 * row + column for row in range(2, 6) for column in range(2, 6)]
     tokens = whole.patch_embed(padded)[:, kept]
@@ -105,22 +106,23 @@ def test_larger_teacher_grid(tmp_path, positions):
     assert torch.allclose(features, x, atol=1e-5)
 
 
-def test_teacher_files_that_say_little(tmp_path, capsys):
-    """Bare weights: the grid is that of their positions; a decoder of unknown heads is left out, and this is said."""
+def test_teacher_files_without_metadata(tmp_path, capsys):
+    """Weights alone: the grid is that of their positions; a decoder whose number of heads is unknown is left out with
+    a message."""
     whole = build_model("mae_vit_micro_patch4", img_size=16, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     with torch.no_grad():
         whole.pos_embed.normal_()
     torch.save(whole.state_dict(), tmp_path / "bare.pth")
     pretrainer, _ = made(f"--dmae_teacher {tmp_path}/bare.pth")
     assert torch.equal(pretrainer.methods["dmae"]._teacher[0].network.pos_embed, whole.pos_embed)
-    said = capsys.readouterr().out
-    assert "(width 32, depth 1) is not its model's: left out" in said and "interpolated" not in said
+    output = capsys.readouterr().out
+    assert "(width 32, depth 1) is not its model's: left out" in output and "interpolated" not in output
     with pytest.raises(UserError, match="sees 3 channels, the student 1"):
         made(f"--dmae_teacher {tmp_path}/bare.pth --in_chans 1 --mean 0.5 --std 0.5")
 
 
-def test_teacher_moves_along(teacher):
-    """To another type, hence to another device; and it is in nobody's parameters."""
+def test_teacher_follows_the_model(teacher):
+    """The teacher follows to another type, and so to another device; no parameters include it."""
     pretrainer, _ = made(switches(["dmae"], teacher))
     pretrainer.double()
     method = pretrainer.methods["dmae"]

@@ -1,4 +1,4 @@
-"""Numbers of the reference implementations (`tests/fixtures`): MAE-K and EMA-MAE, RC-MAE, DMAE, in float64."""
+"""Recorded numbers of the reference implementations (tests/fixtures): MAE-K, EMA-MAE, RC-MAE and DMAE in float64."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ from util.compute.ema import ema_update
 
 
 def same_gradients(model, reference, extra=None):
-    """Every gradient, and no other."""
+    """Compare all gradients; no parameter may have one in one model only."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | (extra or {})
     assert gradients.keys() == reference.keys()
     for name, gradient in gradients.items():
@@ -26,7 +26,7 @@ def same_gradients(model, reference, extra=None):
 
 
 def bootstrapped(ref, dtype=torch.float64):
-    """Student and target of the fixture; its loss compares the decoder's output itself, without a layer of its own."""
+    """Return student and target of the fixture, whose loss compares the decoder's output without a further layer."""
     student = mae(ref.meta, ref.meta["ln_eps"])
     student.load_state_dict(ref.group("student/"), strict=True)
     target = student.encoder_copy()
@@ -67,7 +67,7 @@ def test_bootstrap_float32(golden):
 
 
 def test_bootstrap_average(golden):
-    """The fixture's EMA rule (the moment of its updates is another: see the design)."""
+    """The EMA rule of the fixture; its updates happen at other times than ours."""
     ref = golden("bootstrap")
     meta = ref.meta | ref.meta["ema"]["model"]
     student, shadow = mae(meta, meta["ln_eps"]).double(), mae(meta, meta["ln_eps"]).encoder_copy().double()
@@ -83,7 +83,7 @@ def test_bootstrap_average(golden):
 
 
 def consistent(ref, dtype, all_patches=True):
-    """Losses of student and teacher of the fixture, and the student."""
+    """Return the losses of student and teacher of the fixture, and the student."""
     student = mae(ref.meta, norm_pix_loss=ref.meta["norm_pix_loss"]).to(dtype)
     teacher = mae(ref.meta, norm_pix_loss=ref.meta["norm_pix_loss"]).to(dtype)
     student.load_state_dict(ref.group("student/"))
@@ -119,7 +119,7 @@ def test_rc_mae_float32(golden):
 
 @pytest.mark.parametrize(("suffix", "tolerance"), [("", RTOL64), ("_f32", TOL32)])
 def test_rc_mae_average(golden, suffix, tolerance):
-    """Teacher weights after three updates, over all parameters, decoder and position tables too."""
+    """Teacher weights after three updates, of all parameters, including decoder and position tables."""
     dtype = torch.float32 if suffix else torch.float64
     ref = golden("rc_mae")
     student, teacher = (mae(ref.meta["ema"]["model"]).to(dtype) for _ in range(2))
@@ -140,7 +140,7 @@ def test_momentum_schedule(golden):
         ours = [rcmae.momentum_at(step, steps, base) for step in range(steps)]
         name = f"momentum_schedule/base{base}_final{final}_e{epochs}_it{iterations}"
         close(torch.tensor(ours, dtype=torch.float64), ref[name])
-        # From the base, never back, and at the last step, one short of the cosine's end, almost at 1.
+        # The momentum rises monotonically from the base; at the last step, one before the cosine's end, it is almost 1.
         assert final == 1.0 and ours[0] == pytest.approx(base) and ours == sorted(ours)
         assert 0 < 1 - ours[-1] < 0.1 * (1 - base)
 
@@ -149,7 +149,7 @@ def test_momentum_schedule(golden):
 
 
 def distilled(ref, dtype):
-    """Student, projections and losses of a fixture whose teacher has the student's geometry."""
+    """Return student, projections and losses of a fixture whose teacher has the student's geometry."""
     meta = ref.meta
     common = {name: meta[name] for name in ("img_size", "patch_size", "mlp_ratio")}
     student = mae(common | meta["student"], norm_pix_loss=meta["norm_pix_loss"])
@@ -165,13 +165,13 @@ def distilled(ref, dtype):
     with torch.no_grad():
         tokens = gather_tokens(teacher.embed(imgs), out.ids_keep)
         features = teacher.encode(tokens, meta["teacher_aligned"])[1]
-    kind = {"fc-1layer": "linear", "mlp-1layer": "mlp", None: "none"}[meta["proj_mode"]]
+    projection = {"fc-1layer": "linear", "mlp-1layer": "mlp", None: "none"}[meta["proj_mode"]]
     width, teacher_width = meta["student"]["embed_dim"], meta["teacher"]["embed_dim"]
-    projections = nn.ModuleList([dmae._projection(kind, width, teacher_width) for _ in meta["aligned"]]).to(dtype)
+    projections = nn.ModuleList([dmae._projection(projection, width, teacher_width) for _ in meta["aligned"]]).to(dtype)
     names = {f"aligned_feature_projection_heads.{_theirs(key)}": key for key in projections.state_dict()}
     projections.load_state_dict({names[name]: value for name, value in heads.items()})
     losses = [
-        dmae.alignment_loss(project(out.blocks[s]), features[t], meta["func"].lower(), normalize=kind != "none")
+        dmae.alignment_loss(project(out.blocks[s]), features[t], meta["func"].lower(), normalize=projection != "none")
         for project, s, t in zip(projections, meta["aligned"], meta["teacher_aligned"])
     ]
     return student, projections, names, out, features, losses
@@ -225,7 +225,7 @@ OTHER_NAMES = [
 
 
 def renamed(group):
-    """The names of a fixture whose reference has others, in ours."""
+    """Return the arrays of a fixture with its reference's names replaced by ours."""
     result = {}
     for name, value in group.items():
         for theirs, ours in OTHER_NAMES:
@@ -237,8 +237,8 @@ def renamed(group):
 
 @pytest.mark.parametrize("name", ["dmae_alt_tiny", "dmae_alt_real_geometry"])
 def test_dmae_geometry(golden, name):
-    """A teacher of another patch and image size: resized, without the padding (whose tokens are cut away), on the inner
-    grid; its position table is the fresh one of that reference."""
+    """A teacher of another patch and image size. Ours resizes the image and uses the inner grid, without the padding
+    whose tokens that reference discards; the position table is the reference's fresh one."""
     ref = golden(name)
     meta, grid = ref.meta, (ref.meta["grid"],) * 2
     part = meta["student"]
@@ -291,7 +291,7 @@ def test_dmae_geometry(golden, name):
     close(projected, ref["student_projected"])
     distillation = dmae.alignment_loss(projected, features)
     close(distillation, ref["loss_dist"])
-    # That reference normalises pixels with 1e-5 where MAE has 1e-6: the one difference.
+    # The only difference: that reference normalises pixels with 1e-5, MAE with 1e-6.
     patches = out.select_predicted(student.patchify(imgs))
     mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
     error = ((out.pred - (patches - mean) / (var + 1e-5).sqrt()) ** 2).mean(-1)

@@ -1,4 +1,4 @@
-"""The seam: a made-up method plugs in by its hooks alone, and slots decide what may be combined."""
+"""The interface of methods: a test method works by its hooks alone, and slots decide which methods combine."""
 
 import argparse
 from typing import ClassVar
@@ -16,7 +16,7 @@ from util.errors import UserError
 
 
 class Smooth(Method):
-    """Penalises the latent's size, replaces the target, and keeps an average of its own."""
+    """Penalises the size of the latent tokens, replaces the target, and keeps a moving average."""
 
     name, title, slot = "smooth", "Smooth (nobody 2026)", "target"
     switch = Option("smooth", 0.0, "weight of the penalty")
@@ -106,7 +106,7 @@ def test_terms_of_the_loss():
 
 
 def test_scores_decide_the_mask():
-    """The highest scores are removed."""
+    """The patches with the highest scores are removed."""
     model = build_model("mae_vit_micro_patch4", img_size=16)
     pretrainer = Pretrainer(model, [Smooth(parse([]), model)])
     scores = torch.rand(2, 16)
@@ -117,7 +117,7 @@ def test_scores_decide_the_mask():
 
 
 def test_a_method_through_the_main(image_folder, tmp_path, monkeypatch):
-    """Flags, log, optimizer, checkpoint and resume, without a word about it in main or engine."""
+    """Flags, log, optimizer, checkpoint and resumption work without changes to main or engine."""
     monkeypatch.setattr(methods, "METHODS", [Smooth])
     monkeypatch.setattr(main_pretrain, "METHODS", [Smooth])
     Smooth.calls.clear()

@@ -1,4 +1,4 @@
-"""RC-MAE: a whole run against the reference, masks, momentum, what it leaves behind."""
+"""RC-MAE: a whole run against the reference, masks, momentum, and output files."""
 
 import argparse
 import json
@@ -57,7 +57,7 @@ def test_rc_mae_whole_run(golden):
             pretrainer.after_update(imgs, epoch * e2e["iters"] + i, torch.tensor(1.0))
             totals.append(loss.detach())
             reconstructions.append(losses["reconstruction"].detach())
-    # Six steps of Adam enlarge the rounding of the first: measured 1e-12.
+    # Six steps of Adam amplify the rounding of the first: measured 1e-12.
     close(torch.stack(totals), ref["e2e/globalidx/loss_total"].flatten(), 1e-8)
     close(torch.stack(reconstructions), ref["e2e/globalidx/loss_student"].flatten(), 1e-8)
     for name, network in (("student", model), ("teacher", pretrainer.methods["rc_mae"].teacher.network)):
@@ -65,8 +65,8 @@ def test_rc_mae_whole_run(golden):
             close(network.state_dict()[key], value, 1e-8)
 
 
-def test_momentum_follows_the_place_in_the_run(image_folder, tmp_path):
-    """Continued with twice the batch, or begun later: from the base to 1 over the whole run, and no further."""
+def test_momentum_follows_the_position_in_the_run(image_folder, tmp_path):
+    """Continued with twice the batch, or started later: the momentum goes from the base to 1 over the whole run."""
 
     def momenta(folder):
         return [row["train_teacher_momentum"] for row in log_rows(tmp_path / folder)]
@@ -84,7 +84,7 @@ def test_momentum_follows_the_place_in_the_run(image_folder, tmp_path):
 
 
 def test_other_mask():
-    """Drawn from the student's noise: the same every time, unrelated to it, and uniform."""
+    """The teacher's mask is derived from the student's noise: reproducible, independent of it, and uniform."""
     noise = sample_noise(0, 0, torch.arange(2000), 64)
     other = redrawn(noise)
     assert torch.equal(other, redrawn(noise)) and other.min() >= 0 and other.max() < 1
@@ -93,13 +93,13 @@ def test_other_mask():
     model = build_model("mae_vit_micro_patch4", img_size=32)
     same = [set(model.choose_visible(n[None], 0.75)[0][0].tolist()) for n in noise]
     new = [set(model.choose_visible(n[None], 0.75)[0][0].tolist()) for n in other]
-    # 16 of 64 each: by chance they share a quarter, 4.
+    # Both keep 16 of 64 patches; the expected overlap is a quarter, 4.
     assert sum(len(a & b) for a, b in zip(same, new)) / 2000 == pytest.approx(4, abs=0.15)
 
-    for kind, equal in (("same", True), ("different", False)):
-        pretrainer, _ = made(f"--rc_mae --rc_mask {kind}")
+    for mask, equal in (("same", True), ("different", False)):
+        pretrainer, _ = made(f"--rc_mae --rc_mask {mask}")
         method = pretrainer.methods["rc_mae"]
-        # The teacher is still the student: with the same mask it predicts the same.
+        # The teacher still equals the student: with the same mask it has the same predictions.
         parts = pretrainer(torch.randn(4, 3, 16, 16), 0.75, torch.rand(4, 16))
         assert (parts["consistency"].item() == 0) == equal, method
 
@@ -112,8 +112,8 @@ def test_gradient_cosine():
     assert gradient_cosine(one, other, [a, b, unused]).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_rc_mae_leaves_behind(image_folder, tmp_path, capsys):
-    """TensorBoard, `model_ema`, and every consumer of `--checkpoint_key`."""
+def test_output_of_rc_mae(image_folder, tmp_path, capsys):
+    """TensorBoard, `model_ema`, and every command with --checkpoint_key."""
     flags = f"{BASE} --data_path {image_folder} --epochs 2 --batch_size 32 --rc_mae --rc_momentum 0.5"
     pretrain(f"{flags} --log_grad_cosine 2 --mae_k 1 --output_dir {tmp_path}")
     for name in ("consistency", "teacher_momentum", "feature_stage", "target_age_epochs"):
@@ -121,7 +121,7 @@ def test_what_rc_mae_leaves_behind(image_folder, tmp_path, capsys):
     assert [x for x, _ in scalars(tmp_path, "train/reconstruction")] == [333, 666, 1000]
     assert [x for x, _ in scalars(tmp_path, "train/features")] == [1333, 1666, 2000]
     cosines = scalars(tmp_path, "train/grad_cosine")
-    # Every second step but the first, whose learning rate is 0: the teacher is still the student.
+    # Every second step except the first, whose learning rate is 0, so that the teacher still equals the student.
     assert [x for x, _ in cosines] == [1000, 1666] and all(-1 <= value <= 1 for _, value in cosines)
     assert [x for x, _ in scalars(tmp_path, "train/target_std")] == [1333]  # the first step of the feature epoch
     row = log_rows(tmp_path)[1]
@@ -131,7 +131,7 @@ def test_what_rc_mae_leaves_behind(image_folder, tmp_path, capsys):
     state = checkpoint(tmp_path, "checkpoint-1.pth")
     assert state["model"].keys() == state["model_ema"].keys()
     assert not torch.equal(state["model"]["decoder_pred.bias"], state["model_ema"]["decoder_pred.bias"])
-    encoders = [(tmp_path / f"encoder{kind}.safetensors").read_bytes() for kind in ("", "_ema")]
+    encoders = [(tmp_path / f"encoder{suffix}.safetensors").read_bytes() for suffix in ("", "_ema")]
     assert encoders[0] != encoders[1]
     data = f"--data_path {image_folder} --device cpu --finetune {path}"
     for key in ("model", "model_ema"):
@@ -151,8 +151,8 @@ def test_what_rc_mae_leaves_behind(image_folder, tmp_path, capsys):
         knn.main(knn.get_args_parser().parse_args(f"{data} --checkpoint_key teacher".split()))
 
 
-def test_looks_are_not_timed(image_folder, tmp_path, monkeypatch):
-    """A look that takes long changes no figure of speed."""
+def test_time_of_diagnostics_does_not_count(image_folder, tmp_path, monkeypatch):
+    """Slow diagnostics do not change the logged speed."""
     import time
 
     original = RCMAE.diagnostics
@@ -162,4 +162,4 @@ def test_looks_are_not_timed(image_folder, tmp_path, monkeypatch):
     pretrain(f"{flags} --rc_mae --log_grad_cosine 1 --output_dir {tmp_path}")
     wall = time.perf_counter() - began
     row = json.loads((tmp_path / "log.txt").read_text())
-    assert wall > 1.5 and row["seconds"] < wall - 1.4  # three looks of half a second
+    assert wall > 1.5 and row["seconds"] < wall - 1.4  # diagnostics took half a second, three times

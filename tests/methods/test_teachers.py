@@ -1,4 +1,4 @@
-"""MAE-K, EMA-MAE, RC-MAE and DMAE together: what may be combined, what every teacher must be, resumes, processes."""
+"""MAE-K, EMA-MAE, RC-MAE and DMAE together: legal combinations, properties of teachers, resumption, processes."""
 
 import argparse
 import itertools
@@ -18,13 +18,13 @@ from methods import METHODS, add_method_arguments, enabled_methods
 from methods.rcmae import momentum_at
 from util.errors import UserError
 
-# What may be combined -----------------------------------------------------------------------------------------------
+# Combinations ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pixels", ["", "--norm_pix_loss"], ids=["", "norm_pix"])
 @pytest.mark.parametrize("names", LEGAL, ids=["+".join(filter(None, names)) or "mae" for names in LEGAL])
 def test_every_legal_combination(names, pixels, teacher):
-    """Two steps each, in the pixel stage and in the feature stage: parts as named, gradients for the student alone."""
+    """Two steps in the pixel stage and in the feature stage: named loss terms, and gradients for the student alone."""
     pretrainer, _ = made(f"{switches(names, teacher)} {pixels}")
     expected = {"rc_mae": "consistency", "dmae": "distillation"}
     for epoch in (0, 1):
@@ -37,7 +37,7 @@ def test_every_legal_combination(names, pixels, teacher):
         assert {name for name, gradient in gradients.items() if gradient is not None} == trained
         assert not any(".teacher." in name or ".target." in name or ".heads." in name for name in trained)
         idle = {name for name in trained if gradients[name].abs().max() == 0}
-        waits = "decoder_pred." if epoch else ".head."  # of a bootstrapped run; the keys' bias never gets a gradient
+        waits = "decoder_pred." if epoch else ".head."  # in the feature stage; the keys' bias never has a gradient
         assert idle == {name for name in trained if names[0] and waits in name}
         assert all(torch.isfinite(value) for value in losses.values())
 
@@ -54,7 +54,7 @@ OWNERS = {option: method for method in METHODS for option in method.options}
 
 @pytest.mark.parametrize("declared", OWNERS, ids=lambda declared: declared.name)
 def test_flags_without_effect(declared):
-    """Every option is refused without its method, also when its value is the default."""
+    """Every option is refused without its method, even with its default value."""
     option, default, flag = declared.name, declared.default, OWNERS[declared].flag
     action = next(a for a in main_pretrain.get_args_parser()._actions if f"--{option}" in a.option_strings)
     values = [""] if action.nargs == 0 else [f" {value}" for value in (*(action.choices or ["1"]), default) if value]
@@ -69,7 +69,7 @@ def test_options_have_their_defaults():
     args = made("--ema_mae --rc_mae")[1]
     assert (args.wse, args.tau, args.ema_update, args.bootstrap_layers) == (20, 0.005, "epoch", 1)
     assert (args.rc_gamma, args.rc_momentum, args.rc_schedule, args.rc_mask) == (1.0, 0.996, "cosine", "same")
-    # A second check of the same flags (a job that is queued again) says the same.
+    # A second check of the same flags (a job that is queued again) gives the same result.
     assert [method.name for method in enabled_methods(args, METHODS)] == ["ema_mae", "rc_mae"]
 
 
@@ -104,7 +104,7 @@ def test_help_names_paper_and_use():
         ("--dmae_teacher {t} --dmae_teacher_model mae_vit_base_patch16", "--dmae_teacher_model"),
         ("--dmae_teacher {t} --dmae_teacher_model nonsense", "nonsense"),
         ("--dmae_teacher /nowhere.pth", "/nowhere.pth does not exist"),
-        # Three pairings of grids that cannot meet (the teacher has patches of 4 pixels, 4x4 of them).
+        # Three pairs of incompatible grids (the teacher has 4x4 patches of 4 pixels).
         ("--dmae_teacher {t} --input_size 32", "8x8 patches do not fit into the teacher's 4x4: --dmae_teacher_size 32"),
         ("--dmae_teacher {t} --dmae_teacher_size 20", "whole number of tokens .*: --dmae_teacher_size 16 or 24 does"),
         (
@@ -122,7 +122,7 @@ def test_refusals(flags, message, teacher):
 
 
 def saved_bytes(pretrainer):
-    """What one forward pass keeps for the backward pass."""
+    """Return the bytes that one forward pass keeps for the backward pass."""
     kept = {}
 
     def pack(tensor):
@@ -136,18 +136,18 @@ def saved_bytes(pretrainer):
 
 
 def test_no_graph_of_a_teacher_is_kept(teacher):
-    """Beyond what the method's own differentiable parts need: a prediction, a head, a projection."""
+    """Only the method's differentiable parts keep activations: a prediction, a head, a projection."""
     plain = saved_bytes(made("")[0])
     for names in LEGAL[1:]:
         pretrainer, _ = made(switches(names, teacher))
         pretrainer.before_epoch(1)
-        saved_bytes(pretrainer)  # the first pass also introduces a pretrained teacher
-        # A teacher's graph would be another `plain` at least (bootstrap: four times the tokens).
+        saved_bytes(pretrainer)  # the first pass includes the sanity check of a pretrained teacher
+        # A teacher's graph would need at least `plain` again (bootstrap: four times the tokens).
         assert saved_bytes(pretrainer) < 1.25 * plain, names
 
 
-def test_teachers_stay_asleep(teacher):
-    """No gradient, eval mode whatever happens, and only what is needed runs."""
+def test_teachers_are_frozen_and_run_only_needed_blocks(teacher):
+    """Teachers have no gradients, stay in eval mode, and run only the blocks that are needed."""
     pretrainer, _ = made(switches(("ema_mae", "rc_mae", "dmae"), teacher))
     pretrainer.before_epoch(1)
     pretrainer.train()
@@ -171,7 +171,7 @@ def test_teachers_stay_asleep(teacher):
             block.register_forward_hook(watch(name))
     pretrainer(torch.randn(4, 3, 16, 16), 0.75, torch.rand(4, 16))
     assert not any(requires_grad for *_, requires_grad in seen)
-    # The target sees all 16 patches, the others the 4 visible ones; the pretrained one stops after block 3 of 4.
+    # The target encodes all 16 patches, the others the 4 visible ones; the pretrained one stops after block 3 of 4.
     assert [(name, tokens) for name, tokens, _ in seen] == (
         [("target", 17)] * 4 + [("ema", 5)] * 4 + [("pretrained", 5)] * 3
     )
@@ -179,7 +179,7 @@ def test_teachers_stay_asleep(teacher):
 
 
 def test_skipped_steps_move_no_teacher():
-    """`applied` 0: bit for bit."""
+    """With `applied` 0 teachers stay equal bit for bit."""
     pretrainer, _ = made("--ema_mae --wse 0 --ema_update step --tau 0.5 --rc_mae --rc_momentum 0.5")
     pretrainer.before_epoch(0)
     before = {name: value.clone() for name, value in pretrainer.methods.state_dict().items() if "extra" not in name}
@@ -194,7 +194,7 @@ def test_skipped_steps_move_no_teacher():
 
 
 def test_average_after_real_steps_only(image_folder, tmp_path, monkeypatch):
-    """Accumulation 4: one update per step. A scaler that skips (fp16, far too large a scale): none in those steps."""
+    """Accumulation of 4: one update per step. Steps that the scaler skips (fp16, far too large a scale): none."""
     calls = []
 
     def spy(teacher, student, rate, applied=1.0):
@@ -208,14 +208,14 @@ def test_average_after_real_steps_only(image_folder, tmp_path, monkeypatch):
     flags = f"{BASE} --data_path {image_folder} --epochs 2 --batch_size 8 --accum_iter 4 --rc_mae --rc_momentum 0.9"
     pretrain(f"{flags} --output_dir {tmp_path}/a")
     assert [rate for rate, *_ in calls] == pytest.approx([1 - momentum_at(step, 6, 0.9) for step in range(6)])
-    assert [still for *_, still in calls] == [True] + [False] * 5  # the warm-up begins with a learning rate of 0
+    assert [still for *_, still in calls] == [True] + [False] * 5  # the warm-up starts with a learning rate of 0
 
     calls.clear()
     scaler, make = torch.amp.GradScaler, torch.amp.GradScaler.__init__
     monkeypatch.setattr(scaler, "__init__", lambda self, *a, **k: make(self, *a, **{**k, "init_scale": 2.0**24}))
     pretrain(f"{flags} --epochs 6 --amp_dtype fp16 --output_dir {tmp_path}/b")
     applied = [value for _, value, _ in calls]
-    assert applied[:3] == [0.0] * 3 and applied[-1] == 1.0  # 2^24 overflows until it has been halved often enough
+    assert applied[:3] == [0.0] * 3 and applied[-1] == 1.0  # 2^24 overflows until it has been halved several times
     assert all(still == (value == 0) for _, value, still in calls)
 
 
@@ -223,7 +223,7 @@ def test_average_after_real_steps_only(image_folder, tmp_path, monkeypatch):
 
 RESUMED = [
     ("--ema_mae --wse 2 --tau 0.3", 2),  # in the middle of the warm-up
-    ("--ema_mae --wse 2 --tau 0.3", 6),  # exactly at WSE: the checkpoint is from before the copy
+    ("--ema_mae --wse 2 --tau 0.3", 6),  # exactly at WSE: the checkpoint precedes the copy
     ("--ema_mae --wse 1 --tau 0.3 --ema_update step --rc_mae --rc_mask different", 8),  # in the feature stage
     ("--mae_k 2 --rc_mae --log_grad_cosine 2", 12),  # at a refresh
     ("--mae_k 2 --dmae_teacher {t} --rc_mae", 13),  # just after it
@@ -232,7 +232,7 @@ RESUMED = [
 
 @pytest.mark.parametrize(("flags", "step"), RESUMED)
 def test_resume(flags, step, image_folder, tmp_path, teacher, monkeypatch):
-    """Stopped after that step (three an epoch) and continued: all state and all curves bit for bit."""
+    """Stopped after a step (three an epoch) and resumed: all state and all curves are equal bit for bit."""
     flags = flags.format(t=teacher)
     run = f"{BASE} --data_path {image_folder} --epochs 6 --batch_size 32 {flags} --output_dir {tmp_path}"
     pretrain(f"{run}/whole")
@@ -251,7 +251,7 @@ def test_resume(flags, step, image_folder, tmp_path, teacher, monkeypatch):
 
 
 def test_plain_run_continued_with_a_method(image_folder, tmp_path):
-    """`--init_from` takes the weights, and teachers begin as copies of them; `--resume` says that it cannot."""
+    """--init_from takes the weights, and teachers start as copies of them; --resume refuses."""
     common = f"{BASE} --data_path {image_folder} --epochs 2 --batch_size 32 --save_freq 1"
     pretrain(f"{common} --output_dir {tmp_path}/plain")
     path = tmp_path / "plain" / "checkpoint-1.pth"
@@ -268,25 +268,25 @@ def test_plain_run_continued_with_a_method(image_folder, tmp_path):
 
 
 def test_two_processes(image_folder, tmp_path, teacher):
-    """60 steps through the warm-up and the feature stage with everything on: as one process, to rounding; teachers the
-    same on both ranks bit for bit; gradients travel once per step; no more messages than plain MAE, but for two in each
-    of the three epochs that measure the target's features."""
+    """60 steps through the warm-up and the feature stage with all methods: equal to one process up to rounding.
+    Teachers are equal on both ranks bit for bit, gradients are sent once per step, with no more messages than plain
+    MAE, except for two in each of the three epochs that measure the target's features."""
     flags = f"{BASE} --data_path {image_folder} --epochs 5 --save_freq 5 --print_freq 12 --clip_grad 1 --blr 1e-3 "
     flags += "--ema_mae --wse 2 --tau 0.2 --rc_mae --rc_momentum 0.9 --rc_mask different "
     flags += switches(["dmae"], teacher)
     pretrain(f"{flags} --batch_size 8 --output_dir {tmp_path}/one")
-    said = r"rank \d: 60 first buckets, methods (\S+), (\d+) reductions"
+    pattern = r"rank \d: 60 first buckets, methods (\S+), (\d+) reductions"
     output = ranks("helpers.rank_script", f"count {flags} --batch_size 4 --output_dir {tmp_path}/two", 2)
-    first, second = re.findall(said, output)
+    first, second = re.findall(pattern, output)
     assert first == second
     plain = f"{BASE} --data_path {image_folder} --epochs 5 --save_freq 5 --print_freq 12 --batch_size 4"
     output = ranks("helpers.rank_script", f"count {plain} --output_dir {tmp_path}/mae", 2)
-    assert {int(reductions) + 2 * 3 for _, reductions in re.findall(said, output)} == {int(first[1])}
+    assert {int(reductions) + 2 * 3 for _, reductions in re.findall(pattern, output)} == {int(first[1])}
     one, two = (checkpoint(tmp_path / name, "checkpoint-4.pth") for name in ("one", "two"))
     for key in ("model", "model_ema", "methods"):
         for name, value in one[key].items():
-            # Sixty steps of Adam, up to 3e-5 each, enlarge rounding where gradients vanish: that of the keys' bias is 0
-            # but for rounding, so that it goes where chance wants.
+            # Sixty steps of Adam, up to 3e-5 each, amplify rounding where gradients vanish. That of the keys'
+            # bias is 0 up to rounding, so its direction is random.
             if isinstance(value, torch.Tensor) and not name.endswith("qkv.bias"):
                 assert (value - two[key][name]).abs().max() < 2e-4, name
     for name in ("loss", "features", "consistency", "distillation", "grad_norm"):

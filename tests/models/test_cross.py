@@ -1,4 +1,4 @@
-"""The cross-attention decoder: what a prediction depends on, which patches are predicted, and runs with it."""
+"""The cross-attention decoder: dependencies of a prediction, choice of predicted patches, and runs."""
 
 import json
 
@@ -33,7 +33,7 @@ def pretrain(folder, data, flags=""):
 
 
 def test_predictions_do_not_depend_on_one_another():
-    """Whatever else is asked for, a patch gets the same prediction (in float64, but for the order of sums)."""
+    """A patch has the same prediction whichever others are predicted (in float64, up to the order of sums)."""
     model, imgs, noise = made()
     every, some = (model.forward_pretrain(imgs, 0.75, noise, all_patches=all_patches) for all_patches in (True, False))
     assert some.pred.shape == (3, 12, 48) and every.pred.shape == (3, 16, 48)
@@ -46,8 +46,8 @@ def test_predictions_do_not_depend_on_one_another():
     torch.testing.assert_close(model.reconstruction_loss(few), model.patch_errors(some)[:, :5].mean())
 
 
-def test_a_query_sees_its_own_position_alone():
-    """No mixing among queries: the derivative of one output by another one's position is exactly zero."""
+def test_a_query_depends_on_its_own_position_alone():
+    """Queries do not mix: the derivative of one output with respect to another's position is exactly zero."""
     model, imgs, noise = made()
     out = model.forward_pretrain(imgs[:1], 0.75, noise[:1])
     table = model.decoder_pos_embed.requires_grad_()
@@ -59,7 +59,7 @@ def test_a_query_sees_its_own_position_alone():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_attention_is_that_of_torch(fused):
-    """torch's own multi-head attention with the same weights; rounding in float64."""
+    """Equal to torch's multi-head attention with the same weights, up to rounding in float64."""
     torch.manual_seed(0)
     ours, theirs = CrossAttention(12, 3).double(), nn.MultiheadAttention(12, 3, batch_first=True).double()
     ours.fused_attn = fused
@@ -75,8 +75,8 @@ def test_attention_is_that_of_torch(fused):
     torch.testing.assert_close(ours(x, memory), theirs(x, memory, memory)[0], rtol=1e-12, atol=1e-12)
 
 
-def test_names_of_its_own(image_folder, tmp_path):
-    """A file of one decoder is not taken for one of the other; its encoder serves both."""
+def test_decoders_have_different_tensor_names(image_folder, tmp_path):
+    """A checkpoint of one decoder is refused by the other; its encoder fits both."""
     saved = pretrain(tmp_path / "a", image_folder)
     decoder = {name.split(".")[0] for name in saved["model"] if "decoder" in name}
     assert "decoder_cross_blocks" in decoder and "decoder_blocks" not in decoder
@@ -85,15 +85,15 @@ def test_names_of_its_own(image_folder, tmp_path):
     load_into(build_model("mae_vit_micro_patch4", img_size=16), read_weights(tmp_path / "a" / "encoder.safetensors"))
 
 
-def test_by_chance_a_third(image_folder, tmp_path):
-    """A third of the removed patches by default, and each of them as often as another over epochs."""
+def test_a_random_third_is_predicted(image_folder, tmp_path):
+    """A third of the removed patches is predicted by default, each equally often over the epochs."""
     args = main_pretrain.get_args_parser().parse_args(f"{SMALL} --data_path {image_folder}".split())
     main_pretrain.check(args)
     model = main_pretrain.build(args.__class__(**vars(args) | {"input_size": 16}))
     out = model.forward_pretrain(torch.zeros(4000, 3, 16, 16), 0.75, torch.rand(4000, 16))
     assert out.ids_predicted.shape == (4000, 4)
     counts = out.ids_predicted.flatten().bincount(minlength=16)
-    assert (counts - 1000).abs().max() < 5 * (1000 * 0.75) ** 0.5  # five deviations of a binomial count
+    assert (counts - 1000).abs().max() < 5 * (1000 * 0.75) ** 0.5  # five standard deviations of a binomial count
 
 
 @pytest.mark.parametrize(
@@ -101,13 +101,13 @@ def test_by_chance_a_third(image_folder, tmp_path):
     ["--rc_mae --rc_mask different", "--mae_k 2", "--ema_mae --wse 0 --rc_mae", "--mlo_mae --mlo_labels same"],
 )
 def test_methods_run_with_it(image_folder, tmp_path, methods):
-    """With some patches predicted the loss is finite and every decoder weight moves."""
+    """With a part of the patches predicted the loss is finite, and every decoder weight moves."""
     saved = pretrain(tmp_path / "a", image_folder, methods + " --mlo_batch_size 8" * ("mlo" in methods))
     fresh = build_model("mae_vit_micro_patch4", img_size=16, decoder="cross").state_dict()
     assert set(fresh) == set(saved["model"])
     (row,) = [json.loads(line) for line in (tmp_path / "a" / "log.txt").read_text().splitlines()]
     assert row["train_loss"] > 0
-    # Keys and values alone have a bias that starts at zero and that a gradient reaches in every method.
+    # Only the bias of keys and values starts at zero and has a gradient in every method.
     moved = [name for name in fresh if name.startswith("decoder_cross_blocks") and name.endswith("kv.bias")]
     assert all(saved["model"][name].abs().sum() > 0 for name in moved) and len(moved) == 2
 
@@ -129,7 +129,7 @@ def test_refused(flags, words):
 
 @pytest.mark.parametrize("name, millions", [("1b", 1134), ("2b", 1889), ("6.5b", 6442)])
 def test_sizes_of_the_large_models(name, millions):
-    """12 D^2 a block and what else there is, on no device: 1B, 2B and 6.5B are what the names say."""
+    """12 D^2 weights a block and the rest, without memory: the models have 1B, 2B and 6.5B parameters, as named."""
     with torch.device("meta"):
         model = models_vit.MODELS[f"vit_{name}_patch14"](num_classes=0)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=2e-3)

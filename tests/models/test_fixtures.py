@@ -1,4 +1,4 @@
-"""Numbers of the reference implementations (`tests/fixtures`): networks, positions, schedules, optimizers."""
+"""Recorded numbers of the reference implementations (tests/fixtures): networks, positions, schedules, optimizers."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def mae_of(meta, dtype):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("name", ["mae_a", "mae_b", "mae_c"])
 def test_mae_float64(golden, name, trained):
-    """`trained`: the gradients of the pass that training makes, which predicts the removed patches alone."""
+    """`trained`: gradients of the training pass, which predicts the removed patches alone."""
     ref = golden(name)
     model = mae_of(ref.meta, torch.float64)
     model.load_state_dict(ref.group("sd/"), strict=True)
@@ -108,7 +108,7 @@ def test_layer_decay_groups(golden, name):
 
 
 def test_probe_crop_is_one_draw_cut_to_the_image():
-    """On a narrow image most draws do not fit: they are clamped to its width, where torchvision would draw again."""
+    """On a narrow image most draws do not fit: they are clamped to its width; torchvision would draw again."""
     from util.crop import RandomResizedCrop
 
     img = torch.zeros(3, 100, 20)

@@ -1,7 +1,7 @@
-"""The host never waits for the device inside a step: it would cost a GPU a tenth of its time on small models.
+"""The host never waits for the device inside a step: on small models that would cost a GPU a tenth of its time.
 
-On a GPU torch itself finds every wait. On a CPU the operations that would wait are counted: a number read from a
-tensor, and results whose size depends on the values.
+On a GPU torch reports every synchronisation. On a CPU the operations that would synchronise are counted: reading a
+number from a tensor, and results whose size depends on values.
 """
 
 from contextlib import contextmanager
@@ -14,16 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import main_pretrain
 from util.training.run import Run
 
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
 METHODS = ["--spike_factor 2", "--mae_k 1", "--ema_mae --wse 0 --ema_update step --rc_mae", "--dmae_teacher {teacher}"]
 
 
-class Waiting(TorchDispatchMode):
-    """Names of waiting operations on floating-point or index tensors, while `watching`."""
+class Synchronisations(TorchDispatchMode):
+    """Records the names of synchronising operations on floating-point or index tensors while `active`."""
 
     def __init__(self):
         super().__init__()
-        self.found, self.watching = [], False
+        self.names, self.active = [], False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
@@ -33,46 +33,46 @@ class Waiting(TorchDispatchMode):
             if isinstance(a, (list, tuple))
             for i in a
         )
-        if self.watching and (name in WAITS or by_mask):
-            self.found.append(name)
+        if self.active and (name in SYNCHRONISING or by_mask):
+            self.names.append(name)
         return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
-def watched(monkeypatch):
-    """Steps are watched, from their forward pass to what the methods do after them; reading the metrics is not, nor a
-    closer look once an epoch, whose time is not counted."""
-    waiting, batches, diagnostics, finish_step = Waiting(), Run.batches, Run.diagnostics, Run.finish_step
+def synchronisations(monkeypatch):
+    """Record operations of steps, from the forward pass to the methods' updates. Reading the metrics and the
+    diagnostics once an epoch, whose time does not count, are exempt."""
+    recorder, batches, diagnostics, finish_step = Synchronisations(), Run.batches, Run.diagnostics, Run.finish_step
 
-    def watch(on):
-        waiting.watching = on
+    def record(on):
+        recorder.active = on
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("error" if on else "default")
 
     def stepwise(self, header):
         for batch in batches(self, header):
-            watch(self.step > 0)  # what is made once, at the first step, may wait
+            record(self.step > 0)  # the first step may synchronise
             yield batch
-            watch(False)
+            record(False)
 
     def finish(self):
-        watch(False)
+        record(False)
         finish_step(self)
 
     @contextmanager
-    def unwatched(self):
-        before = waiting.watching
-        watch(False)
+    def exempt(self):
+        before = recorder.active
+        record(False)
         with diagnostics(self):
             yield
-        watch(before)
+        record(before)
 
     monkeypatch.setattr(Run, "batches", stepwise)
     monkeypatch.setattr(Run, "finish_step", finish)
-    monkeypatch.setattr(Run, "diagnostics", unwatched)
-    with waiting:
-        yield waiting
-    watch(False)
+    monkeypatch.setattr(Run, "diagnostics", exempt)
+    with recorder:
+        yield recorder
+    record(False)
 
 
 def pretrain(folder, data, flags):
@@ -84,7 +84,7 @@ def pretrain(folder, data, flags):
 
 
 @pytest.mark.parametrize("methods", METHODS)
-def test_no_step_waits(image_folder, tmp_path, watched, methods):
+def test_no_step_synchronises(image_folder, tmp_path, synchronisations, methods):
     if "teacher" in methods:
         pretrain(tmp_path / "t", image_folder, "")
     pretrain(
@@ -92,14 +92,14 @@ def test_no_step_waits(image_folder, tmp_path, watched, methods):
         image_folder,
         "--amp_dtype bf16 " + methods.format(teacher=tmp_path / "t/checkpoint-1.pth"),
     )
-    assert watched.found == []
+    assert synchronisations.names == []
 
 
-def test_the_watch_sees(image_folder, tmp_path, watched, monkeypatch):
-    """A number read in the middle of a step is found."""
+def test_a_synchronisation_is_recorded(image_folder, tmp_path, synchronisations, monkeypatch):
+    """A number read in the middle of a step is recorded."""
     original = Run.backward
     monkeypatch.setattr(
         Run, "backward", lambda self, losses, batch: (sum(losses.values()).item(), original(self, losses, batch))
     )
     pretrain(tmp_path, image_folder, "")
-    assert set(watched.found) == {"_local_scalar_dense"} and len(watched.found) == 11
+    assert set(synchronisations.names) == {"_local_scalar_dense"} and len(synchronisations.names) == 11

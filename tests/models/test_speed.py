@@ -1,4 +1,4 @@
-"""What is faster must be what was computed before: attention, checkpointing, compiled blocks; FLOPs are counted."""
+"""Faster variants compute the same: attention, gradient checkpointing, compiled blocks. FLOPs are counted right."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def test_auto_attention_is_matrix_products_in_bf16_on_a_cpu():
 
 @pytest.mark.parametrize("change", ["matmul", "grad_checkpoint"])
 def test_same_gradients(double, change):
-    """Rounding alone, in float64."""
+    """Gradients differ by rounding alone, in float64."""
     model, imgs, noise = double
     before = gradients(model, imgs, noise)
     for module in model.modules():
@@ -71,12 +71,12 @@ def test_same_gradients(double, change):
             module.fused_attn = True
     assert set(before) == set(after)
     assert largest_difference(before, after) < 1e-12
-    assert change == "grad_checkpoint" or not same_tensors(before, after)  # it did something
+    assert change == "grad_checkpoint" or not same_tensors(before, after)  # the change has an effect
 
 
 @pytest.mark.parametrize("pieces", [PIECES[:count] for count in range(len(PIECES) + 1)], ids=str)
-def test_every_piece_of_the_step_is_exact(double, pieces):
-    """Loss and gradients of the step by the book, with one piece of ours after the other: rounding in float64."""
+def test_every_change_of_the_step_is_exact(double, pieces):
+    """Loss and gradients of the textbook step equal those with each of our changes, up to rounding in float64."""
     model, imgs, noise = double
     ours = gradients(model, imgs, noise)
     loss = model.reconstruction_loss(model.forward_pretrain(imgs, 0.75, noise))
@@ -90,14 +90,14 @@ def test_every_piece_of_the_step_is_exact(double, pieces):
 
 
 def test_images_of_another_size_are_refused():
-    """As many pixels in another order must not pass."""
+    """An image with the same number of pixels in another shape is refused."""
     model = build_model("mae_vit_micro_patch4", img_size=(16, 24))
     with pytest.raises(ValueError, match=r"images are \(3, 24, 16\), .* the model takes \(3, 16, 24\)"):
         model(torch.zeros(1, 3, 24, 16))
 
 
 def test_grad_checkpoint_keeps_less(double):
-    """Between forward and backward: what autograd saves beside the weights."""
+    """Autograd keeps fewer bytes, weights excluded, between forward and backward pass."""
     model, imgs, noise = double
     kept = {}
     for on in (False, True):
@@ -117,7 +117,7 @@ def test_grad_checkpoint_keeps_less(double):
 
 @pytest.fixture
 def recomputed(monkeypatch):
-    """How many blocks were given to checkpoint()."""
+    """The number of blocks passed to checkpoint()."""
     calls = []
     original = kernels.checkpoint
     monkeypatch.setattr(kernels, "checkpoint", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
@@ -126,7 +126,7 @@ def recomputed(monkeypatch):
 
 @pytest.mark.parametrize("methods", ["", "--rc_mae --ema_mae --wse 0"])
 def test_checkpointed_run_is_the_same(image_folder, tmp_path, methods, recomputed):
-    """Bit for bit: the same products are computed, once more."""
+    """Equal bit for bit: the same products are computed a second time."""
     common = f"--data_path {image_folder} --amp_dtype fp32 {methods}"
     plain, again = (
         pretrain(tmp_path / name, f"{common} {flag}") for name, flag in (("a", ""), ("b", "--grad_checkpoint"))
@@ -136,7 +136,7 @@ def test_checkpointed_run_is_the_same(image_folder, tmp_path, methods, recompute
 
 
 def test_finetuning_checkpointed_is_the_same(image_folder, tmp_path, recomputed):
-    """With drop path, whose random numbers must be drawn alike the second time."""
+    """With drop path, whose random numbers must be equal the second time."""
     common = (
         f"--model vit_micro_patch4 --input_size 16 --data_path {image_folder} --aug crop --num_workers 0 "
         f"--epochs 1 --warmup_epochs 0 --lr 1e-3 --batch_size 16 --drop_path 0.3 --amp_dtype fp32"
@@ -151,14 +151,14 @@ def test_finetuning_checkpointed_is_the_same(image_folder, tmp_path, recomputed)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("methods", ["--rc_mae --log_grad_cosine 2", "--mlo_mae --mlo_labels same --mlo_batch_size 8"])
 def test_compiled_run_is_the_same(image_folder, tmp_path, methods):
-    """fp32: compiled kernels add in another order, and where a gradient is nothing but rounding AdamW makes whole steps
-    of 1e-3 of it (biases of keys, which softmax does not see): half a step at the most, next to nothing on average.
-    With the look at gradients, which goes through a compiled graph twice."""
+    """fp32: compiled kernels add in another order. Where a gradient is rounding only (the keys' bias, to which softmax
+    is invariant), AdamW makes steps of 1e-3 of it: at most half a step of difference, almost none on average. With
+    gradient diagnostics, which run a compiled graph twice."""
     torch._dynamo.utils.counters.clear()
     common = f"--data_path {image_folder} --amp_dtype fp32 {methods}"
     plain, compiled = (pretrain(tmp_path / name, f"{common} {flag}") for name, flag in (("a", ""), ("b", "--compile")))
     assert list(plain) == list(compiled)
-    assert torch._dynamo.utils.counters["frames"]["ok"] > 0  # something was compiled
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0  # blocks were compiled
     assert largest_difference(plain, compiled) < 5e-4
     differences = torch.cat([(plain[name] - compiled[name]).abs().flatten() for name in plain])
     assert differences.mean() < 1e-6, differences.mean()
@@ -166,9 +166,9 @@ def test_compiled_run_is_the_same(image_folder, tmp_path, methods):
 
 
 def closed_formula(model, images, mask_ratio, decoder_patches):
-    """FLOPs of a training step of MAE: 24 D^2 per token and block (6 of them queries, keys and values), 4 T D per token
-    for attention; thrice, for forward and backward. The patch kernel needs no gradient of its input, and the decoder
-    ends with `decoder_patches`."""
+    """Return the FLOPs of a training step of MAE: 24 D^2 per token and block (6 D^2 of them for queries, keys and
+    values) and 4 T D per token for attention, three times, for forward and backward pass. The patch embedding needs no
+    gradient of its input, and the decoder predicts `decoder_patches`."""
     length, width = model.patch_embed.num_patches, model.cls_token.shape[-1]
     narrow, pixels = model.mask_token.shape[-1], model.decoder_pred.out_features
     visible = int(length * (1 - mask_ratio))
@@ -178,7 +178,7 @@ def closed_formula(model, images, mask_ratio, decoder_patches):
 
     per_image = 3 * blocks(1 + visible, width, len(model.blocks))
     per_image += 3 * blocks(1 + length, narrow, len(model.decoder_blocks) - 1)
-    # The last one: keys and values of all, the rest for the predicted ones.
+    # The last block: keys and values of all tokens, the rest for predicted ones only.
     per_image += 3 * ((1 + length) * 6 * narrow**2 + decoder_patches * (18 * narrow**2 + 4 * (1 + length) * narrow))
     per_image += 2 * 2 * visible * pixels * width
     per_image += 3 * 2 * (1 + visible) * width * narrow + 3 * 2 * decoder_patches * narrow * pixels
@@ -197,7 +197,7 @@ def test_flops_are_those_of_the_formula(fused):
 
 
 def test_log_mfu(image_folder, tmp_path):
-    """It is logged, plausible, and changes no number of the run, the generators among them."""
+    """The logged MFU is plausible, and logging changes no number of the run, random states included."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     common = f"--data_path {image_folder} --amp_dtype fp32"

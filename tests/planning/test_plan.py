@@ -1,4 +1,4 @@
-"""Predicted memory and FLOPs against what steps of the real code allocate and compute; the plan made from them."""
+"""Predicted memory and FLOPs against measurements of real training steps; and the plan that follows from them."""
 
 import argparse
 import sys
@@ -42,7 +42,7 @@ def model_of(config: dict, setup: Setup):
 
 
 def kept(model, setup: Setup) -> int:
-    """Bytes of all storages that autograd keeps between forward and backward, each counted once."""
+    """Return the bytes of all storages that autograd keeps between forward and backward pass, each counted once."""
     storages = {}
 
     def pack(x):
@@ -60,9 +60,9 @@ def kept(model, setup: Setup) -> int:
 @pytest.mark.parametrize("again", [False, True], ids=["", "grad_checkpoint"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "matmul"])
 @pytest.mark.parametrize("element", [4, 2], ids=["fp32", "bf16"])
-def test_what_is_kept_for_the_backward_pass(element, fused, again):
-    """Per image: the difference between two batch sizes, in which weights and their bf16 copies cancel. The loss keeps
-    a number or two for a whole batch, nothing else is left out: to 0.1 %."""
+def test_bytes_kept_for_the_backward_pass(element, fused, again):
+    """Bytes per image to 0.1 %: the difference between two batch sizes, in which weights and their bf16 copies cancel.
+    Only the few numbers that the loss keeps for a whole batch are left out."""
     few, more = (Setup(batch, element=element, fused=fused, grad_checkpoint=again) for batch in (2, 5))
     model = model_of(MICRO, few)
     per_image = (kept(model, more) - kept(model, few)) / 3
@@ -84,7 +84,7 @@ def test_weights_are_those_of_the_models():
 @pytest.mark.parametrize("teacher", ["none", "encoder", "autoencoder"])
 @pytest.mark.parametrize("again", [False, True], ids=["", "grad_checkpoint"])
 def test_flops_are_those_that_torch_counts(teacher, again):
-    """Of matrix products, exactly; the head of MAE-K is a product more than the formula has, below 1 %."""
+    """FLOPs of matrix products are exact, except for the head of MAE-K, a product of below 1 % outside the formula."""
     setup = Setup(3, element=4, grad_checkpoint=again, teacher=teacher)
     step = memory.Step(options("fp32"), setup, MICRO)
     with flop_counter() as counter:
@@ -98,8 +98,8 @@ DEEP = MICRO | {"depth": 24, "decoder_depth": 6}
 
 
 def agree(setup: Setup, config: dict, tolerance: float = 0.05) -> str:
-    """The moment of the peak. The aim is 15 %. Measured are 1 % at the most: 5 % is room for another version of torch,
-    and less than any part that could be forgotten."""
+    """Compare predicted and measured peak. The aim is 15 %, measured is at most 1 %; a tolerance of 5 % allows for
+    other versions of torch, and is less than any part that could be missing."""
     dtype = {size.itemsize: name for name, size in DTYPES.items() if name != "fp16"}[setup.element]
     moment, predicted, measured = memory.compared(options(dtype), setup, config)
     assert predicted == pytest.approx(measured, rel=tolerance)
@@ -125,7 +125,7 @@ def test_peak_with_a_teacher(teacher):
 
 
 def test_peak_of_an_accumulated_step():
-    """Gradients of the first micro-batch are there while the second one is at its peak."""
+    """The gradients of the first micro-batch exist during the peak of the second."""
     one, two = (Setup(16, accum=accum, element=2, fused=False) for accum in (1, 2))
     agree(two, TINY)
     less, more = (sum(peak(sizes_of(TINY), setup)[1].values()) for setup in (one, two))
@@ -134,14 +134,14 @@ def test_peak_of_an_accumulated_step():
 
 @pytest.fixture
 def alone():
-    """A process group of one."""
+    """A process group of one process."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
 def test_peak_under_ddp(alone, monkeypatch):
-    """The buckets of one process are those of many. Gradients are there all the time, once."""
+    """One process has the same buckets as several. Gradients exist all the time, once."""
     measured, predicted = memory.measured(memory.Step(options("bf16"), Setup(16, fused=False), TINY)), {}
     for gpus in (2, 8):
         predicted[gpus] = sum(peak(sizes_of(TINY), Setup(16, gpus=gpus, fused=False))[1].values())
@@ -154,21 +154,21 @@ def test_peak_under_ddp(alone, monkeypatch):
 def test_sharded_memory_shrinks_with_the_processes():
     sharded = [peak(LARGEST, Setup(1, gpus=gpus, fsdp=True))[1] for gpus in (8, 64)]
     assert sharded[0]["weights"] + sharded[0]["AdamW"] == 8 * (sharded[1]["weights"] + sharded[1]["AdamW"])
-    # Between epochs every process holds all weights in bf16, which outweighs a block or two.
+    # Between epochs every process holds all weights in bf16, more than a block or two.
     moment, held = peak(LARGEST, Setup(1, gpus=512, fsdp=True))
     assert moment == "between epochs" and held["gathered"] == 2 * (learned(LARGEST) + LARGEST.frozen)
     assert sum(peak(LARGEST, Setup(1, gpus=64))[1].values()) > 16 * learned(LARGEST)  # fp32 weights, gradients, AdamW
 
 
 def test_traffic():
-    """Against counting what leaves a process in a ring: N - 1 messages of 1/N for each of gather and reduce-scatter."""
+    """Against the count for a ring: gather and reduce-scatter send N - 1 messages of 1/N each."""
     gpus, weights = 4, learned(LARGE)
     pieces = (gpus - 1) * weights / gpus
     assert traffic(LARGE, Setup(1, gpus=gpus)) == pytest.approx(pieces * 4 + pieces * 4)
     assert traffic(LARGE, Setup(1, gpus=gpus, fsdp=True)) == pytest.approx(2 * pieces * 2 + pieces * 4)
     assert traffic(LARGE, Setup(1)) == 0
     teacher = traffic(LARGE, Setup(1, gpus=gpus, fsdp=True, teacher="autoencoder"))
-    assert teacher == pytest.approx(2 * pieces * 2 + pieces * 4 + pieces * 2, rel=1e-2)  # position tables beside
+    assert teacher == pytest.approx(2 * pieces * 2 + pieces * 4 + pieces * 2, rel=1e-2)  # and position tables
 
 
 def test_time_is_arithmetic_where_nothing_else_is_slow():
@@ -178,7 +178,7 @@ def test_time_is_arithmetic_where_nothing_else_is_slow():
     assert time.limit == "compute"
     assert time.step == pytest.approx(128 * sum(flops_per_image(LARGE, setup).values()) / 700e12, rel=1e-4)
     slow = seconds(LARGE, setup, replace(ideal, network=10))
-    # Hidden behind at most the backward pass of one micro-batch of four: two thirds of a quarter.
+    # At most hidden behind the backward pass of one micro-batch of four: two thirds of a quarter.
     assert slow.exposed == pytest.approx(traffic(LARGE, setup) / 10e9 - time.step / 4 * 2 / 3, rel=1e-2)
     assert slow.limit == "communication"
     assert seconds(LARGE, setup, replace(ideal, cores=1)).limit == "data"
@@ -190,23 +190,23 @@ def test_time_is_arithmetic_where_nothing_else_is_slow():
 @pytest.mark.parametrize("gpus", [1, 8, 64])
 @pytest.mark.parametrize("sizes", [LARGE, LARGEST], ids=["large", "6.5b"])
 def test_plan_fits_and_is_the_fastest(sizes, gpus):
-    """Against trying every candidate; more memory never makes it slower."""
+    """The plan is the best of all candidates; more memory never makes it slower."""
     times = []
     for gpu_mem in (16.0, 80.0, 1000.0):
         machine = Machine(gpu_mem=gpu_mem)
-        found = plan(sizes, machine, 4096, gpus)
-        setup = found.setup
+        result = plan(sizes, machine, 4096, gpus)
+        setup = result.setup
         assert setup.batch * setup.accum * setup.gpus == 4096 and (setup.gpus > 1 or not setup.fsdp)
         every = [(sum(peak(sizes, s)[1].values()), s) for s in candidates(4096, gpus)]
         fitting = [seconds(sizes, s, machine).step for size, s in every if size <= machine.usable]
-        assert found.fits == bool(fitting) == (found.gib <= gpu_mem)
-        if found.fits:
-            assert found.time.step <= 1.05 * min(fitting)
+        assert result.fits == bool(fitting) == (result.gib <= gpu_mem)
+        if result.fits:
+            assert result.time.step <= 1.05 * min(fitting)
             times.append(min(fitting))
     assert times == sorted(times, reverse=True)
 
 
-def test_plan_takes_what_memory_asks_for():
+def test_plan_by_available_memory():
     assert plan(LARGE, Machine(), 4096, 8).setup.name == "ddp"
     assert plan(LARGEST, Machine(), 4096, 8).setup.name == "fsdp"
     assert plan(LARGE, Machine(gpu_mem=8), 4096, 1).fits
@@ -227,7 +227,7 @@ def test_the_command_is_one_that_the_main_takes(capsys):
     args = main_pretrain.get_args_parser().parse_args(flags)
     main_pretrain.check(args)
     assert args.batch_size * args.accum_iter * 16 == 4096 and args.input_size == [448] and args.epochs == 100
-    # The lines of the memory's parts add up to what it says (each rounded to 0.005).
+    # The parts of the memory add up to the printed sum (each rounded to 0.005).
     lines = [line.split() for line in report.splitlines() if line.startswith(" " * 16)]
     total = float(report.split("memory ")[1].split()[0])
     assert sum(float(words[0]) for words in lines) == pytest.approx(total, abs=0.005 * len(lines) + 0.05)
@@ -235,9 +235,9 @@ def test_the_command_is_one_that_the_main_takes(capsys):
 
 
 def test_hours(capsys):
-    """800 epochs of whole steps."""
-    found = plan(LARGE, Machine(), 4096, 8)
-    assert found.hours(800, 1281167) == pytest.approx(800 * (1281167 // 4096) * found.time.step / 3600)
+    """Hours of 800 epochs of whole steps."""
+    result = plan(LARGE, Machine(), 4096, 8)
+    assert result.hours(800, 1281167) == pytest.approx(800 * (1281167 // 4096) * result.time.step / 3600)
     run("mae_vit_large_patch16 mae_vit_6.5b_patch14 --gpus 1 8 --gpu_mem 40")
     rows = capsys.readouterr().out.splitlines()[2:]
     assert len(rows) == 4 and "does not fit" in rows[2] and "fsdp" in rows[3]

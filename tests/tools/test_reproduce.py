@@ -1,4 +1,4 @@
-"""A paper's table beside ours: made-up ledgers with known answers, and published numbers that fit the sweeps."""
+"""A paper's table beside ours: synthetic ledgers with known answers, and published numbers that match the sweeps."""
 
 import csv
 import json
@@ -43,8 +43,8 @@ PRETRAINED = {
 
 
 def write(folder, accuracy=50.0, seed=0, pretrained=(), images=100000, revision="abc", **flags):
-    """A line as main_finetune writes it for the Tiny ImageNet report, in its own setting but for `flags` and those of
-    its pretraining (None: there was none)."""
+    """Write a line as main_finetune.py does for the Tiny ImageNet report, in its setting except for `flags` and those
+    of its pretraining (None: no pretraining)."""
     source = None
     if pretrained is not None:
         source = {"path": "x", "flags": PRETRAINED | dict(pretrained) | {"seed": seed}, "source": None}
@@ -64,7 +64,7 @@ def write(folder, accuracy=50.0, seed=0, pretrained=(), images=100000, revision=
 
 
 def table(out, paper="dmae", runs=("mask75",)) -> dict:
-    """{(run, metric): row}."""
+    """Return {(run, metric): row}."""
     rows = reproduce.main(reproduce.get_args_parser().parse_args([str(out), "--paper", paper, "--runs", *runs]))
     return {(row.run, row.metric): row for row in rows}
 
@@ -73,7 +73,8 @@ def table(out, paper="dmae", runs=("mask75",)) -> dict:
 
 
 def test_mean_deviation_and_published(tmp_path, capsys):
-    """By hand; eight processes of 16 images make up the paper's batch, as do two accumulated ones of 64."""
+    """Against a direct computation. Eight processes of 16 images, or two accumulated batches of 64, are the paper's
+    batch."""
     for seed, accuracy in enumerate([70.0, 72.0, 74.0]):
         write(tmp_path / f"finetune-mask75-seed{seed}", accuracy, seed)
         write(tmp_path / f"finetune_small-mask75-seed{seed}", accuracy - 10, seed, aug_preset="small")
@@ -98,7 +99,8 @@ def test_mean_deviation_and_published(tmp_path, capsys):
 
 
 def test_what_differs_is_named(tmp_path):
-    """Of the run, of its pretraining, and what follows from a flag: batch, decoder and patches of another model."""
+    """Differences of the run, of its pretraining, and those implied by a flag: batch, decoder and patches of another
+    model."""
     write(
         tmp_path / "finetune-mask75-seed0",
         pretrained={"epochs": 20, "world_size": 4, "model": "mae_vit_micro_patch4"},
@@ -132,7 +134,8 @@ def test_a_reader_of_folders_does_not_name_its_set(tmp_path):
 
 
 def test_a_run_of_its_own_setting(tmp_path):
-    """What the paper does in one run is no difference there, but one elsewhere; no pretraining is not compared."""
+    """A setting that the paper uses in one run is a difference in the other runs only; missing pretraining is not
+    compared."""
     write(tmp_path / "finetune-mask50-seed0", pretrained={"mask_ratio": 0.5})
     write(tmp_path / "finetune-mask75-seed0", pretrained={"mask_ratio": 0.5})
     write(tmp_path / "finetune-scratch-seed0", pretrained=None)
@@ -143,7 +146,7 @@ def test_a_run_of_its_own_setting(tmp_path):
 
 
 def test_what_is_missing_and_what_has_no_number(tmp_path, capsys):
-    """A run of ours that the paper gives nothing of is marked; one that neither has is left out."""
+    """A run without a published number is marked; a run without any number is left out."""
     write(tmp_path / "finetune-dmae90-seed0", pretrained={"mask_ratio": 0.9})
     rows = table(tmp_path, runs=["mask75", "mask90", "dmae75", "dmae90"])
     assert list(rows) == [
@@ -153,10 +156,10 @@ def test_what_is_missing_and_what_has_no_number(tmp_path, capsys):
         ("dmae75", "finetune:test_acc1"),
         ("dmae90", "finetune:test_acc1"),
     ]
-    said = capsys.readouterr().out
-    assert "| mask75 | fine-tuned | missing | 72.58 | Table 1 |  |" in said
-    assert "| mask90 | fine-tuned | missing | below mask75 | Section 8 |  |" in said
-    assert "| dmae90 | fine-tuned | 50.00 (n = 1) | no number |  |" in said
+    output = capsys.readouterr().out
+    assert "| mask75 | fine-tuned | missing | 72.58 | Table 1 |  |" in output
+    assert "| mask90 | fine-tuned | missing | below mask75 | Section 8 |  |" in output
+    assert "| dmae90 | fine-tuned | 50.00 (n = 1) | no number |  |" in output
 
 
 def test_nothing_there_yet(tmp_path):
@@ -165,7 +168,7 @@ def test_nothing_there_yet(tmp_path):
 
 
 def test_code_that_changed_between_seeds(tmp_path):
-    """It is averaged all the same, and said; seeds that differ in a flag are not averaged."""
+    """Such seeds are averaged with a note; seeds that differ in a flag are not averaged."""
     for seed in (0, 1):
         write(tmp_path / f"finetune-mask75-seed{seed}", 70.0, seed, revision=f"r{seed}")
     assert table(tmp_path)["mask75", "finetune:test_acc1"].differs == ["2 revisions of the code"]
@@ -191,11 +194,11 @@ def test_mistakes(tmp_path, flags, message):
         reproduce.main(reproduce.get_args_parser().parse_args(flags.format(out=tmp_path).split()))
 
 
-# The published numbers fit the sweeps ---------------------------------------------------------------------------------
+# The published numbers match the sweeps -------------------------------------------------------------------------------
 
 
 def listed(paper: str, *flags) -> set[str]:
-    """The runs of a sweep; of RC-MAE's the teachers, too."""
+    """Return the runs of a sweep; for RC-MAE with the teachers."""
     name, _, setting = paper.partition("/")
     env = {**os.environ, "PYTHON": "true", "GPUS": "1", "SET": setting or "cifar10", "TEACHER": "t"}
     command = ["bash", str(ROOT / "scripts" / name / "sweep.sh"), "--list", *flags]
@@ -219,7 +222,7 @@ def test_every_published_run_is_one_of_the_sweep(paper):
 
 @pytest.mark.parametrize("paper", PAPERS)
 def test_every_setting_is_a_flag(paper):
-    """Of the pretraining or of fine-tuning, or one of the names that stand for several flags."""
+    """Every setting is a flag of pretraining or of fine-tuning, or a name for several flags."""
     mains = (main_pretrain, main_finetune)
     flags = {main: {action.dest for action in main.get_args_parser()._actions} for main in mains}
     settings = [PAPERS[paper]["setting"], *PAPERS[paper]["metrics"].values()]

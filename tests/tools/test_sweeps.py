@@ -1,4 +1,4 @@
-"""The papers' sweeps, with a stand-in for python that only leaves behind what the mains leave behind."""
+"""The papers' sweeps, with a stand-in for python that only writes the files of the mains."""
 
 import argparse
 import os
@@ -39,7 +39,7 @@ esac
 
 @pytest.fixture
 def sweep(tmp_path):
-    """-> start(name, *arguments): exit status, what it says, the commands it started."""
+    """A function start(name, *arguments) that returns exit code, output, and the started commands."""
     stand_in = tmp_path / "python"
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
@@ -67,16 +67,16 @@ def sweep(tmp_path):
 
 
 def test_stopped_and_started_again(sweep, tmp_path):
-    """A main that was stopped exits with 0 too: its run is not taken for finished. What is finished is not redone."""
+    """A stopped main also exits with 0, but its run does not count as finished. Finished runs are not repeated."""
     out = str(tmp_path / "out")
     flags = (out, "--cpu_small", "--only", "mae k10")
     (tmp_path / "stop").touch()
-    code, said, calls = sweep("bootstrap_mae", *flags)
-    assert code == 1 and "stopped before" in said and "start the sweep again" in said
+    code, output, calls = sweep("bootstrap_mae", *flags)
+    assert code == 1 and "stopped before" in output and "start the sweep again" in output
     assert [call[0] for call in calls] == ["main_pretrain.py", "main_linprobe.py", "knn.py", "main_finetune.py"]
     (tmp_path / "stop").unlink()
-    code, said, calls = sweep("bootstrap_mae", *flags)
-    assert code == 0, said
+    code, output, calls = sweep("bootstrap_mae", *flags)
+    assert code == 0, output
     names = [call[0] for call in calls]
     assert names == ["main_finetune.py"] + [
         "main_pretrain.py",
@@ -96,7 +96,7 @@ RUNS = {
     "mlo_mae": "mae mlo unroll1 unroll5 mae-patch4 patch4 mae-patch8 patch8 ratio60 ratio80 ratio90 every5 blo "
     "finetuned curriculum",
 }
-# Runs that a smaller budget leaves out, and those it has in their place.
+# Runs that a smaller budget leaves out, and those that replace them.
 LEFT_OUT = {
     ("bootstrap_mae", "cpu_small"): {"wse50"},
     ("bootstrap_mae", "gpu_hour"): {"k1"},
@@ -116,10 +116,10 @@ LENGTHS = {
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("budget", WHERE)
 def test_every_command_is_legal(sweep, tmp_path, name, budget):
-    """All runs of the paper are there, and the mains understand what they are started with."""
+    """The sweep has all runs of the paper, and the mains accept its flags."""
     where = [word.format(tmp_path) for word in WHERE[budget]]
-    code, said, calls = sweep(name, str(tmp_path / "out"), *where, TEACHER="teacher.pth", GPUS="1")
-    assert code == 0, said
+    code, output, calls = sweep(name, str(tmp_path / "out"), *where, TEACHER="teacher.pth", GPUS="1")
+    assert code == 0, output
     parsers = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune, "main_linprobe.py": main_linprobe}
     pretrained, seen = set(), set()
     for main, *flags in calls:
@@ -129,7 +129,7 @@ def test_every_command_is_legal(sweep, tmp_path, name, budget):
         parsers[main].check(args)
         run = args.output_dir.split("/")[-1].removesuffix("-seed0")
         seen.add(run)
-        assert not (getattr(args, "cache_features", False) and args.resume)  # which the probe refuses
+        assert not (getattr(args, "cache_features", False) and args.resume)  # the probe refuses it
         if main == "main_pretrain.py" and run != "teacher":
             pretrained.add(run)
             enabled_methods(args, METHODS)
@@ -156,11 +156,11 @@ def test_an_hour_keeps_the_shares_of_the_paper(sweep, tmp_path):
 
 
 def test_an_hour_is_too_short(sweep, tmp_path):
-    """Where a table does not fit, whatever the model."""
+    """Some tables do not fit into an hour with any model."""
     where = (str(tmp_path / "out"), "--gpu_hour", "--data", str(tmp_path))
     for name, script, environment in (("mlo_mae", "sweep", {"SET": "imagenet"}), ("maws", "scaling", {})):
-        code, said, calls = sweep(name, *where, script=script, **environment)
-        assert code == 2 and "--gpu_hour" in said and not calls
+        code, output, calls = sweep(name, *where, script=script, **environment)
+        assert code == 2 and "--gpu_hour" in output and not calls
 
 
 def test_more_processes_keep_the_papers_batch(sweep, tmp_path):
@@ -185,23 +185,23 @@ def test_more_processes_keep_the_papers_batch(sweep, tmp_path):
     ],
 )
 def test_mistakes(sweep, arguments, message):
-    code, said, calls = sweep("bootstrap_mae", *arguments)
-    assert code == 2 and message in said and not calls
+    code, output, calls = sweep("bootstrap_mae", *arguments)
+    assert code == 2 and message in output and not calls
 
 
 def test_dmae_without_a_teacher(sweep, tmp_path):
-    code, said, calls = sweep(
+    code, output, calls = sweep(
         "dmae", str(tmp_path / "out"), "--data", str(tmp_path), "--only", "mask75 dmae75", TEACHER=""
     )
-    assert code == 0 and "name its teacher" in said
+    assert code == 0 and "name its teacher" in output
     assert not any("--dmae_teacher" in call for call in calls)
 
 
 @pytest.mark.parametrize("setting,batch,epochs", [("cifar100", 128, 200), ("imagenet", 256, 50)])
 def test_other_settings_of_learned_masks(sweep, tmp_path, setting, batch, epochs):
     where = ("--data", str(tmp_path), "--only", "mlo")
-    code, said, calls = sweep("mlo_mae", str(tmp_path / "out"), *where, SET=setting, GPUS="1")
-    assert code == 0, said
+    code, output, calls = sweep("mlo_mae", str(tmp_path / "out"), *where, SET=setting, GPUS="1")
+    assert code == 0, output
     args = main_pretrain.get_args_parser().parse_args(calls[0][1:])
     main_pretrain.check(args)
     assert (args.batch_size, args.epochs, args.mlo_unroll) == (batch, epochs, 1 if setting == "imagenet" else 2)
@@ -209,7 +209,7 @@ def test_other_settings_of_learned_masks(sweep, tmp_path, setting, batch, epochs
 
 @pytest.fixture
 def cifar10(tmp_path):
-    """Its class folders, with an image each."""
+    """The class folders of CIFAR-10 with one image each."""
     for split in ("train", "val"):
         for name in "airplane automobile bird cat deer dog frog horse ship truck".split():
             (tmp_path / "cifar10" / split / name).mkdir(parents=True)
@@ -218,21 +218,22 @@ def cifar10(tmp_path):
 
 
 def parsed(calls):
-    """(main, flags) of the mains among the commands, as they understand them."""
+    """Return (main, parsed flags) of the mains among the commands."""
     mains = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune, "main_linprobe.py": main_linprobe}
-    found = [(name, mains[name].get_args_parser().parse_args(flags)) for name, *flags in calls if name in mains]
-    for name, args in found:
+    parsed_calls = [(name, mains[name].get_args_parser().parse_args(flags)) for name, *flags in calls if name in mains]
+    for name, args in parsed_calls:
         mains[name].check(args)
-    return found
+    return parsed_calls
 
 
 @pytest.mark.parametrize("budget", WHERE)
 def test_three_stages(sweep, tmp_path, cifar10, budget):
-    """Each initialisation and length of WSP: MAE made once for all lengths, every stage from the one before."""
+    """Each initialisation and length of WSP: one MAE serves all lengths, and every stage starts from the previous
+    one."""
     out, where = tmp_path / "out", ["--data", str(cifar10), *([] if budget == "paper" else [f"--{budget}"])]
     lists = {"WEAK": "w", "WEAK_LIST": "a", "WEAK_VAL": "b", "MAE_EPOCHS": "10", "WSP_EPOCHS": "0.5 1", "GPUS": "1"}
-    code, said, calls = sweep("maws", str(out), *where, **lists)
-    assert code == 0, said
+    code, output, calls = sweep("maws", str(out), *where, **lists)
+    assert code == 0, output
     runs = parsed(calls)
     mae = {args.output_dir.split("/")[-1]: args.epochs for name, args in runs if name == "main_pretrain.py"}
     assert mae == {"mae0.1-seed0": 1, "mae0.5-seed0": 5, "mae1-seed0": 10}
@@ -244,15 +245,17 @@ def test_three_stages(sweep, tmp_path, cifar10, budget):
     tuned = [args for name, args in runs if name != "main_pretrain.py" and args not in weak]
     assert len(tuned) == 16 and {args.finetune.rsplit("/", 1)[0] for args in tuned} == {a.output_dir for a in weak}
     assert sum(call[0] == "fewshot.py" for call in calls) == 8 and sum("--plot" in call for call in calls) == 3
-    assert not [call for call in sweep("maws", str(out), *where, **lists)[2] if call[0] != "collect.py"]  # all is there
+    assert not [
+        call for call in sweep("maws", str(out), *where, **lists)[2] if call[0] != "collect.py"
+    ]  # nothing is missing
 
 
 def test_scaling_grid(sweep, tmp_path, cifar10):
-    """Smaller shares are parts of larger ones, in an order that is always the same; the steps are equal."""
+    """Smaller shares are subsets of larger ones, in a fixed order; the numbers of steps are equal."""
     where = [str(tmp_path / "out"), "--data", str(cifar10), "--cpu_small"]
-    code, said, calls = sweep("maws", *where, script="scaling", SHARES="0.5 1", STEPS="7")
-    # The small set takes the first 500 images of a class: here the one there is.
-    assert code == 0, said
+    code, output, calls = sweep("maws", *where, script="scaling", SHARES="0.5 1", STEPS="7")
+    # The small set takes the first 500 images of a class; here a class has one.
+    assert code == 0, output
     runs = [args for name, args in parsed(calls) if name == "main_pretrain.py"]
     assert {(args.model, args.max_steps) for args in runs} == {("mae_vit_micro_patch4", 7), ("mae_deit_tiny_patch4", 7)}
     half, whole = ((tmp_path / "out" / "lists" / f"{share}.txt").read_text().split() for share in ("0.5", "1"))
@@ -264,14 +267,14 @@ def test_scaling_grid(sweep, tmp_path, cifar10):
     "arguments,message",
     [
         (("OUT", "--cpu_small"), "--cpu_small needs --data CIFAR10"),
-        (("OUT", "--gpu_hour", "--data", "/"), "--gpu_hour wants CIFAR-10 as class folders"),
+        (("OUT", "--gpu_hour", "--data", "/"), "--gpu_hour needs CIFAR-10 as class folders"),
         (("OUT", "--cpu_small", "--data", "/"), "has no train/airplane/"),
         (("OUT", "--data", "x"), "the folder of the images with hashtags"),
     ],
 )
 def test_mistakes_of_three_stages(sweep, arguments, message):
-    code, said, calls = sweep("maws", *arguments)
-    assert code != 0 and message in said and not calls
+    code, output, calls = sweep("maws", *arguments)
+    assert code != 0 and message in output and not calls
 
 
 # A paper's table ------------------------------------------------------------------------------------------------------
@@ -279,13 +282,13 @@ def test_mistakes_of_three_stages(sweep, arguments, message):
 
 @pytest.mark.parametrize("budget", WHERE)
 def test_a_table_is_its_sweep_and_then_the_comparison(sweep, tmp_path, budget):
-    """What the sweep itself would start; then the table of all runs, though only one was wanted."""
+    """The commands of the sweep, then the table of all runs, even with --only."""
     out, where = tmp_path / "out", [word.format(tmp_path) for word in WHERE[budget] if word != f"--{budget}"]
     flags = [*where, "--only", "k10"]
     expected = sweep("bootstrap_mae", str(out), *flags, *([] if budget == "paper" else [f"--{budget}"]))[2]
     shutil.rmtree(out)
-    code, said, calls = sweep(".", "bootstrap_mae", str(out), "--budget", budget, *flags, script="reproduce")
-    assert code == 0, said
+    code, output, calls = sweep(".", "bootstrap_mae", str(out), "--budget", budget, *flags, script="reproduce")
+    assert code == 0, output
     assert calls[:-1] == expected and len(expected) == 5
     left_out = LEFT_OUT.get(("bootstrap_mae", budget), set())
     runs = [name for name in RUNS["bootstrap_mae"].split() if name not in left_out]
@@ -293,7 +296,7 @@ def test_a_table_is_its_sweep_and_then_the_comparison(sweep, tmp_path, budget):
 
 
 def enter(calls, images: int) -> None:
-    """The lines that the mains would write for these commands, in the folders that they name."""
+    """Write the ledger lines of these commands into their folders."""
     pretrained = {}
     for main, args in parsed(calls):
         flags = vars(args)
@@ -318,7 +321,7 @@ def enter(calls, images: int) -> None:
 @pytest.mark.parametrize(
     "name,images,expected",
     [
-        # MAE's number is that of another run
+        # MAE's number is of another run
         ("bootstrap_mae", 50000, {"pretrain.mask_ratio 0.75, not 0.6"}),
         ("rc_mae", 1281167, set()),
         ("dmae", 100000, {"patch_size 8, not 16"}),  # without pretraining
@@ -326,7 +329,7 @@ def enter(calls, images: int) -> None:
     ],
 )
 def test_the_papers_budget_is_the_papers_setting(sweep, tmp_path, name, images, expected):
-    """The column of differences names what the sweep knowingly does otherwise, and nothing else."""
+    """The column of differences names the known deviations of the sweep, and no others."""
     out = str(tmp_path / "out")
     enter(sweep(name, out, "--data", str(tmp_path), TEACHER="teacher.pth", GPUS="1")[2], images)
     paper = "mlo_mae/cifar10" if name == "mlo_mae" else name
@@ -343,23 +346,23 @@ def test_what_an_hour_changes(sweep, tmp_path):
 
 
 def test_a_table_that_was_interrupted(sweep, tmp_path):
-    """It shows what there is, says with its exit status that this is not all, and is completed the next time."""
+    """The table has the existing results, the exit code shows that it is incomplete, and the next call completes it."""
     flags = ("mlo_mae", str(tmp_path / "out"), "--budget", "cpu_small", "--only", "mae")
     (tmp_path / "stop").touch()
-    code, said, calls = sweep(".", *flags, script="reproduce")
-    assert code == 1 and "start the sweep again" in said
+    code, output, calls = sweep(".", *flags, script="reproduce")
+    assert code == 1 and "start the sweep again" in output
     assert calls[-1][:4] == ["reproduce.py", str(tmp_path / "out"), "--paper", "mlo_mae/cifar10"]
     (tmp_path / "stop").unlink()
-    code, said, calls = sweep(".", *flags, script="reproduce")
+    code, output, calls = sweep(".", *flags, script="reproduce")
     assert code == 0 and [call[0] for call in calls] == ["main_finetune.py", "collect.py", "reproduce.py"]
-    code, said, calls = sweep(".", *flags, script="reproduce", SET="cifar100")
-    assert code == 2 and "holds runs of mlo_mae/cifar10 cpu_small" in said and not calls
+    code, output, calls = sweep(".", *flags, script="reproduce", SET="cifar100")
+    assert code == 2 and "holds runs of mlo_mae/cifar10 cpu_small" in output and not calls
 
 
 def test_a_table_names_its_runs(sweep):
     arguments = ("bootstrap_mae", "--budget", "gpu_hour", "--list")
-    code, said, calls = sweep(".", *arguments, script="reproduce")
-    assert code == 0 and "k10: --mae_k 5\n" in said and not calls
+    code, output, calls = sweep(".", *arguments, script="reproduce")
+    assert code == 0 and "k10: --mae_k 5\n" in output and not calls
 
 
 @pytest.mark.parametrize(
@@ -377,5 +380,5 @@ def test_a_table_names_its_runs(sweep):
     ],
 )
 def test_mistakes_of_a_table(sweep, arguments, message):
-    code, said, calls = sweep(".", *arguments, script="reproduce")
-    assert code == 2 and message in said and said.count("error:") == 1 and not calls
+    code, output, calls = sweep(".", *arguments, script="reproduce")
+    assert code == 2 and message in output and output.count("error:") == 1 and not calls

@@ -1,4 +1,4 @@
-"""The commands for looking and comparing, the quickstart among them, on small checkpoints."""
+"""The tools that draw and evaluate, and the quickstart, on small checkpoints."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def run(image_folder, tmp_path_factory):
 
 
 def test_reconstruct_pastes_and_denormalises():
-    """A right prediction gives the image back, with and without normalised patches; what was removed is grey."""
+    """A perfect prediction restores the image, with and without normalised patches; removed patches are grey."""
     for norm in (False, True):
         model = build_model("mae_vit_micro_patch4", img_size=16, norm_pix_loss=norm)
         imgs, noise = torch.rand(2, 3, 16, 16), torch.rand(2, 16)
@@ -56,8 +56,8 @@ def test_visualize(run, image_folder, tmp_path, capsys):
     out = tmp_path / "pictures.png"
     flags = [str(run / "checkpoint-0.pth"), "--data", str(image_folder / "val"), "--out", str(out), "--count", "4"]
     visualize.main(visualize.get_args_parser().parse_args([*flags, "--mask_ratio", "0.5"]))
-    said = capsys.readouterr().out
-    assert "50% removed" in said and "de-normalised" in said  # it knows from the checkpoint
+    output = capsys.readouterr().out
+    assert "50% removed" in output and "de-normalised" in output  # read from the checkpoint
     width, height = Image.open(out).size
     assert width == 6 * (16 * 6 + 4) + 4 and height > 2 * (16 * 6 + 4)
 
@@ -70,7 +70,7 @@ def test_visualize_refuses_an_encoder(run, image_folder, tmp_path):
 
 
 def test_knn_tool(run, image_folder, tmp_path):
-    """Both files of a run give the same; colours are easy."""
+    """Checkpoint and encoder file of a run give the same accuracy; the colours are easy."""
     flags = f"--data_path {image_folder} --num_workers 0 --device cpu --k 1 5".split()
     results = []
     for name in ("checkpoint-0.pth", "encoder.safetensors"):
@@ -82,7 +82,7 @@ def test_knn_tool(run, image_folder, tmp_path):
 
 
 def test_knn_against_counting_by_hand():
-    """Two clusters and one stray vote: near neighbours of the wrong class lose to nearer ones of the right class."""
+    """Two clusters and one outlier: near neighbours of the wrong class lose to nearer ones of the right class."""
     train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.5, 0.5]])
     labels = torch.tensor([0, 0, 1, 1])
     test = torch.tensor([[1.0, 0.05], [0.1, 1.0], [1.0, 0.9]])
@@ -101,7 +101,7 @@ def test_mean_std(image_folder):
 
 
 def test_proposition_of_rc_mae(tmp_path, capsys, monkeypatch):
-    """The consistency gradient is the sum the proposition predicts; it takes back what similar inputs taught."""
+    """The consistency gradient is the sum that the proposition predicts; it reverses updates from similar inputs."""
     traces = rc_linear.main(rc_linear.get_args_parser().parse_args(["--out", str(tmp_path / "figure.png")]))
     for name in ("similar", "random"):
         assert traces[name].error < 1e-12  # float64
@@ -111,7 +111,7 @@ def test_proposition_of_rc_mae(tmp_path, capsys, monkeypatch):
         assert rc_linear.taken_back(cosine, lr=0.2, momentum=0.7) == pytest.approx(-0.2 * 0.7 * cosine**2, abs=1e-12)
     assert Image.open(tmp_path / "figure.png").size == (1200, 480)
     assert "both vanish" in capsys.readouterr().out
-    # A teacher that is the student takes nothing back; one of another momentum than the sum's is seen as an error.
+    # A teacher equal to the student reverses nothing; a momentum other than that of the sum shows as an error.
     assert max(rc_linear.simulate("similar", momentum=0.0).measured) < 1e-12
     lerp = torch.Tensor.lerp_
     with monkeypatch.context() as patch:
@@ -124,13 +124,13 @@ def test_proposition_of_rc_mae(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_quickstart_lists(image_folder, tmp_path, labelled):
-    """With classes in train/ and val/ these are used; a folder without them is split, nothing is in both parts."""
+    """Classes in train/ and val/ are used; a folder without them is split into disjoint parts."""
     from tools import quickstart
 
     root = image_folder if labelled else image_folder / "train" / "class0"
-    flags, images, found = quickstart.write_lists(root, tmp_path)
+    flags, images, result = quickstart.write_lists(root, tmp_path)
     train, val = ((tmp_path / f"{split}.txt").read_text().splitlines() for split in ("train", "val"))
-    assert found is labelled and len(train) == images and not set(train) & set(val)
+    assert result is labelled and len(train) == images and not set(train) & set(val)
     assert (len(train), len(val)) == ((96, 20) if labelled else (21, 3))
     args = main_pretrain.get_args_parser().parse_args(flags)
     from util.data.readers import read_images
@@ -205,22 +205,22 @@ def test_quickstart_goes_on_only_without_what_is_optional(tmp_path):
 
 
 def test_shards_hold_every_image_as_it_was(image_folder, tmp_path, capsys):
-    """Through the tool and back through the mains' reader: the same images, each once, with their labels; a broken one
-    is named and left out, and a second start into the same folder is refused."""
+    """The reader of the mains finds the same images, each once, with their labels. A damaged one is named and left out;
+    a second start into the same folder is refused."""
     data = tmp_path / "data"
     shutil.copytree(image_folder, data)
     broken = next((data / "train" / "class1").iterdir())
     broken.write_bytes(b"no image")
     flags = ["--data_path", str(data), "--out", str(tmp_path / "shards"), "--images_per_shard", "20"]
     make_shards.main(make_shards.get_args_parser().parse_args(flags))
-    said = capsys.readouterr()
-    assert "train: 95 images in 5 shards, 1 unreadable" in said.out and str(broken) in said.out + said.err
+    output = capsys.readouterr()
+    assert "train: 95 images in 5 shards, 1 unreadable" in output.out and str(broken) in output.out + output.err
     args = main_pretrain.get_args_parser().parse_args(
         f"--dataset wds --data_path {tmp_path / 'shards'} --num_workers 0".split()
     )
-    found = read_images(args, train=False)
-    records = [record for url in found.urls for record in read_shard(url)]
-    assert len(records) == len(found)
+    result = read_images(args, train=False)
+    records = [record for url in result.urls for record in read_shard(url)]
+    assert len(records) == len(result)
     seen = [(Image.open(io.BytesIO(record.image)).tobytes(), int(record.label)) for record in records]
     files = read_images(main_pretrain.get_args_parser().parse_args(f"--data_path {data}".split()), train=False)
     assert sorted(seen) == sorted((files.load(i).tobytes(), files.target(i)) for i in range(len(files)))

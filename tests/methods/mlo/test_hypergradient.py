@@ -1,4 +1,4 @@
-"""MLO-MAE's hypergradient of small transformers against autograd through the whole chain, and finite differences."""
+"""MLO-MAE's hypergradient of small transformers against autograd through all steps and finite differences."""
 
 import math
 from functools import partial
@@ -19,7 +19,7 @@ from methods.mlo.inner_problems import adamw, trainable
 @pytest.mark.parametrize("flags", ["", "--no_mlo_head_path", "--mlo_feature cls", "--mlo_head_norm"])
 @pytest.mark.parametrize("depth", [0, 2])
 def test_jvp_is_exact(flags, dtype, tolerance, depth):
-    """One unrolled step, against autograd through the whole chain in float64; a linear encoder and a transformer."""
+    """One unrolled step against autograd through all steps in float64, for a linear encoder and a transformer."""
     make = partial(small_vit, f"--mlo_unroll 1 --mlo_hypergrad jvp {flags}", depth=depth)
     (pretrainer, method, xp), (double, its_method, _) = twice(make)
     exact = unrolled(double, its_method, xp[:1], 0.75, head_path="no_mlo" not in flags)
@@ -40,32 +40,33 @@ def in_float32(flags, seed=0):
 
 
 def test_fd_in_float32():
-    """At the default displacement of 1e-3: half the digits of float32 are lost to the difference, so 1e-3 at worst."""
+    """At the default displacement of 1e-3 the difference loses half the digits of float32, so the error is below
+    1e-3."""
     errors = [off(*in_float32("--mlo_unroll 1 --mlo_hypergrad fd", seed)) for seed in range(3)]
     print("fd, float32, alpha 1e-3:", errors)
     assert max(errors) < 1e-3
 
 
 def test_fd_with_adam():
-    """At its own default displacement of 1e-2, against forward mode on the same directions."""
-    found = {}
-    for kind in ("fd", "jvp"):
+    """At the default displacement of 1e-2 for Adam, against forward mode on the same directions."""
+    result = {}
+    for mode in ("fd", "jvp"):
         torch.manual_seed(0)
         pretrainer, method, xp = small_vit(
-            f"--mlo_unroll 2 --mlo_hypergrad {kind} --mlo_precondition adam", torch.float32
+            f"--mlo_unroll 2 --mlo_hypergrad {mode} --mlo_precondition adam", torch.float32
         )
         method.batches = [in_float(given) for given in method.batches]
         pretrainer.attach(torch.optim.AdamW(trainable(pretrainer.model).values(), lr=1e-3, betas=(0.9, 0.95)))
         method.optimizer = torch.optim.SGD(method.net.parameters(), lr=0)
         for imgs in xp[:2]:
             train_step(pretrainer, method, imgs.float(), 0.75)
-        found[kind] = move_of(pretrainer, method, [imgs.float() for imgs in xp[2:]], 0.75)
-    print("fd with adam, float32, alpha 1e-2:", off(found["fd"], found["jvp"]))
-    assert off(found["fd"], found["jvp"]) < 2e-3
+        result[mode] = move_of(pretrainer, method, [imgs.float() for imgs in xp[2:]], 0.75)
+    print("fd with adam, float32, alpha 1e-2:", off(result["fd"], result["jvp"]))
+    assert off(result["fd"], result["jvp"]) < 2e-3
 
 
 def test_fd_over_the_displacement():
-    """Too long a displacement is curved (the error falls with its square), too short a one drowns in rounding."""
+    """The error falls with the square of the displacement until rounding dominates."""
     lengths = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     errors = {alpha: off(*in_float32(f"--mlo_unroll 1 --mlo_fd_alpha {alpha}")) for alpha in lengths}
     print("fd, float32:", errors)
@@ -74,27 +75,27 @@ def test_fd_over_the_displacement():
     make = partial(small_vit, "--mlo_unroll 1 --mlo_hypergrad fd --mlo_fd_alpha 1e-4")
     (pretrainer, method, xp), (double, its_method, _) = twice(make)
     exact = unrolled(double, its_method, xp[:1], 0.75)
-    assert off(move_of(pretrainer, method, xp[:1], 0.75), exact) < 1e-5  # float64 has room for a short one
+    assert off(move_of(pretrainer, method, xp[:1], 0.75), exact) < 1e-5  # float64 permits a short one
 
 
 @pytest.mark.parametrize("unroll", [2, 5])
 def test_unrolled_steps(unroll):
-    """`sum` drops one factor I - xi H for each later step; `last` drops the earlier steps altogether."""
+    """`sum` drops one factor I - xi H for each later step; `last` drops the earlier steps."""
     errors = {}
-    for kind in ("sum", "last"):
+    for mode in ("sum", "last"):
         torch.manual_seed(3)
-        make = partial(small_vit, f"--mlo_unroll {unroll} --mlo_hypergrad jvp --mlo_unroll_grad {kind}", inner_lr=0.01)
+        make = partial(small_vit, f"--mlo_unroll {unroll} --mlo_hypergrad jvp --mlo_unroll_grad {mode}", inner_lr=0.01)
         (pretrainer, method, _), (double, its_method, _) = twice(make)
         imgs = torch.randn(unroll, 24, 3, 16, 16, dtype=torch.float64)
-        errors[kind] = off(move_of(pretrainer, method, imgs, 0.75), unrolled(double, its_method, imgs, 0.75))
+        errors[mode] = off(move_of(pretrainer, method, imgs, 0.75), unrolled(double, its_method, imgs, 0.75))
     print(f"{unroll} steps of a transformer:", errors)
     assert errors["sum"] < 0.5 * errors["last"]
 
 
-@pytest.mark.parametrize("kind", ["fd", "jvp"])
-def test_nothing_else_moves(kind):
-    """The autoencoder, its mode and torch's settings are bit for bit what they were; all of it again gives the same."""
-    pretrainer, method, xp = small_vit(f"--mlo_unroll 1 --mlo_hypergrad {kind}", torch.float32)
+@pytest.mark.parametrize("mode", ["fd", "jvp"])
+def test_nothing_else_moves(mode):
+    """The autoencoder, its mode and torch's settings stay the same bit for bit; a repetition gives the same result."""
+    pretrainer, method, xp = small_vit(f"--mlo_unroll 1 --mlo_hypergrad {mode}", torch.float32)
     pretrainer.train()
     method.batches = [in_float(given) for given in method.batches]
     original, states = method._update_mask_net, []
@@ -119,11 +120,11 @@ def test_nothing_else_moves(kind):
     assert all(p.grad is None for p in pretrainer.parameters())
 
 
-@pytest.mark.parametrize("kind", ["fd", "jvp"])
-def test_dropout_is_off_and_autocast_too(kind):
-    """Independent dropout on both sides would drown the difference, and so would eight bits."""
-    make = partial(small_vit, f"--mlo_unroll 1 --mlo_hypergrad {kind}", torch.float32)
-    found = []
+@pytest.mark.parametrize("mode", ["fd", "jvp"])
+def test_dropout_is_off_and_autocast_too(mode):
+    """Independent dropout on both sides would hide the difference, as would eight bits of mantissa."""
+    make = partial(small_vit, f"--mlo_unroll 1 --mlo_hypergrad {mode}", torch.float32)
+    result = []
     for spoiled in (False, True):
         torch.manual_seed(5)
         pretrainer, method, xp = make()
@@ -137,12 +138,12 @@ def test_dropout_is_off_and_autocast_too(kind):
                 return original(model.train(), direction)
 
         method.hypergradient = hypergradient
-        found.append(move_of(pretrainer, method, [xp[0].float()], 0.75))
-    assert all(torch.equal(one, other) for one, other in zip(*(g.values() for g in found)))
+        result.append(move_of(pretrainer, method, [xp[0].float()], 0.75))
+    assert all(torch.equal(one, other) for one, other in zip(*(g.values() for g in result)))
 
 
 def test_no_second_order_graph(monkeypatch):
-    """Only the head, whose input is a leaf, is ever differentiated twice."""
+    """Only the head, whose input is a leaf, is differentiated twice."""
     sizes, original = [], torch.autograd.grad
 
     def grad(outputs, inputs, *args, **kwargs):
@@ -158,7 +159,8 @@ def test_no_second_order_graph(monkeypatch):
 
 @pytest.mark.parametrize("flags", ["--mlo_normalize", "--mlo_ste", "--mlo_normalize --mlo_ste"])
 def test_variants_of_the_weights(flags):
-    """The hypergradient is that of the loss with its errors replaced by their rates: by hand, from a difference."""
+    """The hypergradient is the gradient of the loss with its errors replaced by their rates of change, computed here
+    from a difference."""
     pretrainer, method, xp = small_vit(f"--mlo_unroll 1 --mlo_hypergrad jvp {flags}")
     seen = []
     original = method._update_mask_net
@@ -184,7 +186,7 @@ def test_variants_of_the_weights(flags):
 
 
 def test_two_levels_are_exact():
-    """BLO: theta and h step on L1 + lambda L2 together; autograd through that step."""
+    """BLO: theta and h take one step on L1 + lambda L2; compared with autograd through that step."""
     pretrainer, method, xp = small_vit("--mlo_unroll 1 --mlo_hypergrad jvp --mlo_levels 2 --blo_lambda 0.7")
     head = method.stage2.head.requires_grad_(True)
     method.inner.add_param_group({"params": list(head.parameters())})
@@ -203,7 +205,8 @@ def test_two_levels_are_exact():
 
 
 def test_finetuned_stage_is_exact():
-    """Stage II fine-tunes its own copy of the encoder, one step with a pull towards theta': autograd through both."""
+    """Stage II fine-tunes a copy of the encoder for one step with a proximal term towards theta': autograd through
+    both."""
     pretrainer, method, xp = small_vit("--mlo_unroll 1 --mlo_hypergrad jvp --mlo_stage2 finetune --mlo_prox 0.4")
     model, stage2 = pretrainer.model, method.stage2
     theta, net = leaves(trainable(model), "model."), leaves(method.net)
@@ -224,7 +227,7 @@ def test_finetuned_stage_is_exact():
 
 
 def adamw_step(weights, gradient, state, lr, decay, eps, second_moment_too):
-    """A step of AdamW in a graph, from its state before; `state` goes on to the next step."""
+    """Return the weights after a differentiable step of AdamW, and update `state` for the next step."""
     after = {}
     for name, value in weights.items():
         own, g = state[name], gradient[name]
@@ -237,7 +240,7 @@ def adamw_step(weights, gradient, state, lr, decay, eps, second_moment_too):
 
 
 def through_adamw(pretrainer, method, batches, number, second_moment_too=False):
-    """Autograd through AdamW's steps on both levels; `number` labelled batches were seen before."""
+    """Differentiate through AdamW's steps on both levels; `number` labelled batches came before."""
     model, stage2 = pretrainer.model, method.stage2
     theta, net, head = leaves(trainable(model), "model."), leaves(method.net), leaves(stage2.head)
 
@@ -263,15 +266,15 @@ def through_adamw(pretrainer, method, batches, number, second_moment_too=False):
 
 @pytest.mark.parametrize("unroll,tolerance", [(1, 1e-5), (2, 0.2)])
 def test_adam_preconditioning(unroll, tolerance):
-    """The default: autograd through AdamW's steps of autoencoder and head, second moments held constant. One step is
-    exact (Adam counts its steps, and so corrects its bias, in float32); of two, the factor I - xi H is dropped, but not
-    what Adam's first moment carries from one into the other."""
+    """The default, against autograd through AdamW's steps of autoencoder and head with constant second moments. One
+    step is exact up to Adam's bias correction in float32. Of two steps, the factor I - xi H is dropped, but the part
+    that Adam's first moment carries from one step to the next is kept."""
     pretrainer, method, xp = small_vit(f"--mlo_unroll {unroll} --mlo_hypergrad jvp --mlo_precondition adam")
     pretrainer.attach(torch.optim.AdamW(trainable(pretrainer.model).values(), lr=0.01, betas=(0.9, 0.95)))
     method.stage2.optimizer = adamw(method.stage2.head.parameters(), 0.3, 0.0)
-    method.optimizer = torch.optim.SGD(method.net.parameters(), lr=0)  # stays where it is
+    method.optimizer = torch.optim.SGD(method.net.parameters(), lr=0)  # does not move
     batches = [*xp, *torch.randn_like(xp)]
-    for imgs in batches[: 2 * unroll]:  # moments that are not those of the first step
+    for imgs in batches[: 2 * unroll]:  # moments of a later step than the first
         train_step(pretrainer, method, imgs, 0.75)
     method.stage2.lr = 0.3 * 0.5 * (1 + math.cos(math.pi * 2 / method.head_updates))
     coming = batches[2 * unroll : 3 * unroll]
@@ -284,7 +287,7 @@ def test_adam_preconditioning(unroll, tolerance):
 
 
 def test_accumulated_window():
-    """A step on four micro-batches counts as one: their mean, from where the step began."""
+    """A step on four micro-batches counts as one: their mean, at the weights before the step."""
     pretrainer, method, xp = small_vit("--mlo_unroll 1 --mlo_hypergrad jvp")
     (one, its, _), _ = twice(partial(small_vit, "--mlo_unroll 1 --mlo_hypergrad jvp"))
     one.load_state_dict(pretrainer.state_dict()), one.attach(torch.optim.SGD(trainable(one.model).values(), lr=0.1))
@@ -293,16 +296,16 @@ def test_accumulated_window():
     for imgs in halves:
         (sum(pretrainer(imgs, 0.75).values()) / len(halves)).backward()
     method.inner.step(), method.inner.zero_grad()
-    found, original = [], method.hypergradient
-    method.hypergradient = lambda *args: found.append(original(*args)) or found[-1]
+    result, original = [], method.hypergradient
+    method.hypergradient = lambda *args: result.append(original(*args)) or result[-1]
     pretrainer.after_update(halves[-1], 0, torch.ones(()))
     whole = move_of(one, its, [xp[0]], 0.75)
-    assert off({n: sum(part[n] for part in found) for n in found[0]}, whole) < EXACT
+    assert off({n: sum(part[n] for part in result) for n in result[0]}, whole) < EXACT
 
 
 def test_a_skipped_step_moves_nothing():
-    """Where the scaler skipped the autoencoder's steps (`applied` 0), nothing followed from the masks, and AdamW does
-    not move the masking network by its momentum either; a window with one real step moves it."""
+    """When the scaler skips the autoencoder's steps (`applied` 0), the masks have no effect, so the masking network
+    does not move, not even by its momentum; a window with one applied step moves it."""
     pretrainer, method, xp = small_vit("--mlo_unroll 2")
     method.optimizer = adamw(method.net.parameters(), 0.1, 0.1)
 
@@ -316,22 +319,22 @@ def test_a_skipped_step_moves_nothing():
     assert moved(1.0, 1.0) and not moved(0.0, 0.0) and moved(0.0, 1.0)
 
 
-def test_half_precision_sees_the_whole_encoder():
-    """Under autocast the direction has the same parameters as in float32, and points the same way."""
+def test_half_precision_covers_the_whole_encoder():
+    """Under autocast the direction covers the same parameters as in float32, with almost the same direction."""
     pretrainer, method, xp = small_vit("--mlo_unroll 1", torch.float32)
     method.batches = [in_float(given) for given in method.batches]
     train_step(pretrainer, method, xp[0].float(), 0.75)
-    found = []
+    result = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            found.append(method.stage2.paths(pretrainer.model, method.batches[1].batch(0))[1])
+            result.append(method.stage2.paths(pretrainer.model, method.batches[1].batch(0))[1])
     for path in ("direct", "head"):
-        assert found[0][path].keys() == found[1][path].keys()
-        assert cosine(found[0][path], found[1][path]) > 0.99
+        assert result[0][path].keys() == result[1][path].keys()
+        assert cosine(result[0][path], result[1][path]) > 0.99
 
 
 def test_windows_of_other_processes_are_dropped():
-    """A resume on another number of processes has the weights of a window, but not its images."""
+    """After a resume on another number of processes a window has its weights but not its images."""
     pretrainer, method, xp = small_vit("--mlo_unroll 2")
     pretrainer(xp[0], 0.75)
     pretrainer.after_update(xp[0], 0, torch.ones(()))

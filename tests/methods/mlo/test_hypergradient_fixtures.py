@@ -18,7 +18,7 @@ from models_mae import MaskedAutoencoderViT
 
 
 class TinyAutoencoder(nn.Module):
-    """The autoencoder of `mlo_tiny`, with the parts that a method uses: one hidden layer on the mean token."""
+    """The autoencoder of `mlo_tiny`, one hidden layer on the mean token, with the interface that a method uses."""
 
     def __init__(self, weights):
         super().__init__()
@@ -91,23 +91,23 @@ def tiny(ref, flags):
 
 
 def tiny_reference(ref, name):
-    """An exact hypergradient of the fixture, in our layout."""
+    """Return an exact hypergradient of the fixture in our layout."""
     group = ref.group(f"{name}/")
     return [group["V1"].T, group["c1"], group["V2"].T, group["c2"]]
 
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The windows and directions that moves were made of."""
-    found, original = SimpleNamespace(), MLOMAE._update_mask_net
+    """The windows and directions of the moves."""
+    result, original = SimpleNamespace(), MLOMAE._update_mask_net
 
     def move(self, model, imgs, paths):
-        found.window, found.paths = list(self.window), paths
-        found.direction = {f"model.{n}": sum(path.get(n, 0) for path in paths.values()) for n in paths["direct"]}
+        result.window, result.paths = list(self.window), paths
+        result.direction = {f"model.{n}": sum(path.get(n, 0) for path in paths.values()) for n in paths["direct"]}
         original(self, model, imgs, paths)
 
     monkeypatch.setattr(MLOMAE, "_update_mask_net", move)
-    return found
+    return result
 
 
 def net_gradient(method, tokens, rates, mask):
@@ -122,15 +122,15 @@ def net_gradient(method, tokens, rates, mask):
     ],
 )
 def test_tiny_one_step_is_exact(golden, name, flags):
-    """`det1`: the input of the masking network is detached, as ours always is."""
+    """`det1`: the input of the masking network is detached, as it always is in this project."""
     ref = golden("mlo_tiny")
     pretrainer, method, xp, ratio = tiny(ref, f"--mlo_unroll 1 {flags}")
     assert off(move_of(pretrainer, method, [xp[0]], ratio), tiny_reference(ref, f"det1/exact_k1_j1/{name}")) < EXACT
 
 
 def test_tiny_attached_input_is_the_only_difference(golden, seen):
-    """`det0` lets the loss of stage I, and so the hypergradient, pass through the masking network into the embedding.
-    At that run's weights, its exact gradient is ours plus the errors times how the probabilities change along v."""
+    """In `det0` gradients of stage I, and so the hypergradient, pass through the masking network into the embedding. At
+    those weights, its exact gradient is ours plus the errors times the change of the probabilities along v."""
     ref = golden("mlo_tiny")
     pretrainer, method, xp, ratio = tiny(ref, "--mlo_unroll 1 --mlo_hypergrad jvp")
     before = {name: p.clone() for name, p in method.net.named_parameters()}
@@ -154,19 +154,19 @@ def test_tiny_attached_input_is_the_only_difference(golden, seen):
     extra = torch.autograd.grad(-step.lr * weighted_loss(errors, changes, batch.mask), list(net.values()))
     exact = tiny_reference(ref, "det0/exact_k1_j1/total")
     assert off([one + other for one, other in zip(ours, extra)], exact) < EXACT
-    assert off(ours, exact) > 0.1  # so it matters
+    assert off(ours, exact) > 0.1  # a real difference
 
 
 def test_tiny_two_steps_drop_one_factor(golden, seen):
-    """`sum` over two steps against the exact two-step unroll: what is missing is the factor I - xi H on the first of
-    them, H the derivative of stage I's gradient, and nothing else. `last` is further away."""
+    """`sum` over two steps lacks exactly the factor I - xi H of the first step, where H is the derivative of stage I's
+    gradient. `last` has a larger error."""
     ref = golden("mlo_tiny")
     exact = tiny_reference(ref, "det1/exact_k2_j1/total")
     errors = {}
-    for kind in ("last", "sum"):
-        pretrainer, method, xp, ratio = tiny(ref, f"--mlo_unroll 2 --mlo_hypergrad jvp --mlo_unroll_grad {kind}")
+    for mode in ("last", "sum"):
+        pretrainer, method, xp, ratio = tiny(ref, f"--mlo_unroll 2 --mlo_hypergrad jvp --mlo_unroll_grad {mode}")
         ours = move_of(pretrainer, method, [xp[0], xp[1]], ratio)
-        errors[kind] = off(ours, exact)
+        errors[mode] = off(ours, exact)
     assert errors["sum"] < 0.05 < errors["last"], errors
 
     first, second = seen.window
@@ -190,7 +190,7 @@ def test_tiny_two_steps_drop_one_factor(golden, seen):
     print("two steps of mlo_tiny, relative error:", errors)
 
 
-# A vision transformer: the fixture, and autograd through the whole chain ----------------------------------------------
+# A vision transformer: the fixture, and autograd through all steps ----------------------------------------------------
 
 
 class NormHead(nn.Module):
@@ -236,17 +236,17 @@ def vit_of_fixture(ref, flags):
     ],
 )
 def test_unrolled_reference_on_tiny(golden, name, flags, attach):
-    """The reference that the tests here and in test_hypergrad.py compare with is the fixtures'."""
+    """benchmarks/unrolled.py, the reference here and in test_hypergradient.py, agrees with the fixtures."""
     ref = golden("mlo_tiny")
     pretrainer, method, xp, ratio = tiny(ref, flags)
-    found = unrolled(pretrainer, method, xp[: method.unroll], ratio, attach)
-    assert off(found, tiny_reference(ref, f"{name}/total")) < EXACT
+    result = unrolled(pretrainer, method, xp[: method.unroll], ratio, attach)
+    assert off(result, tiny_reference(ref, f"{name}/total")) < EXACT
 
 
 def test_vit_fixture(golden):
-    """The reference is `sgd/hypergrad_exact` (attached input, two steps). Ours, on the same networks and images, is
-    exact for one step with its detached input; for two it is much closer to the truth than the public gradient is to
-    its own."""
+    """The reference is `sgd/hypergrad_exact` (attached input, two steps). On the same networks and images, ours is
+    exact for one step with a detached input. For two steps its error is much smaller than that of the public
+    gradient."""
     ref = golden("mlo_vit")
     pretrainer, method, xp, ratio = vit_of_fixture(ref, "--mlo_unroll 2")
     exact = list(ref.group("sgd/hypergrad_exact/").values())

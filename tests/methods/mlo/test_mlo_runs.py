@@ -1,4 +1,4 @@
-"""MLO-MAE as a run: the division of the data, problems that resume and agree between processes, refusals, tools."""
+"""MLO-MAE as a run: the split of the data, logging, learned masks in other runs, tools, and refusals."""
 
 import re
 import shutil
@@ -6,27 +6,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers.launch import SMALL, checkpoint, log_rows, ranks, same_tensors, scalars
+from helpers.launch import checkpoint, log_rows, ranks, same_tensors, scalars
+from helpers.mlo_runs import BASE, MLO, pretrain
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
 import util.data.readers
-import util.training.run_state
 from engine_pretrain import mask_ratio_at
-from methods.mlo.labelled_task import StandardizedLinear, stratified_split, without
+from methods.mlo.labelled_task import stratified_split, without
 from methods.mlo.method import MLOMAE
 from tools import mask_maps
 from util.data.sources import Arrays, Subset
 from util.errors import UserError
-
-BASE = f"{SMALL} --warmup_epochs 0 --lr 1e-3 --num_workers 0 --vis_freq 0 --print_freq 1 --device cpu --amp_dtype fp32"
-MLO = f"{BASE} --batch_size 12 --mlo_mae --mlo_labels same --mlo_val_fraction 0.25 --mlo_hidden 16"
-
-
-def pretrain(flags: str):
-    main_pretrain.main(main_pretrain.get_args_parser().parse_args(flags.split()))
 
 
 def made(flags: str):
@@ -54,12 +46,12 @@ def test_the_split_is_disjoint_stratified_and_seeded():
     images = labels([50, 10, 40])
     train, val = stratified_split(images, 0.2, 3)
     assert sorted(train + val) == list(range(100))
-    assert [sum(images.targets[place] == label for place in val) for label in range(3)] == [10, 2, 8]
+    assert [sum(images.targets[index] == label for index in val) for label in range(3)] == [10, 2, 8]
     assert (train, val) == stratified_split(images, 0.2, 3) != stratified_split(images, 0.2, 4)
 
 
 @pytest.mark.parametrize(
-    "counts,fraction,said",
+    "counts,fraction,message",
     [
         ([5, 1, 5], 0.2, "class 'c1' has fewer than two images"),
         ([100, 3], 0.01, r"--mlo_val_fraction 0.01 leaves class 'c1' of 3 images empty .* between 0.33 and 0.67 fits"),
@@ -67,8 +59,8 @@ def test_the_split_is_disjoint_stratified_and_seeded():
         ([10], 0.2, "only one class"),
     ],
 )
-def test_splits_that_are_refused(counts, fraction, said):
-    with pytest.raises(UserError, match=said):
+def test_splits_that_are_refused(counts, fraction, message):
+    with pytest.raises(UserError, match=message):
         stratified_split(labels(counts), fraction, 0)
 
 
@@ -83,16 +75,16 @@ def test_stage_one_never_sees_what_is_held_out(image_folder, run):
     method = MLOMAE(args, main_pretrain.build(args))
     first, looked_at = method.split_images(images)
     assert set(method.held_out.tolist()) == held_out
-    names = {images.name(place) for place in held_out}
+    names = {images.name(index) for index in held_out}
     stages = [first, method.batches[0].loader.dataset.images, method.batches[1].loader.dataset.images]
-    seen = [{part.name(place) for place in range(len(part))} for part in stages]
-    assert seen[2] == names == {looked_at.name(place) for place in range(len(looked_at))}
+    seen = [{part.name(index) for index in range(len(part))} for part in stages]
+    assert seen[2] == names == {looked_at.name(index) for index in range(len(looked_at))}
     assert not seen[0] & names and not seen[1] & names
     assert seen[0] == seen[1] and len(seen[0]) == 72
 
 
 def test_a_file_that_is_listed_twice(image_folder, tmp_path):
-    """Whichever of its entries is held out, the file is: neither stage I nor stage II sees the other one."""
+    """A file with one entry held out is held out: neither stage I nor stage II uses its other entry."""
     files = sorted((image_folder / "train").glob("*/*.png"))
     lines = "".join(f"{file}\t{file.parent.name}\n" for file in files)
     (tmp_path / "list.txt").write_text(lines * 2)
@@ -103,12 +95,12 @@ def test_a_file_that_is_listed_twice(image_folder, tmp_path):
     images = util.data.readers.read_images(args, train=True)
     method = MLOMAE(args, main_pretrain.build(args))
     stages = (*method.split_images(images), method.batches[0].loader.dataset.images)
-    first, held_out, second = ({part.name(place) for place in range(len(part))} for part in stages)
+    first, held_out, second = ({part.name(index) for index in range(len(part))} for part in stages)
     assert held_out and first and not held_out & first and not held_out & second
 
 
 def test_labelled_images_that_cannot_be_read(image_folder, tmp_path):
-    """One sentence, with data workers too."""
+    """One sentence, also with data workers."""
     for split in ("train/a", "train/b"):
         (tmp_path / "broken" / split).mkdir(parents=True)
         for i in range(20):
@@ -119,7 +111,7 @@ def test_labelled_images_that_cannot_be_read(image_folder, tmp_path):
 
 
 def test_a_labelled_image_that_cannot_be_read(image_folder, tmp_path):
-    """One rank of two gets it, in some steps: it is logged in these and no others, as on one process."""
+    """One rank of two reads it in some steps: the count is logged in exactly these steps, as on one process."""
     shutil.copytree(image_folder / "train", tmp_path / "labels" / "train")
     (tmp_path / "labels" / "train" / "class0" / "000.png").write_bytes(b"no image")
     flags = MLO.replace("same", f"{tmp_path}/labels").replace("--batch_size 12", "--epochs 1")
@@ -131,7 +123,7 @@ def test_a_labelled_image_that_cannot_be_read(image_folder, tmp_path):
 
 
 def test_the_same_images_by_another_path(image_folder, tmp_path):
-    """A link to the pretraining images as --mlo_labels: what is held out is taken from stage I all the same."""
+    """--mlo_labels is a link to the pretraining images: held-out images are removed from stage I."""
     (tmp_path / "other").symlink_to(image_folder)
     args = main_pretrain.get_args_parser().parse_args(f"--data_path {image_folder} --dataset folder".split())
     everything = util.data.readers.read_images(args, train=True)
@@ -143,7 +135,7 @@ def test_the_same_images_by_another_path(image_folder, tmp_path):
 
 
 def test_labels_from_another_folder(image_folder, tmp_path):
-    """Pretraining on images without labels, guided by the same files under another name: stage I loses the held out."""
+    """Unlabelled pretraining with the same files as labelled set under another path: stage I omits held-out images."""
     (tmp_path / "labelled").symlink_to(image_folder)
     pretrain(
         f"{MLO.replace('same', f'{tmp_path}/labelled')} --dataset folder --data_path {image_folder} --epochs 1 "
@@ -154,7 +146,7 @@ def test_labels_from_another_folder(image_folder, tmp_path):
 
 
 def test_the_test_set_is_never_opened(image_folder, tmp_path, monkeypatch):
-    """Reading it raises, and it is looked at all the same: on what stage III holds out."""
+    """Reading the test set raises; previews and kNN use the images that stage III holds out."""
     shutil.copytree(image_folder / "train", tmp_path / "data/train")
     original = util.data.readers.read_images
 
@@ -168,118 +160,7 @@ def test_the_test_set_is_never_opened(image_folder, tmp_path, monkeypatch):
     assert 0 <= log_rows(tmp_path / "run")[0]["knn_top1"] <= 100
 
 
-# Three problems -------------------------------------------------------------------------------------------------------
-
-
-def test_schedules_follow_their_own_updates(image_folder, tmp_path):
-    """24 steps: 8 of the head and 4 of the masking network; each ends one update before zero."""
-    pretrain(
-        f"{MLO} --data_path {image_folder} --output_dir {tmp_path} --epochs 4 --mlo_unroll 3 --mlo_update_every 2 "
-        f"--mlo_head_lr 0.1 --mlo_mask_lr 0.2"
-    )
-    state = checkpoint(tmp_path, "checkpoint-3.pth")["methods"]["mlo_mae._extra_state"]
-    assert (state["step"], state["updates"], state["drawn"]) == (24, 4, [8, 4])
-    net, head = state["optimizers"]
-    assert head["param_groups"][0]["lr"] == pytest.approx(0.1 * 0.5 * (1 + np.cos(np.pi * 7 / 8)))
-    assert net["param_groups"][-1]["lr"] == pytest.approx(0.2 * 0.5 * (1 + np.cos(np.pi * 3 / 4)))
-    assert {int(s["step"]) for s in net["state"].values()} == {4} and {
-        int(s["step"]) for s in head["state"].values()
-    } == {8}
-
-
-def test_warm_up(image_folder, tmp_path):
-    """The head learns from the first step, the masking network from the second epoch on, on a cosine of its own: 6
-    steps an epoch, windows of four steps, so the first two are left out and four are taken."""
-    flags = f"{MLO} --data_path {image_folder} --epochs 4 --save_freq 1 --mlo_unroll 2 --mlo_update_every 2 "
-    pretrain(f"{flags} --mlo_mask_lr 0.2 --mlo_warmup_epochs 1 --output_dir {tmp_path}")
-    first, last = (checkpoint(tmp_path, f"checkpoint-{epoch}.pth")["methods"] for epoch in (0, 3))
-    states = [content["mlo_mae._extra_state"] for content in (first, last)]
-    assert [(state["updates"], state["drawn"]) for state in states] == [(0, [3, 0]), (4, [12, 4])]
-    assert states[1]["optimizers"][0]["param_groups"][-1]["lr"] == pytest.approx(0.1 * (1 + np.cos(np.pi * 3 / 4)))
-    assert any(not torch.equal(first[name], last[name]) for name in first if name.startswith("mlo_mae.net."))
-
-
-FORMS = {
-    "sum": "--mlo_unroll 4",
-    "last, adam": "--mlo_unroll 4 --mlo_unroll_grad last --mlo_precondition adam",
-    "two levels": "--mlo_unroll 4 --mlo_levels 2",
-    "fine-tuned": "--mlo_unroll 4 --mlo_stage2 finetune --mlo_prox 0.1",
-    "solved": "--mlo_unroll 4 --mlo_stage2 solve",
-    "accumulated, every other": "--mlo_unroll 2 --mlo_update_every 2 --accum_iter 2 --mlo_ste --mlo_hypergrad jvp "
-    "--mlo_head_norm",
-}
-
-
-@pytest.mark.parametrize("flags", FORMS.values(), ids=FORMS)
-def test_resume_is_exact(image_folder, tmp_path, flags, monkeypatch):
-    """From every step of a window, across the end of an epoch (6 steps, or 3 of two micro-batches) too."""
-    flags = f"{MLO} --data_path {image_folder} --epochs 3 --save_freq 1 {flags}"
-    original = util.training.run_state.save_checkpoint
-
-    def save_checkpoint(folder, epoch, position, content, keep):
-        torch.save(content, tmp_path / f"after-{content['step']}.pth")
-        original(folder, epoch, position, content, keep)
-
-    monkeypatch.setattr(util.training.run_state, "save_checkpoint", save_checkpoint)
-    pretrain(f"{flags} --save_steps 1 --output_dir {tmp_path}/whole")
-    monkeypatch.undo()
-    last, windows = checkpoint(tmp_path / "whole", "checkpoint-2.pth"), set()
-    for path in [tmp_path / f"after-{step}.pth" for step in range(3, 8)]:
-        windows.add(len(checkpoint(tmp_path, path.name)["methods"]["mlo_mae._extra_state"]["window"]))
-        pretrain(f"{flags} --output_dir {tmp_path}/again --resume {path}")
-        again = checkpoint(tmp_path / "again", "checkpoint-2.pth")
-        for key in ("model", "optimizer", "methods", "rng"):
-            assert same_tensors(again[key], last[key]), (path.name, key)
-        assert log_rows(tmp_path / "again")[-1] == log_rows(tmp_path / "whole")[-1]
-        shutil.rmtree(tmp_path / "again")
-    assert len(windows) > 1 or "last" in flags, "no checkpoint lay inside a window"
-
-
-def test_standardized_head():
-    """It starts with the first batch's statistics, follows later ones by a tenth, and they get no gradient."""
-    head, first, second = StandardizedLinear(5, 3), 4 * torch.randn(1000, 5) + 2, torch.randn(1000, 5) - 1
-    head.observe(first)
-    expected = F.linear((first - first.mean(0)) / first.std(0, correction=0), head.weight, head.bias)
-    torch.testing.assert_close(head(first), expected)  # float32 rounding
-    head.observe(second)
-    torch.testing.assert_close(head.mean, 0.9 * first.mean(0) + 0.1 * second.mean(0))
-    torch.testing.assert_close(head.square, 0.9 * first.square().mean(0) + 0.1 * second.square().mean(0))
-    assert {name for name, _ in head.named_parameters()} == {"weight", "bias"}
-    assert {"mean", "square", "observed"} < set(head.state_dict())
-
-
-@pytest.mark.parametrize(
-    "kind,tolerance", [("jvp --mlo_head_norm", 1e-5), ("fd", 1e-3), ("jvp --mlo_stage2 solve", 1e-5)]
-)
-def test_two_processes_equal_one(image_folder, tmp_path, kind, tolerance):
-    """21 outer steps in float32; the masking networks of both ranks are bit for bit the same. A finite difference
-    keeps three digits of float32, which Adam turns into steps: so there 1e-3, a tenth of the learning rate."""
-    flags = MLO.replace("--batch_size 12", f"--epochs 7 --mlo_hypergrad {kind}")
-    flags = f"{flags} --data_path {image_folder} --mlo_batch_size"
-    pretrain(f"{flags} 12 --batch_size 12 --output_dir {tmp_path}/one")
-    output = ranks("helpers.rank_script", f"count {flags} 6 --batch_size 6 --output_dir {tmp_path}/two", 2)
-    hashes = re.findall(r"rank \d: .* methods (\w+)", output)
-    assert len(hashes) == 2 and len(set(hashes)) == 1
-    one, two = (checkpoint(tmp_path / name, "checkpoint-6.pth") for name in ("one", "two"))
-    assert one["methods"]["mlo_mae._extra_state"]["updates"] == 21
-    for group in ("model", "methods"):
-        for key, value in one[group].items():
-            if isinstance(value, torch.Tensor):
-                difference = (value - two[group][key]).abs()
-                if key.endswith("qkv.bias"):  # keys' biases have no gradient but rounding, which Adam makes a step of
-                    difference = torch.cat([difference.chunk(3)[0], difference.chunk(3)[2]])
-                assert difference.max() <= tolerance * max(1.0, value.abs().max().item()), key
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_low_precision(image_folder, tmp_path, dtype):
-    flags = MLO.replace("--amp_dtype fp32", f"--amp_dtype {dtype}")
-    pretrain(f"{flags} --data_path {image_folder} --output_dir {tmp_path} --epochs 2")
-    row = log_rows(tmp_path)[-1]
-    assert row["train_mask_skipped"] == 0 and row["train_hypergrad_norm"] > 0 and np.isfinite(row["train_stage3_loss"])
-
-
-def test_what_is_logged(run):
+def test_log_and_tensorboard(run):
     tags = EventAccumulator(str(run)).Reload().Tags()
     wanted = (
         "reconstruction mask_weight stage2_loss stage3_loss stage3_top1 hypergrad_norm hypergrad_direct hypergrad_head"
@@ -296,7 +177,7 @@ def test_what_is_logged(run):
 
 
 def test_a_frozen_mask_in_another_run(image_folder, run, tmp_path):
-    """It removes what it removed where it was learned, though the new encoder's embedding is another."""
+    """It removes the same patches as in its own run, although the new encoder's embedding differs."""
     flags = f"{BASE} --batch_size 12 --epochs 1 --mlo_mae --mlo_mask_net {run}/checkpoint-1.pth"
     pretrain(f"{flags} --mlo_frozen --data_path {image_folder} --seed 5 --output_dir {tmp_path}/frozen")
     source, frozen = checkpoint(run, "checkpoint-1.pth"), checkpoint(tmp_path / "frozen", "checkpoint-0.pth")
@@ -315,7 +196,7 @@ def test_a_frozen_mask_in_another_run(image_folder, run, tmp_path):
         logits.append(MLOMAE(args, model).logits(model, imgs))
     assert torch.equal(*logits)
     assert len(log_rows(tmp_path / "frozen")) == 1 and "train_stage3_loss" not in log_rows(tmp_path / "frozen")[0]
-    pretrain(f"{flags} --data_path {image_folder} --mlo_labels same --output_dir {tmp_path}/more")  # and learns on
+    pretrain(f"{flags} --data_path {image_folder} --mlo_labels same --output_dir {tmp_path}/more")  # continues to learn
     more = checkpoint(tmp_path / "more", "checkpoint-0.pth")["methods"]
     assert not torch.equal(more["mlo_mae.net.layers.0.weight"], source["methods"]["mlo_mae.net.layers.0.weight"])
     assert torch.equal(
@@ -408,8 +289,8 @@ def test_checked_twice():
 
 
 def test_refused_files(image_folder, run, tmp_path):
-    def refused(flags, said):
-        with pytest.raises(UserError, match=said):
+    def refused(flags, message):
+        with pytest.raises(UserError, match=message):
             pretrain(f"{MLO} --epochs 1 {flags} --output_dir {tmp_path}/never")
         assert not (tmp_path / "never").exists()
 

@@ -1,4 +1,4 @@
-"""MLO-MAE with a head that is solved for: its solution, and the derivative of stage III through it."""
+"""MLO-MAE with a solved head: its solution, and the derivative of stage III through it."""
 
 import math
 
@@ -15,7 +15,7 @@ from methods.mlo.solved_head import HeadFit, conjugate_gradients, standardized
 
 
 def problem(ridge=0.1, count=40, width=6, classes=3):
-    """Two batches of features of mixed scales, with labels that follow from them but for noise."""
+    """Return two batches of features of mixed scales, with noisy labels that depend on them."""
     rule, scales = torch.randn(width, classes).double(), torch.logspace(-2, 2, width).double()
     batches = []
     for _ in range(2):
@@ -29,14 +29,14 @@ def problem(ridge=0.1, count=40, width=6, classes=3):
 def test_conjugate_gradients():
     root = torch.randn(30, 30).double()
     matrix, right = root @ root.T + 0.1 * torch.eye(30), torch.randn(30).double()
-    found = conjugate_gradients(lambda x: matrix @ x, right, 1e-12)
-    # The tolerance is on the residual; the condition number of some thousands stands between that and the solution.
-    torch.testing.assert_close(found, torch.linalg.solve(matrix, right), rtol=1e-7, atol=1e-9)
+    result = conjugate_gradients(lambda x: matrix @ x, right, 1e-12)
+    # The tolerance is on the residual; the condition number, some thousands, relates it to the solution.
+    torch.testing.assert_close(result, torch.linalg.solve(matrix, right), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_features_that_are_no_numbers_end_it_at_once(value):
-    """Conjugate gradients would go on to their limit; the run's own check says what is wrong."""
+def test_non_finite_features_end_the_solver_at_once(value):
+    """Conjugate gradients would run to their limit; the check of the run reports the fault."""
     asked = []
     conjugate_gradients(lambda x: asked.append(1) or value * x, torch.ones(50).double(), 1e-9)
     assert len(asked) < 3
@@ -46,7 +46,7 @@ def test_features_that_are_no_numbers_end_it_at_once(value):
 
 
 def test_the_solution_is_scikit_learns():
-    """Which does not penalise its intercept, so ours goes in as a feature that is always one."""
+    """scikit-learn does not penalise its intercept, so ours is a feature that is always one."""
     fit, (features, targets), _ = problem()
     solution = fit.solve(torch.zeros(21).double(), features, targets)
     inputs = torch.cat([standardized(features, features), torch.ones(40, 1)], dim=1).numpy()
@@ -65,7 +65,7 @@ def test_the_solution_does_not_depend_on_the_start():
 
 
 def of_theta(pretrainer, method, weights) -> torch.Tensor:
-    """L3 with the head solved anew, at other weights of the autoencoder."""
+    """Return L3 at other weights of the autoencoder, with the head solved for these weights."""
     stage = method.stage2
     fit = HeadFit(stage.task.loss, stage.head, stage.ridge)
     batches = [given.batch(0) for given in method.batches]
@@ -86,8 +86,8 @@ class Encoded(nn.Module):
 
 
 def test_the_total_derivative_is_exact():
-    """Against central differences of the whole: features, statistics, solution, loss. Float64: the difference of 1e-5
-    leaves 1e-10 of curvature and 1e-11 of rounding, relative to derivatives of about 1e-2."""
+    """Against central differences of features, statistics, solution and loss together. In float64 a displacement of
+    1e-5 leaves errors of 1e-10 (curvature) and 1e-11 (rounding), for derivatives of about 1e-2."""
     pretrainer, method, _ = small_vit("--mlo_unroll 1 --mlo_stage2 solve --mlo_ridge 0.1")
     batches = [given.batch(0) for given in method.batches]
     logged, paths = method.stage2.paths(pretrainer.model, batches[1], batches[0])
@@ -104,9 +104,9 @@ def test_the_total_derivative_is_exact():
         assert ours.item() == pytest.approx(((plus - minus) / 2e-5).item(), rel=1e-6, abs=1e-8)
 
 
-def test_what_the_head_can_undo_does_not_count():
-    """Another basis of the features changes nothing once the head is solved for, but where the ridge sees it; to a head
-    that stays as it is, it means a lot."""
+def test_a_change_of_basis_has_no_effect_on_a_solved_head():
+    """A change of basis of the features has no effect on a solved head, except through the ridge term; it has a large
+    effect on a fixed head."""
     fit, batch, held_out = problem(ridge=1e-6, count=400)
     solution = fit.solve(torch.zeros(21).double(), *batch)
     _, _, of_ours, of_theirs = fit.differentiate(solution, batch, held_out)
@@ -118,7 +118,7 @@ def test_what_the_head_can_undo_does_not_count():
 
 
 def test_the_loss_of_stage_two_is_that_of_the_solution():
-    """Below what any other head that was tried has, the penalty counted."""
+    """The loss, with the penalty, is below that of every other head tried."""
     pretrainer, method, _ = small_vit("--mlo_unroll 1 --mlo_stage2 solve --mlo_ridge 0.1")
     batches = [given.batch(0) for given in method.batches]
     logged, _ = method.stage2.paths(pretrainer.model, batches[1], batches[0])

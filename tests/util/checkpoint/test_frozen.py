@@ -1,5 +1,5 @@
-"""Checkpoints that earlier code wrote (tests/fixtures/frozen/README.md): today's code reads them, finds the features of
-then, and goes on as that code went on."""
+"""Checkpoints of earlier revisions (tests/fixtures/frozen/README.md): today's code reads them, computes the same
+features, and resumes with the same losses."""
 
 import json
 import re
@@ -26,7 +26,7 @@ FROZEN = sorted(freeze.FROZEN.glob("*/*.json"))
 
 
 class Thawed:
-    """A frozen run, its checkpoint `file` alone in a folder; `expected` is what the code of then did with it."""
+    """A frozen run: its checkpoint `file` alone in a folder, and `expected`, the numbers of the code that wrote it."""
 
     def __init__(self, path: Path, folder: Path):
         self.expected = json.loads(path.read_text())
@@ -48,17 +48,17 @@ def tiny():
 
 @pytest.fixture(params=FROZEN, ids=[f"{path.parent.name}-{path.stem}" for path in FROZEN])
 def thawed(request, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the flags name files in it
+    monkeypatch.chdir(tmp_path)  # the flags name files in this folder
     return Thawed(request.param, tmp_path)
 
 
 # Features -------------------------------------------------------------------------------------------------------------
 
 
-def close(found: torch.Tensor, expected) -> bool:
-    """To 1e-5 of the largest: six digits were written down, and float32 has seven."""
+def close(result: torch.Tensor, expected) -> bool:
+    """Compare to 1e-5 of the largest value: six digits were recorded, and float32 has seven."""
     expected = torch.as_tensor(expected).flatten()
-    return (found.flatten() - expected).abs().max() < 1e-5 * expected.abs().max()
+    return (result.flatten() - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def encoder_of(path, key: str = "model", head: bool = False):
@@ -68,8 +68,9 @@ def encoder_of(path, key: str = "model", head: bool = False):
 
 @torch.no_grad()
 def test_the_same_features(thawed):
-    """As tools and fine-tuning have them, with the classifier; of a pretraining as its autoencoder has them, too."""
-    for key, expected in (thawed.expected["features"] or {}).items():  # none: written with --fsdp
+    """Features as tools and fine-tuning compute them, with the classifier; for a pretraining also by its
+    autoencoder."""
+    for key, expected in (thawed.expected["features"] or {}).items():  # none were recorded with --fsdp
         model = encoder_of(thawed.file, key, head="logits" in expected)
         assert close(model.forward_tokens(freeze.example()), expected["tokens"])
         assert "logits" not in expected or close(model(freeze.example()), expected["logits"])
@@ -77,39 +78,39 @@ def test_the_same_features(thawed):
             autoencoder = main_pretrain.build(thawed.args())
             report = load_into(autoencoder, read_weights(thawed.file, key))
             assert not report.missing and not report.interpolated
-            found = autoencoder.encode(autoencoder.embed(freeze.example()))[0]
-            assert close(found, autoencoder.norm(torch.tensor(expected["tokens"]).view_as(found)))
+            result = autoencoder.encode(autoencoder.embed(freeze.example()))[0]
+            assert close(result, autoencoder.norm(torch.tensor(expected["tokens"]).view_as(result)))
     if thawed.encoder.exists():
-        found = encoder_of(thawed.encoder).forward_tokens(freeze.example())
-        assert close(found, thawed.expected["encoder"]["tokens"])
+        result = encoder_of(thawed.encoder).forward_tokens(freeze.example())
+        assert close(result, thawed.expected["encoder"]["tokens"])
 
 
-# Going on -------------------------------------------------------------------------------------------------------------
+# Resuming -------------------------------------------------------------------------------------------------------------
 
 
-def go_on(thawed, capsys) -> dict:
-    """To the end, from the file that `--resume auto` finds -> what today's code writes there."""
+def resume_run(thawed, capsys) -> dict:
+    """Resume with --resume auto, run to the end, and return the output of today's code."""
     assert find_resume("auto", "run").name == thawed.file.name
     flags = "--output_dir run --log_dir later --resume auto"
     if thawed.file.is_dir():
-        said = ranks("helpers.frozen_script", f"{thawed.flags} {flags}", 2)
+        output = ranks("helpers.frozen_script", f"{thawed.flags} {flags}", 2)
     else:
         thawed.main.main(thawed.args(flags))
-        said = capsys.readouterr().out
-    assert f"resumed run/{thawed.file.name}" in said
+        output = capsys.readouterr().out
+    assert f"resumed run/{thawed.file.name}" in output
     return raw(find_resume("auto", "run"))
 
 
 def raw(path: Path) -> dict:
-    """All that is in a checkpoint; of a folder what lies beside the tensors, and the file that is made of it."""
+    """Return the content of a checkpoint; for a folder its state without tensors, and the single file made from it."""
     return {"folder": read_file(path / sharded.REST), **sharded.one_file(path)} if path.is_dir() else read_file(path)
 
 
-def test_it_ends_as_it_did(thawed, capsys, written):
-    """Every later loss, and what the last line of the log then had, to 1e-4: kernels and the order of sums have changed
-    since, by 1e-7 in a step, and the steps add up (2e-7 at most with the same torch). A hypergradient is a difference
-    of two passes, and 25cf908 computed it otherwise, by half a percent."""
-    content = go_on(thawed, capsys)
+def test_it_resumes_with_the_same_numbers(thawed, capsys, written):
+    """All later losses and the last line of the log agree to 1e-4: kernels and the order of sums have changed since, by
+    1e-7 a step, which accumulates (2e-7 at most with the same torch). A hypergradient is a difference of two passes,
+    and 25cf908 computed it differently by half a percent."""
+    content = resume_run(thawed, capsys)
     losses = freeze.scalars(Path("later"))
     assert losses == [[x, pytest.approx(loss, rel=1e-4)] for x, loss in thawed.expected["losses"]] and len(losses) > 5
     then = thawed.expected["log"][-1]
@@ -126,18 +127,18 @@ def test_it_ends_as_it_did(thawed, capsys, written):
 
 
 def keys(value, path: str = "") -> set[str]:
-    """Paths to all that is in a checkpoint, `*` for numbers and places in lists. Flags and metrics have names that
-    say nothing of the format; so have the files of a folder."""
+    """Return the paths to all values of a checkpoint, with `*` for numbers and indices of lists. The names of flags,
+    metrics and files of a folder are not part of the format."""
     if re.search(r"(^|\.)(args|data\.meter|source\.flags|checksums)$", path) or not isinstance(value, (dict, list)):
         return {path}
     items = value.items() if isinstance(value, dict) else ((0, item) for item in value)
-    found = [keys(item, f"{path}.{'*' if isinstance(name, int) else name}".lstrip(".")) for name, item in items]
-    return set().union(*found)
+    result = [keys(item, f"{path}.{'*' if isinstance(name, int) else name}".lstrip(".")) for name, item in items]
+    return set().union(*result)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> set[str]:
-    """The keys of all frozen checkpoints."""
+    """The key paths of all frozen checkpoints."""
     folder = tmp_path_factory.mktemp("written")
     files = [Thawed(path, folder / f"{path.parent.name}-{path.stem}").file for path in FROZEN]
     return set().union(*(keys(raw(file)) for file in files))

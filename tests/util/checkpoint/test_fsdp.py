@@ -1,4 +1,4 @@
-"""--fsdp: the numbers of one process, checkpoints as folders and as one file, and what is refused."""
+"""--fsdp: the numbers of one process, checkpoints as folders and as one file, and refusals."""
 
 import os
 import pickle
@@ -49,7 +49,7 @@ def pretrain(folder, flags, processes=1, code=0):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Runs of the same 128 images a step: on one process, and spread over two."""
+    """Runs with the same 128 images a step: on one process, and sharded over two."""
     made = tmp_path_factory.mktemp("sharding")
     pretrain(made / "1", f"{METHODS} --batch_size 128 --save_freq 1 --knn_freq 2")
     pretrain(made / "2", SPREAD, 2)
@@ -57,7 +57,7 @@ def folders(tmp_path_factory):
 
 
 def same_losses(folder, reference, steps):
-    """To 1e-5: the sums are in another order."""
+    """Compare losses to 1e-5: the sums are in another order."""
     ours, theirs = (scalars(run, "train/loss") for run in (folder, reference))
     return len(ours) == steps and ours == [(step, pytest.approx(value, rel=1e-5)) for step, value in theirs]
 
@@ -71,8 +71,8 @@ def test_four_processes(image_folder, tmp_path, flag):
 
 
 def test_as_on_one_process(folders):
-    """AdamW makes whole steps of 1e-3 of what is nothing but rounding, hence the tolerance for weights. Pictures were
-    drawn by the main process alone meanwhile."""
+    """AdamW makes steps of 1e-3 of gradients that are rounding only, hence the tolerance for weights. The main process
+    alone draws pictures during the run."""
     assert same_losses(folders / "2", folders / "1", 22)
     one = checkpoint(folders / "1", "checkpoint-1.pth")
     many = sharded.one_file(folders / "2" / "checkpoint-1.dcp")
@@ -81,7 +81,7 @@ def test_as_on_one_process(folders):
         assert list(one[part]) == list(many[part])
         assert largest_difference(tensors, many[part]) < 2e-4
     accuracies = [log_rows(folders / run)[-1]["knn_top1"] for run in ("1", "2")]
-    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.6)  # two of 360 digits may fall on the other side
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.6)  # the predictions of two of 360 digits may change
     for name in ("target_std", "target_rank"):
         ((_, first),), ((_, second),) = (scalars(folders / run, f"train/{name}") for run in ("1", "2"))
         assert first == pytest.approx(second, rel=1e-4)  # of the same 128 images
@@ -99,7 +99,7 @@ def test_encoders_are_written_whole(folders):
 
 
 def test_killed_and_resumed(folders, tmp_path):
-    """Inside the second epoch (every fourth step is saved): it ends like the one that nobody disturbed, bit for bit."""
+    """Killed inside the second epoch (every fourth step is saved), the run resumes bit-identically."""
     flags = f"{COMMON} {SPREAD} --output_dir {tmp_path}"
     process = Forked("main_pretrain", flags, 2)
     kill_when(process, (tmp_path / "checkpoint-1-5.dcp").exists)
@@ -112,7 +112,7 @@ def test_killed_and_resumed(folders, tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1.dcp", "checkpoint-0.dcp"]
 
 
-def test_a_damaged_folder_is_passed_over(folders, tmp_path, capsys):
+def test_a_damaged_folder_is_skipped(folders, tmp_path, capsys):
     for name in ("checkpoint-0.dcp", "checkpoint-1.dcp"):
         shutil.copytree(folders / "2" / name, tmp_path / name)
     shares = sorted((tmp_path / "checkpoint-1.dcp").glob("*.distcp"))
@@ -124,9 +124,8 @@ def test_a_damaged_folder_is_passed_over(folders, tmp_path, capsys):
     assert find_resume("auto", str(tmp_path)) is None
 
 
-def test_one_file_goes_on_without(folders, tmp_path, monkeypatch):
-    """What tools/unshard.py writes is a checkpoint like any other: the next epoch runs on one process, and an encoder
-    is read from it."""
+def test_one_file_resumes_without_fsdp(folders, tmp_path, monkeypatch):
+    """tools/unshard.py writes a regular checkpoint: the next epoch runs on one process, and its encoder can be read."""
     out = tmp_path / "checkpoint-0.pth"
     command = [str(ROOT / "tools" / "unshard.py"), str(folders / "2" / "checkpoint-0.dcp"), str(out)]
     assert "MB" in subprocess.run([sys.executable, *command], check=True, text=True, capture_output=True).stdout
@@ -141,7 +140,7 @@ def test_one_file_goes_on_without(folders, tmp_path, monkeypatch):
 
 
 def test_mixed_precision_with_recomputation_and_accumulation(image_folder, tmp_path):
-    """The losses are DDP's, to what rounding to bfloat16 leaves; with a teacher from a file of its own beside."""
+    """The losses equal those of DDP up to rounding to bfloat16, also with a teacher from a file."""
     data = f"--dataset imagefolder --data_path {image_folder}"
     pretrain(tmp_path / "teacher", f"{data} --batch_size 32 --epochs 1")
     flags = f"{data} --dmae_teacher {tmp_path}/teacher/checkpoint-0.pth --batch_size 4 --accum_iter 4 --grad_checkpoint"

@@ -1,11 +1,11 @@
-"""Data that is not what the flags say, and folders that cannot be written to."""
+"""Data that contradicts the flags, and folders that cannot be written to."""
 
 from urllib.error import URLError
 
 import pytest
 from helpers.refusals import assert_names, assert_refused, call, cases, command, parameters, refusal
 
-# flags, and what the sentence must name (alternated by " | ")
+# flags, and the words that the sentence must contain (separated by " | ")
 SHARED = {
     "--dataset imagenet21": "--dataset | imagenet21 | imagefolder | digits",
     "--dataset nobody/knows": "--dataset | nobody/knows",
@@ -86,7 +86,8 @@ def test_a_download_that_fails(error, box, capsys, monkeypatch):
 
 
 def test_unreadable_images_end_the_run_by_name(box, capsys, tmp_path):
-    """Only reading shows it, so this run has begun: its folder is there, every image is named, and the end is ours."""
+    """Only reading the images shows the fault, so the run has begun: its folder exists, every image is named, and it
+    ends with our message."""
     flags = ["--data_path", "{box}/data/corrupt", "--output_dir", f"{tmp_path}/new"]
     with pytest.raises(SystemExit) as caught:
         call("pretrain", command("pretrain", box, *flags), box / "here")

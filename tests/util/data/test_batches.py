@@ -55,17 +55,17 @@ def same(ours, theirs) -> bool:
 def test_images_belong_to_seed_epoch_and_index(pictures, name):
     here, there = batches_of(pictures, name, 0), batches_of(pictures, name, 2)
     epochs = [list(here.begin(epoch)) for epoch in (0, 1)]
-    # Neither the number of workers, nor what this process draws meanwhile, nor where one begins matters.
+    # The number of workers, other draws of this process, and the first batch have no effect.
     ours = []
     for batch in there.begin(0):
         random.random(), np.random.rand(3), torch.rand(5)
         ours.append(batch)
     assert same(ours, epochs[0])
     assert same(list(there.begin(1, 3)), epochs[1][3:])
-    resumed = iter(there.begin(0, 2))  # and left in the middle, with batches under way
+    resumed = iter(there.begin(0, 2))  # stopped in the middle, with batches in preparation
     next(resumed)
     assert same(list(there.begin(1)), epochs[1])
-    # Same image, other epoch or seed: other pixels.
+    # The same image has other pixels in another epoch or with another seed.
     first, second = (
         dict(zip(torch.cat([b.index for b in e]).tolist(), torch.cat([b.image for b in e]))) for e in epochs
     )
@@ -134,7 +134,7 @@ def rank_batches(monkeypatch, world, length, size, shuffle, epoch=0, start=0):
 def test_ranks_share_the_global_batch(monkeypatch, world, length):
     (single,) = rank_batches(monkeypatch, 1, length, 12, True, epoch=3)
     ranks = rank_batches(monkeypatch, world, length, 12 // world, True, epoch=3)
-    assert len(single) == length // 12  # the last part of a batch is dropped
+    assert len(single) == length // 12  # the last incomplete batch is dropped
     assert {epoch for batch in single for epoch, _ in batch} == {3}
     indices = [index for batch in single for _, index in batch]
     assert len(set(indices)) == len(indices) and set(indices) <= set(range(length)) and indices != sorted(indices)
@@ -179,7 +179,8 @@ def test_fewer_samples_than_one_batch(pictures, monkeypatch):
 
 
 class Reader:
-    """Behaves like timm's streaming readers: sets itself up at its first use, keeps to its worker's and rank's part."""
+    """Behaves like timm's streaming readers: it initialises at its first use, and reads the part of its worker and
+    rank."""
 
     def __init__(self, count):
         self.num_samples, self.order, self.worker_seed = count, None, 0
@@ -221,7 +222,7 @@ def test_stream_gives_each_sample_once(workers):
     loader = stream_loader(workers)
     epochs = [list(loader.begin(epoch)) for epoch in (0, 1)]
     for batches in epochs:
-        assert len(batches) == len(loader) == 5  # 22 in batches of 4, though both workers end with a part of one
+        assert len(batches) == len(loader) == 5  # 22 in batches of 4, although both workers end with an incomplete one
         assert all(len(batch.target) == 4 for batch in batches)
         labels = torch.cat([batch.target for batch in batches]).tolist()
         assert len(set(labels)) == 20 and labels != sorted(labels)
@@ -230,7 +231,7 @@ def test_stream_gives_each_sample_once(workers):
         indices = torch.cat([batch.index for batch in batches]).tolist()
         assert len(set(indices)) == 20
     assert not torch.equal(epochs[0][0].target, epochs[1][0].target)
-    # A run that resumes inside epoch 1 sees what the uninterrupted one saw, random numbers included.
+    # A run that resumes inside epoch 1 has the same batches as the uninterrupted one, random numbers included.
     for ours, theirs in zip(list(stream_loader(workers).begin(1, 2)), epochs[1][2:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
@@ -244,7 +245,7 @@ def test_stream_evaluation_is_complete(workers):
 
 
 def test_stream_of_several_ranks(monkeypatch):
-    """Length is that of one rank's share; the reader learns its rank even if it was made before the ranks met."""
+    """The length is that of one rank's part; the reader uses its rank even if it was made before the group."""
     seen = []
     for rank in range(2):
         for module in (util.data.loader, util.data.samples):
@@ -316,7 +317,7 @@ def test_noise_of_neighbours_is_uncorrelated():
         "stream and epoch": (sample_noise(5, 7, indices, 100), sample_noise(5, 6, indices, 100, stream=1)),
     }
     for name, (a, b) in pairs.items():
-        # The correlation of n independent pairs has deviation 1 / sqrt(n): five of them. Squares see what signs hide.
+        # The correlation of n independent pairs has deviation 1 / sqrt(n): five of them. Squares show dependence.
         bound = 5 / math.sqrt(a.numel())
         assert abs(correlation(a, b)) < bound, name
         assert abs(correlation((a - 0.5) ** 2, (b - 0.5) ** 2)) < bound, name

@@ -1,4 +1,4 @@
-"""Images decoded once and augmented in batches: the same crops, colours and distributions as image by image."""
+"""Images decoded once and augmented in batches: the same crops, colours and distributions as for single images."""
 
 import json
 from pathlib import Path
@@ -31,8 +31,8 @@ BASE = (
 
 
 def noisy(count, height, width, channels=3):
-    """uint8 with structure at every scale and the full range."""
-    rng = np.random.default_rng([count, height, width])  # whatever ran before
+    """Return uint8 images with structure at every scale and the full range."""
+    rng = np.random.default_rng([count, height, width])  # independent of earlier tests
     coarse = rng.integers(0, 256, (count, channels, 4, 4)).astype(np.float32)
     smooth = torch.nn.functional.interpolate(torch.tensor(coarse), (height, width), mode="bicubic")
     noise = torch.tensor(rng.normal(0, 40, (count, channels, height, width)), dtype=torch.float32)
@@ -54,7 +54,8 @@ def pixels(image):
 @pytest.mark.parametrize("size", [(16, 16), (32, 32), (48, 24)])
 @pytest.mark.parametrize("source", [(32, 32), (64, 48), (100, 130)])
 def test_resized_crops_are_pillows(source, size, resized_crops):
-    """Enlarged and reduced: within a level of 255 (pillow computes with 8-bit weights), nearly always equal."""
+    """Enlarged and reduced crops agree within one level of 255 (pillow uses 8-bit weights), and are nearly always
+    equal."""
     images = noisy(12, *source)
     boxes = crop_boxes(torch.rand(12, 40), source, scale=(0.08, 1.0))
     flip = torch.arange(12) % 2 == 0
@@ -76,8 +77,8 @@ def test_padded_crops_are_torchvisions():
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 120), (300, 20)])
 def test_crop_boxes_are_drawn_as_torchvisions(size):
-    """20,000 draws each: the largest distance of the distributions of area, aspect, top and left (Kolmogorov-Smirnov)
-    stays below what two samples of one distribution exceed once in a thousand times, 1.95 sqrt(2 / n)."""
+    """20,000 draws each: the Kolmogorov-Smirnov distance of area, aspect, top and left is below 1.95 sqrt(2 / n), which
+    two samples of one distribution exceed once in a thousand times."""
     torch.manual_seed(0)
     count = 20_000
     ours = crop_boxes(torch.rand(count, 40), size)
@@ -107,7 +108,7 @@ def test_colours_are_pillows():
 @pytest.mark.parametrize("choice", [0, 1, 2])
 @pytest.mark.parametrize("order", range(6))
 def test_three_augment_is_pillows(choice, order):
-    """To a few levels of 255: pillow rounds in all three operations, and contrast enlarges what was rounded before."""
+    """Agreement to a few levels of 255: pillow rounds in all three operations, and contrast amplifies rounding."""
     images = noisy(2, 24, 24)
     strengths = torch.tensor([0.8, 0.3, 0.55])
     draws = torch.cat([torch.tensor([(choice + 0.5) / 3, 0.0]), strengths, torch.tensor([(order + 0.5) / 6])])
@@ -120,14 +121,14 @@ def test_three_augment_is_pillows(choice, order):
             ImageOps.solarize,
             lambda x: x.filter(ImageFilter.GaussianBlur(0.1)),
         ][choice](picture(image))
-        for kind in permutation:
-            theirs = kinds[kind](theirs).enhance(0.7 + 0.6 * strengths[kind].item())
+        for operation in permutation:
+            theirs = kinds[operation](theirs).enhance(0.7 + 0.6 * strengths[operation].item())
         assert (mine - pixels(theirs)).abs().max() <= 5 and (mine - pixels(theirs)).abs().mean() < 1
 
 
 @pytest.mark.parametrize("size,crop_pct", [((32, 32), None), ((16, 16), None), ((16, 16), 0.75), ((16, 24), None)])
 def test_without_augmentation_it_is_the_evaluation_transform(size, crop_pct):
-    """A level of 255, over a deviation of 0.225."""
+    """Agreement to one level of 255, divided by a standard deviation of 0.225."""
     images = noisy(3, 32, 48 if size[0] != size[1] else 32)
     ours = BatchTransform("none", size, *IMAGENET, 0, crop_pct)(images, 0, torch.arange(3))
     plain = eval_transform(size, *IMAGENET, crop_pct)
@@ -138,9 +139,9 @@ def test_without_augmentation_it_is_the_evaluation_transform(size, crop_pct):
 
 @pytest.mark.parametrize("aug", ["mae", "crop", "three"])
 def test_distribution_is_that_of_image_by_image(aug):
-    """The mean picture and the mean deviation over 600 draws of four images, batch against pillow: differences of
-    independent samples. Pixels of one draw move together, so that chi-square per pixel, 1 on average, varies a lot:
-    below 3 for each image and 2 over all (two samples of pillow's vary as much)."""
+    """Mean and standard deviation of each pixel over 600 draws of four images, batch against pillow. Pixels of one draw
+    are correlated, so chi-square per pixel, 1 on average, varies a lot: below 3 for each image and 2 over all (two
+    samples of pillow vary as much)."""
     images, count, chi_squares = noisy(4, 32, 32), 600, []
     batched, single = BatchTransform(aug, (32, 32), *IMAGENET, 0), pretrain_transform(aug, (32, 32), *IMAGENET)
     torch.manual_seed(0)
@@ -196,20 +197,20 @@ def test_cache_size_resizes_the_shorter_side(tmp_path):
 
 
 def test_decoding_on_the_device_is_pillows(tmp_path):
-    """torchvision's decoder, which is nvJPEG on a GPU, here on the CPU: the same pixels, resized ones within two levels
-    (pillow rounds between its two passes). What it does not read (PNG, damage, on a GPU CMYK) is left to pillow."""
+    """torchvision's decoder (nvJPEG on a GPU, here on the CPU) gives the same pixels, after resizing within two levels
+    (pillow rounds between its two passes). Pillow reads the rest: PNG, damaged files, and CMYK on a GPU."""
     smooth = TF.gaussian_blur(noisy(4, 50, 71), 7)
-    for place, pixels in enumerate(smooth):
+    for index, pixels in enumerate(smooth):
         image = picture(pixels)
-        image = image.convert("CMYK") if place == 2 else image
-        image.save(tmp_path / f"{place}.{'png' if place == 3 else 'jpg'}", **({} if place == 3 else {"quality": 90}))
+        image = image.convert("CMYK") if index == 2 else image
+        image.save(tmp_path / f"{index}.{'png' if index == 3 else 'jpg'}", **({} if index == 3 else {"quality": 90}))
     images = Files(sorted(map(str, tmp_path.iterdir())), [0] * 4, None)
     for size, levels in ((None, 0), (24, 2)):
         plain, device = (Decoder(images, 3, size, where) for where in (None, CPU))
-        found = [device._decoded_on_device(place) is not None for place in range(4)]
-        assert found[:2] == [True, True] and not found[3]
-        for place in range(4):
-            ours, theirs = (decoder._decoded(place).astype(int) for decoder in (device, plain))
+        decoded = [device._decoded_on_device(index) is not None for index in range(4)]
+        assert decoded[:2] == [True, True] and not decoded[3]
+        for index in range(4):
+            ours, theirs = (decoder._decoded(index).astype(int) for decoder in (device, plain))
             assert ours.shape == theirs.shape and abs(ours - theirs).max() <= levels
     (tmp_path / "0.jpg").write_bytes(b"\xff\xd8 no picture")
     assert Decoder(images, 3, None, CPU)._decoded(0) is None
@@ -232,7 +233,7 @@ def test_unreadable_images_are_replaced_and_counted(tmp_path, capfd):
         cached.load(2)
 
 
-def test_grey_images_and_no_room(monkeypatch):
+def test_grey_images_and_too_little_memory(monkeypatch):
     grey = Arrays(RNG.integers(0, 255, (12, 16, 16), dtype=np.uint8), range(12), ["a"])
     assert cache_images(grey, flags(in_chans=1), CPU).pixels.shape == (12, 1, 16, 16)
     left = set(Path(util.data.cache._shared_folder()).glob("images-*"))
@@ -245,7 +246,7 @@ def test_grey_images_and_no_room(monkeypatch):
 
 
 def test_a_file_that_vanishes_is_named(tmp_path):
-    """While the cache is made: unreadable, like any other."""
+    """A file that vanishes while the cache is made counts as unreadable."""
     for i in range(25):
         picture(noisy(1, 16, 16)[0]).save(tmp_path / f"{i}.png")
     images = Files([str(tmp_path / f"{i}.png") for i in range(25)], [0] * 25, None)
@@ -258,10 +259,10 @@ def pretrain(folder, extra):
     return checkpoint(folder, "checkpoint-1.pth")
 
 
-@pytest.mark.parametrize("kind", ["ram", "device"])
-def test_workers_and_resume_change_nothing(image_folder, tmp_path, kind):
-    """`device` on a CPU is memory of the process's own."""
-    common = f"--data_path {image_folder} --data_cache {kind} --aug three"
+@pytest.mark.parametrize("memory", ["ram", "device"])
+def test_workers_and_resume_change_nothing(image_folder, tmp_path, memory):
+    """`device` on a CPU is private memory of the process."""
+    common = f"--data_path {image_folder} --data_cache {memory} --aug three"
     whole = pretrain(tmp_path / "a", f"{common} --num_workers 2")
     for name, workers in (("b", 0),):
         assert same_tensors(whole["model"], pretrain(tmp_path / name, f"{common} --num_workers {workers}")["model"])
@@ -271,7 +272,7 @@ def test_workers_and_resume_change_nothing(image_folder, tmp_path, kind):
 
 
 def test_two_processes_share_one_cache(image_folder, tmp_path):
-    """Equal to one process to the rounding of the gradient's sum; and nothing is left behind in shared memory."""
+    """Equal to one process up to the rounding of gradient sums; shared memory is empty afterwards."""
     before = set(Path(util.data.cache._shared_folder()).glob("images-*"))
     common = f"{BASE} --data_path {image_folder} --data_cache ram --aug crop"
     ranks("main_pretrain", f"{common} --batch_size 8 --output_dir {tmp_path}/two", 2)
@@ -283,8 +284,8 @@ def test_two_processes_share_one_cache(image_folder, tmp_path):
     assert set(Path(util.data.cache._shared_folder()).glob("images-*")) == before
 
 
-def test_methods_that_divide_the_images_cache_their_part(image_folder, tmp_path, capsys):
+def test_methods_that_split_the_images_cache_their_part(image_folder, tmp_path, capsys):
     pretrain(tmp_path, f"--data_path {image_folder} --data_cache ram --aug crop --mlo_mae --mlo_labels same")
-    said = capsys.readouterr().out
-    assert "77 images of 16x16 decoded" in said, said  # 96 less a fifth of every class of 24
+    output = capsys.readouterr().out
+    assert "77 images of 16x16 decoded" in output, output  # 96 less a fifth of every class of 24
     assert json.loads((tmp_path / "args.json").read_text())["data_cache"] == "ram"

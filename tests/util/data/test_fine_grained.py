@@ -1,4 +1,4 @@
-"""CUB-200-2011, Stanford Cars and iNaturalist 2019: small copies of their layouts, and what is missing from them."""
+"""CUB-200-2011, Stanford Cars and iNaturalist 2019: small copies of their layouts, and missing files."""
 
 import argparse
 import json
@@ -16,14 +16,14 @@ from util.errors import UserError
 
 
 def picture(path, level: int):
-    """An even image, by whose level it is known again."""
+    """Save an image of one grey level, which identifies it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (16, 16), (level, level, level)).save(path, quality=95)
 
 
 def cub(root):
-    """Twelve classes, so that the order of numbers is not that of text; image n has level 2n; it is a test image
-    where n is even. The numbers of images are not in the order of their classes."""
+    """Write twelve classes, so that numbers and strings sort differently. Image n has level 2n and is a test image if n
+    is even. The numbers of images are not in the order of their classes."""
     root = root / "CUB_200_2011"
     rows = [(n, 1 + (5 * n) % 12) for n in range(1, 37)]
     classes = {number: f"{number:03d}.Bird_{number}" for number in range(1, 13)}
@@ -61,7 +61,7 @@ def cars(root):
 
 
 def inat19(root):
-    """Categories are 3, 7 and 1000 in the file, and their order in it is another."""
+    """Write a set whose categories are 3, 7 and 1000, listed in another order."""
     expected = []
     for split, first in (("train", 10), ("val", 100)):
         rows = [(first + i, [1000, 3, 7][i % 3], f"train_val2019/Birds/{i % 3}/{split}{i}.jpg") for i in range(6)]
@@ -86,13 +86,13 @@ def flags(name: str, root) -> argparse.Namespace:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_labels_belong_to_the_images(name, tmp_path):
-    """Both splits: every image, known by its level, with its label; names of the classes in the order of labels."""
+    """Both splits have every image, identified by its level, with its label; class names are in the order of labels."""
     expected = LAYOUTS[name](tmp_path)
     args = flags(name, tmp_path)
     splits = [read_images(args, train) for train in (True, False)]
     for images, known in zip(splits, expected):
         levels = [np.asarray(images.load(i)).mean() for i in range(len(images))]
-        # JPEG changes the level of an even image by less than one; the levels are at least 2 apart.
+        # JPEG changes the level by less than one; levels are at least 2 apart.
         assert {
             min(known, key=lambda k, level=level: abs(k - level)): t for level, t in zip(levels, images.targets)
         } == known
@@ -120,12 +120,12 @@ def test_fine_tuning_reads_it(tmp_path):
     args = "--model vit_micro_patch4 --input_size 16 --batch_size 6 --epochs 1 --num_workers 0 --device cpu".split()
     parser = main_finetune.get_args_parser()
     where = ["--dataset", "cub200", "--data_path", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
-    found = main_finetune.main(parser.parse_args([*args, *where]))
-    assert 0 <= found["acc1"] <= 100 and found["skipped"] == 0
+    result = main_finetune.main(parser.parse_args([*args, *where]))
+    assert 0 <= result["acc1"] <= 100 and result["skipped"] == 0
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "said"),
+    ("name", "spoil", "message"),
     [
         ("cub200", "rm CUB_200_2011/train_test_split.txt", "train_test_split.txt is missing: --dataset cub200 needs"),
         ("cub200", "rm CUB_200_2011/images", "is missing: --dataset cub200 needs the images in images/"),
@@ -145,7 +145,7 @@ def test_fine_tuning_reads_it(tmp_path):
         ("inat19", "write train2019.json []", "is not the annotation file of iNaturalist 2019: TypeError"),
     ],
 )
-def test_mistakes(name, spoil, said, tmp_path):
+def test_mistakes(name, spoil, message, tmp_path):
     LAYOUTS[name](tmp_path)
     verb, path, *text = spoil.split(maxsplit=2)
     path = tmp_path / path
@@ -155,7 +155,7 @@ def test_mistakes(name, spoil, said, tmp_path):
         shutil.rmtree(path)
     else:
         path.unlink()
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_images(flags(name, tmp_path), True)
 
 

@@ -1,4 +1,4 @@
-"""Single images: every mode arrives with its values; what cannot be read is replaced, left out or named."""
+"""Single images: every mode keeps its values; unreadable images are replaced or left out, and named."""
 
 import builtins
 import subprocess
@@ -70,7 +70,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("name", list(MODES))
-def test_every_mode_arrives_with_its_values(tmp_path, name):
+def test_every_mode_keeps_its_values(tmp_path, name):
     ending, picture, first, second = MODES[name]
     second = second or (round(40000 / 257),) * 3 + (255,)
     path = tmp_path / f"x.{ending}"
@@ -100,7 +100,7 @@ BROKEN = ("truncated.jpg", "empty.png", "text.jpg", "broken.png")
 
 
 def corrupt_folder(root):
-    """20 good images of value 10 * i, and after them four that cannot be read."""
+    """Write 20 good images of value 10 * i, followed by four unreadable ones."""
     for i in range(20):
         save(root / f"a{i:02d}.png", 10 * i)
     noise = Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), np.uint8))
@@ -118,7 +118,7 @@ def corrupt_folder(root):
 
 
 def with_draw(img):
-    """The image's value, and the first random number that the transform gets."""
+    """Return the image's value, and the first random number of the transform."""
     return torch.cat([PLAIN(img).flatten()[:1], torch.rand(1)])
 
 
@@ -140,7 +140,7 @@ def test_corrupt_training_images_are_replaced_by_the_same_draw(tmp_path, capfd):
         for name, _, bad in ((images.name(i), *seen[workers, 0][i][1:]) for i in range(24)):
             assert (bad > 0) == name.endswith(BROKEN)
         complaints = sum(bad for epoch in (0, 1) for *_, bad in seen[workers, epoch].values())
-        assert complaints == log.count("unreadable image")  # what is named is what is counted
+        assert complaints == log.count("unreadable image")  # the named images are the counted ones
     assert seen[0, 0] == seen[2, 0] and seen[0, 1] == seen[2, 1]
     allowed = {round(10 * i / 255, 4) for i in range(20)}
     assert {round(value, 4) for value, *_ in seen[0, 0].values()} <= allowed
@@ -162,7 +162,7 @@ def test_corrupt_test_images_are_left_out(tmp_path, capfd):
 
 
 class Unreadable(Images):
-    """Ten images, none of which can be read."""
+    """Ten unreadable images."""
 
     def __init__(self):
         self.targets = [0] * 10
@@ -172,7 +172,7 @@ class Unreadable(Images):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_twenty_unreadable_images_in_a_row_end_it(workers, capfd):
+def test_twenty_unreadable_images_in_a_row_end_the_run(workers, capfd):
     loader = build_loader(Unreadable(), PLAIN, flags("--num_workers", workers), 1, train=True)
     batches = iter(loader.begin(0))
     with pytest.raises(UnreadableData, match="20 images in a row") as error:
@@ -205,7 +205,7 @@ print("reading", flush=True)
 
 
 def test_workers_end_with_a_process_that_still_holds_them():
-    """They survive a SIGTERM, by which python would end them."""
+    """Workers ignore the SIGTERM by which Python would end them."""
     process = subprocess.Popen([sys.executable, "-c", ABANDONED], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout.readline() == "reading\n"
     process.wait(timeout=15)
@@ -214,7 +214,7 @@ def test_workers_end_with_a_process_that_still_holds_them():
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("mistake", [ValueError, OSError])
-def test_a_mistake_in_a_transform_is_no_unreadable_image(train, mistake, capfd):
+def test_an_error_in_a_transform_is_no_unreadable_image(train, mistake, capfd):
     def transform(img):
         raise mistake("a bug")
 

@@ -1,4 +1,5 @@
-"""Crops of JPEGs that are decoded small: the full path's box, nearly its pixels, and nothing where it cannot pay."""
+"""Crops of JPEGs that are decoded at reduced scale: the box of the full path, nearly its pixels, and no effect where
+nothing can be saved."""
 
 import io
 
@@ -37,7 +38,7 @@ def photograph():
 
 
 def stored(img, form="JPEG", **options) -> Image.Image:
-    """As a file that is opened and not decoded."""
+    """Return an image that is opened but not decoded."""
     file = io.BytesIO()
     img.save(file, form, **options)
     return Image.open(file)
@@ -56,8 +57,8 @@ def drafted(crop, img, key):
 
 @pytest.mark.parametrize("name,mode", [("pretraining", "RGB"), ("probe", "L"), ("fine-tuning", "CMYK")])
 def test_pixels_are_close(photograph, name, mode):
-    """On average within 3 of 255 grey levels of the full path's crop (measured: 1.3 to 1.9, about as much as bilinear
-    differs from bicubic); a crop that is off by one pixel differs by ten times as much."""
+    """The mean difference from the full path is below 3 of 255 levels (measured 1.3 to 1.9, as between bilinear and
+    bicubic); a crop shifted by one pixel differs ten times as much."""
     img, crop = photograph.convert(mode), transform_of(name).transforms[0]
     differences, shifted, sizes = [], [], set()
     for index in range(30):
@@ -69,11 +70,11 @@ def test_pixels_are_close(photograph, name, mode):
         shifted.append(np.abs(a - np.roll(b, 1, axis=1)).mean())
         sizes.add(small.size)
     assert np.mean(differences) < 3 and np.mean(shifted) > 5 * np.mean(differences)
-    assert {(640, 427)} != sizes <= {(640, 427), (320, 214), (160, 107), (80, 54)}  # really decoded small
+    assert {(640, 427)} != sizes <= {(640, 427), (320, 214), (160, 107), (80, 54)}  # decoded at reduced scale
 
 
 class Recorded:
-    """A crop that writes down its boxes and the size of the image from which it drew them."""
+    """A crop that records its boxes and the size of the image for which it drew them."""
 
     def __init__(self, crop):
         self.crop, self.boxes = crop, []
@@ -86,7 +87,7 @@ class Recorded:
 
 @pytest.mark.parametrize("name", ["pretraining", "probe", "fine-tuning"])
 def test_boxes_are_those_of_the_full_path(photograph, name):
-    """Drawn from the full size, and the smallest scale at which the box still has the final size both ways."""
+    """Boxes are drawn for the full size; the scale is the smallest at which the box has at least the final size."""
     recorded = Recorded(transform_of(name).transforms[0])
     for index in range(50):
         img = stored(photograph)
@@ -102,7 +103,8 @@ def test_boxes_are_those_of_the_full_path(photograph, name):
 
 @pytest.mark.parametrize("form,side", [("PNG", 427), ("BMP", 427), ("JPEG", 63), ("JPEG", 20)])
 def test_no_effect_where_nothing_can_be_saved(photograph, form, side):
-    """Other formats, and JPEGs whose crops are less than twice the final size: the full path's pixels, exactly."""
+    """Other formats, and JPEGs whose crops are less than twice the final size, have exactly the pixels of the full
+    path."""
     img, crop = photograph.resize((side, side)), transform_of("pretraining").transforms[0]
     for index in range(10):
         small = drafted(crop, stored(img, form), (0, 0, index))
@@ -115,7 +117,7 @@ def dataset(images, *argv):
 
 
 def test_through_the_loader(photograph, tmp_path, capfd):
-    """The flag changes little (flips and boxes stay), broken JPEGs are named and replaced as ever."""
+    """The flag changes pixels little, and flips and boxes not at all; damaged JPEGs are named and replaced as usual."""
     for name in ("a", "b", "c"):
         photograph.save(tmp_path / f"{name}.jpg", quality=95)
     (tmp_path / "d.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:20000])
@@ -127,7 +129,7 @@ def test_through_the_loader(photograph, tmp_path, capfd):
     plain, small = dataset(files), dataset(files, "--jpeg_draft")
     for index in (0, 1, 2, 4):
         one, other = plain[(2, index)], small[(2, index)]
-        # 3 of 255 levels as above, over a deviation of 0.22 at least
+        # 3 of 255 levels as above, divided by a standard deviation of at least 0.22
         assert (one.image - other.image).abs().mean() < 3 / 255 / 0.22
         assert torch.equal(one.image, other.image) == (index == 4)
     broken = small[(0, 3)]
@@ -137,11 +139,11 @@ def test_through_the_loader(photograph, tmp_path, capfd):
 def test_evaluation_is_left_alone(photograph, tmp_path):
     photograph.save(tmp_path / "a.jpg")
     files = Files([str(tmp_path / "a.jpg")], [0], None)
-    transform, found = transforms.eval_transform(SIZE, *IMAGENET), []
+    transform, results = transforms.eval_transform(SIZE, *IMAGENET), []
     for argv in ([], ["--jpeg_draft"]):
         args = main_pretrain.get_args_parser().parse_args([*argv, "--num_workers", "0"])
-        found.append(next(iter(build_loader(files, transform, args, 1, train=False).begin(0))).image)
-    assert torch.equal(*found)
+        results.append(next(iter(build_loader(files, transform, args, 1, train=False).begin(0))).image)
+    assert torch.equal(*results)
     assert split_crop(transform) == (None, transform)
 
 

@@ -1,4 +1,4 @@
-"""Sets of labels and made-up noise: targets, loss and scores by independent computations, and what is refused."""
+"""Sets of labels and synthetic noise: targets, loss and scores by independent computations, and refusals."""
 
 import argparse
 import math
@@ -26,7 +26,7 @@ COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 
 @pytest.fixture(scope="module")
 def lists(tmp_path_factory):
-    """24 training and 9 test images in one, two or three of the colours: their folder, with train.txt and val.txt."""
+    """A folder with 24 training and 9 test images of one to three colours, train.txt and val.txt."""
     root, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
     for split, count in (("train", 24), ("val", 9)):
         lines = []
@@ -50,7 +50,7 @@ def flags_of(**given):
 
 
 def test_rows_sum_to_one(lists):
-    """Equal shares for the labels of the line, in the vocabulary's order."""
+    """The labels of a line have equal shares, in the order of the vocabulary."""
     images = read_labelled(parse(lists), train=True)
     assert images.classes == ["blue", "green", "red"]
     lines = (lists / "train.txt").read_text().splitlines()
@@ -65,7 +65,7 @@ def test_rows_sum_to_one(lists):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_soft_target_loss(smoothing):
-    """-sum_k t_k log p_k, written out; smoothing moves a share of the targets to all classes alike."""
+    """-sum_k t_k log p_k, written out; smoothing distributes a share of the targets over all classes equally."""
     args = argparse.Namespace(mixup=0, cutmix=0, cutmix_minmax=None, targets="multilabel", smoothing=smoothing)
     logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.rand(5, 7, dtype=torch.float64).softmax(1)
@@ -87,7 +87,7 @@ def test_average_precision_by_hand():
 
 
 def test_scores_over_batches():
-    """Batches, and images that cannot be read, against all at once; the average precision written out as a sum."""
+    """Batches with unreadable images against all images at once, with average precision written out as a sum."""
     rng = np.random.default_rng(0)
     logits = torch.from_numpy(rng.normal(size=(40, 6))).float()
     holds = torch.from_numpy(rng.random((40, 6)) < 0.3)
@@ -98,27 +98,27 @@ def test_scores_over_batches():
     kept = MultiLabel(torch.device("cpu"))
     for part in torch.arange(40).split(7):
         kept.add(logits[part], targets[part], good[part])
-    found, p, held = kept.read(), logits.softmax(1)[good], holds[good]
+    scores, p, held = kept.read(), logits.softmax(1)[good], holds[good]
     values = []
     for place in range(5):
         order = held[p[:, place].argsort(descending=True), place].float()  # no ties
         values.append((order.cumsum(0) / torch.arange(1, len(order) + 1) * order).sum() / order.sum())
-    assert found["mAP"] == pytest.approx(100 * float(sum(values)) / 5, rel=1e-5)  # float32 sums
-    assert found["precision1"] == pytest.approx(100 * float(held[range(len(p)), p.argmax(1)].float().mean()), rel=1e-5)
-    assert found["loss"] == pytest.approx(-float((targets[good] * p.log()).sum(1).mean()), rel=1e-5)
-    assert found["skipped"] == 40 - len(p)
+    assert scores["mAP"] == pytest.approx(100 * float(sum(values)) / 5, rel=1e-5)  # float32 sums
+    assert scores["precision1"] == pytest.approx(100 * float(held[range(len(p)), p.argmax(1)].float().mean()), rel=1e-5)
+    assert scores["loss"] == pytest.approx(-float((targets[good] * p.log()).sum(1).mean()), rel=1e-5)
+    assert scores["skipped"] == 40 - len(p)
 
 
 def test_scores_of_three_ranks(monkeypatch):
-    """The same as one rank alone has, though each computes some of the classes and one of them has no image. Ranks are
-    threads here, which meet where processes would."""
+    """Equal to the scores of one rank, although each computes a part of the classes and one of them has no image. Ranks
+    are threads here, which synchronise as processes would."""
     rng = np.random.default_rng(0)
     logits = torch.from_numpy(rng.normal(size=(30, 7))).float()
     targets = torch.from_numpy(rng.random((30, 7)) < 0.3).float()
     alone = MultiLabel(torch.device("cpu"))
     alone.add(logits, targets, torch.ones(30, dtype=torch.bool))
     expected, meeting, here = alone.read(), threading.Barrier(3), threading.local()
-    parts, given, found = [(0, 17), (17, 17), (17, 30)], [None] * 3, [None] * 3
+    parts, given, results = [(0, 17), (17, 17), (17, 30)], [None] * 3, [None] * 3
 
     def gather(value):
         given[here.rank] = value
@@ -133,7 +133,7 @@ def test_scores_of_three_ranks(monkeypatch):
         for first in range(*parts[number], 5):
             part = slice(first, min(first + 5, parts[number][1]))
             kept.add(logits[part], targets[part], torch.ones(len(targets[part]), dtype=torch.bool))
-        found[number] = kept.read()
+        results[number] = kept.read()
 
     monkeypatch.setattr(MultiLabel, "AT_ONCE", 2)
     for name, replacement in dict(gather_objects=gather, get_rank=lambda: here.rank, get_world_size=lambda: 3).items():
@@ -143,16 +143,16 @@ def test_scores_of_three_ranks(monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found[0] == found[1] == found[2]
-    assert found[0]["mAP"] == expected["mAP"] > 0  # the same numbers, summed exactly
-    assert found[0] == pytest.approx(expected, rel=1e-6)  # losses are summed in float32 inside a batch
+    assert results[0] == results[1] == results[2]
+    assert results[0]["mAP"] == expected["mAP"] > 0  # the same numbers, with exact sums
+    assert results[0] == pytest.approx(expected, rel=1e-6)  # losses are summed in float32 inside a batch
 
 
 # Noise ----------------------------------------------------------------------------------------------------------------
 
 
 def within(count, trials, share):
-    """Between the 0.00005 and 0.99995 quantiles of the binomial distribution: one seed in ten thousand would not be."""
+    """Return whether a count lies between the 0.00005 and 0.99995 quantiles of its binomial distribution."""
     low, high = binom.interval(0.9999, trials, share)
     return low <= count <= high
 
@@ -163,30 +163,31 @@ def test_uniform_noise():
     hit = [(a, b) for a, b in zip(targets, noisy) if a != b]
     assert within(len(hit), 5000, 0.3)
     shifts = np.bincount([(b - a) % 10 for a, b in hit], minlength=10)
-    assert all(within(count, len(hit), 1 / 9) for count in shifts[1:])  # all other classes alike
+    assert all(within(count, len(hit), 1 / 9) for count in shifts[1:])  # all other classes equally often
     assert uniform_noise(targets, 10, 0.0, np.random.default_rng(0)) == targets
     assert all(a != b for a, b in zip(targets, uniform_noise(targets, 10, 1.0, np.random.default_rng(0))))
 
 
 def test_hashtag_noise():
-    """Classes 0 and 1 in every image, 2 to 9 never, 10 and 11 in every second; sets stay rising and never empty."""
+    """Classes 0 and 1 in every image, 2 to 9 in none, 10 and 11 in every second; sets stay sorted and non-empty."""
     targets = [(0, 1, *((10, 11) if i % 2 else ())) for i in range(4000)]
     noisy = hashtag_noise(targets, 12, 0.2, np.random.default_rng(0))
     assert all(labels == tuple(sorted(set(labels))) and labels for labels in noisy)
-    assert not {label for labels in noisy for label in labels} & set(range(2, 10))  # what never occurs is never added
+    # Classes that never occur are never added.
+    assert not {label for labels in noisy for label in labels} & set(range(2, 10))
     # An even image has two labels. 10 or 11 holds a third of all: in it by an addition of 0, 1, 2 (probabilities .64,
     # .32, .04), or, where both labels were forgotten (.04), of one at least.
     even = noisy[::2]
     added = 0.32 * 1 / 3 + 0.04 * (1 - (2 / 3) ** 2) + 0.04 * 0.64 / 3
     assert within(sum(bool({10, 11} & set(labels)) for labels in even), 2000, added)
-    # Label 0 is forgotten with 0.2, and comes back by an addition (a third of all occurrences).
+    # Label 0 is dropped with probability 0.2, and added again with its share, a third of all occurrences.
     back = 0.32 / 3 + 0.04 * (1 - (2 / 3) ** 2)
-    empty = 0.2 * 0.64 / 3  # the other label forgotten too, nothing added: one is drawn
+    empty = 0.2 * 0.64 / 3  # the other label dropped too, nothing added: one is drawn
     assert within(sum(0 not in labels for labels in even), 2000, 0.2 * (1 - back - empty))
 
 
-def test_noise_is_of_the_seed_alone():
-    """The same labels whatever the number of workers, others for another seed; the reader's own list is untouched."""
+def test_noise_depends_on_the_seed_alone():
+    """Labels depend on the seed and not on the number of workers; the reader's list is unchanged."""
     arrays = Arrays(np.zeros((64, 8, 8, 3), np.uint8), [i % 4 for i in range(64)], list("abcd"))
 
     def seen(seed, workers):
@@ -209,9 +210,9 @@ def test_noise_is_of_the_seed_alone():
 # Runs -----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_and_what_comes_after(lists, tmp_path, capsys):
-    """Two processes score what one does; the checkpoint knows its labels, an evaluation needs no training list, and a
-    fine-tuning says what the head was."""
+def test_a_run_its_evaluation_and_fine_tuning(lists, tmp_path, capsys):
+    """Two processes have the scores of one; the checkpoint stores its labels, an evaluation needs no training list, and
+    fine-tuning reports the replaced head."""
     stats = main_finetune.main(parse(lists, f"--label_noise 0.2 --output_dir {tmp_path}"))
     assert stats.keys() == {"loss", "mAP", "precision1", "skipped"} and math.isfinite(stats["loss"])
     state = checkpoint(tmp_path, "checkpoint-0.pth")
@@ -256,8 +257,8 @@ def test_refusals(flags, text, words, lists, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_vocabulary_is_the_checkpoint_s(lists, tmp_path):
-    """Names in another order are other outputs: refused by --eval and --resume."""
+def test_vocabulary_is_that_of_the_checkpoint(lists, tmp_path):
+    """A vocabulary in another order is refused by --eval and --resume."""
     own, other = write(tmp_path, "own", "red\ngreen\nblue\npink"), write(tmp_path, "other", "green\nred\nblue\npink")
     assert read_vocabulary(own) == ["red", "green", "blue", "pink"]
     main_finetune.main(parse(lists, f"--label_vocab {own} --output_dir {tmp_path / 'out'}"))

@@ -1,4 +1,4 @@
-"""--check_leak: an image of the evaluation split among those that are trained on is found, wherever it lies."""
+"""--check_leak: an evaluation image among the training images is detected, whatever its path."""
 
 import shutil
 
@@ -42,23 +42,23 @@ def leaking(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_one_image_is_found_by_every_command(name, leaking, tmp_path):
+def test_every_command_detects_one_image(name, leaking, tmp_path):
     module, flags = COMMANDS[name]
     out = f"--output_dir {tmp_path}/out --batch_size 8" if "main" in module.__name__ else ""
     data = f"--mlo_labels {leaking}" if name == "labels" else f"--data_path {leaking}"
     with pytest.raises(UserError, match=r"1 of 97 training images are also among the 20 .*another name.png = .*val/"):
         module.main(module.get_args_parser().parse_args(f"{flags} {out} {data}".split()))
-    assert not list(tmp_path.glob("out/*"))  # before anything is trained or written
+    assert not list(tmp_path.glob("out/*"))  # before training and before any file is written
 
 
-def test_nothing_is_found_where_nothing_is(image_folder, capsys):
+def test_disjoint_splits_pass(image_folder, capsys):
     flags = f"{VIT} random --data_path {image_folder}"
     knn.main(knn.get_args_parser().parse_args(flags.split()))
     assert "none of 20 evaluation images is among the 96 training images" in capsys.readouterr().out
 
 
-def test_arrays_parts_and_unreadable_images(tmp_path):
-    """Arrays are compared by their pixels, not by their places; an unreadable image is like no other."""
+def test_arrays_subsets_and_unreadable_images(tmp_path):
+    """Arrays are compared by pixels, not by index; an unreadable image equals no other."""
     pixels = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
     images = Arrays(pixels, range(10), "abcdefghij")
     check_leak(Subset(images, [0, 1, 2]), Subset(images, [3, 4]))
@@ -84,7 +84,7 @@ def test_evaluation_alone_trains_on_nothing(image_folder):
 
 
 def test_the_same_pixels_in_another_file(tmp_path):
-    """What is documented: a file that was written anew is another image."""
+    """As documented, an image that was saved again is a different image."""
     from util.data.sources import Files
 
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)

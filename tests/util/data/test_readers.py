@@ -1,4 +1,4 @@
-"""Readers of every layout: which images and labels they find, what they refuse; mean and deviation."""
+"""Readers of every layout: their images and labels, and refusals; mean and standard deviation."""
 
 import pickle
 import random
@@ -29,7 +29,7 @@ def test_folders_of_classes_are_numbered_by_the_training_folder(tmp_path, name):
     train, val = read_images(args, True), read_images(args, False)
     assert train.classes == val.classes == ["ant", "cat", "dog"]
     assert contents(train) == [(3, 0), (1, 1), (2, 1), (4, 2)]
-    assert contents(val) == [(6, 1), (5, 2)]  # though val has no ants
+    assert contents(val) == [(6, 1), (5, 2)]  # although val has no ants
     class_folders(tmp_path / "val", eel=[7])
     with pytest.raises(UserError, match="'eel'"):
         read_images(args, False)
@@ -102,7 +102,7 @@ def test_filelist(tmp_path):
     train = lists.read(True, rows)
     assert train.classes == ["2", "9", "10"]  # as numbers, not as words
     assert contents(train) == [(0, 2), (1, 1), (2, 2), (3, 0)]
-    val = lists.read(False, rows, [f"{tmp_path}/pictures/4.png\t10"])  # an absolute path is taken as it is
+    val = lists.read(False, rows, [f"{tmp_path}/pictures/4.png\t10"])  # an absolute path stays unchanged
     assert contents(val) == [(4, 2)] and val.classes == train.classes
     words = lists.read(True, ["0.png\tzebra", "1.png\t7", "2.png\tant", "3.png\t07"])
     assert words.classes == ["07", "7", "ant", "zebra"]
@@ -126,7 +126,7 @@ def test_filelist_refuses(tmp_path, rows, train, message):
 
 
 def test_a_list_names_nothing_outside(tmp_path):
-    """Neither by `..`, nor by an absolute path, nor through a link; with --allow_outside all of them."""
+    """`..`, absolute paths and links to files outside are refused, and accepted with --allow_outside."""
     lists = Lists(tmp_path / "in")
     save(tmp_path / "secret" / "7.png", 7)
     (tmp_path / "in" / "pictures" / "link.png").symlink_to(tmp_path / "secret" / "7.png")
@@ -145,16 +145,16 @@ def test_a_list_names_nothing_outside(tmp_path):
     assert contents(lists.read(True, ["link.png"], outside=True)) == [(7, -1)]
 
 
-def test_links_in_a_circle(tmp_path):
-    """Each image once, however the links run; a link to another folder is followed."""
+def test_circular_links(tmp_path):
+    """Each image is read once despite circular links; a link to another folder is followed."""
     save(tmp_path / "a" / "b" / "1.png", 1)
     save(tmp_path / "other" / "2.png", 2)
     (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
     (tmp_path / "a" / "self").symlink_to(".")
     (tmp_path / "a" / "other").symlink_to(tmp_path / "other")
     (tmp_path / "other" / "back").symlink_to(tmp_path / "a")
-    found = [path.removeprefix(f"{tmp_path}/a/") for path in images_below(tmp_path / "a")]
-    assert found == ["b/1.png", "other/2.png"]
+    paths = [path.removeprefix(f"{tmp_path}/a/") for path in images_below(tmp_path / "a")]
+    assert paths == ["b/1.png", "other/2.png"]
 
 
 def test_tiny_imagenet(tmp_path):
@@ -175,7 +175,7 @@ def test_tiny_imagenet(tmp_path):
     with pytest.raises(UserError, match="n03"):
         read_images(args, False)
     annotations.unlink()
-    for value, wnid in ((3, "n02"), (4, "n02")):  # a copy that somebody has sorted
+    for value, wnid in ((3, "n02"), (4, "n02")):  # a copy in class folders
         save(tmp_path / "sorted" / wnid / f"{value}.png", value)
     (tmp_path / "val").rename(tmp_path / "old")
     (tmp_path / "sorted").rename(tmp_path / "val")
@@ -191,11 +191,11 @@ def test_digits():
     everything = load_digits()
     key = [picture.tobytes() for picture in (everything.images * 255 / 16).round().astype(np.uint8)]
     ours = [picture.tobytes() for split in (train, val) for picture in split.arrays]
-    assert len(set(key)) == 1797 and sorted(ours) == sorted(key)  # so the splits are disjoint and nothing is lost
+    assert len(set(key)) == 1797 and sorted(ours) == sorted(key)  # so the splits are disjoint and complete
     label = dict(zip(key, everything.target.tolist()))
     assert [label[picture] for picture in ours] == train.targets + val.targets
     fair = np.bincount(everything.target) * 360 / 1797
-    assert np.abs(np.bincount(val.targets) - fair).max() < 1  # as close as whole images come
+    assert np.abs(np.bincount(val.targets) - fair).max() < 1  # as close as whole images permit
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     again = read_images(flags("--dataset", "digits", "--seed", 9), True)
     assert (again.arrays == train.arrays).all() and again.targets == train.targets
@@ -234,7 +234,7 @@ def test_cifar_that_is_not_there(tmp_path):
 
 @pytest.mark.parametrize("name", ["imagnet", "hdfs/imagenet-1k", "image/folder"])
 def test_unknown_dataset_lists_the_known_ones(tmp_path, name):
-    class_folders(tmp_path / "train", a=[1])  # timm would read this folder whatever stands before the slash
+    class_folders(tmp_path / "train", a=[1])  # timm would read this folder whatever the name before the slash
     for argv in ([], ["--data_path", tmp_path]):
         with pytest.raises(UserError) as error:
             read_images(flags("--dataset", name, *argv), True)
@@ -245,7 +245,7 @@ def test_unknown_dataset_lists_the_known_ones(tmp_path, name):
 @pytest.mark.parametrize("name", ["torch/no_such_set", "torch/cifar10", "wds/nothing", "tfds/nothing", "hfds/nothing"])
 def test_factory_names_that_cannot_be_opened(tmp_path, name, monkeypatch):
     for module in ("datasets", "tensorflow", "tensorflow_datasets"):
-        monkeypatch.setitem(sys.modules, module, None)  # as if not installed, so that nothing asks the network
+        monkeypatch.setitem(sys.modules, module, None)  # as if not installed, so that nothing is downloaded
     with pytest.raises(UserError, match=name):
         read_images(flags("--dataset", name, "--data_path", tmp_path), True)
     if name[:3] in ("tor", "wds"):
@@ -254,7 +254,7 @@ def test_factory_names_that_cannot_be_opened(tmp_path, name, monkeypatch):
 
 
 class Table:
-    """What `HuggingFaceImages` uses of a `datasets.Dataset`."""
+    """The part of a `datasets.Dataset` that `HuggingFaceImages` uses."""
 
     def __init__(self, rows):
         self.rows, self.column_names = rows, list(rows[0])
@@ -279,7 +279,7 @@ def test_hugging_face_table(tmp_path, labelled):
     images = HuggingFaceImages(
         SimpleNamespace(dataset=Table(rows), image_key="image", label_key="label", class_to_idx=mapping)
     )
-    assert images.targets == ([1, 0, 0] if labelled else [-1] * 3)  # known without reading an image
+    assert images.targets == ([1, 0, 0] if labelled else [-1] * 3)  # available without reading an image
     assert images.classes == (["first", "second"] if labelled else None)
     assert [value_of(images.load(i)) for i in (0, 1)] == [5, 5]
     with pytest.raises(OSError):
@@ -297,7 +297,7 @@ def test_build_dataset_is_made_for_a_loader(tmp_path):
     assert build_dataset(True, args)[1].image.shape == (3, 32, 32)
 
 
-# Mean and deviation --------------------------------------------------------------------------------------------------
+# Mean and standard deviation ------------------------------------------------------------------------------------------
 
 
 def test_mean_std_defaults():

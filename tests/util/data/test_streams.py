@@ -1,4 +1,4 @@
-"""WebDataset shards: every sample once, equal batches for all ranks, damage, other places than the disk, resuming."""
+"""WebDataset shards: every sample once, equal batches on all ranks, damage, HTTP and pipes, resumption."""
 
 import functools
 import http.server
@@ -28,7 +28,7 @@ SIZES = [5, 9, 1, 12, 7, 6]  # of the shards
 
 
 def write_shard(path, values, unreadable=()):
-    """One-colour images whose value is their label, and a member that is neither."""
+    """Write images of one colour whose value is their label, and a member that is neither image nor label."""
     with tarfile.open(path, "w") as tar:
         for value in values:
             file = io.BytesIO()
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 
 def loader_of(path, *argv, workers=0, batch=3, train=True, seed=0):
-    """Batches of (value, a random number) from shards."""
+    """Return a loader of batches of (value, random number) from shards."""
     words = ["--dataset", "wds", "--data_path", path, "--num_workers", workers, "--seed", seed, *argv]
     args = main_pretrain.get_args_parser().parse_args([str(word) for word in words])
     noisy = tvt.Compose([tvt.Resize((8, 8)), tvt.ToTensor(), lambda x: torch.cat([x[:1], torch.rand_like(x[:1])])])
@@ -86,8 +86,8 @@ def as_rank(monkeypatch, rank, world):
 
 @pytest.mark.parametrize("world,workers", [(1, 0), (1, 3), (2, 2), (3, 1)])
 def test_every_sample_once(folder, monkeypatch, world, workers):
-    """Over ranks and workers, shards of very different sizes: equally many full batches for all, no image twice, what
-    fills no batch left out."""
+    """Shards of very different sizes over ranks and workers: all have the same number of full batches, no image is read
+    twice, and incomplete batches are left out."""
     for epoch in (0, 1):
         seen = []
         for rank in range(world):
@@ -98,7 +98,7 @@ def test_every_sample_once(folder, monkeypatch, world, workers):
             assert all(len(batch.target) == 3 for batch in batches) and not bad(batches)
             values = torch.cat([batch.image[:, 0, 0, 0] for batch in batches]) * 255
             assert values.round().int().tolist() == labels(batches)
-            # The place in the whole set is the key of an image's random numbers; here it is the label too.
+            # The index in the whole set is the key of an image's random numbers; here it is also the label.
             assert torch.equal(*(torch.cat([getattr(batch, key) for batch in batches]) for key in ("index", "target")))
             seen += labels(batches)
         assert len(seen) == len(set(seen)) == 40 // (3 * world) * 3 * world
@@ -117,7 +117,7 @@ def test_evaluation_is_complete_and_in_order(folder, monkeypatch, world, workers
 
 
 def test_order(folder):
-    """Another one in every epoch and for every seed, the same for the same; a buffer of 1 leaves the shards' own."""
+    """The order depends on epoch and seed alone; a buffer of 1 keeps the order inside the shards."""
     orders = [labels(loader_of(folder, seed=seed).begin(epoch)) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
     assert len({tuple(order) for order in orders}) == 4
     assert orders[1] == labels(loader_of(folder).begin(1))
@@ -128,14 +128,15 @@ def test_order(folder):
 
 
 def test_generators_of_the_process_are_left_alone(folder):
-    """Reading in this process draws for every sample, and gives the states back before the batch is used."""
+    """Reading in this process seeds the generators for every sample and restores their states before the batch is
+    used."""
     before = torch.get_rng_state()
     for _ in loader_of(folder).begin(0):
         assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_epochs_of_one_loader(folder):
-    """Workers that live on read the epoch that was begun, from where it was begun, whatever they read before."""
+    """Persistent workers read the requested epoch from the requested batch, whatever they read before."""
     one = loader_of(folder, workers=2)
     for epoch, start in ((0, 0), (0, 0), (5, 4), (1, 0)):
         batches = list(one.begin(epoch, start))
@@ -143,19 +144,19 @@ def test_epochs_of_one_loader(folder):
         assert same_batches(batches, list(loader_of(folder, workers=2).begin(epoch, start)))
 
 
-def test_buffer_bounds_what_is_held(tmp_path):
-    """An image leaves a buffer of N among the first N + what has left already: it is never given out too early."""
+def test_buffer_bounds_its_content(tmp_path):
+    """An image leaves a buffer of N only after it has entered: it is among the first N plus those that have left."""
     shards = write_set(tmp_path / "s", sizes=[200])
     values = np.array(labels(loader_of(shards, "--shuffle_buffer", 10, batch=200).begin(0)))
-    # With two entering for one that leaves, at most 10 + 2 places lie between reading and leaving ahead of its turn.
+    # Two enter for one that leaves, so an image is given out at most 10 + 2 positions before its turn.
     assert (values - np.arange(200)).max() <= 12
     assert np.abs(values - np.arange(200)).mean() > 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_at_any_batch(folder, monkeypatch, workers):
-    """Bit for bit what the uninterrupted run saw, random numbers included; nothing that was seen is decoded again, and
-    shards that have been given out whole are not opened."""
+    """Batches equal those of the uninterrupted run bit for bit, random numbers included. Delivered images are not
+    decoded again, and fully delivered shards are not opened."""
     as_rank(monkeypatch, 1, 2)
     flags = ("--shuffle_buffer", 4)
     whole = list(loader_of(folder, *flags, workers=workers, batch=2).begin(3))
@@ -171,14 +172,14 @@ def test_resume_at_any_batch(folder, monkeypatch, workers):
         decoded.clear(), opened.clear()
         rest = list(loader_of(folder, *flags, workers=workers, batch=2).begin(3, start))
         assert same_batches(rest, whole[start:])
-        if not workers:  # a worker's lists are its own
+        if not workers:  # a worker has its own lists
             assert len(decoded) == 20 - 2 * start
             counts.append(len(opened))
     assert counts == sorted(counts, reverse=True) and (workers or counts[-1] < counts[0])
 
 
 def damage(root):
-    """Shard 0 vanishes, shard 1 is cut inside an image, shard 3 is no tar, image 33 of shard 4 is none."""
+    """Delete shard 0, truncate shard 1 inside an image, make shard 3 no tar file and image 33 of shard 4 no image."""
     (root / "x-train-000.tar").unlink()
     path = root / "x-train-001.tar"
     with tarfile.open(path) as tar:  # image 5 + 4 is the fifth one
@@ -190,7 +191,8 @@ def damage(root):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damage_is_named_counted_and_replaced(tmp_path, workers, capfd):
-    """The rest is delivered, once; lost images are counted, and a resumed run replaces them by the same ones."""
+    """All other images are delivered once; lost ones are counted, and a resumed run replaces them by the same
+    images."""
     root = write_set(tmp_path / "s", unreadable=[33])
     lost = damage(root)
     whole = list(loader_of(root, workers=workers, batch=2).begin(0))
@@ -220,7 +222,7 @@ def test_damage_in_evaluation_is_left_out(tmp_path, capfd):
 
 
 def test_without_an_index(tmp_path, capfd):
-    """Local shards are counted, damaged ones as far as they go, so that nothing needs replacing; others need a flag."""
+    """Local shards are counted, damaged ones up to the damage, so nothing needs replacing; remote ones need a flag."""
     root = write_set(tmp_path / "s", index=False)
     lost = damage(root)
     loader = loader_of(root, batch=1)
@@ -272,17 +274,17 @@ def test_http_and_pipes_give_what_the_disk_gives(folder, serve, workers):
     local = list(loader_of(folder, workers=workers).begin(0))
     address = serve(folder)
     assert same_batches(list(loader_of(address, workers=workers).begin(0)), local)
-    pattern = f"{address}/x-train-{{000..005}}.tar"  # its lengths from the index beside it
+    pattern = f"{address}/x-train-{{000..005}}.tar"  # lengths come from the index beside the shards
     assert same_batches(list(loader_of(pattern, workers=workers).begin(0, 5)), local[5:])
     even = write_set(folder / "even", sizes=[10, 10, 10])
     piped = loader_of(f"pipe:cat {even}/x-train-{{000..002}}.tar", "--shard_samples", 10, workers=workers)
     assert same_batches(list(piped.begin(1)), list(loader_of(even, workers=workers).begin(1)))
     few = loader_of(f"pipe:cat {even}/x-train-{{000..002}}.tar", "--shard_samples", 8, batch=24)
-    assert {value % 10 for value in labels(few.begin(0))} == set(range(8))  # the first ones of each
+    assert {value % 10 for value in labels(few.begin(0))} == set(range(8))  # the first samples of each
 
 
-def test_http_that_is_not_there(folder, serve, tmp_path, capfd):
-    """A shard that is not found is skipped; an index that is not found is said."""
+def test_missing_files_over_http(folder, serve, tmp_path, capfd):
+    """A missing shard is skipped; a missing index is reported."""
     root = write_set(tmp_path / "s")
     (root / "x-train-003.tar").unlink()
     batches = list(loader_of(serve(root), batch=4).begin(0))
@@ -299,7 +301,7 @@ def test_failing_command(folder):
 
 
 @pytest.mark.parametrize("name", ["pipe:touch x", "/etc/x.tar", "../x.tar", "http://a.b/x.tar", "a/../../x.tar"])
-def test_an_index_names_no_commands_and_no_other_places(tmp_path, name):
+def test_an_index_names_no_commands_and_no_other_folders(tmp_path, name):
     entry = {"filenames": [name], "shard_lengths": [4]}
     (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": entry}}))
     for path in (tmp_path, f"{tmp_path}/x-{{0..2}}.tar"):
@@ -324,7 +326,7 @@ def test_broken_index(tmp_path, text):
         ("", "needs --data_path"),
     ],
 )
-def test_places_that_make_no_sense(path, words):
+def test_invalid_shard_paths(path, words):
     with pytest.raises(UserError, match=words):
         loader_of(path)
 
@@ -339,8 +341,8 @@ def pretrain(flags):
 
 @pytest.mark.parametrize("number,place", [(signal.SIGKILL, "folder"), (signal.SIGTERM, "pipe")])
 def test_killed_and_resumed(tmp_path, number, place):
-    """Killed, or stopped by a signal to all its processes, the shards' commands among them: the same end as the
-    undisturbed run's."""
+    """Killed, or stopped by a signal to all its processes, including the commands that read shards, the run resumes
+    bit-identically."""
     root = write_set(tmp_path / "s", sizes=[40, 40, 40, 40])
     shards = f"pipe:cat<{root}/x-train-{{000..003}}.tar --shard_samples 40" if place == "pipe" else root
     flags = f"{RUN} --data_path {shards} --num_workers 2 --output_dir"
@@ -356,7 +358,7 @@ def test_killed_and_resumed(tmp_path, number, place):
     assert log_rows(tmp_path / "run")[-1]["bad_images"] == 0
 
 
-def test_changed_workers_are_said(tmp_path, monkeypatch, capsys):
+def test_changed_workers_are_reported(tmp_path, monkeypatch, capsys):
     root = write_set(tmp_path / "s", sizes=[40, 40])
     flags = f"{RUN} --data_path {root} --epochs 1 --output_dir {tmp_path}"
     original = util.training.run.adjust_learning_rate

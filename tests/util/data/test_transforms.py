@@ -40,10 +40,10 @@ def crops(monkeypatch, transform, img, count):
     return np.array([box[:4] for box in made])
 
 
-@pytest.mark.parametrize(("smallest", "kind"), [(0.2, "mae"), (0.2, "three"), (0.08, "rrc")])
-def test_resized_crops_cover_the_area_that_the_paper_says(monkeypatch, smallest, kind):
-    make = transforms.probe_transform if kind == "rrc" else transforms.pretrain_transform
-    boxes = crops(monkeypatch, make(kind, (32, 32), *NO_NORM), noise_image(200, 200), 300)
+@pytest.mark.parametrize(("smallest", "aug"), [(0.2, "mae"), (0.2, "three"), (0.08, "rrc")])
+def test_resized_crops_cover_the_area_of_the_paper(monkeypatch, smallest, aug):
+    make = transforms.probe_transform if aug == "rrc" else transforms.pretrain_transform
+    boxes = crops(monkeypatch, make(aug, (32, 32), *NO_NORM), noise_image(200, 200), 300)
     areas = boxes[:, 2] * boxes[:, 3] / 200**2
     shapes = boxes[:, 3] / boxes[:, 2]
     assert smallest - 0.005 < areas.min() < smallest + 0.05 and 0.9 < areas.max() <= 1  # sides are whole pixels
@@ -68,7 +68,7 @@ def test_flips_half_of_the_time():
 
 
 def test_crop_pads_by_an_eighth():
-    """Pixels are numbered from one, so that the place of every crop can be read off; padding is zero."""
+    """Pixels are numbered from one, which gives the position of every crop; padding is zero."""
     numbers = np.arange(1, 1025, dtype=np.int64).reshape(32, 32)
     img = Image.fromarray(np.stack([numbers // 256, numbers % 256, numbers * 0 + 1], -1).astype(np.uint8))
     padded = np.pad(numbers, 4)
@@ -96,15 +96,15 @@ def test_three_augment_takes_one_of_three(monkeypatch, channels):
         (transforms.GaussianBlur, "__call__"),
     ]
 
-    def counted(kind, original):
+    def counted(operation, original):
         def call(self, img):
-            used.append(kind)
+            used.append(operation)
             return original(self, img)
 
         return call
 
-    for kind, method in operations:
-        monkeypatch.setattr(kind, method, counted(kind, getattr(kind, method)))
+    for operation, method in operations:
+        monkeypatch.setattr(operation, method, counted(operation, getattr(operation, method)))
     jitters = []
     monkeypatch.setattr(tvt.ColorJitter, "forward", lambda self, img: (jitters.append(self), img)[1])
     transform = transforms.pretrain_transform("three", (32, 32), (0.0,) * channels, (1.0,) * channels)
@@ -113,7 +113,7 @@ def test_three_augment_takes_one_of_three(monkeypatch, channels):
         with seeded(i):
             assert transform(img).shape == (channels, 32, 32)
         assert len(used) == len(jitters) == i + 1
-    assert all(abs(used.count(kind) - 100) < 5 * math.sqrt(300 * 2 / 9) for kind, _ in operations)
+    assert all(abs(used.count(operation) - 100) < 5 * math.sqrt(300 * 2 / 9) for operation, _ in operations)
     assert jitters[0].brightness == jitters[0].contrast == jitters[0].saturation == (0.7, 1.3)
 
 
@@ -132,7 +132,7 @@ def test_solarization_and_blur():
 
 
 @pytest.mark.parametrize("channels", [2, 4])
-def test_augmentations_that_know_no_alpha_are_refused(channels):
+def test_augmentations_without_alpha_are_refused(channels):
     norm = (0.5,) * channels, (0.5,) * channels
     with pytest.raises(UserError, match="--aug three"):
         transforms.pretrain_transform("three", (32, 32), *norm)
@@ -205,12 +205,12 @@ def test_crop_pct_out_of_range(crop_pct):
 
 
 def test_finetuning_transform():
-    """Pad-and-crop replaces the resized crop; erasing fills with noise; jitter works where there is no policy."""
+    """Pad-and-crop replaces the resized crop; erasing fills with noise; jitter works without a policy."""
     img = noise_image(32, 32)
     args = finetune_flags("--aa", "", "--reprob", 0)
     args.aug = "crop"
     kept = transforms.finetune_transform(args, (32, 32), *NO_NORM)
-    for i in range(30):  # an unscaled piece of the image: every value of its middle is in the image's rows
+    for i in range(30):  # an unscaled part of the image: every value of its middle is in the image's rows
         with seeded(i):
             middle = kept(img)[:, 8:24, 8:24]
         windows = pixels(img).unfold(1, 16, 1).unfold(2, 16, 1)  # (3, 17, 17, 16, 16)

@@ -1,4 +1,4 @@
-"""Jobs: the flags go where they belong, and a run that a signal ended is queued again under its own number."""
+"""Jobs: flags reach the job or the run, and a run that a signal ended is queued again under its own number."""
 
 import os
 import signal
@@ -46,7 +46,7 @@ def test_official_command_line(executor):
     args = executor.trainer.args
     assert (args.batch_size, args.blr, args.norm_pix_loss) == (64, 1.5e-4, True)
     assert args.output_dir == "/jobs/%j" and args.resume == "auto"
-    assert not hasattr(args, "nodes")  # job flags are no part of the run's
+    assert not hasattr(args, "nodes")  # flags of the job are not flags of the run
 
 
 def test_presets_hold_in_jobs(executor):
@@ -61,7 +61,7 @@ def test_a_job_resumes_itself_only(executor):
 
 @pytest.mark.parametrize("stopped", [None, "SIGUSR2"])
 def test_requeue_after_a_signal(tmp_path, monkeypatch, stopped):
-    """`scontrol requeue` with the job's number, by rank 0, only when a signal ended the run."""
+    """Rank 0 calls `scontrol requeue` with the job's number, only if a signal ended the run."""
     import submitit
 
     script = tmp_path / "scontrol"
@@ -88,8 +88,8 @@ def test_requeue_after_a_signal(tmp_path, monkeypatch, stopped):
 
 
 def test_a_scheduler_that_ends_the_job_twice(tmp_path, monkeypatch):
-    """Time limit, requeue, and again: the job that has come to its end has the weights, log and curve of a run that
-    nobody disturbed, bit for bit and to the sample."""
+    """Two time limits and requeues: the finished job has the weights, log and curve of an undisturbed run, bit for bit
+    and with the same samples."""
     script = tmp_path / "scontrol"
     script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/queue\n')
     script.chmod(0o755)
@@ -105,7 +105,7 @@ def test_a_scheduler_that_ends_the_job_twice(tmp_path, monkeypatch):
         finish(process)
         assert queue.read_text().splitlines() == ["requeue 17"] * times
     finish(Forked("helpers.job_script", job))
-    assert len(queue.read_text().splitlines()) == 2  # its end is no reason to queue it again
+    assert len(queue.read_text().splitlines()) == 2  # a finished run is not queued again
     ours, theirs = (checkpoint(folder, "checkpoint-1.pth") for folder in (run, tmp_path / "alone"))
     for key in ("model", "optimizer", "epoch", "step", "rng"):
         assert same_tensors(ours[key], theirs[key]), key

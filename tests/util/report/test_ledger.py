@@ -1,4 +1,4 @@
-"""What finished runs write into the ledger, and the tables that are made of it."""
+"""The ledger of finished runs, and the tables made from it."""
 
 import csv
 import hashlib
@@ -29,7 +29,7 @@ def run(main, flags: str):
 def write(
     folder, command="main_linprobe", seed=0, metrics=None, source=None, revision="abc", data="d", **flags
 ) -> dict:
-    """A line as a main writes it, by hand."""
+    """Write a line as a main does."""
     row = {
         "command": command,
         "finished": "2030-01-01",
@@ -52,11 +52,11 @@ def pretraining(mask_ratio=0.75, seed=0, source=None, **flags) -> dict:
 
 
 def cells(*flags) -> dict:
-    """{values of --by: (mean, deviation, n) of the only column}."""
+    """Return {values of --by: (mean, standard deviation, n) of the only column}."""
     table = collect.main(collect.get_args_parser().parse_args([str(flag) for flag in flags]))
     assert len(table.columns) == 1
-    found = {values: row[table.columns[0]] for values, row in table.rows}
-    return {values: (cell.mean, cell.deviation, cell.n) for values, cell in found.items()}
+    result = {values: row[table.columns[0]] for values, row in table.rows}
+    return {values: (cell.mean, cell.deviation, cell.n) for values, cell in result.items()}
 
 
 # The file -------------------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def test_lines_are_strict_json(tmp_path):
 
 
 def test_a_line_that_a_crash_cut_off(tmp_path, capsys):
-    """It costs itself, and neither its neighbours nor the next line."""
+    """Only this line is lost, neither its neighbours nor the next line."""
     write(tmp_path, seed=0)
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"command": "main_lin')
@@ -90,7 +90,7 @@ def _append_many(folder, number):
 
 
 def test_many_runs_end_at_once(tmp_path):
-    """Longer lines than a pipe takes in one piece, from four processes: each is there, whole, once."""
+    """Lines longer than an atomic write to a pipe, from four processes: each is complete and appears once."""
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=_append_many, args=(tmp_path, number)) for number in range(4)]
     for writer in writers:
@@ -109,15 +109,15 @@ def test_a_ledger_that_cannot_be_written(tmp_path):
 
 
 def test_the_hash_of_a_split(image_folder):
-    """It is that of names and labels; another order, part or label is another split, another place is not."""
+    """The hash covers names and labels; it depends on order, subset and labels, and not on the folder."""
     args = main_pretrain.get_args_parser().parse_args(["--data_path", str(image_folder)])
     from util.data.readers import read_images
     from util.data.sources import Subset
 
     images = read_images(args, train=False)
-    found = ledger.describe_images(images, str(image_folder))
+    result = ledger.describe_images(images, str(image_folder))
     lines = [f"val/class{label}/{i:03d}.png\t{label}\n" for label in range(4) for i in range(5)]
-    assert found == {"images": 20, "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
+    assert result == {"images": 20, "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
     part = Subset(images, [3, 4, 7])
     expected = hashlib.sha256("".join(lines[place] for place in (3, 4, 7)).encode()).hexdigest()
     assert ledger.describe_images(part, str(image_folder) + "/") == {"images": 3, "sha256": expected}
@@ -128,26 +128,27 @@ def test_the_hash_of_a_split(image_folder):
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """Two processes, so that one of them must keep silent."""
+    """A run of two processes, one of which must not write to the ledger."""
     folder = tmp_path_factory.mktemp("pretrained")
     flags = TINY.replace("--batch_size 64", "--batch_size 32")
     ranks("main_pretrain", f"{flags} --rc_mae --output_dir {folder}", 2)
     return folder
 
 
-def test_a_pretraining_enters_itself(pretrained):
+def test_the_line_of_a_pretraining(pretrained):
     (row,) = ledger.read(pretrained / "results.jsonl")
     log = json.loads((pretrained / "log.txt").read_text())
     assert row["command"] == "main_pretrain" and row["source"] is None
     assert row["metrics"]["train_loss"] == log["train_loss"] and "epoch" not in row["metrics"]
-    assert row["images_seen"] == 1437 // 64 * 64  # what does not fill a batch is dropped
+    assert row["images_seen"] == 1437 // 64 * 64  # an incomplete batch is dropped
     assert row["data"]["train"]["images"] == 1437 and row["seconds"] > log["seconds"]
     assert row["flags"]["rc_mae"] is True and row["flags"]["rc_momentum"] == 0.996
     assert row["hardware"]["processes"] == 2 and row["revision"] == ledger.revision()
 
 
 def test_a_run_resumed_at_its_end(tmp_path):
-    """It has its line already; killed between checkpoint and line, it gets the line that it would have got."""
+    """The run has its line already; if it was killed between checkpoint and line, the line is added as it would have
+    been."""
     run(main_pretrain, f"{TINY} --output_dir {tmp_path}")
     path = tmp_path / "results.jsonl"
     (first,) = ledger.read(path)
@@ -163,8 +164,8 @@ def test_a_run_resumed_at_its_end(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["checkpoint-0.pth", "encoder.safetensors"])
-def test_a_probe_knows_its_pretraining(pretrained, tmp_path, name):
-    """Flags, epoch, images and content of the file, whichever of the run's files it starts from."""
+def test_a_probe_records_its_pretraining(pretrained, tmp_path, name):
+    """The probe records flags, epoch, images and hash of its pretraining, from each of the run's files."""
     flags = f"{DIGITS.split('--model')[0]} --num_workers 0 --cache_features --epochs 1 --batch_size 256"
     result = run(main_linprobe, f"{flags} --finetune {pretrained / name} --output_dir {tmp_path}")
     (row,) = ledger.read(tmp_path / "results.jsonl")
@@ -178,7 +179,7 @@ def test_a_probe_knows_its_pretraining(pretrained, tmp_path, name):
 
 
 def test_finetuning_and_its_evaluation(pretrained, tmp_path):
-    """The evaluation is a line of its own, with both runs before it; it agrees with the training's last one."""
+    """The evaluation has its own line with both earlier runs, and agrees with the last evaluation of the training."""
     flags = f"{DIGITS.split('--model')[0]} --num_workers 0 --batch_size 64 --epochs 1 --device cpu"
     run(main_finetune, f"{flags} --finetune {pretrained}/checkpoint-0.pth --output_dir {tmp_path}")
     run(main_finetune, f"{flags} --eval --resume auto --output_dir {tmp_path}")
@@ -190,16 +191,16 @@ def test_finetuning_and_its_evaluation(pretrained, tmp_path):
     assert x == 1000 and value == pytest.approx(judged["metrics"]["test_acc1"])  # after epoch 0
     assert trained["source"]["flags"]["mask_ratio"] == 0.75
     assert judged["source"]["flags"]["layer_decay"] == 0.75 and judged["source"]["source"] == trained["source"]
-    found = {one.row["command"]: one for one in runs.read_runs([str(tmp_path)])}
-    assert found["main_finetune --eval"].get("pretrain.mask_ratio") == 0.75
-    assert found["main_finetune --eval"].get("finetune.layer_decay") == 0.75
+    result = {one.row["command"]: one for one in runs.read_runs([str(tmp_path)])}
+    assert result["main_finetune --eval"].get("pretrain.mask_ratio") == 0.75
+    assert result["main_finetune --eval"].get("finetune.layer_decay") == 0.75
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
 def test_mean_and_deviation(tmp_path, capsys):
-    """By hand; by the flags of the pretraining; numbers in their order."""
+    """Against a direct computation, grouped by flags of the pretraining, with numbers in numeric order."""
     values = {0.9: [50.0, 54.0, 58.0], 0.5: [61.0]}
     for ratio, accuracies in values.items():
         for seed, value in enumerate(accuracies):
@@ -213,7 +214,7 @@ def test_mean_and_deviation(tmp_path, capsys):
 
 
 def test_a_run_counts_once(tmp_path, capsys):
-    """Written twice because it was resumed, given twice, copied: the latest line."""
+    """A run that was resumed, given twice, or copied counts with its latest line."""
     for seed in (0, 1):
         write(tmp_path / f"a-seed{seed}", seed=seed, metrics={"test_acc1": 10.0})
         write(tmp_path / f"a-seed{seed}", seed=seed, metrics={"test_acc1": 50.0 + seed}, blr=0.2)
@@ -225,15 +226,15 @@ def test_a_run_counts_once(tmp_path, capsys):
 
 
 def test_judging_the_same_checkpoint_again(tmp_path):
-    """The same judging of another file, or another judging of the same file, is another line; the same is not."""
+    """Another file or another evaluation is another line; a repetition of the same evaluation is not."""
     for value, seed, k in ((1.0, 0, [5]), (2.0, 0, [5]), (4.0, 1, [5]), (8.0, 0, [20])):
         write(tmp_path, "knn", metrics={"acc1": value}, source=pretraining(seed=seed), k=k)
-    found = runs.read_runs([str(tmp_path)])
-    assert sorted(one.row["metrics"]["acc1"] for one in found) == [2.0, 4.0, 8.0]
+    result = runs.read_runs([str(tmp_path)])
+    assert sorted(one.row["metrics"]["acc1"] for one in result) == [2.0, 4.0, 8.0]
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "said", "allow"),
+    ("one", "other", "message", "allow"),
     [
         ({"blr": 0.1}, {"blr": 0.3}, "differ in blr: 0.1 in .*, 0.3 in", "--allow_differing blr"),
         ({"revision": "abc"}, {"revision": "abc+"}, "differ in revision: abc in", "--allow_revisions"),
@@ -257,18 +258,18 @@ def test_judging_the_same_checkpoint_again(tmp_path):
         ),
     ],
 )
-def test_what_must_not_be_averaged(tmp_path, one, other, said, allow):
+def test_what_must_not_be_averaged(tmp_path, one, other, message, allow):
     write(tmp_path / "a-seed0", seed=0, **one)
     write(tmp_path / "a-seed1", seed=1, **other)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         cells(tmp_path)
-    if said.startswith("pretrain.method"):  # the switch and the name that follows from it
+    if message.startswith("pretrain.method"):  # the flag and the name that follows from it
         allow += ",method"
     assert sum(n for _, _, n in cells(tmp_path, *allow.split()).values()) == 2
 
 
 def test_what_may_differ(tmp_path):
-    """Paths, workers, and whatever else does not change the numbers; a path that names the seed."""
+    """Paths, workers and other flags that do not change the numbers may differ, and paths that contain the seed."""
     write(tmp_path / "a-seed0", num_workers=1, print_freq=3, device="cpu", masks="/x/m-seed0/c.pth", finetune="a")
     write(tmp_path / "a-seed1", seed=1, num_workers=9, print_freq=4, device="auto", masks="/x/m-seed1/c.pth")
     assert cells(tmp_path) == {("a",): (50.0, 0.0, 2)}
@@ -278,7 +279,7 @@ def test_what_may_differ(tmp_path):
 
 
 def test_one_row_from_several_folders(tmp_path, capsys):
-    """Folders named after what was done with an encoder: one row of the encoder, a column for each."""
+    """Folders named by evaluation and encoder: one row for each encoder, one column for each evaluation."""
     for seed in (0, 1):
         write(tmp_path / f"probe-mae-seed{seed}", seed=seed, metrics={"test_acc1": 40.0 + seed, "train_loss": 1.0})
         write(tmp_path / f"probe-mae-seed{seed}", "knn", seed=seed, metrics={"knn20_acc1": 30.0})
@@ -311,7 +312,7 @@ def test_other_forms(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("--by mask_ration", "mask_ration is no flag of any of these 1 runs; like it: mask_ratio"),
         ("--metric acc", "--metric acc is in none of these 1 runs; they have main_linprobe:test_acc1"),
@@ -323,9 +324,9 @@ def test_other_forms(tmp_path):
         ("--allow_differing blrr", "blrr is no flag"),
     ],
 )
-def test_mistakes(tmp_path, flags, said):
+def test_mistakes(tmp_path, flags, message):
     write(tmp_path / "a", source=pretraining())
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         cells(tmp_path, *flags.format(box=tmp_path).split())
     with pytest.raises(UserError, match="no finished run"):
         cells(tmp_path / "empty")
@@ -338,7 +339,7 @@ def test_a_number_that_is_none(tmp_path):
 
 
 def test_ranks_with_other_data_or_code(image_folder, tmp_path, monkeypatch):
-    """Found at the start, by what each rank reads; a rank outside a checkout says nothing of its revision."""
+    """A difference in data or revision is detected at the start; a rank outside a checkout has no revision."""
 
     def others(change):
         monkeypatch.setattr("util.parallel.distributed.gather_objects", lambda value: [value, change(value)])

@@ -1,5 +1,5 @@
-"""A finished run that is resumed keeps its files, whatever flags it is resumed with; what a kill at its end cost it is
-written with its own flags."""
+"""Resuming a finished run changes none of its files, whatever the flags. Files that a kill at its end prevented are
+written with the run's own flags."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def start(name, flags):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, image_folder):
-    """A finished run of each main, below one folder."""
+    """A finished run of each main, in subfolders of one folder."""
     folder = tmp_path_factory.mktemp("finished")
     for name in MAINS:
         start(name, f"--data_path {image_folder} --output_dir {folder / name}")
@@ -41,7 +41,7 @@ def finished(tmp_path_factory, image_folder):
 
 @pytest.fixture
 def run(finished, tmp_path, image_folder, request):
-    """(name, flags, folder) of a copy of one of them."""
+    """(name, flags, folder) of a copy of one finished run."""
     name = getattr(request, "param", "pretrain")
     shutil.copytree(finished / name, tmp_path / "run")
     return name, f"--data_path {image_folder} --output_dir {tmp_path / 'run'}", tmp_path / "run"
@@ -61,15 +61,15 @@ def test_nothing_is_written(run, flags, tmp_path, capsys):
         flags = "--epochs 0.5"  # RC-MAE's schedule is in epochs
     start(name, f"{common} {OTHER} {flags.format(tmp_path)}")
     assert listing(tmp_path) == before
-    said = capsys.readouterr().out
-    assert f"already finished: {folder}/checkpoint-0.pth is the state after 1 epochs" in said
-    assert "nothing is trained or written\n" in said
-    assert "note: --weight_decay was" in said
+    output = capsys.readouterr().out
+    assert f"already finished: {folder}/checkpoint-0.pth is the state after 1 epochs" in output
+    assert "nothing is trained or written\n" in output
+    assert "note: --weight_decay was" in output
 
 
 @pytest.mark.parametrize("run", MAINS, indirect=True)
 def test_killed_before_its_last_files(run, capsys):
-    """They are written as the run itself would have written them, but for times."""
+    """They equal those of the undisturbed run, except for times."""
     name, common, folder = run
     (whole,) = ledger.read(folder / "results.jsonl")
     encoders = {path.name: metadata(path) for path in folder.glob("encoder*")}
@@ -82,8 +82,8 @@ def test_killed_before_its_last_files(run, capsys):
     for key in whole.keys() - {"finished", "seconds"}:
         assert again[key] == whole[key], key
     for path, flags in encoders.items():
-        found = metadata(folder / path)
-        assert found["origin"].pop("seconds") <= flags["origin"].pop("seconds") and found == flags
+        result = metadata(folder / path)
+        assert result["origin"].pop("seconds") <= flags["origin"].pop("seconds") and result == flags
     assert f"its results are written: {', '.join([*sorted(encoders), 'results.jsonl'])}\n" in capsys.readouterr().out
     after, events = listing(folder), f"{folder}/events"
     assert all(after[path] == seen for path, seen in before.items() if path != str(folder))
@@ -91,7 +91,7 @@ def test_killed_before_its_last_files(run, capsys):
 
 
 def test_killed_at_the_end_of_an_extension(run, monkeypatch):
-    """The line and the encoders of the shorter run are there, and are not taken for those of the longer one."""
+    """The line and the encoders of the shorter run exist, and do not count as those of the longer one."""
     name, common, folder = run
     with monkeypatch.context() as patch:
         patch.setattr(main_pretrain, "write_results", lambda *_: 1 / 0)
@@ -107,7 +107,7 @@ def test_killed_at_the_end_of_an_extension(run, monkeypatch):
 
 
 def test_an_earlier_checkpoint_of_a_finished_run(run):
-    """`--epochs 1` with the checkpoint after one epoch of two: nothing is left to train, and nothing is renamed."""
+    """`--epochs 1` with the checkpoint after one epoch of two: nothing is left to train, and no file is renamed."""
     name, common, folder = run
     start(name, f"{common} --resume auto --epochs 2")
     before = listing(folder)
@@ -116,11 +116,11 @@ def test_an_earlier_checkpoint_of_a_finished_run(run):
 
 
 def test_two_processes(run):
-    """They agree that encoders are missing, though one of them alone looks."""
+    """Both ranks agree that encoders are missing, although only one checks."""
     name, common, folder = run
     (folder / "encoder_ema.safetensors").unlink()
     flags = f"{MAINS[name][1]} {common} {OTHER} --batch_size 8"
-    said = ranks("main_pretrain", flags, 2)
-    assert "its results are written: encoder.safetensors, encoder_ema.safetensors\n" in said
+    output = ranks("main_pretrain", flags, 2)
+    assert "its results are written: encoder.safetensors, encoder_ema.safetensors\n" in output
     assert len(ledger.read(folder / "results.jsonl")) == 1
     assert metadata(folder / "encoder_ema.safetensors")["batch_size"] == 16

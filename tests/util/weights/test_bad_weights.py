@@ -1,9 +1,9 @@
-"""Files of weights and of runs that do not fit: damaged, hostile, of another model, of another kind of run."""
+"""Files of weights and of runs that do not fit: damaged, hostile, of another model, of another task."""
 
 import pytest
 from helpers.refusals import MAINS, assert_refused, cases, parameters
 
-# flags, and what the sentence must name (alternated by " | ")
+# flags, and the words that the sentence must contain (separated by " | ")
 PRETRAIN = {
     "--init_from {box}/missing.pth": "{box}/missing.pth",
     "--init_from {box}/files": "{box}/files",
@@ -35,7 +35,7 @@ LINPROBE = {
     "--eval --resume {box}/finetune/checkpoint-0.pth": "checkpoint-0.pth | classifier",
 }
 CASES = cases(transfer=TRANSFER, pretrain=PRETRAIN, finetune=FINETUNE, linprobe=LINPROBE)
-# what every flag that takes weights refuses
+# refused by every flag that takes weights
 FOREIGN_FILES = {
     "truncated.pth": "truncated",
     "empty.pth": "empty",
@@ -54,7 +54,7 @@ CASES += [
     for name, words in FOREIGN_FILES.items()
 ]
 
-# what may not differ from the run that is resumed
+# flags that must equal those of the resumed run
 RESUMED = {
     "pretrain": {
         "--model mae_deit_tiny_patch4": "--model mae_vit_micro_patch4 | mae_deit_tiny_patch4",
@@ -89,7 +89,7 @@ CASES += [
     for program, cases in RESUMED.items()
     for flags, names in cases.items()
 ]
-# what no main resumes
+# refused by --resume of every main
 NO_RUN = {
     **{
         f"files/{name}": f"{name} | {words}"
@@ -120,7 +120,7 @@ CASES += [
     ("finetune", "--resume {box}/files/odd_args.pth", "odd_args.pth"),
     ("linprobe", "--resume {box}/files/odd_args.pth", "odd_args.pth"),
     *((program, "--resume auto --output_dir ", "--resume auto | --output_dir") for program in MAINS),
-    # whatever else is wrong, the log of the resumed run was not trimmed
+    # in every case the log of the resumed run was not truncated
     ("pretrain", "--resume {box}/pretrain/checkpoint-0.pth --epochs 2 --knn_freq 1 --dataset folder", "--knn_freq"),
     ("pretrain", "--resume {box}/pretrain/checkpoint-0.pth --epochs 2 --log_dir {box}/file", "--log_dir | {box}/file"),
 ]

@@ -1,4 +1,5 @@
-"""Weights of others: those of timm and Hugging Face compute the same here; what is damaged or hostile is refused."""
+"""Weights of other libraries: timm and Hugging Face models compute the same here; damaged and hostile files are
+refused."""
 
 import argparse
 import os
@@ -35,7 +36,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, legacy):
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     message = refusal(read_weights, path)
     assert "evil.pth is refused" in message and "mkdir" in message and not target.exists()
-    torch.load(path, weights_only=False)  # the payload would have run
+    torch.load(path, weights_only=False)  # the payload would run
     assert target.exists()
 
 
@@ -170,7 +171,7 @@ HF_NORM = partial(nn.LayerNorm, eps=1e-12)
 
 
 def hub_names(state):
-    """Names of the hub's files, whatever the installed transformers calls them in memory."""
+    """Return the state with the names of the hub's files, whatever the installed transformers uses in memory."""
     renames = [
         (r"(?<!encoder\.)\b(?:encoder\.layer|layers)\.(\d+)", r"encoder.layer.\1"),
         (r"attention\.(?:attention\.)?(?:query|q_proj)\.", "attention.attention.query."),
@@ -192,7 +193,7 @@ def hub_names(state):
 
 
 def hf_files(model, folder):
-    """The same model as in memory, as on the hub, as `save_pretrained` writes it, and as a bare state with prefixes."""
+    """Return files of a model: its state, that of the hub, the file of `save_pretrained`, and one with prefixes."""
     state = model.state_dict()
     model.save_pretrained(folder / "saved")
     return [
@@ -203,13 +204,13 @@ def hf_files(model, folder):
     ]
 
 
-def hf_model(kind, seed=0, **config):
+def hf_model(class_name, seed=0, **config):
     transformers = pytest.importorskip("transformers")
     transformers.logging.disable_progress_bar()
-    configuration = transformers.ViTMAEConfig if "MAE" in kind else transformers.ViTConfig
+    configuration = transformers.ViTMAEConfig if "MAE" in class_name else transformers.ViTConfig
     torch.manual_seed(seed)
-    model = getattr(transformers, kind)(configuration(**HF, **config)).eval()
-    # Positions too: transformers 5 leaves them at zero, where a wrong order would not show.
+    model = getattr(transformers, class_name)(configuration(**HF, **config)).eval()
+    # Positions too: transformers 5 leaves them at zero, which would hide a wrong order.
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model
@@ -244,18 +245,18 @@ def test_hugging_face_classifier_has_the_same_logits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, origin, dropped",
+    "class_name, origin, dropped",
     [
         ("ViTMAEModel", "MAE encoder", set()),
         ("ViTModel", "ViT encoder", {"pooler.dense.weight", "pooler.dense.bias"}),
         ("ViTForMaskedImageModeling", "ViT encoder", {"embeddings.mask_token", "decoder.0.weight", "decoder.0.bias"}),
     ],
 )
-def test_hugging_face_encoders_have_the_same_features(tmp_path, kind, origin, dropped):
-    theirs = hf_model(kind, **({"encoder_stride": 4} if "Masked" in kind else {}))
+def test_hugging_face_encoders_have_the_same_features(tmp_path, class_name, origin, dropped):
+    theirs = hf_model(class_name, **({"encoder_stride": 4} if "Masked" in class_name else {}))
     imgs, noise = torch.randn(2, 3, 16, 16), torch.arange(16.0).expand(2, -1)
     encoder = getattr(theirs, "vit", theirs)
-    if kind == "ViTMAEModel":
+    if class_name == "ViTMAEModel":
         theirs.config.mask_ratio = 0.0
         table = get_2d_sincos_pos_embed(32, 4, cls_token=True)
         theirs.embeddings.position_embeddings.data.copy_(torch.from_numpy(table)[None])

@@ -1,4 +1,4 @@
-"""Weights of our own: read with what surrounds them, loaded into every model, reported, or refused in one sentence."""
+"""Weights of this project: read with their metadata, loaded into every model, reported, or refused in one sentence."""
 
 import argparse
 import os
@@ -29,7 +29,7 @@ def test_official_layout_with_a_namespace_and_a_path(tmp_path):
 
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
 def test_a_path_pickled_by_another_python(tmp_path, module):
-    """3.13 calls the module of a path `pathlib._local`, and the pickle holds that name."""
+    """Python 3.13 pickles paths with the module name `pathlib._local`."""
     path = saved(tmp_path, {"args": argparse.Namespace(output_dir=pathlib.PosixPath("/data/x"))})
     ours, theirs = (f"c{name}\n".encode() for name in (pathlib.PosixPath.__module__, module))
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "theirs.pth", "w") as target:
@@ -39,7 +39,7 @@ def test_a_path_pickled_by_another_python(tmp_path, module):
     assert read_file(tmp_path / "theirs.pth")["args"].output_dir == pathlib.PosixPath("/data/x")
 
 
-def test_kinds_are_told_apart(tmp_path):
+def test_types_of_checkpoints_are_recognised(tmp_path):
     model = mae()
     assert read_weights(saved(tmp_path, {"model": encoder_state(model.state_dict())})).origin == "MAE encoder"
     classifier = vit(global_pool=True)
@@ -59,7 +59,7 @@ def test_prefixes_are_removed(tmp_path, prefix):
 
 
 def test_prefixes_inside_and_beside_other_modules(tmp_path):
-    """A compiled block, and a pretrainer whose methods have tensors of their own: those are dropped and reported."""
+    """A compiled block, and a pretrainer whose methods have tensors: those are dropped and reported."""
     model = mae()
     state = {
         f"module.mae.{name}".replace("blocks.0.", "blocks.0._orig_mod."): value
@@ -176,7 +176,7 @@ def test_head_of_another_size_or_feature_is_skipped():
 
 
 def test_linear_probe_head():
-    """The probe's batch norm has buffers, and no affine parameters: both come back, or the head is left out."""
+    """The probe's batch norm has buffers and no affine parameters: both parts are loaded, or the head is left out."""
 
     def probe():
         model = vit()
@@ -196,7 +196,7 @@ def test_a_head_is_not_used_by_an_autoencoder():
     assert report.unexpected == ["head.weight", "head.bias"] and "this model has no head" in str(report)
 
 
-def test_a_mask_token_without_decoder_is_another_thing():
+def test_a_mask_token_without_decoder_is_left_out():
     model, weights = mae(), weights_of(vit(num_classes=0))
     before = model.mask_token.clone()
     weights.state["mask_token"] = torch.ones(1, 1, 16)
@@ -219,8 +219,8 @@ def test_positions_are_interpolated_from_a_square():
 
 
 @pytest.mark.parametrize("input_size", [[8, 32], (8, 32)])
-def test_the_stored_size_tells_the_grid(input_size):
-    """2x8 patches are as many as 4x4: without the flag, trained positions would be taken for a square."""
+def test_the_stored_size_gives_the_grid(input_size):
+    """2x8 patches are as many as 4x4: without the stored size, trained positions would be read as a square."""
     source, model = vit(img_size=(8, 32)), vit()
     load_into(model, weights_of(source, input_size=input_size, patch_size=None))
     assert torch.equal(model.pos_embed, interpolate_grid(source.pos_embed, (2, 8), (4, 4)))
@@ -228,7 +228,7 @@ def test_the_stored_size_tells_the_grid(input_size):
     assert torch.equal(model.pos_embed, source.pos_embed)
 
 
-def test_a_stored_size_that_does_not_fit_is_passed_over():
+def test_a_stored_size_that_does_not_fit_is_ignored():
     # The official pretraining stores --input_size although it never reaches the model.
     source, model = vit(), vit(img_size=8)
     for input_size in (224, [224], "16", None, [1, 2, 3], []):
@@ -236,7 +236,7 @@ def test_a_stored_size_that_does_not_fit_is_passed_over():
         assert torch.equal(model.pos_embed, interpolate_grid(source.pos_embed, (4, 4), (2, 2)))
 
 
-def test_sine_cosine_positions_tell_their_own_grid():
+def test_sine_cosine_positions_give_their_grid():
     model, source = mae(img_size=(8, 32)), mae(img_size=(8, 32))
     report = load_into(model, weights_of(source))
     assert not report.interpolated
@@ -293,17 +293,17 @@ def test_nothing_of_the_encoder_may_be_missing(name):
 
 
 @pytest.mark.parametrize("name", ["mask_token", "decoder_blocks.0.norm1.bias", "decoder_pos_embed"])
-def test_a_decoder_comes_whole_or_not_at_all(name):
+def test_a_decoder_is_complete_or_left_out(name):
     weights = weights_of(mae())
     del weights.state[name]
     assert name in refusal(load_into, mae(), weights)
-    load_into(vit(), weights)  # where no decoder is needed it does not matter
+    load_into(vit(), weights)  # without a decoder it has no effect
     weights = weights_of(mae())
     weights.state["decoder_blocks.extra.gamma"] = torch.ones(1)
     assert "decoder_blocks.extra.gamma" in refusal(load_into, mae(), weights)
 
 
-def test_another_number_of_attention_heads_is_refused_where_it_is_known():
+def test_another_known_number_of_attention_heads_is_refused():
     source = vit(embed_dim=128, depth=4)
     load_into(vit(embed_dim=128, depth=4, num_heads=4), weights_of(source, model="mae_vit_micro_patch4"))
     message = refusal(
@@ -328,7 +328,7 @@ def test_encoder_state_and_save_encoder(tmp_path):
     state["norm.bias"] = state["norm.weight"]  # shared memory, which safetensors alone refuses
     save_encoder(state, tmp_path / "e.safetensors", {"source": "x"})
     (tmp_path / "plain").touch()
-    assert (tmp_path / "e.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read it
+    assert (tmp_path / "e.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode  # readable for others
     (tmp_path / "plain").unlink()
     assert_same(load_file(tmp_path / "e.safetensors"), state)
     assert os.listdir(tmp_path) == ["e.safetensors"]

@@ -1,5 +1,5 @@
-"""The commands in tools/ that judge a checkpoint: what is wrong with flags, files and folders is one sentence on
-stderr, exit code 2, and nothing in the ledger. The mains have the same in `test_bad_input.py`."""
+"""Refusals of the tools that evaluate a checkpoint: errors of flags, files and folders give one sentence on stderr,
+exit code 2, and no line in the ledger. For the mains see tests/mains/test_bad_input.py."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from methods.mlo.masking_network import MaskingNetwork
 from util.errors import user_errors
 
 SPLITS = "--data_path {box}/good --num_workers 0 --device cpu --batch_size 4"
-# A valid command line of each; {ck} is a checkpoint that the command can use, {out} what it writes.
+# A valid command line of each tool; {ck} is a checkpoint that it can use, {out} its output.
 VALID = {
     "knn": f"{{ck}} {SPLITS} --k 1 --out {{out}}/a.json",
     "fewshot": f"{{ck}} {SPLITS} --shots 1 --draws 2 --out {{out}}/a.json",
@@ -79,15 +79,15 @@ def box(tmp_path_factory):
 
 
 def call(tool, flags, box, out, checkpoint=None):
-    """`python tools/<tool>.py flags` in this process."""
-    places = dict(box=box, out=out, ck=box / (checkpoint or USABLE[tool]))
+    """Run `python tools/<tool>.py flags` in this process."""
+    paths = dict(box=box, out=out, ck=box / (checkpoint or USABLE[tool]))
     module = command_module(tool)
     with user_errors(f"{tool}.py"):
-        module.main(module.get_args_parser().parse_args(flags.format(**places).split()))
+        module.main(module.get_args_parser().parse_args(flags.format(**paths).split()))
 
 
 def refusal(capsys, tool, flags, box, out, checkpoint=None) -> str:
-    """The last line on stderr; before it there may be the names of unreadable images."""
+    """Return the last line on stderr; names of unreadable images may precede it."""
     with pytest.raises(SystemExit) as ended:
         call(tool, flags, box, out, checkpoint)
     lines = capsys.readouterr().err.splitlines()
@@ -99,7 +99,7 @@ def refusal(capsys, tool, flags, box, out, checkpoint=None) -> str:
 
 @pytest.mark.parametrize("tool", VALID)
 def test_the_valid_command_line(tool, box, tmp_path):
-    """What the refusals below differ from; what each leaves in the folder of --out."""
+    """The command lines that the cases below modify are valid, and write these files."""
     call(tool, VALID[tool], box, tmp_path / "new")
     written = {path.name for path in (tmp_path / "new").iterdir()}
     assert written & {"a.json", "a.png", "a.safetensors"}
@@ -109,7 +109,7 @@ def test_the_valid_command_line(tool, box, tmp_path):
 
 @pytest.mark.parametrize("tool", VALID)
 def test_checkpoints(tool, box, tmp_path, capsys):
-    for name, said in {
+    for name, message in {
         "missing.pth": "does not exist",
         "good": "is a directory",
         "cut.pth": "truncated or damaged",
@@ -117,17 +117,17 @@ def test_checkpoints(tool, box, tmp_path, capsys):
         "cnn.pth": "no ViT weights",
     }.items():
         line = refusal(capsys, tool, VALID[tool], box, tmp_path, name)
-        assert said in line and name in line
+        assert message in line and name in line
     assert "'nope'" in refusal(capsys, tool, VALID[tool] + " --checkpoint_key nope", box, tmp_path)
     assert "are aliases; give one of them" in refusal(capsys, tool, VALID[tool] + " --finetune b.pth", box, tmp_path)
     assert "vit_enormous" in refusal(capsys, tool, VALID[tool] + " --model vit_enormous", box, tmp_path)
-    if tool not in ("knn", "fewshot"):  # there it is a random encoder, as in main_linprobe.py
+    if tool not in ("knn", "fewshot"):  # a random encoder, as in main_linprobe.py
         assert "CHECKPOINT" in refusal(capsys, tool, VALID[tool].replace("{ck}", ""), box, tmp_path)
 
 
 @pytest.mark.parametrize("tool", VALID)
-def test_places_to_write(tool, box, tmp_path, capsys):
-    """A folder that is a file, one where nobody may write, a folder in the place of the file, another ending."""
+def test_output_paths(tool, box, tmp_path, capsys):
+    """A folder that is a file, a folder without write permission, a folder instead of the file, a wrong ending."""
     out = VALID[tool].split("--out ")[1].split()[0]
     name = out.removeprefix("{out}/")
     (tmp_path / name).mkdir()
@@ -149,17 +149,17 @@ def test_numbers(tool, box, tmp_path, capsys):
 
 @pytest.mark.parametrize("tool", sorted(SEEDED - {"feature_viz"}))
 def test_images(tool, box, tmp_path, capsys):
-    """Folders without any, and images that cannot be read."""
+    """Folders without images, and images that cannot be read."""
     split = "" if tool in WITH_DATA else "/val"
-    for name, said in {"missing": "missing", "empty": "empty", "hollow": "contains no images"}.items():
+    for name, message in {"missing": "missing", "empty": "empty", "hollow": "contains no images"}.items():
         line = refusal(capsys, tool, VALID[tool].replace("{box}/good", "{box}/" + name), box, tmp_path)
-        assert said in line
+        assert message in line
     line = refusal(capsys, tool, VALID[tool].replace(f"{{box}}/good{split}", f"{{box}}/broken{split}"), box, tmp_path)
     assert "unreadable" in line or "could be read" in line
 
 
 @pytest.mark.parametrize(
-    ("tool", "flags", "checkpoint", "said"),
+    ("tool", "flags", "checkpoint", "message"),
     [
         ("knn", "--data_path {box}/stranger", "", "class folder 'x', which is not in the training folder"),
         ("knn", "--nb_classes 7", "", "--nb_classes 7 contradicts the data set, which has 2 classes"),
@@ -184,11 +184,11 @@ def test_images(tool, box, tmp_path, capsys):
         ("visualize", "", "encoder.pth", "an encoder without a decoder"),
     ],
 )
-def test_checkpoint_and_data_that_do_not_fit(tool, flags, checkpoint, said, box, tmp_path, capsys):
+def test_checkpoint_and_data_that_do_not_fit(tool, flags, checkpoint, message, box, tmp_path, capsys):
     line = refusal(capsys, tool, f"{VALID[tool]} {flags}", box, tmp_path, checkpoint)
-    assert said.format(box=box) in line
+    assert message.format(box=box) in line
 
 
-def test_a_name_that_is_nothing(box, tmp_path, capsys):
+def test_an_unknown_name(box, tmp_path, capsys):
     line = refusal(capsys, "knn", VALID["knn"].replace("{ck}", "vit_base_nonsense"), box, tmp_path)
     assert "vit_base_nonsense is neither a file nor a model of timm's" in line
