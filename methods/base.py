@@ -41,6 +41,7 @@ class Method(nn.Module):
     # one method may hold a slot.
     slot: str | None = None
     excludes: tuple[str, ...] = ()  # names of methods it cannot be combined with
+    exclusive = False  # it cannot be combined with any other method
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -89,7 +89,7 @@ class MLOMAE(Method):
 
     name, slot = "mlo_mae", "mask"
     switch = Option("mlo_mae", False, "turn this method on")
-    excludes = ("mae_k", "ema_mae", "rc_mae", "dmae")
+    exclusive = True  # the hypergradient is that of the weighted pixel loss alone
     title = "MLO-MAE (Guo et al.)"
     summary = (
         "Learn what to remove from a labelled task: a masking network moves so that the loss of a linear head on "
