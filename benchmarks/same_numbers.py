@@ -53,6 +53,7 @@ RUNS = {
     "cached probe": f"main_linprobe {SMALL} --finetune {{teacher}}/checkpoint-1.pth --epochs 4 --cache_features",
 }
 IGNORED_FLAGS = {"output_dir", "log_dir", "dmae_teacher", "finetune"}  # paths of this comparison
+IGNORED_FLAGS |= {"u_mae"}  # a switch that older checkouts do not have, off in all runs here
 TIMES = ("seconds", "speed/", "final/", "_hparams_")  # prefixes of what depends on the clock or repeats other values
 
 
@@ -74,6 +75,8 @@ def left_behind(folder: Path) -> dict:
         args = content[path.name]["args"]
         content[path.name]["args"] = {key: value for key, value in args.items() if key not in IGNORED_FLAGS}
         content[path.name].get("data", {}).get("meter", {}).pop("seconds", None)
+        for key in ("teacher", "sha256"):  # the path of a file that holds paths and flags
+            content[path.name].get("methods", {}).get("dmae._extra_state", {}).pop(key, None)
     lines = (folder / "log.txt").read_text().splitlines()
     content["log.txt"] = [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMES)} for line in lines]
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
