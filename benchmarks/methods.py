@@ -21,6 +21,7 @@ PARTS = {
     "ema_mae": "--ema_mae --wse 1",
     "rc_mae": "--rc_mae",
     "dmae": "--dmae_teacher {teacher}",
+    "u_mae": "--u_mae",
 }
 VARIANTS = [
     "mae",
@@ -28,6 +29,7 @@ VARIANTS = [
     "ema_mae",
     "rc_mae",
     "dmae",
+    "u_mae",
     "mae_k+rc_mae",
     "mae_k+dmae",
     "ema_mae+rc_mae",

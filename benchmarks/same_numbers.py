@@ -53,6 +53,7 @@ RUNS = {
     "cached probe": f"main_linprobe {SMALL} --finetune {{teacher}}/checkpoint-1.pth --epochs 4 --cache_features",
 }
 IGNORED_FLAGS = {"output_dir", "log_dir", "dmae_teacher", "finetune"}  # paths in the temporary folder
+IGNORED_FLAGS |= {"u_mae"}  # a switch that older checkouts do not have; it is off in all runs
 TIMES = ("seconds", "speed/", "final/", "_hparams_")  # prefixes of metrics that depend on the clock or repeat others
 
 
@@ -72,6 +73,8 @@ def read_checkpoint(path: Path) -> dict:
     content.pop("origin", None)
     content["args"] = {flag: value for flag, value in content["args"].items() if flag not in IGNORED_FLAGS}
     content.get("data", {}).get("meter", {}).pop("seconds", None)
+    for key in ("teacher", "sha256"):  # of DMAE: the path and the hash of a file that holds paths
+        content.get("methods", {}).get("dmae._extra_state", {}).pop(key, None)
     return content
 
 

@@ -8,7 +8,8 @@ from methods.options import Option
 from methods.pretrainer import Pretrainer
 from methods.rcmae import RCMAE
 from methods.selection import add_method_arguments, enabled_methods
+from methods.umae import UMAE
 
-METHODS: list[type[Method]] = [MAEK, EMAMAE, RCMAE, DMAE, MLOMAE]
+METHODS: list[type[Method]] = [MAEK, EMAMAE, RCMAE, DMAE, UMAE, MLOMAE]
 
 __all__ = ["METHODS", "Method", "Option", "Pretrainer", "add_method_arguments", "enabled_methods"]

@@ -42,6 +42,7 @@ class Method(nn.Module):
     # terms). At most one enabled method may have each slot.
     slot: str | None = None
     excludes: tuple[str, ...] = ()  # `name`s of methods that it cannot be combined with
+    exclusive = False  # whether it cannot be combined with any other method
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

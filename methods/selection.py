@@ -38,6 +38,7 @@ def enabled_methods(args: argparse.Namespace, known: list[type[Method]]) -> list
         for other in chosen[i + 1 :]:
             if one.slot is not None and one.slot == other.slot:
                 raise UserError(f"{one.flag} and {other.flag} both decide the {one.slot}: give one of them")
-            if other.name in one.excludes or one.name in other.excludes:
+            excluded = other.name in one.excludes or one.name in other.excludes
+            if excluded or one.exclusive or other.exclusive:
                 raise UserError(f"{one.flag} and {other.flag} cannot be combined: give one of them")
     return chosen

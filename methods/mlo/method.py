@@ -92,7 +92,7 @@ class MLOMAE(Method):
 
     name, slot = "mlo_mae", "mask"
     switch = Option("mlo_mae", False, "turn this method on")
-    excludes = ("mae_k", "ema_mae", "rc_mae", "dmae")
+    exclusive = True  # the hypergradient is that of the weighted pixel loss alone
     title = "MLO-MAE (Guo et al.)"
     summary = (
         "Learn from a labelled task which patches to remove: a masking network is trained to lower the loss of a "

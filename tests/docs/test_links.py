@@ -12,7 +12,6 @@ from helpers.pages import INLINE, PAGES, ROOT, name, without_blocks
 LINK = re.compile(r"\[[^\[\]]*\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)|^\[[^\]]+\]:\s*(\S+)", re.MULTILINE)
 HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$", re.MULTILINE)
 WEB_ADDRESS = re.compile(r"https?://[^\s<>)\]`\"']+")
-UNWRITTEN = {ROOT / "docs/adding_a_method.md"}  # pages that may still be missing
 
 
 def anchors(page: Path) -> set[str]:
@@ -38,7 +37,7 @@ def fault(page: Path, target: str) -> str:
     if not file.is_relative_to(ROOT):
         return f"{target} leads out of the repository"
     if not file.exists():
-        return "" if file in UNWRITTEN else f"{target}: there is no such file"
+        return f"{target}: there is no such file"
     if anchor and (file.suffix != ".md" or anchor not in anchors(file)):
         return f"{target}: {name(file)} has no heading with this anchor"
     return ""

@@ -43,6 +43,7 @@ KINDS = {
     "mae_k": ("main_pretrain", f"{ALL} --mae_k 1", 15),
     "ema_rc": ("main_pretrain", f"{ALL} {EMA_RC}", 15),
     "dmae": ("main_pretrain", f"{ALL} --dmae_teacher teacher.pth", 15),
+    "u_mae": ("main_pretrain", f"{ALL} --u_mae", 15),
     "three": ("main_pretrain", f"{ALL} {EMA_RC} --dmae_teacher teacher.pth", 15),
     "mlo": ("main_pretrain", MLO, 80),
     "mlo_window": ("main_pretrain", MLO, 81),

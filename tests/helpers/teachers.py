@@ -12,8 +12,13 @@ from methods import Pretrainer
 
 BASE = f"{SMALL} --warmup_epochs 1 --blr 0.01 --num_workers 0 --vis_freq 0 --print_freq 1 --device cpu --amp_dtype fp32"
 TARGETS = {"": "", "mae_k": "--mae_k 1", "ema_mae": "--ema_mae --wse 1"}
-ADDED = {"rc_mae": "--rc_mae", "dmae": "--dmae_teacher {teacher} --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25"}
-LEGAL = [(target, *added) for target in TARGETS for n in range(3) for added in itertools.combinations(ADDED, n)]
+ADDED = {
+    "rc_mae": "--rc_mae",
+    "dmae": "--dmae_teacher {teacher} --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25",
+    "u_mae": "--u_mae",
+}
+SUBSETS = [names for n in range(len(ADDED) + 1) for names in itertools.combinations(ADDED, n)]
+LEGAL = [(target, *added) for target in TARGETS for added in SUBSETS]
 
 
 def pretrain(flags: str):

@@ -26,7 +26,7 @@ from util.errors import UserError
 def test_every_legal_combination(names, pixels, teacher):
     """Two steps in the pixel stage and in the feature stage: named loss terms, and gradients for the student alone."""
     pretrainer, _ = made(f"{switches(names, teacher)} {pixels}")
-    expected = {"rc_mae": "consistency", "dmae": "distillation"}
+    expected = {"rc_mae": "consistency", "dmae": "distillation", "u_mae": "uniformity"}
     for epoch in (0, 1):
         pretrainer.before_epoch(epoch)
         gradients = stepped(pretrainer, 2)

@@ -190,6 +190,32 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+class _GatherRows(torch.autograd.Function):
+    """What `gather_with_gradients` does on several ranks."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        everyone = [torch.empty_like(rows) for _ in range(get_world_size())]
+        dist.all_gather(everyone, rows)
+        return torch.cat(everyone)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        total = all_reduce_sum(gradient.clone(memory_format=torch.contiguous_format))
+        return total.chunk(get_world_size())[get_rank()]
+
+
+def gather_with_gradients(rows: torch.Tensor) -> torch.Tensor:
+    """Every rank's `rows` (N, ...), in rank order, on every rank: (ranks * N, ...); N must be the same on all ranks.
+
+    The gradient of a rank's own rows is the sum over all ranks' losses. Where every rank computes the same loss of the
+    gathered rows, the average over ranks that DDP and FSDP take of weights' gradients is then the gradient of one
+    process with the whole batch. (torch.distributed.nn.functional.all_gather does the same, but is deprecated in 2.14,
+    and its successor is not in 2.11.)
+    """
+    return _GatherRows.apply(rows.contiguous()) if get_world_size() > 1 else rows
+
+
 def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
     """Take the maximum of `tensor` over ranks, in place."""
     if get_world_size() > 1:
