@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation import command_line  # noqa: F401  finds the project's modules
 from methods import METHODS
 from util.checkpoint.files import LEDGER
 from util.checkpoint.same_run import FREE_FLAGS

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluation import command_line
 from evaluation.runs import check_names, choose, read_runs, shown_value
 from evaluation.tables import Table, comma_separated, latex, make_table, markdown
 from util.checkpoint.files import LEDGER
 from util.errors import UserError, user_errors
+from util.parser import Parser
 
 
 def plot(table: Table, x: str, path: Path) -> None:
@@ -56,7 +56,7 @@ FORMATS = {"md": markdown, "latex": latex}
 
 
 def get_args_parser():
-    parser = command_line.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("folders", nargs="+", help=f"every {LEDGER} in these folders and below is read")
     parser.add_argument(
         "--by", default="run", metavar="FLAGS", help="flags that tell the rows apart, with commas between"

@@ -28,7 +28,7 @@ from util.errors import UserError, user_errors
 
 
 def get_args_parser():
-    parser = command_line.parser(__doc__.split("\n")[0])
+    parser = command_line.data_parser(__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="folder for the shards; made if it is not there")
     parser.add_argument("--name", default="images", help="name of the files: <name>-<split>-000000.tar")
     parser.add_argument(

@@ -20,7 +20,7 @@ from util.errors import UserError, user_errors
 
 
 def get_args_parser():
-    parser = command_line.parser("Per-channel means and standard deviations of a training set.")
+    parser = command_line.data_parser("Per-channel means and standard deviations of a training set.")
     parser.add_argument("--in_chans", type=int, default=3, help="channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA")
     parser.add_argument("--limit", type=int, default=0, help="read this many images, evenly spaced; 0: all")
     return parser

@@ -13,7 +13,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
-from evaluation import command_line  # noqa: F401  puts the project on the path
 from planning.footprint import GIB, TEACHERS, learned, sizes_of
 from planning.plan import Machine, Plan, flops_per_image, plan, traffic
 from util.errors import UserError, user_errors

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation import command_line, runs
 from util.data.file_lists import images_below
 from util.errors import UserError, user_errors
+from util.parser import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS_IMAGES = 1437  # of the training split
@@ -38,7 +39,7 @@ NO_LABELS = (
 
 
 def get_args_parser():
-    parser = command_line.Parser("Pretrain a small masked autoencoder and look at what it learned.")
+    parser = Parser("Pretrain a small masked autoencoder and look at what it learned.")
     parser.add_argument("--data_path", default="", help="a folder of images; scikit-learn's digits without it")
     parser.add_argument("--output_dir", default="output/quickstart", help="is written anew every time")
     parser.add_argument("--epochs", type=int, help="more is better; the default takes minutes on two cores")

@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from matplotlib.figure import Figure
 
-from evaluation import command_line  # noqa: F401
 from util.errors import UserError, user_errors
 from util.parser import Parser
 

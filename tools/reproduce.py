@@ -17,12 +17,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluation import command_line
 from evaluation.runs import Run, read_runs, shown_value
 from evaluation.tables import Cell, make_table
 from util.architectures import own_config
 from util.checkpoint.files import LEDGER
 from util.errors import UserError, user_errors
+from util.parser import Parser
 
 PUBLISHED = Path(__file__).with_name("published.json")
 READERS = {"imagefolder", "folder", "filelist", "wds"}  # formats: they do not say which images were read
@@ -189,7 +189,7 @@ def comma_separated(rows: list[Row]) -> str:
 
 
 def get_args_parser():
-    parser = command_line.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("out", metavar="OUT", help="the folder of a sweep; reproduced.md and reproduced.csv go there")
     parser.add_argument("--paper", required=True, help="as in tools/published.json; mlo_mae/SET of that paper")
     parser.add_argument(

@@ -53,10 +53,10 @@ def own_config(name: str | None) -> dict:
     return {**ENCODERS[short], **decoder} if short in ENCODERS else {}
 
 
-def look_up(models: dict, name: str):
-    """`models[name]`, or a `UserError` that lists the known names."""
+def look_up(models: dict, name: str, flag: str = "--model"):
+    """Return `models[name]`. Raises UserError, with the name of the flag and the known names, if there is none."""
     if name not in models:
-        raise UserError(f"--model {name!r} is not known; the known names are: {', '.join(models)}")
+        raise UserError(f"{flag} {name!r} is not known; the known names are: {', '.join(models)}")
     return models[name]
 
 
