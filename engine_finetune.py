@@ -68,7 +68,7 @@ def evaluate_once(args, model, loader, device, record: Record, kind=TopK) -> dic
 
 def report(stats: dict, count: int, kind=TopK) -> None:
     skipped = f", {int(stats['skipped'])} unreadable ones left out" if stats["skipped"] else ""
-    print(f"{kind.said(stats)} on {count} images{skipped}")
+    print(f"{kind.summary(stats)} on {count} images{skipped}")
 
 
 def train(args, run: Run, val_loader, criterion, mixup_fn=None, kind=TopK) -> dict[str, float]:
