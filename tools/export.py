@@ -84,8 +84,9 @@ def flags_of(judged: judging.Judged, pool: str | None) -> dict:
     """Return the flags to store in the exported file; `pool` is None for an autoencoder."""
     stored, resolved = judged.weights.args, judged.flags
     flags = {name: stored[name] for name in KEPT.split() if stored.get(name) is not None}
-    flags |= {name: resolved[name] for name in ("patch_size", "in_chans", "model", "input_size")}
+    flags |= {name: resolved[name] for name in ("patch_size", "in_chans")}
     flags |= dict(zip(("mean", "std"), judged.images.mean_std))
+    flags |= {name: resolved[name] for name in ("model", "input_size")}
     return flags | (dict(global_pool=pool == "avg", nb_classes=judged.model.num_classes) if pool else {})
 
 
