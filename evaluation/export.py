@@ -149,8 +149,19 @@ def _hf_config(model) -> dict:
     )
 
 
-def _save_hf(transformers, kind: str, config, model, out: Path, flags: dict, **options) -> None:
-    theirs = getattr(transformers, kind)(config, **options)
+def _hf_decoder_config(model: MaskedAutoencoderViT) -> dict:
+    block = model.decoder_blocks[0]
+    return dict(
+        decoder_hidden_size=model.mask_token.shape[-1],
+        decoder_num_hidden_layers=len(model.decoder_blocks),
+        decoder_num_attention_heads=block.attn.num_heads,
+        decoder_intermediate_size=block.mlp.fc1.out_features,
+        norm_pix_loss=model.norm_pix_loss,
+    )
+
+
+def _save_hf(transformers, class_name: str, config, model, out: Path, flags: dict, **options) -> None:
+    theirs = getattr(transformers, class_name)(config, **options)
     theirs.load_state_dict(to_hugging_face(model.state_dict(), theirs.state_dict()))
     theirs.save_pretrained(out)
     if config.num_channels == 3 and flags.get("mean"):
@@ -180,14 +191,19 @@ def to_hf_vit(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Ex
             "--to hf-vit: this model reads the mean of the patches before the norm (fc_norm), and Hugging Face's ViT "
             "only [cls] after it: use --to timm, or export a model that was fine-tuned with --cls_token"
         )
-    kind, labels, options, shown = "ViTForImageClassification", {"num_labels": model.num_classes}, {}, ""
+    class_name, labels, options, keywords = "ViTForImageClassification", {"num_labels": model.num_classes}, {}, ""
     if not model.num_classes:
-        kind, labels, options, shown = "ViTModel", {}, {"add_pooling_layer": False}, ", add_pooling_layer=False"
+        class_name, labels, options, keywords = (
+            "ViTModel",
+            {},
+            {"add_pooling_layer": False},
+            ", add_pooling_layer=False",
+        )
     config = transformers.ViTConfig(**_hf_config(model), **labels)
-    _save_hf(transformers, kind, config, model, out, flags, **options)
+    _save_hf(transformers, class_name, config, model, out, flags, **options)
 
     def again(imgs):
-        theirs = getattr(transformers, kind).from_pretrained(out, **options).eval()
+        theirs = getattr(transformers, class_name).from_pretrained(out, **options).eval()
         if model.num_classes:
             return [theirs(imgs).logits]
         tokens = theirs(imgs).last_hidden_state
@@ -195,7 +211,7 @@ def to_hf_vit(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Ex
 
     part = "last_hidden_state[:, 0]" if pool == "cls" else "last_hidden_state[:, 1:].mean(dim=1)"
     outputs = "model(imgs).logits" if model.num_classes else f"the feature is model(imgs).{part}"
-    return Exported(f'model = transformers.{kind}.from_pretrained("{out}"{shown})', outputs, again)
+    return Exported(f'model = transformers.{class_name}.from_pretrained("{out}"{keywords})', outputs, again)
 
 
 def to_hf_vitmae(model, out: Path, pool: str, flags: dict) -> Exported:
@@ -217,21 +233,12 @@ def to_hf_vitmae(model, out: Path, pool: str, flags: dict) -> Exported:
     ratio = flags.get("mask_ratio", 0.75) if whole else 0.0
     config = transformers.ViTMAEConfig(**_hf_config(model), mask_ratio=ratio)
     if whole:
-        block = model.decoder_blocks[0]
-        config.update(
-            dict(
-                decoder_hidden_size=model.mask_token.shape[-1],
-                decoder_num_hidden_layers=len(model.decoder_blocks),
-                decoder_num_attention_heads=block.attn.num_heads,
-                decoder_intermediate_size=block.mlp.fc1.out_features,
-                norm_pix_loss=model.norm_pix_loss,
-            )
-        )
-    kind = "ViTMAEForPreTraining" if whole else "ViTMAEModel"
-    _save_hf(transformers, kind, config, model, out, flags)
+        config.update(_hf_decoder_config(model))
+    class_name = "ViTMAEForPreTraining" if whole else "ViTMAEModel"
+    _save_hf(transformers, class_name, config, model, out, flags)
 
     def again(imgs, noise=None):
-        theirs = getattr(transformers, kind).from_pretrained(out).eval()
+        theirs = getattr(transformers, class_name).from_pretrained(out).eval()
         if whole:
             return [theirs(imgs, noise=noise).logits]
         order = torch.arange(model.patch_embed.num_patches, dtype=torch.float).expand(len(imgs), -1)
@@ -241,7 +248,7 @@ def to_hf_vitmae(model, out: Path, pool: str, flags: dict) -> Exported:
     outputs = "model(imgs).last_hidden_state, [cls] first, patches in the order of ids_restore (mask_ratio is 0)"
     if whole:
         outputs = f"model(imgs).loss and .logits, {ratio:.0%} removed"
-    return Exported(f'model = transformers.{kind}.from_pretrained("{out}")', outputs, again)
+    return Exported(f'model = transformers.{class_name}.from_pretrained("{out}")', outputs, again)
 
 
 def to_safetensors(model, out: Path, pool: str, flags: dict) -> Exported:

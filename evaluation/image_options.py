@@ -19,7 +19,7 @@ from util.errors import UserError
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """The flags that `util.data` reads, resolved for one checkpoint; takes the place of the parsed flags there."""
+    """The flags that `util.data` reads, resolved for one checkpoint. Its functions take them in place of the flags."""
 
     in_chans: int
     input_size: tuple[int, int]

@@ -26,7 +26,7 @@ TRAINING = {"main_pretrain", "main_finetune", "main_linprobe"}  # one such run i
 class Run:
     """One line of a ledger. `flags` are all values to group by, under the names that the commands take."""
 
-    place: Path
+    folder: Path
     row: dict
     kind: str
     flags: dict
@@ -62,7 +62,7 @@ def read_runs(folders: list[str], strip=()) -> list[Run]:
             for row in ledger.read(path):
                 run = _run(path.resolve().parent, row, strip)
                 sha256 = (row.get("source") or {}).get("sha256")
-                key = run.place, row["command"], None if row["command"] in TRAINING else (_sameness(run), sha256)
+                key = run.folder, row["command"], None if row["command"] in TRAINING else (_sameness(run), sha256)
                 runs.pop(key, None)
                 runs[key] = run
     if not runs:
@@ -71,10 +71,10 @@ def read_runs(folders: list[str], strip=()) -> list[Run]:
     return list(runs.values())
 
 
-def _run(place: Path, row: dict, strip) -> Run:
-    begin = next((prefix for prefix in strip if place.name.startswith(prefix)), "")
+def _run(folder: Path, row: dict, strip) -> Run:
+    begin = next((prefix for prefix in strip if folder.name.startswith(prefix)), "")
     kind = begin.strip("-_ ") or row["command"]
-    name = re.sub(r"-seed\d+$", "", place.name.removeprefix(begin))
+    name = re.sub(r"-seed\d+$", "", folder.name.removeprefix(begin))
     data = row.get("data") or {}
     flags = {"run": name, "command": row["command"], "pretrained": bool(row.get("source")), **_own(row)}
     flags |= {f"data.{split}": (value or {}).get("sha256") for split, value in data.items()}
@@ -92,7 +92,7 @@ def _run(place: Path, row: dict, strip) -> Run:
             own["file"] = source.get("sha256") or source["path"]
         flags |= {prefix + name: value for name, value in own.items()}
         source = source.get("source")
-    return Run(place, row, kind, flags)
+    return Run(folder, row, kind, flags)
 
 
 def _own(row: dict) -> dict:
@@ -144,11 +144,11 @@ def check_alike(runs: list[Run], title: str, free: set[str], allow_revisions: bo
             continue  # not recorded by one of them
         for other, value in zip(runs[1:], values[1:]):
             if value != values[0]:
-                shown = [shown_value(run.flags[key]) if key in run.flags else "absent" for run in (runs[0], other)]
+                texts = [shown_value(run.flags[key]) if key in run.flags else "absent" for run in (runs[0], other)]
                 allow = "--allow_revisions" if _bare(key) == "revision" else f"--allow_differing {key}"
                 raise UserError(
-                    f"the row {title} would average runs that differ in {key}: {shown[0]} in {runs[0].place}, "
-                    f"{shown[1]} in {other.place}; add {key} to --by, choose with --where, or allow it with {allow}"
+                    f"the row {title} would average runs that differ in {key}: {texts[0]} in {runs[0].folder}, "
+                    f"{texts[1]} in {other.folder}; add {key} to --by, choose with --where, or allow it with {allow}"
                 )
 
 
@@ -159,7 +159,7 @@ def once_each(runs: list[Run]) -> list[Run]:
         before = last.get(_sameness(run))
         if before is not None:
             print(
-                f"note: {before.place} and {run.place} have the same flags and seeds: the later run counts",
+                f"note: {before.folder} and {run.folder} have the same flags and seeds: the later run counts",
                 file=sys.stderr,
             )
         last[_sameness(run)] = run

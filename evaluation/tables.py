@@ -96,7 +96,7 @@ def _cell(runs: list[Run], metric: str) -> Cell:
     for run in runs:
         value = run.row["metrics"][metric]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"{metric} of {run.place} is {value}, not a finite number: choose other runs with --where")
+            raise UserError(f"{metric} of {run.folder} is {value}, not a finite number: choose other runs with --where")
         values.append(value)
     return Cell(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 

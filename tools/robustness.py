@@ -46,7 +46,24 @@ from util.report.ledger import Record, describe_images
 def get_args_parser():
     parser = judging.evaluation_parser("Robustness of a classifier.", features=False)
     parser.usual = "--folders DIR"
-    group = parser.add_argument_group("evaluation sets")
+    add_set_flags(parser.add_argument_group("evaluation sets"))
+    group = parser.add_argument_group("corruptions")
+    group.add_argument(
+        "--corrupt", action="store_true", help="corrupt the --folders, or the --dataset if there are none"
+    )
+    group.add_argument(
+        "--corruptions", nargs="+", default=list(NAMES), choices=NAMES, metavar="NAME", help="some of the 15"
+    )
+    group.add_argument(
+        "--frost", default="", metavar="DIR", help="photographs of frost, instead of a synthetic texture"
+    )
+    group.add_argument("--picture", default="", help="PNG file to draw: two images under every corruption")
+    parser.add_argument("--out", default="", help="JSON file for the result; the ledger is in its folder")
+    return parser
+
+
+def add_set_flags(group) -> None:
+    """Add the flags of the evaluation sets and their classes."""
     group.add_argument(
         "--folders",
         nargs="+",
@@ -86,19 +103,6 @@ def get_args_parser():
         help="with --ood: images of the classes (val folder)",
     )
     group.add_argument("--images", type=int, help="images of each set, drawn at random; by default all")
-    group = parser.add_argument_group("corruptions")
-    group.add_argument(
-        "--corrupt", action="store_true", help="corrupt the --folders, or the --dataset if there are none"
-    )
-    group.add_argument(
-        "--corruptions", nargs="+", default=list(NAMES), choices=NAMES, metavar="NAME", help="some of the 15"
-    )
-    group.add_argument(
-        "--frost", default="", metavar="DIR", help="photographs of frost, instead of a synthetic texture"
-    )
-    group.add_argument("--picture", default="", help="PNG file to draw: two images under every corruption")
-    parser.add_argument("--out", default="", help="JSON file for the result; the ledger is in its folder")
-    return parser
 
 
 def check(args) -> Path | None:
