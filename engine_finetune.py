@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
+from evaluation.publish import Destination, publish
 from evaluation.scores import TopK
 from util.compute.precision import autocast, choose_amp_dtype
 from util.parallel.distributed import is_main_process, shut_down, sync_buffers
-from util.report.ledger import Record, write_json
-from util.report.tensorboard import Board
+from util.report.ledger import Record
 from util.training.finished import end_again
 from util.training.run import Run
 
@@ -50,27 +50,26 @@ def evaluate(loader, model, device, amp_dtype=torch.float32, score_type=TopK) ->
 
 
 def evaluate_once(args, model, loader, device, record: Record, kind=TopK) -> dict[str, float]:
-    """`--eval`: `evaluate`, said on the terminal, in eval.json, in TensorBoard (a folder of its own, beside the events
-    of a run) and in the ledger. In TensorBoard x is the epoch of the checkpoint."""
+    """Run `--eval`: `evaluate` once, and publish the scores on the terminal, in eval.json, in TensorBoard (in a folder
+    beside the events of a run) and in the ledger. Return them."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
     stats = evaluate(loader, model, device, dtype, kind)
     report(stats, len(loader.dataset), kind)
     metrics = {f"test_{name}": value for name, value in stats.items()}
-    board = Board(str(Path(args.log_dir) / "tensorboard-eval") if args.log_dir else None)
-    epoch = (record.source or {}).get("epoch") or 0
-    board.scalars({f"eval/{name}": value for name, value in stats.items()}, epoch + 1)
-    board.hparams(vars(args), metrics)
-    board.close()
-    if args.output_dir:
-        write_json(Path(args.output_dir) / "eval.json", args, result=metrics)
-    record.enter(args.output_dir, metrics, len(loader.dataset), device, dtype)
+    to = Destination(
+        json=Path(args.output_dir) / "eval.json" if args.output_dir else None,
+        board=Path(args.log_dir) / "tensorboard-eval" if args.log_dir else None,
+        ledger=args.output_dir,
+    )
+    scalars = {f"eval/{name}": value for name, value in stats.items()}
+    publish(record, metrics, len(loader.dataset), (device, dtype), to, scalars=scalars)
     shut_down()
     return stats
 
 
 def report(stats: dict, count: int, score_type=TopK) -> None:
     skipped = f", {int(stats['skipped'])} unreadable ones left out" if stats["skipped"] else ""
-    print(f"{score_type.said(stats)} on {count} images{skipped}")
+    print(f"{score_type.summary(stats)} on {count} images{skipped}")
 
 
 def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK) -> dict[str, float]:

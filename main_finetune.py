@@ -12,7 +12,6 @@ from evaluation.encoder import build_encoder, count_classes, settle_model
 from evaluation.scores import MultiLabel, TopK
 from util import arguments
 from util.checkpoint.resume import find_resume
-from util.checkpoint.same_run import stored_args
 from util.data.build import build_loader
 from util.data.labels import read_labelled, with_noise
 from util.data.leak import check_leak
@@ -25,6 +24,7 @@ from util.parser import Parser, rare
 from util.report.ledger import Record
 from util.training.run import Run, start
 from util.training.run_length import settle_learning_rate, settle_length
+from util.weights.load import read_weights
 
 # The two regularization regimes of Garcia, Senel and Frantzolas ("Exploring: Masked Autoencoders Are Scalable Vision
 # Learners", Section 3): `full` is the recipe of He et al. 2022 (Table 9), `small` leaves out what mixes labels.
@@ -265,15 +265,8 @@ def main(args) -> dict[str, float]:
 
 
 def _take_model_flags(args, path: Path) -> None:
-    """A resumed run has the model of its checkpoint, unless flags say otherwise (and are then compared)."""
-    stored = stored_args(path)
-    for name in ("model", "patch_size", "in_chans", "input_size"):
-        if getattr(args, name) is None:
-            setattr(args, name, stored.get(name))
-    if stored.get("layer_norm_eps") is not None:
-        args.layer_norm_eps = stored["layer_norm_eps"]
-    if isinstance(args.input_size, int):
-        args.input_size = [args.input_size]
+    """Set the model flags of a resumed run to those of its checkpoint. Given flags stay: they are compared later."""
+    settle_model(args, read_weights(path))
 
 
 if __name__ == "__main__":

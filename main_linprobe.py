@@ -5,7 +5,6 @@
 on a held-out part of the training set and the test accuracy is reported for that one.
 """
 
-import json
 from pathlib import Path
 from textwrap import shorten
 
@@ -17,10 +16,10 @@ from torch import nn
 from engine_finetune import evaluate_once, train
 from evaluation.encoder import build_encoder, count_classes, settle_model
 from evaluation.features import extract
+from evaluation.publish import Destination, publish
 from models_vit import AttentivePool
 from util import arguments
 from util.checkpoint.atomic import write_tensors
-from util.checkpoint.files import LEDGER
 from util.checkpoint.output_dir import make_output_dir
 from util.checkpoint.resume import find_resume
 from util.checkpoint.retry import GrowingFile, Saver
@@ -39,7 +38,6 @@ from util.parallel.distributed import is_main_process, shut_down
 from util.parser import Parser
 from util.report.ledger import Record
 from util.report.log import log_line
-from util.report.tensorboard import Board
 from util.training.run import Run, start
 from util.training.run_length import settle_learning_rate, settle_length
 from util.weights.file import read_file
@@ -294,15 +292,14 @@ def main(args) -> dict:
 
 
 def _cached(args, model, train_loader, test_loader, device, record, names) -> dict:
+    """Run `--cache_features`: `probe_cached`, then write the classifier and publish the result. Return the result."""
     amp_dtype = choose_amp_dtype(args.amp_dtype, device)
     result = probe_cached(model, (train_loader, test_loader), args.nb_classes, args, device, amp_dtype)
     make_output_dir(args)
     print(
         f"linear probe: top-1 {result['test_acc1']:.2f} %  top-5 {result['test_acc5']:.2f} %  (blr {result['blr']:g})"
     )
-    board = Board(args.log_dir)
-    board.hparams(vars(args), result)
-    board.close()
+    saver = Saver(args.output_dir or ".", args.save_patience)
     images = len(train_loader.dataset) + len(test_loader.dataset)
     if args.output_dir and is_main_process():
         content = {
@@ -312,15 +309,12 @@ def _cached(args, model, train_loader, test_loader, device, record, names) -> di
             **({"classes": list(names)} if names else {}),
         }
         folder = Path(args.output_dir)
-        saver = Saver(args.output_dir, args.save_patience)
         log = GrowingFile(folder / "log.txt")
         log.add(log_line(result))
         saver.insist(log.path.name, log.write)
         saver.insist(CLASSIFIER, lambda: write_tensors(folder / CLASSIFIER, content))
-        flags = json.dumps({**vars(args), "result": result}, indent=2, default=str)
-        saver.insist("probe.json", lambda: (folder / "probe.json").write_text(flags + "\n"))
-        place = args.output_dir, result, images, device, amp_dtype
-        saver.insist(LEDGER, lambda: record.enter(*place))
+    to = Destination(Path(args.output_dir) / "probe.json" if args.output_dir else None, args.log_dir, args.output_dir)
+    publish(record, result, images, (device, amp_dtype), to, attempt=saver.insist)
     shut_down()
     return result
 

@@ -1,9 +1,9 @@
 """The 15 corruptions of Hendrycks and Dietterich 2019 (ImageNet-C, CIFAR-10-C; Section 3 and Appendix B) at 5
-severities, with the parameters of their published sets. Written anew: the libraries of them are unmaintained.
+severities, with the parameters of the published sets. Reimplemented, because the existing libraries are unmaintained.
 
-Three things differ from the published images: frost is a synthetic texture unless photographs are given; the random
-numbers are ours, a function of (seed, image, corruption, severity); values are rounded, not cut off. Inside this file
-an image is a float array (H, W, C) with values in [0, 1] and C = 1 or 3.
+Three differences from the published images: frost is a synthetic texture unless photographs are given; random numbers
+are a function of (seed, image, corruption, severity); values are rounded, not truncated. In this file an image is a
+float array (H, W, C) with values in [0, 1] and C = 1 or 3.
 """
 
 import io
@@ -16,10 +16,10 @@ from scipy import ndimage, signal
 
 from util.errors import UserError
 
-# Parameters at severity 1 to 5 for images of 32 pixels (CIFAR-10-C), 64 (Tiny-ImageNet-C), 224 (ImageNet-C). Not all go
-# from gentle to severe: while elastic_transform's displacements grow, its affine part shrinks; glass_blur's blur too.
+# Parameters at severity 1 to 5 for images of 32 pixels (CIFAR-10-C), 64 (Tiny-ImageNet-C), 224 (ImageNet-C). Not all
+# rise with the severity: the affine part of elastic_transform and the blur of glass_blur shrink.
 _TABLES = {
-    "gaussian_noise": (  # deviation
+    "gaussian_noise": (  # standard deviation
         (0.04, 0.06, 0.08, 0.09, 0.10),
         (0.04, 0.08, 0.12, 0.15, 0.18),
         (0.08, 0.12, 0.18, 0.26, 0.38),
@@ -30,27 +30,27 @@ _TABLES = {
         (0.01, 0.02, 0.05, 0.08, 0.14),
         (0.03, 0.06, 0.09, 0.17, 0.27),
     ),
-    "defocus_blur": (  # radius of the disk, deviation of the blur that smooths it
+    "defocus_blur": (  # radius of the disk, standard deviation of the blur that smooths it
         ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
         ((0.5, 0.6), (1, 0.1), (1.5, 0.1), (2.5, 0.01), (3, 0.1)),
         ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
     ),
-    "glass_blur": (  # deviation of the blur before and after, farthest pixel, repetitions
+    "glass_blur": (  # standard deviation of the blur before and after, farthest pixel, repetitions
         ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
         ((0.1, 1, 1), (0.5, 1, 1), (0.6, 1, 2), (0.7, 2, 1), (0.9, 2, 2)),
         ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
     ),
-    "motion_blur": (  # radius, deviation
+    "motion_blur": (  # radius, standard deviation
         ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
         ((10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)),
         ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
     ),
-    "zoom_blur": (  # factors from 1 to below this, in steps of
+    "zoom_blur": (  # factors from 1 to below the first number, in steps of the second
         ((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
         ((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
         ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
     ),
-    "snow": (  # mean, deviation and zoom of the flakes, threshold, radius and deviation of their blur, share of x
+    "snow": (  # mean, std and zoom of the flakes, threshold, radius and std of their blur, weight of the image
         (
             (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
             (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
@@ -78,35 +78,39 @@ _TABLES = {
         ((1, 0.3), (0.9, 0.4), (0.8, 0.45), (0.75, 0.5), (0.7, 0.55)),
         ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)),
     ),
-    "fog": (  # strength, how much smaller each finer scale is
+    "fog": (  # strength, decay of the amplitude from a scale to the next finer one
         ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
         ((0.4, 3), (0.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
         ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
     ),
     "brightness": ((0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5), (0.1, 0.2, 0.3, 0.4, 0.5)),  # added
-    "contrast": ((0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05), (0.4, 0.3, 0.2, 0.1, 0.05)),  # kept
-    "elastic_transform": (  # displacement, deviation of the blur of its noise, jitter of three points, over the side
+    "contrast": ((0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05), (0.4, 0.3, 0.2, 0.1, 0.05)),  # factor
+    "elastic_transform": (  # over the side: displacement, std of its blur, jitter of three points
         ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
         ((0, 0, 0.08), (0.05, 0.3, 0.06), (0.1, 0.08, 0.06), (0.1, 0.03, 0.03), (0.16, 0.03, 0.02)),
         ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)),
     ),
-    "pixelate": ((0.95, 0.9, 0.85, 0.75, 0.65), (0.9, 0.8, 0.7, 0.6, 0.5), (0.6, 0.5, 0.4, 0.3, 0.25)),  # side kept
+    "pixelate": (
+        (0.95, 0.9, 0.85, 0.75, 0.65),
+        (0.9, 0.8, 0.7, 0.6, 0.5),
+        (0.6, 0.5, 0.4, 0.3, 0.25),
+    ),  # factor of the side
     "jpeg_compression": ((80, 65, 58, 50, 40), (65, 58, 50, 40, 25), (25, 18, 15, 10, 7)),  # quality
 }
 NAMES = tuple(_TABLES)
 SEVERITIES = (1, 2, 3, 4, 5)
-_ELASTIC = 1.0, 1.0, 244 / 224  # "side" of the published elastic_transform over the image's
-_FROST = 0.2, 0.3, 1.0  # size of the photographs there
+_ELASTIC = 1.0, 1.0, 244 / 224  # side in the published elastic_transform, relative to that of the image
+_FROST = 0.2, 0.3, 1.0  # scale of the photographs
 
 
 def table_of(side: int) -> int:
-    """Which parameters an image with this shorter side gets: 0 CIFAR-10-C's, 1 Tiny-ImageNet-C's, 2 ImageNet-C's."""
+    """Return the parameters for a shorter side in pixels: 0 CIFAR-10-C's, 1 Tiny-ImageNet-C's, 2 ImageNet-C's."""
     return 0 if side <= 48 else 1 if side <= 128 else 2
 
 
 def corrupt(img: Image.Image, name: str, severity: int, seed: int, index: int, photographs=()) -> Image.Image:
-    """The image (mode L or RGB, 8 bits) under corruption `name` of `NAMES` at `severity` 1 to 5, with the parameters
-    for its size; the same whenever (seed, index) are, both at least 0. `photographs` of frost as `read_frost` gives."""
+    """Corrupt an image (mode L or RGB, 8 bits) by `name` of `NAMES` at `severity` 1 to 5, with the parameters for its
+    size. The random numbers are those of (seed, index), both at least 0. `photographs` are those of `read_frost`."""
     table = table_of(min(img.size))
     rng = np.random.default_rng([seed, index, NAMES.index(name), severity])
     x = np.asarray(img, dtype=np.float32) / 255
@@ -166,7 +170,7 @@ def _defocus_blur(x, rng, value):
 
 
 def _glass_blur(x, rng, value):
-    """The published code means to swap two pixels, but copies one over the other; so do we."""
+    """Blur by moving pixels. The published code copies a pixel over another instead of swapping them; so does this."""
     deviation, reach, times = value
     height, width = x.shape[:2]
     x = np.floor(_blurred(x, deviation) * 255) / 255
@@ -177,8 +181,8 @@ def _glass_blur(x, rng, value):
         moves = (steps[..., 0] * width + steps[..., 1]).tolist()
         for row, in_row in zip(rows, moves):
             for column, move in zip(columns, in_row):
-                place = row * width + column
-                source[place] = source[place + move]
+                index = row * width + column
+                source[index] = source[index + move]
     return _blurred(x.reshape(height * width, -1)[source].reshape(x.shape), deviation)
 
 
@@ -187,7 +191,7 @@ def _motion_blur(x, rng, value):
 
 
 def _moved(x, radius: int, deviation: float, degrees: float):
-    """Mean along a line from each pixel on, with weights of half a Gaussian, as ImageMagick's motion blur."""
+    """Average along a line that starts at each pixel, with the weights of half a Gaussian, as ImageMagick does."""
     weights = np.exp(-(np.arange(2 * radius + 1) ** 2) / (2 * deviation**2))
     reach, (height, width) = len(weights), x.shape[:2]
     padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
@@ -200,7 +204,7 @@ def _moved(x, radius: int, deviation: float, degrees: float):
 
 
 def _zoomed(x, factor: float):
-    """The middle of the image, enlarged to its size."""
+    """Enlarge the centre of the image to its size."""
     height, width = x.shape[:2]
     rows, columns = math.ceil(height / factor), math.ceil(width / factor)
     top, left = (height - rows) // 2, (width - columns) // 2
@@ -231,8 +235,8 @@ def _snow(x, rng, value):
 
 
 def plasma(height: int, width: int, decay: float, rng: np.random.Generator) -> np.ndarray:
-    """A fractal (height, width) with values in [0, 1] by the diamond-square algorithm (Fournier, Fussell and Carpenter
-    1982) on a torus; the noise of every finer scale is smaller by decay squared."""
+    """Return a fractal (height, width) with values in [0, 1] by the diamond-square algorithm (Fournier, Fussell and
+    Carpenter 1982) on a torus; the noise of each finer scale is divided by decay squared."""
     side = 1 << (max(height, width, 2) - 1).bit_length()
     heights, step, amplitude = np.zeros((side, side)), side, 1.0
     while step >= 2:
@@ -257,7 +261,7 @@ def _fog(x, rng, value):
 
 
 def read_frost(folder: str) -> list[Image.Image]:
-    """The photographs of frost in a folder. UserError when it has none, or one smaller than 224 pixels."""
+    """Read the photographs of frost in a folder. Raises UserError if it has none, or one smaller than 224 pixels."""
     endings = {".png", ".jpg", ".jpeg"}
     paths = sorted(path for path in Path(folder).expanduser().glob("*") if path.suffix.lower() in endings)
     if not paths:
@@ -286,11 +290,11 @@ def _frost(x, rng, value, scale: float, photographs):
 
 
 def frost_texture(height: int, width: int, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """Something like ice on a window (height, width, 3): needles in five directions, each where a cloud of its own is
-    thickest, over clouds. Brightness, contrast and tint are drawn from the range of the benchmark's five photographs
-    (means 0.48 to 0.81, deviations 0.07 to 0.17)."""
+    """Return a texture like ice on a window (height, width, 3): needles in five directions, each direction weighted by
+    its own cloud, over a cloud. Brightness, contrast and tint are drawn from the range of the benchmark's five
+    photographs (means 0.48 to 0.81, standard deviations 0.07 to 0.17)."""
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None]
-    long, thin = 14 * scale, 1.2 * scale  # deviations of a needle, in pixels
+    long, thin = 14 * scale, 1.2 * scale  # standard deviations of a needle along and across, in pixels
     needles, clouds = [], []
     for angle in rng.uniform(0, math.pi) + np.arange(5) * math.pi / 5:
         along, across = math.cos(angle) * fx + math.sin(angle) * fy, math.cos(angle) * fy - math.sin(angle) * fx
@@ -311,7 +315,7 @@ def _standardized(x):
 
 
 def _brightness(x, rng, added):
-    """The value of HSV raised: all channels grow in proportion; black becomes grey."""
+    """Raise the value of HSV: all channels grow in proportion; black becomes grey."""
     value = x.max(2, keepdims=True)
     raised = (value + added).clip(0, 1)
     return np.where(value > 0, x * raised / np.maximum(value, 1e-12), raised)
@@ -323,13 +327,13 @@ def _contrast(x, rng, kept):
 
 
 def _elastic(x, rng, value, side: float):
-    """An affine map that moves three points at random, then a smooth random displacement of every pixel."""
+    """Apply an affine map that moves three points at random, then a smooth random displacement of every pixel."""
     displacement, blur, jitter = (part * side for part in value)
     height, width = x.shape[:2]
     third, centre = min(height, width) // 3, np.array([height // 2, width // 2])
     points = centre + third * np.array([[1, 1], [-1, 1], [-1, -1]])
     moved = points + rng.uniform(-jitter, jitter, size=(3, 2))
-    back = np.linalg.solve(np.column_stack([moved, np.ones(3)]), points)  # where a pixel of the result comes from
+    back = np.linalg.solve(np.column_stack([moved, np.ones(3)]), points)  # source of a pixel of the result
     grid = np.mgrid[:height, :width].astype(float)
     x = _sampled(x, np.einsum("ij,ihw->jhw", back[:2], grid) + back[2][:, None, None], "mirror")
     noise = [ndimage.gaussian_filter(rng.uniform(-1, 1, (height, width)), blur, truncate=3) for _ in range(2)]
@@ -337,7 +341,7 @@ def _elastic(x, rng, value, side: float):
 
 
 def _sampled(x, coordinates, border: str):
-    """(H, W, C) at (row, column) coordinates (2, H, W), bilinear."""
+    """Sample an image (H, W, C) bilinearly at (row, column) coordinates (2, H, W)."""
     channels = [ndimage.map_coordinates(channel, coordinates, order=1, mode=border) for channel in np.moveaxis(x, 2, 0)]
     return np.stack(channels, axis=2)
 

@@ -1,156 +1,133 @@
-"""An encoder for transfer: which model a checkpoint is, its weights in a `VisionTransformer`, or a random one."""
+"""Encoders for transfer: the weights of a checkpoint in a `VisionTransformer`, or an untrained one."""
 
-import re
-from math import isqrt
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 import models_mae
 import models_vit
-from util.data.image_format import input_size
 from util.errors import UserError
-from util.weights.load import Weights, load_into, models_that_fit, read_weights
+from util.weights.load import Weights, load_into, read_weights
+from util.weights.model_config import (
+    DEFAULT_ENCODER,
+    ENCODER,
+    ModelConfig,
+    infer_config_from_shapes,
+    resolve_config,
+)
 from util.weights.report import some
-
-DEFAULT_MODEL = "vit_large_patch16"
 
 
 def settle_model(args, source: str | Weights) -> Weights | None:
-    """Read the weights at `source` ("" means a random encoder), if they are not yet, and fill in the model flags that
-    were not given: from the file where it says, else the model's own. Sets args.model, patch_size, in_chans,
-    input_size, and layer_norm_eps where the file says it (Hugging Face's do)."""
-    weights = source or None
-    if isinstance(weights, str):
-        weights = read_weights(weights, args.checkpoint_key)
-    stored = _stored_flags(args, weights) if weights else {}
-    args.model = args.model or stored.get("model") or _only_fit(weights) or DEFAULT_MODEL
-    args.model = args.model.removeprefix("mae_").removesuffix("_dec512d8b")
-    config = models_vit.look_up(models_vit.MODELS, args.model).config
-    args.patch_size = args.patch_size or stored.get("patch_size") or config["patch_size"]
-    args.in_chans = args.in_chans or stored.get("in_chans") or 3
-    size = args.input_size or stored.get("input_size") or config["img_size"]
-    size = [size] if isinstance(size, int) else list(size)
-    args.input_size = size[0] if len(size) == 1 or size[0] == size[1] else size
-    if "layer_norm_eps" in stored:
-        args.layer_norm_eps = stored["layer_norm_eps"]
+    """Read the weights at `source` (a path or weights already read; "" for an untrained encoder) and set the model
+    flags of `args`: model, patch_size, in_chans, input_size and, if the file states it (as Hugging Face's do),
+    layer_norm_eps. Return the weights, None without any."""
+    weights = read_weights(source, args.checkpoint_key) if source and isinstance(source, str) else source or None
+    vars(args).update(resolve_config(weights, vars(args), default=DEFAULT_ENCODER).encoder_flags())
     return weights
 
 
-def _stored_flags(args, weights: Weights) -> dict:
-    """The model flags that the file was written with; UserError where one is needed and makes no sense."""
-    kinds = {"model": str, "patch_size": int, "in_chans": int, "input_size": (int, list), "layer_norm_eps": float}
-    stored = {name: weights.args[name] for name in kinds if weights.args.get(name) is not None}
-    for name, value in stored.items():
-        if not getattr(args, name, None) and not isinstance(value, kinds[name]):
-            raise UserError(f"{weights.path} says that its --{name} was {value!r}, which makes no sense: give --{name}")
-    return stored
+def load_encoder(
+    weights: Weights, given: Mapping[str, Any], head: bool = True
+) -> tuple[models_vit.VisionTransformer, ModelConfig]:
+    """Build the encoder in `weights`, in eval mode, with the feature that it was trained for: `fc_norm` over the mean
+    of the patches if the file has one, else `norm`. `given` are the model flags that were given.
 
-
-def _only_fit(weights: Weights | None) -> str | None:
-    fitting = models_that_fit(weights) if weights else []
-    return fitting[0] if len(fitting) == 1 else None
-
-
-def infer_config_from_shapes(weights: Weights) -> dict:
-    """The model flags as far as the tensors alone tell them: for files that store none."""
-    kernel, table = weights.state["patch_embed.proj.weight"], weights.state.get("pos_embed")
-    flags = {"model": _only_fit(weights), "in_chans": kernel.shape[1], "patch_size": kernel.shape[-1]}
-    side = isqrt(table.shape[1] - 1) if table is not None and table.ndim == 3 and table.shape[1] else 0
-    if side and side**2 + 1 == table.shape[1]:
-        flags["input_size"] = side * kernel.shape[-1]
-    if weights.has_decoder and "decoder_embed.weight" in weights.state:
-        flags["decoder_embed_dim"] = len(weights.state["decoder_embed.weight"])
-        blocks = {tuple(name.split(".")[:2]) for name in weights.state if re.match(r"decoder_(cross_)?blocks\.", name)}
-        flags["decoder"] = "cross" if any("cross" in block for block, _ in blocks) else "self"
-        flags["decoder_depth"] = len(blocks)
-    return {name: value for name, value in flags.items() if value is not None}
-
-
-def load_encoder(args, source: str | Weights, head: bool = True):
-    """The encoder in a checkpoint (its path, or what was read of it) as a `VisionTransformer` in eval mode, with the
-    feature that it was trained for: `fc_norm` over the mean of the patches where the file has that, else `norm`; with
-    its classifier, unless `head` is False or it has none. A probe's BatchNorm becomes part of its linear layer, which
-    computes the same.
-
-    Settles the model flags in `args`. UserError for a file without a final norm or with a head that is not linear, and
-    when neither the flags nor the file say which model it is. -> the model, the `Weights`.
+    With `head` it has the file's classifier, if there is one; a probe's BatchNorm is folded into its linear layer.
+    Raises UserError for a file without a final norm or with a head that is not linear, and if neither the flags nor the
+    file determine the model.
     """
-    weights = read_weights(source, args.checkpoint_key) if isinstance(source, str) else source
-    path = weights.path
-    weights.args = infer_config_from_shapes(weights) | {
-        key: value for key, value in weights.args.items() if value is not None
-    }
-    if not (args.model or weights.args.get("model")):
-        raise UserError(f"{path} does not say which model it is: give --model")
-    settle_model(args, weights)
-    linear = _fold_head(weights) if head else None
-    args.global_pool = "fc_norm.weight" in weights.state
-    if not args.global_pool and "norm.weight" not in weights.state:
-        raise UserError(f"{path} has neither norm nor fc_norm, so its features are not defined: a whole ViT is needed")
-    model = build_encoder(args, weights, len(linear[0]) if linear else 0, ignore_head=linear is None)
-    return model.eval(), weights
+    config = resolve_config(weights, given, inferred=ENCODER)
+    state, classes = _fold_head(weights) if head else (weights.state, 0)
+    if not {"fc_norm.weight", "norm.weight"} & state.keys():
+        raise UserError(
+            f"{weights.path} has neither norm nor fc_norm, so its features are not defined: a whole ViT is needed"
+        )
+    weights = replace(weights, state=state)
+    model = build_vit(config, "fc_norm.weight" in state, weights, classes, ignore_head=not classes)
+    return model.eval(), config
 
 
-def _fold_head(weights: Weights) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Bring the head in `weights` to one linear layer: weight (classes, D) and bias (classes,); None without a head."""
-    state = weights.state
-    found = sorted(name for name in state if name.startswith("head."))
-    if not found:
-        return None
+def with_inferred_flags(weights: Weights) -> Weights:
+    """Return `weights` with the model flags that the file lacks and its tensor shapes determine."""
+    stored = {name: value for name, value in weights.args.items() if value is not None}
+    return replace(weights, args=infer_config_from_shapes(weights) | stored)
+
+
+def _fold_head(weights: Weights) -> tuple[dict[str, torch.Tensor], int]:
+    """Return the tensors with the head as one linear layer, weight (classes, D) and bias (classes,), and the number of
+    classes, 0 without a head. Raises UserError for any other head."""
+    state = dict(weights.state)
+    names = sorted(name for name in state if name.startswith("head."))
+    if not names:
+        return state, 0
     probe = "head.0.running_mean head.0.running_var head.0.num_batches_tracked head.1.weight head.1.bias".split()
-    if set(found) == set(probe):
+    if set(names) == set(probe):
         mean, var, _, weight, bias = (state.pop(name).double() for name in probe)
         weight = weight * (var + 1e-6) ** -0.5  # BatchNorm of main_linprobe.probe_head
         state |= {"head.weight": weight.float(), "head.bias": (bias - weight @ mean).float()}
-    elif found != ["head.bias", "head.weight"]:
-        raise UserError(f"{weights.path} has a head of {some(found)}, which is not one linear layer: leave it out")
-    return state["head.weight"], state["head.bias"]
+    elif names != ["head.bias", "head.weight"]:
+        raise UserError(f"{weights.path} has a head of {some(names)}, which is not one linear layer: leave it out")
+    return state, len(state["head.weight"])
 
 
 def build_encoder(args, weights: Weights | None, num_classes: int = 0, drop_path=0.0, ignore_head=True, like_mae=True):
-    """A `VisionTransformer` of these flags with `weights`.
+    """Build the `VisionTransformer` of flags that `settle_model` has set; see `build_vit`."""
+    config = resolve_config(None, vars(args), default=DEFAULT_ENCODER)
+    return build_vit(config, args.global_pool, weights, num_classes, drop_path, ignore_head, like_mae)
 
-    Without weights it is, `like_mae`, what an untrained autoencoder of that name would be (sine-cosine positions,
-    Xavier), so that a random encoder differs from a pretrained one in nothing but the training; else a fresh ViT.
+
+def build_vit(
+    config: ModelConfig,
+    global_pool: bool,
+    weights: Weights | None,
+    num_classes: int = 0,
+    drop_path=0.0,
+    ignore_head=True,
+    like_mae=True,
+) -> models_vit.VisionTransformer:
+    """Build a `VisionTransformer` and load `weights`, reporting what became of every tensor.
+
+    Without weights and with `like_mae` it starts as an untrained autoencoder of that name does (sine-cosine positions,
+    Xavier), so that a random encoder differs from a pretrained one only in training; else as a fresh ViT. Raises
+    UserError if the weights do not fit, and for a missing classifier unless `ignore_head`.
     """
     model = models_vit.build_model(
-        args.model,
-        img_size=input_size(args),
-        patch_size=args.patch_size,
-        in_chans=args.in_chans,
+        config.encoder_name,
+        **config.encoder_arguments(),
         num_classes=num_classes,
         drop_path_rate=drop_path,
-        global_pool=args.global_pool,
+        global_pool=global_pool,
     )
-    set_norm_eps(model, getattr(args, "layer_norm_eps", None))
+    set_norm_eps(model, config.layer_norm_eps)
     if weights is not None:
         report = load_into(model, weights, ignore_head=ignore_head)
         print(report)
         if not ignore_head and "head.weight" in report.missing:
             raise UserError(f"{weights.path} has no classifier for this model: {report.head or 'no head in the file'}")
     elif like_mae:
-        _like_an_untrained_autoencoder(model, args)
+        _initialize_like_mae(model, config)
     return model
 
 
 def set_norm_eps(model: torch.nn.Module, eps: float | None) -> None:
-    """Of all layer norms; None leaves them as they are (1e-6, as in MAE and timm)."""
+    """Set the epsilon of all layer norms; None leaves 1e-6, that of MAE and timm."""
     for module in model.modules() if eps is not None else ():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = eps
 
 
-def _like_an_untrained_autoencoder(model, args) -> None:
-    mae = models_mae.build_model(
-        f"mae_{args.model}", img_size=input_size(args), patch_size=args.patch_size, in_chans=args.in_chans
-    )
+def _initialize_like_mae(model, config: ModelConfig) -> None:
+    mae = models_mae.build_model(f"mae_{config.encoder_name}", **config.encoder_arguments())
     own = model.state_dict()
     state = {key: value for key, value in mae.state_dict().items() if key in own}
     model.load_state_dict(state, strict=False)  # head and fc_norm keep their initial values: the only missing ones
 
 
 def count_classes(args, *splits) -> int:
-    """Classes of the data set; UserError when there are none, or when the splits or --nb_classes disagree."""
+    """Return the number of classes. Raises UserError if there are none, or if the splits or --nb_classes disagree."""
     counts = [_classes_of(args, images) for images in splits if images is not None]
     if len(set(counts)) > 1:
         raise UserError(f"--dataset {args.dataset} has {counts[0]} classes in training and {counts[1]} in validation")
@@ -161,7 +138,7 @@ def _classes_of(args, images) -> int:
     classes = getattr(images, "classes", None)
     if classes is None:
         if args.nb_classes is None or getattr(images, "load", None) is not None:
-            raise UserError(f"--dataset {args.dataset} has no labels (or does not say how many classes: --nb_classes)")
+            raise UserError(f"--dataset {args.dataset} has no labels, or their number is not known: give --nb_classes")
         return args.nb_classes
     if args.nb_classes is not None and args.nb_classes != len(classes):
         raise UserError(f"--nb_classes {args.nb_classes} contradicts the data set, which has {len(classes)} classes")
@@ -170,7 +147,11 @@ def _classes_of(args, images) -> int:
 
 @torch.no_grad()
 def token_feature(model, imgs: torch.Tensor, pool: str) -> torch.Tensor:
-    """(N, C, H, W) -> (N, D): [cls] or the mean of the patches, both after the encoder's final norm. For a model built
-    with global_pool=False."""
-    tokens = model.norm(model.forward_tokens(imgs))
+    """Encode images (N, C, H, W) into features (N, D): [cls] (`pool` cls) or the mean of the patches (avg), after the
+    final norm. For a model built with global_pool=False."""
+    return select_feature(model.norm(model.forward_tokens(imgs)), pool)
+
+
+def select_feature(tokens: torch.Tensor, pool: str) -> torch.Tensor:
+    """Return [cls] (`pool` cls) or the mean of the patches (avg) of tokens (N, 1 + L, D), [cls] first: (N, D)."""
     return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)

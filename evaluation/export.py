@@ -1,6 +1,8 @@
-"""Our models in the formats of others: timm, Hugging Face transformers (ViT, ViTMAE), ONNX, torch.export.
+"""Export of models to other libraries: timm, Hugging Face transformers (ViT, ViTMAE), ONNX, torch.export.
 
-Each `to_...` writes a model to `out` and returns an `Exported`, which loads it again with the other library.
+Each `to_...` writes a model to `out` and returns an `Exported`, which loads it again with the other library. `pool` is
+the feature that the model's output reads, cls or avg; `flags` are stored in the exported file. Raises UserError for a
+model that the format cannot hold, and for a package that is not installed.
 """
 
 import copy
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from evaluation.encoder import select_feature
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from util.architectures import ENCODERS
@@ -22,14 +25,14 @@ from util.errors import UserError
 from util.weights.file import save_state
 from util.weights.names import to_hugging_face
 
-EXAMPLES = 2  # images of the check, and of the exporters' traces, which take a batch of one for a constant
+EXAMPLES = 2  # images of the check and of the exporters' traces, which would treat a batch of one as a constant
 _ONNX_LARGEST = 2**31 - 2**20  # bytes of one protobuf file; larger models keep their weights in a second file
 
 
 @dataclass
 class Exported:
-    """What was written: the code that loads it, the outputs in words, and the outputs of the file itself on images (N,
-    C, H, W), in the order of `PlainEncoder`'s (for an autoencoder: of its prediction at `noise`)."""
+    """An exported file: the code that loads it, a description of its outputs, and a function that runs it on images (N,
+    C, H, W), with the outputs of `PlainEncoder` (for an autoencoder: its prediction for the masks of `noise`)."""
 
     code: str
     outputs: str
@@ -37,10 +40,10 @@ class Exported:
 
 
 class PlainEncoder(nn.Module):
-    """A `VisionTransformer` as a function of images alone: what ONNX and torch.export hold.
+    """A `VisionTransformer` as a function of images alone, for ONNX and torch.export.
 
-    (N, C, H, W) -> logits (N, classes) of a classifier. Of an encoder, the feature (N, D) and, where its own final norm
-    applies to tokens, these: (N, 1 + L, D), [cls] first. `pool` is which tokens the feature reads, cls or avg.
+    Images (N, C, H, W) -> logits (N, classes) of a classifier; of an encoder the feature (N, D) and, if its final norm
+    applies to tokens, the tokens (N, 1 + L, D), [cls] first.
     """
 
     def __init__(self, vit: VisionTransformer, pool: str):
@@ -55,11 +58,11 @@ class PlainEncoder(nn.Module):
         if self.names != ["feature", "tokens"]:
             return (self.vit(imgs),)
         tokens = self.vit.norm(self.vit.forward_tokens(imgs))
-        return (tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)), tokens
+        return select_feature(tokens, self.pool), tokens
 
 
 def need(package: str, target: str):
-    """The package as a module, or a UserError that says how to get it."""
+    """Import a package. Raises UserError, with the command that installs it, if that fails."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -80,7 +83,7 @@ def _sizes(model) -> dict:
 
 
 class _Norm(functools.partial):
-    """A layer norm with this epsilon; shown as one would write it."""
+    """A layer norm with this epsilon, whose `repr` is code."""
 
     def __new__(cls, eps: float):
         return super().__new__(cls, nn.LayerNorm, eps=eps)
@@ -90,8 +93,8 @@ class _Norm(functools.partial):
 
 
 def timm_arguments(model: VisionTransformer, pool: str) -> dict:
-    """Arguments of `timm.create_model` for this model: the name that timm has for its sizes, else that of ViT-B/16 and
-    what differs from it."""
+    """Return the arguments of `timm.create_model` for this model: timm's name for its sizes, else that of ViT-B/16 and
+    the sizes that differ."""
     import timm
 
     known = {f"{name}_224": ENCODERS[name] for name in ENCODERS if timm.is_model(f"{name}_224")}
@@ -114,7 +117,7 @@ def timm_arguments(model: VisionTransformer, pool: str) -> dict:
 
 
 def to_timm(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Exported:
-    """A file for `timm.create_model(..., checkpoint_path=out)`; our tensor names are timm's."""
+    """Write a file for `timm.create_model(..., checkpoint_path=out)`; tensor names are the same in timm."""
     import timm
 
     arguments = timm_arguments(model, pool)
@@ -146,17 +149,28 @@ def _hf_config(model) -> dict:
     )
 
 
-def _save_hf(transformers, kind: str, config, model, out: Path, flags: dict, **options) -> None:
-    theirs = getattr(transformers, kind)(config, **options)
+def _hf_decoder_config(model: MaskedAutoencoderViT) -> dict:
+    block = model.decoder_blocks[0]
+    return dict(
+        decoder_hidden_size=model.mask_token.shape[-1],
+        decoder_num_hidden_layers=len(model.decoder_blocks),
+        decoder_num_attention_heads=block.attn.num_heads,
+        decoder_intermediate_size=block.mlp.fc1.out_features,
+        norm_pix_loss=model.norm_pix_loss,
+    )
+
+
+def _save_hf(transformers, class_name: str, config, model, out: Path, flags: dict, **options) -> None:
+    theirs = getattr(transformers, class_name)(config, **options)
     theirs.load_state_dict(to_hugging_face(model.state_dict(), theirs.state_dict()))
     theirs.save_pretrained(out)
     if config.num_channels == 3 and flags.get("mean"):
         size = dict(zip(("height", "width"), model.patch_embed.img_size))
         transformers.ViTImageProcessor(
             size=size,
-            resample=3,
+            resample=3,  # bicubic
             image_mean=list(flags["mean"]),
-            image_std=list(flags["std"]),  # 3 is bicubic
+            image_std=list(flags["std"]),
         ).save_pretrained(out)
 
 
@@ -167,9 +181,9 @@ def _transformers(target: str):
 
 
 def to_hf_vit(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Exported:
-    """A folder for `ViTForImageClassification.from_pretrained`, or `ViTModel` for an encoder.
+    """Write a folder for `ViTForImageClassification.from_pretrained`, or `ViTModel` for an encoder.
 
-    UserError for a model with `fc_norm`: Hugging Face's ViT has only a norm on every token, and classifies by [cls].
+    Raises UserError for a model with `fc_norm`: Hugging Face's ViT norms every token and classifies by [cls].
     """
     transformers = _transformers("hf-vit")
     if model.global_pool:
@@ -177,28 +191,33 @@ def to_hf_vit(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Ex
             "--to hf-vit: this model reads the mean of the patches before the norm (fc_norm), and Hugging Face's ViT "
             "only [cls] after it: use --to timm, or export a model that was fine-tuned with --cls_token"
         )
-    kind, labels, options, shown = "ViTForImageClassification", {"num_labels": model.num_classes}, {}, ""
+    class_name, labels, options, keywords = "ViTForImageClassification", {"num_labels": model.num_classes}, {}, ""
     if not model.num_classes:
-        kind, labels, options, shown = "ViTModel", {}, {"add_pooling_layer": False}, ", add_pooling_layer=False"
+        class_name, labels, options, keywords = (
+            "ViTModel",
+            {},
+            {"add_pooling_layer": False},
+            ", add_pooling_layer=False",
+        )
     config = transformers.ViTConfig(**_hf_config(model), **labels)
-    _save_hf(transformers, kind, config, model, out, flags, **options)
+    _save_hf(transformers, class_name, config, model, out, flags, **options)
 
     def again(imgs):
-        theirs = getattr(transformers, kind).from_pretrained(out, **options).eval()
+        theirs = getattr(transformers, class_name).from_pretrained(out, **options).eval()
         if model.num_classes:
             return [theirs(imgs).logits]
         tokens = theirs(imgs).last_hidden_state
-        return [tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1), tokens]
+        return [select_feature(tokens, pool), tokens]
 
     part = "last_hidden_state[:, 0]" if pool == "cls" else "last_hidden_state[:, 1:].mean(dim=1)"
     outputs = "model(imgs).logits" if model.num_classes else f"the feature is model(imgs).{part}"
-    return Exported(f'model = transformers.{kind}.from_pretrained("{out}"{shown})', outputs, again)
+    return Exported(f'model = transformers.{class_name}.from_pretrained("{out}"{keywords})', outputs, again)
 
 
 def to_hf_vitmae(model, out: Path, pool: str, flags: dict) -> Exported:
-    """A folder for `ViTMAEForPreTraining.from_pretrained`, or `ViTMAEModel` for an encoder alone.
+    """Write a folder for `ViTMAEForPreTraining.from_pretrained`, or `ViTMAEModel` for an encoder.
 
-    UserError for images that are not square, and for a model without the encoder's own norm.
+    Raises UserError for images that are not square, for a model with `fc_norm` and for a decoder of cross-attention.
     """
     transformers = _transformers("hf-vitmae")
     height, width = model.patch_embed.img_size
@@ -214,35 +233,26 @@ def to_hf_vitmae(model, out: Path, pool: str, flags: dict) -> Exported:
     ratio = flags.get("mask_ratio", 0.75) if whole else 0.0
     config = transformers.ViTMAEConfig(**_hf_config(model), mask_ratio=ratio)
     if whole:
-        block = model.decoder_blocks[0]
-        config.update(
-            dict(
-                decoder_hidden_size=model.mask_token.shape[-1],
-                decoder_num_hidden_layers=len(model.decoder_blocks),
-                decoder_num_attention_heads=block.attn.num_heads,
-                decoder_intermediate_size=block.mlp.fc1.out_features,
-                norm_pix_loss=model.norm_pix_loss,
-            )
-        )
-    kind = "ViTMAEForPreTraining" if whole else "ViTMAEModel"
-    _save_hf(transformers, kind, config, model, out, flags)
+        config.update(_hf_decoder_config(model))
+    class_name = "ViTMAEForPreTraining" if whole else "ViTMAEModel"
+    _save_hf(transformers, class_name, config, model, out, flags)
 
     def again(imgs, noise=None):
-        theirs = getattr(transformers, kind).from_pretrained(out).eval()
+        theirs = getattr(transformers, class_name).from_pretrained(out).eval()
         if whole:
             return [theirs(imgs, noise=noise).logits]
         order = torch.arange(model.patch_embed.num_patches, dtype=torch.float).expand(len(imgs), -1)
         tokens = theirs(imgs, noise=order).last_hidden_state
-        return [tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1), tokens]
+        return [select_feature(tokens, pool), tokens]
 
     outputs = "model(imgs).last_hidden_state, [cls] first, patches in the order of ids_restore (mask_ratio is 0)"
     if whole:
         outputs = f"model(imgs).loss and .logits, {ratio:.0%} removed"
-    return Exported(f'model = transformers.{kind}.from_pretrained("{out}")', outputs, again)
+    return Exported(f'model = transformers.{class_name}.from_pretrained("{out}")', outputs, again)
 
 
 def to_safetensors(model, out: Path, pool: str, flags: dict) -> Exported:
-    """All tensors in our names, which are the official MAE's and timm's, with the flags as metadata."""
+    """Write all tensors under the names of the official MAE and timm, with the flags as metadata."""
     save_state(model.state_dict(), out, as_metadata(flags))
 
     def again(imgs, noise=None):
@@ -268,8 +278,8 @@ def _program(model: VisionTransformer, pool: str) -> tuple[torch.export.Exported
 
 
 def to_onnx(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Exported:
-    """An ONNX file with any batch size; the flags are in its metadata. Its weights are in it, or beside it (`.data`)
-    where they exceed the 2 GiB of one file."""
+    """Write an ONNX file for any batch size, with the flags in its metadata. Weights beyond the 2 GiB of one file are
+    written beside it (`.data`)."""
     runtime = [need(package, "onnx") for package in ("onnx", "onnxscript", "onnxruntime")][-1]
     program, names = _program(model, pool)
     made = torch.onnx.export(program, input_names=["imgs"], output_names=names, verbose=False, dynamo=True)
@@ -286,7 +296,7 @@ def to_onnx(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Expo
 
 
 def to_torch_export(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Exported:
-    """A file for `torch.export.load`, with any batch size; the flags are in it as `flags.json`."""
+    """Write a file for `torch.export.load`, for any batch size, with the flags in it as `flags.json`."""
     program, names = _program(model, pool)
     torch.export.save(program, out, extra_files={"flags.json": json.dumps(flags, default=str)})
 
@@ -297,7 +307,7 @@ def to_torch_export(model: VisionTransformer, out: Path, pool: str, flags: dict)
 
 
 def as_metadata(flags: dict) -> dict[str, str]:
-    """Flags as the strings of a safetensors or ONNX header; `util.weights.load` reads them back."""
+    """Return flags as the strings of a safetensors or ONNX header, which `util.weights.load` reads back."""
     return {name: json.dumps(value, default=str) for name, value in flags.items()}
 
 
@@ -313,8 +323,8 @@ EXPORTERS = {
 
 @torch.no_grad()
 def largest_difference(model, exported: Exported, pool: str, mask_ratio: float) -> float:
-    """Between the outputs of `model` and those of the file, over two random images, divided by the largest output (or
-    by 1 where that is smaller): 1e-5 and less is rounding."""
+    """Return the largest difference between the outputs of `model` and of the file for two random images, divided by
+    the largest output, or by 1 if that is smaller. Rounding is at most 1e-5."""
     imgs = _example(model)
     if isinstance(model, MaskedAutoencoderViT):
         noise = torch.rand(len(imgs), model.patch_embed.num_patches)

@@ -1,5 +1,5 @@
-"""Images that excite a channel: gradient ascent on an image's Fourier coefficients (Olah et al. 2017, "Feature
-visualization"), on the channels that Ghiasi et al. 2022 ("What do vision transformers learn?") look at.
+"""Images that activate a channel: gradient ascent on an image's Fourier coefficients (Olah et al. 2017, "Feature
+visualization"), for the channels that Ghiasi et al. 2022 ("What do vision transformers learn?") study.
 
 N images, C channels of an image, L patches, F channels of a layer.
 """
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 LAYERS = ["mlp", "block"]
-_PULL = 0.01  # of logits to grey: colours end between 0.04 and 0.96, where they can still turn round
+_PULL = 0.01  # of logits to grey: colours end between 0.04 and 0.96, where the sigmoid does not saturate
 
 
 class FourierImages(nn.Module):
-    """Images (N, C, H, W) with colours in [0, 1], by the coefficients of their frequencies, the lower ones weighted
-    more, as in natural images: a step then changes whole shapes, not single pixels."""
+    """Images (N, C, H, W) in [0, 1], parametrised by Fourier coefficients. Low frequencies have more weight, as in
+    natural images, so that a step changes whole shapes, not single pixels."""
 
     def __init__(self, shape: tuple[int, int, int, int], generator: torch.Generator):
         super().__init__()
@@ -26,7 +26,7 @@ class FourierImages(nn.Module):
         self.coefficients = nn.Parameter(0.01 * start)
 
     def logits(self) -> Tensor:
-        """(N, C, H, W), before the sigmoid."""
+        """Return the images (N, C, H, W) before the sigmoid."""
         spectrum = torch.view_as_complex(self.coefficients) * self.scale
         return torch.fft.irfft2(spectrum, s=(self.height, self.width), norm="ortho")
 
@@ -35,40 +35,40 @@ class FourierImages(nn.Module):
 
 
 def total_variation(imgs: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N,): mean absolute difference of neighbouring pixels, down and across."""
+    """Return the mean absolute difference of vertical and horizontal neighbours in images (N, C, H, W): (N,)."""
     down, across = imgs.diff(dim=2).abs(), imgs.diff(dim=3).abs()
     return down.flatten(1).mean(dim=1) + across.flatten(1).mean(dim=1)
 
 
 def channel_activation(model, block: int, layer: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of normalised images (N, C, H, W) and channel numbers (N,) -> (N,): the mean over the patches of image
-    n's channel, behind block `block` (`layer` block: F = D) or inside its MLP, after the activation (mlp: F = 4 D).
-    Later blocks are not computed."""
-    place = model.blocks[block].mlp.act if layer == "mlp" else model.blocks[block]
+    """Return a function of normalised images (N, C, H, W) and channel indices (N,) that computes, for each image, the
+    mean of its channel over the patches (N,): in the output of `block` (`layer` block, F = D) or in its MLP after the
+    activation function (mlp, F = 4 D). Later blocks are not computed."""
+    observed = model.blocks[block].mlp.act if layer == "mlp" else model.blocks[block]
 
     def activation(imgs, channels):
-        blocks, found = model.blocks, []
-        hook = place.register_forward_hook(lambda module, inputs, output: found.append(output))
+        blocks, outputs = model.blocks, []
+        hook = observed.register_forward_hook(lambda module, inputs, output: outputs.append(output))
         model.blocks = blocks[: block + 1]
         try:
             model.forward_tokens(imgs)
         finally:
             model.blocks = blocks
             hook.remove()
-        return found[0][:, 1:].mean(dim=1).gather(1, channels[:, None])[:, 0]
+        return outputs[0][:, 1:].mean(dim=1).gather(1, channels[:, None])[:, 0]
 
     return activation
 
 
 def excite(activation, images: FourierImages, normalise, steps: int, lr: float, tv: float, jitter: int, generator):
-    """Change `images` so that `activation(imgs)` (N, C, H, W) -> (N,) grows. -> the images in [0, 1], and the
-    activation of each before and after (2, N).
+    """Optimise `images` for a large `activation(imgs)`, a function of (N, C, H, W) to (N,) -> the images in [0, 1], and
+    their activations before and after (2, N).
 
-    `normalise` brings colours to the model's input. Every step shifts the images by up to `jitter` pixels around their
-    edges, and goes along the gradient of the activation less `tv` times that of the total variation, both scaled to
-    the same size in each image, so that `tv` means the same at any depth.
+    `normalise` maps colours in [0, 1] to the model's input. Each step rolls the images by up to `jitter` pixels and
+    follows the gradient of the activation minus `tv` times that of the total variation, both scaled to the same norm in
+    each image, so that `tv` has the same effect at any depth.
     """
-    # Where the gradient of a frequency is rounding, the usual eps would make full steps of it.
+    # With Adam's default eps, a frequency whose gradient is only rounding would take full steps.
     optimizer = torch.optim.Adam(images.parameters(), lr=lr, eps=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
@@ -94,6 +94,6 @@ def excite(activation, images: FourierImages, normalise, steps: int, lr: float, 
 
 
 def _scaled(gradient: Tensor) -> Tensor:
-    """To a root mean square of one in each image."""
+    """Scale the gradient (N, C, H, W) to a root mean square of one in each image."""
     size = gradient.flatten(1).square().mean(dim=1).sqrt().clamp_min(1e-20)
     return gradient / size[:, None, None, None]

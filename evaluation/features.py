@@ -1,4 +1,4 @@
-"""Frozen features of a data set, and what they are worth to a nearest-neighbour classifier."""
+"""Frozen features of a data set, and their nearest-neighbour accuracy."""
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,8 @@ from util.parallel.distributed import gather_objects
 
 @torch.no_grad()
 def extract(encode, loader, device, amp_dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """`encode(imgs)` over a loader made with `train=False` -> features (M, D) float32 and labels (M,), on the CPU, of
-    all ranks, in the order of the data set. Unreadable images are left out."""
+    """Apply `encode(imgs)` to a loader made with `train=False` -> features (M, D) float32 and labels (M,), on the CPU,
+    of all ranks, in the order of the data set. Unreadable images are left out."""
     features, targets, indices = [], [], []
     for batch in loader.begin(0):
         with autocast(device, amp_dtype):
@@ -19,7 +19,7 @@ def extract(encode, loader, device, amp_dtype) -> tuple[torch.Tensor, torch.Tens
         features.append(output.float().cpu()[good])
         targets.append(batch.target[good])
         indices.append(batch.index[good])
-    # A rank has no batch where images are fewer than ranks: lists, which may be empty, are gathered, and joined here.
+    # With fewer images than ranks a rank has no batch, so lists, which may be empty, are gathered and joined here.
     ranks = gather_objects((features, targets, indices))
     features, targets, indices = (torch.cat([part for rank in column for part in rank]) for column in zip(*ranks))
     order = torch.argsort(indices, stable=True)
@@ -27,9 +27,9 @@ def extract(encode, loader, device, amp_dtype) -> tuple[torch.Tensor, torch.Tens
 
 
 def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, classes: int, k=20, temperature=0.07):
-    """Weighted k-nearest-neighbour scores (M, classes): cosine similarity, votes of weight exp(similarity / 0.07), the
-    protocol of Wu et al. 2018 and Caron et al. 2021 (DINO, Section 4.1). In the type of the features, also under
-    autocast."""
+    """Compute weighted k-nearest-neighbour scores (M, classes): cosine similarity, votes of weight exp(similarity /
+    temperature), as Wu et al. 2018 and Caron et al. 2021 (DINO, Section 4.1). Features are (M, D); similarities have
+    their dtype, also under autocast."""
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     scores = []
     for part in test.split(1024):
@@ -42,7 +42,7 @@ def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, c
 
 
 def knn_accuracy(train, train_labels, test, test_labels, k: int = 20) -> float:
-    """Top-1 in percent of `knn_predict`. Features (M, D), labels (M,)."""
+    """Return the top-1 accuracy of `knn_predict` in percent. Features are (M, D), labels (M,)."""
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     predicted = knn_predict(train, train_labels, test, classes, k).argmax(dim=1)
     return 100.0 * (predicted == test_labels).float().mean().item()

@@ -20,7 +20,7 @@ from util.training.run import Run
 
 class Monitor:
     """Reconstruction pictures and kNN accuracy of fixed images, between epochs: the same images under the same masks on
-    any number of processes. The main process draws the pictures, so it alone reads their images."""
+    any number of processes. Only the main process reads the preview images and draws the pictures."""
 
     COUNT = 8
 
@@ -38,7 +38,7 @@ class Monitor:
             images = self._evenly_spaced(images, self.COUNT)
         elif not isinstance(images, Shards):
             return None  # a stream of timm's
-        # Read in this process: a few images are not worth starting workers for.
+        # Without workers: starting them takes longer than reading a few images.
         loader = build_loader(images, self.transform, self.args, self.COUNT, train=False, num_workers=0, split=False)
         batch = next(iter(loader.begin(0)))
         imgs = batch.image[batch.bad == 0].to(self.run.device)
@@ -46,13 +46,13 @@ class Monitor:
 
     @staticmethod
     def _evenly_spaced(images, count: int):
-        """`count` images, evenly spaced over the set (which is usually sorted by class)."""
+        """Return `count` images, evenly spaced over the set, which is usually sorted by class."""
         if len(images) <= count:
             return images
         return Subset(images, torch.linspace(0, len(images) - 1, count).long().tolist())
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
-        """What there is to report after `epoch`, by name."""
+        """Draw previews and compute metrics if they are due after `epoch`; return the metrics by name."""
         row = {}
         last = self.run.ended
         preview_due = self.args.vis_freq and (last or epoch % self.args.vis_freq == 0)
@@ -66,7 +66,7 @@ class Monitor:
         return row
 
     def _preview(self, epoch: int) -> float:
-        """Pictures and histograms of the fixed images; their reconstruction loss."""
+        """Write pictures and histograms of the fixed images; return their reconstruction loss."""
         (imgs, noise), ratio = self.fixed, self.args.mask_ratio
         pictures = reconstruct(self.pretrainer.model, imgs, ratio, noise, self.mean, self.std)
         self.run.board.image("reconstruction", grid(pictures.cpu()), epoch)
@@ -79,8 +79,8 @@ class Monitor:
 
     def _knn(self) -> float:
         if self._loaders is None:
-            few = [self._evenly_spaced(images, self.args.knn_images) for images in (self.images, self.held_out)]
-            self._loaders = [build_loader(i, self.transform, self.args, self.args.batch_size, False) for i in few]
+            splits = [self._evenly_spaced(images, self.args.knn_images) for images in (self.images, self.held_out)]
+            self._loaders = [build_loader(i, self.transform, self.args, self.args.batch_size, False) for i in splits]
         model = self.pretrainer.model.eval()
         device, dtype = self.run.device, self.run.amp_dtype
         splits = [extract(lambda x: mae_features(model, x, "avg"), loader, device, dtype) for loader in self._loaders]
@@ -90,7 +90,7 @@ class Monitor:
 
 @torch.no_grad()
 def evaluate_reconstruction(pretrainer: Pretrainer, imgs, noise, mask_ratio: float) -> float:
-    """Reconstruction loss of fixed images under fixed masks: comparable between epochs."""
+    """Return the reconstruction loss of images (N, C, H, W) under the masks of `noise` (N, L)."""
     pretrainer.eval()
     loss, _, _ = pretrainer.model(imgs, mask_ratio=mask_ratio, noise=noise)
     pretrainer.train()

@@ -1,5 +1,5 @@
-"""Judging a classifier away from its training data: which class a folder of an evaluation set is, the mean corruption
-error of Hendrycks and Dietterich 2019, and the detection of foreign images of Hendrycks et al. 2021 (ImageNet-O)."""
+"""Evaluation sets for the robustness of a classifier: classes of their folders, the mean corruption error of Hendrycks
+and Dietterich 2019, and the detection of out-of-distribution images of Hendrycks et al. 2021 (ImageNet-O)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from util.data.sources import Files, Images
 from util.data.transforms import to_channels
 from util.errors import UserError
 
-# Errors of AlexNet in percent, averaged over the severities, by which those of others are divided (Hendrycks and
+# Errors of AlexNet in percent, averaged over the severities, which normalise those of a classifier (Hendrycks and
 # Dietterich 2019, Table 1 and its code), and its error on clean images.
 ALEXNET = dict(zip(NAMES, (88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8, 60.7)))
 ALEXNET_CLEAN = 43.5
 
 
 def corruption_error(errors: dict[str, list[float]], clean: float | None = None) -> float:
-    """Mean corruption error in percent of errors in percent, {corruption: one per severity}: the mean over the 15 of
-    the mean error over AlexNet's (Section 4.2). With the error on `clean` images, the relative one, of what the
-    corruption adds: it may be negative."""
+    """Return the mean corruption error in percent: the mean over the 15 corruptions of the mean error divided by
+    AlexNet's (Section 4.2). `errors` are {corruption: one per severity}, in percent. With the error on `clean` images
+    return the relative one, of the increase over them, which may be negative."""
     rows = []
     for name in NAMES:
         mean = float(np.mean(errors[name]))
@@ -34,8 +34,8 @@ def corruption_error(errors: dict[str, list[float]], clean: float | None = None)
 
 
 def detection_aupr(inside: np.ndarray, outside: np.ndarray) -> float:
-    """Area under the precision-recall curve in percent, when images are called foreign in the order of confidence, the
-    lowest first. Confidences (M,) of images of the known classes, and of foreign ones, which are the positives."""
+    """Return the area under the precision-recall curve in percent of detecting images by low confidence. `inside` are
+    the confidences (M,) of in-distribution images, `outside` those of out-of-distribution ones, the positives."""
     foreign = np.concatenate([np.zeros(len(inside)), np.ones(len(outside))])
     return 100 * float(average_precision_score(foreign, -np.concatenate([inside, outside])))
 
@@ -45,41 +45,42 @@ def detection_aupr(inside: np.ndarray, outside: np.ndarray) -> float:
 
 @dataclass
 class Classes:
-    """What a classifier tells apart: how many classes, their names in the order of its outputs (None: not known), and
-    where those are from."""
+    """The classes of a classifier: their number, their names in the order of its outputs (None: unknown), and the
+    source of the names."""
 
     count: int
     names: list[str] | None
     source: str
 
-    def places(self, found: list[str], where: str) -> torch.Tensor:
-        """The outputs (k,) of the classes called `found`. ImageNet-V2's folders are numbers, from 0: the outputs.
+    def places(self, names: list[str], where: str) -> torch.Tensor:
+        """Return the indices (k,) of the outputs for the classes `names` of the data set `where`. Folders of
+        ImageNet-V2 are named by these indices.
 
-        UserError for one that the classifier does not know, and where its names are needed and not known.
+        Raises UserError for a class that the classifier lacks, and if the classifier's names are needed and unknown.
         """
-        numbered = all(name.isdecimal() and int(name) < self.count for name in found)
-        if numbered and len({int(name) for name in found}) == len(found) and not set(found) <= set(self.names or ()):
-            return torch.tensor([int(name) for name in found])
+        numbered = all(name.isdecimal() and int(name) < self.count for name in names)
+        if numbered and len({int(name) for name in names}) == len(names) and not set(names) <= set(self.names or ()):
+            return torch.tensor([int(name) for name in names])
         if self.names is None:
             raise UserError(
-                f"{self.source} does not say what its {self.count} classes are called: give --classes, a file with a "
-                f"name per line, or --train_classes, the folder with the class folders it was trained on"
+                f"{self.source} does not name its {self.count} classes: give --classes, a file with a name per line, "
+                f"or --train_classes, the folder with the class folders it was trained on"
             )
-        place = {name: number for number, name in enumerate(self.names)}
-        unknown = [name for name in found if name not in place]
+        index = {name: number for number, name in enumerate(self.names)}
+        unknown = [name for name in names if name not in index]
         if unknown:
             raise UserError(
                 f"{where} has the class {unknown[0]!r}, which is none of the {self.count} classes of {self.source} "
-                f"({', '.join(self.names[:3])}, ...); {len(unknown)} of its {len(found)} classes are not"
+                f"({', '.join(self.names[:3])}, ...); {len(unknown)} of its {len(names)} classes are not"
             )
-        return torch.tensor([place[name] for name in found])
+        return torch.tensor([index[name] for name in names])
 
 
 def known_classes(path: str, count: int, stored: list[str] | None, file: str = "", folder: str = "") -> Classes:
-    """The classes of the classifier in `path`: of `--classes`, of `--train_classes`, or as its checkpoint says.
-    UserError when both flags are given, when they cannot be read, or when the number is not `count`."""
+    """Return the classes of the classifier in `path`, from `--classes`, `--train_classes` or its checkpoint. Raises
+    UserError if both flags are given, if they cannot be read, or if their number is not `count`."""
     if file and folder:
-        raise UserError("--classes and --train_classes say the same twice: give one of them")
+        raise UserError("--classes and --train_classes both name the classes: give one of them")
     names, source = stored, path
     if file:
         names = [line.strip() for line in read_lines(file, "--classes")]
@@ -90,7 +91,7 @@ def known_classes(path: str, count: int, stored: list[str] | None, file: str = "
         names = class_names(Path(folder))
         source = f"--train_classes {folder}"
     if names is not None and len(names) != count:
-        raise UserError(f"{source} names {len(names)} classes, and the classifier of {path} tells {count} apart")
+        raise UserError(f"{source} names {len(names)} classes, and the classifier of {path} has {count}")
     if names is not None and len(set(names)) < count:
         raise UserError(f"{source} names a class twice")
     return Classes(count, names, source)
@@ -101,7 +102,7 @@ def known_classes(path: str, count: int, stored: list[str] | None, file: str = "
 
 @dataclass
 class Evaluation:
-    """An evaluation set: images whose label i is output `places[i]` of the classifier."""
+    """An evaluation set: images whose label i is the output `places[i]` of the classifier."""
 
     name: str
     images: Images
@@ -109,17 +110,17 @@ class Evaluation:
 
 
 def open_folder(path: str | Path, classes: Classes) -> Evaluation:
-    """A folder of class folders. UserError when it is none, and for classes that the classifier does not know."""
+    """Open a folder of class folders. Raises UserError for other folders, and for classes that the classifier lacks."""
     images = class_folder(_folder(path))
     return Evaluation(Path(path).name, images, classes.places(images.classes, str(path)))
 
 
 def open_foreign(path: str | Path, classes: Classes) -> Evaluation:
-    """A folder of images of no class. Where its folders are called after classes, as ImageNet-O's after those that its
-    images are mistaken for, these are what the images are to be told from, else all classes."""
+    """Open a folder of out-of-distribution images. If its folders are named after classes, as those of ImageNet-O after
+    the classes that its images are mistaken for, predictions are among these, else among all classes."""
     images = class_folder(_folder(path))
     if classes.names is not None and not set(images.classes) & set(classes.names):
-        print(f"{path}: none of its folders is called after a class, its images are told from all {classes.count}")
+        print(f"{path}: none of its folders is named after a class; predictions are among all {classes.count}")
         return Evaluation(Path(path).name, Files(images.paths, [0] * len(images), None), torch.arange(classes.count))
     return Evaluation(Path(path).name, images, classes.places(images.classes, str(path)))
 
@@ -132,29 +133,26 @@ def _folder(path: str | Path) -> Path:
 
 
 def corruption_folders(path: str | Path) -> dict[str, list[Path]]:
-    """{corruption: its five severity folders} of a folder like ImageNet-C: corruption/severity/class/image, perhaps
-    with the groups of its download (noise/, blur/, ...) above; {} for any other folder. Corruptions beside
-    the 15 are left out.
-
-    UserError when a severity is missing.
-    """
+    """Return {corruption: its five severity folders} of a folder like ImageNet-C (corruption/severity/class/image, also
+    below the groups of its download: noise/, blur/, ...), {} for any other folder. Only the 15 corruptions are read.
+    Raises UserError if a severity is missing."""
     root = _folder(path)
     groups = [root, *sorted(entry for entry in root.iterdir() if entry.is_dir())]
-    found = {}
+    folders = {}
     for name in NAMES:
         parent = next((group / name for group in groups if (group / name).is_dir()), None)
         if parent is None:
             continue
-        found[name] = [parent / str(severity) for severity in SEVERITIES]
-        missing = next((folder for folder in found[name] if not folder.is_dir()), None)
+        folders[name] = [parent / str(severity) for severity in SEVERITIES]
+        missing = next((folder for folder in folders[name] if not folder.is_dir()), None)
         if missing is not None:
             raise UserError(f"{missing} is missing: every corruption needs the severities 1 to 5")
-    return found
+    return folders
 
 
 @dataclass
 class Shape:
-    """How images come to the size (H, W) of the input and to its channels: `to_size` is of PIL images."""
+    """The size (H, W) and channels of the classifier's input; `to_size` brings PIL images to the size."""
 
     to_size: Callable
     size: tuple[int, int]
@@ -162,11 +160,10 @@ class Shape:
 
 
 class Corrupted(Images):
-    """Other images under one corruption, in the shape of the input.
+    """Images under one corruption, in the shape of the input.
 
-    Larger images are corrupted after they came to that size, as ImageNet-C's were, smaller ones before, as CIFAR-10-C's
-    were. The random numbers belong to an image's place in the whole list where `images` are a part of one, so that a
-    part is corrupted like the whole.
+    Larger images are corrupted after resizing, as in ImageNet-C, smaller ones before, as in CIFAR-10-C. If `images` are
+    a `Subset`, the random numbers are those of an image's index in the whole set, so that subset and whole agree.
     """
 
     def __init__(self, images: Images, corruption: str, severity: int, shape: Shape, seed: int, photographs=()):
@@ -191,13 +188,13 @@ class Corrupted(Images):
 
 
 def only(evaluation: Evaluation, classes: torch.Tensor) -> Evaluation:
-    """The images of a folder that are of some classes, given as outputs of the classifier. UserError without any."""
+    """Return the images of a folder that are of `classes`, outputs of the classifier. Raises UserError without any."""
     wanted = torch.isin(evaluation.places, classes)
     images = evaluation.images
     chosen = [i for i, target in enumerate(images.targets) if wanted[target]]
     if not chosen:
-        raise UserError(f"{evaluation.name} has no image of the {len(classes)} classes of the foreign images")
+        raise UserError(f"{evaluation.name} has no image of the {len(classes)} classes of the --ood images")
     labels = (torch.cumsum(wanted, 0) - 1).tolist()
     names = [name for name, is_wanted in zip(images.classes, wanted.tolist()) if is_wanted]
-    part = Files([images.paths[i] for i in chosen], [labels[images.targets[i]] for i in chosen], names)
-    return Evaluation(evaluation.name, part, evaluation.places[wanted])
+    subset = Files([images.paths[i] for i in chosen], [labels[images.targets[i]] for i in chosen], names)
+    return Evaluation(evaluation.name, subset, evaluation.places[wanted])

@@ -8,14 +8,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation import command_line  # noqa: F401  finds the project's modules
 from methods import METHODS
 from util.checkpoint.files import LEDGER
 from util.checkpoint.same_run import FREE_FLAGS
 from util.errors import UserError
 from util.report import ledger
 
-# What does not change the numbers but for rounding. How many processes there were does: it changes the batch.
+# Flags that change results by rounding at most. The number of processes is not among them: it changes the batch.
 IRRELEVANT = FREE_FLAGS - {"world_size"} | {"out", "compile", "attention", "grad_checkpoint", "log_mfu", "no_pin_mem"}
 IRRELEVANT |= {"download", "train_list", "val_list", "max_bad_fraction", "dist_eval", "dist_on_itp", "resplit"}
 IRRELEVANT |= {"init_from", "data", "seed", "checkpoint"}
@@ -25,9 +24,9 @@ TRAINING = {"main_pretrain", "main_finetune", "main_linprobe"}  # one such run i
 
 @dataclass(eq=False)
 class Run:
-    """One line of a ledger. `flags` are all that it can be grouped by, under the names that the commands take."""
+    """One line of a ledger. `flags` are all values to group by, under the names that the commands take."""
 
-    place: Path
+    folder: Path
     row: dict
     kind: str
     flags: dict
@@ -37,7 +36,7 @@ class Run:
         return tuple(sorted((key, value) for key, value in self.flags.items() if _bare(key) == "seed"))
 
     def key_of(self, name: str) -> str:
-        """`name`, or where the run itself has no such flag that of its pretraining."""
+        """Return `name`, or the name of the flag of its pretraining if the run itself has no such flag."""
         return name if name in self.flags else f"pretrain.{name}"
 
     def get(self, name: str):
@@ -52,29 +51,30 @@ def _bare(key: str) -> str:
 
 
 def read_runs(folders: list[str], strip=()) -> list[Run]:
-    """Every run in the ledgers below `folders`, once: of a folder's training the last line counts, of judging the same
-    checkpoint in the same way too. UserError when there is none."""
-    found: dict[tuple, Run] = {}
+    """Read every run in the ledgers below `folders` once: the last line of a folder's training, and of evaluating the
+    same checkpoint in the same way. Raises UserError if there is none."""
+    runs: dict[tuple, Run] = {}
     for folder in folders:
         ledgers = sorted(Path(folder).rglob(LEDGER))
         if not ledgers:
-            print(f"note: {folder} holds no {LEDGER}, it is left out", file=sys.stderr)
+            print(f"note: {folder} holds no {LEDGER} and is left out", file=sys.stderr)
         for path in ledgers:
             for row in ledger.read(path):
                 run = _run(path.resolve().parent, row, strip)
-                what = None if row["command"] in TRAINING else (_sameness(run), (row.get("source") or {}).get("sha256"))
-                found.pop((run.place, row["command"], what), None)
-                found[run.place, row["command"], what] = run
-    if not found:
+                sha256 = (row.get("source") or {}).get("sha256")
+                key = run.folder, row["command"], None if row["command"] in TRAINING else (_sameness(run), sha256)
+                runs.pop(key, None)
+                runs[key] = run
+    if not runs:
         some = " ".join(folders[:3])
         raise UserError(f"{some}: no finished run (no {LEDGER} with a line in it)")
-    return list(found.values())
+    return list(runs.values())
 
 
-def _run(place: Path, row: dict, strip) -> Run:
-    begin = next((prefix for prefix in strip if place.name.startswith(prefix)), "")
+def _run(folder: Path, row: dict, strip) -> Run:
+    begin = next((prefix for prefix in strip if folder.name.startswith(prefix)), "")
     kind = begin.strip("-_ ") or row["command"]
-    name = re.sub(r"-seed\d+$", "", place.name.removeprefix(begin))
+    name = re.sub(r"-seed\d+$", "", folder.name.removeprefix(begin))
     data = row.get("data") or {}
     flags = {"run": name, "command": row["command"], "pretrained": bool(row.get("source")), **_own(row)}
     flags |= {f"data.{split}": (value or {}).get("sha256") for split, value in data.items()}
@@ -88,15 +88,15 @@ def _run(place: Path, row: dict, strip) -> Run:
         count[role] += 1
         prefix = f"{role}{count[role] if count[role] > 1 else ''}."
         own = _own(source) | {"epoch": source.get("epoch")}
-        if not source["flags"]:  # a foreign file: nothing but its content says which it is
+        if not source["flags"]:  # a foreign file: only its content identifies it
             own["file"] = source.get("sha256") or source["path"]
         flags |= {prefix + name: value for name, value in own.items()}
         source = source.get("source")
-    return Run(place, row, kind, flags)
+    return Run(folder, row, kind, flags)
 
 
 def _own(row: dict) -> dict:
-    """The flags of a run, or of the run that wrote a checkpoint, and what else is known of it."""
+    """Return the flags of a run, or of the run that wrote a checkpoint, with its revision, images and time."""
     flags = dict(row["flags"])
     if "mask_ratio" in flags:
         on = [method.name for method in METHODS if _enabled(method, flags)]
@@ -109,7 +109,7 @@ def _own(row: dict) -> dict:
 def _enabled(method, flags: dict) -> bool:
     try:
         return bool(method.enabled(argparse.Namespace(**flags)))
-    except AttributeError:  # a checkpoint from before there was this method
+    except AttributeError:  # a checkpoint that is older than this method
         return False
 
 
@@ -117,7 +117,7 @@ def _enabled(method, flags: dict) -> bool:
 
 
 def canonical(value) -> str:
-    """As text; of a path that names the seed, without it."""
+    """Return `value` as JSON; in a path, the number of the seed is left out."""
     text = json.dumps(value, sort_keys=True)
     return re.sub(r"seed\d+", "seed", text) if "/" in text else text
 
@@ -132,53 +132,57 @@ def _sameness(run: Run) -> tuple:
 
 
 def check_alike(runs: list[Run], title: str, free: set[str], allow_revisions: bool) -> None:
-    """UserError naming the first flag in which these runs differ; `free` are names that may."""
+    """Raise UserError, with the flag and both values, if these runs differ in a flag that is not `free`."""
     flags = [_compared(run) for run in runs]
     keys = sorted({key for each in flags for key in each}, key=lambda key: (_bare(key) != key, key))
-    first = ("command", "pretrained", "method", "pretrain.method")  # what explains other differences
+    first = ("command", "pretrained", "method", "pretrain.method")  # they explain differences in other flags
     for key in sorted(keys, key=lambda key: key not in first):
         if key in free or _bare(key) in free or (allow_revisions and _bare(key) == "revision"):
             continue
         values = [each.get(key) for each in flags]
         if _bare(key).startswith("data.") and None in values:
-            continue  # one of them did not say
+            continue  # not recorded by one of them
         for other, value in zip(runs[1:], values[1:]):
             if value != values[0]:
-                shown = [shown_value(run.flags[key]) if key in run.flags else "absent" for run in (runs[0], other)]
+                texts = [shown_value(run.flags[key]) if key in run.flags else "absent" for run in (runs[0], other)]
                 allow = "--allow_revisions" if _bare(key) == "revision" else f"--allow_differing {key}"
                 raise UserError(
-                    f"the row {title} would average runs that differ in {key}: {shown[0]} in {runs[0].place}, "
-                    f"{shown[1]} in {other.place}; add {key} to --by, choose with --where, or allow it with {allow}"
+                    f"the row {title} would average runs that differ in {key}: {texts[0]} in {runs[0].folder}, "
+                    f"{texts[1]} in {other.folder}; add {key} to --by, choose with --where, or allow it with {allow}"
                 )
 
 
 def once_each(runs: list[Run]) -> list[Run]:
-    """Without earlier runs of the same flags and seeds in other folders, which are named."""
+    """Return the last run of each combination of flags and seeds; the earlier ones are printed and left out."""
     last: dict[tuple, Run] = {}
     for run in sorted(runs, key=lambda run: run.row.get("finished", "")):
         before = last.get(_sameness(run))
         if before is not None:
-            print(f"note: {before.place} and {run.place} are one run with one seed: the later counts", file=sys.stderr)
+            print(
+                f"note: {before.folder} and {run.folder} have the same flags and seeds: the later run counts",
+                file=sys.stderr,
+            )
         last[_sameness(run)] = run
     return [run for run in runs if run in last.values()]
 
 
-# Choosing -------------------------------------------------------------------------------------------------------------
+# Selecting ------------------------------------------------------------------------------------------------------------
 
 
 def check_names(runs: list[Run], names) -> None:
-    """UserError for a name that is a flag of none of these runs."""
+    """Raise UserError for a name that is a flag of none of these runs."""
     known = {key for run in runs for key in run.flags}
     known |= {key.removeprefix("pretrain.") for key in known}
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, 3)
-            advice = f"; like it: {', '.join(near)}" if near else ""
+            advice = f"; similar flags: {', '.join(near)}" if near else ""
             raise UserError(f"{name} is no flag of any of these {len(runs)} runs{advice}")
 
 
 def choose(runs: list[Run], conditions: list[str]) -> list[Run]:
-    """The runs for which every `flag=value` holds; numbers are compared as numbers. UserError where none is left."""
+    """Return the runs for which every `flag=value` holds; numbers compare as numbers. Raises UserError if none is
+    left."""
     pairs = [condition.partition("=") for condition in conditions]
     for name, sign, _ in pairs:
         if not sign:
@@ -187,8 +191,8 @@ def choose(runs: list[Run], conditions: list[str]) -> list[Run]:
     for name, _, wanted in pairs:
         left = [run for run in runs if _is(run.get(name), wanted)]
         if not left:
-            there = ", ".join(dict.fromkeys(shown_value(run.get(name)) for run in runs))
-            raise UserError(f"--where {name}={wanted} holds for no run; {name} is {there}")
+            present = ", ".join(dict.fromkeys(shown_value(run.get(name)) for run in runs))
+            raise UserError(f"--where {name}={wanted} holds for no run; {name} is {present}")
         runs = left
     return runs
 
@@ -201,7 +205,7 @@ def _is(value, wanted: str) -> bool:
 
 
 def shown_value(value) -> str:
-    """As a person reads it."""
+    """Return a value as text for tables and messages."""
     if isinstance(value, list):
         return " ".join(map(str, value))
     return "none" if value in (None, "") else f"{value:g}" if isinstance(value, float) else str(value)

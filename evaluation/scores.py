@@ -1,4 +1,4 @@
-"""How good a classifier is on a test set: sums that are kept batch by batch and read once, over all ranks."""
+"""Scores of a classifier on a test set, accumulated batch by batch and reduced once over all ranks."""
 
 import math
 
@@ -11,15 +11,16 @@ from util.parallel.distributed import all_reduce_sum, gather_objects, get_rank, 
 
 
 class TopK:
-    """One label per image (`targets` (N,), -1 where unknown): top-1 and top-5 in percent, mean cross-entropy."""
+    """Top-1 and top-5 accuracy in percent and mean cross-entropy; one label per image (`targets` (N,), -1 where
+    unknown)."""
 
-    headline = "acc1"  # what decides which weights are the best
+    headline = "acc1"  # the metric that selects the best weights
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, top-1, top-5, images, skipped
 
     def add(self, logits: torch.Tensor, targets: torch.Tensor, good: torch.Tensor) -> None:
-        """logits (N, classes) float32; `good` (N,) bool: what is not is only counted, under `skipped`."""
+        """Add a batch: logits (N, classes) float32; images that are not `good` (N,) are only counted, as `skipped`."""
         loss = F.cross_entropy(logits, targets.clamp(min=0), reduction="none")
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         columns = [loss, ranked[:, 0].float(), ranked.any(dim=1).float(), torch.ones_like(loss)]
@@ -32,17 +33,18 @@ class TopK:
         return {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "skipped": skipped}
 
     @staticmethod
-    def said(stats: dict) -> str:
+    def summary(stats: dict) -> str:
+        """Return the line that is printed after an evaluation."""
         return f"top-1 {stats['acc1']:.2f} %  top-5 {stats['acc5']:.2f} %  loss {stats['loss']:.4f}"
 
 
 class MultiLabel:
-    """Sets of labels (`targets` (N, classes), positive where a label holds, rows sum to one): mean average precision
-    and precision@1 in percent, mean cross-entropy.
+    """Mean average precision and precision@1 in percent and mean cross-entropy; a set of labels per image (`targets`
+    (N, classes), positive for its labels, rows sum to one).
 
-    Average precision ranks the scores of all images, so they are kept in main memory: on a rank those of its own images
-    (images / ranks x classes x 5 bytes) and, while `read` runs, those of all images for a few classes at a time (images
-    x `AT_ONCE` x 5 bytes). Of 1 M images and 1,000 classes on 8 GPUs that is 0.6 GB and 0.3 GB on each rank.
+    Average precision ranks the scores of all images, so they are kept in main memory: on each rank those of its own
+    images (images / ranks x classes x 5 bytes) and, during `read`, those of all images for a few classes at a time
+    (images x `AT_ONCE` x 5 bytes). For 1 M images and 1,000 classes on 8 GPUs this is 0.6 GB and 0.3 GB on each rank.
     """
 
     headline = "mAP"
@@ -53,7 +55,7 @@ class MultiLabel:
 
     def add(self, logits: torch.Tensor, targets: torch.Tensor, good: torch.Tensor) -> None:
         logits, targets = logits[good].cpu(), targets[good].cpu()
-        # Softmax is blind to a constant added to all logits of an image, so they compare between images only after it.
+        # A constant added to all logits of an image leaves the softmax unchanged: only its output compares images.
         scores, holds = F.log_softmax(logits, dim=1).numpy(), targets.numpy() > 0
         loss = F.cross_entropy(logits, targets, reduction="sum").item()
         hits = precision_at_1(scores, holds) / 100 * len(scores)
@@ -71,42 +73,44 @@ class MultiLabel:
         }
 
     def _mean_average_precision(self) -> float:
-        """`mean_average_precision` over the images of all ranks, of which each computes some of the classes."""
-        found = []
+        """Return `mean_average_precision` over the images of all ranks; each rank computes some of the classes."""
+        precisions = []
         classes = max(gather_objects(self.scores[0].shape[1] if self.scores else 0))
         for number, first in enumerate(range(0, classes, self.AT_ONCE)):
             columns = slice(first, first + self.AT_ONCE)
             own = [(scores[:, columns], holds[:, columns]) for scores, holds in zip(self.scores, self.holds)]
             everyone = [batch for rank in gather_objects(_joined(own)) for batch in rank]
             if number % get_world_size() == get_rank():
-                found += average_precisions(*_joined(everyone)[0])
-        return _mean([value for part in gather_objects(found) for value in part])
+                precisions += average_precisions(*_joined(everyone)[0])
+        return _mean([value for part in gather_objects(precisions) for value in part])
 
     @staticmethod
-    def said(stats: dict) -> str:
+    def summary(stats: dict) -> str:
+        """Return the line that is printed after an evaluation."""
         return f"mAP {stats['mAP']:.2f} %  precision@1 {stats['precision1']:.2f} %  loss {stats['loss']:.4f}"
 
 
 def _joined(batches: list[tuple[np.ndarray, ...]]) -> list[tuple[np.ndarray, ...]]:
-    """All batches as one, none as none."""
+    """Concatenate all batches into one; no batch stays none."""
     return [tuple(np.concatenate(parts) for parts in zip(*batches))] if batches else []
 
 
 def average_precisions(scores: np.ndarray, holds: np.ndarray) -> list[float]:
-    """Average precision in percent, over all images, of each class that occurs; (N, classes) both, `holds` bool."""
+    """Return the average precision in percent of each class with at least one image; `scores` and `holds`, whether a
+    label holds, are (N, classes)."""
     occurs = np.flatnonzero(holds.any(axis=0))
-    return [100 * float(average_precision_score(holds[:, place], scores[:, place])) for place in occurs]
+    return [100 * float(average_precision_score(holds[:, index], scores[:, index])) for index in occurs]
 
 
 def mean_average_precision(scores: np.ndarray, holds: np.ndarray) -> float:
-    """The mean of `average_precisions`; 0 where no class occurs."""
+    """Return the mean of `average_precisions`, 0 if there are none."""
     return _mean(average_precisions(scores, holds))
 
 
 def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values) if values else 0.0  # exact, whatever the order that ranks give it
+    return math.fsum(values) / len(values) if values else 0.0  # exact, so the order of the ranks is irrelevant
 
 
 def precision_at_1(scores: np.ndarray, holds: np.ndarray) -> float:
-    """Percentage of the images whose highest-ranked label holds."""
+    """Return the percentage of images whose highest-ranked label holds."""
     return 100 * float(holds[np.arange(len(scores)), scores.argmax(axis=1)].mean()) if len(scores) else 0.0

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from evaluation.runs import Run, canonical, check_alike, check_names, once_each, shown_value
 from util.errors import UserError
 
-USUAL = re.compile(r"acc\d|top1|ratio|mAP")  # metrics of a table that asks for none
+USUAL = re.compile(r"acc\d|top1|ratio|mAP")  # metrics of a table by default
 
 
 @dataclass
 class Cell:
+    """A metric over the seeds of a row."""
+
     mean: float
-    deviation: float | None  # sample deviation; None for one run
+    deviation: float | None  # sample standard deviation; None for one run
     n: int
 
 
@@ -37,8 +39,8 @@ class Table:
 
 
 def make_table(runs: list[Run], by: list[str], metrics: list[str] = (), free=(), allow_revisions=False) -> Table:
-    """Group `runs` by flags and average each metric over seeds. UserError for an unknown flag or metric, and for a
-    group whose runs differ in anything but the seed."""
+    """Group `runs` by flags and average each metric over seeds. Raises UserError for an unknown flag or metric, and for
+    a group whose runs differ in more than the seed."""
     check_names(runs, by)
     columns = _columns(runs, metrics)
     groups: dict[tuple, list[Run]] = {}
@@ -58,31 +60,31 @@ def make_table(runs: list[Run], by: list[str], metrics: list[str] = (), free=(),
                 cells[kind, metric] = _cell(chosen, metric)
         if cells:
             rows.append((values, cells))
-    place = {value: i for i, value in enumerate(dict.fromkeys(shown_value(v) for values, _ in rows for v in values))}
-    rows.sort(key=lambda row: [_rank(value, place[shown_value(value)]) for value in row[0]])
+    index = {value: i for i, value in enumerate(dict.fromkeys(shown_value(v) for values, _ in rows for v in values))}
+    rows.sort(key=lambda row: [_rank(value, index[shown_value(value)]) for value in row[0]])
     return Table(list(by), columns, rows)
 
 
-def _rank(value, place: int) -> tuple:
-    """Numbers by size, the rest as it came."""
+def _rank(value, index: int) -> tuple:
+    """Sort key: numbers by size, other values by their `index`."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return (0, value) if number else (1, place)
+    return (0, value) if number else (1, index)
 
 
 def _columns(runs: list[Run], metrics) -> list[tuple[str, str]]:
-    """(kind, metric) for each of `metrics`, which are METRIC or KIND:METRIC; the usual ones when none is named."""
+    """Return (kind, metric) for each of `metrics`, which are METRIC or KIND:METRIC; by default the accuracies."""
     known = list(dict.fromkeys((run.kind, name) for run in runs for name in run.row["metrics"]))
-    if not metrics:  # not the best on the test set
+    if not metrics:  # without best_*: it was selected on the test set
         metrics = [name for name in dict.fromkeys(name for _, name in known) if USUAL.search(name)]
         metrics = [name for name in metrics if not name.startswith("best_")]
     chosen = []
     for metric in metrics:
         kind, _, name = metric.rpartition(":")
-        found = [column for column in known if column[1] == name and kind in ("", column[0])]
-        if not found:
+        matches = [column for column in known if column[1] == name and kind in ("", column[0])]
+        if not matches:
             names = ", ".join(sorted({f"{kind}:{name}" for kind, name in known}))
             raise UserError(f"--metric {metric} is in none of these {len(runs)} runs; they have {names or 'none'}")
-        chosen += found
+        chosen += matches
     if not chosen:
         names = ", ".join(sorted({name for _, name in known}))
         raise UserError(f"none of these {len(runs)} runs has an accuracy: choose a --metric of {names or 'none'}")
@@ -94,16 +96,16 @@ def _cell(runs: list[Run], metric: str) -> Cell:
     for run in runs:
         value = run.row["metrics"][metric]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"{metric} of {run.place} is {value}, not a finite number: choose other runs with --where")
+            raise UserError(f"{metric} of {run.folder} is {value}, not a finite number: choose other runs with --where")
         values.append(value)
     return Cell(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-# Showing --------------------------------------------------------------------------------------------------------------
+# Formats --------------------------------------------------------------------------------------------------------------
 
 
 def _text(table: Table, digits: int, sign: str) -> list[list[str]]:
-    """Rows of cells; a cell with fewer runs than its row says so."""
+    """Return the rows of cells as text; a cell with fewer runs than its row states its number."""
     lines = []
     for values, cells in table.rows:
         n = table.count(cells)
@@ -119,13 +121,14 @@ def _text(table: Table, digits: int, sign: str) -> list[list[str]]:
 
 
 def markdown(table: Table, digits: int = 2) -> str:
+    """Return the table in Markdown."""
     head = [*table.by, "n", *table.titles()]
     lines = [head, ["---"] * len(head), *_text(table, digits, "±")]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
 def latex(table: Table, digits: int = 2) -> str:
-    """A `tabular` with the rules of booktabs."""
+    """Return the table as a LaTeX `tabular` with the rules of booktabs."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     special |= {char: f"\\{char}" for char in "_%&#{}$"}
 
@@ -140,13 +143,13 @@ def latex(table: Table, digits: int = 2) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """Full precision; mean, deviation and n of every metric in columns of their own."""
+    """Return the table in CSV, in full precision, with a column each for mean, deviation and n of every metric."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     parts = [f"{title} {part}" for title in table.titles() for part in ("mean", "deviation", "n")]
     writer.writerow([*table.by, *parts])
     for values, cells in table.rows:
-        found = [cells.get(column) for column in table.columns]
-        numbers = [(cell.mean, cell.deviation, cell.n) if cell else ("", "", 0) for cell in found]
+        chosen = [cells.get(column) for column in table.columns]
+        numbers = [(cell.mean, cell.deviation, cell.n) if cell else ("", "", 0) for cell in chosen]
         writer.writerow([*map(shown_value, values), *(number for triple in numbers for number in triple)])
     return text.getvalue().rstrip("\n")

@@ -8,7 +8,7 @@ Shapes: N images, V visible patches, D student width, T teacher width, R x C gri
 """
 
 import hashlib
-import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -25,7 +25,10 @@ from util.data.image_format import mean_std
 from util.data.sample_rng import sample_noise
 from util.errors import UserError
 from util.pos_embed import get_2d_sincos_pos_embed
-from util.weights.load import Weights, load_into, models_that_fit, read_weights
+from util.weights.geometry import depth as block_count
+from util.weights.geometry import geometry
+from util.weights.load import Weights, load_into, read_weights
+from util.weights.model_config import ENCODER, ModelConfig, resolve_config
 from util.weights.names import is_decoder
 
 # The mathematics ----------------------------------------------------------------------------------------------------
@@ -105,63 +108,45 @@ def resized(imgs: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def load_teacher(args) -> tuple[MaskedAutoencoderViT, Weights]:
-    """The whole teacher as its file and flags describe it. UserError where they leave out or contradict something."""
+    """Return the whole teacher, in float32 on the CPU, and the weights it was loaded from. Raises UserError if its file
+    and the flags leave its model open, contradict each other, or do not fit the student."""
     weights = read_weights(args.dmae_teacher)
-    stored, fitting = weights.args, models_that_fit(weights)
-    name = args.dmae_teacher_model or stored.get("model") or (fitting[0] if len(fitting) == 1 else None)
-    if name is None:
-        known = ", ".join(f"mae_{fit}" for fit in fitting) or "no known model has its width, depth and patch size"
-        raise UserError(f"{weights.path} does not say which model it is: give --dmae_teacher_model ({known})")
-    name = f"mae_{str(name).removeprefix('mae_')}"
-    channels = weights.state["patch_embed.proj.weight"].shape[1]
+    channels = geometry(weights.state).channels
     if channels != args.in_chans:
-        raise UserError(
-            f"{weights.path} sees {channels} channels, the student {args.in_chans}: give a teacher that fits"
-        )
-    try:
-        config = models_mae.look_up(models_mae.MODELS, name).config
-        decoder = _decoder_of(weights, config)
-        patch, size = stored.get("patch_size") or config["patch_size"], args.dmae_teacher_size
-        if size is not None and (size < patch or size % patch):
-            fits = max(1, size // patch) * patch
-            raise UserError(
-                f"--dmae_teacher_size {size} must be a multiple of the teacher's patch size {patch}: {fits} or "
-                f"{fits + patch} would fit"
-            )
-        teacher = models_mae.build_model(
-            name,
-            img_size=size or stored.get("input_size") or _own_size(weights, patch),
-            patch_size=patch,
-            in_chans=args.in_chans,
-            norm_pix_loss=bool(stored.get("norm_pix_loss")),
-            **decoder,
-        )
-        report = load_into(teacher, weights)
-    except UserError as error:
-        raise UserError(str(error).replace("--model", "--dmae_teacher_model")) from None
-    print(f"teacher {name}: {report}")
+        raise UserError(f"{weights.path} takes {channels} channels, the student {args.in_chans}: give another teacher")
+    given = {"model": args.dmae_teacher_model, "input_size": args.dmae_teacher_size}
+    config = resolve_config(weights, given, inferred=ENCODER, model_flag="--dmae_teacher_model")
+    _check_teacher_size(args.dmae_teacher_size, config.patch_size)
+    weights = _without_unknown_decoder(weights, config)
+    # MAE's decoder and epsilon, also where the file has others: the decoder serves the sanity check alone, and the load
+    # report notes another epsilon.
+    arguments = config.autoencoder_arguments() | {"decoder": "self"}
+    teacher = models_mae.build_model(config.autoencoder_name, **arguments)
+    report = load_into(teacher, weights, model_flag="--dmae_teacher_model")
+    print(f"teacher {config.autoencoder_name}: {report}")
     return teacher, weights
 
 
-def _decoder_of(weights: Weights, config: dict) -> dict:
-    """Sizes of the decoder. One of the file whose number of heads nobody knows is left out: it is only looked at."""
-    names = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
-    sizes = {name: weights.args.get(name) or config[name] for name in names}
+def _check_teacher_size(size: int | None, patch: int) -> None:
+    """Raise UserError, with sizes that fit, if --dmae_teacher_size is no multiple of the teacher's patch size."""
+    if size is not None and (size < patch or size % patch):
+        fits = max(1, size // patch) * patch
+        raise UserError(
+            f"--dmae_teacher_size {size} must be a multiple of the teacher's patch size {patch}: {fits} or "
+            f"{fits + patch} would fit"
+        )
+
+
+def _without_unknown_decoder(weights: Weights, config: ModelConfig) -> Weights:
+    """Return `weights` without a decoder that is neither the model's own nor described by the file's flags: its number
+    of heads is unknown, and only the sanity check would run it."""
     if not weights.has_decoder:
-        return sizes
-    blocks = {name.split(".")[1] for name in weights.state if name.startswith("decoder_blocks.")}
-    found = weights.state["decoder_embed.weight"].shape[0], len(blocks)
-    if found != (sizes["decoder_embed_dim"], sizes["decoder_depth"]):
-        print(f"note: the decoder in {weights.path} (width {found[0]}, depth {found[1]}) is not its model's: left out")
-        weights.state = {name: tensor for name, tensor in weights.state.items() if not is_decoder(name)}
-    return sizes
-
-
-def _own_size(weights: Weights, patch: int) -> int | None:
-    """Side of a square image with as many patches as the file has positions; None leaves it to the model."""
-    table = weights.state.get("pos_embed")
-    side = math.isqrt(table.shape[1] - 1) if table is not None and table.ndim == 3 else 0
-    return side * patch if side and side * side == table.shape[1] - 1 else None
+        return weights
+    width, depth = len(weights.state.get("decoder_embed.weight", ())), block_count(weights.state, "decoder_blocks")
+    if (width, depth) == (config.decoder_embed_dim, config.decoder_depth):
+        return weights
+    print(f"note: the decoder in {weights.path} (width {width}, depth {depth}) is not its model's: left out")
+    return replace(weights, state={name: tensor for name, tensor in weights.state.items() if not is_decoder(name)})
 
 
 def warn_about_pixels(args, weights: Weights) -> None:

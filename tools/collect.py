@@ -1,42 +1,43 @@
-"""Tables and curves from the ledgers (`results.jsonl`) of finished runs: mean ± sample deviation over seeds.
+"""Tables and curves from the ledgers (`results.jsonl`) of finished runs: mean ± sample standard deviation over seeds.
 
     python tools/collect.py OUT --by method,mask_ratio --metric test_acc1
     python tools/collect.py OUT --by mask_ratio --plot curve.png
 
-Flags of the pretraining that a judged checkpoint comes from are `pretrain.NAME`, of what that started from
-`pretrain2.NAME` (`finetune.NAME` of a fine-tuned one); a bare NAME means them too where the run has no such flag.
-Beside flags there are `command`, `run` (the folder's name without -seed<n>), `method`, `revision`, `pretrained`,
+Flags of the pretraining of an evaluated checkpoint are `pretrain.NAME`, of the run that it started from
+`pretrain2.NAME` (of a fine-tuned one `finetune.NAME`); NAME alone stands for `pretrain.NAME` if the run has no such
+flag. Besides flags there are `command`, `run` (the folder's name without -seed<n>), `method`, `revision`, `pretrained`,
 `images_seen`, `seconds`, `data.train`, `data.test` (hashes), `images.train`, `images.test` (numbers). Runs of one row
-must not differ in anything but the seed.
+may differ in the seed alone.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluation import command_line
 from evaluation.runs import check_names, choose, read_runs, shown_value
 from evaluation.tables import Table, comma_separated, latex, make_table, markdown
 from util.checkpoint.files import LEDGER
 from util.errors import UserError, user_errors
+from util.parser import Parser
 
 
 def plot(table: Table, x: str, path: Path) -> None:
-    """A curve over `x` for every value of the other flags and every metric, with deviations as bars."""
+    """Draw a curve over `x` for each value of the other flags and each metric, with standard deviations as bars. Raises
+    UserError if `x` is never a number."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    place = table.by.index(x)
+    index = table.by.index(x)
     curves: dict[str, list] = {}
     for values, cells in table.rows:
-        if isinstance(values[place], bool) or not isinstance(values[place], (int, float)):
-            continue  # a row without it: a random encoder, say
+        if isinstance(values[index], bool) or not isinstance(values[index], (int, float)):
+            continue  # a row without the flag, such as a random encoder
         rest = ", ".join(f"{n} {shown_value(v)}" for n, v in zip(table.by, values) if n != x)
         for column, title in zip(table.columns, table.titles()):
             if column in cells:
-                curves.setdefault(", ".join(filter(None, [title, rest])), []).append((values[place], cells[column]))
+                curves.setdefault(", ".join(filter(None, [title, rest])), []).append((values[index], cells[column]))
     if not curves:
         raise UserError(f"--x {x} is a number in none of these rows: there is nothing to draw")
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
@@ -56,36 +57,36 @@ FORMATS = {"md": markdown, "latex": latex}
 
 
 def get_args_parser():
-    parser = command_line.Parser(__doc__)
-    parser.add_argument("folders", nargs="+", help=f"every {LEDGER} in these folders and below is read")
+    parser = Parser(__doc__)
+    parser.add_argument("folders", nargs="+", help=f"folders to search, with subfolders, for {LEDGER}")
+    parser.add_argument("--by", default="run", metavar="FLAGS", help="flags to group rows by, separated by commas")
     parser.add_argument(
-        "--by", default="run", metavar="FLAGS", help="flags that tell the rows apart, with commas between"
+        "--metric", nargs="+", default=[], metavar="METRIC", help="METRIC or KIND:METRIC; all accuracies by default"
     )
-    parser.add_argument(
-        "--metric", nargs="+", default=[], metavar="METRIC", help="METRIC or KIND:METRIC; without it all accuracies"
-    )
-    parser.add_argument("--where", nargs="+", default=[], metavar="FLAG=VALUE", help="only runs with these flags")
+    parser.add_argument("--where", nargs="+", default=[], metavar="FLAG=VALUE", help="only the runs with these flags")
     parser.add_argument(
         "--strip",
         nargs="+",
         default=[],
         metavar="PREFIX",
-        help="beginnings of folder names: they become the kind of run, instead of the command",
+        help="prefixes of folder names to use as the kind of run, in place of the command",
     )
-    parser.add_argument("--allow_differing", nargs="+", default=[], metavar="FLAG", help="may differ inside a row")
-    parser.add_argument("--allow_revisions", action="store_true", help="average runs of different code")
-    parser.add_argument("--format", choices=["md", "csv", "latex"], default="md", help="format of the table")
-    parser.add_argument("--digits", type=int, default=2, help="decimals; csv has all")
-    parser.add_argument("--out", default="", metavar="FILE", help="write the table here instead of printing it")
-    parser.add_argument("--plot", default="", metavar="PNG", help="draw the metrics over --x")
     parser.add_argument(
-        "--x", default="", metavar="FLAG", help="the flag of --by on the horizontal axis; without it the last"
+        "--allow_differing", nargs="+", default=[], metavar="FLAG", help="flags that may differ within a row"
+    )
+    parser.add_argument("--allow_revisions", action="store_true", help="average runs of different revisions")
+    parser.add_argument("--format", choices=["md", "csv", "latex"], default="md", help="format of the table")
+    parser.add_argument("--digits", type=int, default=2, help="decimals; csv has full precision")
+    parser.add_argument("--out", default="", metavar="FILE", help="write the table to this file instead of printing it")
+    parser.add_argument("--plot", default="", metavar="PNG", help="draw the metrics over --x into this file")
+    parser.add_argument(
+        "--x", default="", metavar="FLAG", help="flag of --by on the horizontal axis; by default the last one"
     )
     return parser
 
 
 def main(args) -> Table:
-    """The table that is shown. UserError for mistakes in flags, and for runs that must not be averaged."""
+    """Print or write the table and return it. Raises UserError for bad flags and for runs that differ within a row."""
     by = [name for name in args.by.split(",") if name]
     x = args.x or (by[-1] if by else "")
     if (args.plot and x not in by) or (args.x and not args.plot):

@@ -1,73 +1,70 @@
-"""Any checkpoint that we read, in the format of another library: timm, Hugging Face, ONNX, torch.export, safetensors.
+"""Export a checkpoint to the format of another library: timm, Hugging Face, ONNX, torch.export or safetensors.
 
 python tools/export.py output_dir/checkpoint-399.pth --to timm --out encoder.safetensors
 python tools/export.py finetuned/checkpoint-99.pth --to onnx --out classifier.onnx
 
-What was checked goes beside the result, into a .json, TensorBoard and the ledger of the folder.
+The result of the check is written beside the export: a JSON file, TensorBoard and the ledger.
 """
 
-import copy
 import sys
 import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch
-
 from evaluation import command_line, judging
+from evaluation.checkpoint import read_checkpoint
 from evaluation.export import EXAMPLES, EXPORTERS, largest_difference
 from util.arguments import check_numbers
-from util.data.image_format import mean_std
-from util.data.transforms import check_channels
 from util.errors import RunFailed, UserError, user_errors
-from util.report.ledger import Record, write_json
+from util.parser import Parser
 
 SUFFIXES = {"timm": ".safetensors", "safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
-# Flags that the new file tells, too.
+# Flags of the checkpoint that the exported file stores, too.
 KEPT = "model input_size patch_size in_chans global_pool nb_classes dataset mean std crop_pct norm_pix_loss mask_ratio "
 KEPT += "decoder decoder_fraction decoder_embed_dim decoder_depth decoder_num_heads epochs seed layer_norm_eps"
 
 
 def get_args_parser():
-    parser = command_line.Parser(
-        "Write a checkpoint in the format of another library, and check that it computes the same."
-    )
+    parser = Parser("Export a checkpoint to the format of another library, and check that it computes the same.")
     command_line.add_checkpoint_flags(parser)
     parser.add_argument("--to", required=True, choices=list(EXPORTERS), metavar="FORMAT", help=", ".join(EXPORTERS))
     parser.add_argument("--out", required=True, help="file to write; hf-vit and hf-vitmae write a folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    parser.add_argument("--overwrite", action="store_true", help="replace the content of --out")
     parser.add_argument("--encoder_only", action="store_true", help="leave out a classifier, or a decoder")
     command_line.add_feature_flags(parser)
     parser.add_argument(
-        "--mean", type=float, nargs="+", help="per-channel means for the new file; without it the run's own"
+        "--mean", type=float, nargs="+", help="per-channel means for the exported file; by default those of the run"
     )
-    parser.add_argument("--std", type=float, nargs="+", help="per-channel standard deviations, likewise")
+    parser.add_argument(
+        "--std", type=float, nargs="+", help="per-channel standard deviations; by default those of the run"
+    )
     command_line.add_model_flags(parser)
     parser.set_defaults(dataset="imagefolder", data_path="", device="cpu", seed=0)
     return parser
 
 
 def check_out(args) -> Path:
-    """UserError where `--out` cannot be written as it is."""
+    """Return `--out` as a path. Raises UserError if the export cannot be written there."""
     out, suffix = Path(args.out), SUFFIXES.get(args.to)
     if suffix and out.suffix != suffix:
         raise UserError(f"--out {out} must end in {suffix} for --to {args.to}")
     if out.is_dir() if suffix else out.is_file():
-        raise UserError(f"--out {out} is a {'folder' if suffix else 'file'}, and --to {args.to} writes the other")
+        raise UserError(f"--out {out} is a {'folder' if suffix else 'file'}, but --to {args.to} writes the other")
     if out.resolve() == Path(command_line.named(args)).resolve():
-        raise UserError(f"--out {out} is the checkpoint itself: name another place")
+        raise UserError(f"--out {out} is the checkpoint itself: name another file")
     if not args.overwrite and (any(out.iterdir()) if out.is_dir() else out.exists()):
-        raise UserError(f"--out {out} exists: give --overwrite, or another place")
+        raise UserError(f"--out {out} exists: give --overwrite, or another name")
     return command_line.check_out(args)
 
 
 def load(args) -> tuple[judging.Judged, str, dict]:
-    """The autoencoder or encoder to export, which tokens its feature reads (cls, avg), and the flags of its file."""
+    """Open the autoencoder or encoder to export -> the model, its feature (cls or avg), the flags to store. Raises
+    UserError for a checkpoint that cannot be exported to the format."""
     check_numbers(args)
     path = command_line.named(args, "to export")
-    weights = judging.read(path, args.checkpoint_key)
+    weights = read_checkpoint(path, args.checkpoint_key)
     if weights is None:
-        raise UserError("name a CHECKPOINT to export: random is a model of no use elsewhere")
+        raise UserError("name a CHECKPOINT to export: a random encoder is not exported")
     whole = args.to in ("hf-vitmae", "safetensors") and weights.has_decoder and not args.encoder_only
     if args.to == "hf-vitmae" and not whole and not args.encoder_only:
         raise UserError(
@@ -75,51 +72,47 @@ def load(args) -> tuple[judging.Judged, str, dict]:
             "give a full pretraining checkpoint, or --encoder_only for a ViTMAEModel"
         )
     if whole:
-        args, pool = copy.copy(args), args.pool or "cls"
-        model = command_line.load_autoencoder(path, args)
-        judged = judging.Judged(args, weights, model, torch.device("cpu"), torch.float32)
+        judged, pool = judging.open_autoencoder(args, weights), args.pool or "cls"
         print(f"{path}: {weights.origin}")
     else:
         judged = judging.open_trained(args, path, head=not args.encoder_only)
         pool = command_line.settle_pool(args, judged.model, path)
-    check_channels(judged.args.in_chans)
     return judged, pool, flags_of(judged, None if whole else pool)
 
 
 def flags_of(judged: judging.Judged, pool: str | None) -> dict:
-    """What the new file tells; `pool` is None for an autoencoder."""
-    args, model, stored = judged.args, judged.model, judged.weights.args
+    """Return the flags to store in the exported file; `pool` is None for an autoencoder."""
+    stored, resolved = judged.weights.args, judged.flags
     flags = {name: stored[name] for name in KEPT.split() if stored.get(name) is not None}
-    mean, std = mean_std(args)
-    size = list(model.patch_embed.img_size)
-    flags |= dict(patch_size=model.patch_embed.patch_size[0], in_chans=args.in_chans, mean=mean, std=std)
-    flags |= dict(model=args.model, input_size=size[0] if size[0] == size[1] else size)
-    return flags | (dict(global_pool=pool == "avg", nb_classes=model.num_classes) if pool else {})
+    flags |= {name: resolved[name] for name in ("patch_size", "in_chans")}
+    flags |= dict(zip(("mean", "std"), judged.images.mean_std))
+    flags |= {name: resolved[name] for name in ("model", "input_size")}
+    return flags | (dict(global_pool=pool == "avg", nb_classes=judged.model.num_classes) if pool else {})
 
 
 def main(args) -> float:
-    """The largest difference between the model and what was written."""
+    """Export, and return the largest difference between the outputs of the model and of the exported file. Raises
+    RunFailed if it exceeds rounding."""
     out = check_out(args)
     judged, pool, flags = load(args)
-    model, record = judged.model, Record("export", judged.args, judged.weights)
+    model, record = judged.model, judged.record("export")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what exporters say to developers of operators
+        warnings.simplefilter("ignore")  # the exporters' warnings are for developers of operators
         exported = EXPORTERS[args.to](model, out, pool, flags)
         difference = largest_difference(model, exported, pool, flags.get("mask_ratio", 0.75))
     mean, std = ([round(value, 5) for value in flags[name]] for name in ("mean", "std"))
     print(
         f"{out}: {exported.outputs}\n  {exported.code}\n  images {' x '.join(map(str, model.patch_embed.img_size))}, "
-        f"colours in [0, 1] normalised by mean {mean} and deviation {std}\n"
+        f"colours in [0, 1] normalised by mean {mean} and standard deviation {std}\n"
         f"  checked on two random images: largest relative difference {difference:.1e}"
     )
-    if not difference < 1e-4:  # rounding is far below, and a wrong tensor far above
+    if not difference < 1e-4:  # far above rounding, far below the effect of a wrong tensor
         raise RunFailed(
             f"{out} does not compute what {command_line.named(args)} does (difference {difference:.1e}); do not use it"
         )
     result = {"largest_difference": difference}
-    beside = Path(f"{out}.json") if out.is_dir() else out
-    write_json(beside, judged.args, result=result, outputs=exported.outputs, code=exported.code, told=flags)
-    judging.publish(judged, record, result, EXAMPLES)
+    beside, content = Path(f"{out}.json") if out.is_dir() else out, exported.outputs
+    judged.publish(record, result, EXAMPLES, json=beside, outputs=content, code=exported.code, told=flags)
     return difference
 
 

@@ -1,4 +1,4 @@
-"""k-nearest-neighbour accuracy of a frozen encoder (no training, no hyper-parameter but k).
+"""k-nearest-neighbour accuracy of a frozen encoder: no training, and k is the only hyper-parameter.
 
 python tools/knn.py output_dir/checkpoint-399.pth --data_path DIR --out output_dir/knn.json
 """
@@ -11,33 +11,32 @@ from evaluation import command_line, judging
 from evaluation.features import knn_accuracy
 from util.arguments import add_leak_argument
 from util.errors import UserError, user_errors
-from util.report.ledger import Record, write_json
 
 
 def get_args_parser():
-    parser = judging.parser("k-nearest-neighbour accuracy of a frozen encoder.")
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 5, 10, 20], help="neighbours; one accuracy each")
+    parser = judging.evaluation_parser("k-nearest-neighbour accuracy of a frozen encoder.")
+    parser.add_argument(
+        "--k", type=int, nargs="+", default=[1, 5, 10, 20], help="numbers of neighbours, with one accuracy each"
+    )
     add_leak_argument(parser)
-    parser.add_argument("--out", default="", help="JSON file for the result; its folder gets the line of the ledger")
+    parser.add_argument("--out", default="", help="JSON file for the result; the ledger is in its folder")
     return parser
 
 
 def main(args) -> dict:
-    """Accuracy by k, in percent."""
+    """Return the top-1 accuracies in percent, by name."""
     if min(args.k) < 1:
         raise UserError("--k must be positive")
-    command_line.check_out(args, ".json")
+    out = command_line.check_out(args, ".json")
     judged = judging.open_encoder(args, command_line.named(args))
-    images, held_out = judging.labelled_splits(judged.args)
+    images, held_out = judging.labelled_splits(args)
     if max(args.k) > len(images):
         raise UserError(f"--k {max(args.k)}: there are only {len(images)} training images")
-    record = Record("knn", judged.args, judged.weights, train=images, test=held_out)
+    record = judged.record("knn", train=images, test=held_out)
     train, test = judged.features(images), judged.features(held_out)
     result = {f"knn{k}_acc1": knn_accuracy(*train, *test, k=k) for k in args.k}
     print("  ".join(f"{k}-NN {result[f'knn{k}_acc1']:.2f} %" for k in args.k))
-    if args.out:
-        write_json(args.out, judged.args, result=result)
-    judging.publish(judged, record, result, len(images) + len(held_out))
+    judged.publish(record, result, len(images) + len(held_out), json=out)
     return result
 
 

@@ -1,10 +1,10 @@
-"""Write a data set as WebDataset shards (tar files): for sets of many files on network disks, and for object stores.
+"""Write a data set as WebDataset shards (tar files), for sets of many files on network disks and for object stores.
 
 python tools/make_shards.py --data_path IMAGENET --out SHARDS          both splits of train/<class>/ and val/<class>/
 python main_pretrain.py --dataset wds --data_path SHARDS …
 
-Files go in as they are, in random order, so that a shard holds a bit of everything; images in memory as PNG. What
-cannot be opened is named and left out. `_info.json` (timm's form) says how many images each shard has.
+Files are stored unchanged, images in memory as PNG, in random order, so that each shard is a sample of all classes.
+Unreadable images are named and left out. `_info.json` (timm's format) has the number of images of each shard.
 """
 
 import io
@@ -28,9 +28,9 @@ from util.errors import UserError, user_errors
 
 
 def get_args_parser():
-    parser = command_line.parser(__doc__.split("\n")[0])
-    parser.add_argument("--out", required=True, help="folder for the shards; made if it is not there")
-    parser.add_argument("--name", default="images", help="name of the files: <name>-<split>-000000.tar")
+    parser = command_line.data_parser(__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, help="folder for the shards, which is created")
+    parser.add_argument("--name", default="images", help="prefix of the files: <name>-<split>-000000.tar")
     parser.add_argument(
         "--splits",
         nargs="+",
@@ -43,15 +43,15 @@ def get_args_parser():
         "--images_per_shard",
         type=int,
         default=2000,
-        help="at least as many shards as processes times --num_workers should come out, else several read the same one "
-        "(100 to 300 MB each are usual)",
+        help="should give at least as many shards as processes times --num_workers, else several workers read the same "
+        "one; shards of 100 to 300 MB are usual",
     )
     return parser
 
 
 def content(images: Images, index: int) -> tuple[str, bytes]:
-    """(ending, bytes) of an image that can be read; raises what readers raise on one that cannot."""
-    image = images.load(index)  # decoded, so that a broken one is found now
+    """Return the ending and the bytes of an image. Raises one of `BROKEN_IMAGE` if it cannot be read."""
+    image = images.load(index)  # decoded, so that a broken image is detected now
     path = Path(images.file(index))
     if path.suffix.lower() in IMG_EXTENSIONS:
         return path.suffix.lower().removeprefix("."), path.read_bytes()
@@ -61,35 +61,36 @@ def content(images: Images, index: int) -> tuple[str, bytes]:
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a file to the archive."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
 
-def write_shard(path: Path, images: Images, places: list[int], progress) -> int:
-    """The images at `places` -> how many could be read. The file has its name when it is whole."""
+def write_shard(path: Path, images: Images, indices: list[int], progress) -> int:
+    """Write the images at `indices` -> the number of readable ones. The file gets its name once it is complete."""
     count, part = 0, path.with_suffix(".part")
     with tarfile.open(part, "w") as tar:
-        for place in places:
+        for index in indices:
             progress.update()
             try:
-                ending, data = content(images, place)
+                ending, data = content(images, index)
             except BROKEN_IMAGE as error:
                 with progress.external_write_mode(sys.stderr):
-                    warn_unreadable(images.name(place), error, "; left out")
+                    warn_unreadable(images.name(index), error, "; left out")
                 continue
-            add(tar, f"{place:09d}.{ending}", data)
-            add(tar, f"{place:09d}.cls", str(images.target(place)).encode())
+            add(tar, f"{index:09d}.{ending}", data)
+            add(tar, f"{index:09d}.cls", str(images.target(index)).encode())
             count += 1
     part.rename(path)
     return count
 
 
 def write_split(args, split: str) -> dict:
-    """All shards of one split -> its entry in `_info.json`."""
+    """Write all shards of one split -> its entry in `_info.json`."""
     images = read_images(args, train=split == "train")
     if not isinstance(images, Images):
-        raise UserError(f"--dataset {args.dataset} is read as a stream, which cannot be put into random order")
+        raise UserError(f"--dataset {args.dataset} is a stream, which cannot be read in random order")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed)).tolist()
     filenames, lengths = [], []
     with tqdm(total=len(images), desc=split, unit=" images", disable=None) as progress:
@@ -106,6 +107,7 @@ def write_split(args, split: str) -> dict:
 
 
 def main(args) -> None:
+    """Write the shards of `--splits`. Raises UserError for bad flags and for a folder that is not empty."""
     if args.images_per_shard < 1:
         raise UserError(f"--images_per_shard {args.images_per_shard} must be positive")
     if not args.name or "/" in args.name or "-" in args.name:

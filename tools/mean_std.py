@@ -1,4 +1,4 @@
-"""Channel means and deviations of a training set, printed as the flags that the mains take.
+"""Per-channel means and standard deviations of a training set, printed as the flags of the mains.
 
 python tools/mean_std.py --data_path DIR
 python tools/mean_std.py --dataset folder --data_path DIR --in_chans 1
@@ -20,29 +20,30 @@ from util.errors import UserError, user_errors
 
 
 def get_args_parser():
-    parser = command_line.parser("Per-channel means and standard deviations of a training set.")
+    parser = command_line.data_parser("Per-channel means and standard deviations of a training set.")
     parser.add_argument("--in_chans", type=int, default=3, help="channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA")
-    parser.add_argument("--limit", type=int, default=0, help="read this many images, evenly spaced; 0: all")
+    parser.add_argument("--limit", type=int, default=0, help="number of images to read, evenly spaced; 0: all")
     return parser
 
 
 def moments(img) -> torch.Tensor:
-    """One image -> (3, C) float64: sums of 1, x and x * x over its pixels, x in [0, 1]."""
+    """Return the sums of 1, x and x * x over the pixels of an image, x in [0, 1]: (3, C) float64."""
     x = pil_to_tensor(img).flatten(1).double() / 255
     return torch.stack([torch.full((len(x),), x.shape[1], dtype=torch.float64), x.sum(1), (x * x).sum(1)])
 
 
 def main(args) -> tuple[list[float], list[float]]:
-    """Over all pixels of all images at their own size (a large image counts for more, as it does in training crops)."""
+    """Return means and standard deviations over all pixels of all images at their own size: a large image has more
+    weight, as in training crops."""
     check_channels(args.in_chans)
     images = read_images(args, train=True)
     if not isinstance(images, Images):
         raise UserError(f"--dataset {args.dataset} is a stream; compute its statistics on a folder of samples")
     dataset = KeyedDataset(images, moments, args, replace=False)
     count = min(args.limit or len(images), len(images))
-    places = torch.linspace(0, len(images) - 1, count).long().tolist()
+    indices = torch.linspace(0, len(images) - 1, count).long().tolist()
     loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(dataset, places), batch_size=64, num_workers=args.num_workers
+        torch.utils.data.Subset(dataset, indices), batch_size=64, num_workers=args.num_workers
     )
     total, bad = torch.zeros(3, args.in_chans, dtype=torch.float64), 0
     for batch in loader:

@@ -1,10 +1,10 @@
-"""Does a pretraining run fit into these GPUs, with which flags, and how long will it take?
+"""Predict memory, flags and duration of a pretraining run on given GPUs.
 
 python tools/plan.py mae_vit_large_patch16 --gpus 8
 python tools/plan.py mae_vit_large_patch16 mae_vit_2b_patch14 --gpus 8 64 512 --gpu_mem 40 --tflops 270     # a table
 
-Memory is predicted to within a few per cent (ten under FSDP); time is as good as what is assumed of the hardware, --mfu
-above all: take it from a short run with --log_mfu. Formulas, checks and assumptions: docs/scaling.md.
+Memory is predicted to within a few per cent (ten under FSDP). Time depends on the assumptions about the hardware, above
+all on --mfu: measure it in a short run with --log_mfu. Formulas, checks and assumptions: docs/scaling.md.
 """
 
 import math
@@ -13,7 +13,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
-from evaluation import command_line  # noqa: F401  puts the project on the path
 from planning.footprint import GIB, TEACHERS, learned, sizes_of
 from planning.plan import Machine, Plan, flops_per_image, plan, traffic
 from util.errors import UserError, user_errors
@@ -23,27 +22,29 @@ ASSUMED = Machine()
 
 
 def get_args_parser():
-    parser = Parser("Memory, flags and hours of a pretraining run, predicted.")
+    parser = Parser("Predict memory, flags and hours of a pretraining run.")
     parser.add_argument("model", nargs="+", help="e.g. mae_vit_large_patch16; several make a table")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8], help="in all nodes together; several make a table")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[8], help="GPUs of all nodes together; several make a table"
+    )
     parser.add_argument("--gpu_mem", type=float, default=ASSUMED.gpu_mem, help="memory of a GPU in GiB")
     group = parser.add_argument_group("run")
-    group.add_argument("--effective_batch", type=int, default=4096, help="images in a step, all GPUs together")
+    group.add_argument("--effective_batch", type=int, default=4096, help="images per step, all GPUs together")
     group.add_argument("--epochs", type=int, default=800, help="epochs of the run")
     group.add_argument(
-        "--images", type=int, default=1281167, help="images of the training set, here those of ImageNet-1k"
+        "--images", type=int, default=1281167, help="images of the training set; by default those of ImageNet-1k"
     )
-    group.add_argument("--input_size", type=int, help="side of the images in pixels; without it the model's own")
-    group.add_argument("--patch_size", type=int, help="instead of the model's own")
-    group.add_argument("--mask_ratio", type=float, default=0.75, help="share of the patches that is removed")
+    group.add_argument("--input_size", type=int, help="side of the images in pixels; by default the model's")
+    group.add_argument("--patch_size", type=int, help="side of a patch in pixels; by default the model's")
+    group.add_argument("--mask_ratio", type=float, default=0.75, help="share of the patches to remove")
     group.add_argument("--amp_dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="arithmetic of the blocks")
     group.add_argument(
         "--teacher",
         default="none",
         choices=TEACHERS,
-        help="a method's copy: encoder, of whole images (--mae_k, --ema_mae); autoencoder (--rc_mae)",
+        help="teacher of the method: encoder, on whole images (--mae_k, --ema_mae); autoencoder (--rc_mae)",
     )
-    group = parser.add_argument_group("hardware (assumptions, unless you measure them)")
+    group = parser.add_argument_group("hardware (assumptions, unless measured)")
     group.add_argument(
         "--tflops",
         type=float,
@@ -51,20 +52,23 @@ def get_args_parser():
         help="TFLOP/s of large matrix products: about 700 on an H100, 270 on an A100, a tenth of it in fp32",
     )
     group.add_argument(
-        "--mfu", type=float, default=ASSUMED.mfu, help="percent of them that training reaches (--log_mfu)"
+        "--mfu", type=float, default=ASSUMED.mfu, help="percent of --tflops that training reaches (--log_mfu)"
     )
     group.add_argument("--bandwidth", type=float, default=ASSUMED.bandwidth, help="GB/s of a collective inside a node")
     group.add_argument(
-        "--network", type=float, default=ASSUMED.network, help="GB/s between nodes, all adapters of a node together"
+        "--network",
+        type=float,
+        default=ASSUMED.network,
+        help="GB/s between nodes, all network adapters of a node together",
     )
     group.add_argument("--gpus_per_node", type=int, default=ASSUMED.node, help="GPUs of a node")
-    group.add_argument("--cores", type=int, default=ASSUMED.cores, help="CPU cores for a GPU, to prepare images")
-    group.add_argument("--decoded", type=float, default=ASSUMED.decoded, help="images a core prepares in a second")
+    group.add_argument("--cores", type=int, default=ASSUMED.cores, help="CPU cores per GPU, to prepare images")
+    group.add_argument("--decoded", type=float, default=ASSUMED.decoded, help="images that a core prepares per second")
     return parser
 
 
 def check(args) -> None:
-    """UserError for values that cannot be."""
+    """Raise UserError for values out of range."""
     positive = "gpu_mem effective_batch epochs images tflops mfu bandwidth network gpus_per_node cores decoded"
     for name in positive.split():
         value = getattr(args, name)
@@ -82,6 +86,7 @@ def check(args) -> None:
 
 
 def planned(args, model: str, gpus: int) -> Plan:
+    """Return the plan for one model and number of GPUs."""
     changes = {"img_size": args.input_size, "patch_size": args.patch_size}
     config = models_mae.look_up(models_mae.MODELS, model).config
     sizes = sizes_of(config | {name: value for name, value in changes.items() if value}, args.mask_ratio)
@@ -92,9 +97,9 @@ def planned(args, model: str, gpus: int) -> Plan:
     return plan(sizes, machine, args.effective_batch, gpus, shards=shards, element=element, teacher=args.teacher)
 
 
-def command(args, model: str, found: Plan) -> str:
-    """How such a run is started on each node."""
-    setup, node = found.setup, found.machine.node
+def command(args, model: str, result: Plan) -> str:
+    """Return the command that starts the run on each node."""
+    setup, node = result.setup, result.machine.node
     nodes = math.ceil(setup.gpus / node)
     where = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500" if nodes > 1 else "--standalone"
     start = f"torchrun {where} --nproc_per_node={min(setup.gpus, node)}" if setup.gpus > 1 else "python"
@@ -108,29 +113,32 @@ def command(args, model: str, found: Plan) -> str:
 
 
 def counted(weights: float) -> str:
+    """Return a number of weights as text."""
     return f"{weights / 1e9:.2f} B" if weights >= 1e9 else f"{weights / 1e6:.0f} M"
 
 
-def report(args, model: str, found: Plan) -> None:
-    """The plan of one model on one number of GPUs, in words."""
-    setup, machine, time = found.setup, found.machine, found.time
-    flops = flops_per_image(found.sizes, setup)
-    print(f"{model}: {counted(learned(found.sizes))} weights, {sum(flops.values()) / 1e9:.0f} GFLOPs an image and step")
-    verdict = "fits" if found.fits else "does NOT fit, not even the leanest way"
+def report(args, model: str, result: Plan) -> None:
+    """Print the plan of one model on one number of GPUs."""
+    setup, machine, time = result.setup, result.machine, result.time
+    flops = flops_per_image(result.sizes, setup)
+    print(
+        f"{model}: {counted(learned(result.sizes))} weights, {sum(flops.values()) / 1e9:.0f} GFLOPs an image and step"
+    )
+    verdict = "fits" if result.fits else "does NOT fit, not even with the smallest memory"
     print(f"{verdict} in {machine.gpu_mem:g} GiB: {setup.name}" + f", {setup.gpus} GPUs" * (setup.gpus > 1))
     print(f"  batch       {setup.batch} a GPU x {setup.accum} accumulated x {setup.gpus} = {args.effective_batch}")
-    print(f"  memory      {found.gib:.1f} GiB a GPU at its peak ({found.moment}):")
-    lines = {name: size / GIB for name, size in found.memory.items() if size}
+    print(f"  memory      {result.gib:.1f} GiB a GPU at its peak ({result.moment}):")
+    lines = {name: size / GIB for name, size in result.memory.items() if size}
     lines["fragmentation (assumed)"] = machine.fragmentation * sum(lines.values())
     lines["CUDA, NCCL (assumed)"] = machine.context
     for name, size in sorted(lines.items(), key=lambda item: -item[1]):
         print(f"                {size:8.2f}  {name}")
-    if not found.fits:
-        print("  smaller needs: more GPUs, --input_size, a smaller model")
+    if not result.fits:
+        print("  to reduce it: more GPUs, a smaller --input_size, a smaller model")
         return
     print(
-        f"  step        {time.step:.3g} s: compute {time.compute:.3g} s, communication that is not hidden "
-        f"{time.exposed:.3g} s ({traffic(found.sizes, setup) / 1e9:.1f} GB a GPU)"
+        f"  step        {time.step:.3g} s: compute {time.compute:.3g} s, communication not overlapped with it "
+        f"{time.exposed:.3g} s ({traffic(result.sizes, setup) / 1e9:.1f} GB a GPU)"
     )
     rate = setup.batch * setup.accum / time.step
     print(
@@ -139,35 +147,37 @@ def report(args, model: str, found: Plan) -> None:
     )
     print(f"  limit       {time.limit}" + HINTS.get(time.limit, ""))
     print(
-        f"  time        {found.hours(args.epochs, args.images):.1f} hours for {args.epochs} epochs of {args.images} "
+        f"  time        {result.hours(args.epochs, args.images):.1f} hours for {args.epochs} epochs of {args.images} "
         f"images, if training reaches {machine.mfu:g} % of {machine.tflops:g} TFLOP/s"
     )
-    print(f"\n{command(args, model, found)}")
+    print(f"\n{command(args, model, result)}")
     if args.teacher != "none":
-        print("and the flags of the method")
+        print("plus the flags of the method")
 
 
 HINTS = {
-    "data": ": images are prepared too slowly; --data_cache ram, smaller JPEGs, shards, or more --cores",
-    "communication": ": gradients or weights arrive too late; fewer GPUs, a faster network, a larger batch",
-    "few images a GPU": ": the host cannot launch kernels any faster; --compile, fewer GPUs, a larger batch",
+    "data": ": images are prepared too slowly; try --data_cache ram, smaller JPEGs, shards, or more --cores",
+    "communication": ": it takes longer than computing; try fewer GPUs, a faster network, a larger batch",
+    "few images a GPU": ": kernels are launched too slowly; try --compile, fewer GPUs, a larger batch",
 }
 
 
-def row(args, model: str, found: Plan) -> str:
-    setup, time = found.setup, found.time
-    start = f"| {model} | {counted(learned(found.sizes))} | {setup.gpus} | "
-    if not found.fits:
-        return f"{start}does not fit | | {found.gib:.0f} | | | | | |"
+def row(args, model: str, result: Plan) -> str:
+    """Return the row of one plan in the Markdown table."""
+    setup, time = result.setup, result.time
+    start = f"| {model} | {counted(learned(result.sizes))} | {setup.gpus} | "
+    if not result.fits:
+        return f"{start}does not fit | | {result.gib:.0f} | | | | | |"
     rate = setup.batch * setup.accum / time.step
     return (
-        f"{start}{setup.name} | {setup.batch} x {setup.accum} | {found.gib:.0f} | {time.step:.2f} | "
-        f"{100 * time.exposed / time.step:.0f} % | {rate * min(setup.gpus, found.machine.node):.0f} | {time.limit} | "
-        f"{found.hours(args.epochs, args.images):.1f} |"
+        f"{start}{setup.name} | {setup.batch} x {setup.accum} | {result.gib:.0f} | {time.step:.2f} | "
+        f"{100 * time.exposed / time.step:.0f} % | {rate * min(setup.gpus, result.machine.node):.0f} | {time.limit} | "
+        f"{result.hours(args.epochs, args.images):.1f} |"
     )
 
 
 def main(args) -> None:
+    """Print one plan in full, or a table of several."""
     check(args)
     pairs = [(model, gpus) for model in args.model for gpus in args.gpus]
     plans = [planned(args, *pair) for pair in pairs]
@@ -177,8 +187,8 @@ def main(args) -> None:
     names = "model, weights, GPUs, mode, batch a GPU, GiB, s a step, communication, images/s a node, limit, hours"
     print(f"| {names.replace(', ', ' | ')} |")
     print("|---" * len(names.split(",")) + "|")
-    for (model, _), found in zip(pairs, plans):
-        print(row(args, model, found))
+    for (model, _), result in zip(pairs, plans):
+        print(row(args, model, result))
 
 
 if __name__ == "__main__":

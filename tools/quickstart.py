@@ -1,7 +1,7 @@
-"""The whole path on small data: pretrain, draw reconstructions, and compare the encoder with an untrained one by
+"""The whole workflow on small data: pretrain, draw reconstructions, and compare the encoder with an untrained one by
 few-shot accuracy, nearest neighbours and a linear probe.
 
-Started by `scripts/quickstart.sh`. It runs the same commands that you would, and prints them.
+Started by `scripts/quickstart.sh`. It runs the commands of the project as a user would, and prints them.
 """
 
 import random
@@ -16,16 +16,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation import command_line, runs
 from util.data.file_lists import images_below
 from util.errors import UserError, user_errors
+from util.parser import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS_IMAGES = 1437  # of the training split
 DIGITS_EPOCHS = 22
-IMAGES_SEEN = 32_000  # about what 22 epochs of the digits are: minutes on two cores
+IMAGES_SEEN = 32_000  # about 22 epochs of the digits: minutes on two cores
 MOST_IMAGES = 20_000
 PROBE_BLRS = ("0.3", "1", "3", "10", "30", "100")
 SHOTS = (1, 2, 5, 10)
 NEIGHBOURS = (1, 5, 10, 20)
-SHOWN_NEIGHBOURS = (1, 20)  # the ledger has all
+SHOWN_NEIGHBOURS = (1, 20)  # the ledger has all of them
 ENCODERS = {"random": "untrained", "pretrained": "pretrained"}  # folder: title of the column
 ADVICE = (
     "Read the few-shot rows first: they show what pretraining is worth where labels are few, while the linear probe\n"
@@ -38,25 +39,27 @@ NO_LABELS = (
 
 
 def get_args_parser():
-    parser = command_line.Parser("Pretrain a small masked autoencoder and look at what it learned.")
-    parser.add_argument("--data_path", default="", help="a folder of images; scikit-learn's digits without it")
-    parser.add_argument("--output_dir", default="output/quickstart", help="is written anew every time")
-    parser.add_argument("--epochs", type=int, help="more is better; the default takes minutes on two cores")
+    parser = Parser("Pretrain a small masked autoencoder and evaluate its encoder.")
+    parser.add_argument("--data_path", default="", help="folder of images; by default scikit-learn's digits")
+    parser.add_argument(
+        "--output_dir", default="output/quickstart", help="folder for the results, replaced in each run"
+    )
+    parser.add_argument("--epochs", type=int, help="epochs of pretraining; the default takes minutes on two cores")
     command_line.add_device_flag(parser)
     parser.add_argument("--num_workers", type=int, default=1, help="processes that read images")
     return parser
 
 
 def _fits_a_line(path: str) -> bool:
-    """Without tab and line break, and in UTF-8."""
+    """Return whether a path has neither tabs nor line breaks and is valid UTF-8."""
     return not any(char in "\t\r\n" or "\ud800" <= char <= "\udfff" for char in path)
 
 
 def write_lists(root: Path, out: Path) -> tuple[list[str], int, bool]:
-    """List files for a folder of any size -> (data flags, training images, whether there are labels).
+    """Write list files for a folder of any size -> (data flags, training images, whether there are labels).
 
-    With train/<class>/ and val/<class>/ these are used, with labels; else every tenth image validates. Of large sets
-    a sample is taken, always the same.
+    Folders train/<class>/ and val/<class>/ are used with labels; else every tenth image is for validation. Of large
+    sets a fixed sample is taken.
     """
     if not root.is_dir():
         raise UserError(f"--data_path {root} is not a folder")
@@ -84,8 +87,8 @@ def write_lists(root: Path, out: Path) -> tuple[list[str], int, bool]:
 
 
 def shots_that_fit(train_list: Path) -> list[int]:
-    """Numbers of labels a class that a list of `write_lists` has images for; [] with fewer than two classes. Where the
-    smallest class has fewer images than SHOTS asks for, its size is the last number."""
+    """Return the numbers of labels per class that a list of `write_lists` has images for; [] with fewer than two
+    classes. If the smallest class has fewer images than SHOTS, its size is the last number."""
     lines = train_list.read_text(encoding="utf-8").rstrip("\n").split("\n")
     sizes = Counter(line.rpartition("\t")[2] for line in lines)
     if len(sizes) < 2:
@@ -94,8 +97,8 @@ def shots_that_fit(train_list: Path) -> list[int]:
 
 
 def run(script: str, *flags: str, optional: bool = False) -> None:
-    """Run one of the project's commands and show it as it could be typed. If it fails, the quickstart exits with its
-    code; an `optional` command may refuse its input (code 2), which leaves its rows of the table empty."""
+    """Print one of the project's commands and run it. If it fails, the quickstart exits with its code; an `optional`
+    command may refuse its input (code 2), which leaves its rows of the table empty."""
     print(f"\n$ python {script} {shlex.join(flags)}", flush=True)
     code = subprocess.run([sys.executable, str(ROOT / script), *flags]).returncode
     if code and not (optional and code == 2):
@@ -116,8 +119,8 @@ def compare(out: Path, common: list[str], checkpoint: str, batch: int, images: i
 
 
 def table(results: dict[str, dict], shots: list[int]) -> str:
-    """Markdown with a row for each measure and a column for each encoder, from {column: metrics of its ledger}. A
-    measure that no encoder has is left out."""
+    """Return a Markdown table with a row for each measure and a column for each encoder, from {column: metrics of its
+    ledger}. Measures without any value are left out."""
     measures = [(f"few-shot, {k} label{'s' * (k > 1)} a class", f"fewshot{k}") for k in shots]
     measures += [(f"{k}-NN, all labels", f"knn{k}") for k in SHOWN_NEIGHBOURS]
     measures += [("linear probe, all labels", "test")]
@@ -134,21 +137,22 @@ def _cell(metrics: dict, name: str) -> str:
     value, half = metrics.get(f"{name}_acc1"), metrics.get(f"{name}_interval95")
     if value is None:
         return ""
-    return f"{value:.2f}" + (f" ± {half:.2f}" if half else "")  # 0: every draw took all the images
+    return f"{value:.2f}" + (f" ± {half:.2f}" if half else "")  # 0: each draw has all images
 
 
 def main(args) -> None:
+    """Run all commands and print the table of results."""
     began = time.monotonic()
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     if args.data_path:
         data, images, labelled = write_lists(Path(args.data_path).expanduser().resolve(), out)
-        # Sixteen images are the smallest batch that is worth the name; an epoch must hold at least one.
+        # An epoch must have at least one batch; smaller batches than 16 would make the gradient too noisy.
         batch, recipe = min(32, max(16, images // 8)), ["--aug", "mae"]
         epochs = args.epochs or max(1, min(100, round(IMAGES_SEEN / images)))
         shots = shots_that_fit(out / "train.txt") if labelled else []
     else:
-        # Digits are neither mirrored nor cut: a 6 must stay a 6.
+        # Digits are neither flipped nor cropped: a 6 must stay a 6.
         data, labelled, batch, recipe = ["--dataset", "digits"], True, 32, ["--aug", "none", "--mask_ratio", "0.6"]
         images, shots = DIGITS_IMAGES, list(SHOTS)
         epochs = args.epochs or DIGITS_EPOCHS
@@ -168,7 +172,7 @@ def main(args) -> None:
 
 
 def summary(out: Path, shots: list[int]) -> str:
-    """The table of the ledgers that `compare` wrote, and how to read it."""
+    """Return the table of the ledgers that `compare` wrote, and how to read it."""
     results = {}
     for folder, title in ENCODERS.items():
         finished = runs.read_runs([str(out / folder)])

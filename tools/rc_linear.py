@@ -1,9 +1,9 @@
-"""RC-MAE's Proposition 4.1, simulated: what the mean teacher's consistency gradient is made of in a linear model.
+"""Simulation of RC-MAE's Proposition 4.1: the consistency gradient of a mean teacher in a linear model.
 
-A linear student S reconstructs x from a masked x and agrees with its EMA teacher T. The proposition: the gradient of
-the consistency loss at step t is the sum of the previous gradients g, weighted by the momentum a and by how similar
-their inputs are to the present one, u_t:   dL_c = -lr * sum_i a^i g_(t-i) u_t u_t^T.   So it takes back earlier
-directions where inputs are similar and leaves them alone where they are orthogonal.
+A linear student S reconstructs x from a masked x and matches its EMA teacher T. The proposition: the gradient of the
+consistency loss at step t is the sum of the previous gradients g, weighted by the momentum a and by the similarity of
+their inputs to the present one, u_t:   dL_c = -lr * sum_i a^i g_(t-i) u_t u_t^T.   It reverses earlier updates if
+inputs are similar and leaves them unchanged if inputs are orthogonal.
 
 python tools/rc_linear.py --out rc_linear.png
 """
@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from matplotlib.figure import Figure
 
-from evaluation import command_line  # noqa: F401
 from util.errors import UserError, user_errors
 from util.parser import Parser
 
@@ -29,7 +28,8 @@ REGIMES = {
 
 @dataclass
 class Trace:
-    """Norms per step, all relative to that of the reconstruction gradient of the same step, and the largest error."""
+    """Norms of the consistency gradient per step, relative to the reconstruction gradient of the same step, and the
+    largest error."""
 
     measured: list[float]
     predicted: list[float]
@@ -37,11 +37,11 @@ class Trace:
 
 
 def inputs(regime: str, steps: int, width: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masked inputs of length one, (steps, width), and what is to be reconstructed from them, (steps, width)."""
+    """Return masked inputs of length one (steps, width) and their reconstruction targets (steps, width)."""
     noise = torch.randn(steps, width, generator=generator, dtype=torch.float64)
     if regime == "orthogonal":
         clean = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0][:steps]
-        return clean, clean + noise / width**0.5  # what masking took away is in the target only
+        return clean, clean + noise / width**0.5  # the masked part is in the target only
     clean = noise if regime == "random" else noise[:1] + 0.3 * noise
     masked = clean * (torch.rand(width, generator=generator, dtype=torch.float64) < 0.5)
     length = masked.norm(dim=1, keepdim=True)
@@ -49,7 +49,7 @@ def inputs(regime: str, steps: int, width: int, generator: torch.Generator) -> t
 
 
 def simulate(regime: str, steps=50, width=64, lr=0.1, momentum=0.9, gamma=1.0, seed=0) -> Trace:
-    """Train student and teacher for `steps` and compare autograd's consistency gradient with the proposition's sum."""
+    """Train student and teacher for `steps` and compare the consistency gradient of autograd with the proposition."""
     generator = torch.Generator().manual_seed(seed)
     masked, clean = inputs(regime, steps, width, generator)
     student = torch.randn(width, width, generator=generator, dtype=torch.float64).div(width**0.5).requires_grad_()
@@ -74,10 +74,8 @@ def simulate(regime: str, steps=50, width=64, lr=0.1, momentum=0.9, gamma=1.0, s
 
 
 def taken_back(cosine: float, width=64, lr=0.1, momentum=0.9, seed=0) -> float:
-    """Share of the last step's gradient that the consistency gradient contains, for two inputs of this cosine.
-
-    The proposition says -lr * momentum * cosine^2: with the sign of a step, that part is removed.
-    """
+    """Return the share of the last step's gradient in the consistency gradient, for two inputs of this cosine. By the
+    proposition it is -lr * momentum * cosine^2: a step along it removes that part."""
     generator = torch.Generator().manual_seed(seed)
     u, v = torch.linalg.qr(torch.randn(width, 2, generator=generator, dtype=torch.float64))[0].T
     student = torch.randn(width, width, generator=generator, dtype=torch.float64).requires_grad_()
@@ -93,6 +91,7 @@ def taken_back(cosine: float, width=64, lr=0.1, momentum=0.9, seed=0) -> float:
 
 
 def draw(traces: dict[str, Trace], args) -> Figure:
+    """Draw the measured gradients and those of the proposition."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, trace in traces.items():
@@ -110,19 +109,20 @@ def draw(traces: dict[str, Trace], args) -> Figure:
         cosines, [taken_back(c, args.width, args.lr, args.momentum, args.seed) for c in cosines], ".", label="measured"
     )
     right.set(
-        xlabel="cosine of the present and the last input",
+        xlabel="cosine of the current and the last input",
         ylabel="share of the last gradient in it",
-        title="the last step is taken back as far as inputs agree",
+        title="the last step is reversed in proportion to the squared cosine",
     )
     right.legend(fontsize="small")
     return figure
 
 
 def main(args) -> dict[str, Trace]:
+    """Simulate every regime, print the errors and draw the figure. Raises UserError for bad flags."""
     if args.steps < 2 or args.width < 2:
         raise UserError("--steps and --width must be at least 2")
     if args.steps > args.width:
-        raise UserError(f"--steps {args.steps} must not exceed --width {args.width}: no more are orthogonal")
+        raise UserError(f"--steps {args.steps} must not exceed --width {args.width}, the number of orthogonal inputs")
     if not 0 <= args.momentum < 1 or not args.lr > 0 or not args.gamma >= 0:
         raise UserError("--momentum must lie in [0, 1), --lr be positive and --gamma not negative")
     out = Path(args.out)

@@ -1,11 +1,11 @@
-"""A paper's table beside ours: published numbers, those of the ledgers of a sweep, and what differs in the setting.
+"""Compare a sweep with a paper: published numbers, those of the sweep's ledgers, and the differences of the setting.
 
     python tools/reproduce.py OUT --paper bootstrap_mae --runs mae k10
 
-scripts/reproduce.sh runs a sweep and calls this. What was published is in tools/published.json: for the runs of a sweep
-their numbers (or, where we have no number of the paper's, which runs they are above or below), and the paper's setting
-under the names that tools/collect.py gives to flags: `pretrain.epochs` of the pretraining, `epochs` of what judges it.
-null means that the paper does not say. `batch` is the effective one; `model` is without its patch size.
+scripts/reproduce.sh runs a sweep and calls this. tools/published.json has the published numbers of the runs of a sweep
+(or, without a number, the runs that they are above or below), and the paper's setting under the names of flags in
+tools/collect.py: `pretrain.epochs` of the pretraining, `epochs` of its evaluation. null is a value that the paper does
+not report. `batch` is the effective batch size; `model` is without its patch size.
 """
 
 import csv
@@ -17,15 +17,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluation import command_line
 from evaluation.runs import Run, read_runs, shown_value
 from evaluation.tables import Cell, make_table
 from util.architectures import own_config
 from util.checkpoint.files import LEDGER
 from util.errors import UserError, user_errors
+from util.parser import Parser
 
 PUBLISHED = Path(__file__).with_name("published.json")
-READERS = {"imagefolder", "folder", "filelist", "wds"}  # formats: they do not say which images were read
+READERS = {"imagefolder", "folder", "filelist", "wds"}  # formats, which do not identify the images
 PREFIXES = ("", "pretrain.", "finetune.")
 NAMES = {
     "finetune:test_acc1": "fine-tuned",
@@ -38,17 +38,17 @@ NAMES = {
 
 @dataclass
 class Row:
-    """`cell` is None for a run that is missing; `said` for one of which the paper gives nothing."""
+    """A row of the table. `cell` is None for a missing run, `published` for one that the paper does not report."""
 
     run: str
     metric: str
     cell: Cell | None
-    said: dict | None
+    published: dict | None
     differs: list[str]
 
 
 def published(paper: str) -> dict:
-    """What is known of a paper; UserError for an unknown one."""
+    """Return the entry of a paper in published.json. Raises UserError for an unknown one."""
     papers = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     if paper not in papers:
         raise UserError(f"--paper {paper} is not known; use one of {', '.join(papers)}")
@@ -59,7 +59,7 @@ def published(paper: str) -> dict:
 
 
 def ours(run: Run) -> dict:
-    """The flags of a run, with what follows from them under the names of published.json."""
+    """Return the flags of a run, and values derived from them, under the names of published.json."""
     flags = dict(run.flags)
     for prefix in PREFIXES:
         if f"{prefix}batch_size" not in flags:
@@ -78,63 +78,64 @@ def ours(run: Run) -> dict:
 
 
 def differences(run: Run, setting: dict) -> list[str]:
-    """`epochs 5, not 100` for every value of the paper's setting that this run does not have."""
-    flags, found = ours(run), []
+    """Return a text such as `epochs 5, not 100` for each value of the paper's setting that differs from the run's."""
+    flags, texts = ours(run), []
     for name, wanted in setting.items():
         if wanted is None or (name.startswith("pretrain.") and not run.flags["pretrained"]):
             continue
         value = flags.get(name)
         if name.endswith("dataset") and value in READERS:
-            continue  # the number of images has to tell
+            continue  # the number of images is compared instead
         if value is None:
-            found.append(f"{name} not recorded, {shown_value(wanted)} there")
+            texts.append(f"{name} not recorded, {shown_value(wanted)} there")
         elif value != wanted:
-            found.append(f"{name} {shown_value(value)}, not {shown_value(wanted)}")
-    return found
+            texts.append(f"{name} {shown_value(value)}, not {shown_value(wanted)}")
+    return texts
 
 
 # The table ------------------------------------------------------------------------------------------------------------
 
 
 def entry(paper: dict, run: str) -> tuple[dict, str]:
-    """What is published of a run, and what the star in its name stands for."""
-    for name, said in paper["runs"].items():
+    """Return the published entry of a run, and the text that the star in its name stands for."""
+    for name, published_run in paper["runs"].items():
         if fnmatchcase(run, name):
-            return said, run[len(name.partition("*")[0]) :] if "*" in name else ""
+            return published_run, run[len(name.partition("*")[0]) :] if "*" in name else ""
     return {}, ""
 
 
 def expanded(paper: dict, names: list[str], runs: list[Run]) -> list[str]:
-    """The runs of a sweep; after each the teacher of its pretraining, where it is judged too."""
+    """Return the runs of a sweep, each followed by the teacher of its pretraining if that is evaluated too."""
     known = set(paper["runs"]) | {run.flags["run"] for run in runs}
     return [each for name in names for each in (name, f"{name}-ema") if each == name or each in known]
 
 
 def make_rows(paper: dict, names: list[str], runs: list[Run]) -> list[Row]:
-    """A row for each run and metric that we have or the paper has. UserError where a run's seeds differ in more."""
+    """Return a row for each run and metric that the sweep or the paper has. Raises UserError if the runs of a row
+    differ in more than the seed."""
     rows = []
     for name in expanded(paper, names, runs):
-        said, star = entry(paper, name)
+        published_run, star = entry(paper, name)
         for metric, of_metric in paper["metrics"].items():
             kind, _, key = metric.partition(":")
-            found = [r for r in runs if r.flags["run"] == name and r.kind == kind and key in r.row["metrics"]]
-            number = said.get(metric)
-            if not found and number is None:
+            own = [r for r in runs if r.flags["run"] == name and r.kind == kind and key in r.row["metrics"]]
+            number = published_run.get(metric)
+            if not own and number is None:
                 continue
             row = Row(name, metric, None, _named(number, star), [])
-            if found:
-                table = make_table(found, ["run"], [metric], allow_revisions=True)
+            if own:
+                table = make_table(own, ["run"], [metric], allow_revisions=True)
                 row.cell = table.rows[0][1][kind, key]
-                row.differs = _of_code_and_seeds(found, row.cell)
-            if found and number:
-                setting = paper["setting"] | of_metric | said.get("setting", {}) | number.get("setting", {})
-                row.differs = differences(found[-1], setting) + row.differs
+                row.differs = _of_code_and_seeds(own, row.cell)
+            if own and number:
+                setting = paper["setting"] | of_metric | published_run.get("setting", {}) | number.get("setting", {})
+                row.differs = differences(own[-1], setting) + row.differs
             rows.append(row)
     return rows
 
 
 def _named(number: dict | None, star: str) -> dict | None:
-    """With what its stars stand for."""
+    """Return the published number with its stars replaced."""
     if number is None:
         return None
     return {
@@ -156,42 +157,44 @@ def _shown_cell(cell: Cell | None) -> str:
     return f"{cell.mean:.2f}{deviation} (n = {cell.n})"
 
 
-def _shown_number(said: dict | None) -> str:
-    if said is None:
+def _shown_number(number: dict | None) -> str:
+    if number is None:
         return "no number"
-    parts = [str(said["value"])] if "value" in said else []
-    parts += [f"{word} {', '.join(said[word])}" for word in ("above", "below") if word in said]
+    parts = [str(number["value"])] if "value" in number else []
+    parts += [f"{word} {', '.join(number[word])}" for word in ("above", "below") if word in number]
     return "; ".join(parts)
 
 
 def markdown(paper: dict, rows: list[Row]) -> str:
-    """Title, note, table."""
+    """Return the title, the note and the table in Markdown."""
     lines = [["run", "metric", "ours", "published", "from", "what differs in our setting"], ["---"] * 6]
     for row in rows:
-        where, differs = (row.said or {}).get("from", ""), "; ".join(row.differs)
+        where, differs = (row.published or {}).get("from", ""), "; ".join(row.differs)
         name = NAMES.get(row.metric, row.metric)
-        lines.append([row.run, name, _shown_cell(row.cell), _shown_number(row.said), where, differs])
+        lines.append([row.run, name, _shown_cell(row.cell), _shown_number(row.published), where, differs])
     table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
     return f"# {paper['title']}\n\n{paper['note']} Accuracies in percent.\n\n{table}"
 
 
 def comma_separated(rows: list[Row]) -> str:
-    """Full precision; mean, deviation and n in columns of their own."""
+    """Return the table in CSV, in full precision, with a column each for mean, deviation and n."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", "metric", "mean", "deviation", "n", "published", "from", "differs"])
     for row in rows:
         numbers = (row.cell.mean, row.cell.deviation, row.cell.n) if row.cell else ("", "", 0)
-        said = row.said or {}
-        shown = _shown_number(row.said) if row.said else ""
-        writer.writerow([row.run, row.metric, *numbers, shown, said.get("from", ""), "; ".join(row.differs)])
+        number = row.published or {}
+        text_of_number = _shown_number(number) if number else ""
+        writer.writerow([row.run, row.metric, *numbers, text_of_number, number.get("from", ""), "; ".join(row.differs)])
     return text.getvalue().rstrip("\n")
 
 
 def get_args_parser():
-    parser = command_line.Parser(__doc__)
-    parser.add_argument("out", metavar="OUT", help="the folder of a sweep; reproduced.md and reproduced.csv go there")
-    parser.add_argument("--paper", required=True, help="as in tools/published.json; mlo_mae/SET of that paper")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "out", metavar="OUT", help="folder of a sweep, into which reproduced.md and reproduced.csv are written"
+    )
+    parser.add_argument("--paper", required=True, help="paper in tools/published.json; mlo_mae/SET for that paper")
     parser.add_argument(
         "--runs", nargs="+", required=True, metavar="RUN", help="runs of the sweep, in the order of the table"
     )
@@ -199,7 +202,7 @@ def get_args_parser():
 
 
 def main(args) -> list[Row]:
-    """The table that is shown and written. UserError for mistakes in flags."""
+    """Print and write the table, and return its rows. Raises UserError for bad flags."""
     paper, out = published(args.paper), Path(args.out)
     if not out.is_dir():
         raise UserError(f"OUT {out} must be the folder of a sweep; scripts/reproduce.sh makes it")

@@ -1,13 +1,14 @@
-"""How well a classifier does away from its training data: on class folders (ImageNet-A, -R, -Sketch, -V2, -C), under
-the 15 corruptions made here of any evaluation set, and in telling foreign images (ImageNet-O).
+"""Robustness of a classifier: on class folders (ImageNet-A, -R, -Sketch, -V2, -C), under the 15 corruptions of
+ImageNet-C applied to any evaluation set, and in detecting out-of-distribution images (ImageNet-O).
 
 python tools/robustness.py output_dir/checkpoint-99.pth --folders imagenet-a imagenet-r imagenet-c --out out/robust.json
 python tools/robustness.py output_dir/checkpoint-99.pth --dataset cifar10 --data_path DIR --corrupt --out out/c.json
 
-Mean corruption error: Hendrycks and Dietterich 2019. Predictions are among the classes that a folder has, as for
-ImageNet-A and -O (Hendrycks et al. 2021, Natural Adversarial Examples) and -R (The Many Faces of Robustness).
+Mean corruption error: Hendrycks and Dietterich 2019. Predictions are among the classes of a folder, as for ImageNet-A
+and -O (Hendrycks et al. 2021, Natural Adversarial Examples) and -R (The Many Faces of Robustness).
 """
 
+import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,18 +36,34 @@ from evaluation.robustness import (
     open_foreign,
 )
 from util.data.build import build_loader
-from util.data.image_format import input_size, mean_std
 from util.data.readers import read_images
 from util.data.sources import Subset
-from util.data.transforms import eval_transform, to_channels
+from util.data.transforms import to_channels
 from util.errors import UserError, user_errors
-from util.report.ledger import Record, describe_images, write_json
+from util.report.ledger import Record, describe_images
 
 
 def get_args_parser():
-    parser = judging.parser("Robustness of a classifier.", features=False)
+    parser = judging.evaluation_parser("Robustness of a classifier.", features=False)
     parser.usual = "--folders DIR"
-    group = parser.add_argument_group("evaluation sets")
+    add_set_flags(parser.add_argument_group("evaluation sets"))
+    group = parser.add_argument_group("corruptions")
+    group.add_argument(
+        "--corrupt", action="store_true", help="corrupt the --folders, or the --dataset if there are none"
+    )
+    group.add_argument(
+        "--corruptions", nargs="+", default=list(NAMES), choices=NAMES, metavar="NAME", help="some of the 15"
+    )
+    group.add_argument(
+        "--frost", default="", metavar="DIR", help="photographs of frost, instead of a synthetic texture"
+    )
+    group.add_argument("--picture", default="", help="PNG file to draw: two images under every corruption")
+    parser.add_argument("--out", default="", help="JSON file for the result; the ledger is in its folder")
+    return parser
+
+
+def add_set_flags(group) -> None:
+    """Add the flags of the evaluation sets and their classes."""
     group.add_argument(
         "--folders",
         nargs="+",
@@ -64,7 +81,9 @@ def get_args_parser():
         metavar="DIR",
         help="training folder: its class folders are the names of the classes",
     )
-    group.add_argument("--all_classes", action="store_true", help="predict among all classes, not a folder's own")
+    group.add_argument(
+        "--all_classes", action="store_true", help="predict among all classes, not only those of the folder"
+    )
     group.add_argument("--clean", default="", metavar="DIR", help="the clean images of ImageNet-C, for relative errors")
     # The ledgers of earlier versions have these two flags under their first names, which also still parse.
     group.add_argument(
@@ -83,17 +102,11 @@ def get_args_parser():
         metavar="DIR",
         help="with --ood: images of the classes (val folder)",
     )
-    group.add_argument("--images", type=int, help="images of each set, drawn at random; without it all")
-    group = parser.add_argument_group("corruptions of the images that are read")
-    group.add_argument("--corrupt", action="store_true", help="corrupt the --folders, or without any the --dataset")
-    group.add_argument("--corruptions", nargs="+", default=list(NAMES), choices=NAMES, metavar="NAME", help="some only")
-    group.add_argument("--frost", default="", metavar="DIR", help="photographs of frost, instead of a made-up texture")
-    group.add_argument("--picture", default="", help="PNG: two images under every corruption")
-    parser.add_argument("--out", default="", help="JSON file for the result; its folder gets the line of the ledger")
-    return parser
+    group.add_argument("--images", type=int, help="images of each set, drawn at random; by default all")
 
 
-def check(args) -> None:
+def check(args) -> Path | None:
+    """Return --out as a path. Raises UserError for bad values."""
     if not (args.folders or args.foreign or args.corrupt):
         raise UserError("nothing to judge: give --folders, --corrupt (with --dataset or --folders), or --ood")
     if bool(args.foreign) != bool(args.known):
@@ -106,104 +119,110 @@ def check(args) -> None:
         raise UserError(f"--seed {args.seed} must not be negative")
     if (args.frost or args.picture) and not args.corrupt:
         raise UserError(f"--{'frost' if args.frost else 'picture'} is for --corrupt")
-    command_line.check_out(args, ".json")
     command_line.check_out(args, ".png", flag="picture")
+    return command_line.check_out(args, ".json")
 
 
 @dataclass
 class Bench:
-    """The classifier, what its outputs mean, and how images come to it."""
+    """The classifier, the names of its outputs, and the transforms of its input."""
 
+    args: argparse.Namespace
     judged: judging.Judged
     classes: Classes
     photographs: list
-    seen: int = 0  # images that went through it
+    seen: int = 0  # images that went through the classifier
 
-    def transforms(self, crop_pct: float | None):
-        """To the size of the input (PIL), and from there to a normalised tensor."""
-        args = self.judged.args
-        steps = eval_transform(input_size(args), *mean_std(args), crop_pct).transforms
+    def transforms(self, crop_pct: float | None = None):
+        """Return the transforms of a PIL image to the size of the input, and from there to a normalised tensor."""
+        steps = self.judged.images.transform(crop_pct).transforms
         return transforms.Compose(steps[:2]), transforms.Compose(steps[2:])
 
     def shape(self) -> Shape:
-        args = self.judged.args
-        return Shape(self.transforms(args.crop_pct)[0], input_size(args), args.in_chans)
+        """Return the shape of the classifier's input."""
+        images = self.judged.images
+        return Shape(self.transforms()[0], images.input_size, images.in_chans)
 
     def some(self, evaluation: Evaluation) -> Evaluation:
-        """`--images` of them, drawn without repetition."""
-        count, total = self.judged.args.images, len(evaluation.images)
+        """Draw `--images` of an evaluation set without repetition."""
+        count, total = self.args.images, len(evaluation.images)
         if count is None or count >= total:
             return evaluation
-        chosen = np.sort(np.random.default_rng(self.judged.args.seed).permutation(total)[:count])
+        chosen = np.sort(np.random.default_rng(self.args.seed).permutation(total)[:count])
         return Evaluation(evaluation.name, Subset(evaluation.images, chosen), evaluation.places)
 
     @torch.no_grad()
     def predict(self, evaluation: Evaluation, images=None, crop_pct=None) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the readable images are classified correctly, and the probability (M,) of the predicted class, among
-        the classes of the set or, by `--all_classes`, all. `images` instead of the set's are in the input's shape."""
-        judged, places = self.judged, evaluation.places
-        if judged.args.all_classes:
-            places = torch.arange(self.classes.count)
+        """Return whether each readable image is classified correctly (M,), and the probability (M,) of the predicted
+        class, among the classes of the set or, by `--all_classes`, all. `images` replaces the images of the set and has
+        the shape of the input already."""
+        args, judged, outputs = self.args, self.judged, evaluation.places
+        if args.all_classes:
+            outputs = torch.arange(self.classes.count)
 
         def encode(imgs):
-            return torch.stack(judged.model(imgs).float()[:, places].softmax(dim=1).max(dim=1), dim=1)
+            return torch.stack(judged.model(imgs).float()[:, outputs].softmax(dim=1).max(dim=1), dim=1)
 
-        to_size, to_tensor = self.transforms(crop_pct or judged.args.crop_pct)
+        to_size, to_tensor = self.transforms(crop_pct)
         steps = to_tensor if images is not None else transforms.Compose([to_size, to_tensor])
         images = evaluation.images if images is None else images
-        loader = build_loader(images, steps, judged.args, judged.args.batch_size, train=False)
-        found, labels = extract(encode, loader, judged.device, judged.dtype)
-        judging.check_readable(judged.args, images, len(found), evaluation.name)
-        if len(found) < len(images):
-            print(f"{evaluation.name}: {len(images) - len(found)} unreadable images left out")
+        loader = build_loader(images, steps, judged.images, args.batch_size, train=False)
+        predictions, labels = extract(encode, loader, judged.device, judged.dtype)
+        judging.check_readable(args.max_bad_fraction, images, len(predictions), evaluation.name)
+        if len(predictions) < len(images):
+            print(f"{evaluation.name}: {len(images) - len(predictions)} unreadable images left out")
         self.seen += len(images)
-        return (places[found[:, 1].long()] == evaluation.places[labels]).numpy(), found[:, 0].numpy()
+        correct = outputs[predictions[:, 1].long()] == evaluation.places[labels]
+        return correct.numpy(), predictions[:, 0].numpy()
 
     def error(self, evaluation: Evaluation, images=None, crop_pct=None) -> float:
-        """In percent."""
+        """Return the error in percent."""
         return 100 * float(1 - self.predict(evaluation, images, crop_pct)[0].mean())
 
 
 # Each set -------------------------------------------------------------------------------------------------------------
 
 
-def heading() -> None:
+def print_heading() -> None:
+    """Print the first line of a table of errors by corruption and severity."""
     print(f"{'error in percent, severity':<26}" + "".join(f"{severity:7d}" for severity in SEVERITIES) + "   mean")
 
 
-def line(name: str, errors: list[float]) -> None:
+def print_errors(name: str, errors: list[float]) -> None:
+    """Print the line of one corruption."""
     print(f"{name:<26}" + "".join(f"{error:7.2f}" for error in errors) + f"{np.mean(errors):7.2f}", flush=True)
 
 
 def corrupted_here(bench: Bench, evaluation: Evaluation) -> tuple[dict, dict]:
-    """Metrics, and errors in percent by corruption and severity, of a set under the corruptions made here."""
-    args, shape, errors = bench.judged.args, bench.shape(), {}
+    """Evaluate a set under `--corruptions` -> metrics, and errors in percent by corruption and severity."""
+    args, shape, errors = bench.args, bench.shape(), {}
     clean = bench.error(evaluation)
     print(f"{evaluation.name}, {len(evaluation.images)} images: clean error {clean:.2f} %")
-    heading()
+    print_heading()
     for name in args.corruptions:
         variants = (
             Corrupted(evaluation.images, name, severity, shape, args.seed, bench.photographs) for severity in SEVERITIES
         )
         errors[name] = [bench.error(evaluation, images) for images in variants]
-        line(name + " (synthetic)" * (name == "frost" and not bench.photographs), errors[name])
+        print_errors(name + " (synthetic)" * (name == "frost" and not bench.photographs), errors[name])
     mean = float(np.mean(list(errors.values())))
     print(f"mean error under {len(errors)} corruptions {mean:.2f} %, {mean - clean:+.2f} points from clean")
     return {"clean_error": clean, "corrupted_error": mean, **means(errors)}, errors
 
 
 def corrupted_folder(bench: Bench, path: str, folders: dict, record: Record) -> tuple[dict, dict]:
-    """The same for a folder like ImageNet-C, and with all 15 corruptions its mean corruption error."""
+    """Evaluate a folder like ImageNet-C -> metrics, with the mean corruption error if it has all 15 corruptions, and
+    errors in percent by corruption and severity."""
     errors = {}
     print(f"{path}, corruptions from the folder")
-    heading()
+    print_heading()
     for name, severities in folders.items():
         errors[name] = []
         for folder in severities:
             evaluation = bench.some(open_folder(folder, bench.classes))
             record.data.setdefault(Path(path).name, describe_images(evaluation.images, path))
-            errors[name].append(bench.error(evaluation, crop_pct=1.0))  # they were cropped before they were corrupted
-        line(name, errors[name])
+            errors[name].append(bench.error(evaluation, crop_pct=1.0))  # images were cropped before they were corrupted
+        print_errors(name, errors[name])
     metrics = {"corrupted_error": float(np.mean(list(errors.values()))), **means(errors)}
     if len(errors) < len(NAMES):
         missing = [name for name in NAMES if name not in errors]
@@ -211,18 +230,20 @@ def corrupted_folder(bench: Bench, path: str, folders: dict, record: Record) -> 
         return metrics, errors
     metrics["mce"] = corruption_error(errors)
     print(f"mean corruption error, AlexNet = 100: {metrics['mce']:.2f}")
-    if bench.judged.args.clean:
-        clean = bench.error(bench.some(open_folder(bench.judged.args.clean, bench.classes)))
+    if bench.args.clean:
+        clean = bench.error(bench.some(open_folder(bench.args.clean, bench.classes)))
         metrics |= {"clean_error": clean, "relative_mce": corruption_error(errors, clean)}
         print(f"relative to the clean error of {clean:.2f} %: {metrics['relative_mce']:.2f}")
     return metrics, errors
 
 
 def means(errors: dict[str, list[float]]) -> dict[str, float]:
+    """Return the mean error of each corruption over its severities, by metric name."""
     return {f"{name}_error": float(np.mean(values)) for name, values in errors.items()}
 
 
 def plain_folder(bench: Bench, evaluation: Evaluation) -> dict:
+    """Evaluate a set as it is -> metrics."""
     accuracy = 100 - bench.error(evaluation)
     print(
         f"{evaluation.name}: top-1 {accuracy:.2f} % on {len(evaluation.images)} images of {len(evaluation.places)} "
@@ -232,25 +253,26 @@ def plain_folder(bench: Bench, evaluation: Evaluation) -> dict:
 
 
 def foreign_images(bench: Bench, foreign: Evaluation, known: Evaluation) -> dict:
+    """Detect the out-of-distribution images `foreign` among the images `known` of the same classes -> metrics."""
     known = bench.some(only(known, foreign.places))
     (_, outside), (_, inside) = bench.predict(bench.some(foreign)), bench.predict(known)
-    found = {"aupr": detection_aupr(inside, outside)}
+    aupr = detection_aupr(inside, outside)
     chance = 100 * len(outside) / (len(inside) + len(outside))
     print(
-        f"{foreign.name}: AUPR {found['aupr']:.2f} % of {len(outside)} foreign among {len(inside)} known images "
-        f"(chance {chance:.2f} %)"
+        f"{foreign.name}: AUPR {aupr:.2f} % for {len(outside)} out-of-distribution among {len(inside)} in-distribution "
+        f"images (chance {chance:.2f} %)"
     )
-    return found
+    return {"aupr": aupr}
 
 
 def dataset_images(bench: Bench) -> Evaluation:
-    """The validation images of `--dataset`; UserError where they have no labels, or not the classifier's."""
-    args = bench.judged.args
+    """Open the validation images of `--dataset`. Raises UserError if they have no labels, or others than the
+    classifier."""
+    args = bench.args
     images = read_images(args, train=False)
-    if not hasattr(images, "load"):
-        raise UserError(f"--dataset {args.dataset} is a stream, of which no images can be asked for by number")
+    judging.check_random_access(args.dataset, images)
     if images.classes is None:
-        raise UserError(f"--dataset {args.dataset} has no labels, so nothing can be judged on it")
+        raise UserError(f"--dataset {args.dataset} has no labels, so the classifier cannot be evaluated on it")
     if bench.classes.names is None and len(images.classes) == bench.classes.count:
         return Evaluation(args.dataset, images, torch.arange(bench.classes.count))
     return Evaluation(args.dataset, images, bench.classes.places(images.classes, f"--dataset {args.dataset}"))
@@ -260,18 +282,18 @@ def dataset_images(bench: Bench) -> Evaluation:
 
 
 def draw(bench: Bench, evaluation: Evaluation, path: str, count: int = 2) -> None:
-    """A row for each corruption: every image clean, and at severity 1 to 5."""
-    args, shape = bench.judged.args, bench.shape()
-    places = np.linspace(0, len(evaluation.images) - 1, count + 2).astype(int)[1:-1]
+    """Draw a row for each corruption: `count` images clean, and at severity 1 to 5."""
+    args, shape = bench.args, bench.shape()
+    indices = np.linspace(0, len(evaluation.images) - 1, count + 2).astype(int)[1:-1]
     columns = count * (1 + len(SEVERITIES))
     figure = Figure(figsize=(0.9 * columns + 1.6, 0.9 * len(args.corruptions) + 0.4), layout="constrained")
     axes = figure.subplots(len(args.corruptions), columns, squeeze=False)
     for row, name in zip(axes, args.corruptions):
         row[0].set_ylabel(name.replace("_", "\n"), rotation=0, ha="right", va="center", fontsize="small")
-        for i, place in enumerate(places):
-            clean = shape.to_size(to_channels(evaluation.images.load(int(place)), args.in_chans))
+        for i, index in enumerate(indices.tolist()):
+            clean = shape.to_size(to_channels(evaluation.images.load(index), shape.in_chans))
             variants = [
-                Corrupted(evaluation.images, name, severity, shape, args.seed, bench.photographs).load(int(place))
+                Corrupted(evaluation.images, name, severity, shape, args.seed, bench.photographs).load(index)
                 for severity in SEVERITIES
             ]
             for axis, img in zip(row[i * (1 + len(SEVERITIES)) :], [clean, *variants]):
@@ -288,17 +310,18 @@ def draw(bench: Bench, evaluation: Evaluation, path: str, count: int = 2) -> Non
 
 
 def open_bench(args) -> Bench:
+    """Open the classifier of the flags. Raises UserError if it does not fit them."""
     judged = judging.open_classifier(args)
-    if args.corrupt and judged.args.in_chans not in (1, 3):
-        raise UserError(f"--corrupt is for images of 1 or 3 channels: the classifier reads {judged.args.in_chans}")
-    path, count = command_line.named(args), judged.model.num_classes
-    classes = known_classes(path, count, judged.weights.classes or None, args.classes, args.train_classes)
-    return Bench(judged, classes, read_frost(args.frost) if args.frost else [])
+    if args.corrupt and judged.config.in_chans not in (1, 3):
+        raise UserError(f"--corrupt is for images of 1 or 3 channels: the classifier reads {judged.config.in_chans}")
+    count = judged.model.num_classes
+    classes = known_classes(judged.path, count, judged.weights.classes or None, args.classes, args.train_classes)
+    return Bench(args, judged, classes, read_frost(args.frost) if args.frost else [])
 
 
 def open_sets(bench: Bench) -> tuple[dict[str, Evaluation], dict[str, dict]]:
-    """Plain sets and folders like ImageNet-C by path, all of them found before the first is judged."""
-    args, plain, corrupted = bench.judged.args, {}, {}
+    """Open all evaluation sets, before the first is evaluated -> plain sets, and folders like ImageNet-C, by path."""
+    args, plain, corrupted = bench.args, {}, {}
     for path in args.folders:
         folders = corruption_folders(path)
         if folders:
@@ -321,8 +344,8 @@ def open_sets(bench: Bench) -> tuple[dict[str, Evaluation], dict[str, dict]]:
 
 
 def main(args) -> dict:
-    """All metrics, by name, in percent; with --folders each begins with the name of its folder."""
-    check(args)
+    """Return all metrics in percent, by name; with --folders each name begins with that of its folder."""
+    out = check(args)
     bench = open_bench(args)
     plain, corrupted = open_sets(bench)
     foreign = []
@@ -330,23 +353,22 @@ def main(args) -> dict:
         foreign = [open_foreign(args.foreign, bench.classes), open_folder(args.known, bench.classes)]
     sets = {evaluation.name: evaluation.images for evaluation in plain.values()}
     sets |= {name: evaluation.images for name, evaluation in zip(("foreign", "known"), foreign)}
-    record = Record("robustness", bench.judged.args, bench.judged.weights, **sets)
+    record = bench.judged.record("robustness", **sets)
     if args.picture:
         draw(bench, next(iter(plain.values())), args.picture)
     result, errors = {}, {}
     for path, evaluation in plain.items():
-        found = {} if args.corrupt else plain_folder(bench, evaluation)
         if args.corrupt:
-            found, errors[evaluation.name] = corrupted_here(bench, evaluation)
-        result |= {f"{evaluation.name}_{name}" if path in args.folders else name: v for name, v in found.items()}
+            metrics, errors[evaluation.name] = corrupted_here(bench, evaluation)
+        else:
+            metrics = plain_folder(bench, evaluation)
+        result |= {f"{evaluation.name}_{name}" if path in args.folders else name: v for name, v in metrics.items()}
     for path, folders in corrupted.items():
-        found, errors[Path(path).name] = corrupted_folder(bench, path, folders, record)
-        result |= {f"{Path(path).name}_{name}": value for name, value in found.items()}
+        metrics, errors[Path(path).name] = corrupted_folder(bench, path, folders, record)
+        result |= {f"{Path(path).name}_{name}": value for name, value in metrics.items()}
     if foreign:
         result |= {f"{foreign[0].name}_{name}": value for name, value in foreign_images(bench, *foreign).items()}
-    if args.out:
-        write_json(args.out, bench.judged.args, result=result, errors=errors)
-    judging.publish(bench.judged, record, result, bench.seen)
+    bench.judged.publish(record, result, bench.seen, json=out, errors=errors)
     return result
 
 

@@ -1,5 +1,5 @@
-"""t-SNE of the test features of one or several checkpoints, side by side, and how much more alike images of one class
-are than images of different classes.
+"""t-SNE of the test features of one or several checkpoints, side by side, and the ratio of the mean cosine similarity
+within classes to that between classes.
 
 python tools/tsne.py OUT/mae/checkpoint-399.pth OUT/mlo/checkpoint-399.pth random --data_path DIR --out tsne.png
 
@@ -18,51 +18,56 @@ from sklearn.manifold import TSNE
 
 from evaluation import command_line, judging
 from evaluation.encoder import count_classes
+from evaluation.publish import write_comparison
 from util.data.readers import read_images
 from util.data.sources import Subset
 from util.errors import UserError, user_errors
-from util.report.ledger import Record, write_json
 
 PCA_DIMENSIONS = 50  # to which features are reduced first, as van der Maaten and Hinton 2008 do (Section 4.2)
 
 
 def get_args_parser():
-    parser = judging.parser("t-SNE of test features, and the intra-/inter-class similarity ratio.", several=True)
-    parser.add_argument(
-        "--images", type=int, default=2000, help="images of the test split, drawn once for all checkpoints; 0: all"
-    )
-    parser.add_argument("--perplexity", type=float, default=30.0, help="about how many neighbours a point has")
-    parser.add_argument(
-        "--titles", nargs="+", default=[], help="above the pictures; without it the names of the checkpoints"
+    parser = judging.evaluation_parser(
+        "t-SNE of test features, and the ratio of similarity within to between classes.", several=True
     )
     parser.add_argument(
-        "--out", required=True, help="PNG file; the numbers go beside it (.json), into the folder's ledger too"
+        "--images", type=int, default=2000, help="images of the test split, the same for all checkpoints; 0: all"
+    )
+    parser.add_argument("--perplexity", type=float, default=30.0, help="effective number of neighbours of a point")
+    parser.add_argument(
+        "--titles", nargs="+", default=[], help="titles of the plots; by default the names of the checkpoints"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        help="PNG file; the numbers are written beside it (.json) and into the ledger of its folder",
     )
     return parser
 
 
-def check(args) -> None:
+def check(args) -> Path:
+    """Return --out as a path. Raises UserError for bad values."""
     names = command_line.all_named(args)
     if args.titles and len(args.titles) != len(names):
-        raise UserError(f"--titles has {len(args.titles)} for {len(names)} checkpoints: one each, or none")
+        raise UserError(f"--titles has {len(args.titles)} for {len(names)} checkpoints: give one each, or none")
     if args.images < 0:
         raise UserError(f"--images {args.images} must not be negative; 0 takes all")
     if not 1 < args.perplexity < float("inf"):
         raise UserError(f"--perplexity {args.perplexity} must be a number above 1")
-    command_line.check_out(args, ".png")
+    return command_line.check_out(args, ".png")
 
 
 def class_similarity(features: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Mean cosine similarity over all pairs of different images of one class (`intra`), over all pairs of two classes
-    (`inter`), and `ratio`, intra / inter. Features (M, D), labels (M,).
+    """Return the mean cosine similarity over all pairs of different images of one class (`intra`), over all pairs of
+    images of two classes (`inter`), and `ratio`, intra / inter (MLO-MAE, Table 14). Features (M, D), labels (M,).
 
-    Table 14 of MLO-MAE. Exact without an (M, M) matrix: the sum over the pairs of a set is the squared length of its
-    sum of unit vectors, less the pairs of an image with itself. UserError where there are no such pairs.
+    Exact without an (M, M) matrix: the sum over the pairs of a set is the squared length of its sum of unit vectors,
+    less the pairs of an image with itself. Raises UserError if there are no such pairs.
     """
     unit = F.normalize(features.double(), dim=1)
     sums = torch.zeros(int(labels.max()) + 1, unit.shape[1], dtype=torch.float64).index_add_(0, labels, unit)
     counts = torch.bincount(labels).double()
-    of_themselves = unit.square().sum()  # M, less features that vanish
+    of_themselves = unit.square().sum()  # M, but for features of length zero
     within, everything = sums.square().sum(), sums.sum(dim=0).square().sum()
     pairs, total = (counts * (counts - 1)).sum(), float(len(labels) ** 2)
     if pairs < 1 or counts.max() == len(labels):
@@ -73,11 +78,10 @@ def class_similarity(features: torch.Tensor, labels: torch.Tensor) -> dict[str, 
 
 
 def chosen_images(args):
-    """`--images` of the test split, drawn by `--seed`: the same ones for every checkpoint."""
+    """Draw `--images` of the test split by `--seed`: the same for every checkpoint. Raises UserError for a stream."""
     images = read_images(args, train=False)
     count_classes(args, images)
-    if not hasattr(images, "load"):
-        raise UserError(f"--dataset {args.dataset} is a stream, of which no images can be drawn")
+    judging.check_random_access(args.dataset, images)
     if 0 < args.images < len(images):
         generator = torch.Generator().manual_seed(args.seed)
         images = Subset(images, torch.randperm(len(images), generator=generator)[: args.images].sort().values.tolist())
@@ -90,7 +94,7 @@ def check_perplexity(perplexity: float, images: int) -> None:
 
 
 def embed(features: torch.Tensor, perplexity: float, seed: int):
-    """Features (M, D) -> points (M, 2), numpy. UserError for more neighbours than points."""
+    """Embed features (M, D) into the plane: numpy points (M, 2). Raises UserError for more neighbours than points."""
     check_perplexity(perplexity, len(features))
     values = features.double().numpy()
     if min(values.shape) > PCA_DIMENSIONS:
@@ -99,7 +103,7 @@ def embed(features: torch.Tensor, perplexity: float, seed: int):
 
 
 def draw(points: list, labels: list, titles: list[str], classes: list[str], path: Path) -> None:
-    """One square of points (M, 2) for each title, coloured by label; with few classes a legend."""
+    """Draw a square of points (M, 2) for each title, coloured by label, with a legend for up to 20 classes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -108,8 +112,8 @@ def draw(points: list, labels: list, titles: list[str], classes: list[str], path
     size = (4 * len(points) + (1.2 if len(classes) <= 20 else 0), 4.4)
     figure, axes = pyplot.subplots(1, len(points), figsize=size, squeeze=False, layout="constrained")
     colours = pyplot.get_cmap("tab10" if len(classes) <= 10 else "tab20" if len(classes) <= 20 else "hsv", len(classes))
-    for axis, place, label, title in zip(axes[0], points, labels, titles):
-        axis.scatter(*place.T, c=label, cmap=colours, vmin=-0.5, vmax=len(classes) - 0.5, s=5, linewidths=0)
+    for axis, embedded, label, title in zip(axes[0], points, labels, titles):
+        axis.scatter(*embedded.T, c=label, cmap=colours, vmin=-0.5, vmax=len(classes) - 0.5, s=5, linewidths=0)
         axis.set(title=title, xticks=[], yticks=[])
     if len(classes) <= 20:
         dots = [pyplot.Line2D([], [], marker="o", linestyle="", color=colours(i)) for i in range(len(classes))]
@@ -123,33 +127,33 @@ def default_title(checkpoint: str) -> str:
     return f"{path.resolve().parent.name}/{path.stem}" if path.is_file() else checkpoint
 
 
-def judge(judged: judging.Judged, number: int) -> tuple:
-    """Similarities, points (M, 2), labels (M,) and images of one checkpoint."""
-    args = judged.args
+def judge(args, judged: judging.Judged, number: int) -> tuple:
+    """Publish the similarities of one checkpoint -> the similarities, points (M, 2), labels (M,) and images."""
     images = chosen_images(args)
-    record = Record("tsne", args, judged.weights, test=images)
+    record = judged.record("tsne", test=images)
     check_perplexity(args.perplexity, len(images))
     features, labels = judged.features(images)
     result = class_similarity(features, labels)
     points = embed(features, args.perplexity, args.seed)
-    judging.publish(judged, record, result, len(images), f"tsne-{number}")
+    judged.publish(record, result, len(images), name=f"tsne-{number}")
     return result, points, labels.numpy(), images
 
 
 def main(args) -> list[dict]:
-    """The similarities of every checkpoint. A random encoder is of the first one's model, unless --model says else."""
-    check(args)
+    """Return the similarities of every checkpoint. A random encoder is of the first one's model, unless --model is
+    given."""
+    out = check(args)
     opened = judging.open_each(args, judging.open_encoder)
-    names = [judged.args.checkpoint for judged in opened]
-    found = [judge(judged, i) for i, judged in enumerate(opened)]
+    names = [judged.path for judged in opened]
+    judgements = [judge(args, judged, i) for i, judged in enumerate(opened)]
     results = []
-    for name, title, (similarity, *_) in zip(names, args.titles or map(default_title, names), found):
+    for name, title, (similarity, *_) in zip(names, args.titles or map(default_title, names), judgements):
         results.append({"checkpoint": name, "title": title, **similarity})
         print(f"{title}: " + "  ".join(f"{key} {value:.4f}" for key, value in similarity.items()))
-    shown = [f"{result['title']}\nintra / inter {result['ratio']:.3f}" for result in results]
-    _, points, labels, images = zip(*found)
-    draw(points, labels, shown, images[0].classes, Path(args.out))
-    write_json(args.out, args, result=results)
+    titles = [f"{result['title']}\nintra / inter {result['ratio']:.3f}" for result in results]
+    _, points, labels, images = zip(*judgements)
+    draw(points, labels, titles, images[0].classes, out)
+    write_comparison(out, args, results)
     return results
 
 

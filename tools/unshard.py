@@ -1,6 +1,7 @@
-"""Make one file of a checkpoint folder that a run with --fsdp wrote: what it would have written without.
+"""Convert a checkpoint folder of a run with --fsdp into a regular checkpoint file.
 
-The file serves every other command, and goes on without --fsdp; its memory is needed once, on the CPU.
+Every other command reads the file, and a run can be resumed from it without --fsdp. The whole checkpoint must fit into
+CPU memory.
 """
 
 import sys
@@ -17,16 +18,17 @@ def get_args_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="checkpoint-*.dcp")
     parser.add_argument(
-        "out", type=Path, nargs="?", metavar="FILE", help="file to write; without it FOLDER's name with .pth"
+        "out", type=Path, nargs="?", metavar="FILE", help="file to write; by default the folder's name with .pth"
     )
     return parser
 
 
 def main(args=None) -> None:
+    """Write the file. Raises UserError if it exists or cannot be written."""
     args = args or get_args_parser().parse_args()
     out = args.out or args.folder.with_suffix(".pth")
     if out.exists():
-        raise UserError(f"{out} exists: name another file, or delete it")
+        raise UserError(f"{out} exists: give another name, or delete it")
     content = one_file(args.folder)
     try:
         write_tensors(out, content)

@@ -1,9 +1,10 @@
-"""Reconstructions of any autoencoder checkpoint: original, masked, reconstruction with the visible patches pasted.
+"""Draw reconstructions of an autoencoder: original, masked, and reconstruction with the visible patches pasted in.
 
 python tools/visualize.py output_dir/checkpoint-399.pth --data DIR --out pictures.png
 python tools/visualize.py mae_visualize_vit_base.pth --model mae_vit_base_patch16 --data a.jpg --out a.png
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -11,38 +12,46 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from evaluation import command_line
+from evaluation import command_line, judging
+from evaluation.image_options import sample_images
 from util.errors import user_errors
 from util.report.pictures import CAPTION, captioned, fixed_noise, grid, reconstruct
 from util.weights.file import read_file
+from util.weights.load import read_weights
 
 
 def get_args_parser():
-    parser = command_line.parser("Draw what an autoencoder sees and makes of it.")
-    command_line.add_checkpoint_flags(parser, what="a file with a decoder: ours, the official MAE's or Hugging Face's")
+    parser = command_line.data_parser("Draw reconstructions of an autoencoder.")
+    command_line.add_checkpoint_flags(
+        parser, what="a file with a decoder: of this project, the official MAE or Hugging Face"
+    )
     command_line.add_picture_flags(parser)
     parser.add_argument(
         "--norm_pix_loss",
-        action=command_line.argparse.BooleanOptionalAction,
-        help="for files that do not say whether they were trained with it",
+        action=argparse.BooleanOptionalAction,
+        help="the loss of the training, if the file does not store it",
     )
     command_line.add_model_flags(parser)
     return parser
 
 
 def main(args) -> None:
+    """Draw `--count` images."""
     path = command_line.named(args, "of an autoencoder")
-    stored_ratio = command_line.read_weights(path, args.checkpoint_key).args.get("mask_ratio", 0.75)
-    ratio = command_line.check_picture_flags(args, stored_ratio)
-    model = command_line.load_autoencoder(path, args)
+    weights = read_weights(path, args.checkpoint_key)
+    ratio = command_line.check_picture_flags(args, weights.args.get("mask_ratio", 0.75))
+    judged = judging.open_autoencoder(args, weights)
+    model = judged.model
     if args.norm_pix_loss is not None:
         model.norm_pix_loss = args.norm_pix_loss
-    imgs, mean, std, _ = command_line.chosen_images(args, model, ratio)
-    pictures = reconstruct(model, imgs, ratio, fixed_noise(model, len(imgs), args.seed, imgs.device), mean, std)
-    norm = "; patches de-normalised with the original's mean and deviation" if model.norm_pix_loss else ""
+    sample = sample_images(args, judged.images, model, ratio)
+    imgs = sample.imgs
+    noise = fixed_noise(model, len(imgs), args.seed, imgs.device)
+    pictures = reconstruct(model, imgs, ratio, noise, sample.mean, sample.std)
+    norm = "; patches de-normalised with the original's mean and standard deviation" if model.norm_pix_loss else ""
     run = read_file(path).get("data")
     if isinstance(run, dict) and not run.get("shows_pixels", True):
-        norm += "; this run went on to features and has not trained its pixel head since"
+        norm += "; the run has since predicted features, and its pixel head is no longer trained"
     caption = f"{Path(path).name}, {ratio:.0%} removed; {CAPTION}{norm}"
     picture: Image.Image = captioned(to_pil_image(grid(pictures, per_row=2 if len(imgs) > 1 else 1)), caption)
     picture.save(args.out)

@@ -54,10 +54,10 @@ def own_config(name: str | None) -> dict:
     return {**ENCODERS[short], **decoder} if short in ENCODERS else {}
 
 
-def look_up(models: dict, name: str):
-    """Return `models[name]`. Raises UserError, which lists the known names, for an unknown one."""
+def look_up(models: dict, name: str, flag: str = "--model"):
+    """Return `models[name]`. Raises UserError, which names `flag` and the known names, for an unknown one."""
     if name not in models:
-        raise UserError(f"--model {name!r} is not known; the known names are: {', '.join(models)}")
+        raise UserError(f"{flag} {name!r} is not known; the known names are: {', '.join(models)}")
     return models[name]
 
 

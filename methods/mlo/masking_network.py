@@ -5,8 +5,8 @@ from torch import nn
 
 from util.compute.ema import Frozen
 from util.errors import UserError
-from util.pos_embed import get_2d_sincos_pos_embed
 from util.weights.file import read_file
+from util.weights.geometry import is_sincos
 
 
 class PatchTokens(nn.Module):
@@ -49,7 +49,8 @@ class MaskingNetwork(nn.Module):
 
 
 def load_mask_net(path: str, model, method: str = "mlo_mae") -> tuple[MaskingNetwork, Frozen]:
-    """The masking network of a checkpoint and the patch embedding that it saw. UserError when it is of another grid."""
+    """Load the masking network of a checkpoint, and the patch embedding that it was trained on. `method` is the prefix
+    of its tensors. Raises UserError if the checkpoint has none, or one of another grid than `model`."""
     content = read_file(path)
     prefix = f"{method}.net."
     state = {k.removeprefix(prefix): v for k, v in content.get("methods", {}).items() if k.startswith(prefix)}
@@ -63,11 +64,9 @@ def load_mask_net(path: str, model, method: str = "mlo_mae") -> tuple[MaskingNet
     }
     kernel, needed = embedding["patch_embed.proj.weight"], model.patch_embed.proj.weight
     grid = tuple(model.patch_embed.grid_size)
-    same = patches == model.patch_embed.num_patches and kernel.shape[1:] == needed.shape[1:]
-    if same:  # 8 x 8 patches are not 4 x 16: the table of positions tells
-        table = get_2d_sincos_pos_embed(kernel.shape[0], grid, cls_token=True)
-        same = torch.allclose(embedding["pos_embed"][0], torch.from_numpy(table).float(), atol=1e-4)
-    if not same:
+    fits = patches == model.patch_embed.num_patches and kernel.shape[1:] == needed.shape[1:]
+    # 8 x 8 patches are as many as 4 x 16: only the table of positions tells them apart.
+    if not fits or not is_sincos(embedding["pos_embed"], grid):
         raise UserError(
             f"the masking network of {path} is for {patches} patches of {kernel.shape[-1]} pixels in {kernel.shape[1]} "
             f"channels, this run has {grid[0]}x{grid[1]} of {needed.shape[-1]} in {needed.shape[1]}: give the same "

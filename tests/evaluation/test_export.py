@@ -4,7 +4,6 @@ import importlib
 import json
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -15,7 +14,7 @@ from torch import nn
 
 import models_mae
 import models_vit
-from evaluation import command_line
+from evaluation.checkpoint import load_autoencoder
 from evaluation.encoder import load_encoder, token_feature
 from evaluation.export import timm_arguments
 from main_linprobe import probe_head
@@ -91,9 +90,7 @@ def printed_model(printed):
 
 def features_again(path, imgs, pool="cls", **flags):
     """Return the features of the exported file, read as the mains read it, without a flag about the model."""
-    names = "model input_size patch_size in_chans".split()
-    args = SimpleNamespace(**{**dict.fromkeys(names), "checkpoint_key": "model", **flags})
-    model, _ = load_encoder(args, str(path), head=False)
+    model, _ = load_encoder(read_weights(path), flags, head=False)
     return token_feature(model, imgs, pool)
 
 
@@ -123,8 +120,7 @@ def test_classifier_to_timm_and_back(classifier, tmp_path, capsys, global_pool, 
     height, width = (size, size) if isinstance(size, int) else size
     theirs, imgs = printed_model(capsys.readouterr().out), torch.randn(3, 3, height, width)
     torch.testing.assert_close(theirs(imgs), model(imgs), **CLOSE)
-    args = SimpleNamespace(model=None, input_size=None, patch_size=None, in_chans=None, checkpoint_key="model")
-    again, _ = load_encoder(args, str(out))
+    again, _ = load_encoder(read_weights(out), {})
     torch.testing.assert_close(again(imgs), model(imgs), **CLOSE)
 
 
@@ -216,8 +212,7 @@ def test_classifier_to_hugging_face(classifier, tmp_path, capsys):
     out = exported(path, "hf-vit", tmp_path / "vit")
     theirs, imgs = printed_model(capsys.readouterr().out), torch.randn(3, 3, 8, 32)
     torch.testing.assert_close(theirs(imgs).logits, model(imgs), **CLOSE)
-    args = SimpleNamespace(model=None, input_size=None, patch_size=None, in_chans=None, checkpoint_key="model")
-    torch.testing.assert_close(load_encoder(args, str(out))[0](imgs), model(imgs), **CLOSE)
+    torch.testing.assert_close(load_encoder(read_weights(out), {})[0](imgs), model(imgs), **CLOSE)
     _, path = classifier(True)
     assert "fc_norm" in refused(path, "--to", "hf-vit", "--out", tmp_path / "pooled")
     assert not (tmp_path / "pooled").exists()
@@ -237,10 +232,7 @@ def test_autoencoder_to_hugging_face_and_back(mae, tmp_path, capsys):
     again, weights = models_mae.mae_vit_micro_patch4(img_size=16), read_weights(out)
     assert load_into(again, weights).missing == [] and weights.args["decoder_embed_dim"] == 96
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
-    args = command_line.parser("").parse_args([])
-    for name in ("checkpoint_key", "model", "input_size", "patch_size", "in_chans"):
-        setattr(args, name, "model" if name == "checkpoint_key" else None)
-    assert command_line.load_autoencoder(str(out), args).blocks[0].attn.num_heads == 4  # read from config.json
+    assert load_autoencoder(weights, {})[0].blocks[0].attn.num_heads == 4  # read from config.json
     encoder = exported(path, "hf-vitmae", tmp_path / "encoder", "--encoder_only")
     theirs = printed_model(capsys.readouterr().out)
     order = torch.arange(16.0).expand(3, -1)

@@ -206,8 +206,8 @@ def test_a_timm_model_by_name(monkeypatch):
     monkeypatch.setattr(timm, "create_model", without_download)
     args = knn.get_args_parser().parse_args(["vit_tiny_patch16_224", *DATA.split(), "--pool", "cls"])
     judged = judging.open_encoder(args, args.checkpoint)
-    assert judged.args.model == "vit_tiny_patch16"
-    assert judged.args.mean == list(made[0].pretrained_cfg["mean"]) and judged.args.input_size == 224
+    assert judged.config.model == "vit_tiny_patch16"
+    assert judged.images.mean == list(made[0].pretrained_cfg["mean"]) and judged.flags["input_size"] == 224
     imgs = torch.rand(2, 3, 224, 224)
     with torch.no_grad():
         ours, theirs = judged.model.norm(judged.model.forward_tokens(imgs)), made[0].forward_features(imgs)

@@ -72,7 +72,7 @@ def test_class_indices_of_folders(tmp_path):
         classes.places(["n04", "n05"], "here")
     with pytest.raises(UserError, match="has the class '0'"):
         classes.places(["0", "4"], "here")
-    with pytest.raises(UserError, match=r"model.pth does not say what its 4 classes are called: give --classes"):
+    with pytest.raises(UserError, match=r"model.pth does not name its 4 classes: give --classes"):
         Classes(4, None, "model.pth").places(["n01"], "here")
     assert Classes(4, None, "model.pth").places(["2", "3"], "here").tolist() == [2, 3]
 
@@ -259,11 +259,11 @@ def test_a_probe_knows_its_classes(box, tmp_path):
         ("{best} --folders {strange}", "has the class 'purple', which is none of the 4 classes"),
         ("{best} --folders {tmp}/none", "none is not a folder"),
         ("{best} --folders {val} {val}", "two folders of the same name, val"),
-        ("{best} --folders {val} --classes {names}", "names 2 classes, and the classifier of .* tells 4 apart"),
+        ("{best} --folders {val} --classes {names}", "names 2 classes, and the classifier of .* has 4"),
         ("{best} --folders {val} --train_classes {strange}", "names 2 classes, and the classifier"),
-        ("{best} --folders {val} --train_classes {strange} --classes {names}", "say the same twice"),
+        ("{best} --folders {val} --train_classes {strange} --classes {names}", "both name the classes"),
         ("{best} --folders {val} --classes {tmp}/none", "--classes .*none is not a text file"),
-        ("{unnamed} --folders {val}", "does not say what its 4 classes are called"),
+        ("{unnamed} --folders {val}", "does not name its 4 classes"),
         ("{best} --ood {val}", "--ood and --in_distribution go together"),
         ("{best} --folders {val} --images 0", "--images 0 must be positive"),
         ("{best} --folders {val} --frost {val}", "--frost is for --corrupt"),

@@ -117,7 +117,7 @@ def test_teacher_files_without_metadata(tmp_path, capsys):
     assert torch.equal(pretrainer.methods["dmae"]._teacher[0].network.pos_embed, whole.pos_embed)
     output = capsys.readouterr().out
     assert "(width 32, depth 1) is not its model's: left out" in output and "interpolated" not in output
-    with pytest.raises(UserError, match="sees 3 channels, the student 1"):
+    with pytest.raises(UserError, match="takes 3 channels, the student 1"):
         made(f"--dmae_teacher {tmp_path}/bare.pth --in_chans 1 --mean 0.5 --std 0.5")
 
 

@@ -171,7 +171,7 @@ def test_images(tool, box, tmp_path, capsys):
         ("robustness", "", "encoder.pth", "encoder.pth has no classifier"),
         ("robustness", "--nb_classes 7", "", "--nb_classes 7: the classifier of"),
         ("robustness", "--data_path {box}/three", "", "has the class 'c', which is none of the 2 classes"),
-        ("robustness", "--data_path {box}/three", "nameless.pth", "does not say what its 2 classes are called"),
+        ("robustness", "--data_path {box}/three", "nameless.pth", "does not name its 2 classes"),
         ("robustness", "--folders {box}/stranger/val", "", "has the class 'x', which is none of the 2 classes"),
         ("robustness", "--folders {box}/good/val --classes {box}/names.txt", "", "names 3 classes, and the classifier"),
         ("robustness", "--clean {box}/nowhere", "", "--clean {box}/nowhere is for a folder like ImageNet-C"),

@@ -80,8 +80,8 @@ def test_mean_deviation_and_published(tmp_path, capsys):
         write(tmp_path / f"finetune_small-mask75-seed{seed}", accuracy - 10, seed, aug_preset="small")
     rows = table(tmp_path)
     full, small = rows["mask75", "finetune:test_acc1"], rows["mask75", "finetune_small:test_acc1"]
-    assert (full.cell.mean, full.cell.deviation, full.cell.n) == (72.0, 2.0, 3) and full.said["value"] == 72.58
-    assert (small.cell.mean, small.said["value"]) == (62.0, 66.76) and full.differs == small.differs == []
+    assert (full.cell.mean, full.cell.deviation, full.cell.n) == (72.0, 2.0, 3) and full.published["value"] == 72.58
+    assert (small.cell.mean, small.published["value"]) == (62.0, 66.76) and full.differs == small.differs == []
     line = "| mask75 | fine-tuned | 72.00 ± 2.00 (n = 3) | 72.58 | Table 1 |  |"
     assert line in capsys.readouterr().out and line in (tmp_path / "reproduced.md").read_text()
     with open(tmp_path / "reproduced.csv") as file:
@@ -179,7 +179,7 @@ def test_code_that_changed_between_seeds(tmp_path):
 
 def test_a_star_is_the_same_on_both_sides(tmp_path):
     rows = table(tmp_path, "maws", ["random-wsp4", "mae0.5-wsp4"])
-    assert rows["mae0.5-wsp4", "linear:test_acc1"].said["above"] == ["random-wsp4", "mae0.1-wsp4"]
+    assert rows["mae0.5-wsp4", "linear:test_acc1"].published["above"] == ["random-wsp4", "mae0.1-wsp4"]
 
 
 @pytest.mark.parametrize(

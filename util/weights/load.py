@@ -180,16 +180,16 @@ def _parsed(value: str):
         return value
 
 
-def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False) -> LoadReport:
+def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False, model_flag: str = "--model") -> LoadReport:
     """Fill `model` (MaskedAutoencoderViT or VisionTransformer) and report the fate of every tensor.
 
     The encoder must be complete and of the model's shape; positions are interpolated to the model's patch grid. A
-    decoder must be complete if the file has one. A head is loaded when it fits and `ignore_head` is not set.
-    Raises UserError, with the model unchanged, when the encoder or the decoder does not fit.
+    decoder must be complete if the file has one. A head is loaded when it fits and `ignore_head` is not set. Raises
+    UserError, with the model unchanged, when the encoder or the decoder does not fit; it names the flag `model_flag`.
     """
     own = model.state_dict()
-    _check_geometry(own, weights)
-    _check_heads(model, weights)
+    _check_geometry(own, weights, model_flag)
+    _check_heads(model, weights, model_flag)
     report = LoadReport(weights.path, weights.origin, note=_other_eps(model, weights))
     report.head = why_no_head(own, weights.state, ignore_head)
     chosen = {name: tensor for name, tensor in weights.state.items() if name in own}
@@ -200,7 +200,7 @@ def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False) -> 
     if not weights.has_decoder:
         chosen.pop("mask_token", None)  # of masked image modelling inside the encoder, not of an MAE decoder
     _interpolate(model, chosen, weights, report)
-    _check_complete(own, chosen, weights)
+    _check_complete(own, chosen, weights, model_flag)
 
     report.taken = [name for name in own if name in chosen and name not in report.interpolated]
     report.missing = [name for name in own if name not in chosen]
@@ -222,20 +222,20 @@ def models_that_fit(weights: Weights) -> list[str]:
     ]
 
 
-def _check_geometry(own: dict, weights: Weights) -> None:
+def _check_geometry(own: dict, weights: Weights, flag: str) -> None:
     theirs, ours = geometry(weights.state), geometry(own)
     if theirs == ours:
         return
     fitting = models_that_fit(weights)
     advice = ""
     if len(fitting) == 1:
-        advice = f"; --model {'mae_' if 'mask_token' in own else ''}{fitting[0]} fits the file"
+        advice = f"; {flag} {'mae_' if 'mask_token' in own else ''}{fitting[0]} fits the file"
     if theirs.channels != ours.channels:
         advice += f"; --in_chans {theirs.channels} is needed" if not advice else f" with --in_chans {theirs.channels}"
-    raise UserError(f"{weights.path} is a ViT of {theirs}, but the model (--model) has {ours}{advice}")
+    raise UserError(f"{weights.path} is a ViT of {theirs}, but the model ({flag}) has {ours}{advice}")
 
 
-def _check_heads(model: nn.Module, weights: Weights) -> None:
+def _check_heads(model: nn.Module, weights: Weights, flag: str) -> None:
     """Raise UserError when the file's flags give another number of attention heads than the model has: the shapes of
     the tensors do not depend on it."""
     name = str(weights.args.get("model")).removeprefix("mae_").removesuffix("_dec512d8b")
@@ -247,7 +247,7 @@ def _check_heads(model: nn.Module, weights: Weights) -> None:
         if blocks[0].attn.num_heads != heads:
             raise UserError(
                 f"{weights.path} was trained with {heads} attention heads, but the model has "
-                f"{blocks[0].attn.num_heads} (--{prefix}num_heads or --model)"
+                f"{blocks[0].attn.num_heads} (--{prefix}num_heads or {flag})"
             )
 
 
@@ -277,7 +277,7 @@ def _interpolate(model: nn.Module, chosen: dict, weights: Weights, report: LoadR
             report.interpolated.append(name)
 
 
-def _check_complete(own: dict, chosen: dict, weights: Weights) -> None:
+def _check_complete(own: dict, chosen: dict, weights: Weights, flag: str) -> None:
     """Raise UserError when the encoder, or the decoder of a file with one, is incomplete or has other shapes than the
     model's."""
     wrong = [name for name in own if name in chosen and chosen[name].shape != own[name].shape]
@@ -295,7 +295,7 @@ def _check_complete(own: dict, chosen: dict, weights: Weights) -> None:
         raise UserError(f"{weights.path} lacks {some(lost)} of the encoder: a complete ViT with [cls] is needed")
     if wrong:
         shapes = f"{tuple(chosen[wrong[0]].shape)} in the file and {tuple(own[wrong[0]].shape)} in the model"
-        raise UserError(f"{weights.path} does not fit the model (--model): {wrong[0]} is {shapes}")
+        raise UserError(f"{weights.path} does not fit the model ({flag}): {wrong[0]} is {shapes}")
 
 
 def _decoder(state: dict) -> str:

@@ -63,8 +63,7 @@ def close(result: torch.Tensor, expected) -> bool:
 
 
 def encoder_of(path, key: str = "model", head: bool = False):
-    flags = dict.fromkeys(("model", "patch_size", "in_chans", "input_size"))
-    return load_encoder(Namespace(checkpoint_key=key, **flags), read_weights(path, key), head)[0]
+    return load_encoder(read_weights(path, key), {}, head)[0]
 
 
 @torch.no_grad()

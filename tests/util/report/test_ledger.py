@@ -222,7 +222,7 @@ def test_a_run_counts_once(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     write(tmp_path / "b" / "a-seed1", seed=1, metrics={"test_acc1": 51.0}, blr=0.2)
     assert cells(tmp_path)["a",][2] == 2
-    assert "are one run with one seed" in capsys.readouterr().err
+    assert "have the same flags and seeds" in capsys.readouterr().err
 
 
 def test_judging_the_same_checkpoint_again(tmp_path):
@@ -314,7 +314,7 @@ def test_other_forms(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--by mask_ration", "mask_ration is no flag of any of these 1 runs; like it: mask_ratio"),
+        ("--by mask_ration", "mask_ration is no flag of any of these 1 runs; similar flags: mask_ratio"),
         ("--metric acc", "--metric acc is in none of these 1 runs; they have main_linprobe:test_acc1"),
         ("--where mask_ratio", "must be flag=value"),
         ("--where mask_ratio=0.5", "holds for no run; mask_ratio is 0.75"),

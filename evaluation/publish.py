@@ -1,0 +1,61 @@
+"""Where an evaluation's result goes: a JSON file with the flags, TensorBoard, and a line of the ledger."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from util.checkpoint.files import LEDGER
+from util.report.ledger import Record, write_json
+from util.report.tensorboard import Board
+
+
+@dataclass(frozen=True)
+class Destination:
+    """The JSON file, the folder of TensorBoard events and the folder of the ledger; an empty path leaves one out."""
+
+    json: str | Path | None = None
+    board: str | Path | None = None
+    ledger: str | Path | None = None
+
+
+def _write_once(name: str, write: Callable[[], object]) -> None:
+    write()
+
+
+def publish(
+    record: Record,
+    metrics: Mapping[str, float],
+    images_seen: int,
+    hardware: tuple[torch.device, torch.dtype],
+    to: Destination,
+    *,
+    scalars: Mapping[str, float] = {},
+    pictures: Mapping[str, torch.Tensor] = {},
+    attempt: Callable[[str, Callable[[], object]], None] = _write_once,
+    **content,
+) -> None:
+    """Publish the `metrics` of one checkpoint, whose run is `record`; `images_seen` images went through the network.
+
+    JSON: the flags, `metrics` as `result`, and `content`. TensorBoard: `scalars` and `pictures` (3, H, W) in [0, 1] by
+    tag, with the checkpoint's epoch as x, so that the checkpoints of one run make a curve; flags and metrics as
+    hparams. `attempt(name, write)` writes each file, and may repeat that. Only the main process writes. Raises
+    UserError if a file cannot be written.
+    """
+    if to.json:
+        attempt(Path(to.json).name, lambda: write_json(to.json, record.args, result=metrics, **content))
+    epoch = (record.source or {}).get("epoch") or 0
+    board = Board(str(to.board) if to.board else None)
+    board.scalars(scalars, epoch + 1)
+    for tag, picture in pictures.items():
+        board.image(tag, picture, epoch + 1)
+    board.hparams(vars(record.args), metrics)
+    board.close()
+    if to.ledger:
+        attempt(LEDGER, lambda: record.enter(to.ledger, metrics, images_seen, *hardware))
+
+
+def write_comparison(out: str | Path, args, rows: list[dict], **content) -> None:
+    """Write the JSON file of several checkpoints side by side: flags, `content`, and `rows` as `result`."""
+    write_json(out, args, **content, result=rows)
