@@ -83,7 +83,8 @@ def paths(folder: Path, side: int, options) -> dict:
     shards = build_loader(read_images(in_tars, train=True), transform, in_tars, options.batch_size, True)
     with contextlib.redirect_stdout(io.StringIO()):
         cached = cache_images(images, args, torch.device("cpu"))
-    cache = CachedLoader(cached, BatchTransform("mae", (side, side), *IMAGENET, 0), args, options.batch_size)
+    batch_transform = BatchTransform("mae", (side, side), *IMAGENET, 0)
+    cache = CachedLoader(cached, batch_transform, options.batch_size, args.num_workers)
     found = {"torchvision": lambda _: plain, "from files": files.begin}
     if min(SETS[side]) >= 2 * side:
         found["jpeg_draft"] = drafts.begin

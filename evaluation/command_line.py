@@ -12,7 +12,7 @@ import torch
 import models_mae
 from evaluation.encoder import infer_config_from_shapes, set_norm_eps
 from util.arguments import add_data_arguments, check_numbers
-from util.data.image_format import MEAN_STD, input_size, mean_std
+from util.data.image_format import MEAN_STD, image_shape, mean_std
 from util.data.readers import read_images
 from util.data.samples import KeyedDataset
 from util.data.sources import Files, Subset
@@ -172,9 +172,10 @@ def chosen_images(args: argparse.Namespace, model, ratio: float = 0.0) -> tuple[
         raise UserError(f"--count {args.count} must be positive")
     if int(model.patch_embed.num_patches * (1 - ratio)) < 1:
         raise UserError(f"--mask_ratio {ratio} leaves no visible patch of {model.patch_embed.num_patches}: lower it")
-    mean, std = mean_std(args)
+    mean, std = mean_std(args.dataset, args.in_chans, args.mean, args.std)
     images = images_of(args)
-    dataset = KeyedDataset(images, eval_transform(input_size(args), mean, std, args.crop_pct), args, replace=False)
+    transform = eval_transform(image_shape(args.input_size), mean, std, args.crop_pct)
+    dataset = KeyedDataset(images, transform, args.seed, args.in_chans, replace=False)
     places = torch.linspace(0, len(images) - 1, min(args.count, len(images))).long().tolist()
     part = Subset(images, places)
     samples = [sample for sample in (dataset[place] for place in places) if not sample.bad]
@@ -208,7 +209,7 @@ def load_autoencoder(path: str, args: argparse.Namespace) -> models_mae.MaskedAu
     decoder = ("decoder", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
     model = models_mae.build_model(
         name,
-        img_size=input_size(args),
+        img_size=image_shape(args.input_size),
         patch_size=args.patch_size or stored.get("patch_size"),
         in_chans=args.in_chans,
         norm_pix_loss=stored.get("norm_pix_loss"),

@@ -7,7 +7,7 @@ import torch
 
 import models_mae
 import models_vit
-from util.data.image_format import input_size
+from util.data.image_format import image_shape
 from util.errors import UserError
 from util.weights.load import Weights, load_into, models_that_fit, read_weights
 from util.weights.report import some
@@ -115,7 +115,7 @@ def build_encoder(args, weights: Weights | None, num_classes: int = 0, drop_path
     """
     model = models_vit.build_model(
         args.model,
-        img_size=input_size(args),
+        img_size=image_shape(args.input_size),
         patch_size=args.patch_size,
         in_chans=args.in_chans,
         num_classes=num_classes,
@@ -142,7 +142,7 @@ def set_norm_eps(model: torch.nn.Module, eps: float | None) -> None:
 
 def _like_an_untrained_autoencoder(model, args) -> None:
     mae = models_mae.build_model(
-        f"mae_{args.model}", img_size=input_size(args), patch_size=args.patch_size, in_chans=args.in_chans
+        f"mae_{args.model}", img_size=image_shape(args.input_size), patch_size=args.patch_size, in_chans=args.in_chans
     )
     own = model.state_dict()
     state = {key: value for key, value in mae.state_dict().items() if key in own}

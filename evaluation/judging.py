@@ -18,7 +18,7 @@ from models_vit import VisionTransformer
 from util.arguments import check_numbers
 from util.compute.precision import choose_amp_dtype
 from util.data.build import build_loader
-from util.data.image_format import input_size, mean_std
+from util.data.image_format import image_shape, mean_std
 from util.data.leak import check_leak
 from util.data.readers import read_images
 from util.data.sample_rng import seeded
@@ -63,7 +63,9 @@ class Judged:
     def features(self, images) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (M, D) float32 and labels (M,) of readable images, in their order. UserError as of
         `check_readable`."""
-        transform = eval_transform(input_size(self.args), *mean_std(self.args), self.args.crop_pct)
+        args = self.args
+        stats = mean_std(args.dataset, args.in_chans, args.mean, args.std)
+        transform = eval_transform(image_shape(args.input_size), *stats, args.crop_pct)
         loader = build_loader(images, transform, self.args, self.args.batch_size, train=False)
         pool = self.args.pool
         found = extract(lambda imgs: token_feature(self.model, imgs, pool), loader, self.device, self.dtype)

@@ -90,7 +90,7 @@ def flags_of(judged: judging.Judged, pool: str | None) -> dict:
     """What the new file tells; `pool` is None for an autoencoder."""
     args, model, stored = judged.args, judged.model, judged.weights.args
     flags = {name: stored[name] for name in KEPT.split() if stored.get(name) is not None}
-    mean, std = mean_std(args)
+    mean, std = mean_std(args.dataset, args.in_chans, args.mean, args.std)
     size = list(model.patch_embed.img_size)
     flags |= dict(patch_size=model.patch_embed.patch_size[0], in_chans=args.in_chans, mean=mean, std=std)
     flags |= dict(model=args.model, input_size=size[0] if size[0] == size[1] else size)

@@ -73,7 +73,8 @@ def chosen(args, model) -> tuple[list[int], list[int]]:
 def ascend(judged: judging.Judged, blocks: list[int], channels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Images in [0, 1] (blocks, channels, C, H, W) and activations before and after (blocks, 2, channels)."""
     args, model, device = judged.args, judged.model.requires_grad_(False), judged.device
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in mean_std(args))
+    stats = mean_std(args.dataset, args.in_chans, args.mean, args.std)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in stats)
     jitter = args.patch_size // 2 if args.jitter is None else args.jitter
     shape, numbers = (len(channels), args.in_chans, *model.patch_embed.img_size), torch.tensor(channels, device=device)
     drawn, measured = [], []

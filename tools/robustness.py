@@ -35,7 +35,7 @@ from evaluation.robustness import (
     open_foreign,
 )
 from util.data.build import build_loader
-from util.data.image_format import input_size, mean_std
+from util.data.image_format import image_shape, mean_std
 from util.data.readers import read_images
 from util.data.sources import Subset
 from util.data.transforms import eval_transform, to_channels
@@ -122,12 +122,13 @@ class Bench:
     def transforms(self, crop_pct: float | None):
         """To the size of the input (PIL), and from there to a normalised tensor."""
         args = self.judged.args
-        steps = eval_transform(input_size(args), *mean_std(args), crop_pct).transforms
+        stats = mean_std(args.dataset, args.in_chans, args.mean, args.std)
+        steps = eval_transform(image_shape(args.input_size), *stats, crop_pct).transforms
         return transforms.Compose(steps[:2]), transforms.Compose(steps[2:])
 
     def shape(self) -> Shape:
         args = self.judged.args
-        return Shape(self.transforms(args.crop_pct)[0], input_size(args), args.in_chans)
+        return Shape(self.transforms(args.crop_pct)[0], image_shape(args.input_size), args.in_chans)
 
     def some(self, evaluation: Evaluation) -> Evaluation:
         """`--images` of them, drawn without repetition."""

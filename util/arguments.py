@@ -332,9 +332,9 @@ def check_values(args) -> None:
         raise UserError("--resume and --overwrite contradict each other: give one of them")
 
 
-def check_draft(args, crops: bool) -> None:
-    """UserError for --jpeg_draft where no random resized crop is made of files."""
-    if args.jpeg_draft and not crops:
+def check_draft(jpeg_draft: bool, crops: bool) -> None:
+    """Raise UserError for `--jpeg_draft` unless files are read and `crops` are random resized crops of them."""
+    if jpeg_draft and not crops:
         raise UserError("--jpeg_draft has no effect here: only random resized crops of files are decoded small")
 
 
@@ -352,7 +352,12 @@ def _check_finite(args) -> None:
             raise UserError(f"--{name} {' '.join(str(number) for number in numbers)} is not finite")
 
 
-def settle_input_size(args, config: dict) -> None:
-    """Write the image size that the model will have into the flags: an int, or [H, W] where they differ."""
-    size = args.input_size or [config["img_size"]]
-    args.input_size = size[0] if len(size) == 1 or size[0] == size[1] else list(size)
+def compact_size(size: list[int]) -> int | list[int]:
+    """Return the image size [side] or [H, W] as flags and checkpoints store it: an int, or [H, W] where they differ."""
+    return size[0] if len(size) == 1 or size[0] == size[1] else list(size)
+
+
+def default_crop(dataset: str) -> str:
+    """Return `--aug` of fine-tuning and probing where it is not given: photographs get random resized crops, the small
+    images of CIFAR and the digits are padded and cropped."""
+    return "crop" if dataset in ("cifar10", "cifar100", "digits") else "rrc"

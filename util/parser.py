@@ -9,6 +9,32 @@ import textwrap
 WIDEST = 100  # columns of --help on a wider terminal: longer lines are hard to read
 
 
+class Flags(argparse.Namespace):
+    """Parsed flags. A main settles those that were not given and then freezes them: from there on, every assignment and
+    deletion raises AttributeError."""
+
+    __slots__ = ("_frozen",)  # a slot, so that it is not among the flags of `vars`
+
+    @property
+    def frozen(self) -> bool:
+        return getattr(self, "_frozen", False)
+
+    def freeze(self) -> None:
+        self._frozen = True
+
+    def __setattr__(self, name: str, value) -> None:
+        self._refuse_if_frozen(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._refuse_if_frozen(name)
+        super().__delattr__(name)
+
+    def _refuse_if_frozen(self, name: str) -> None:
+        if self.frozen:
+            raise AttributeError(f"--{name} cannot change any more: flags are settled before a run begins")
+
+
 def rare(action: argparse.Action) -> argparse.Action:
     """Mark the flag of `add_argument` as one that `--help` leaves to `--help_all`."""
     action.rare = True
@@ -98,6 +124,9 @@ class Parser(argparse.ArgumentParser):
         self.usual = usual
         self._positionals.title, self._optionals.title = "arguments", "flags"
         self.add_argument("--help_all", action=HelpAll, help="show this message with the rarely used flags")
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(args, Flags() if namespace is None else namespace)
 
     def error(self, message):
         if os.environ.get("RANK", "0") == "0":

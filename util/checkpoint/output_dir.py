@@ -55,16 +55,16 @@ def _try_writing(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def make_output_dir(args) -> None:
-    """Make the folders and, with `--overwrite`, delete the run in them: called when nothing is left that could fail."""
+def make_output_dir(output_dir: str, log_dir: str, overwrite: bool) -> None:
+    """Make both folders; with `overwrite`, delete the run that `output_dir` holds. Called when nothing is left that
+    could fail."""
     if not is_main_process():
         return
-    for flag in ("output_dir", "log_dir"):
-        folder = getattr(args, flag)
+    for flag, folder in (("output_dir", output_dir), ("log_dir", log_dir)):
         try:
             if folder:
                 os.makedirs(folder, exist_ok=True)
-                if args.overwrite and flag == "output_dir":
+                if overwrite and flag == "output_dir":
                     _delete_run(Path(folder))
                 _try_writing(Path(folder))
         except OSError as error:

@@ -14,7 +14,6 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from util.compute.precision import choose_amp_dtype
 from util.errors import UserError
 
 ATTENTION = ["auto", "fused", "matmul"]
@@ -30,9 +29,9 @@ def attention_is_fused(kind: str, device: torch.device, dtype: torch.dtype) -> b
     return kind == "fused"
 
 
-def choose_attention(args, device: torch.device, *made: nn.Module) -> None:
-    """Set `--attention` for all models to come, and for those that are `made`."""
-    fused = attention_is_fused(args.attention, device, choose_amp_dtype(args.amp_dtype, device))
+def choose_attention(kind: str, device: torch.device, dtype: torch.dtype, *made: nn.Module) -> None:
+    """Apply `--attention` to all models to come, and to those that are `made`."""
+    fused = attention_is_fused(kind, device, dtype)
     set_fused_attn(fused)
     for model in made:
         for module in model.modules():

@@ -1,8 +1,8 @@
-"""The loader for a data set of any kind."""
+"""The loader for any data set."""
 
 from util.data.loader import Loader
 from util.data.samples import KeyedDataset, StreamDataset
-from util.data.shard_loader import ShardLoader
+from util.data.shard_loader import ShardDataset, ShardLoader
 from util.data.shards import Shards
 from util.data.sources import Images
 from util.errors import UserError
@@ -10,20 +10,37 @@ from util.parallel.distributed import get_world_size
 
 
 def build_loader(
-    images, transform, args, batch_size: int, train: bool, num_workers: int | None = None, split: bool = True
+    images,
+    transform,
+    args,
+    batch_size: int,
+    train: bool,
+    num_workers: int | None = None,
+    split: bool = True,
+    seed: int | None = None,
 ) -> Loader:
-    """Batches of `images` (an `Images`, `Shards` or a stream of timm's). UserError when training has less than one
-    batch. `num_workers` replaces the flag's. The ranks split the images among them; with `split=False` every rank reads
-    all of them, which a stream of timm's cannot (ValueError)."""
+    """Return a loader of batches of `images` (an `Images`, `Shards` or a stream of timm's), as the flags in `args` ask
+    for; `num_workers` and `seed` replace the flags of these names. The ranks split the images among them; with
+    `split=False` every rank reads all of them.
+
+    Raises UserError when training has less than one batch, and ValueError for a stream with `split=False`.
+    """
+    pixels = {"seed": args.seed if seed is None else seed, "in_chans": args.in_chans}
+    draft = getattr(args, "jpeg_draft", False)
+    workers = args.num_workers if num_workers is None else num_workers
     if isinstance(images, Shards):
-        loader = ShardLoader(images, transform, args, batch_size, train, num_workers, split)
-    elif isinstance(images, Images):
-        data = KeyedDataset(images, transform, args, replace=train)
-        loader = Loader(data, args, batch_size, train, num_workers, split)
-    elif split:
-        loader = Loader(StreamDataset(images, transform, args), args, batch_size, train, num_workers)
+        classes = getattr(args, "nb_classes", None)
+        options = dict(shuffle_buffer=args.shuffle_buffer, jpeg_draft=draft, classes=classes, split=split)
+        data = ShardDataset(images, transform, batch_size, train, **pixels, **options)
+        loader = ShardLoader(data, workers, args.pin_mem)
     else:
-        raise ValueError("the reader of a stream splits its images among the ranks by itself")
+        if isinstance(images, Images):
+            data = KeyedDataset(images, transform, **pixels, jpeg_draft=draft, replace=train)
+        elif split:
+            data = StreamDataset(images, transform, **pixels)
+        else:
+            raise ValueError("the reader of a stream splits its images among the ranks by itself")
+        loader = Loader(data, batch_size, train, pixels["seed"], workers, args.pin_mem, split)
     if train:
         check_enough(len(loader.dataset), batch_size)
     return loader

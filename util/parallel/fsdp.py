@@ -19,8 +19,8 @@ from util.errors import UserError
 from util.parallel.distributed import get_world_size, is_main_process
 
 
-def check_sharded(args, device: torch.device, dtype: torch.dtype) -> None:
-    """UserError where `--fsdp` cannot work."""
+def check_sharded(dtype: torch.dtype) -> None:
+    """Raise UserError where `--fsdp` cannot work: in one process, or in float16."""
     if get_world_size() < 2:
         raise UserError("--fsdp spreads a model over processes, and this run has one: start it with torchrun")
     if dtype is torch.float16:

@@ -20,7 +20,7 @@ from util.checkpoint.files import LEDGER
 from util.checkpoint.output_dir import check_output_dir, make_output_dir
 from util.checkpoint.save import abandon_later
 from util.compute.kernels import choose_attention, make_deterministic
-from util.compute.precision import autocast
+from util.compute.precision import autocast, choose_amp_dtype
 from util.data.loader import Loader, next_batch
 from util.data.samples import Sample
 from util.errors import RunFailed, UserError
@@ -46,12 +46,14 @@ from util.training.batches import MicroBatch, accumulation_window
 from util.training.checkpointing import Checkpointer
 from util.training.meters import EpochMeter
 from util.training.reporting import Reporter
-from util.training.run_length import settle_length
+from util.training.run_length import run_length
 from util.training.stepping import Stepper
 
 
 def start(args) -> torch.device:
-    """Start the processes, choose the device, seed, check the output folder. UserError when ranks have other flags."""
+    """Start the processes, choose the device, seed, check the output folder. Settles --log_dir and the flags of the
+    launcher (rank, gpu, world_size, distributed). Raises UserError when the ranks were given different flags."""
+    args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
     device = init_distributed_mode(args)
     check_same_flags(args)
     check_output_dir(args)
@@ -63,7 +65,7 @@ def start(args) -> torch.device:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not args.deterministic  # the fastest algorithm changes from run to run
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for
-    choose_attention(args, device)
+    choose_attention(args.attention, device, choose_amp_dtype(args.amp_dtype, device))
     return device
 
 
@@ -99,7 +101,8 @@ class Run:
         self.reporter = Reporter(args, device, self.stepper.scaler)
         self.checkpoints = Checkpointer(args, [self.reporter.log, self.reporter.spike_log])
         self.stop, self.stopped = StopRequest(), False  # `stopped`: a signal ended the run early
-        self.steps_per_epoch, self.total_steps = ceil(len(loader) / args.accum_iter), settle_length(args, len(loader))
+        self.steps_per_epoch = ceil(len(loader) / args.accum_iter)
+        self.total_steps, _ = run_length(len(loader), args.accum_iter, args.epochs, args.max_steps)
         self.epoch, self.position, self.lr = args.start_epoch, 0, 0.0
         self.resumed = resume
         if resume is not None:
@@ -121,7 +124,7 @@ class Run:
         args, resume = self.args, self.resumed
         external = [network for method in self.all_methods() for network in method.external_networks()]
         self.stepper.prepare([self.train_module, *external] if args.compile else [], args.log_mfu, self.sharded)
-        make_output_dir(args)
+        make_output_dir(args.output_dir, args.log_dir, args.overwrite)
         if resume is not None and args.output_dir:
             trim_log(args.output_dir, self.epoch)
             abandon_later(args.output_dir, resume)
