@@ -32,7 +32,9 @@ class Flags(argparse.Namespace):
 
     def _refuse_if_frozen(self, name: str) -> None:
         if self.frozen:
-            raise AttributeError(f"--{name} cannot change any more: flags are settled before a run begins")
+            raise AttributeError(
+                f"--{name} cannot change any more: flags are settled before a run begins; parse them again for another"
+            )
 
 
 def rare(action: argparse.Action) -> argparse.Action:

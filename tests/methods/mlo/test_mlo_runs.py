@@ -310,8 +310,7 @@ def test_a_frozen_mask_in_another_run(image_folder, run, tmp_path):
         args = main_pretrain.get_args_parser().parse_args(
             f"{BASE} --mlo_mae --mlo_frozen --mlo_mask_net {path}".split()
         )
-        main_pretrain.check(args)
-        args.input_size = 16
+        main_pretrain.settle(args)
         model = main_pretrain.build(args)
         logits.append(MLOMAE(args, model).logits(model, imgs))
     assert torch.equal(*logits)
