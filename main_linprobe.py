@@ -77,7 +77,14 @@ def get_args_parser() -> Parser:
         help="attentive: one cross-attention of a learned query to the patches, then linear; trained by AdamW at "
         "--blr 1e-3, where linear is trained by LARS",
     )
-    group = parser.add_argument_group("cached features")
+    add_cache_arguments(parser.add_argument_group("cached features"))
+    arguments.add_run_arguments(parser, save_freq=10, keep=1)
+    arguments.add_speed_arguments(parser, trains_blocks=False)
+    arguments.add_distributed_arguments(parser)
+    return parser
+
+
+def add_cache_arguments(group) -> None:
     group.add_argument(
         "--cache_features",
         action="store_true",
@@ -93,10 +100,6 @@ def get_args_parser() -> Parser:
     group.add_argument(
         "--probe_holdout", type=float, default=0.1, help="share of the training images that chooses the rate"
     )
-    arguments.add_run_arguments(parser, save_freq=10, keep=1)
-    arguments.add_speed_arguments(parser, trains_blocks=False)
-    arguments.add_distributed_arguments(parser)
-    return parser
 
 
 CLASSIFIER = "probe.pth"  # what --cache_features writes: the encoder with the chosen head, for --eval and tools/

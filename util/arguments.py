@@ -69,6 +69,12 @@ def add_data_arguments(parser):
             "--allow_outside", action="store_true", help="filelist: paths and links may lead out of --data_path"
         )
     )
+    _add_shard_arguments(group)
+    _add_reading_arguments(group)
+    return group
+
+
+def _add_shard_arguments(group) -> None:
     group.add_argument(
         "--shuffle_buffer",
         type=int,
@@ -83,8 +89,6 @@ def add_data_arguments(parser):
             help="wds: images in every shard, where no _info.json beside the shards says so (local ones are counted)",
         )
     )
-    _add_reading_arguments(group)
-    return group
 
 
 def _add_reading_arguments(group) -> None:

@@ -21,13 +21,13 @@ class Reporter:
     """Collects metrics on the device, step by step, and reads them every `--print_freq` steps: only there the host
     waits for the device. The methods that take `run` read its position (`util.training.run.Run`)."""
 
-    def __init__(self, args, device: torch.device, scaler):
+    def __init__(self, output_dir: str, device: torch.device, scaler, spike_factor: float | None = None):
         self.device, self.scaler = device, scaler
         self.meter = EpochMeter(device)
-        self.finite, self.spikes, self.overflows = Finite(device), Spikes(args.spike_factor), Overflows(scaler)
-        folder = Path(args.output_dir)
+        self.finite, self.spikes, self.overflows = Finite(device), Spikes(spike_factor), Overflows(scaler)
+        folder = Path(output_dir)
         self.log, self.spike_log = GrowingFile(folder / "log.txt"), GrowingFile(folder / "spikes.jsonl")
-        self.writes = bool(args.output_dir)
+        self.logs, self.writes = [self.log, self.spike_log], bool(output_dir)
         self.board = Board(None)  # until training begins
         self.clock, self.waited, self.progress = Clock(), 0.0, None
         self.unreadable = 0  # images since the last reading

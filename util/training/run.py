@@ -96,15 +96,14 @@ class Run:
         self.saved_model, self.train_module, self.optimizer = saved_model, train_module or saved_model, optimizer
         self.methods = getattr(self.train_module, "methods", None)
         self.sharded = getattr(args, "fsdp", False)
-        self.record = record or Record("", args)
-        self.stepper = Stepper(args, device, self.train_module, optimizer)
-        self.reporter = Reporter(args, device, self.stepper.scaler)
-        self.checkpoints = Checkpointer(args, [self.reporter.log, self.reporter.spike_log])
+        self.record, self.resumed = record or Record("", args), resume
+        self.stepper = Stepper(device, args.amp_dtype, self.train_module, optimizer, args.accum_iter, args.clip_grad)
+        self.reporter = Reporter(args.output_dir, device, self.stepper.scaler, args.spike_factor)
+        self.checkpoints = Checkpointer(args.output_dir, args.save_patience, self.reporter.logs)
         self.stop, self.stopped = StopRequest(), False  # `stopped`: a signal ended the run early
         self.steps_per_epoch = ceil(len(loader) / args.accum_iter)
         self.total_steps, _ = run_length(len(loader), args.accum_iter, args.epochs, args.max_steps)
         self.epoch, self.position, self.lr = args.start_epoch, 0, 0.0
-        self.resumed = resume
         if resume is not None:
             run_state.resume(self, resume)
         # From the position, not from the file: right also with --start_epoch or with other batch flags.
