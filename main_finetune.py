@@ -29,7 +29,7 @@ from util.training.run_length import settle_schedule
 from util.weights.load import Weights
 
 # The two regularization regimes of Garcia, Senel and Frantzolas ("Exploring: Masked Autoencoders Are Scalable Vision
-# Learners", Section 3): `full` is the recipe of He et al. 2022 (Table 9), `small` leaves out what mixes labels.
+# Learners", Section 3): `full` is the recipe of He et al. 2022 (Table 9), `small` is it without label mixing.
 PRESETS = {
     "small": dict(mixup=0.0, cutmix=0.0, smoothing=0.0),
     "full": dict(mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, aa="rand-m9-mstd0.5-inc1", drop_path=0.1),
@@ -37,7 +37,7 @@ PRESETS = {
 
 
 class PresetParser(Parser):
-    """`--aug_preset` changes defaults, so that a flag given beside it wins, wherever it stands."""
+    """`--aug_preset` changes defaults, so that flags given beside it override it, in any order."""
 
     def parse_known_args(self, args=None, namespace=None):
         preset = super().parse_known_args(args, namespace)[0].aug_preset
@@ -61,9 +61,11 @@ def get_args_parser() -> Parser:
     group.add_argument(
         "--trainable_blocks",
         type=int,
-        help="partial fine-tuning: the last N blocks, the norm and the head learn, the rest stays; 0: the head alone",
+        help="partial fine-tuning: train the last N blocks, the norm and the head; 0: the head alone",
     )
-    group.add_argument("--layer_decay", type=float, default=0.75, help="learning rate of a block over the next one's")
+    group.add_argument(
+        "--layer_decay", type=float, default=0.75, help="ratio of a block's learning rate to the next one's"
+    )
     add_augmentation_arguments(parser.add_argument_group("augmentation"))
     arguments.add_run_arguments(parser, save_freq=1, keep=1)
     arguments.add_speed_arguments(parser)
@@ -90,8 +92,8 @@ def add_label_arguments(group) -> None:
         type=float,
         default=0.0,
         metavar="P",
-        help="for studies: with probability P a training label is replaced by another class; multilabel: each label is "
-        "left out with probability P, and for each another is added with probability P, frequent ones more often",
+        help="for studies: replace a training label by another class with probability P; multilabel: drop each label "
+        "with probability P, and for each add another with probability P, frequent ones more often",
     )
 
 
@@ -118,16 +120,23 @@ def add_augmentation_arguments(group) -> None:
     group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
     rare(
         group.add_argument(
-            "--remode", default="pixel", choices=["pixel", "rand", "const"], help="random erasing: what fills the hole"
+            "--remode", default="pixel", choices=["pixel", "rand", "const"], help="random erasing: content of the hole"
         )
     )
-    rare(group.add_argument("--recount", type=int, default=1, help="random erasing: holes"))
+    rare(group.add_argument("--recount", type=int, default=1, help="random erasing: number of holes"))
     rare(
         group.add_argument("--resplit", action="store_true", help="accepted as upstream, where it has no effect either")
     )
     group.add_argument("--mixup", type=float, default=0.0, help="mixup alpha; 0 is off")
     group.add_argument("--cutmix", type=float, default=0.0, help="cutmix alpha; 0 is off")
-    rare(group.add_argument("--cutmix_minmax", type=float, nargs="+", help="side of the cut; turns cutmix on"))
+    rare(
+        group.add_argument(
+            "--cutmix_minmax",
+            type=float,
+            nargs="+",
+            help="range of the cut's side, as a share of the image's; turns cutmix on",
+        )
+    )
     group.add_argument("--mixup_prob", type=float, default=1.0, help="probability of mixing a batch at all")
     group.add_argument("--mixup_switch_prob", type=float, default=0.5, help="probability of cutmix when both are on")
     rare(
@@ -141,6 +150,7 @@ def add_augmentation_arguments(group) -> None:
 
 
 def check(args) -> None:
+    """Raise UserError for flags that are out of range or contradict each other."""
     arguments.check_values(args)
     for name in ("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "label_noise"):
         if not 0 <= getattr(args, name) <= 1:

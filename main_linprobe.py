@@ -1,8 +1,8 @@
 """Linear probing: a frozen encoder, BatchNorm without affine, one linear layer, LARS (He et al. 2022, Appendix A.1).
 
-`--head attentive` reads the patches by one cross-attention of a learned query (`models_vit.AttentivePool`) first.
-`--cache_features` encodes every image once and trains one head per learning rate in a single pass; the rate is chosen
-on a held-out part of the training set and the test accuracy is reported for that one.
+`--head attentive` first pools the patches by one cross-attention of a learned query (`models_vit.AttentivePool`).
+`--cache_features` encodes every image once and trains one head per learning rate on the features. The head is chosen on
+a held-out part of the training set, and its test accuracy is reported.
 """
 
 import json
@@ -47,7 +47,7 @@ from util.weights.file import read_file
 
 
 class ProbeParser(Parser):
-    """`--head` changes the default of `--blr`, because it changes the optimizer."""
+    """`--head` decides the default of `--blr`, because it decides the optimizer."""
 
     def parse_known_args(self, args=None, namespace=None):
         attentive = super().parse_known_args(args, namespace)[0].head == "attentive"
@@ -88,7 +88,7 @@ def add_cache_arguments(group) -> None:
     group.add_argument(
         "--cache_features",
         action="store_true",
-        help="encode every image once, without augmentation, then train heads only",
+        help="encode every image once, without augmentation, and train heads on the features",
     )
     group.add_argument(
         "--probe_blrs",
@@ -98,23 +98,22 @@ def add_cache_arguments(group) -> None:
         help="base learning rates, one head each",
     )
     group.add_argument(
-        "--probe_holdout", type=float, default=0.1, help="share of the training images that chooses the rate"
+        "--probe_holdout", type=float, default=0.1, help="share of the training images held out to choose the rate"
     )
 
 
-CLASSIFIER = "probe.pth"  # what --cache_features writes: the encoder with the chosen head, for --eval and tools/
+CLASSIFIER = "probe.pth"  # the encoder with the chosen head of --cache_features, for --eval and tools/
 
 
 def check(args) -> None:
+    """Raise UserError for flags that are out of range or contradict each other."""
     arguments.check_values(args)
     if args.eval and not args.resume:
         raise UserError("--eval needs --resume, a checkpoint of a finished probe")
     if args.eval and args.cache_features:
         raise UserError("--eval evaluates a finished probe, and --cache_features trains one: give one of them")
     if args.resume and args.cache_features:
-        raise UserError(
-            "--resume continues a run, and --cache_features takes minutes, from the beginning: leave it out"
-        )
+        raise UserError("--resume has no effect with --cache_features, which takes minutes and always starts anew")
     if args.cache_features and (args.lr is not None or args.accum_iter > 1):
         raise UserError("--lr and --accum_iter have no effect with --cache_features, which tries all of --probe_blrs")
     if args.head == "attentive" and (args.cache_features or args.global_pool):
@@ -132,12 +131,13 @@ def check(args) -> None:
 
 
 def probe_head(linear: nn.Linear, *before: nn.Module) -> nn.Sequential:
-    """The linear layer behind a BatchNorm that only standardises the features, which `before` may make."""
+    """Return `linear` behind a BatchNorm without affine parameters, which standardises the features; the modules
+    `before` come first."""
     return nn.Sequential(*before, nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6), linear)
 
 
 class Probe(nn.Module):
-    """A `VisionTransformer` of which only the head learns; the encoder stays in eval mode."""
+    """A `VisionTransformer` of which only the head is trained; the encoder stays in eval mode."""
 
     def __init__(self, vit, attentive: bool = False):
         super().__init__()
@@ -161,7 +161,8 @@ class Probe(nn.Module):
 
 
 def load_probe(probe: Probe, path: Path) -> None:
-    """Fill `probe` from a checkpoint of this program; UserError when it is one of another."""
+    """Load a checkpoint of this program into `probe`. Raises UserError when it is another program's, or when it has
+    another head or other classes."""
     state = read_file(path)["model"]
     name = f"head.{len(probe.vit.head) - 1}"
     head, classes = state.get(f"{name}.weight"), probe.vit.head[-1].out_features
@@ -180,7 +181,8 @@ def load_probe(probe: Probe, path: Path) -> None:
 
 
 def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices (rest, held out), drawn class by class; at least one image of a class stays in the rest."""
+    """Return indices (rest, held out): `share` of each class is held out, drawn by chance, and at least one image of
+    each class stays in the rest."""
     generator = torch.Generator().manual_seed(seed)
     rest, held = [], []
     for label in labels.unique():
@@ -220,7 +222,7 @@ def train_heads(features, labels, args) -> tuple[nn.BatchNorm1d, list[nn.Linear]
 
 @torch.no_grad()
 def accuracy(norm, head, features, labels) -> tuple[float, float]:
-    """Top-1 and top-5 in percent."""
+    """Return the top-1 and top-5 accuracy in percent."""
     ranked = head(norm(features)).topk(min(5, head.out_features), dim=1).indices == labels[:, None]
     return 100 * ranked[:, 0].float().mean().item(), 100 * ranked.any(dim=1).float().mean().item()
 

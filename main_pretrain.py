@@ -46,7 +46,7 @@ def get_args_parser() -> Parser:
         "--mask_ratio_end",
         type=float,
         metavar="RATIO",
-        help="curriculum: the share changes on a straight line from --mask_ratio to this; without it the share stays",
+        help="curriculum: the share changes linearly from --mask_ratio to this; without it it is constant",
     )
     group.add_argument(
         "--norm_pix_loss", action="store_true", help="compare patches normalised by their own mean and variance"
@@ -55,7 +55,7 @@ def get_args_parser() -> Parser:
         "--init_from",
         default="",
         metavar="CHECKPOINT",
-        help="start from the weights of this file (any MAE or ViT encoder)",
+        help="start from the weights in this file (any MAE or ViT encoder)",
     )
     add_image_arguments(arguments.add_data_arguments(parser))
     arguments.add_optimizer_arguments(parser, batch_size=64, epochs=400, warmup=40, blr=1e-3, wd=0.05, min_lr=0.0)
@@ -63,7 +63,9 @@ def get_args_parser() -> Parser:
     group = parser.add_argument_group("monitoring")
     group.add_argument("--vis_freq", default=20, type=int, help="epochs between reconstruction pictures; 0: none")
     group.add_argument("--knn_freq", default=0, type=int, help="epochs between kNN accuracies on validation; 0: none")
-    group.add_argument("--knn_images", default=20000, type=int, help="images of each split for kNN, evenly spaced")
+    group.add_argument(
+        "--knn_images", default=20000, type=int, help="images of each split for kNN, evenly spaced over the split"
+    )
     arguments.add_speed_arguments(parser, cached=True)
     arguments.add_distributed_arguments(parser, shards=True)
     add_method_arguments(parser, METHODS)
@@ -71,20 +73,20 @@ def get_args_parser() -> Parser:
 
 
 def add_image_arguments(group) -> None:
-    """The data flags of pretraining alone."""
+    """Add the data flags that only pretraining has."""
     arguments.add_leak_argument(group)
     group.add_argument(
         "--data_cache",
         default="none",
         choices=CACHES,
-        help="decode every image once, into memory that all processes of a node share, or onto the GPU (as much as N x "
-        "channels x height x width bytes), and augment whole batches there",
+        help="decode every image once, into memory that all processes of a node share, or onto the GPU (N x channels x "
+        "height x width bytes), and augment whole batches there",
     )
     group.add_argument(
         "--cache_size",
         type=int,
         metavar="SIDE",
-        help="resize the shorter side to this and cut the longer one, for images of several sizes in a cache",
+        help="resize the shorter side to this and crop the longer one, for images of several sizes in a cache",
     )
     rare(
         group.add_argument(
