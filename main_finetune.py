@@ -127,6 +127,10 @@ def add_augmentation_arguments(group) -> None:
     rare(
         group.add_argument("--resplit", action="store_true", help="accepted as upstream, where it has no effect either")
     )
+    add_mixing_arguments(group)
+
+
+def add_mixing_arguments(group) -> None:
     group.add_argument("--mixup", type=float, default=0.0, help="mixup alpha; 0 is off")
     group.add_argument("--cutmix", type=float, default=0.0, help="cutmix alpha; 0 is off")
     rare(
