@@ -7,6 +7,7 @@ from timm.data import Mixup
 from timm.layers import trunc_normal_
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
+import models_vit
 from engine_finetune import evaluate_once, train
 from evaluation.encoder import build_encoder, count_classes, settle_model
 from evaluation.scores import MultiLabel, TopK
@@ -23,11 +24,11 @@ from util.lr_decay import param_groups_lrd
 from util.parser import Parser, rare
 from util.report.ledger import Record
 from util.training.run import Run, start
-from util.training.run_length import settle_learning_rate, settle_length
-from util.weights.load import read_weights
+from util.training.run_length import settle_schedule
+from util.weights.load import Weights, read_weights
 
 # The two regularization regimes of Garcia, Senel and Frantzolas ("Exploring: Masked Autoencoders Are Scalable Vision
-# Learners", Section 3): `full` is the recipe of He et al. 2022 (Table 9), `small` leaves out what mixes labels.
+# Learners", Section 3): `full` is the recipe of He et al. 2022 (Table 9), `small` is it without label mixing.
 PRESETS = {
     "small": dict(mixup=0.0, cutmix=0.0, smoothing=0.0),
     "full": dict(mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, aa="rand-m9-mstd0.5-inc1", drop_path=0.1),
@@ -35,7 +36,7 @@ PRESETS = {
 
 
 class PresetParser(Parser):
-    """`--aug_preset` changes defaults, so that a flag given beside it wins, wherever it stands."""
+    """`--aug_preset` changes defaults, so that flags given beside it override it, in any order."""
 
     def parse_known_args(self, args=None, namespace=None):
         preset = super().parse_known_args(args, namespace)[0].aug_preset
@@ -59,9 +60,11 @@ def get_args_parser() -> Parser:
     group.add_argument(
         "--trainable_blocks",
         type=int,
-        help="partial fine-tuning: the last N blocks, the norm and the head learn, the rest stays; 0: the head alone",
+        help="partial fine-tuning: train the last N blocks, the norm and the head; 0: the head alone",
     )
-    group.add_argument("--layer_decay", type=float, default=0.75, help="learning rate of a block over the next one's")
+    group.add_argument(
+        "--layer_decay", type=float, default=0.75, help="ratio of a block's learning rate to the next one's"
+    )
     add_augmentation_arguments(parser.add_argument_group("augmentation"))
     arguments.add_run_arguments(parser, save_freq=1, keep=1)
     arguments.add_speed_arguments(parser)
@@ -88,9 +91,13 @@ def add_label_arguments(group) -> None:
         type=float,
         default=0.0,
         metavar="P",
-        help="for studies: with probability P a training label is replaced by another class; multilabel: each label is "
-        "left out with probability P, and for each another is added with probability P, frequent ones more often",
+        help="for studies: replace a training label by another class with probability P; multilabel: drop each label "
+        "with probability P, and for each add another with probability P, frequent ones more often",
     )
+
+
+def augment_policy(text: str) -> str | None:
+    return None if text in ("", "none", "None") else text
 
 
 def add_augmentation_arguments(group) -> None:
@@ -105,21 +112,34 @@ def add_augmentation_arguments(group) -> None:
         help="random resized crop, or pad and crop; without it crop for CIFAR and digits, else rrc",
     )
     group.add_argument("--color_jitter", type=float, help="strength; only without --aa")
-    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, or none")
+    group.add_argument(
+        "--aa", type=augment_policy, default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, or none"
+    )
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
     rare(
         group.add_argument(
-            "--remode", default="pixel", choices=["pixel", "rand", "const"], help="random erasing: what fills the hole"
+            "--remode", default="pixel", choices=["pixel", "rand", "const"], help="random erasing: content of the hole"
         )
     )
-    rare(group.add_argument("--recount", type=int, default=1, help="random erasing: holes"))
+    rare(group.add_argument("--recount", type=int, default=1, help="random erasing: number of holes"))
     rare(
         group.add_argument("--resplit", action="store_true", help="accepted as upstream, where it has no effect either")
     )
+    add_mixing_arguments(group)
+
+
+def add_mixing_arguments(group) -> None:
     group.add_argument("--mixup", type=float, default=0.0, help="mixup alpha; 0 is off")
     group.add_argument("--cutmix", type=float, default=0.0, help="cutmix alpha; 0 is off")
-    rare(group.add_argument("--cutmix_minmax", type=float, nargs="+", help="side of the cut; turns cutmix on"))
+    rare(
+        group.add_argument(
+            "--cutmix_minmax",
+            type=float,
+            nargs="+",
+            help="range of the cut's side, as a share of the image's; turns cutmix on",
+        )
+    )
     group.add_argument("--mixup_prob", type=float, default=1.0, help="probability of mixing a batch at all")
     group.add_argument("--mixup_switch_prob", type=float, default=0.5, help="probability of cutmix when both are on")
     rare(
@@ -133,11 +153,11 @@ def add_augmentation_arguments(group) -> None:
 
 
 def check(args) -> None:
+    """Raise UserError for flags that are out of range or contradict each other."""
     arguments.check_values(args)
     for name in ("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "label_noise"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)} must lie in [0, 1]")
-    args.aa = None if args.aa in (None, "", "none", "None") else args.aa
     if args.aa and not args.aa.startswith(("rand", "augmix", "original", "v0", "3a")):
         raise UserError(f"--aa {args.aa!r} is no policy of timm's: rand-m9-mstd0.5-inc1, augmix-m5, original, v0, none")
     if args.recount < 1:
@@ -178,16 +198,18 @@ def mixes(args) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-def criterion_of(args):
-    """Loss on the targets that these flags produce (soft ones when images are mixed)."""
-    if mixes(args):
-        return SoftTargetCrossEntropy()
-    if args.targets == "multilabel":
-        return torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)  # of probabilities
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else torch.nn.CrossEntropyLoss()
+def build_criterion(mixing: bool, targets: str, smoothing: float) -> torch.nn.Module:
+    """Return the loss: of soft targets where images are mixed, of label probabilities for `--targets multilabel`, else
+    of one label per image."""
+    if mixing:
+        return SoftTargetCrossEntropy()  # `Mixup` has smoothed the targets
+    if targets == "multilabel":
+        return torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else torch.nn.CrossEntropyLoss()
 
 
-def mixup_of(args, classes: int):
+def build_mixup(args) -> Mixup | None:
+    """Return what mixes the images of a batch; None where nothing does."""
     if not mixes(args):
         return None
     return Mixup(
@@ -198,75 +220,90 @@ def mixup_of(args, classes: int):
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
         label_smoothing=args.smoothing,
-        num_classes=classes,
+        num_classes=args.nb_classes,
     )
 
 
-def freeze(model, blocks: int) -> None:
-    """`--trainable_blocks`; UserError for a number that the model has not."""
-    if not 0 <= blocks <= len(model.blocks):
-        raise UserError(f"--trainable_blocks {blocks} must be between 0 and the encoder's {len(model.blocks)}")
-    model.train_last_blocks(blocks)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"--trainable_blocks {blocks}: {count / 1e6:.2f} M parameters learn")
+def settle_model_from_checkpoint(args, path: Path) -> None:
+    """Set the model flags of a resumed run to those of its checkpoint. Given flags stay: `Run` compares them."""
+    settle_model(args, read_weights(path))
 
 
-def prepare(args, resume: Path | None):
-    """Model flags, data and model, in the order in which they depend on each other."""
+def read_weights_and_images(args, resume: Path | None):
+    """Read the weights to start from (None: random ones, or those of the checkpoint to resume) and the images of both
+    splits (no training images with `--eval`); settle the flags of the model, `--aug` and `--nb_classes`. Returns
+    weights, training images, validation images."""
+    if resume is not None and not args.eval:
+        settle_model_from_checkpoint(args, resume)
     source = str(resume) if args.eval and resume else args.finetune
     weights = settle_model(args, source if args.eval or resume is None else "")
     check_channels(args.in_chans)
-    if args.aug is None:
-        args.aug = "crop" if args.dataset in ("cifar10", "cifar100", "digits") else "rrc"
-    arguments.check_draft(args, args.aug == "rrc" and not args.eval)
-    known = weights.classes if args.eval and weights else []
-    splits = None if args.eval else read_labelled(args, True), read_labelled(args, False, known or None)
-    if known and args.targets == "multilabel" and splits[1].classes != known:
+    args.aug = args.aug or arguments.default_crop(args.dataset)
+    arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval)
+    vocabulary = weights.classes if args.eval and weights else []
+    images = None if args.eval else read_labelled(args, True)
+    held_out = read_labelled(args, False, vocabulary or None)
+    if vocabulary and args.targets == "multilabel" and held_out.classes != vocabulary:
         raise UserError(f"--label_vocab {args.label_vocab} is not the vocabulary of {weights.path}: leave it out")
     if args.check_leak:
-        check_leak(*splits)
-    classes = count_classes(args, *splits)
-    args.nb_classes = classes
-    return weights, splits, classes
+        check_leak(images, held_out)
+    args.nb_classes = count_classes(args, images, held_out)
+    return weights, images, held_out
 
 
-def main(args) -> dict[str, float]:
-    """One fine-tuning run or evaluation; returns the last evaluation. UserError for mistakes in flags and files."""
-    check(args)
-    args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
-    device = start(args)
-    resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
-    if resume is not None and not args.eval:
-        _take_model_flags(args, resume)
-    weights, (images, held_out), classes = prepare(args, resume)
+def training_loader(args, images):
+    """Augmented batches of `images`, with `--label_noise`."""
+    return build_loader(with_noise(images, args), build_transform(True, args), args, args.batch_size, train=True)
+
+
+def build(args, weights: Weights | None) -> models_vit.VisionTransformer:
+    """Build the classifier, with `weights` in its encoder (None: random ones) and, with `--eval`, in its head."""
     with seeded(args.seed):
-        model = build_encoder(args, weights, classes, args.drop_path, ignore_head=not args.eval, like_mae=False)
+        model = build_encoder(args, weights, args.nb_classes, args.drop_path, ignore_head=not args.eval, like_mae=False)
         if weights is not None and not args.eval:
             trunc_normal_(model.head.weight, std=2e-5)  # near zero: the first steps must not shake the encoder
     if args.trainable_blocks is not None:
-        freeze(model, args.trainable_blocks)
-    model.to(device)
+        freeze_encoder(model, args.trainable_blocks)
     model.set_grad_checkpointing(args.grad_checkpoint)
+    return model
+
+
+def freeze_encoder(model: models_vit.VisionTransformer, trainable_blocks: int) -> None:
+    """Apply `--trainable_blocks`. Raises UserError for more blocks than the encoder has."""
+    depth = len(model.blocks)
+    if not 0 <= trainable_blocks <= depth:
+        raise UserError(f"--trainable_blocks {trainable_blocks} must be between 0 and the encoder's {depth}")
+    model.train_last_blocks(trainable_blocks)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"--trainable_blocks {trainable_blocks}: {count / 1e6:.2f} M parameters are trained")
+
+
+def main(args) -> dict[str, float]:
+    """One fine-tuning run or evaluation; returns the scores of the last evaluation. Raises UserError for mistakes in
+    flags and files."""
+    check(args)
+    device = start(args)
+    resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
+    weights, images, held_out = read_weights_and_images(args, resume)
+    if not args.eval:
+        loader = training_loader(args, images)
+        settle_schedule(args, len(loader))
+    args.freeze()
+
+    model = build(args, weights).to(device)
     if weights is None and resume is None:
         print("no --finetune: training from scratch")
     val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
     record = Record("main_finetune" + " --eval" * args.eval, args, weights, train=images, test=held_out)
-    kind = MultiLabel if args.targets == "multilabel" else TopK
+    scores = MultiLabel if args.targets == "multilabel" else TopK
     if args.eval:
-        return evaluate_once(args, model, val_loader, device, record, kind)
-    names, images = getattr(images, "classes", None), with_noise(images, args)
-    loader = build_loader(images, build_transform(True, args), args, args.batch_size, train=True)
-    settle_length(args, len(loader))
-    settle_learning_rate(args)
+        return evaluate_once(args, model, val_loader, device, record, scores)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    names = getattr(images, "classes", None)
     run = Run(args, device, loader, model, optimizer, resume=resume, record=record, classes=names)
-    return train(args, run, val_loader, criterion_of(args), mixup_of(args, classes), kind)
-
-
-def _take_model_flags(args, path: Path) -> None:
-    """Set the model flags of a resumed run to those of its checkpoint. Given flags stay: they are compared later."""
-    settle_model(args, read_weights(path))
+    criterion = build_criterion(mixes(args), args.targets, args.smoothing)
+    return train(args, run, val_loader, criterion, build_mixup(args), scores)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Linear probing: a frozen encoder, BatchNorm without affine, one linear layer, LARS (He et al. 2022, Appendix A.1).
 
-`--head attentive` reads the patches by one cross-attention of a learned query (`models_vit.AttentivePool`) first.
-`--cache_features` encodes every image once and trains one head per learning rate in a single pass; the rate is chosen
-on a held-out part of the training set and the test accuracy is reported for that one.
+`--head attentive` first pools the patches by one cross-attention of a learned query (`models_vit.AttentivePool`).
+`--cache_features` encodes every image once and trains one head per learning rate on the features. The head is chosen on
+a held-out part of the training set, and its test accuracy is reported.
 """
 
 from pathlib import Path
@@ -26,11 +26,12 @@ from util.checkpoint.retry import GrowingFile, Saver
 from util.checkpoint.same_run import plain
 from util.compute.precision import choose_amp_dtype
 from util.data.build import build_loader
-from util.data.image_format import input_size, mean_std
+from util.data.image_format import image_shape, mean_std
 from util.data.leak import check_leak
 from util.data.readers import read_images
 from util.data.sample_rng import seeded
-from util.data.transforms import check_channels, eval_transform, probe_transform
+from util.data.transforms import check_channels, probe_transform
+from util.datasets import build_transform
 from util.errors import UserError, user_errors
 from util.lars import LARS
 from util.lr_sched import adjust_learning_rate
@@ -39,12 +40,12 @@ from util.parser import Parser
 from util.report.ledger import Record
 from util.report.log import log_line
 from util.training.run import Run, start
-from util.training.run_length import settle_learning_rate, settle_length
+from util.training.run_length import settle_schedule
 from util.weights.file import read_file
 
 
 class ProbeParser(Parser):
-    """`--head` changes the default of `--blr`, because it changes the optimizer."""
+    """`--head` decides the default of `--blr`, because it decides the optimizer."""
 
     def parse_known_args(self, args=None, namespace=None):
         attentive = super().parse_known_args(args, namespace)[0].head == "attentive"
@@ -74,11 +75,18 @@ def get_args_parser() -> Parser:
         help="attentive: one cross-attention of a learned query to the patches, then linear; trained by AdamW at "
         "--blr 1e-3, where linear is trained by LARS",
     )
-    group = parser.add_argument_group("cached features")
+    add_cache_arguments(parser.add_argument_group("cached features"))
+    arguments.add_run_arguments(parser, save_freq=10, keep=1)
+    arguments.add_speed_arguments(parser, trains_blocks=False)
+    arguments.add_distributed_arguments(parser)
+    return parser
+
+
+def add_cache_arguments(group) -> None:
     group.add_argument(
         "--cache_features",
         action="store_true",
-        help="encode every image once, without augmentation, then train heads only",
+        help="encode every image once, without augmentation, and train heads on the features",
     )
     group.add_argument(
         "--probe_blrs",
@@ -88,27 +96,22 @@ def get_args_parser() -> Parser:
         help="base learning rates, one head each",
     )
     group.add_argument(
-        "--probe_holdout", type=float, default=0.1, help="share of the training images that chooses the rate"
+        "--probe_holdout", type=float, default=0.1, help="share of the training images held out to choose the rate"
     )
-    arguments.add_run_arguments(parser, save_freq=10, keep=1)
-    arguments.add_speed_arguments(parser, trains_blocks=False)
-    arguments.add_distributed_arguments(parser)
-    return parser
 
 
-CLASSIFIER = "probe.pth"  # what --cache_features writes: the encoder with the chosen head, for --eval and tools/
+CLASSIFIER = "probe.pth"  # the encoder with the chosen head of --cache_features, for --eval and tools/
 
 
 def check(args) -> None:
+    """Raise UserError for flags that are out of range or contradict each other."""
     arguments.check_values(args)
     if args.eval and not args.resume:
         raise UserError("--eval needs --resume, a checkpoint of a finished probe")
     if args.eval and args.cache_features:
         raise UserError("--eval evaluates a finished probe, and --cache_features trains one: give one of them")
     if args.resume and args.cache_features:
-        raise UserError(
-            "--resume continues a run, and --cache_features takes minutes, from the beginning: leave it out"
-        )
+        raise UserError("--resume has no effect with --cache_features, which takes minutes and always starts anew")
     if args.cache_features and (args.lr is not None or args.accum_iter > 1):
         raise UserError("--lr and --accum_iter have no effect with --cache_features, which tries all of --probe_blrs")
     if args.head == "attentive" and (args.cache_features or args.global_pool):
@@ -126,12 +129,13 @@ def check(args) -> None:
 
 
 def probe_head(linear: nn.Linear, *before: nn.Module) -> nn.Sequential:
-    """The linear layer behind a BatchNorm that only standardises the features, which `before` may make."""
+    """Return `linear` behind a BatchNorm without affine parameters, which standardises the features; the modules
+    `before` come first."""
     return nn.Sequential(*before, nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6), linear)
 
 
 class Probe(nn.Module):
-    """A `VisionTransformer` of which only the head learns; the encoder stays in eval mode."""
+    """A `VisionTransformer` of which only the head is trained; the encoder stays in eval mode."""
 
     def __init__(self, vit, attentive: bool = False):
         super().__init__()
@@ -155,7 +159,8 @@ class Probe(nn.Module):
 
 
 def load_probe(probe: Probe, path: Path) -> None:
-    """Fill `probe` from a checkpoint of this program; UserError when it is one of another."""
+    """Load a checkpoint of this program into `probe`. Raises UserError when it is another program's, or when it has
+    another head or other classes."""
     state = read_file(path)["model"]
     name = f"head.{len(probe.vit.head) - 1}"
     head, classes = state.get(f"{name}.weight"), probe.vit.head[-1].out_features
@@ -174,7 +179,8 @@ def load_probe(probe: Probe, path: Path) -> None:
 
 
 def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices (rest, held out), drawn class by class; at least one image of a class stays in the rest."""
+    """Return indices (rest, held out): `share` of each class is held out, drawn by chance, and at least one image of
+    each class stays in the rest."""
     generator = torch.Generator().manual_seed(seed)
     rest, held = [], []
     for label in labels.unique():
@@ -186,19 +192,18 @@ def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tenso
     return torch.cat(rest), torch.cat(held)
 
 
-def train_heads(features, labels, classes: int, args, device) -> tuple[nn.BatchNorm1d, list[nn.Linear]]:
-    """One head per rate of `--probe_blrs` on features (M, D), all on the same batches, by LARS."""
-    generator = torch.Generator().manual_seed(args.seed)
+def train_heads(features, labels, args) -> tuple[nn.BatchNorm1d, list[nn.Linear]]:
+    """Train one linear head per rate of `--probe_blrs` on features (M, D) and labels (M,), all on the same batches, by
+    LARS with rate `--lr` times that of the head. Returns the BatchNorm in front of them, and the heads."""
+    device, generator = features.device, torch.Generator().manual_seed(args.seed)
     norm = nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6).to(device)
-    heads = [nn.Linear(features.shape[1], classes).to(device) for _ in args.probe_blrs]
+    heads = [nn.Linear(features.shape[1], args.nb_classes).to(device) for _ in args.probe_blrs]
     for head in heads:
         nn.init.normal_(head.weight, std=0.01, generator=torch.Generator(device).manual_seed(args.seed))
         nn.init.zeros_(head.bias)
-    batch_size = min(args.batch_size, len(features))
-    args.lr = batch_size / 256
     groups = [{"params": head.parameters(), "lr_scale": blr} for head, blr in zip(heads, args.probe_blrs)]
     optimizer = LARS(groups, weight_decay=args.weight_decay)
-    features, labels = features.to(device), labels.to(device)
+    batch_size = min(args.batch_size, len(features))
     batches = len(features) // batch_size
     for epoch in range(args.epochs):
         order = torch.randperm(len(features), generator=generator).to(device)
@@ -215,108 +220,144 @@ def train_heads(features, labels, classes: int, args, device) -> tuple[nn.BatchN
 
 @torch.no_grad()
 def accuracy(norm, head, features, labels) -> tuple[float, float]:
-    """Top-1 and top-5 in percent."""
+    """Return the top-1 and top-5 accuracy in percent."""
     ranked = head(norm(features)).topk(min(5, head.out_features), dim=1).indices == labels[:, None]
     return 100 * ranked[:, 0].float().mean().item(), 100 * ranked.any(dim=1).float().mean().item()
 
 
-def probe_cached(model, loaders, classes: int, args, device, amp_dtype) -> dict:
-    """Encode both splits, train the heads, choose on the held-out part, report the test accuracy of that head, which
-    becomes the model's. UserError when there are too few images to hold any out."""
-    model.to(device).eval()
-    train_split, test = (extract(model.forward_features, loader, device, amp_dtype) for loader in loaders)
-    rest, held = hold_out(train_split[1], args.probe_holdout, args.seed)
+def encode(model, loader, args, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the features (M, D) and labels (M,) of all readable images, on the CPU."""
+    return extract(model.forward_features, loader, device, choose_amp_dtype(args.amp_dtype, device))
+
+
+def split_and_settle(args, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the indices of the training images that heads are trained on, and of those that choose among the heads;
+    settle `--lr` and freeze the flags. Raises UserError when there are too few images to hold any out."""
+    rest, held = hold_out(labels, args.probe_holdout, args.seed)
     if len(rest) < 2 or not len(held):
         raise UserError(
-            f"--probe_holdout {args.probe_holdout} of {len(train_split[1])} training images leaves {len(held)} to "
+            f"--probe_holdout {args.probe_holdout} of {len(labels)} training images leaves {len(held)} to "
             f"choose the rate by and {len(rest)} to learn from: more images per class are needed"
         )
-    norm, heads = train_heads(train_split[0][rest], train_split[1][rest], classes, args, device)
-    held_x, held_y = train_split[0][held].to(device), train_split[1][held].to(device)
-    chosen_by = [accuracy(norm, head, held_x, held_y)[0] for head in heads]
-    best = max(range(len(heads)), key=chosen_by.__getitem__)
-    top1, top5 = accuracy(norm, heads[best], test[0].to(device), test[1].to(device))
+    args.lr = min(args.batch_size, len(rest)) / 256  # times the base rate of each head
+    args.freeze()
+    return rest, held
+
+
+def probe_cached(model, train_loader, test_loader, args, device) -> dict:
+    """Encode both splits, train the heads, choose one on the held-out images, and make it the head of `model`. Returns
+    its test accuracy."""
+    model.to(device).eval()
+    features, labels = encode(model, train_loader, args, device)
+    test_features, test_labels = encode(model, test_loader, args, device)
+    rest, held = split_and_settle(args, labels)
+    norm, heads = train_heads(features[rest].to(device), labels[rest].to(device), args)
+    held_x, held_y = features[held].to(device), labels[held].to(device)
+    held_acc1 = [accuracy(norm, head, held_x, held_y)[0] for head in heads]
+    best = max(range(len(heads)), key=held_acc1.__getitem__)
+    top1, top5 = accuracy(norm, heads[best], test_features.to(device), test_labels.to(device))
     model.head = probe_head(heads[best])
     model.head[0].load_state_dict(norm.state_dict())
-    for blr, value in zip(args.probe_blrs, chosen_by):
+    for blr, value in zip(args.probe_blrs, held_acc1):
         print(f"blr {blr:g}: {value:.2f} % of the held-out {len(held)} training images")
     if len(heads) > 1 and best in (0, len(heads) - 1):
         print(f"note: the best rate, {args.probe_blrs[best]:g}, is at the end of --probe_blrs; try a wider list")
     return {
         "test_acc1": top1,
         "test_acc5": top5,
-        "holdout_acc1": chosen_by[best],
+        "holdout_acc1": held_acc1[best],
         "blr": args.probe_blrs[best],
         "train_images": len(rest),
-        "test_images": len(test[0]),
+        "test_images": len(test_labels),
     }
 
 
-def main(args) -> dict:
-    """One probe; returns its test accuracy. UserError for mistakes in flags and files."""
-    check(args)
-    args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
-    device = start(args)
-    resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
-    weights = settle_model(args, str(resume) if args.eval else args.finetune)
-    check_channels(args.in_chans)
-    args.aug = args.aug or ("crop" if args.dataset in ("cifar10", "cifar100", "digits") else "rrc")
-    arguments.check_draft(args, args.aug == "rrc" and not args.eval and not args.cache_features)
-    images, held_out = read_images(args, train=True), read_images(args, train=False)
-    if args.check_leak:
-        check_leak(images, held_out)
-    args.nb_classes = count_classes(args, images, held_out)
-    with seeded(args.seed):
-        model = build_encoder(args, None if args.eval else weights, args.nb_classes)
-    if weights is None and resume is None:
-        print("no --finetune: the encoder is random")
-    mean, std = mean_std(args)
-    plain = eval_transform(input_size(args), mean, std, args.crop_pct)
-    test_loader = build_loader(held_out, plain, args, args.batch_size, train=False)
-    record = Record("main_linprobe" + " --eval" * args.eval, args, weights, train=images, test=held_out)
-    if args.cache_features:
-        loader = build_loader(images, plain, args, args.batch_size, False)
-        return _cached(args, model, loader, test_loader, device, record, getattr(images, "classes", None))
-    probe = Probe(model, attentive=args.head == "attentive").to(device)
-    if args.eval:
-        load_probe(probe, resume)
-        return evaluate_once(args, probe, test_loader, device, record)
-    loader = build_loader(images, probe_transform(args.aug, input_size(args), mean, std), args, args.batch_size, True)
-    settle_length(args, len(loader))
-    settle_learning_rate(args)
-    kind = torch.optim.AdamW if args.head == "attentive" else LARS
-    optimizer = kind(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    names = getattr(images, "classes", None)
-    run = Run(args, device, loader, model, optimizer, probe, resume, record, classes=names)
-    return train(args, run, test_loader, nn.CrossEntropyLoss())
-
-
-def _cached(args, model, train_loader, test_loader, device, record, names) -> dict:
-    """Run `--cache_features`: `probe_cached`, then write the classifier and publish the result. Return the result."""
-    amp_dtype = choose_amp_dtype(args.amp_dtype, device)
-    result = probe_cached(model, (train_loader, test_loader), args.nb_classes, args, device, amp_dtype)
-    make_output_dir(args)
+def run_cached(args, model, images, test_loader, device, record: Record) -> dict:
+    """`--cache_features`: probe, write the results, and return them."""
+    transform = build_transform(False, args)
+    train_loader = build_loader(images, transform, args, args.batch_size, train=False)
+    result = probe_cached(model, train_loader, test_loader, args, device)
+    make_output_dir(args.output_dir, args.log_dir, args.overwrite)
     print(
         f"linear probe: top-1 {result['test_acc1']:.2f} %  top-5 {result['test_acc5']:.2f} %  (blr {result['blr']:g})"
     )
     saver = Saver(args.output_dir or ".", args.save_patience)
-    images = len(train_loader.dataset) + len(test_loader.dataset)
+    images_seen = len(train_loader.dataset) + len(test_loader.dataset)
     if args.output_dir and is_main_process():
-        content = {
-            "model": model.state_dict(),
-            "args": {name: plain(value) for name, value in vars(args).items()},
-            "origin": record.state(images),
-            **({"classes": list(names)} if names else {}),
-        }
-        folder = Path(args.output_dir)
-        log = GrowingFile(folder / "log.txt")
-        log.add(log_line(result))
-        saver.insist(log.path.name, log.write)
-        saver.insist(CLASSIFIER, lambda: write_tensors(folder / CLASSIFIER, content))
+        write_cached(args, model, result, record.state(images_seen), saver, getattr(images, "classes", None))
     to = Destination(Path(args.output_dir) / "probe.json" if args.output_dir else None, args.log_dir, args.output_dir)
-    publish(record, result, images, (device, amp_dtype), to, attempt=saver.insist)
+    hardware = device, choose_amp_dtype(args.amp_dtype, device)
+    publish(record, result, images_seen, hardware, to, attempt=saver.insist)
     shut_down()
     return result
+
+
+def write_cached(args, model, result: dict, origin: dict, saver: Saver, names: list[str] | None) -> None:
+    """Write log.txt and the classifier."""
+    content = {
+        "model": model.state_dict(),
+        "args": {name: plain(value) for name, value in vars(args).items()},
+        "origin": origin,
+        **({"classes": list(names)} if names else {}),
+    }
+    folder = Path(args.output_dir)
+    log = GrowingFile(folder / "log.txt")
+    log.add(log_line(result))
+    saver.insist(log.path.name, log.write)
+    saver.insist(CLASSIFIER, lambda: write_tensors(folder / CLASSIFIER, content))
+
+
+def read_weights_and_images(args, resume: Path | None):
+    """Read the weights (None: a random encoder) and the images of both splits; settle the flags of the model, `--aug`
+    and `--nb_classes`. Returns weights, training images, test images."""
+    weights = settle_model(args, str(resume) if args.eval else args.finetune)
+    check_channels(args.in_chans)
+    args.aug = args.aug or arguments.default_crop(args.dataset)
+    arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval and not args.cache_features)
+    images, held_out = read_images(args, train=True), read_images(args, train=False)
+    if args.check_leak:
+        check_leak(images, held_out)
+    args.nb_classes = count_classes(args, images, held_out)
+    return weights, images, held_out
+
+
+def training_loader(args, images):
+    """Augmented batches of `images`."""
+    stats = mean_std(args.dataset, args.in_chans, args.mean, args.std)
+    transform = probe_transform(args.aug, image_shape(args.input_size), *stats)
+    return build_loader(images, transform, args, args.batch_size, train=True)
+
+
+def main(args) -> dict:
+    """One probe; returns its test accuracy. Raises UserError for mistakes in flags and files."""
+    check(args)
+    device = start(args)
+    resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
+    weights, images, held_out = read_weights_and_images(args, resume)
+    with seeded(args.seed):
+        model = build_encoder(args, None if args.eval else weights, args.nb_classes)
+    if weights is None and resume is None:
+        print("no --finetune: the encoder is random")
+    test_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
+    command = "main_linprobe" + " --eval" * args.eval
+    if args.cache_features:  # settles --lr when it knows how many images can be read
+        record = Record(command, args, weights, train=images, test=held_out)
+        return run_cached(args, model, images, test_loader, device, record)
+    if not args.eval:
+        loader = training_loader(args, images)
+        settle_schedule(args, len(loader))
+    args.freeze()
+
+    record = Record(command, args, weights, train=images, test=held_out)
+    probe = Probe(model, attentive=args.head == "attentive").to(device)
+    if args.eval:
+        load_probe(probe, resume)
+        return evaluate_once(args, probe, test_loader, device, record)
+    optimizer_type = torch.optim.AdamW if args.head == "attentive" else LARS
+    optimizer = optimizer_type(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    names = getattr(images, "classes", None)
+    run = Run(args, device, loader, model, optimizer, probe, resume, record, classes=names)
+    return train(args, run, test_loader, nn.CrossEntropyLoss())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`main_linprobe.py` as a SLURM job: see `util/parallel/slurm.py` and scripts/mae/slurm.sh."""
+"""Submit `main_linprobe.py` as a SLURM job (`util/parallel/slurm.py`; example: scripts/mae/slurm.sh)."""
 
 import main_linprobe
 from util.errors import user_errors

@@ -78,16 +78,20 @@ def paths(folder: Path, side: int, options) -> dict:
     )
     transform = pretrain_transform("mae", (side, side), *IMAGENET)
     files = build_loader(images, transform, args, options.batch_size, True)
-    drafts = build_loader(images, transform, changed(args, jpeg_draft=True), options.batch_size, True)
     in_tars = changed(args, dataset="wds", data_path=str(folder / "shards"))
     shards = build_loader(read_images(in_tars, train=True), transform, in_tars, options.batch_size, True)
-    with contextlib.redirect_stdout(io.StringIO()):
-        cached = cache_images(images, args, torch.device("cpu"))
-    cache = CachedLoader(cached, BatchTransform("mae", (side, side), *IMAGENET, 0), args, options.batch_size)
+    drafts = build_loader(images, transform, changed(args, jpeg_draft=True), options.batch_size, True)
+    cache = cached_loader(images, args, side, options.batch_size)
     passes = {"torchvision": lambda _: plain, "from files": files.begin}
     if min(SETS[side]) >= 2 * side:
         passes["jpeg_draft"] = drafts.begin
     return passes | {"shards": shards.begin, "data_cache ram": cache.begin}
+
+
+def cached_loader(images, args, side: int, batch_size: int) -> CachedLoader:
+    with contextlib.redirect_stdout(io.StringIO()):
+        cached = cache_images(images, args, torch.device("cpu"))
+    return CachedLoader(cached, BatchTransform("mae", (side, side), *IMAGENET, 0), batch_size, args.num_workers)
 
 
 def changed(args, **flags):

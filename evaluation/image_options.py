@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torchvision import transforms
 
-from util.data.image_format import MEAN_STD, input_size, mean_std
+from util.data.image_format import MEAN_STD, mean_std
 from util.data.readers import read_images
 from util.data.samples import KeyedDataset
 from util.data.sources import Files, Subset
@@ -37,11 +37,11 @@ class ImageOptions:
     @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Per-channel mean and standard deviation. Raises UserError if --mean and --std do not fit the channels."""
-        return mean_std(self)
+        return mean_std(self.dataset, self.in_chans, self.mean, self.std)
 
     def transform(self, crop_pct: float | None = None) -> transforms.Compose:
         """Return the transform of evaluation; `crop_pct` replaces that of the flags."""
-        return eval_transform(input_size(self), *self.mean_std, crop_pct or self.crop_pct)
+        return eval_transform(self.input_size, *self.mean_std, crop_pct or self.crop_pct)
 
 
 def image_options(args, in_chans: int, size: tuple[int, int], stored: Mapping[str, Any] = {}) -> ImageOptions:
@@ -85,7 +85,7 @@ def sample_images(args, options: ImageOptions, model, mask_ratio: float = 0.0) -
         raise UserError(f"--mask_ratio {mask_ratio} leaves no visible patch of {patches}: lower it")
     transform, (mean, std) = options.transform(), options.mean_std
     images, source = _open_images(args)
-    dataset = KeyedDataset(images, transform, options, replace=False)
+    dataset = KeyedDataset(images, transform, options.seed, options.in_chans, replace=False)
     indices = torch.linspace(0, len(images) - 1, min(args.count, len(images))).long().tolist()
     samples = [sample for sample in (dataset[index] for index in indices) if not sample.bad]
     if not samples:

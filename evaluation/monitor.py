@@ -8,7 +8,7 @@ from evaluation.features import extract, knn_accuracy
 from methods.pretrainer import Pretrainer
 from models_encoder import mae_features
 from util.data.build import build_loader
-from util.data.image_format import input_size, mean_std
+from util.data.image_format import image_shape, mean_std
 from util.data.shards import Shards
 from util.data.sources import Subset
 from util.data.transforms import eval_transform
@@ -26,8 +26,8 @@ class Monitor:
 
     def __init__(self, args, run: Run, pretrainer: Pretrainer, images, held_out):
         self.args, self.run, self.pretrainer = args, run, pretrainer
-        self.mean, self.std = mean_std(args)
-        self.transform = eval_transform(input_size(args), self.mean, self.std, args.crop_pct)
+        self.mean, self.std = mean_std(args.dataset, args.in_chans, args.mean, args.std)
+        self.transform = eval_transform(image_shape(args.input_size), self.mean, self.std, args.crop_pct)
         self.images, self.held_out = images, held_out
         self._loaders = None
         self.fixed = self._fixed_images() if args.vis_freq and is_main_process() else None

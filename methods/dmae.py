@@ -9,7 +9,6 @@ Shapes: N images, V visible patches, D student width, T teacher width, R x C gri
 
 import hashlib
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -151,11 +150,10 @@ def _without_unknown_decoder(weights: Weights, config: ModelConfig) -> Weights:
 
 def warn_about_pixels(args, weights: Weights) -> None:
     """Print a warning if the teacher's pixels were normalised differently, or a note if its file does not tell."""
-    ours, stored = mean_std(args), weights.args
+    ours, stored = mean_std(args.dataset, args.in_chans, args.mean, args.std), weights.args
     if stored:
         dataset = stored.get("dataset") or "imagefolder"
-        given = {key: stored.get(key) for key in ("mean", "std")}
-        other = mean_std(SimpleNamespace(dataset=dataset, in_chans=args.in_chans, **given))
+        other = mean_std(dataset, args.in_chans, stored.get("mean"), stored.get("std"))
         if any(abs(a - b) > 5e-3 for mine, its in zip(ours, other) for a, b in zip(mine, its)):
             print(
                 f"warning: the teacher was trained on pixels with mean {_format(other[0])} and standard "

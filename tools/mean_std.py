@@ -39,7 +39,7 @@ def main(args) -> tuple[list[float], list[float]]:
     images = read_images(args, train=True)
     if not isinstance(images, Images):
         raise UserError(f"--dataset {args.dataset} is a stream; compute its statistics on a folder of samples")
-    dataset = KeyedDataset(images, moments, args, replace=False)
+    dataset = KeyedDataset(images, moments, args.seed, args.in_chans, replace=False)
     count = min(args.limit or len(images), len(images))
     indices = torch.linspace(0, len(images) - 1, count).long().tolist()
     loader = torch.utils.data.DataLoader(

@@ -1,4 +1,5 @@
-"""Flags that the mains share, in titled groups. Names and defaults are the official MAE's wherever it has the flag."""
+"""The flags that the mains share, in titled groups, and the checks on their values. Names and defaults are the official
+MAE's wherever it has the flag."""
 
 import math
 
@@ -29,15 +30,15 @@ def add_model_arguments(parser, default_model: str | None, decoder: bool):
             "--decoder",
             default="self",
             choices=["self", "cross"],
-            help="self: MAE's; cross: CrossMAE's, another model, whose mask tokens cross-attend to visible tokens and "
-            "not to each other",
+            help="self: MAE's decoder; cross: CrossMAE's, another model, in which mask tokens cross-attend to visible "
+            "tokens and not to each other",
         )
         group.add_argument(
             "--decoder_fraction",
             type=float,
             metavar="SHARE",
-            help="with --decoder cross: share of the removed patches that is predicted; without it a third, the "
-            "paper's 25%% of all patches at --mask_ratio 0.75; 1 is slower and was no better there",
+            help="with --decoder cross: share of the removed patches that is predicted; without it 1/3, which is the "
+            "paper's 25%% of all patches at --mask_ratio 0.75; 1 is slower and was no better in the paper",
         )
         group.add_argument("--decoder_embed_dim", type=int, help="decoder width instead of the model's own")
         group.add_argument("--decoder_depth", type=int, help="decoder blocks instead of the model's own")
@@ -69,33 +70,37 @@ def add_data_arguments(parser):
             "--allow_outside", action="store_true", help="filelist: paths and links may lead out of --data_path"
         )
     )
+    _add_shard_arguments(group)
+    _add_reading_arguments(group)
+    return group
+
+
+def _add_shard_arguments(group) -> None:
     group.add_argument(
         "--shuffle_buffer",
         type=int,
         default=1000,
-        help="wds: images (as stored) that every worker keeps to shuffle among; the shards of tools/make_shards.py are "
-        "mixed already, raise it for shards sorted by class as far as the memory allows; 1 keeps their order",
+        help="wds: images (as stored) in the shuffle buffer of every worker; the shards of tools/make_shards.py are "
+        "shuffled already; for shards sorted by class, as many as memory allows; 1 keeps their order",
     )
     rare(
         group.add_argument(
             "--shard_samples",
             type=int,
-            help="wds: images in every shard, where no _info.json beside the shards says so (local ones are counted)",
+            help="wds: images in every shard, needed for remote shards without an _info.json (local ones are counted)",
         )
     )
-    _add_reading_arguments(group)
-    return group
 
 
 def _add_reading_arguments(group) -> None:
-    """How images are read and normalised."""
+    """Add the flags of reading and normalising images."""
     group.add_argument(
         "--jpeg_draft",
         action="store_true",
-        help="decode JPEGs at 1/2, 1/4 or 1/8 where the random crop is larger than the input by that: faster for small "
-        "inputs from large photographs, and the pixels differ a little (benchmarks/README.md)",
+        help="decode a JPEG at 1/2, 1/4 or 1/8 of its size where the random crop is larger than the input by that "
+        "factor: faster for small inputs from large photographs; pixels differ slightly (benchmarks/README.md)",
     )
-    group.add_argument("--download", action="store_true", help="fetch the data set where its reader can")
+    group.add_argument("--download", action="store_true", help="download the data set, if its reader can")
     group.add_argument(
         "--mean", type=float, nargs="+", help="per-channel means in [0, 1]; without it the data set's own"
     )
@@ -111,7 +116,7 @@ def _add_reading_arguments(group) -> None:
         "--num_workers", default=10, type=int, help="processes that read images; 0 reads in the main process"
     )
     rare(group.add_argument("--pin_mem", action="store_true", help="pin memory for faster copies to the GPU"))
-    rare(group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not"))
+    rare(group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not pin memory"))
     group.set_defaults(pin_mem=True)
     rare(
         group.add_argument(
@@ -124,7 +129,7 @@ def _add_reading_arguments(group) -> None:
 
 
 def add_leak_argument(group) -> None:
-    """Of the commands that train on one split and measure on another."""
+    """Add `--check_leak`, for commands that train on one split and evaluate on another."""
     group.add_argument(
         "--check_leak",
         action="store_true",
@@ -133,7 +138,7 @@ def add_leak_argument(group) -> None:
 
 
 def number(text: str) -> float:
-    """An int where it is whole, else a float."""
+    """Return the number in `text`: an int where it is whole, else a float."""
     value = float(text)
     return int(value) if value.is_integer() else value
 
@@ -178,14 +183,14 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
     group.add_argument(
         "--spike_factor",
         type=float,
-        help="list the images of every step whose loss is more than X times the median of the 100 before, in "
-        "spikes.jsonl; off unless given, try 2",
+        help="list in spikes.jsonl the images of every step whose loss is more than X times the median of the 100 "
+        "before; without it off; try 2",
     )
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="use only algorithms that give the same bits every time, on GPUs, too, where they are slower; two runs "
-        "with the same flags on the same hardware and versions are then the same",
+        help="use deterministic algorithms only, which are slower on GPUs: two runs with the same flags, hardware and "
+        "versions are then the same to the bit",
     )
 
 
@@ -194,9 +199,9 @@ def _add_checkpoint_arguments(group, save_freq: int, keep: int) -> None:
         "--resume",
         default="",
         metavar="CHECKPOINT",
-        help="continue a run exactly: a checkpoint, or 'auto' for the newest whole one",
+        help="continue a run exactly: a checkpoint, or 'auto' for the newest undamaged one in --output_dir",
     )
-    group.add_argument("--overwrite", action="store_true", help="delete the run that --output_dir holds")
+    group.add_argument("--overwrite", action="store_true", help="delete the run in --output_dir")
     rare(group.add_argument("--start_epoch", default=0, type=int, help="first epoch, when not resuming"))
     group.add_argument("--save_freq", default=save_freq, type=int, help="epochs between checkpoints")
     group.add_argument("--save_steps", default=0, type=int, help="steps between checkpoints inside an epoch; 0: none")
@@ -208,13 +213,14 @@ def _add_checkpoint_arguments(group, save_freq: int, keep: int) -> None:
             type=float,
             metavar="MINUTES",
             help="how long the last checkpoint is retried while the disk is full or unmounted, before the run fails; "
-            "an earlier one is retried while the run goes on",
+            "earlier ones are retried while the run continues",
         )
     )
 
 
 def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False) -> None:
-    """`cached`: whether there is `--data_cache` (and with it `--fsdp`)."""
+    """Add the flags of speed and memory. `trains_blocks`: whether transformer blocks can be trained. `cached`: whether
+    the command has `--data_cache` and `--fsdp`, which the description then mentions."""
     laptop = ", and --data_cache ram where the images fit into memory" * cached
     gpu = "--data_cache device for small images, " * cached
     memory = ", ".join(["--accum_iter", *["--grad_checkpoint"] * trains_blocks, *["then --fsdp"] * cached])
@@ -261,7 +267,7 @@ def add_distributed_arguments(parser, shards: bool = False) -> None:
     rare(group.add_argument("--world_size", default=1, type=int, help="taken from the launcher"))
     rare(group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="taken from the launcher"))
     rare(group.add_argument("--dist_on_itp", action="store_true", help="read Open MPI's environment"))
-    rare(group.add_argument("--dist_url", default="env://", help="where the processes meet"))
+    rare(group.add_argument("--dist_url", default="env://", help="address at which the processes meet"))
     rare(
         group.add_argument(
             "--dist_backend", default="auto", choices=["auto", "nccl", "gloo"], help="auto: gloo, and nccl between GPUs"
@@ -276,7 +282,7 @@ def add_distributed_arguments(parser, shards: bool = False) -> None:
 
 
 def add_finetuning_arguments(parser, pooled: bool) -> None:
-    """What fine-tuning and probing share: which weights, which feature, how many classes."""
+    """Add the flags that fine-tuning and probing share: weights, feature and classes."""
     group = parser.add_argument_group("transfer")
     group.add_argument(
         "--finetune", default="", metavar="CHECKPOINT", help="weights of the encoder; without it they are random"
@@ -296,7 +302,7 @@ def add_finetuning_arguments(parser, pooled: bool) -> None:
 
 
 def check_numbers(args) -> None:
-    """Refuse numbers out of range, of the flags that `args` has: those of the mains and of the tools."""
+    """Raise UserError for a number out of range. The tools have only some of these flags, so any may be missing."""
     _check_finite(args)
     positive = "batch_size epochs accum_iter save_freq print_freq timeout_s clip_grad patch_size in_chans"
     positive += " decoder_embed_dim decoder_num_heads nb_classes eval_freq shuffle_buffer shard_samples max_steps"
@@ -324,7 +330,7 @@ def check_numbers(args) -> None:
 
 
 def check_values(args) -> None:
-    """Refuse numbers out of range, and flags of the mains that contradict each other."""
+    """Raise UserError for a number out of range, and for flags of the mains that contradict each other."""
     check_numbers(args)
     if args.start_epoch >= args.epochs and not args.resume and not getattr(args, "eval", False):
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of the --epochs {args.epochs} to train")
@@ -332,27 +338,33 @@ def check_values(args) -> None:
         raise UserError("--resume and --overwrite contradict each other: give one of them")
 
 
-def check_draft(args, crops: bool) -> None:
-    """UserError for --jpeg_draft where no random resized crop is made of files."""
-    if args.jpeg_draft and not crops:
+def check_draft(jpeg_draft: bool, crops: bool) -> None:
+    """Raise UserError for `--jpeg_draft` unless files are read and `crops` are random resized crops of them."""
+    if jpeg_draft and not crops:
         raise UserError("--jpeg_draft has no effect here: only random resized crops of files are decoded small")
 
 
 def check_speed_flags(args, trains: bool, why: str) -> None:
-    """UserError for a speed flag that has no effect, because no training loop runs."""
+    """Raise UserError for a flag of speed that has no effect, because nothing is trained; `why` ends the sentence."""
     for name in ("compile", "grad_checkpoint", "log_mfu"):
         if not trains and getattr(args, name, False):
             raise UserError(f"--{name} has no effect {why}")
 
 
 def _check_finite(args) -> None:
+    """Raise UserError for a flag that is infinite or NaN."""
     for name, value in vars(args).items():
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise UserError(f"--{name} {' '.join(str(number) for number in numbers)} is not finite")
 
 
-def settle_input_size(args, config: dict) -> None:
-    """Write the image size that the model will have into the flags: an int, or [H, W] where they differ."""
-    size = args.input_size or [config["img_size"]]
-    args.input_size = size[0] if len(size) == 1 or size[0] == size[1] else list(size)
+def compact_size(size: list[int]) -> int | list[int]:
+    """Return the image size [side] or [H, W] as flags and checkpoints store it: an int, or [H, W] where they differ."""
+    return size[0] if len(size) == 1 or size[0] == size[1] else list(size)
+
+
+def default_crop(dataset: str) -> str:
+    """Return `--aug` of fine-tuning and probing where it is not given: photographs get random resized crops, the small
+    images of CIFAR and the digits are padded and cropped."""
+    return "crop" if dataset in ("cifar10", "cifar100", "digits") else "rrc"

@@ -1,4 +1,4 @@
-"""The parser of every command: `--help` without the rare flags, and mistakes in one line."""
+"""The parser of every command: `--help` leaves out the rare flags, and mistakes are reported in one line."""
 
 import argparse
 import os
@@ -9,6 +9,34 @@ import textwrap
 WIDEST = 100  # columns of --help on a wider terminal: longer lines are hard to read
 
 
+class Flags(argparse.Namespace):
+    """Parsed flags. A main settles those that were not given and then freezes them: from there on, every assignment and
+    deletion raises AttributeError."""
+
+    __slots__ = ("_frozen",)  # a slot, so that it is not among the flags of `vars`
+
+    @property
+    def frozen(self) -> bool:
+        return getattr(self, "_frozen", False)
+
+    def freeze(self) -> None:
+        self._frozen = True
+
+    def __setattr__(self, name: str, value) -> None:
+        self._refuse_if_frozen(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._refuse_if_frozen(name)
+        super().__delattr__(name)
+
+    def _refuse_if_frozen(self, name: str) -> None:
+        if self.frozen:
+            raise AttributeError(
+                f"--{name} cannot change any more: flags are settled before a run begins; parse them again for another"
+            )
+
+
 def rare(action: argparse.Action) -> argparse.Action:
     """Mark the flag of `add_argument` as one that `--help` leaves to `--help_all`."""
     action.rare = True
@@ -16,15 +44,15 @@ def rare(action: argparse.Action) -> argparse.Action:
 
 
 def default_of(action: argparse.Action):
-    """The value that a flag has in the end where it is not given: `settled` of a method's option, which is absent from
-    the parsed flags unless given, else argparse's."""
+    """Return the value of a flag that is not given. A method's option, which is then absent from the parsed flags, has
+    it in `settled`; other flags have argparse's default."""
     return getattr(action, "settled", action.default)
 
 
 def shown_default(action: argparse.Action) -> str:
-    """How `--help` shows the default of a flag, such as "(default: 20)"; "" where there is nothing to show."""
+    """Return the default of a flag as `--help` shows it, such as "(default: 20)"; "" where it shows none."""
     value = default_of(action)
-    if action.nargs == 0:  # of two switches for one value, the one that is on
+    if action.nargs == 0:  # of two switches of one value, the default one is marked
         return "(default)" if action.const is not None and action.const == value else ""
     if value is None or value == argparse.SUPPRESS or value in ("", []):
         return ""
@@ -39,7 +67,8 @@ def _shown(value) -> str:
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """One spelling of every flag (the others are kept for old commands), short metavars, and each default once."""
+    """Shows one spelling of every flag (the others are kept for old commands), short metavars, and each default
+    once."""
 
     def __init__(self, prog: str, **kwargs):
         width = min(shutil.get_terminal_size().columns, WIDEST) - 2
@@ -67,7 +96,7 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"{action.help or ''} {default}".strip()
 
     def _fill_text(self, text, width, indent):
-        """Fills every paragraph but the indented ones, which are commands."""
+        """Wrap all paragraphs except indented ones, which are commands."""
         paragraphs = text.strip("\n").split("\n\n")
         lines = [[p] if p.startswith("  ") else self._split_lines(p, width - len(indent)) for p in paragraphs]
         return "\n\n".join("\n".join(indent + line for line in paragraph) for paragraph in lines)
@@ -77,7 +106,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class HelpAll(argparse.Action):
-    """`--help_all`: the help with the rare flags."""
+    """`--help_all`: print the help with the rare flags, and exit."""
 
     def __init__(self, option_strings, dest, **kwargs):
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **kwargs)
@@ -88,9 +117,11 @@ class HelpAll(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line instead of printing the usage of eighty flags; once, not once per rank.
+    """A parser that reports a mistake in one line, without the usage of all flags, and on rank 0 only. It returns
+    `Flags`.
 
-    `usual`: the flags of a usual call, for the usage line; required flags and positional arguments are always in it.
+    `usual`: the flags of a usual call, for the usage line, which always has the positional arguments and the required
+    flags.
     """
 
     def __init__(self, description: str, usual: str = ""):
@@ -99,14 +130,17 @@ class Parser(argparse.ArgumentParser):
         self._positionals.title, self._optionals.title = "arguments", "flags"
         self.add_argument("--help_all", action=HelpAll, help="show this message with the rarely used flags")
 
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(args, Flags() if namespace is None else namespace)
+
     def error(self, message):
         if os.environ.get("RANK", "0") == "0":
             print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
 
     def usage_line(self) -> str:
-        """PROGRAM POSITIONAL --required FLAG [flags]. Positional arguments come first: after a flag that takes a list,
-        they would be part of the list."""
+        """Return "PROGRAM POSITIONAL --required FLAG [flags]". Positional arguments come first: after a flag that takes
+        a list, they would be part of the list."""
         formatter = self._get_formatter()
         words = [self.prog]
         for action in self._actions:
@@ -121,20 +155,20 @@ class Parser(argparse.ArgumentParser):
         return f"usage: {self.usage_line()}\n"
 
     def format_help(self, everything: bool = False) -> str:
-        """The help; with `everything`, the rare flags too."""
-        rarely = [action for action in self._actions if hasattr(action, "rare")]
-        left_out = [] if everything else rarely
-        if not rarely:
+        """Return the help, without the rare flags unless `everything`."""
+        rare_flags = [action for action in self._actions if hasattr(action, "rare")]
+        left_out = [] if everything else rare_flags
+        if not rare_flags:
             left_out = [action for action in self._actions if isinstance(action, HelpAll)]
         formatter = self._get_formatter()
         formatter.add_usage(self.usage_line().replace("%", "%%"), [], [])
         formatter.add_text(self.description)
         for group in self._action_groups:
-            shown = [action for action in group._group_actions if action not in left_out]
+            actions = [action for action in group._group_actions if action not in left_out]
             formatter.start_section(group.title)
-            formatter.add_text(group.description if shown else None)
-            formatter.add_arguments(shown)
+            formatter.add_text(group.description if actions else None)
+            formatter.add_arguments(actions)
             formatter.end_section()
-        if rarely and not everything:
-            formatter.add_text(f"{len(rarely)} rarely used flags are left out here: see --help_all.")
+        if rare_flags and not everything:
+            formatter.add_text(f"{len(rare_flags)} rarely used flags are left out here: see --help_all.")
         return formatter.format_help()

@@ -1,9 +1,8 @@
-"""The task that guides a masking network (stages II and III of MLO-MAE): its labelled images, its head, its loss.
+"""The labelled task of MLO-MAE (stages II and III), which guides the masking network: its images, head and loss.
 
 Another task (a label per patch, say) is another class with the methods of `Classification`.
 """
 
-import copy
 import math
 import os
 
@@ -15,10 +14,10 @@ from torch import nn
 
 from models_encoder import encoder_features
 from util.data.build import build_loader
-from util.data.image_format import input_size, mean_std
+from util.data.image_format import image_shape, mean_std
 from util.data.leak import check_leak
 from util.data.loader import Endless
-from util.data.readers import read_images
+from util.data.readers import image_folder
 from util.data.sources import Files, Images, Subset
 from util.data.transforms import eval_transform, pretrain_transform
 from util.errors import UserError
@@ -26,27 +25,26 @@ from util.parallel.distributed import average, get_world_size
 
 
 def labelled_images(args, images) -> Images:
-    """The images of `--mlo_labels`: those that are pretrained on, or the train/ of another image folder."""
+    """Return the images of `--mlo_labels`: the pretraining `images`, or the train/ of another image folder. Raises
+    UserError when they cannot be read, have no labels or are a stream."""
     if args.mlo_labels == "same":
-        found, where = images, f"--dataset {args.dataset}"
+        labelled, source = images, f"--dataset {args.dataset}"
     else:
-        other = copy.copy(args)
-        other.dataset, other.data_path, where = "imagefolder", args.mlo_labels, f"--mlo_labels {args.mlo_labels}"
-        try:
-            found = read_images(other, train=True)
-            if args.check_leak:
-                check_leak(found, read_images(other, train=False), "--mlo_labels and --check_leak")
-        except UserError as error:
-            raise UserError(str(error).replace("--data_path", "--mlo_labels")) from None
-    if not isinstance(found, Images):
-        raise UserError(f"--mlo_labels same cannot use {where}, a stream: give a folder with train/<class>/")
-    if found.classes is None:
-        raise UserError(f"--mlo_labels needs labels, and {where} has none: give a folder with train/<class>/")
-    return found
+        source = f"--mlo_labels {args.mlo_labels}"
+        labelled = image_folder(args.mlo_labels, train=True, flag="--mlo_labels")
+        if args.check_leak:
+            held_out = image_folder(args.mlo_labels, train=False, flag="--mlo_labels")
+            check_leak(labelled, held_out, "--mlo_labels and --check_leak")
+    if not isinstance(labelled, Images):
+        raise UserError(f"--mlo_labels same cannot use {source}, a stream: give a folder with train/<class>/")
+    if labelled.classes is None:
+        raise UserError(f"--mlo_labels needs labels, and {source} has none: give a folder with train/<class>/")
+    return labelled
 
 
 def stratified_split(images: Images, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Places (for training, held out), `fraction` of every class held out. UserError where a class would be empty."""
+    """Return the indices of the images for training and of those held out, which are `fraction` of every class. Raises
+    UserError where a class would be empty on one side."""
     targets = np.asarray(images.targets)
     labels, counts = np.unique(targets, return_counts=True)
     names = [images.classes[label] for label in labels]
@@ -58,7 +56,7 @@ def stratified_split(images: Images, fraction: float, seed: int) -> tuple[list[i
     held = max(len(labels), round(fraction * len(targets)))
     if len(targets) - held >= len(labels):
         train, val = train_test_split(np.arange(len(targets)), test_size=held, stratify=targets, random_state=seed)
-        left = [len(np.unique(targets[places])) for places in (train, val)]
+        left = [len(np.unique(targets[indices])) for indices in (train, val)]
     if len(targets) - held < len(labels) or min(left) < len(labels):
         fits = 1 / counts.min()
         raise UserError(
@@ -69,7 +67,8 @@ def stratified_split(images: Images, fraction: float, seed: int) -> tuple[list[i
 
 
 def without(images, others: Subset):
-    """`images` less those that are the same files as `others`; a printed note where that cannot be told."""
+    """Return `images` without those that are the same files as `others`, by whatever path. Prints a note where images
+    are not files, so that they cannot be compared."""
     whole = images.images if isinstance(images, Subset) else images
     if not isinstance(whole, Files) or not isinstance(others.images, Files):
         if whole is not others.images:
@@ -78,16 +77,17 @@ def without(images, others: Subset):
                 "stage I sees what stage III holds out"
             )
         return images
-    taken = {os.path.realpath(others.name(place)) for place in range(len(others))}
-    places = [place for place in range(len(images)) if os.path.realpath(images.name(place)) not in taken]
-    return images if len(places) == len(images) else Subset(images, places)
+    taken = {os.path.realpath(others.name(index)) for index in range(len(others))}
+    indices = [index for index in range(len(images)) if os.path.realpath(images.name(index)) not in taken]
+    return images if len(indices) == len(images) else Subset(images, indices)
 
 
 class StandardizedLinear(nn.Linear):
-    """Of features that are standardised first, as by the BatchNorm without scale of MAE's linear probe (A.1).
+    """A linear layer on standardised features, as behind the BatchNorm without affine of MAE's linear probe (He et al.
+    2022, Appendix A.1).
 
-    The statistics are running ones, the same on every rank, and constants wherever this is differentiated: a step of
-    the head sees what `observe` saw last."""
+    The statistics are running means over the batches given to `observe`, the same on every rank. They are constants in
+    every derivative."""
 
     MOMENTUM, EPS = 0.1, 1e-6
 
@@ -98,7 +98,7 @@ class StandardizedLinear(nn.Linear):
         self.register_buffer("observed", torch.zeros((), dtype=torch.int64))
 
     def observe(self, features: torch.Tensor) -> None:
-        """Count a batch of features (N, width) of every rank in."""
+        """Update the statistics with a batch of features (N, width) of every rank."""
         features = features.detach().to(self.mean.dtype)
         share = torch.where(self.observed == 0, 1.0, self.MOMENTUM).to(self.mean.dtype)
         for buffer, new in zip((self.mean, self.square), average([features.mean(0), features.square().mean(0)])):
@@ -116,51 +116,52 @@ class Classification:
     standardized = False  # the head's features
 
     def __init__(self, args, images):
-        self.pool, self.standardized, self.args = args.mlo_feature, args.mlo_head_norm, args
+        self.args, self.pool, self.standardized = args, args.mlo_feature, args.mlo_head_norm
         labelled = labelled_images(args, images)
         self.classes = len(labelled.classes)
         train, self.held_out = stratified_split(labelled, args.mlo_val_fraction, args.seed)
         self.val_images = Subset(labelled, self.held_out)
-        # Stages I and II see nothing of stage III, neither a file that is listed twice nor one under another path.
+        # Stages I and II see no image of stage III, not even one that is listed twice or under another path.
         self.train_images = without(Subset(labelled, train), self.val_images)
         self.pretrain_images = self.train_images if labelled is images else without(images, self.val_images)
 
     def batches(self, every: tuple[int, int]) -> tuple[Endless, Endless]:
-        """Of stage II (augmented like the pretraining) and of stage III (as images are evaluated), which are asked for
-        one batch in so many steps."""
-        args, size, (mean, std) = self.args, input_size(self.args), mean_std(self.args)
-        kinds = (
-            pretrain_transform(args.aug, size, mean, std, args.crop_pct),
-            eval_transform(size, mean, std, args.crop_pct),
+        """Return the batches of stage II (augmented as in pretraining) and of stage III (transformed as in evaluation).
+        `every`: the steps from one batch of each to the next, by which the data workers are divided."""
+        args, size = self.args, image_shape(self.args.input_size)
+        mean, std = mean_std(args.dataset, args.in_chans, args.mean, args.std)
+        stages = (
+            (2, self.train_images, pretrain_transform(args.aug, size, mean, std, args.crop_pct)),
+            (3, self.val_images, eval_transform(size, mean, std, args.crop_pct)),
         )
         batch_size = args.mlo_batch_size or args.batch_size
-        found = []
-        for stage, images, transform in zip((2, 3), (self.train_images, self.val_images), kinds):
+        loaders = []
+        for (stage, images, transform), steps in zip(stages, every):
             if len(images) < batch_size * get_world_size():
                 raise UserError(
                     f"--mlo_batch_size {batch_size} is more than the {len(images)} labelled images of stage "
                     f"{'I' * stage} on {get_world_size()} process(es): lower it"
                 )
-            here = copy.copy(args)
-            here.seed += 1_000_003 * stage  # other crops than stage I's
-            here.num_workers = math.ceil(args.num_workers / every[stage - 2])
-            found.append(Endless(build_loader(images, transform, here, batch_size, train=True)))
-        return found[0], found[1]
+            workers = math.ceil(args.num_workers / steps)
+            seed = args.seed + 1_000_003 * stage  # other crops than stage I's
+            loader = build_loader(images, transform, args, batch_size, train=True, num_workers=workers, seed=seed)
+            loaders.append(Endless(loader))
+        return loaders[0], loaders[1]
 
     def head(self, width: int) -> nn.Module:
-        """From features (N, width) to logits."""
+        """Return a new head, from features (N, width) to logits (N, classes)."""
         head = (StandardizedLinear if self.standardized else nn.Linear)(width, self.classes)
         nn.init.trunc_normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
         return head
 
     def observe(self, head: nn.Module, features: torch.Tensor) -> None:
-        """What a head must know of its features before it takes a step on them."""
+        """Update the statistics of a standardised head, before it takes a step on `features`."""
         if self.standardized:
             head.observe(features)
 
     def features(self, encoder, imgs: torch.Tensor) -> torch.Tensor:
-        """Of the whole image, every patch visible: (N, D) float32 or wider."""
+        """Return the features (N, D) of whole images, every patch visible, in float32 or wider."""
         return encoder_features(encoder, imgs, self.pool)
 
     @staticmethod
@@ -169,9 +170,9 @@ class Classification:
 
     @staticmethod
     def score(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Top-1 in percent, on the device."""
+        """Return the top-1 accuracy in percent, a scalar on the device."""
         return 100.0 * (logits.argmax(dim=-1) == targets).float().mean()
 
     def logged(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What is said of stage III."""
+        """Return the metrics of a batch of stage III."""
         return {"stage3_loss": loss.detach(), "stage3_top1": self.score(logits.detach(), targets)}

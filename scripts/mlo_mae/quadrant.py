@@ -71,7 +71,8 @@ def probe(folder: Path, checkpoint: Path, data: Path, seed: int) -> float:
 def images(data: Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return all images of a split, and their labels."""
     args = SimpleNamespace(dataset="imagefolder", data_path=str(data), seed=0, in_chans=3)
-    dataset = KeyedDataset(read_images(args, train=train), eval_transform((32, 32), *IMAGENET, None), args)
+    transform = eval_transform((32, 32), *IMAGENET, None)
+    dataset = KeyedDataset(read_images(args, train=train), transform, seed=0, in_chans=3)
     samples = [dataset[index] for index in range(len(dataset))]
     return torch.stack([s.image for s in samples]), torch.tensor([s.target for s in samples])
 

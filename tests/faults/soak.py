@@ -121,7 +121,7 @@ class Soak:
                 content = self.damaged(self.chance.choice(kinds))
                 (Path(folder) / f"{number:02d}{ending}").write_bytes(content)
             args = self.args(f"--dataset folder --data_path {folder}")
-            dataset = KeyedDataset(read_images(args, True), self.transform(), args, replace=False)
+            dataset = KeyedDataset(read_images(args, True), self.transform(), seed=0, in_chans=3, replace=False)
             bad = sum(int(dataset[index].bad) for index in range(len(dataset)))
         self.count["bad images"] += 60
         self.count["bad images that were still readable"] += 60 - bad
@@ -136,7 +136,7 @@ class Soak:
                 (Path(folder) / "list.txt").write_bytes(self.damaged(lines))
                 args = self.args(f"--dataset filelist --data_path {folder} --train_list {folder}/list.txt")
                 try:
-                    dataset = KeyedDataset(read_images(args, True), self.transform(), args, replace=False)
+                    dataset = KeyedDataset(read_images(args, True), self.transform(), seed=0, in_chans=3, replace=False)
                     for index in range(len(dataset)):
                         dataset[index]  # missing files count as unreadable
                 except UserError:

@@ -95,7 +95,7 @@ def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     (tmp_path / "x.png").write_bytes(EPS)
-    dataset = KeyedDataset(Files([str(tmp_path / "x.png")], [0], None), PLAIN, flags(), replace=False)
+    dataset = KeyedDataset(Files([str(tmp_path / "x.png")], [0], None), PLAIN, seed=0, in_chans=3, replace=False)
     assert dataset[0].bad == 1 and not (tmp_path / "started").exists()
 
 

@@ -105,12 +105,10 @@ def test_datasets_and_caches_count_alike(scratch, contents):
     for path, content in zip(paths, contents):
         Path(path).write_bytes(content)
     images = Files(paths, [0] * 3, None)
-    args = flags()
     with silent():
-        dataset = KeyedDataset(images, tvt.Compose([tvt.CenterCrop((8, 8)), PLAIN]), args, replace=False)
+        dataset = KeyedDataset(images, tvt.Compose([tvt.CenterCrop((8, 8)), PLAIN]), 0, 3, replace=False)
         bad = [dataset[number].bad for number in range(3)]
-        args.jpeg_draft = True
-        drafts = KeyedDataset(images, tvt.Compose([tvt.RandomResizedCrop(8), PLAIN]), args, replace=False)
+        drafts = KeyedDataset(images, tvt.Compose([tvt.RandomResizedCrop(8), PLAIN]), 0, 3, True, replace=False)
         assert [drafts[number].bad for number in range(3)] == bad
         try:
             decoder = Decoder(images, 3, 8)
@@ -146,7 +144,7 @@ def test_lists(scratch, content):
     lines = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     assert len(images) == sum(bool(line.strip()) for line in lines)
     with silent():
-        dataset = KeyedDataset(images, PLAIN, args, replace=False)
+        dataset = KeyedDataset(images, PLAIN, args.seed, args.in_chans, replace=False)
         for number in range(len(images)):
             path = os.path.abspath(images.name(number))
             assert path.startswith(str(root))

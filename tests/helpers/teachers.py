@@ -32,8 +32,7 @@ def switches(names, teacher="") -> str:
 def made(flags: str, steps=100):
     """Return the pretrainer of these flags, and the parsed flags."""
     args = main_pretrain.get_args_parser().parse_args(f"{BASE} --epochs 10 {flags}".split())
-    chosen = main_pretrain.check(args)
-    args.input_size = args.input_size[0]
+    chosen = main_pretrain.settle(args)
     torch.manual_seed(0)
     model = main_pretrain.build(args)
     return Pretrainer(model, [method(args, model) for method in chosen], steps), args

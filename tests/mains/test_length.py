@@ -13,7 +13,7 @@ import main_linprobe
 import main_pretrain
 from util.errors import UserError
 from util.lr_sched import learning_rate
-from util.training.run_length import settle_length
+from util.training.run_length import run_length
 
 # 96 training images in batches of 8: 12 batches, 6 steps an epoch.
 BASE = "--batch_size 8 --accum_iter 2 --num_workers 0 --device cpu --amp_dtype fp32 --print_freq 1 --save_freq 1"
@@ -25,12 +25,6 @@ MAINS = {"pretrain": (main_pretrain, PRETRAIN), "finetune": (main_finetune, FINE
 def start(task, flags):
     main, base = MAINS[task]
     return main.main(main.get_args_parser().parse_args(f"{base} {flags}".split()))
-
-
-def flags_of(**given):
-    return argparse.Namespace(
-        **{"epochs": 1, "max_steps": None, "accum_iter": 1, "start_epoch": 0, "resume": "", **given}
-    )
 
 
 @pytest.mark.parametrize(
@@ -49,10 +43,10 @@ def flags_of(**given):
     ],
 )
 def test_steps_and_end(epochs, max_steps, accum, batches, steps, end):
-    args = flags_of(epochs=epochs, max_steps=max_steps, accum_iter=accum)
     for _ in range(2):  # the second call takes its own result
-        assert settle_length(args, batches) == steps
-        assert args.epochs == pytest.approx(end, rel=1e-15)  # one division
+        length, epochs = run_length(batches, accum, epochs, max_steps)
+        assert length == steps
+        assert epochs == pytest.approx(end, rel=1e-15)  # one division
     assert steps <= ceil(end) * ceil(batches / accum)
 
 

@@ -95,7 +95,7 @@ def test_last_partial_window_is_a_mean_too(image_folder, tmp_path):
     with seeded(args.seed):
         model = main_pretrain.build(args)
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95))
-    transform = pretrain_transform("mae", (16, 16), *mean_std(args))
+    transform = pretrain_transform("mae", (16, 16), *mean_std(args.dataset, args.in_chans))
     batches = list(build_loader(read_images(args, True), transform, args, 8, train=True).begin(0))
     for first, count in ((0, 5), (5, 5), (10, 2)):
         imgs = torch.cat([batch.image for batch in batches[first : first + count]])

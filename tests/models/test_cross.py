@@ -88,8 +88,8 @@ def test_decoders_have_different_tensor_names(image_folder, tmp_path):
 def test_a_random_third_is_predicted(image_folder, tmp_path):
     """A third of the removed patches is predicted by default, each equally often over the epochs."""
     args = main_pretrain.get_args_parser().parse_args(f"{SMALL} --data_path {image_folder}".split())
-    main_pretrain.check(args)
-    model = main_pretrain.build(args.__class__(**vars(args) | {"input_size": 16}))
+    main_pretrain.settle(args)
+    model = main_pretrain.build(args)
     out = model.forward_pretrain(torch.zeros(4000, 3, 16, 16), 0.75, torch.rand(4000, 16))
     assert out.ids_predicted.shape == (4000, 4)
     counts = out.ids_predicted.flatten().bincount(minlength=16)

@@ -55,17 +55,16 @@ def _try_writing(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def make_output_dir(args) -> None:
-    """Create both folders and, with `--overwrite`, delete the run in `--output_dir`; called after all other checks.
+def make_output_dir(output_dir: str, log_dir: str, overwrite: bool) -> None:
+    """Create both folders and, with `overwrite`, delete the run in `output_dir`; called after all other checks.
     Raises UserError when a folder cannot be written."""
     if not is_main_process():
         return
-    for flag in ("output_dir", "log_dir"):
-        folder = getattr(args, flag)
+    for flag, folder in (("output_dir", output_dir), ("log_dir", log_dir)):
         try:
             if folder:
                 os.makedirs(folder, exist_ok=True)
-                if args.overwrite and flag == "output_dir":
+                if overwrite and flag == "output_dir":
                     _delete_run(Path(folder))
                 _try_writing(Path(folder))
         except OSError as error:

@@ -12,7 +12,6 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from util.compute.precision import choose_amp_dtype
 from util.errors import UserError
 
 ATTENTION = ["auto", "fused", "matmul"]
@@ -30,9 +29,9 @@ def attention_is_fused(setting: str, device: torch.device, dtype: torch.dtype) -
     return setting == "fused"
 
 
-def choose_attention(args, device: torch.device, *made: nn.Module) -> None:
+def choose_attention(implementation: str, device: torch.device, dtype: torch.dtype, *made: nn.Module) -> None:
     """Set `--attention` for all models that are built later, and for the `made` ones."""
-    fused = attention_is_fused(args.attention, device, choose_amp_dtype(args.amp_dtype, device))
+    fused = attention_is_fused(implementation, device, dtype)
     set_fused_attn(fused)
     for model in made:
         for module in model.modules():

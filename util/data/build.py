@@ -2,7 +2,7 @@
 
 from util.data.loader import Loader
 from util.data.samples import KeyedDataset, StreamDataset
-from util.data.shard_loader import ShardLoader
+from util.data.shard_loader import ShardDataset, ShardLoader
 from util.data.shards import Shards
 from util.data.sources import Images
 from util.errors import UserError
@@ -10,22 +10,37 @@ from util.parallel.distributed import get_world_size
 
 
 def build_loader(
-    images, transform, args, batch_size: int, train: bool, num_workers: int | None = None, split: bool = True
+    images,
+    transform,
+    args,
+    batch_size: int,
+    train: bool,
+    num_workers: int | None = None,
+    split: bool = True,
+    seed: int | None = None,
 ) -> Loader:
-    """Return a loader of batches of `images` (an `Images`, `Shards` or a stream of timm). `num_workers` overrides the
-    flag. The ranks split the images among themselves; with `split=False` every rank reads all of them.
+    """Return a loader of batches of `images` (an `Images`, `Shards` or a stream of timm) for the flags `args`;
+    `num_workers` and `seed` override the flags of these names. The ranks split the images among themselves; with
+    `split=False` every rank reads all of them.
 
     Raises UserError when the training set is smaller than one batch, ValueError for a stream with `split=False`.
     """
+    pixels = {"seed": args.seed if seed is None else seed, "in_chans": args.in_chans}
+    draft = getattr(args, "jpeg_draft", False)
+    workers = args.num_workers if num_workers is None else num_workers
     if isinstance(images, Shards):
-        loader = ShardLoader(images, transform, args, batch_size, train, num_workers, split)
-    elif isinstance(images, Images):
-        data = KeyedDataset(images, transform, args, replace=train)
-        loader = Loader(data, args, batch_size, train, num_workers, split)
-    elif split:
-        loader = Loader(StreamDataset(images, transform, args), args, batch_size, train, num_workers)
+        classes = getattr(args, "nb_classes", None)
+        options = dict(shuffle_buffer=args.shuffle_buffer, jpeg_draft=draft, classes=classes, split=split)
+        data = ShardDataset(images, transform, batch_size, train, **pixels, **options)
+        loader = ShardLoader(data, workers, args.pin_mem)
     else:
-        raise ValueError("split=False does not work for a stream: timm's reader splits it among the ranks")
+        if isinstance(images, Images):
+            data = KeyedDataset(images, transform, **pixels, jpeg_draft=draft, replace=train)
+        elif split:
+            data = StreamDataset(images, transform, **pixels)
+        else:
+            raise ValueError("split=False does not work for a stream: timm's reader splits it among the ranks")
+        loader = Loader(data, batch_size, train, pixels["seed"], workers, args.pin_mem, split)
     if train:
         check_enough(len(loader.dataset), batch_size)
     return loader

@@ -16,7 +16,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from util.data.batch_aug import BatchTransform
 from util.data.images import BROKEN_IMAGE, open_image, open_regular, printable, warn_unreadable
-from util.data.loader import EpochBatches, Loader
+from util.data.loader import EpochBatches, Loader, loader_options
 from util.data.sample_rng import sample_noise
 from util.data.samples import Sample, UnreadableData
 from util.data.sources import Images
@@ -242,11 +242,12 @@ class CachedBatches(Dataset):
 class CachedLoader(Loader):
     """Training batches from a cache: made by workers from shared memory, or by this process on the device."""
 
-    def __init__(self, images: CachedImages, transform: BatchTransform, args, batch_size: int):
+    def __init__(
+        self, images: CachedImages, transform: BatchTransform, batch_size: int, num_workers: int, pin_mem: bool = False
+    ):
         self.dataset, self.batch_size = CachedBatches(images, transform), batch_size
         self.stream, self.shuffle, self.start = False, True, 0
-        self.batches = EpochBatches(len(images), batch_size, args.seed, shuffle=True)
+        self.batches = EpochBatches(len(images), batch_size, transform.seed, shuffle=True)
         on_host = images.pixels.device.type == "cpu"
-        common = self.options(args, args.num_workers if on_host else 0)
-        common["pin_memory"] &= on_host
+        common = loader_options(transform.seed, num_workers if on_host else 0, pin_mem and on_host)
         self.loader = DataLoader(self.dataset, sampler=self.batches, batch_size=None, **common)

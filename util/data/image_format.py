@@ -1,5 +1,7 @@
 """The format of a model's input images: height and width, per-channel mean and standard deviation."""
 
+from collections.abc import Sequence
+
 from util.errors import UserError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -12,26 +14,28 @@ MEAN_STD = {
 }
 
 
-def mean_std(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the per-channel mean and standard deviation: `--mean/--std`, else the data set's own for `--in_chans`.
+def mean_std(
+    dataset: str, in_chans: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the per-channel mean and standard deviation: `mean` and `std` where they are given, else those of
+    `dataset`, for `in_chans` channels.
 
-    Raises UserError when only one of the flags is given, or their length is not the number of channels.
+    Raises UserError when only one of them is given, when their number is not the number of channels, and when a
+    standard deviation is not positive.
     """
-    mean, std = args.mean, args.std
     if (mean is None) != (std is None):
         raise UserError("--mean and --std go together: give both (tools/mean_std.py computes them) or neither")
     if mean is None:
-        mean, std = MEAN_STD.get(args.dataset, IMAGENET)
-        if args.in_chans != 3:  # grey, or grey and alpha: the average channel; alpha counts like a colour
-            mean, std = ([sum(values) / 3] * args.in_chans for values in (mean, std))
-    if len(mean) != args.in_chans or len(std) != args.in_chans:
-        raise UserError(f"--mean and --std need one number per channel: --in_chans is {args.in_chans}")
+        mean, std = MEAN_STD.get(dataset, IMAGENET)
+        if in_chans != 3:  # grey, or grey and alpha: the average channel; alpha counts like a colour
+            mean, std = ([sum(values) / 3] * in_chans for values in (mean, std))
+    if len(mean) != in_chans or len(std) != in_chans:
+        raise UserError(f"--mean and --std need one number per channel: --in_chans is {in_chans}")
     if min(std) <= 0:
         raise UserError("--std must be positive")
     return tuple(mean), tuple(std)
 
 
-def input_size(args) -> tuple[int, int]:
-    """Return (H, W) of `args.input_size`, which the mains set to the model's own size when the flag is absent."""
-    size = args.input_size
+def image_shape(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return (H, W) of a settled `--input_size`: one number, or two."""
     return (size, size) if isinstance(size, int) else (size[0], size[-1])

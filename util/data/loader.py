@@ -87,30 +87,33 @@ def _end_workers() -> None:
         iterator._shutdown_workers()
 
 
-class Loader:
-    """A DataLoader with `begin(epoch, batch)`: iteration starts at that batch, `len` is that of the whole epoch.
-    `num_workers` overrides the flag; `split=False` gives every rank all samples, but has no effect on a stream."""
+def loader_options(seed: int, num_workers: int, pin_mem: bool, persistent: bool = True) -> dict:
+    """Return the arguments that every DataLoader gets. `persistent` workers outlive an epoch."""
+    return dict(
+        num_workers=num_workers,
+        pin_memory=pin_mem and torch.cuda.is_available(),
+        persistent_workers=num_workers > 0 and persistent,
+        worker_init_fn=_outlive_signals,
+        generator=torch.Generator().manual_seed(seed),  # keeps the global one unused
+    )
 
-    def __init__(self, dataset, args, batch_size: int, shuffle: bool, num_workers: int | None = None, split=True):
+
+class Loader:
+    """A DataLoader with `begin(epoch, batch)`; iterating starts there, `len` is the whole epoch. `split=False` gives
+    every rank all samples (not of a stream)."""
+
+    def __init__(
+        self, dataset, batch_size: int, shuffle: bool, seed: int, num_workers: int, pin_mem: bool = False, split=True
+    ):
         self.dataset, self.batch_size = dataset, batch_size
         self.stream, self.shuffle = isinstance(dataset, IterableDataset), shuffle
         self.start = 0
-        common = self.options(args, args.num_workers if num_workers is None else num_workers)
+        common = loader_options(seed, num_workers, pin_mem, persistent=not self.stream)
         if self.stream:
             self.loader = DataLoader(dataset, batch_size=batch_size, **common)
         else:
-            self.batches = EpochBatches(len(dataset), batch_size, args.seed, shuffle, split)
+            self.batches = EpochBatches(len(dataset), batch_size, seed, shuffle, split)
             self.loader = DataLoader(dataset, batch_sampler=self.batches, **common)
-
-    def options(self, args, workers: int) -> dict:
-        """Return the arguments common to all DataLoaders."""
-        return dict(
-            num_workers=workers,
-            pin_memory=args.pin_mem and torch.cuda.is_available(),
-            persistent_workers=workers > 0 and not self.stream,
-            worker_init_fn=_outlive_signals,
-            generator=torch.Generator().manual_seed(args.seed),  # keeps the global one unused
-        )
 
     def begin(self, epoch: int, start: int = 0) -> "Loader":
         """Set the epoch and the batch at which the next iteration starts."""

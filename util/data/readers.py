@@ -33,10 +33,14 @@ def need_path(args) -> Path:
     """Return `--data_path`. Raises UserError when it is not given or not a folder."""
     if not args.data_path:
         raise UserError(f"--dataset {args.dataset} needs --data_path, the folder that holds it")
-    path = Path(args.data_path).expanduser()
-    if not os.path.isdir(path):  # pathlib's raises for a name that is too long
-        raise UserError(f"--data_path {path} is not a folder")
-    return path
+    return _folder_at(args.data_path)
+
+
+def _folder_at(path: str | Path, flag: str = "--data_path") -> Path:
+    folder = Path(path).expanduser()
+    if not os.path.isdir(folder):  # pathlib's raises for a name that is too long
+        raise UserError(f"{flag} {folder} is not a folder")
+    return folder
 
 
 def class_folder(folder: Path, classes: list[str] | None = None) -> Files:
@@ -61,13 +65,19 @@ def class_folder(folder: Path, classes: list[str] | None = None) -> Files:
 
 
 def _imagefolder(args, train: bool) -> Files:
-    root = need_path(args)
+    return image_folder(need_path(args), train)
+
+
+def image_folder(path: str | Path, train: bool, flag: str = "--data_path") -> Files:
+    """Return the images of `path`/train/<class>/ or `path`/val/<class>/. Raises UserError, which names `flag`, when
+    there is no such folder."""
+    root = _folder_at(path, flag)
     if not (root / "train").is_dir():
-        raise UserError(f"--data_path {root} has no train/ folder; use --dataset folder for images without that layout")
+        raise UserError(f"{flag} {root} has no train/ folder; use --dataset folder for images without that layout")
     if train:
         return class_folder(root / "train")
     if not (root / "val").is_dir():
-        raise UserError(f"--data_path {root} has no val/ folder")
+        raise UserError(f"{flag} {root} has no val/ folder")
     classes = class_names(root / "train")
     return class_folder(root / "val", classes)
 

@@ -39,10 +39,11 @@ class KeyedDataset(torch.utils.data.Dataset):
     (`replace=False`) it becomes a black image with `bad` set, so that it can be left out of the count.
     """
 
-    def __init__(self, images: Images, transform, args, replace: bool = True):
-        self.images, self.replace = images, replace
-        self.crop, self.transform = split_crop(transform) if getattr(args, "jpeg_draft", False) else (None, transform)
-        self.seed, self.in_chans = args.seed, args.in_chans
+    def __init__(
+        self, images: Images, transform, seed: int, in_chans: int, jpeg_draft: bool = False, replace: bool = True
+    ):
+        self.images, self.seed, self.in_chans, self.replace = images, seed, in_chans, replace
+        self.crop, self.transform = split_crop(transform) if jpeg_draft else (None, transform)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -76,9 +77,8 @@ class StreamDataset(IterableDataset):
     """An iterable data set of timm's factory. Samples are numbered per rank and worker. timm chooses their order and
     gives each worker its own shards; where shards differ in size, it repeats or leaves out a few samples."""
 
-    def __init__(self, stream, transform, args):
-        self.stream, self.transform = stream, transform
-        self.seed, self.in_chans, self.epoch = args.seed, args.in_chans, 0
+    def __init__(self, stream, transform, seed: int, in_chans: int):
+        self.stream, self.transform, self.seed, self.in_chans, self.epoch = stream, transform, seed, in_chans, 0
         if hasattr(stream.reader, "dist_rank"):  # set by timm before the process group may exist
             stream.reader.dist_rank, stream.reader.dist_num_replicas = get_rank(), get_world_size()
 

@@ -21,7 +21,7 @@ from webdataset.filters import shuffle
 
 from util.data.images import BROKEN_IMAGE, open_image, printable, warn_unreadable
 from util.data.jpeg_draft import split_crop
-from util.data.loader import Loader
+from util.data.loader import Loader, loader_options
 from util.data.sample_rng import seeded
 from util.data.samples import DRAWS, Sample, UnreadableData
 from util.data.shards import BAD_SHARD, Shards, image_ending, members_of, open_shard, samples_of, warn_bad_shard
@@ -141,11 +141,22 @@ class ShardDataset(IterableDataset):
     images.
     """
 
-    def __init__(self, shards: Shards, transform, args, batch_size: int, train: bool, split: bool = True):
+    def __init__(
+        self,
+        shards: Shards,
+        transform,
+        batch_size: int,
+        train: bool,
+        seed: int,
+        in_chans: int,
+        shuffle_buffer: int = 1,
+        jpeg_draft: bool = False,
+        classes: int | None = None,
+        split: bool = True,
+    ):
         self.shards, self.batch_size, self.train = shards, batch_size, train
-        self.seed, self.in_chans, self.buffer = args.seed, args.in_chans, args.shuffle_buffer if train else 1
-        self.crop, self.transform = split_crop(transform) if getattr(args, "jpeg_draft", False) else (None, transform)
-        classes = getattr(args, "nb_classes", None)
+        self.seed, self.in_chans, self.buffer = seed, in_chans, shuffle_buffer if train else 1
+        self.crop, self.transform = split_crop(transform) if jpeg_draft else (None, transform)
         self.labels = range(classes) if classes else range(-1, 2**31)
         self.at = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch and first batch, shared with the workers
         rank, world = (get_rank(), get_world_size()) if split else (0, 1)
@@ -218,14 +229,11 @@ class ShardDataset(IterableDataset):
 class ShardLoader(Loader):
     """Batches of shards; iteration can start at any batch without reading those before it."""
 
-    def __init__(
-        self, shards: Shards, transform, args, batch_size: int, train: bool, num_workers: int | None = None, split=True
-    ):
-        self.dataset = ShardDataset(shards, transform, args, batch_size, train, split)
-        self.batch_size, self.stream, self.shuffle, self.start = batch_size, True, train, 0
-        workers = min(args.num_workers if num_workers is None else num_workers, max(1, self.dataset.batches))
-        options = self.options(args, workers) | {"persistent_workers": workers > 0}
-        self.loader = DataLoader(self.dataset, batch_size=batch_size, **options)
+    def __init__(self, dataset: ShardDataset, num_workers: int, pin_mem: bool = False):
+        self.dataset, self.batch_size = dataset, dataset.batch_size
+        self.stream, self.shuffle, self.start = True, dataset.train, 0
+        options = loader_options(dataset.seed, min(num_workers, max(1, dataset.batches)), pin_mem)
+        self.loader = DataLoader(dataset, batch_size=dataset.batch_size, **options)
 
     def begin(self, epoch: int, start: int = 0) -> "ShardLoader":
         self.dataset.at[:] = torch.tensor([epoch, start])

@@ -19,8 +19,8 @@ from util.errors import UserError
 from util.parallel.distributed import get_world_size, is_main_process
 
 
-def check_sharded(args, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise UserError if `--fsdp` cannot be used."""
+def check_sharded(dtype: torch.dtype) -> None:
+    """Raise UserError if `--fsdp` cannot be used: in one process, or in float16."""
     if get_world_size() < 2:
         raise UserError("--fsdp shards a model over processes, and this run has one process: start it with torchrun")
     if dtype is torch.float16:

@@ -14,10 +14,10 @@ class Checkpointer:
     """Writes the checkpoints of a run and the file of its best weights. The `logs` are written before every
     checkpoint."""
 
-    def __init__(self, args, logs: list[GrowingFile]):
-        self.writes = bool(args.output_dir)
-        self.saver = Saver(args.output_dir, args.save_patience)
-        self.best_file = LateFile(Path(args.output_dir) / "checkpoint-best.pth", write_tensors)
+    def __init__(self, output_dir: str, save_patience: float, logs: list[GrowingFile]):
+        self.writes = bool(output_dir)
+        self.saver = Saver(output_dir, save_patience)
+        self.best_file = LateFile(Path(output_dir) / "checkpoint-best.pth", write_tensors)
         self.saver.files = [*logs, self.best_file]
         self.best = 0.0  # highest score so far
 

@@ -24,7 +24,7 @@ def end_again(run, files: list[Path], write: Callable[[dict[str, float]], None])
     print(f"{state}; nothing is trained{'; its results are written: ' + ', '.join(names) if names else ' or written'}")
     if names:
         run.record.restore()
-        make_output_dir(run.args)
+        make_output_dir(run.args.output_dir, run.args.log_dir, run.args.overwrite)
         run.reporter.board = Board(run.args.log_dir)
         write(metrics)
     if LEDGER in names:

@@ -21,17 +21,14 @@ class Reporter:
     """Collects metrics on the device in every step, and reads and writes them every `--print_freq` steps; only the
     reading waits for the device. `run` is the `util.training.run.Run` that is reported on."""
 
-    def __init__(self, args, device: torch.device, scaler):
+    def __init__(self, output_dir: str, device: torch.device, scaler, spike_factor: float | None = None):
         self.device, self.scaler = device, scaler
         self.meter = EpochMeter(device)
-        self.non_finite, self.spikes, self.overflows = (
-            NonFiniteDetector(device),
-            SpikeDetector(args.spike_factor),
-            OverflowDetector(scaler),
-        )
-        folder = Path(args.output_dir)
+        self.non_finite, self.spikes = NonFiniteDetector(device), SpikeDetector(spike_factor)
+        self.overflows = OverflowDetector(scaler)
+        folder = Path(output_dir)
         self.log, self.spike_log = GrowingFile(folder / "log.txt"), GrowingFile(folder / "spikes.jsonl")
-        self.writes = bool(args.output_dir)
+        self.logs, self.writes = [self.log, self.spike_log], bool(output_dir)
         self.board = Board(None)  # replaced when training begins
         self.clock, self.waited, self.progress = Clock(), 0.0, None
         self.unreadable = 0  # unreadable images since the last reading

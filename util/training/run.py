@@ -20,7 +20,7 @@ from util.checkpoint.files import LEDGER
 from util.checkpoint.output_dir import check_output_dir, make_output_dir
 from util.checkpoint.save import abandon_later
 from util.compute.kernels import choose_attention, make_deterministic
-from util.compute.precision import autocast
+from util.compute.precision import autocast, choose_amp_dtype
 from util.data.loader import Loader, next_batch
 from util.data.samples import Sample
 from util.errors import RunFailed, UserError
@@ -46,13 +46,15 @@ from util.training.batches import MicroBatch, accumulation_window
 from util.training.checkpointing import Checkpointer
 from util.training.meters import EpochMeter
 from util.training.reporting import Reporter
-from util.training.run_length import settle_length
+from util.training.run_length import run_length
 from util.training.stepping import Stepper
 
 
 def start(args) -> torch.device:
-    """Join the process group, choose the device, seed the random numbers, check the output folder. Raises UserError if
-    the ranks have different flags, or if the folder cannot be used."""
+    """Join the process group, choose the device, seed the random numbers, check the output folder. Settles --log_dir
+    and the launcher's flags (rank, gpu, world_size, distributed). Raises UserError if the ranks have different flags,
+    or if the folder cannot be used."""
+    args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
     device = init_distributed_mode(args)
     check_same_flags(args)
     check_output_dir(args)
@@ -62,11 +64,9 @@ def start(args) -> torch.device:
     if args.deterministic:
         make_deterministic()
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = (
-            not args.deterministic
-        )  # benchmarking may choose another algorithm in every run
+        torch.backends.cudnn.benchmark = not args.deterministic  # the fastest algorithm may change between runs
         torch.set_float32_matmul_precision("high")  # TF32 in matrix products of float32
-    choose_attention(args, device)
+    choose_attention(args.attention, device, choose_amp_dtype(args.amp_dtype, device))
     return device
 
 
@@ -98,14 +98,14 @@ class Run:
         self.saved_model, self.train_module, self.optimizer = saved_model, train_module or saved_model, optimizer
         self.methods = getattr(self.train_module, "methods", None)
         self.sharded = getattr(args, "fsdp", False)
-        self.record = record or Record("", args)
-        self.stepper = Stepper(args, device, self.train_module, optimizer)
-        self.reporter = Reporter(args, device, self.stepper.scaler)
-        self.checkpoints = Checkpointer(args, [self.reporter.log, self.reporter.spike_log])
+        self.record, self.resumed = record or Record("", args), resume
+        self.stepper = Stepper(device, args.amp_dtype, self.train_module, optimizer, args.accum_iter, args.clip_grad)
+        self.reporter = Reporter(args.output_dir, device, self.stepper.scaler, args.spike_factor)
+        self.checkpoints = Checkpointer(args.output_dir, args.save_patience, self.reporter.logs)
         self.stop, self.stopped = StopRequest(), False  # `stopped`: a signal ends the run early
-        self.steps_per_epoch, self.total_steps = ceil(len(loader) / args.accum_iter), settle_length(args, len(loader))
+        self.steps_per_epoch = ceil(len(loader) / args.accum_iter)
+        self.total_steps, _ = run_length(len(loader), args.accum_iter, args.epochs, args.max_steps)
         self.epoch, self.position, self.lr = args.start_epoch, 0, 0.0
-        self.resumed = resume
         if resume is not None:
             run_state.resume(self, resume)
         # Computed from the position, not read from the file: correct with --start_epoch and other batch flags, too.
@@ -127,7 +127,7 @@ class Run:
         args, resume = self.args, self.resumed
         external = [network for method in self.all_methods() for network in method.external_networks()]
         self.stepper.prepare([self.train_module, *external] if args.compile else [], args.log_mfu, self.sharded)
-        make_output_dir(args)
+        make_output_dir(args.output_dir, args.log_dir, args.overwrite)
         if resume is not None and args.output_dir:
             trim_log(args.output_dir, self.epoch)
             abandon_later(args.output_dir, resume)

@@ -18,10 +18,18 @@ class Stepper:
     """Takes steps of `optimizer` on the parameters of `train_module`; `ddp_model` is the module to call for forward
     passes (the three names of the network: `util.training.run.Run`)."""
 
-    def __init__(self, args, device: torch.device, train_module: nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self,
+        device: torch.device,
+        amp_dtype: str,
+        train_module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accum_iter: int = 1,
+        clip_grad: float | None = None,
+    ):
         self.device, self.train_module, self.optimizer = device, train_module, optimizer
-        self.clip_grad, self.accum_iter = args.clip_grad, args.accum_iter
-        self.amp_dtype = choose_amp_dtype(args.amp_dtype, device)
+        self.amp_dtype = choose_amp_dtype(amp_dtype, device)
+        self.accum_iter, self.clip_grad = accum_iter, clip_grad
         self.scaler = NativeScalerWithGradNormCount(self.amp_dtype is torch.float16, device)
         self.ddp_model = train_module  # wrapped by `prepare`
         self.flops: FlopMeter | None = None

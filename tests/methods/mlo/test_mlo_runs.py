@@ -69,8 +69,7 @@ def test_stage_one_never_sees_what_is_held_out(image_folder, run):
     held_out = set(state["methods"]["mlo_mae.held_out"].tolist())
     assert len(held_out) == 24
     args = main_pretrain.get_args_parser().parse_args(f"{MLO} --data_path {image_folder}".split())
-    main_pretrain.check(args)
-    args.input_size = 16
+    main_pretrain.settle(args)
     images = util.data.readers.read_images(args, train=True)
     method = MLOMAE(args, main_pretrain.build(args))
     first, looked_at = method.split_images(images)
@@ -90,8 +89,7 @@ def test_a_file_that_is_listed_twice(image_folder, tmp_path):
     (tmp_path / "list.txt").write_text(lines * 2)
     flags = f"{MLO} --dataset filelist --data_path / --train_list {tmp_path}/list.txt"
     args = main_pretrain.get_args_parser().parse_args(flags.split())
-    main_pretrain.check(args)
-    args.input_size = 16
+    main_pretrain.settle(args)
     images = util.data.readers.read_images(args, train=True)
     method = MLOMAE(args, main_pretrain.build(args))
     stages = (*method.split_images(images), method.batches[0].loader.dataset.images)
@@ -154,8 +152,11 @@ def test_the_test_set_is_never_opened(image_folder, tmp_path, monkeypatch):
         assert train, "the test set was opened"
         return original(args, train)
 
+    def image_folder(*_, **__):
+        raise AssertionError("a folder was opened")
+
     monkeypatch.setattr(main_pretrain, "read_images", read_images)
-    monkeypatch.setattr("methods.mlo.labelled_task.read_images", read_images)
+    monkeypatch.setattr("methods.mlo.labelled_task.image_folder", image_folder)
     pretrain(f"{MLO} --data_path {tmp_path}/data --output_dir {tmp_path}/run --epochs 1 --vis_freq 1 --knn_freq 1")
     assert 0 <= log_rows(tmp_path / "run")[0]["knn_top1"] <= 100
 
@@ -190,8 +191,7 @@ def test_a_frozen_mask_in_another_run(image_folder, run, tmp_path):
         args = main_pretrain.get_args_parser().parse_args(
             f"{BASE} --mlo_mae --mlo_frozen --mlo_mask_net {path}".split()
         )
-        main_pretrain.check(args)
-        args.input_size = 16
+        main_pretrain.settle(args)
         model = main_pretrain.build(args)
         logits.append(MLOMAE(args, model).logits(model, imgs))
     assert torch.equal(*logits)

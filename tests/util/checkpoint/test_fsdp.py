@@ -176,7 +176,7 @@ def test_refused(folders, tmp_path, flags, processes, words):
 def test_refused_among_several(folders, monkeypatch):
     monkeypatch.setattr(fsdp, "get_world_size", lambda: 2)
     with pytest.raises(UserError, match="--fsdp works in bf16 and fp32, not with the loss scaling of fp16"):
-        check_sharded(None, torch.device("cpu"), torch.float16)
+        check_sharded(torch.float16)
     run = Run.__new__(Run)
     run.args, run.sharded = None, True
     with pytest.raises(UserError, match=r"checkpoint-0\.pth is one file, and --fsdp resumes from folders"):

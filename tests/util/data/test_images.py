@@ -78,8 +78,7 @@ def test_every_mode_keeps_its_values(tmp_path, name):
     with Image.open(path) as stored:
         assert stored.mode == name.split()[0] and ("transparency" in stored.info) == ("transparent" in name)
     for channels in (1, 2, 3, 4):
-        args = flags("--in_chans", channels)
-        sample = KeyedDataset(Files([str(path)], [0], None), PLAIN, args)[0]
+        sample = KeyedDataset(Files([str(path)], [0], None), PLAIN, seed=0, in_chans=channels)[0]
         assert sample.bad == 0 and sample.image.shape == (channels, 1, 2)
         for got, (*colour, alpha) in zip((sample.image[:, 0, :].T * 255).round().int().tolist(), (first, second)):
             grey = grey_of(*colour)
@@ -198,7 +197,7 @@ class Numbers(Dataset):
         return 64
     def __getitem__(self, key):
         return key
-batches = iter(Loader(Numbers(), SimpleNamespace(num_workers=1, pin_mem=False, seed=0), 2, shuffle=True))
+batches = iter(Loader(Numbers(), 2, shuffle=True, seed=0, num_workers=1))
 next(batches)
 print("reading", flush=True)
 """
@@ -228,7 +227,7 @@ def test_unreadable_images_are_named_on_every_rank(monkeypatch, capfd):
     monkeypatch.setattr(builtins, "print", builtins.print)  # put back afterwards
     setup_for_distributed(is_master=False)
     print("silenced")
-    sample = KeyedDataset(Unreadable(), PLAIN, flags(), replace=False)[3]
+    sample = KeyedDataset(Unreadable(), PLAIN, seed=0, in_chans=3, replace=False)[3]
     assert sample.bad == 1
     output = capfd.readouterr()
     assert "unreadable image image 3: gone" in output.err and "silenced" not in output.out + output.err

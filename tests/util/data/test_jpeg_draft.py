@@ -113,7 +113,8 @@ def test_no_effect_where_nothing_can_be_saved(photograph, form, side):
 
 def dataset(images, *argv):
     args = main_pretrain.get_args_parser().parse_args([*argv, "--num_workers", "0"])
-    return KeyedDataset(images, transforms.pretrain_transform("mae", SIZE, *IMAGENET), args)
+    transform = transforms.pretrain_transform("mae", SIZE, *IMAGENET)
+    return KeyedDataset(images, transform, args.seed, args.in_chans, args.jpeg_draft)
 
 
 def test_through_the_loader(photograph, tmp_path, capfd):

@@ -66,10 +66,9 @@ def test_rows_sum_to_one(lists):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_soft_target_loss(smoothing):
     """-sum_k t_k log p_k, written out; smoothing distributes a share of the targets over all classes equally."""
-    args = argparse.Namespace(mixup=0, cutmix=0, cutmix_minmax=None, targets="multilabel", smoothing=smoothing)
     logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.rand(5, 7, dtype=torch.float64).softmax(1)
-    loss = main_finetune.criterion_of(args)(logits, targets)
+    loss = main_finetune.build_criterion(False, "multilabel", smoothing)(logits, targets)
     soft = (1 - smoothing) * targets + smoothing / 7
     expected = -(soft * (logits.exp() / logits.exp().sum(1, keepdim=True)).log()).sum(1).mean()
     torch.testing.assert_close(loss, expected)
@@ -203,7 +202,7 @@ def test_noise_depends_on_the_seed_alone():
     assert with_noise(arrays, flags_of(label_noise=0.0)) is arrays
     sets = LabelSets(arrays, [(i % 4,) for i in range(64)], list("abcd"))
     noisy = with_noise(sets, flags_of(label_noise=0.5))
-    sample = KeyedDataset(noisy, lambda img: torch.zeros(1), flags_of())[3]
+    sample = KeyedDataset(noisy, lambda img: torch.zeros(1), seed=0, in_chans=3)[3]
     assert torch.equal(sample.target, noisy.target(3)) and sample.target.sum() == 1
 
 

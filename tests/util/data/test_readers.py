@@ -302,28 +302,27 @@ def test_build_dataset_is_made_for_a_loader(tmp_path):
 
 def test_mean_std_defaults():
     for name in ("cifar10", "cifar100", "tiny_imagenet", "digits"):
-        assert mean_std(flags("--dataset", name)) == MEAN_STD[name]
+        assert mean_std(name, 3) == MEAN_STD[name]
     for name in ("imagefolder", "folder", "hfds/x"):
-        assert mean_std(flags("--dataset", name)) == IMAGENET
+        assert mean_std(name, 3) == IMAGENET
     for channels in (1, 2, 4):
-        mean, std = mean_std(flags("--in_chans", channels))
+        mean, std = mean_std("imagefolder", channels)
         assert mean == pytest.approx([sum(IMAGENET[0]) / 3] * channels)
         assert std == pytest.approx([sum(IMAGENET[1]) / 3] * channels)
 
 
 def test_mean_std_flags():
-    given = flags("--mean", 0.1, 0.2, 0.3, "--std", 0.4, 0.5, 0.6)
-    assert mean_std(given) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert mean_std(flags("--in_chans", 1, "--mean", 0.1, "--std", 0.4)) == ((0.1,), (0.4,))
+    assert mean_std("digits", 3, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert mean_std("digits", 1, [0.1], [0.4]) == ((0.1,), (0.4,))
     with pytest.raises(UserError, match="go together"):
-        mean_std(flags("--mean", 0.1, 0.2, 0.3))
+        mean_std("digits", 3, mean=[0.1, 0.2, 0.3])
     with pytest.raises(UserError, match="go together"):
-        mean_std(flags("--std", 0.1, 0.2, 0.3))
-    for argv in (("--mean", 0.1, "--std", 0.4), ("--mean", 0.1, 0.2, 0.3, "--std", 0.4)):
+        mean_std("digits", 3, std=[0.1, 0.2, 0.3])
+    for given in (([0.1], [0.4]), ([0.1, 0.2, 0.3], [0.4])):
         with pytest.raises(UserError, match="one number per channel"):
-            mean_std(flags(*argv))
+            mean_std("digits", 3, *given)
     with pytest.raises(UserError, match="positive"):
-        mean_std(flags("--in_chans", 1, "--mean", 0.1, "--std", 0))
+        mean_std("digits", 1, [0.1], [0.0])
 
 
 def test_mean_std_of_digits_is_theirs():

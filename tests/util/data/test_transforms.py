@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.plain_images import finetune_flags, flags, global_states
+from helpers.plain_images import finetune_flags, global_states
 from PIL import Image
 from torchvision import transforms as tvt
 
 from util.data import transforms
-from util.data.image_format import IMAGENET, input_size
+from util.data.image_format import IMAGENET, image_shape
 from util.data.sample_rng import seeded
 from util.errors import UserError
 
@@ -195,7 +195,7 @@ def test_rectangles():
     every += [transforms.finetune_transform(args, size, *NO_NORM)]
     for transform in every:
         assert transform(img).shape == (3, 24, 64)
-    assert input_size(flags(size=[24, 64])) == (24, 64) and input_size(flags(size=40)) == (40, 40)
+    assert image_shape([24, 64]) == (24, 64) and image_shape(40) == (40, 40)
 
 
 @pytest.mark.parametrize("crop_pct", [0.0, -0.5, 1.2])

@@ -1,0 +1,87 @@
+"""Flags are settled before a run begins and then frozen, and what is stored of them is what the run used."""
+
+import copy
+import json
+import pickle
+
+import pytest
+from helpers.launch import SMALL, checkpoint
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+from util.parser import Flags
+
+BASE = "--batch_size 8 --epochs 1 --warmup_epochs 0 --num_workers 0 --device cpu --amp_dtype fp32"
+ENCODER = f"--model vit_micro_patch4 --input_size 16 {BASE}"
+RUNS = {
+    "pretrain": (main_pretrain, f"{SMALL} {BASE} --decoder cross --vis_freq 0", "checkpoint-0.pth"),
+    "mlo_mae": (main_pretrain, f"{SMALL} {BASE} --mlo_mae --mlo_labels same --vis_freq 0", "checkpoint-0.pth"),
+    "finetune": (main_finetune, ENCODER, "checkpoint-0.pth"),
+    "linprobe": (main_linprobe, ENCODER, "checkpoint-0.pth"),
+    "cached probe": (main_linprobe, f"{ENCODER} --cache_features", "probe.pth"),
+    "evaluation": (main_finetune, f"{ENCODER} --eval --finetune {{finetuned}}/checkpoint-0.pth", None),
+}
+# Flags that are not given in RUNS, and what they are in the end: 96 images, of which MLO-MAE holds 24 out.
+SETTLED = {
+    "pretrain": {"decoder_fraction": 1 / 3, "lr": 1e-3 * 8 / 256},
+    "mlo_mae": {"mlo_head_lr": 1e-2, "decoder_fraction": None},
+    "finetune": {"nb_classes": 4, "patch_size": 4, "in_chans": 3, "aug": "rrc", "lr": 1e-3 * 8 / 256},
+    "linprobe": {"nb_classes": 4, "patch_size": 4, "aug": "rrc", "lr": 0.1 * 8 / 256},
+    "cached probe": {"nb_classes": 4, "lr": 8 / 256},
+    "evaluation": {"nb_classes": 4, "lr": None},
+}
+
+
+def start(main, flags: str, folder, images) -> Flags:
+    args = main.get_args_parser().parse_args(f"{flags} --data_path {images} --output_dir {folder}".split())
+    main.main(args)
+    return args
+
+
+@pytest.fixture(scope="module")
+def finetuned(image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetuned")
+    start(main_finetune, ENCODER, folder, image_folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_settled_then_frozen(name, image_folder, finetuned, tmp_path, monkeypatch):
+    """What is recorded of a run is frozen before the run is made, and equal in every file."""
+    main, flags, file = RUNS[name]
+    frozen, original = [], main.Run.__init__
+
+    def init(self, args, *rest, **named):
+        frozen.append(args.frozen)
+        original(self, args, *rest, **named)
+
+    monkeypatch.setattr(main.Run, "__init__", init)
+    args = start(main, flags.format(finetuned=finetuned), tmp_path, image_folder)
+    assert args.frozen and all(frozen) and len(frozen) == (name not in ("cached probe", "evaluation"))
+    for flag in ("lr", "epochs", "input_size", "no_such_flag"):
+        with pytest.raises(AttributeError, match=f"--{flag} cannot change"):
+            setattr(args, flag, 1)
+    assert {flag: getattr(args, flag) for flag in SETTLED[name]} == SETTLED[name]
+    assert (args.rank, args.world_size, args.distributed, args.log_dir) == (0, 1, False, str(tmp_path))
+    assert args.input_size == 16 and args.mean is args.std is None
+    used, (line,) = json.loads(json.dumps(vars(args))), (tmp_path / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["flags"] == used
+    if file is not None:
+        assert checkpoint(tmp_path, file)["args"] == used
+        written = json.loads((tmp_path / ("args.json" if file != "probe.pth" else "probe.json")).read_text())
+        assert {flag: value for flag, value in written.items() if flag not in ("revision", "torch", "result")} == used
+
+
+def test_what_frozen_flags_refuse():
+    args = main_pretrain.get_args_parser().parse_args([])
+    args.epochs = 3
+    args.freeze()
+    for other in (args, copy.copy(args), copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
+        with pytest.raises(AttributeError, match="--epochs cannot change"):
+            other.epochs = 4
+        with pytest.raises(AttributeError, match="--epochs cannot change"):
+            del other.epochs
+        assert other == args and vars(other) == vars(args) and other.epochs == 3
+    assert not any(name.strip("_") == "frozen" for name in vars(args))
+    assert not Flags(**vars(args)).frozen
