@@ -20,8 +20,8 @@ import util.data.loader
 import util.data.shard_loader
 from evaluation.monitor import Monitor
 from methods import Pretrainer
-from util.checkpoint import sharded
 from util.data.readers import read_images
+from util.parallel import fsdp
 from util.parallel.fsdp import shard
 from util.report.pictures import heat_map
 
@@ -86,11 +86,11 @@ def test_gradients_of_the_cosine_on_two_ranks(monkeypatch):
     pretrainer = Pretrainer(model, [methods.rcmae.RCMAE(args, model)])
     nn.init.normal_(pretrainer.methods["rc_mae"].teacher.network.decoder_pred.weight)
     monkeypatch.setattr(methods.rcmae, "all_reduce_sum", lambda flat: sent.append(flat) or flat)
-    pretrainer.methods["rc_mae"].look(pretrainer, imgs, step=3)
+    pretrainer.methods["rc_mae"].diagnostics(pretrainer, imgs, step=3)
     monkeypatch.setattr(methods.rcmae, "get_world_size", lambda: 2, raising=False)
     for rank in range(2):
         monkeypatch.setattr(methods.rcmae, "get_rank", lambda rank=rank: rank)
-        pretrainer.methods["rc_mae"].look(pretrainer, imgs[rank::2], step=3)
+        pretrainer.methods["rc_mae"].diagnostics(pretrainer, imgs[rank::2], step=3)
     for one, *two in zip(sent[:2], sent[2:4], sent[4:]):
         torch.testing.assert_close(sum(two), one, rtol=1e-4, atol=1e-4 * one.abs().max().item())  # float32, other sums
 
@@ -136,7 +136,7 @@ def after_epoch(image_folder, one_rank, monkeypatch):
         return row["fixed_images_loss"], row["knn_top1"], *drawn
 
     gathered = None
-    monkeypatch.setattr(sharded, "MixedPrecisionPolicy", policy)
+    monkeypatch.setattr(fsdp, "MixedPrecisionPolicy", policy)
     return measure
 
 

@@ -29,6 +29,7 @@ from util.checkpoint import sharded
 from util.checkpoint.files import list_checkpoints
 from util.checkpoint.resume import find_resume
 from util.errors import UserError
+from util.parallel import fsdp
 from util.parallel.fsdp import check_sharded
 from util.training import run_state
 from util.training.run import Run
@@ -170,7 +171,7 @@ def test_refused(folders, tmp_path, flags, processes, words):
 
 
 def test_refused_among_several(folders, monkeypatch):
-    monkeypatch.setattr(sharded, "get_world_size", lambda: 2)
+    monkeypatch.setattr(fsdp, "get_world_size", lambda: 2)
     with pytest.raises(UserError, match="--fsdp works in bf16 and fp32, not with the loss scaling of fp16"):
         check_sharded(None, torch.device("cpu"), torch.float16)
     run = Run.__new__(Run)

@@ -12,7 +12,9 @@ from timm.data.readers.shared_count import SharedCount
 from torch.utils.data import IterableDataset, get_worker_info
 from torchvision import transforms as tvt
 
+import util.data.build
 import util.data.loader
+import util.data.samples
 from util.data import transforms
 from util.data.build import build_loader
 from util.data.image_format import IMAGENET
@@ -168,7 +170,7 @@ def test_fewer_samples_than_one_batch(pictures, monkeypatch):
     with pytest.raises(UserError, match="26 images, fewer than one batch of 27"):
         build_loader(pictures, PLAIN, args, 27, train=True)
     assert len(list(build_loader(pictures, PLAIN, args, 27, train=False))) == 1
-    monkeypatch.setattr(util.data.loader, "get_world_size", lambda: 2)
+    monkeypatch.setattr(util.data.build, "get_world_size", lambda: 2)
     with pytest.raises(UserError, match=r"batch of 28 .*2 process"):
         build_loader(pictures, PLAIN, args, 14, train=True)
 
@@ -245,8 +247,9 @@ def test_stream_of_several_ranks(monkeypatch):
     """Length is that of one rank's share; the reader learns its rank even if it was made before the ranks met."""
     seen = []
     for rank in range(2):
-        monkeypatch.setattr(util.data.loader, "get_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(util.data.loader, "get_world_size", lambda: 2)
+        for module in (util.data.loader, util.data.samples):
+            monkeypatch.setattr(module, "get_rank", lambda rank=rank: rank)
+            monkeypatch.setattr(module, "get_world_size", lambda: 2)
         loader = stream_loader(0)
         batches = list(loader.begin(0))
         assert len(batches) == len(loader) == 2  # 22 // (2 * 4)

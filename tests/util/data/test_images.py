@@ -192,7 +192,7 @@ from types import SimpleNamespace
 for name in ("util.data.readers", "util.data.transforms"):  # take seconds to import and are not needed
     sys.modules[name] = SimpleNamespace(Images=object, to_channels=None)
 from torch.utils.data import Dataset
-from util.loading import Loader
+from util.data.loader import Loader
 class Numbers(Dataset):
     def __len__(self):
         return 64
