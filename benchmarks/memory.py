@@ -63,7 +63,7 @@ class Step(_measure.Variant):
     def train_step(self) -> None:
         for micro in range(self.setup.accum):
             with _measure.autocast(self.device, self.dtype):
-                loss, _, _ = self.called(self.imgs, mask_ratio=self.ratio)
+                loss = sum(self.called(self.imgs, mask_ratio=self.ratio).values())
                 with torch.autocast(self.device.type, enabled=False):
                     closes = micro + 1 == self.setup.accum
                     self.scaler(loss, self.optimizer, parameters=self.pretrainer.parameters(), update_grad=closes)

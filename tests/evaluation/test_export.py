@@ -15,6 +15,7 @@ from torch import nn
 
 import models_mae
 import models_vit
+from evaluation import command_line
 from evaluation.encoder import load_encoder, token_feature
 from evaluation.export import timm_arguments
 from main_linprobe import probe_head
@@ -236,10 +237,10 @@ def test_autoencoder_to_hugging_face_and_back(mae, tmp_path, capsys):
     again, weights = models_mae.mae_vit_micro_patch4(img_size=16), read_weights(out)
     assert load_into(again, weights).missing == [] and weights.args["decoder_embed_dim"] == 96
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
-    args = export._common.parser("").parse_args([])
+    args = command_line.parser("").parse_args([])
     for name in ("checkpoint_key", "model", "input_size", "patch_size", "in_chans"):
         setattr(args, name, "model" if name == "checkpoint_key" else None)
-    assert export._common.load_autoencoder(str(out), args).blocks[0].attn.num_heads == 4  # by its config.json alone
+    assert command_line.load_autoencoder(str(out), args).blocks[0].attn.num_heads == 4  # by its config.json alone
     encoder = exported(path, "hf-vitmae", tmp_path / "encoder", "--encoder_only")
     theirs = printed_model(capsys.readouterr().out)
     order = torch.arange(16.0).expand(3, -1)

@@ -192,7 +192,7 @@ def test_read_only_folder_is_refused_at_the_start(image_folder, tmp_path, monkey
     def refuse(*_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("util.checkpoint.atomic.write_atomically", refuse)
+    monkeypatch.setattr("util.checkpoint.output_dir.write_atomically", refuse)
     with pytest.raises(UserError, match=r"--output_dir .* cannot be written: Read-only file system"):
         pretrain(f"{FLAGS} --data_path {image_folder} --output_dir {tmp_path}")
 

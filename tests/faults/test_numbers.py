@@ -217,8 +217,8 @@ def test_spike_factor_lists_the_images(image_folder, tmp_path, monkeypatch, caps
     flags = f"{FLAGS.replace('--epochs 2', '--epochs 5').replace('--save_steps 1', '')} --spike_factor 3"
     original, given = Run._next, []
 
-    def bright(self):
-        batch = original(self)
+    def bright(self, samples):
+        batch = original(self, samples)
         if self.step != 25:
             return batch
         given.extend(batch.index.tolist())

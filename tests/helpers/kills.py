@@ -46,7 +46,7 @@ class Killed:
         if self.command:
             process = launch("tests/helpers/killed.py", words, self.processes)
         else:
-            process = Forked("killed", words, self.processes)
+            process = Forked("helpers.killed", words, self.processes)
         try:
             said, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:

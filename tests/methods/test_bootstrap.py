@@ -56,7 +56,7 @@ def test_mae_k_by_hand():
             assert same_tensors(dict(copied.state_dict()), dict(method.target.network.state_dict()))
     assert ages == pytest.approx([0, 0, 1, 2, 1])
     imgs, noise = torch.randn(4, 3, 16, 16), torch.rand(4, 16)
-    parts, out = pretrainer.losses(imgs, 0.75, noise)
+    parts, out = pretrainer.forward_with_output(imgs, 0.75, noise)
     target = methods.bootstrap.normalized(out.select_predicted(target_features(copied, imgs)))
     expected = ((method.head(out.decoded) - target) ** 2).mean()
     assert parts["features"].item() == pytest.approx(expected.item(), rel=1e-5)

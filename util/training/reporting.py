@@ -43,13 +43,13 @@ class Reporter:
         """The images of a micro-batch were read."""
         self.clock.waited += seconds_waited
         self.clock.images += len(samples.target) * get_world_size()
+        self.unreadable += int(samples.bad.sum())  # a number on the host: nothing waits
 
     def add_losses(self, step: int, losses: dict[str, torch.Tensor], batch: MicroBatch) -> None:
         """The total loss, named "loss", and its terms, of one micro-batch."""
         self.meter.add(len(batch.samples.target), **losses)
         self.finite.watch(step, losses)
         self.spikes.watch(step, losses["loss"], batch.samples.index)
-        self.unreadable += int(batch.samples.bad.sum())  # a number on the host: nothing waits
 
     def add_step(self, step: int, norm: torch.Tensor) -> None:
         """The gradient norm of an optimizer step."""

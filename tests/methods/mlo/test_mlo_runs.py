@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main_pretrain
 import util.data.readers
-import util.training.run
+import util.training.run_state
 from engine_pretrain import mask_ratio_at
 from methods.mlo.labelled_task import StandardizedLinear, stratified_split, without
 from methods.mlo.method import MLOMAE
@@ -214,13 +214,13 @@ FORMS = {
 def test_resume_is_exact(image_folder, tmp_path, flags, monkeypatch):
     """From every step of a window, across the end of an epoch (6 steps, or 3 of two micro-batches) too."""
     flags = f"{MLO} --data_path {image_folder} --epochs 3 --save_freq 1 {flags}"
-    original = util.training.run.checkpoint.save_checkpoint
+    original = util.training.run_state.save_checkpoint
 
     def save_checkpoint(folder, epoch, position, content, keep):
         torch.save(content, tmp_path / f"after-{content['step']}.pth")
         original(folder, epoch, position, content, keep)
 
-    monkeypatch.setattr(util.training.run.checkpoint, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(util.training.run_state, "save_checkpoint", save_checkpoint)
     pretrain(f"{flags} --save_steps 1 --output_dir {tmp_path}/whole")
     monkeypatch.undo()
     last, windows = checkpoint(tmp_path / "whole", "checkpoint-2.pth"), set()
