@@ -130,8 +130,8 @@ def is_whole(folder: Path) -> bool:
 
 
 def damage(folder: Path) -> str:
-    """Return what is wrong with a folder, "" when every file exists in the length that the list of tensors gives, and
-    has its checksum (folders of older versions have none)."""
+    """Return what is wrong with a folder, "" when every file exists, is long enough for its tensors and matches its
+    checksum (folders of older versions have no checksums)."""
     try:
         rest, metadata = read_file(folder / REST), Reader(folder).read_metadata()
         if not _fits(rest, metadata.state_dict_metadata):

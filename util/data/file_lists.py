@@ -102,7 +102,7 @@ def read_list(path: str, root: Path, outside: bool = False) -> tuple[list[str], 
     if stray is not None and not outside:
         raise UserError(
             f"the list file {path} names {stray}, which is not below --data_path {root}: give a folder that "
-            f"holds all of them, or --allow_outside for a list that you trust"
+            f"contains all of them, or --allow_outside for a list that you trust"
         )
     return [str(root / row[0]) for row in rows], [row[1].strip() for row in rows] if widths == {2} else None
 

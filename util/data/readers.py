@@ -32,7 +32,7 @@ FACTORY = ("hfds", "hfids", "tfds", "torch")  # prefixes of timm's data-set fact
 def need_path(args) -> Path:
     """Return `--data_path`. Raises UserError when it is not given or not a folder."""
     if not args.data_path:
-        raise UserError(f"--dataset {args.dataset} needs --data_path, the folder that holds it")
+        raise UserError(f"--dataset {args.dataset} needs --data_path, the folder of the data set")
     return _folder_at(args.data_path)
 
 
@@ -200,7 +200,7 @@ def read_images(args, train: bool):
             f"or a name of timm's data-set factory ({', '.join(f'{name}/...' for name in FACTORY)})"
         )
     if prefix == "torch" and not args.data_path:
-        raise UserError(f"--dataset {args.dataset} needs --data_path, the folder that holds it")
+        raise UserError(f"--dataset {args.dataset} needs --data_path, the folder of the data set")
     from timm.data import create_dataset
 
     try:  # no batch_size: with one, timm fills the last batch of every worker by repeating samples

@@ -178,7 +178,7 @@ def finetune_transform(args, size: tuple[int, int], mean, std):
             std=tuple(std),
         )
     except (AssertionError, ValueError, KeyError) as error:  # the other flags have been checked
-        raise UserError(f"--aa {args.aa} is not a policy that timm knows: {error}") from error
+        raise UserError(f"--aa {args.aa} is not a policy of timm: {error}") from error
     if args.aug == "crop":  # the first step is the random resized crop
         transform.transforms[:1] = pad_and_crop(size)
     return transform
