@@ -262,7 +262,7 @@ REFUSED = {
     "--mlo_labels same --mlo_stage2 finetune": "--mlo_stage2 finetune needs --mlo_prox",
     "--mlo_labels same --mlo_levels 2 --mlo_head_lr 1": "--mlo_head_lr has no effect with --mlo_levels 2",
     "--mlo_labels same --mlo_levels 2 --no_mlo_head_path": "--no_mlo_head_path has no effect with --mlo_levels 2",
-    "--mlo_labels same --mlo_levels 2 --mlo_head_norm": "--mlo_head_norm has no effect but with --mlo_stage2 linear",
+    "--mlo_labels same --mlo_levels 2 --mlo_head_norm": "--mlo_head_norm has no effect unless with --mlo_stage2 linear",
     "--mlo_labels same --mlo_levels 2 --mlo_stage2 solve": "--mlo_stage2 solve has no effect with --mlo_levels 2",
     "--mlo_labels same --mlo_stage2 solve --mlo_head_lr 1": "--mlo_head_lr has no effect with --mlo_stage2 solve",
     "--mlo_labels same --mlo_stage2 solve --mlo_head_norm": "--mlo_head_norm has no effect with --mlo_stage2 solve",
