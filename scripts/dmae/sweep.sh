@@ -51,7 +51,7 @@ run depth1 --decoder_depth 1
 run width128 --decoder_embed_dim 128
 run three-augment --aug three
 if [ -z "${TEACHER:-}" ] && [ -z "$list" ]; then
-    ! wanted dmae75 || echo "note: DMAE is left out; set its teacher: TEACHER=mae_visualize_vit_large.pth"
+    ! wanted dmae75 || echo "note: DMAE is left out; name its teacher: TEACHER=mae_visualize_vit_large.pth"
 else
     run dmae75 "${teacher[@]}" --dmae_proj mlp
     run dmae90 "${teacher[@]}" --dmae_proj mlp --mask_ratio 0.9
