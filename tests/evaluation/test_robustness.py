@@ -285,7 +285,7 @@ def test_foreign_folders_called_otherwise(box, tmp_path, capsys):
     best, known = box / "out" / "checkpoint-best.pth", box / "data" / "val"
     foreign = write(tmp_path / "o", {"a": (128, 100, 90), "b": (140, 128, 60), "c": (90, 90, 40)}, count=5, noise=60)
     found = run(best, "--ood", foreign, "--in_distribution", known)
-    assert "told from all 4" in capsys.readouterr().out
+    assert "predictions are among all 4" in capsys.readouterr().out
     assert 100 * 15 / (15 + 24) < found["o_aupr"] <= 100
     with pytest.raises(UserError, match=r"has the class 'a', which is none of the 4"):
         write(foreign, {"red": COLOURS["red"]}, 1)
