@@ -68,7 +68,7 @@ def add_model_flags(parser: Parser) -> None:
 
 def add_feature_flags(parser: Parser, default: str | None = None) -> None:
     """Add the choice of an encoder's feature. Without a `default` it is the classifier's input, else [cls]."""
-    own = "" if default else "; by default the input of the classifier, else [cls]"
+    own = "" if default else "; without it the input of the classifier, else [cls]"
     parser.add_argument(
         "--pool", choices=["avg", "cls"], default=default, help="feature: mean of the patch tokens, or [cls]" + own
     )
@@ -100,7 +100,7 @@ def add_picture_flags(parser: Parser, masked: bool = True) -> None:
         parser.add_argument(
             "--mask_ratio",
             type=float,
-            help="share of the patches to remove; by default that of the run, else 0.75",
+            help="share of the patches to remove; without it that of the run, else 0.75",
         )
     parser.add_argument("--count", type=int, default=8, help="images, evenly spaced over the set")
 

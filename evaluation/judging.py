@@ -37,7 +37,7 @@ def evaluation_parser(description: str, several: bool = False, features: bool = 
     command_line.add_checkpoint_flags(parser, several)
     if features:
         command_line.add_feature_flags(parser, default="avg")
-    parser.add_argument("--nb_classes", type=int, help="classes; by default those of the data set")
+    parser.add_argument("--nb_classes", type=int, help="classes; without it those of the data set")
     command_line.add_model_flags(parser)
     parser.add_argument("--batch_size", type=int, default=256, help="images per forward pass")
     command_line.add_device_flag(parser)

@@ -49,7 +49,7 @@ def get_args_parser():
         "feature from the mean of the images shown, for encoders; auto: class if every checkpoint has a classifier",
     )
     parser.add_argument(
-        "--class_index", type=int, help="class whose score is differentiated; by default the predicted one"
+        "--class_index", type=int, help="class whose score is differentiated; without it the predicted one"
     )
     command_line.add_feature_flags(parser)
     command_line.add_model_flags(parser)

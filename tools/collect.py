@@ -61,7 +61,7 @@ def get_args_parser():
     parser.add_argument("folders", nargs="+", help=f"folders to search, with subfolders, for {LEDGER}")
     parser.add_argument("--by", default="run", metavar="FLAGS", help="flags to group rows by, separated by commas")
     parser.add_argument(
-        "--metric", nargs="+", default=[], metavar="METRIC", help="METRIC or KIND:METRIC; all accuracies by default"
+        "--metric", nargs="+", default=[], metavar="METRIC", help="METRIC or KIND:METRIC; without it all accuracies"
     )
     parser.add_argument("--where", nargs="+", default=[], metavar="FLAG=VALUE", help="only the runs with these flags")
     parser.add_argument(
@@ -80,7 +80,7 @@ def get_args_parser():
     parser.add_argument("--out", default="", metavar="FILE", help="write the table to this file instead of printing it")
     parser.add_argument("--plot", default="", metavar="PNG", help="draw the metrics over --x into this file")
     parser.add_argument(
-        "--x", default="", metavar="FLAG", help="flag of --by on the horizontal axis; by default the last one"
+        "--x", default="", metavar="FLAG", help="flag of --by on the horizontal axis; without it the last one"
     )
     return parser
 

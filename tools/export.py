@@ -33,10 +33,10 @@ def get_args_parser():
     parser.add_argument("--encoder_only", action="store_true", help="leave out a classifier, or a decoder")
     command_line.add_feature_flags(parser)
     parser.add_argument(
-        "--mean", type=float, nargs="+", help="per-channel means for the exported file; by default those of the run"
+        "--mean", type=float, nargs="+", help="per-channel means for the exported file; without it those of the run"
     )
     parser.add_argument(
-        "--std", type=float, nargs="+", help="per-channel standard deviations; by default those of the run"
+        "--std", type=float, nargs="+", help="per-channel standard deviations; without it those of the run"
     )
     command_line.add_model_flags(parser)
     parser.set_defaults(dataset="imagefolder", data_path="", device="cpu", seed=0)

@@ -27,9 +27,9 @@ def get_args_parser():
     parser = Parser("Draw images that maximally activate single channels of an encoder, at several depths.")
     command_line.add_checkpoint_flags(parser)
     parser.add_argument("--out", required=True, help="PNG file to write")
-    parser.add_argument("--blocks", type=int, nargs="+", help="blocks, from 0; by default four, evenly spaced")
+    parser.add_argument("--blocks", type=int, nargs="+", help="blocks, from 0; without it four, evenly spaced")
     parser.add_argument("--layer", choices=LAYERS, default="mlp", help="mlp: inside the MLP; block: its output")
-    parser.add_argument("--channels", type=int, nargs="+", help="channels; by default --count of them, evenly spaced")
+    parser.add_argument("--channels", type=int, nargs="+", help="channels; without it --count of them, evenly spaced")
     parser.add_argument("--count", type=int, default=6, help="number of channels of each block")
     parser.add_argument("--steps", type=int, default=256, help="steps of Adam")
     parser.add_argument(
@@ -41,11 +41,11 @@ def get_args_parser():
     parser.add_argument(
         "--jitter",
         type=int,
-        help="largest shift in pixels at each step; by default half a patch; smaller values show the grid of patches",
+        help="largest shift in pixels at each step; without it half a patch; smaller values show the grid of patches",
     )
-    parser.add_argument("--mean", type=float, nargs="+", help="per-channel means; by default those of the run")
+    parser.add_argument("--mean", type=float, nargs="+", help="per-channel means; without it those of the run")
     parser.add_argument(
-        "--std", type=float, nargs="+", help="per-channel standard deviations; by default those of the run"
+        "--std", type=float, nargs="+", help="per-channel standard deviations; without it those of the run"
     )
     parser.add_argument("--seed", default=0, type=int, help="seed of the initial images and of the shifts")
     command_line.add_device_flag(parser)

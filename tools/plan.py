@@ -32,10 +32,10 @@ def get_args_parser():
     group.add_argument("--effective_batch", type=int, default=4096, help="images per step, all GPUs together")
     group.add_argument("--epochs", type=int, default=800, help="epochs of the run")
     group.add_argument(
-        "--images", type=int, default=1281167, help="images of the training set; by default those of ImageNet-1k"
+        "--images", type=int, default=1281167, help="images of the training set, here those of ImageNet-1k"
     )
-    group.add_argument("--input_size", type=int, help="side of the images in pixels; by default the model's")
-    group.add_argument("--patch_size", type=int, help="side of a patch in pixels; by default the model's")
+    group.add_argument("--input_size", type=int, help="side of the images in pixels; without it the model's")
+    group.add_argument("--patch_size", type=int, help="side of a patch in pixels; without it the model's")
     group.add_argument("--mask_ratio", type=float, default=0.75, help="share of the patches to remove")
     group.add_argument("--amp_dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="arithmetic of the blocks")
     group.add_argument(

@@ -40,7 +40,7 @@ NO_LABELS = (
 
 def get_args_parser():
     parser = Parser("Pretrain a small masked autoencoder and evaluate its encoder.")
-    parser.add_argument("--data_path", default="", help="folder of images; by default scikit-learn's digits")
+    parser.add_argument("--data_path", default="", help="folder of images; without it scikit-learn's digits")
     parser.add_argument(
         "--output_dir", default="output/quickstart", help="folder for the results, replaced in each run"
     )

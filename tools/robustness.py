@@ -102,7 +102,7 @@ def add_set_flags(group) -> None:
         metavar="DIR",
         help="with --ood: images of the classes (val folder)",
     )
-    group.add_argument("--images", type=int, help="images of each set, drawn at random; by default all")
+    group.add_argument("--images", type=int, help="images of each set, drawn at random; without it all")
 
 
 def check(args) -> Path | None:

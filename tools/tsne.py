@@ -35,7 +35,7 @@ def get_args_parser():
     )
     parser.add_argument("--perplexity", type=float, default=30.0, help="effective number of neighbours of a point")
     parser.add_argument(
-        "--titles", nargs="+", default=[], help="titles of the plots; by default the names of the checkpoints"
+        "--titles", nargs="+", default=[], help="titles of the plots; without it the names of the checkpoints"
     )
     parser.add_argument(
         "--out",

@@ -18,7 +18,7 @@ def get_args_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="checkpoint-*.dcp")
     parser.add_argument(
-        "out", type=Path, nargs="?", metavar="FILE", help="file to write; by default the folder's name with .pth"
+        "out", type=Path, nargs="?", metavar="FILE", help="file to write; without it the folder's name with .pth"
     )
     return parser
 

@@ -165,7 +165,7 @@ def test_out_of_distribution_folders_of_other_names(box, tmp_path, capsys):
     best, known = box / "out" / "checkpoint-best.pth", box / "data" / "val"
     foreign = write(tmp_path / "o", {"a": (128, 100, 90), "b": (140, 128, 60), "c": (90, 90, 40)}, count=5, noise=60)
     result = run(best, "--ood", foreign, "--in_distribution", known)
-    assert "told from all 4" in capsys.readouterr().out
+    assert "predictions are among all 4" in capsys.readouterr().out
     assert 100 * 15 / (15 + 24) < result["o_aupr"] <= 100
     with pytest.raises(UserError, match=r"has the class 'a', which is none of the 4"):
         write(foreign, {"red": COLOURS["red"]}, 1)
