@@ -28,7 +28,7 @@ def train_one_epoch(run: Run, criterion, mixup_fn=None) -> None:
         run.backward(losses, batch)
         if batch.is_last_of_window:
             run.optimizer_step()
-            run.finish_step()  # logs, saves every --save_steps steps, stops after a signal
+            run.finish_step()  # logs; writes a checkpoint every --save_steps steps; notices signals
 
 
 @torch.no_grad()
@@ -49,12 +49,12 @@ def evaluate(loader, model, device, amp_dtype=torch.float32, score_type=TopK) ->
     return scores.read()
 
 
-def evaluate_once(args, model, loader, device, record: Record, kind=TopK) -> dict[str, float]:
+def evaluate_once(args, model, loader, device, record: Record, score_type=TopK) -> dict[str, float]:
     """Run `--eval`: `evaluate` once, and publish the scores on the terminal, in eval.json, in TensorBoard (in a folder
     beside the events of a run) and in the ledger. Return them."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
-    stats = evaluate(loader, model, device, dtype, kind)
-    report(stats, len(loader.dataset), kind)
+    stats = evaluate(loader, model, device, dtype, score_type)
+    report(stats, len(loader.dataset), score_type)
     metrics = {f"test_{name}": value for name, value in stats.items()}
     to = Destination(
         json=Path(args.output_dir) / "eval.json" if args.output_dir else None,
@@ -95,7 +95,7 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK)
             run.checkpoints.save_best(run, stats[score_type.headline])
             row = {f"test_{name}": value for name, value in stats.items()}
             row[f"best_{score_type.headline}"] = run.checkpoints.best
-        run.finish_epoch(row)  # logs the epoch, saves every --save_freq epochs
+        run.finish_epoch(row)  # logs the epoch; writes a checkpoint every --save_freq epochs
     if not run.stopped and is_main_process():
         run.board.hparams(vars(args), {**run.reporter.last_means, **stats})
     run.append_to_ledger()

@@ -26,7 +26,7 @@ def train(pretrainer: Pretrainer, run: Run, args, monitor) -> dict[str, float]:
         train_one_epoch(pretrainer, run, args)
         if not run.stopped:
             row = monitor.after_epoch(run.epoch)
-            run.finish_epoch(row)  # logs the epoch, saves every --save_freq epochs
+            run.finish_epoch(row)  # logs the epoch; writes a checkpoint every --save_freq epochs
     return row
 
 
@@ -50,7 +50,7 @@ def train_one_epoch(pretrainer: Pretrainer, run: Run, args) -> None:
             applied = run.optimizer_step()
             pretrainer.after_update(imgs, run.step, applied)  # teachers, masking networks
             log_metrics(pretrainer, run, imgs)
-            run.finish_step()  # logs, saves every --save_steps steps, stops after a signal
+            run.finish_step()  # logs; writes a checkpoint every --save_steps steps; notices signals
 
 
 def log_metrics(pretrainer: Pretrainer, run: Run, imgs: torch.Tensor) -> None:
