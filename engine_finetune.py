@@ -1,5 +1,10 @@
-"""The supervised loop for fine-tuning and linear probing: one training step, what follows a step and an epoch; and the
-evaluation, which counts every image once."""
+"""The supervised loop for fine-tuning and linear probing: forward, backward, optimizer step, logging, checkpoints; and
+the evaluation, which counts every readable image once.
+
+`run.train_module` is the model; `run.ddp_model` is the same module, inside DistributedDataParallel if there are several
+processes. A micro-batch is the images of one forward pass. A window of `--accum_iter` micro-batches makes one optimizer
+step.
+"""
 
 from pathlib import Path
 
@@ -25,10 +30,10 @@ def train_one_epoch(run: Run, criterion, mixup_fn=None) -> None:
 
         with run.autocast(batch):
             losses = {"loss": criterion(run.ddp_model(imgs), targets)}
-        run.backward(losses, batch)
+        run.backward(losses, batch)  # adds the gradients of this micro-batch
         if batch.is_last_of_window:
-            run.optimizer_step()
-            run.finish_step()  # logs; writes a checkpoint every --save_steps steps; notices signals
+            run.optimizer_step()  # sets the learning rate, clips; skips the step if a gradient is not finite
+            run.finish_step()  # counts the step; logs; writes a checkpoint every --save_steps steps; notices signals
 
 
 @torch.no_grad()
@@ -41,20 +46,20 @@ def evaluate(loader, model, device, amp_dtype=torch.float32, score_type=TopK) ->
     """
     model.eval()
     scores = score_type(device)
-    for batch in loader.begin(0):
-        targets, good = batch.target.to(device, non_blocking=True), (batch.bad == 0).to(device)
+    for samples in loader.begin(0):
+        targets, good = samples.target.to(device, non_blocking=True), (samples.bad == 0).to(device)
         with autocast(device, amp_dtype):
-            logits = model(batch.image.to(device, non_blocking=True)).float()
+            logits = model(samples.image.to(device, non_blocking=True)).float()
         scores.add(logits, targets, good)
     return scores.read()
 
 
 def evaluate_once(args, model, loader, device, record: Record, score_type=TopK) -> dict[str, float]:
-    """Run `--eval`: `evaluate` once, and publish the scores on the terminal, in eval.json, in TensorBoard (in a folder
-    beside the events of a run) and in the ledger. Return them."""
+    """Run `--eval`: `evaluate` once, and publish the scores on the terminal, in eval.json, in TensorBoard (in
+    tensorboard-eval/ below --log_dir) and in the ledger, results.jsonl. Return them. Leaves the process group."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
     stats = evaluate(loader, model, device, dtype, score_type)
-    report(stats, len(loader.dataset), score_type)
+    print_scores(stats, len(loader.dataset), score_type)
     metrics = {f"test_{name}": value for name, value in stats.items()}
     to = Destination(
         json=Path(args.output_dir) / "eval.json" if args.output_dir else None,
@@ -67,7 +72,7 @@ def evaluate_once(args, model, loader, device, record: Record, score_type=TopK) 
     return stats
 
 
-def report(stats: dict, count: int, score_type=TopK) -> None:
+def print_scores(stats: dict, count: int, score_type=TopK) -> None:
     skipped = f", {int(stats['skipped'])} unreadable ones left out" if stats["skipped"] else ""
     print(f"{score_type.summary(stats)} on {count} images{skipped}")
 
@@ -75,23 +80,24 @@ def report(stats: dict, count: int, score_type=TopK) -> None:
 def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK) -> dict[str, float]:
     """Train to the end of the run, or until a signal stops it; return the last evaluation.
 
-    The scores of `score_type` are computed every `--eval_freq` epochs and after the last one; the weights with the best
-    headline score are kept in checkpoint-best.pth. A run that was resumed at its end is not evaluated again: {}.
+    The model is evaluated every `--eval_freq` epochs and after the last one. The weights with the best main score
+    (`score_type.headline`, e.g. top-1) are kept in checkpoint-best.pth. For a run that was resumed at its end, only
+    missing result files are written, and {} is returned.
     """
     stats = {}
     if run.resumed_at_end:
         end_again(run, [], lambda metrics: run.board.hparams(vars(run.record.args), _final(metrics)))
         return stats
     run.begin()
-    while not run.ended and not run.stopped:
+    while not run.ended and not run.stopped:  # ended: all steps are done; stopped: by a signal
         train_one_epoch(run, criterion, mixup_fn)
         if run.stopped:
             break
         row = {}
         if (run.epoch + 1) % args.eval_freq == 0 or run.ended:
-            sync_buffers(run.train_module)
+            sync_buffers(run.train_module)  # running statistics of rank 0: all ranks evaluate the same model
             stats = evaluate(val_loader, run.train_module, run.device, run.amp_dtype, score_type)
-            report(stats, len(val_loader.dataset), score_type)
+            print_scores(stats, len(val_loader.dataset), score_type)
             run.checkpoints.save_best(run, stats[score_type.headline])
             row = {f"test_{name}": value for name, value in stats.items()}
             row[f"best_{score_type.headline}"] = run.checkpoints.best
@@ -104,5 +110,6 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK)
 
 
 def _final(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the metrics of a log line that a run writes to TensorBoard at its end, by their names there."""
+    """Return the metrics of a log line under the names of TensorBoard's final metrics: without `test_`, and without
+    `best_*`."""
     return {name.removeprefix("test_"): value for name, value in metrics.items() if not name.startswith("best_")}

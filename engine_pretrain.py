@@ -1,7 +1,11 @@
-"""The pretraining loop: one training step, and what follows a step and an epoch.
+"""The pretraining loop: forward, backward, optimizer step, logging, checkpoints.
 
-The loop calls `run.ddp_model`, which returns the terms of the loss, and does not depend on the methods that compute
-them. A new method is a file in `methods/` (docs/adding_a_method.md); `methods/pretrainer.py` calls its hooks.
+`pretrainer` is the autoencoder (`pretrainer.model`) with the enabled methods; `run.ddp_model` is the same module,
+inside DistributedDataParallel if there are several processes. The loop does not depend on the methods. A new one is a
+class in a file of its own in `methods/`, listed in `methods/__init__.py` (docs/adding_a_method.md);
+`methods/pretrainer.py` calls its hooks.
+
+A micro-batch is the images of one forward pass. A window of `--accum_iter` micro-batches makes one optimizer step.
 """
 
 import torch
@@ -20,9 +24,10 @@ def mask_ratio_at(step: int, steps: int, start: float, end: float | None) -> flo
 
 
 def train(pretrainer: Pretrainer, run: Run, args, monitor) -> dict[str, float]:
-    """Train to the end of the run, or until a signal stops it; return the last row of `monitor` (previews and kNN)."""
+    """Train to the end of the run, or until a signal stops it. Return what `monitor` measured after the last epoch
+    (kNN accuracy, reconstruction loss of the preview images). main_pretrain.py begins and closes the run."""
     row = {}
-    while not run.ended and not run.stopped:
+    while not run.ended and not run.stopped:  # ended: all steps are done; stopped: by a signal
         train_one_epoch(pretrainer, run, args)
         if not run.stopped:
             row = monitor.after_epoch(run.epoch)
@@ -33,28 +38,28 @@ def train(pretrainer: Pretrainer, run: Run, args, monitor) -> dict[str, float]:
 def train_one_epoch(pretrainer: Pretrainer, run: Run, args) -> None:
     """Train for the rest of the current epoch; a signal ends it early and sets `run.stopped`."""
     pretrainer.train()
-    if run.position == 0:
+    if run.position == 0:  # micro-batch of the epoch; a run that was resumed inside an epoch begins at another one
         pretrainer.before_epoch(run.epoch)
     patches = pretrainer.model.patch_embed.num_patches
-    for batch in run.batches("pretrain"):
+    for batch in run.batches("pretrain"):  # the name is that of the progress line
         imgs = batch.samples.image.to(run.device, non_blocking=True)  # (N, C, H, W)
         indices = batch.samples.index.to(run.device, non_blocking=True)
-        noise = sample_noise(args.seed, run.epoch, indices, patches)  # (N, L), determines the masks
+        noise = sample_noise(args.seed, run.epoch, indices, patches)  # (N, L): the highest are removed
         mask_ratio = mask_ratio_at(run.step, run.total_steps, args.mask_ratio, args.mask_ratio_end)
-        pretrainer.first_batch(imgs)
+        pretrainer.first_batch(imgs)  # does something in its first call only
 
-        with run.autocast(batch):
-            losses = run.ddp_model(imgs, mask_ratio=mask_ratio, noise=noise)  # weighted terms by name
-        run.backward(losses, batch)
+        with run.autocast(batch):  # also: DDP averages gradients only after the last micro-batch of a window
+            losses = run.ddp_model(imgs, mask_ratio=mask_ratio, noise=noise)  # {name: weighted term}
+        run.backward(losses, batch)  # adds the gradients of this micro-batch
         if batch.is_last_of_window:
-            applied = run.optimizer_step()
-            pretrainer.after_update(imgs, run.step, applied)  # teachers, masking networks
+            applied = run.optimizer_step()  # sets the learning rate, clips; 0 if a gradient was not finite, else 1
+            pretrainer.after_update(imgs, run.step, applied)  # EMA teachers, masking networks
             log_metrics(pretrainer, run, imgs)
-            run.finish_step()  # logs; writes a checkpoint every --save_steps steps; notices signals
+            run.finish_step()  # counts the step; logs; writes a checkpoint every --save_steps steps; notices signals
 
 
 def log_metrics(pretrainer: Pretrainer, run: Run, imgs: torch.Tensor) -> None:
-    """Log the methods' metrics, and their diagnostics if due, after a step."""
+    """Collect the methods' metrics and, every `diagnostics_every` steps, their diagnostics; `finish_step` logs them."""
     run.log(**pretrainer.metrics())
     for method in pretrainer.diagnostics_due(run.step):
         with run.diagnostics():
