@@ -9,6 +9,9 @@ from methods.options import Option
 from models_mae import MaskedAutoencoderViT, MaskedOutput
 from util.data.sources import Images
 
+# Names in the log that no term of a loss, metric or diagnostic of a method may have.
+RESERVED_NAMES = {"loss", "lr", "gradient", "grad_norm", "skipped_steps", "bad_images", "seconds"}
+
 
 class Method(nn.Module):
     """A pretraining method: an `nn.Module` that changes the mask or the loss of the masked autoencoder.
@@ -65,9 +68,11 @@ class Method(nn.Module):
     def scores(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor | None:
         """Return scores (N, L) of the patches; those with the highest scores are removed. Slot "mask".
 
-        `imgs` (N, C, H, W) are normalised. `noise` (N, L) is uniform in [0, 1) and a function of (seed, epoch, image).
-        A mask that is drawn from `noise` (not from torch's generator) stays the same after a resume and with any number
-        of processes. None makes `noise` itself the scores: a random mask.
+        The scores are a ranking: exactly `visible_patches(L, mask_ratio)` patches stay in every image. Patches are in
+        rows and columns of `model.patch_embed.grid_size`, row by row. `imgs` (N, C, H, W) are normalised. `noise` (N,
+        L) is uniform in [0, 1) and a function of (seed, epoch, image). A mask that is drawn from `noise` (not from
+        torch's generator) stays the same after a resume and with any number of processes. None makes `noise` itself the
+        scores: a random mask.
         """
 
     def patch_loss(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, out: MaskedOutput) -> torch.Tensor | None:
@@ -78,15 +83,17 @@ class Method(nn.Module):
         """
 
     def terms(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, out: MaskedOutput) -> dict[str, torch.Tensor]:
-        """Return further losses by name, scalars that already include their weights. They are added to the loss and
-        logged."""
+        """Return further losses by name: scalars that already include their weights. They are added to the loss of the
+        predictions, and logged under these names, which must differ from those of all other terms (and from
+        `RESERVED_NAMES`)."""
         return {}
 
     def after_update(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, step: int, applied: torch.Tensor) -> None:
         """Update what follows the student (a moving average, say), after optimizer step number `step` (from 0). `imgs`
         is the last micro-batch of the step.
 
-        `applied` is a scalar on the device: 0 if the step was skipped because of a non-finite gradient, else 1.
+        `applied` is a scalar on the device: 0 if the step was skipped (its gradient or, without the loss scaling of
+        fp16, an earlier one was not finite), else 1.
         Multiply update rates by it instead of branching on it, which would wait for the device.
         """
 
@@ -130,8 +137,9 @@ class Method(nn.Module):
 
     @property
     def head_in_use(self) -> bool:
-        """Whether the loss currently uses the output of `prediction_head` instead of pixels."""
-        return False
+        """Whether the loss now compares the output of `prediction_head`, and not pixels. By default, if there is
+        one."""
+        return self.prediction_head() is not None
 
     def first_batch(self, model: MaskedAutoencoderViT, imgs: torch.Tensor) -> None:
         """Called once per process, before the first forward pass, for example to check a teacher."""
@@ -172,6 +180,6 @@ class Method(nn.Module):
         """Restore `rank_state`. Not called if the checkpoint was written by another number of processes."""
 
     def exported(self) -> dict[str, nn.Module]:
-        """Return complete models of the method (an EMA teacher, say) to store beside `model` in checkpoints, by their
-        keys. Their tensor names are those of `model`."""
+        """Return complete models of the method (an EMA teacher, say) to store beside `model` in checkpoints, by keys
+        that begin with `model_`. Their tensor names are those of `model`."""
         return {}

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from methods.base import Method
+from methods.base import RESERVED_NAMES, Method
 from models_mae import MaskedAutoencoderViT, MaskedOutput
 
 
@@ -34,22 +34,30 @@ class Pretrainer(nn.Module):
             noise = torch.rand(len(imgs), self.model.patch_embed.num_patches, device=imgs.device)
         scores = _first(method.scores(self.model, imgs, noise) for method in methods)
         blocks = tuple({block for method in methods for block in method.blocks()})
-        head = next((method for method in methods if method.head_in_use), None)
+        owner = next((method for method in methods if method.head_in_use), None)  # of the prediction layer in use
         out = self.model.forward_pretrain(
             imgs,
             mask_ratio,
             noise if scores is None else scores,
             blocks,
-            head and head.prediction_head(),
+            owner and owner.prediction_head(),
             any(method.needs_all_patches for method in methods),
         )
-        out.head = head.name if head else ""
-        named = ((method.loss_name, method.patch_loss(self.model, imgs, out)) for method in methods)
-        losses = {name: loss for name, loss in named if loss is not None}
-        losses = losses or {"reconstruction": self.model.reconstruction_loss(out)}
-        for method in methods:
-            losses |= method.terms(self.model, imgs, out)
-        return losses, out
+        out.head = owner.name if owner else ""
+        return self._losses(imgs, out), out
+
+    def _losses(self, imgs, out: MaskedOutput) -> dict[str, torch.Tensor]:
+        """Return the loss of the predictions, then the terms of all methods. Raises ValueError if two of them have the
+        same name, or one that the log uses itself."""
+        methods = self.methods.values()
+        replaced = [(method.loss_name, method.patch_loss(self.model, imgs, out)) for method in methods]
+        parts = [(name, loss) for name, loss in replaced if loss is not None]
+        parts = parts or [("reconstruction", self.model.reconstruction_loss(out))]
+        parts += [item for method in methods for item in method.terms(self.model, imgs, out).items()]
+        names = [name for name, _ in parts]
+        if len(set(names)) < len(names) or RESERVED_NAMES & set(names):
+            raise ValueError(f"terms of the loss need names of their own, not {', '.join(names)}")
+        return dict(parts)
 
     def first_batch(self, imgs) -> None:
         """Call `first_batch` of all methods, once per process."""

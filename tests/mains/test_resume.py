@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.forked import Forked
 from helpers.inject import stop_at
-from helpers.launch import DIGITS, checkpoint, finish, kill_when, launch, log_rows, same_tensors, scalars
+from helpers.launch import DIGITS, SMALL, checkpoint, finish, kill_when, launch, log_rows, same_tensors, scalars
 
 import main_finetune
 import main_pretrain
@@ -223,3 +223,12 @@ def test_checkpoint_layout(tmp_path):
         "decoder_pred.bias",
     } <= set(state["model"])
     assert (tmp_path / "encoder.safetensors").exists()
+
+
+def test_save_steps_at_the_end_of_an_epoch(image_folder, tmp_path):
+    """Six steps an epoch: a checkpoint that is due after the last one is written there, whatever --save_freq is."""
+    flags = (
+        f"{SMALL} --data_path {image_folder} --aug none --num_workers 0 --batch_size 16 --warmup_epochs 0 --device cpu"
+    )
+    pretrain(f"{flags} --vis_freq 0 --epochs 3 --save_freq 20 --save_steps 2 --output_dir {tmp_path}")
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{epoch}.pth" for epoch in range(3)}

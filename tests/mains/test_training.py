@@ -260,9 +260,9 @@ def test_log_and_tensorboard(image_folder, tmp_path):
 def test_means_are_over_the_steps_that_have_a_value():
     meter = EpochMeter(torch.device("cpu"))
     for odd in (None, torch.tensor(4.0), None):
-        meter.add(loss=torch.tensor(1.5), odd=odd)
+        meter.add({"loss": torch.tensor(1.5), "odd": odd})
     assert meter.read() == {"loss": 1.5, "odd": 4.0}
-    meter.add(odd=None)
+    meter.add({"odd": None})
     assert meter.read() == {} and meter.means() == {"loss": 1.5, "odd": 4.0}
 
 

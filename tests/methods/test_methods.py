@@ -141,3 +141,13 @@ def test_a_method_through_the_main(image_folder, tmp_path, monkeypatch):
     main_pretrain.main(parser.parse_args([*flags.split(), "--resume", "auto"]))
     again = checkpoint(tmp_path, "checkpoint-1.pth")
     assert all(torch.equal(again["methods"][key], value) for key, value in state["methods"].items())
+
+
+@pytest.mark.parametrize("name", ["reconstruction", "loss"])
+def test_names_of_terms_are_unique(name):
+    """A term under the name of another one, or under one of the log's own, would replace it without a word."""
+    model = build_model("mae_vit_micro_patch4", img_size=16)
+    pretrainer = Pretrainer(model, [Smooth(parse(["--smooth", "0.5"]), model)])
+    pretrainer.methods["smooth"].terms = lambda model, imgs, out: {name: out.pred.mean()}
+    with pytest.raises(ValueError, match="names of their own"):
+        pretrainer(torch.randn(2, 3, 16, 16))

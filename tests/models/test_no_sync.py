@@ -42,7 +42,7 @@ class Synchronisations(TorchDispatchMode):
 def synchronisations(monkeypatch):
     """Record operations of steps, from the forward pass to the methods' updates. Reading the metrics and the
     diagnostics once an epoch, whose time does not count, are exempt."""
-    recorder, batches, diagnostics, finish_step = Synchronisations(), Run.batches, Run.diagnostics, Run.finish_step
+    recorder, batches, diagnostics, finish_step = Synchronisations(), Run.batches, Run.measuring, Run.finish_step
 
     def record(on):
         recorder.active = on
@@ -69,7 +69,7 @@ def synchronisations(monkeypatch):
 
     monkeypatch.setattr(Run, "batches", stepwise)
     monkeypatch.setattr(Run, "finish_step", finish)
-    monkeypatch.setattr(Run, "diagnostics", exempt)
+    monkeypatch.setattr(Run, "measuring", exempt)
     with recorder:
         yield recorder
     record(False)

@@ -20,7 +20,9 @@ def end_again(run, files: list[Path], write: Callable[[dict[str, float]], None])
     line; `write(metrics)` writes them. All ranks must call it."""
     metrics, names = from_main_process(lambda: _unwritten(run, files))
     done = run.epoch + run.position / len(run.loader)
-    state = f"already finished: {run.resumed} is the state after {done:g} epochs, and the run has {run.args.epochs:g}"
+    state = (
+        f"already finished: {run.resumed_from} is the state after {done:g} epochs, and the run has {run.args.epochs:g}"
+    )
     print(f"{state}; nothing is trained{'; its results are written: ' + ', '.join(names) if names else ' or written'}")
     if names:
         run.record.restore()

@@ -109,17 +109,16 @@ class EpochMeter:
         self.sums: dict[str, torch.Tensor | float] = {}
         self.counts: dict[str, float] = defaultdict(float)
 
-    def add(self, count: float = 1, **values) -> None:
-        """Add values, each with the weight `count`. All ranks must add the same names between two readings; None stands
+    def add(self, values: dict[str, torch.Tensor | float | None], count: float = 1) -> None:
+        """Add values by name, each with the weight `count`. All ranks must add the same names between two readings;
+        None stands
         for a value that this rank does not have."""
         for name, value in values.items():
             if value is None:
                 self.sums.setdefault(name, 0.0)
                 self.counts[name] += 0
                 continue
-            if isinstance(
-                value, torch.Tensor
-            ):  # Python numbers stay on the host: copying them to the device would wait for it
+            if isinstance(value, torch.Tensor):  # numbers stay on the host: a copy to the device would wait for it
                 value = value.detach().to(torch.float64)
             value = value * count
             self.sums[name] = self.sums[name] + value if name in self.sums else value

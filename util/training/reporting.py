@@ -48,7 +48,7 @@ class Reporter:
 
     def add_losses(self, step: int, losses: dict[str, torch.Tensor], batch: MicroBatch) -> None:
         """Add the total loss, named "loss", and its terms, of one micro-batch."""
-        self.meter.add(len(batch.samples.target), **losses)
+        self.meter.add(losses, len(batch.samples.target))
         self.non_finite.add(step, losses)
         self.spikes.add(step, losses["loss"], batch.samples.index)
 
@@ -56,16 +56,16 @@ class Reporter:
         """Add the gradient norm of an optimizer step."""
         if self.scaler.enabled:  # an overflowed step has no norm; it counts as skipped
             norm = torch.where(self.scaler.applied > 0, norm, torch.zeros_like(norm))
-            self.meter.add(skipped_steps=1 - self.scaler.applied)
+            self.meter.add({"skipped_steps": 1 - self.scaler.applied})
         else:
             self.non_finite.add(step, {"gradient": norm})
-        self.meter.add(grad_norm=norm)
+        self.meter.add({"grad_norm": norm})
 
     # Every --print_freq steps ---------------------------------------------------------------------------------------
 
     def read(self, run) -> None:
         """Read the metrics, check them, and log them. Waits for the device. Raises RunFailed or UserError."""
-        self.meter.add(bad_images=self.unreadable)
+        self.meter.add({"bad_images": self.unreadable})
         self.unreadable = 0
         values = self.meter.read()
         self._report_spikes(run)

@@ -78,7 +78,8 @@ class Run:
     `ddp_model` is what the engine calls (`train_module`, inside DistributedDataParallel if there are several
     processes).
 
-    `epoch` and `position` are those of the next micro-batch; `step` counts finished optimizer steps. `classes` are the
+    `epoch` and `position` are those of the next micro-batch; `step` counts optimizer steps, skipped ones included.
+    `classes` are the
     names of a classifier's outputs. Call `begin` before training, `close` at the end.
     """
 
@@ -98,14 +99,14 @@ class Run:
         self.saved_model, self.train_module, self.optimizer = saved_model, train_module or saved_model, optimizer
         self.methods = getattr(self.train_module, "methods", None)
         self.sharded = getattr(args, "fsdp", False)
-        self.record, self.resumed = record or Record("", args), resume
+        self.record, self.resumed_from = record or Record("", args), resume
         self.stepper = Stepper(device, args.amp_dtype, self.train_module, optimizer, args.accum_iter, args.clip_grad)
         self.reporter = Reporter(args.output_dir, device, self.stepper.scaler, args.spike_factor)
         self.checkpoints = Checkpointer(args.output_dir, args.save_patience, self.reporter.logs)
         self.stop, self.stopped = StopRequest(), False  # `stopped`: a signal ends the run early
         self.steps_per_epoch = ceil(len(loader) / args.accum_iter)
         self.total_steps, _ = run_length(len(loader), args.accum_iter, args.epochs, args.max_steps)
-        self.epoch, self.position, self.lr = args.start_epoch, 0, 0.0
+        self.epoch, self.position, self.lr, self.save_due = args.start_epoch, 0, 0.0, False
         if resume is not None:
             run_state.resume(self, resume)
         # Computed from the position, not read from the file: correct with --start_epoch and other batch flags, too.
@@ -124,7 +125,7 @@ class Run:
     def begin(self) -> None:
         """Prepare for training: compile, wrap for DDP, create the folders and the first files. No file changes before
         this."""
-        args, resume = self.args, self.resumed
+        args, resume = self.args, self.resumed_from
         external = [network for method in self.all_methods() for network in method.external_networks()]
         self.stepper.prepare([self.train_module, *external] if args.compile else [], args.log_mfu, self.sharded)
         make_output_dir(args.output_dir, args.log_dir, args.overwrite)
@@ -218,9 +219,10 @@ class Run:
         self.reporter.add_step(self.step, self.stepper.step())
         return self.stepper.scaler.applied
 
-    def log(self, **values: torch.Tensor | float | None) -> None:
-        """Log values of this step by name; all ranks must log the same names (None: no value on this rank)."""
-        self.reporter.meter.add(**values)
+    def log(self, values: dict[str, torch.Tensor | float | None]) -> None:
+        """Add values of this step, by name, to the means that are logged next; all ranks must give the same names
+        (None: no value on this rank)."""
+        self.reporter.meter.add(values)
 
     def finish_step(self) -> None:
         """Count the step. Log every --print_freq steps, save every --save_steps steps, save and stop after a signal."""
@@ -230,16 +232,17 @@ class Run:
         args, ends = self.args, self.position == self.last_position()
         seconds = self.reporter.clock.seconds_per_step()
         stop, retry = self.stop.poll(self.step, seconds, args.print_freq, self.checkpoints.saver.due)
-        save = not ends and (retry or (bool(args.save_steps) and self.step % args.save_steps == 0))
-        if ends or save or stop or self.step % args.print_freq == 0:
+        self.save_due = retry or (bool(args.save_steps) and self.step % args.save_steps == 0)
+        if ends or self.save_due or stop or self.step % args.print_freq == 0:
             self.reporter.read(self)
-        if stop and not ends:  # at the end of an epoch, `finish_epoch` saves and stops
-            self.stopped = True
-        if save or self.stopped:
+        if ends:  # `finish_epoch` saves and stops: the epoch is not logged yet
+            return
+        self.stopped = stop
+        if self.save_due or self.stopped:
             self.save(last=self.stopped)
 
     @contextlib.contextmanager
-    def diagnostics(self):
+    def measuring(self):
         """Return the context of costly measurements: whole weights (FSDP), autocast, and their time excluded from the
         speed."""
         synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
@@ -253,8 +256,8 @@ class Run:
     # Between epochs -------------------------------------------------------------------------------------------------
 
     def finish_epoch(self, row: dict[str, float]) -> None:
-        """Log the epoch that has ended, with the values of `row`; save every --save_freq epochs; go to the next
-        epoch."""
+        """Log the epoch that has ended, with the values of `row`; save every --save_freq epochs, and where
+        --save_steps is due; go to the next epoch, unless the run ended inside this one."""
         self.reporter.finish_epoch(self, row)
         number = self.epoch
         if self.position == len(self.loader):
@@ -263,7 +266,7 @@ class Run:
         if get_world_size() > 1:
             stop = bool(all_reduce_sum(torch.tensor(float(stop), device=self.device)).item())
         self.stopped = stop and not self.ended
-        if number % self.args.save_freq == 0 or self.ended or self.stopped:
+        if self.save_due or number % self.args.save_freq == 0 or self.ended or self.stopped:
             self.save(last=self.ended or self.stopped)
 
     def save(self, last: bool = False) -> None:
