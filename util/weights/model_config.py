@@ -92,7 +92,7 @@ def resolve_config(
     `default` is the model if nothing names one, `model_flag` the flag that error messages refer to. Raises UserError if
     nothing names the model, for an unknown name, and for a stored flag that is needed and has a wrong type.
     """
-    flags = {name: value for name, value in given.items() if name in _TYPES and value}
+    flags = {name: value for name, value in given.items() if name in _TYPES and value not in (None, "")}
     if weights is not None:
         shapes = infer_config_from_shapes(weights)
         inferable = {name: value for name, value in shapes.items() if name in inferred}
@@ -101,17 +101,17 @@ def resolve_config(
             raise UserError(f"{weights.path} does not name its model: give {model_flag} ({_candidates(weights)})")
     name = _known_name(flags.get("model") or default, model_flag)
     own = own_config(name)
-    size = flags.get("input_size") or own["img_size"]
+    size = flags.get("input_size", own["img_size"])
     size = (size, size) if isinstance(size, int) else (size[0], size[-1])
     return ModelConfig(
         model=name,
-        patch_size=flags.get("patch_size") or own["patch_size"],
-        in_chans=flags.get("in_chans") or 3,
+        patch_size=flags.get("patch_size", own["patch_size"]),
+        in_chans=flags.get("in_chans", 3),
         input_size=size,
         layer_norm_eps=flags.get("layer_norm_eps"),
         norm_pix_loss=bool(weights is not None and weights.args.get("norm_pix_loss")),
-        decoder=flags.get("decoder") or "self",
-        **{name: flags.get(name) or own[name] for name in _DECODER_SIZES},
+        decoder=flags.get("decoder", "self"),
+        **{name: flags.get(name, own[name]) for name in _DECODER_SIZES},
     )
 
 
@@ -123,7 +123,7 @@ def _stored_flags(weights: Weights, given: Mapping[str, Any], model_flag: str) -
         if not isinstance(value, _TYPES[name]) or not sides or not all(isinstance(side, int) for side in sides):
             flag = model_flag if name == "model" else f"--{name}"
             raise UserError(f"{weights.path} stores {value!r} for --{name}, which is not a valid value: give {flag}")
-    return stored
+    return {name: value for name, value in stored.items() if value}
 
 
 def _encoder_name(name: str) -> str:
