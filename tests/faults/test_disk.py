@@ -157,7 +157,9 @@ def test_full_until_the_end_fails(image_folder, tmp_path, monkeypatch, capsys):
     full = FullDisk(monkeypatch)
     after_step(monkeypatch, 9, lambda _: setattr(full, "full", True))
     flags = f"{FLAGS} --data_path {image_folder} --output_dir {tmp_path} --save_patience 0.001"  # 60 ms
-    with pytest.raises(RunFailed, match=r"the last state cannot be written .*No space left.*last checkpoint is checkpoint-1-3.pth"):
+    with pytest.raises(
+        RunFailed, match=r"the last state cannot be written .*No space left.*last checkpoint is checkpoint-1-3.pth"
+    ):
         pretrain(flags)
     assert "the next attempt is in 0.02 s" in capsys.readouterr().out  # after the one in 0.01 s
     assert checkpoint(tmp_path, "checkpoint-1-3.pth")["step"] == 9
@@ -248,7 +250,10 @@ def test_two_ranks_while_a_part_of_a_folder_cannot_be_written(image_folder, tmp_
     """--fsdp: only rank 1 has a full disk, and both ranks retry together."""
     flags = FLAGS.replace("--batch_size 16", "--batch_size 8") + " --fsdp --keep 1"
     output = ranks("helpers.fault_script", f"share {flags} --data_path {image_folder} --output_dir {tmp_path}", 2)
-    assert "(No space left on device): the run continues" in output and "the last checkpoint is checkpoint-0-3.dcp" in output
+    assert (
+        "(No space left on device): the run continues" in output
+        and "the last checkpoint is checkpoint-0-3.dcp" in output
+    )
     assert output.count("ended at step 12") == 2
     assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-1.dcp"]
     assert find_resume("auto", str(tmp_path)) == tmp_path / "checkpoint-1.dcp"
