@@ -22,7 +22,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
         help="time limit in minutes; shortly before it the job saves and is requeued",
     )
     parser.add_argument(
-        "--job_dir", default="", help="folder of logs and results, by default jobs/%%j; %%j is the job's number"
+        "--job_dir", default="", help="folder of logs and results, without it jobs/%%j; %%j is the job's number"
     )
     parser.add_argument("--partition", default="learnfair", help="SLURM partition")
     parser.add_argument("--use_volta32", action="store_true", help="request 32 GB V100s")
