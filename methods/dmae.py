@@ -210,7 +210,7 @@ class DMAE(Method):
         Option(
             "dmae_blocks",
             None,
-            "student and teacher blocks to align, from 1; by default at three quarters of each depth, e.g. 9:18",
+            "student and teacher blocks to align, from 1; without it at three quarters of each depth, e.g. 9:18",
             metavar="S:T[,S:T...]",
         ),
         Option(
@@ -237,7 +237,7 @@ class DMAE(Method):
         Option(
             "dmae_teacher_size",
             None,
-            "image size to whose grid the teacher's position embedding is resampled; by default the size that it was "
+            "image size to whose grid the teacher's position embedding is resampled; without it the size that it was "
             "trained at",
             type=int,
             metavar="N",

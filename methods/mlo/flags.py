@@ -20,7 +20,7 @@ OPTIONS = (
     Option(
         "mlo_fd_alpha",
         None,
-        "length of fd's displacement in weight space; by default 1e-2 with adam, else 1e-3",
+        "length of fd's displacement in weight space; without it 1e-2 with adam, else 1e-3",
         type=float,
         rare=True,
     ),
@@ -60,7 +60,7 @@ OPTIONS = (
     Option(
         "mlo_head_lr",
         None,
-        "learning rate of stage II, decayed to 0 on a cosine over its updates; by default 1e-2",
+        "learning rate of stage II, decayed to 0 on a cosine over its updates; without it 1e-2",
         type=float,
         rare=True,
     ),
@@ -70,7 +70,7 @@ OPTIONS = (
     Option(
         "mlo_batch_size",
         None,
-        "labelled images in a batch of stages II and III; by default --batch_size",
+        "labelled images in a batch of stages II and III; without it --batch_size",
         type=int,
         rare=True,
     ),
@@ -99,7 +99,7 @@ OPTIONS = (
     Option(
         "blo_lambda",
         None,
-        "with --mlo_levels 2: weight of the task's loss; by default 1",
+        "with --mlo_levels 2: weight of the task's loss; without it 1",
         type=float,
         rare=True,
     ),
@@ -114,7 +114,7 @@ OPTIONS = (
     Option(
         "mlo_ridge",
         None,
-        "with solve: ridge penalty; half of it times the head's squared norm is added to its loss; by default 0.01",
+        "with solve: ridge penalty; half of it times the head's squared norm is added to its loss; without it 0.01",
         type=float,
         rare=True,
     ),

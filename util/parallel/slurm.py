@@ -22,7 +22,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
         help="time limit in minutes; shortly before it the job saves and is requeued",
     )
     parser.add_argument(
-        "--job_dir", default="", help="folder of logs and results, by default jobs/%%j; %%j is the job's number"
+        "--job_dir", default="", help="folder of logs and results, without it jobs/%%j; %%j is the job's number"
     )
     parser.add_argument("--partition", default="learnfair", help="SLURM partition")
     parser.add_argument("--use_volta32", action="store_true", help="request 32 GB V100s")
@@ -64,6 +64,22 @@ def requeue(job_id: str) -> None:
     subprocess.run(["scontrol", "requeue", job_id], check=True)
 
 
+def _parameters(job: argparse.Namespace) -> dict:
+    """Return submitit's parameters for the job's flags."""
+    return dict(
+        name="mae",
+        nodes=job.nodes,
+        tasks_per_node=job.ngpus,
+        gpus_per_node=job.ngpus if job.cluster == "slurm" else 0,
+        cpus_per_task=10,
+        timeout_min=job.timeout,
+        slurm_partition=job.partition,
+        slurm_signal_delay_s=WARNING_SECONDS,
+        **({"slurm_constraint": "volta32gb"} if job.use_volta32 else {}),
+        **({"slurm_comment": job.comment} if job.comment else {}),
+    )
+
+
 def launch(main, main_parser, argv: list[str] | None = None):
     """Submit `main` with the job's flags and the main's flags from `argv`; return submitit's job. Raises UserError for
     a `--resume` that names a file."""
@@ -88,20 +104,9 @@ def launch(main, main_parser, argv: list[str] | None = None):
             )
         args.resume = "auto"
     executor = submitit.AutoExecutor(folder=folder, cluster=job.cluster, slurm_max_num_timeout=30)
-    executor.update_parameters(
-        name="mae",
-        nodes=job.nodes,
-        tasks_per_node=job.ngpus,
-        gpus_per_node=job.ngpus if job.cluster == "slurm" else 0,
-        cpus_per_task=10,
-        timeout_min=job.timeout,
-        slurm_partition=job.partition,
-        slurm_signal_delay_s=WARNING_SECONDS,
-        **({"slurm_constraint": "volta32gb"} if job.use_volta32 else {}),
-        **({"slurm_comment": job.comment} if job.comment else {}),
-    )
-    # The job unpickles `Trainer`, so this package must be importable there.
-    root = str(Path(__file__).resolve().parent.parent)
+    executor.update_parameters(**_parameters(job))
+    # The job unpickles `Trainer`, so this project must be importable there.
+    root = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     submitted = executor.submit(Trainer(main, args))
     print(f"job {submitted.job_id}, logs and results in {folder.replace('%j', str(submitted.job_id))}")
