@@ -130,7 +130,7 @@ def test_one_file_resumes_without_fsdp(folders, tmp_path, monkeypatch):
     command = [str(ROOT / "tools" / "unshard.py"), str(folders / "2" / "checkpoint-0.dcp"), str(out)]
     assert "MB" in subprocess.run([sys.executable, *command], check=True, text=True, capture_output=True).stdout
     monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(UserError, match="exists: name another file"):
+    with pytest.raises(UserError, match="exists: give another name"):
         unshard.main()
     pretrain(tmp_path, f"{METHODS} --batch_size 128 --resume auto")
     one, other = (checkpoint(folder, "checkpoint-1.pth")["model"] for folder in (tmp_path, folders / "1"))
@@ -156,7 +156,7 @@ def test_mixed_precision_with_recomputation_and_accumulation(image_folder, tmp_p
     "flags, processes, words",
     [
         ("--fsdp", 1, "--fsdp shards a model over processes, and this run has one process: start it with torchrun"),
-        ("--fsdp --mlo_mae --mlo_labels same", 1, "--mlo_mae moves whole weights"),
+        ("--fsdp --mlo_mae --mlo_labels same", 1, "--mlo_mae needs whole weights"),
         ("--fsdp --rc_mae --log_grad_cosine 5", 1, "--log_grad_cosine needs whole gradients"),
         (
             "--resume {folders}/2/checkpoint-0.dcp",
