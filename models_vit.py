@@ -1,4 +1,4 @@
-"""Vision transformer for fine-tuning and probing: the encoder of `models_mae` on all patches, and a head."""
+"""Vision transformer for fine-tuning and probing: the encoder of `models_mae`, applied to all patches, and a head."""
 
 from functools import partial
 
@@ -12,8 +12,10 @@ from util.compute.kernels import GradCheckpointMixin
 
 
 class AttentivePool(nn.Module):
-    """Cross-attention of one learned query to all tokens (attentive probing: El-Nouby et al. 2024, AIM; Bardes et al.
-    2024, V-JEPA, here without the MLP that follows it)."""
+    """Attentive pooling: one learned query cross-attends to all tokens (El-Nouby et al. 2024, AIM).
+
+    V-JEPA's attentive probe (Bardes et al. 2024) has an additional MLP, which is left out here.
+    """
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -22,17 +24,18 @@ class AttentivePool(nn.Module):
         self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
 
     def forward(self, tokens):
-        """Tokens (N, L, D) -> feature (N, D)."""
+        """Tokens (N, M, D) -> features (N, D)."""
         query = self.query.expand(len(tokens), -1, -1)
         return self.attention(query, tokens, tokens, need_weights=False)[0][:, 0]
 
 
 class VisionTransformer(GradCheckpointMixin, nn.Module):
-    """ViT (Dosovitskiy et al. 2021). Its feature is the [cls] token or, with `global_pool`, the mean over patches.
+    """Vision transformer (Dosovitskiy et al. 2021) that classifies images, or computes their features.
 
-    With `global_pool` the last block's patches are averaged without a norm, and `fc_norm` follows; otherwise `norm` is
-    applied, as in the encoder. `drop_path_rate` grows linearly with depth (Huang et al. 2016). Positions are trainable.
-    `num_classes=0` leaves out the head.
+    The feature is the [cls] token or, with `global_pool`, the mean of the patch tokens. With `global_pool`, the outputs
+    of the last block are averaged first and `fc_norm` normalises the mean; otherwise `norm` normalises every token, as
+    in the pretraining encoder. The drop-path rate grows linearly with depth, from 0 to `drop_path_rate` (Huang et al.
+    2016). Position embeddings are trained. `num_classes=0` leaves out the head.
     """
 
     def __init__(
@@ -69,7 +72,8 @@ class VisionTransformer(GradCheckpointMixin, nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """Initialise positions, [cls] and linear layers with a truncated normal (0.02), biases with zero."""
+        """Initialise position embeddings, [cls] token and linear layers from a truncated normal distribution (standard
+        deviation 0.02), and the biases of linear layers with zero."""
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
@@ -78,12 +82,15 @@ class VisionTransformer(GradCheckpointMixin, nn.Module):
                 nn.init.zeros_(module.bias)
 
     def no_weight_decay(self):
-        """Return the parameter names that get no weight decay."""
+        """Return the names of the parameters that are trained without weight decay."""
         return {"pos_embed", "cls_token"}
 
     def train_last_blocks(self, count: int) -> None:
-        """Train only the last `count` blocks, the final norm and the head; 0 trains the head alone (partial
-        fine-tuning: He et al. 2022, Section 4.3 and Figure 9). Frozen blocks stay in eval mode, without drop path."""
+        """Freeze all weights except those of the last `count` blocks, the final norm and the head; with `count` 0, all
+        except those of the head (partial fine-tuning: He et al. 2022, Section 4.3 and Figure 9).
+
+        Frozen blocks stay in eval mode, without drop path.
+        """
         trained = [self.head]
         if count:
             trained += [*self.blocks[-count:], self.fc_norm if self.global_pool else self.norm]
@@ -100,7 +107,7 @@ class VisionTransformer(GradCheckpointMixin, nn.Module):
         return self
 
     def forward_tokens(self, x):
-        """Images (N, C, H, W) -> tokens (N, 1 + L, D) of the last block before any norm, [cls] first."""
+        """Images (N, C, H, W) -> outputs of the last block (N, 1 + L, D), before any norm, [cls] first."""
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         for block in self.blocks:
@@ -108,12 +115,12 @@ class VisionTransformer(GradCheckpointMixin, nn.Module):
         return x
 
     def forward_patches(self, x):
-        """Images (N, C, H, W) -> patch tokens (N, L, D) after the final norm. Not with `global_pool`, whose norm
-        follows the mean."""
+        """Images (N, C, H, W) -> patch tokens (N, L, D) after the final norm. Not available with `global_pool`, where
+        only the mean is normalised."""
         return self.norm(self.forward_tokens(x))[:, 1:]
 
     def forward_features(self, x):
-        """Images (N, C, H, W) -> features (N, D), the head's input."""
+        """Images (N, C, H, W) -> features (N, D), the input of the head."""
         x = self.forward_tokens(x)
         return self.fc_norm(x[:, 1:].mean(dim=1)) if self.global_pool else self.norm(x)[:, 0]
 
@@ -133,16 +140,17 @@ def _builder(name: str, config: dict):
     return build
 
 
-# Every name is also an attribute of this module, as in the official repository: `models_vit.vit_base_patch16()`.
+# Every model is also a function of this module, as in the official repository: `models_vit.vit_base_patch16()`.
 MODELS = {name: _builder(name, config) for name, config in ENCODERS.items()}
 globals().update(MODELS)
 
 
 def build_model(name: str, **overrides) -> VisionTransformer:
-    """Build the named transformer. `overrides` replace constructor arguments (None keeps the model's value).
+    """Build the vision transformer called `name`. `overrides` replace constructor arguments; None keeps the model's
+    value.
 
-    The name of an autoencoder means its encoder (`mae_vit_base_patch16`). Raises UserError for an unknown name
-    (listing the known ones) and for sizes that do not fit together.
+    The name of an autoencoder, such as `mae_vit_base_patch16`, is accepted for its encoder. Raises UserError for an
+    unknown name (listing the known ones) and for sizes that do not fit together.
     """
     name = name.removeprefix("mae_").removesuffix("_dec512d8b")
     return look_up(MODELS, name)(**{key: value for key, value in overrides.items() if value is not None})

@@ -28,7 +28,7 @@ class TinyAutoencoder(nn.Module):
         self.patch_embed, self.cls_token = SimpleNamespace(num_patches=patches), torch.zeros(1, 1, len(weights["be"]))
 
     choose_visible, forward_pretrain = MaskedAutoencoderViT.choose_visible, MaskedAutoencoderViT.forward_pretrain
-    patch_errors, to_predict = MaskedAutoencoderViT.patch_errors, MaskedAutoencoderViT.to_predict
+    patch_errors, select_ids_to_predict = MaskedAutoencoderViT.patch_errors, MaskedAutoencoderViT.select_ids_to_predict
 
     def patchify(self, imgs):
         return imgs
