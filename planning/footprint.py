@@ -1,8 +1,8 @@
 """Prediction of the memory of pretraining from the sizes of the model; nothing is built or run.
 
-docs/scaling.md has the reasons for the formulas, and measurements to compare with.
+docs/scaling.md explains the formulas and compares them with measurements.
 
-Symbols: L patches, V visible patches, P = L - V predicted patches, D and d widths of encoder and decoder, F values of a
+Symbols: L patches, V visible patches, P = L - V predicted patches, D and d widths of encoder and decoder, F values per
 patch. A number in matrix products has `element` bytes (2 in bf16 and fp16, 4 in fp32). Weights, AdamW's moments,
 gradients and the residual stream are always fp32.
 """
@@ -18,12 +18,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a masked autoencoder that time and memory depend on."""
+    """The sizes of a masked autoencoder that determine time and memory."""
 
     width: int
     depth: int
     heads: int
-    narrow: int  # decoder width
+    decoder_width: int
     decoder_depth: int
     decoder_heads: int
     patches: int  # L
@@ -36,13 +36,13 @@ class Sizes:
 
     @property
     def frozen(self) -> int:
-        """Number of values in the two position tables, which are not trained."""
-        return (1 + self.patches) * (self.width + self.narrow)
+        """The number of values in the two position tables, which are not trained."""
+        return (1 + self.patches) * (self.width + self.decoder_width)
 
 
 def sizes_of(config: dict, mask_ratio: float = 0.75, in_chans: int = 3) -> Sizes:
-    """Return the sizes of a model with these constructor arguments (the `config` of an entry of `models_mae.MODELS`).
-    Raises UserError for sizes or a mask ratio that are impossible."""
+    """Return the sizes of the model with the constructor arguments `config` (as of an entry of `models_mae.MODELS`).
+    Raises UserError for impossible sizes and for a mask ratio that removes no patch or all."""
     check_geometry(config)
     size, patch = config["img_size"], config["patch_size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -65,13 +65,13 @@ def sizes_of(config: dict, mask_ratio: float = 0.75, in_chans: int = 3) -> Sizes
 
 @dataclass(frozen=True)
 class Setup:
-    """How the model is trained."""
+    """The configuration of a training run."""
 
-    batch: int  # images per process and forward pass
+    batch: int  # images per process in a micro-batch
     gpus: int = 1
-    accum: int = 1
-    element: int = 2
-    fused: bool = True  # attention by one kernel; else two products and a softmax in `element` bytes, as on a CPU
+    accum: int = 1  # micro-batches per optimizer step
+    element: int = 2  # bytes of a number in matrix products
+    fused: bool = True  # attention in one kernel; else two products and a softmax in `element` bytes, as on a CPU
     grad_checkpoint: bool = False
     fsdp: bool = False
     teacher: str = "none"  # "encoder" (whole images: MAE-K, EMA-MAE), "autoencoder" (visible patches: RC-MAE)
@@ -84,106 +84,114 @@ class Setup:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the network, in the order of the forward pass; bytes and FLOPs are per image."""
+    """A part of the network, such as a block. Bytes and FLOPs are per image."""
 
     weights: int  # number of trained weights
     saved: int = 0  # bytes kept from the forward to the backward pass
-    passing: int = 0  # further bytes during its backward pass
+    temporary: int = 0  # additional bytes during its backward pass
     flops: int = 0  # of the forward pass
-    again: int = 0  # FLOPs that `grad_checkpoint` repeats
-    matrix: int = 0  # values of its largest weight matrix, whose gradient exists in two types for a moment
+    recomputed: int = 0  # FLOPs that `grad_checkpoint` repeats in the backward pass
+    matrix: int = 0  # values of its largest weight matrix, whose gradient exists briefly in two types
     block: bool = False
 
 
 # Parts of the network ------------------------------------------------------------------------------------------------
 
 
-def block_saved(tokens: int, ends: int, width: int, heads: int, element: int, fused: bool) -> int:
-    """Return the bytes per image that a block with `tokens` inputs and `ends` outputs keeps for the backward pass:
-    inputs of both norms with their mean and standard deviation; inputs of qkv and fc1; q, k, v; the output of
-    attention; input and output of GELU; and of the attention weights one number per row (fused) or all."""
-    queries = tokens if fused else ends  # the kernel keeps views of all queries, the product a copy of those used
-    kept = tokens * (4 * width + 8) + ends * (4 * width + 8)
-    kept += element * width * (tokens + 2 * tokens + queries + 10 * ends)
-    return kept + heads * ends * (4 if fused else element * tokens)
+def block_saved(tokens: int, outputs: int, width: int, heads: int, element: int, fused: bool) -> int:
+    """Return the bytes per image that a block with `tokens` input tokens and `outputs` output tokens keeps for the
+    backward pass: the inputs of both norms with their mean and standard deviation; the inputs of qkv and fc1; q, k and
+    v; the output of attention; the input and output of GELU; and the attention weights (if fused, one number per
+    row)."""
+    queries = tokens if fused else outputs  # the kernel keeps views of all queries, the product a copy of those used
+    kept = tokens * (4 * width + 8) + outputs * (4 * width + 8)
+    kept += element * width * (tokens + 2 * tokens + queries + 10 * outputs)
+    return kept + heads * outputs * (4 if fused else element * tokens)
 
 
-def block_passing(ends: int, width: int, element: int) -> int:
-    """Return the bytes at the peak of a block's backward pass, at GELU: gradients of the residual stream, of fc2's
-    output if its type differs, and of fc2's input."""
-    return ends * width * (4 + (element if element < 4 else 0) + 4 * element)
+def block_temporary(outputs: int, width: int, element: int) -> int:
+    """Return the temporary bytes per image at the peak of a block's backward pass, which is at GELU: the gradients of
+    the residual stream, of fc2's output if its type differs, and of fc2's input."""
+    return outputs * width * (4 + (element if element < 4 else 0) + 4 * element)
 
 
-def block(tokens: int, width: int, heads: int, setup: Setup, ends: int | None = None) -> Part:
-    """Return a block on `tokens` tokens that computes all of them, or only `ends`, with all tokens as keys and
-    values."""
-    ends = tokens if ends is None else ends
-    saved = block_saved(tokens, ends, width, heads, setup.element, setup.fused)
-    passing = block_passing(ends, width, setup.element)
+def block(tokens: int, width: int, heads: int, setup: Setup, outputs: int | None = None) -> Part:
+    """Return a transformer block with `tokens` input tokens, all of which are keys and values, and `outputs` output
+    tokens (None: all)."""
+    outputs = tokens if outputs is None else outputs
+    saved = block_saved(tokens, outputs, width, heads, setup.element, setup.fused)
+    temporary = block_temporary(outputs, width, setup.element)
     if setup.grad_checkpoint:  # only the input is kept; the rest exists during the block's backward pass
-        saved, passing = 4 * tokens * width, passing + saved - 4 * tokens * width
-    flops = tokens * 6 * width**2 + ends * (18 * width**2 + 4 * tokens * width)
-    again = (flops - ends * 8 * width**2) if setup.grad_checkpoint else 0  # the output of fc2 is not needed
-    return Part(12 * width**2 + 13 * width, saved, passing, flops, again, 4 * width**2, block=True)
+        saved, temporary = 4 * tokens * width, temporary + saved - 4 * tokens * width
+    flops = tokens * 6 * width**2 + outputs * (18 * width**2 + 4 * tokens * width)
+    recomputed = (flops - outputs * 8 * width**2) if setup.grad_checkpoint else 0  # all but the output of fc2
+    return Part(12 * width**2 + 13 * width, saved, temporary, flops, recomputed, 4 * width**2, block=True)
 
 
 def stem(sizes: Sizes, setup: Setup) -> Part:
-    """Return the embedding of the visible patches, and [cls]."""
+    """Return the first part: the embedding of the visible patches, and the [cls] token."""
     weights = sizes.values * sizes.width + 2 * sizes.width
     pixels = sizes.visible * sizes.values
     return Part(weights, setup.element * pixels, 0, 2 * pixels * sizes.width)
 
 
 def bridge(sizes: Sizes, setup: Setup) -> Part:
-    """Return the encoder's norm, the projection to the decoder's width, and the mask token."""
-    tokens, D, d = 1 + sizes.visible, sizes.width, sizes.narrow
+    """Return the part between the blocks: the encoder's norm, the projection to the decoder's width, the mask token."""
+    tokens, D, d = 1 + sizes.visible, sizes.width, sizes.decoder_width
     return Part(2 * D + D * d + 2 * d, tokens * (4 * D + 8 + setup.element * D), 0, 2 * tokens * D * d)
 
 
 def head(sizes: Sizes, setup: Setup) -> Part:
-    """Return the decoder's norm, predictions and loss. During this part the tensors that the forward pass returns exist
-    as well: pixels of all patches, predictions, outputs of both norms; and three copies of the predicted patches'
-    pixels."""
-    P, d, F = sizes.predicted, sizes.narrow, sizes.values
+    """Return the last part: the decoder's norm, the prediction layer and the loss.
+
+    Its temporary bytes include the tensors that the forward pass returns (the pixels of all patches, the predictions,
+    the outputs of both norms) and three copies of the predicted patches' pixels.
+    """
+    P, d, F = sizes.predicted, sizes.decoder_width, sizes.values
     saved = P * (4 * d + 8 + setup.element * d + 4 * F)
-    passing = 4 * sizes.patches * F + setup.element * P * F + 12 * P * F
+    temporary = 4 * sizes.patches * F + setup.element * P * F + 12 * P * F
     if setup.element < 4:
-        passing += 4 * P * d + 4 * (1 + sizes.visible) * sizes.width
-    return Part(2 * d + d * F + F, saved, passing, 2 * P * d * F)
+        temporary += 4 * P * d + 4 * (1 + sizes.visible) * sizes.width
+    return Part(2 * d + d * F + F, saved, temporary, 2 * P * d * F)
 
 
 def parts(sizes: Sizes, setup: Setup) -> list[Part]:
     """Return the parts of the network in the order of the forward pass."""
     encoder = block(1 + sizes.visible, sizes.width, sizes.heads, setup)
-    narrow = (1 + sizes.patches, sizes.narrow, sizes.decoder_heads, setup)
-    decoder = [block(*narrow)] * (sizes.decoder_depth - 1)
+    arguments = (1 + sizes.patches, sizes.decoder_width, sizes.decoder_heads, setup)
+    decoder = [block(*arguments)] * (sizes.decoder_depth - 1)
     if sizes.decoder_depth:  # the last block computes only the predicted patches
-        decoder += [block(*narrow, ends=sizes.predicted)]
+        decoder += [block(*arguments, outputs=sizes.predicted)]
     return [stem(sizes, setup), *[encoder] * sizes.depth, bridge(sizes, setup), *decoder, head(sizes, setup)]
 
 
-def learned(sizes: Sizes) -> int:
+def trained_weights(sizes: Sizes) -> int:
     """Return the number of trained weights."""
     return sum(part.weights for part in parts(sizes, Setup(1)))
 
 
 def teacher_weights(sizes: Sizes, teacher: str) -> int:
-    """Return the number of values in a method's teacher."""
+    """Return the number of weights of a teacher, its position tables included."""
     if teacher == "none":
         return 0
     if teacher == "autoencoder":
-        return learned(sizes) + sizes.frozen
-    block_ = 12 * sizes.width**2 + 13 * sizes.width
-    return sizes.depth * block_ + (sizes.values + 2 + 2 + 1 + sizes.patches) * sizes.width
+        return trained_weights(sizes) + sizes.frozen
+    block_weights = 12 * sizes.width**2 + 13 * sizes.width
+    return sizes.depth * block_weights + (sizes.values + 2 + 2 + 1 + sizes.patches) * sizes.width
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
 def resident(sizes: Sizes, setup: Setup) -> dict[str, float]:
-    """Return the bytes that a process holds all the time, by content."""
+    """Return the bytes that a process holds all the time, by content. Gradients, which some setups also keep between
+    steps, are counted in `moments`.
+
+    FSDP shards all weights of these teachers, because they are submodules of their methods. (Of a network outside its
+    method, such as DMAE's teacher, it shards only the blocks.)
+    """
     share = setup.gpus if setup.fsdp else 1
-    weights, teacher = learned(sizes), teacher_weights(sizes, setup.teacher)
+    weights, teacher = trained_weights(sizes), teacher_weights(sizes, setup.teacher)
     return {
         "weights": 4 * (weights + sizes.frozen) / share,
         "AdamW": 8 * weights / share,
@@ -193,65 +201,69 @@ def resident(sizes: Sizes, setup: Setup) -> dict[str, float]:
 
 
 def gathered(sizes: Sizes, setup: Setup) -> float:
-    """Return the bytes that FSDP gathers during a step (`util/parallel/fsdp.py`): all weights outside blocks, in fp32;
-    and of the largest block two sets of weights (one prefetched) with one message, a gradient, and fp32 buffers of two
-    reductions."""
+    """Return the approximate bytes that FSDP gathers during a step (`util/parallel/fsdp.py`): all trained weights
+    outside blocks, in fp32; and for the largest block two sets of weights (one prefetched), a message, a gradient, and
+    the fp32 buffers of two reductions."""
     listed = parts(sizes, setup)
     largest = max((part.weights for part in listed if part.block), default=0)
     return 4 * sum(p.weights for p in listed if not p.block) + (4 * setup.element + 2 * 4) * largest
 
 
-def whole(sizes: Sizes, setup: Setup) -> float:
-    """Return the bytes of all weights, a teacher's included, which a process gathers between epochs for previews and
-    kNN."""
-    return setup.element * (learned(sizes) + sizes.frozen + teacher_weights(sizes, setup.teacher))
+def gathered_between_epochs(sizes: Sizes, setup: Setup) -> float:
+    """Return the approximate bytes of all weights, a teacher's included, which FSDP gathers in every process between
+    epochs for previews and kNN. Weights outside blocks stay in fp32, but are counted with `element` bytes here: they
+    are few."""
+    return setup.element * (trained_weights(sizes) + sizes.frozen + teacher_weights(sizes, setup.teacher))
 
 
 def moments(sizes: Sizes, setup: Setup) -> dict[str, dict[str, float]]:
-    """Return the bytes of a process by content, at those moments of a step that may be the peak."""
+    """Return the bytes of a process by content, at every moment that may be the peak: the loss, the backward pass, the
+    optimizer's step; with a teacher its forward pass and its update; with FSDP also "between epochs"."""
     listed, batch = parts(sizes, setup), setup.batch
-    weights, there = learned(sizes), resident(sizes, setup)
+    weights, held = trained_weights(sizes), resident(sizes, setup)
     gradients = 4 * weights / (setup.gpus if setup.fsdp else 1)
-    # With DDP, gradients are views of buckets that always exist; otherwise they are freed after the step.
-    always = setup.accum > 1 or (setup.gpus > 1 and not setup.fsdp)
+    # With DDP, gradients are views of buckets, which always exist. With accumulation, those of the first micro-batch
+    # exist during the next one. Otherwise they appear in the backward pass and are freed after the step.
+    gradients_persist = setup.accum > 1 or (setup.gpus > 1 and not setup.fsdp)
     if setup.element < 4 and not setup.fsdp:  # autocast caches them for the step; FSDP gathers in bf16
-        there["bf16 weights"] = setup.element * (weights - listed[0].weights)
-    made, kept, by_moment = 0.0, sum(part.saved for part in listed), {}
+        held["bf16 weights"] = setup.element * (weights - listed[0].weights)
+    computed, kept, by_moment = 0.0, sum(part.saved for part in listed), {}  # weights with gradients; activations
     for index, part in reversed(list(enumerate(listed))):
         moment = "loss" if index == len(listed) - 1 else "backward"
-        now = there | {
+        now = held | {
             "activations": batch * kept,
             "gathered": gathered(sizes, setup) if setup.fsdp else 0,
-            "gradients": gradients if always else gradients * (made + part.matrix) / weights,
-            "in passing": batch * part.passing + (setup.element * part.matrix if setup.element < 4 else 0),
+            "gradients": gradients if gradients_persist else gradients * (computed + part.matrix) / weights,
+            "temporary": batch * part.temporary + (setup.element * part.matrix if setup.element < 4 else 0),
         }
         if moment not in by_moment or sum(now.values()) > sum(by_moment[moment].values()):
             by_moment[moment] = now
-        kept, made = kept - part.saved, made + part.weights
-    by_moment["optimizer"] = there | {"gradients": gradients}
+        kept, computed = kept - part.saved, computed + part.weights
+    by_moment["optimizer"] = held | {"gradients": gradients}
     if setup.fsdp:
-        by_moment["between epochs"] = there | {"gathered": whole(sizes, setup)}
+        by_moment["between epochs"] = held | {"gathered": gathered_between_epochs(sizes, setup)}
     if setup.teacher != "none":
-        by_moment |= _teacher_moments(sizes, setup, there, gradients if always else 0.0, by_moment["loss"])
+        gradients = gradients if gradients_persist else 0.0
+        by_moment |= _teacher_moments(sizes, setup, held, gradients, by_moment["loss"])
     return by_moment
 
 
-def _teacher_moments(sizes: Sizes, setup: Setup, there: dict, gradients: float, loss: dict) -> dict:
-    """Return the moments of a teacher: its forward pass, while the student's activations exist, and its update, which
-    creates the difference to the student in one tensor."""
+def _teacher_moments(sizes: Sizes, setup: Setup, held: dict, gradients: float, loss: dict) -> dict:
+    """Return the moments of a teacher: its forward pass, during which the student's activations exist, and its update,
+    in which the differences of all its weights from the student's exist."""
     tokens = 1 + (sizes.patches if setup.teacher == "encoder" else sizes.visible)
-    wide = tokens * sizes.width
+    values = tokens * sizes.width
     if setup.teacher == "autoencoder":
-        wide = max(wide, (1 + sizes.patches) * sizes.narrow)
-    # A block without gradients at GELU: residual stream, its norm, input and output of GELU.
-    forward = setup.batch * wide * (8 + 8 * setup.element)
+        values = max(values, (1 + sizes.patches) * sizes.decoder_width)
+    # In a block without gradients, at GELU: the residual stream, its norm, the input and output of GELU.
+    forward = setup.batch * values * (8 + 8 * setup.element)
     return {
-        "teacher's pass": loss | {"in passing": loss["in passing"] + forward},
-        "teacher's update": there | {"gradients": gradients, "in passing": there["teacher"]},
+        "teacher forward": loss | {"temporary": loss["temporary"] + forward},
+        "teacher update": held | {"gradients": gradients, "temporary": held["teacher"]},
     }
 
 
 def peak(sizes: Sizes, setup: Setup) -> tuple[str, dict[str, float]]:
-    """Return (moment, bytes by content) at the peak of a step of one process, without the memory of CUDA and the
-    allocator (`Machine.usable`)."""
+    """Return (moment, bytes by content) at the predicted peak of a process. Memory of CUDA and the allocator, which
+    `Machine.usable` deducts, is not included."""
     return max(moments(sizes, setup).items(), key=lambda item: sum(item[1].values()))

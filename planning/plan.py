@@ -1,16 +1,15 @@
-"""Prediction of the time of pretraining on many GPUs, and the fastest setup that fits into their memory; nothing is
-measured.
+"""Prediction of the time of pretraining on many GPUs, and choice of the fastest setup that fits into their memory.
 
-docs/scaling.md has the reasons for the formulas, and lists what is measured and what is assumed.
+Nothing is measured here. docs/scaling.md explains the formulas, and lists measurements and assumptions.
 """
 
 import math
 from dataclasses import dataclass, field, replace
 
-from planning.footprint import GIB, Setup, Sizes, learned, parts, peak, teacher_weights
+from planning.footprint import GIB, Setup, Sizes, parts, peak, teacher_weights, trained_weights
 from util.errors import UserError
 
-OPTIMIZER = 28  # bytes that AdamW moves per weight: weight and two moments are read and written, the gradient read
+OPTIMIZER_BYTES = 28  # moved by AdamW per weight: it reads and writes weight and two moments, and reads the gradient
 
 # Time ----------------------------------------------------------------------------------------------------------------
 
@@ -21,38 +20,41 @@ class Machine:
 
     gpu_mem: float = 80.0  # GiB
     tflops: float = 700.0  # reached by large matrix products
-    mfu: float = 40.0  # percent of `tflops`, as measured by `--log_mfu`
-    memory_rate: float = 2000.0  # GB/s, of the GPU's memory
+    mfu: float = 40.0  # percent of `tflops` that training reaches, as measured by `--log_mfu`
+    memory_rate: float = 2000.0  # GB/s, of GPU memory
     bandwidth: float = 300.0  # GB/s, of a collective inside a node
-    network: float = 100.0  # GB/s, between two nodes, over all adapters
+    network: float = 100.0  # GB/s, between two nodes, all network adapters of a node together
     node: int = 8  # GPUs per node
     cores: int = 16  # CPU cores per GPU
-    decoded: float = 290.0  # images that a core decodes and augments (benchmarks/README.md, 375x500 JPEGs to 224 px)
+    images_per_core: float = 290.0  # decoded and augmented (benchmarks/README.md: 375x500 JPEGs to 224 px)
     context: float = 2.0  # GiB, for CUDA, NCCL and workspaces
-    fragmentation: float = 0.05  # share of the allocated memory
-    hop: float = 5e-6  # s, for a message from one GPU to the next
-    launch: float = 6e-4  # s, to launch the kernels of a block (forward and backward, not compiled)
+    fragmentation: float = 0.05  # relative to the memory of tensors
+    hop_latency: float = 5e-6  # s, of a message from one GPU to the next
+    launch_time: float = 6e-4  # s, to launch the kernels of a block (forward and backward, not compiled)
     bucket: float = 25 * 2**20  # bytes of a DDP message
 
     @property
     def usable(self) -> float:
-        """Bytes that tensors can use."""
+        """Bytes per GPU that are available for tensors."""
         return max(0.0, self.gpu_mem - self.context) * GIB / (1 + self.fragmentation)
 
 
 def flops_per_image(sizes: Sizes, setup: Setup) -> dict[str, int]:
-    """Return the FLOPs of matrix products in a training step, per image: forward once, backward twice (except for the
-    input of the patch kernel), blocks once more with `grad_checkpoint`, and the teacher's forward pass."""
+    """Return the FLOPs of matrix products per image and training step, by pass.
+
+    The backward pass takes twice the FLOPs of the forward pass, except for the patch kernel, whose input needs no
+    gradient. `grad_checkpoint` adds recomputation of the blocks, and a teacher adds its forward pass.
+    """
     listed = parts(sizes, setup)
     forward = sum(part.flops for part in listed)
     counted = {"forward and backward": 3 * forward - listed[0].flops}
     if setup.grad_checkpoint:
-        counted["computed again"] = sum(part.again for part in listed)
+        counted["recomputed"] = sum(part.recomputed for part in listed)
     if setup.teacher == "autoencoder":
         counted["teacher"] = forward
     elif setup.teacher == "encoder":
-        whole = replace(sizes, visible=sizes.patches)
-        counted["teacher"] = sum(part.flops for part in parts(whole, setup)[: 1 + sizes.depth])
+        unmasked = replace(sizes, visible=sizes.patches)
+        counted["teacher"] = sum(part.flops for part in parts(unmasked, setup)[: 1 + sizes.depth])
     return counted
 
 
@@ -63,7 +65,7 @@ class Seconds:
     compute: float
     exposed: float  # communication that does not overlap with computation
     launching: float  # part of `compute` in which the GPU waits for the host to launch kernels
-    decoding: float  # time of the data workers for the images of the step
+    decoding: float  # time in which the data workers prepare the images of the step, parallel to the rest
 
     @property
     def step(self) -> float:
@@ -71,13 +73,13 @@ class Seconds:
 
     @property
     def limit(self) -> str:
-        """The main cause of time beyond arithmetic: "data", "communication", "few images a GPU", or "compute" if there
-        is none above 10 %."""
+        """What limits the speed: "data" if preparing the images takes longest; else "communication" or "too few images
+        per GPU", whichever costs more time, if it costs over 10 % of the step; else "compute"."""
         if self.decoding > self.compute + self.exposed:
             return "data"
-        waste = {"communication": self.exposed, "few images a GPU": self.launching}
-        name = max(waste, key=waste.get)
-        return name if waste[name] > 0.1 * self.step else "compute"
+        overhead = {"communication": self.exposed, "too few images per GPU": self.launching}
+        name = max(overhead, key=overhead.get)
+        return name if overhead[name] > 0.1 * self.step else "compute"
 
 
 def seconds(sizes: Sizes, setup: Setup, machine: Machine) -> Seconds:
@@ -86,44 +88,53 @@ def seconds(sizes: Sizes, setup: Setup, machine: Machine) -> Seconds:
     blocks = sum(part.block for part in listed)
     arithmetic = setup.batch * sum(counted.values()) / (machine.tflops * 1e12 * machine.mfu / 100)
     passes = 4 if setup.grad_checkpoint else 3
-    micro = max(arithmetic, blocks * machine.launch * passes / 3)
-    # The backward pass is two thirds of forward and backward, and recomputation happens in it.
-    backward_flops = counted["forward and backward"] * 2 / 3 + counted.get("computed again", 0)
+    micro = max(arithmetic, blocks * machine.launch_time * passes / 3)
+    # The backward pass takes two thirds of the FLOPs of forward and backward, and includes the recomputation.
+    backward_flops = counted["forward and backward"] * 2 / 3 + counted.get("recomputed", 0)
     backward = micro * backward_flops / sum(counted.values())
-    message, hidden, times = collective(sizes, setup, machine), backward, 1
-    if setup.fsdp:
-        hidden, times = micro, setup.accum
-    update = OPTIMIZER * learned(sizes) / (setup.gpus if setup.fsdp else 1) / (machine.memory_rate * 1e9)
+    # FSDP communicates during a whole micro-batch, DDP during the backward pass of the last one.
+    overlap = micro if setup.fsdp else backward
+    exposed = max(0.0, communication_time(sizes, setup, machine) - overlap)
+    update = OPTIMIZER_BYTES * trained_weights(sizes) / (setup.gpus if setup.fsdp else 1) / (machine.memory_rate * 1e9)
     return Seconds(
         compute=setup.accum * micro + update,
-        exposed=times * max(0.0, message - hidden),
+        exposed=communications(setup) * exposed,
         launching=setup.accum * (micro - arithmetic),
-        decoding=setup.batch * setup.accum / (machine.cores * machine.decoded),
+        decoding=setup.batch * setup.accum / (machine.cores * machine.images_per_core),
     )
 
 
+def communications(setup: Setup) -> int:
+    """Return how often an optimizer step communicates: with FSDP in every micro-batch, with DDP once."""
+    return setup.accum if setup.fsdp else 1
+
+
 def traffic(sizes: Sizes, setup: Setup) -> float:
-    """Return the bytes that a GPU sends per step. DDP: a ring all-reduce of fp32 gradients. FSDP, for every
-    micro-batch: weights gathered twice (forward, backward), fp32 gradients scattered, a teacher's weights gathered."""
+    """Return the bytes that a GPU sends: with DDP per optimizer step, with FSDP per micro-batch.
+
+    DDP reduces fp32 gradients over a ring. FSDP gathers the weights twice (forward and backward), gathers a teacher's
+    weights, and scatters reduced fp32 gradients. Weights outside blocks, which FSDP gathers in fp32, are counted with
+    `element` bytes, like those of blocks: they are few.
+    """
     if setup.gpus == 1:
         return 0.0
-    sent = 2 * 4 * learned(sizes)
+    sent = 2 * 4 * trained_weights(sizes)
     if setup.fsdp:
-        sent = (2 * setup.element + 4) * learned(sizes) + setup.element * teacher_weights(sizes, setup.teacher)
+        sent = (2 * setup.element + 4) * trained_weights(sizes) + setup.element * teacher_weights(sizes, setup.teacher)
     return (setup.gpus - 1) / setup.gpus * sent
 
 
-def collective(sizes: Sizes, setup: Setup, machine: Machine) -> float:
-    """Return the seconds of this traffic, at the bandwidth of node or network, whichever is slower, and the latency of
-    every message: a ring's under FSDP, a tree's in both directions under DDP."""
+def communication_time(sizes: Sizes, setup: Setup, machine: Machine) -> float:
+    """Return the seconds in which the bytes of `traffic` are sent, at the lower bandwidth of node and network, with the
+    latency of every message: around a ring with FSDP, up and down a tree with DDP."""
     if setup.gpus == 1:
         return 0.0
     rate = machine.bandwidth if setup.gpus <= machine.node else min(machine.bandwidth, machine.network)
     if setup.fsdp:
         hops = 3 * (1 + sizes.depth + sizes.decoder_depth) * (setup.gpus - 1)
     else:
-        hops = math.ceil(4 * learned(sizes) / machine.bucket) * 2 * math.ceil(math.log2(setup.gpus))
-    return traffic(sizes, setup) / (rate * 1e9) + hops * machine.hop
+        hops = math.ceil(4 * trained_weights(sizes) / machine.bucket) * 2 * math.ceil(math.log2(setup.gpus))
+    return traffic(sizes, setup) / (rate * 1e9) + hops * machine.hop_latency
 
 
 # The plan ------------------------------------------------------------------------------------------------------------
@@ -131,52 +142,55 @@ def collective(sizes: Sizes, setup: Setup, machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """The fastest setup that fits, or, with `fits` False, the setup that needs least memory."""
+    """A setup with its predicted memory and time. `fits` tells whether the memory of a GPU suffices."""
 
     sizes: Sizes
     setup: Setup
     machine: Machine
     fits: bool
-    moment: str
+    moment: str  # of the peak
     memory: dict[str, float] = field(hash=False)  # bytes by content, at the peak
     time: Seconds
 
     @property
     def gib(self) -> float:
-        """GiB needed, with context and fragmentation."""
+        """GiB per GPU at the peak, with context and fragmentation."""
         return sum(self.memory.values()) * (1 + self.machine.fragmentation) / GIB + self.machine.context
 
     def hours(self, epochs: float, images: int) -> float:
-        """Return the hours of so many epochs. Epochs consist of whole steps; remaining images are not used."""
+        """Return the hours of `epochs` epochs of a set of `images`. Epochs consist of whole steps; remaining images are
+        not used."""
         batch = self.setup.batch * self.setup.accum * self.setup.gpus
         return epochs * max(1, images // batch) * self.time.step / 3600
 
 
-def candidates(effective: int, gpus: int, shards: bool = True, **options) -> list[Setup]:
-    """Return all setups that train `effective` images per step on `gpus` GPUs, simpler ones and larger batches first,
-    and with FSDP only if `shards`. Raises UserError if the GPUs cannot share the images evenly."""
+def candidates(effective: int, gpus: int, allow_fsdp: bool = True, **options) -> list[Setup]:
+    """Return all setups that train `effective` images per step on `gpus` GPUs, in order of preference: first those
+    without FSDP, then those without `grad_checkpoint`, then larger batches. `options` are further fields of `Setup`.
+    Raises UserError if the images cannot be divided evenly among the GPUs."""
     if effective % gpus:
         raise UserError(f"--effective_batch {effective} must be a multiple of --gpus {gpus}")
     per_gpu = effective // gpus
     batches = [batch for batch in range(per_gpu, 0, -1) if per_gpu % batch == 0]
     return [
-        Setup(batch, gpus, per_gpu // batch, fsdp=fsdp, grad_checkpoint=again, **options)
-        for fsdp in ([False, True] if gpus > 1 and shards else [False])
-        for again in (False, True)
+        Setup(batch, gpus, per_gpu // batch, fsdp=fsdp, grad_checkpoint=grad_checkpoint, **options)
+        for fsdp in ([False, True] if gpus > 1 and allow_fsdp else [False])
+        for grad_checkpoint in (False, True)
         for batch in batches
     ]
 
 
 def plan(sizes: Sizes, machine: Machine, effective: int, gpus: int, **options) -> Plan:
-    """Return the simplest of those `candidates` that fit and are at most 5 % slower than the fastest one: predictions
-    of time are not more accurate than that. If none fits, the one that needs least memory."""
+    """Return the plan with the fastest setup that fits or, since predicted times are not more accurate, with the first
+    of the `candidates` that fits and takes at most 5 % longer. If none fits, return the plan that needs least memory,
+    with `fits` False."""
     plans = []
     for setup in candidates(effective, gpus, **options):
         moment, memory = peak(sizes, setup)
         fits = sum(memory.values()) <= machine.usable
         plans.append(Plan(sizes, setup, machine, fits, moment, memory, seconds(sizes, setup, machine)))
-    fitting = [one for one in plans if one.fits]
+    fitting = [candidate for candidate in plans if candidate.fits]
     if not fitting:
-        return min(plans, key=lambda one: one.gib)
-    fastest = min(one.time.step for one in fitting)
-    return next(one for one in fitting if one.time.step <= 1.05 * fastest)
+        return min(plans, key=lambda candidate: candidate.gib)
+    fastest = min(candidate.time.step for candidate in fitting)
+    return next(candidate for candidate in fitting if candidate.time.step <= 1.05 * fastest)

@@ -3,8 +3,8 @@
 python tools/plan.py mae_vit_large_patch16 --gpus 8
 python tools/plan.py mae_vit_large_patch16 mae_vit_2b_patch14 --gpus 8 64 512 --gpu_mem 40 --tflops 270     # a table
 
-Memory is predicted to within a few per cent (ten under FSDP). Time depends on the assumptions about the hardware, above
-all on --mfu: measure it in a short run with --log_mfu. Formulas, checks and assumptions: docs/scaling.md.
+Memory is predicted to within a few per cent (FSDP: ten). Predicted time depends on the assumptions about the hardware,
+above all on --mfu: measure it in a short run with --log_mfu. Formulas, checks and assumptions: docs/scaling.md.
 """
 
 import math
@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
-from planning.footprint import GIB, TEACHERS, learned, sizes_of
-from planning.plan import Machine, Plan, flops_per_image, plan, traffic
+from planning.footprint import GIB, TEACHERS, sizes_of, trained_weights
+from planning.plan import Machine, Plan, communications, flops_per_image, plan, traffic
 from util.errors import UserError, user_errors
 from util.parser import Parser
 
@@ -23,21 +23,23 @@ ASSUMED = Machine()
 
 def get_args_parser():
     parser = Parser("Predict memory, flags and hours of a pretraining run.")
-    parser.add_argument("model", nargs="+", help="e.g. mae_vit_large_patch16; several make a table")
+    parser.add_argument("model", nargs="+", help="e.g. mae_vit_large_patch16; several give a table")
     parser.add_argument(
-        "--gpus", type=int, nargs="+", default=[8], help="GPUs of all nodes together; several make a table"
+        "--gpus", type=int, nargs="+", default=[8], help="GPUs of all nodes together; several numbers give a table"
     )
-    parser.add_argument("--gpu_mem", type=float, default=ASSUMED.gpu_mem, help="memory of a GPU in GiB")
+    parser.add_argument("--gpu_mem", type=float, default=ASSUMED.gpu_mem, help="memory per GPU in GiB")
     group = parser.add_argument_group("run")
     group.add_argument("--effective_batch", type=int, default=4096, help="images per step, all GPUs together")
     group.add_argument("--epochs", type=int, default=800, help="epochs of the run")
     group.add_argument(
-        "--images", type=int, default=1281167, help="images of the training set, here those of ImageNet-1k"
+        "--images", type=int, default=1281167, help="images of the training set; the default is ImageNet-1k's"
     )
     group.add_argument("--input_size", type=int, help="side of the images in pixels; without it the model's")
     group.add_argument("--patch_size", type=int, help="side of a patch in pixels; without it the model's")
     group.add_argument("--mask_ratio", type=float, default=0.75, help="share of the patches to remove")
-    group.add_argument("--amp_dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="arithmetic of the blocks")
+    group.add_argument(
+        "--amp_dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="data type of matrix products"
+    )
     group.add_argument(
         "--teacher",
         default="none",
@@ -61,9 +63,11 @@ def get_args_parser():
         default=ASSUMED.network,
         help="GB/s between nodes, all network adapters of a node together",
     )
-    group.add_argument("--gpus_per_node", type=int, default=ASSUMED.node, help="GPUs of a node")
-    group.add_argument("--cores", type=int, default=ASSUMED.cores, help="CPU cores per GPU, to prepare images")
-    group.add_argument("--decoded", type=float, default=ASSUMED.decoded, help="images that a core prepares per second")
+    group.add_argument("--gpus_per_node", type=int, default=ASSUMED.node, help="GPUs per node")
+    group.add_argument("--cores", type=int, default=ASSUMED.cores, help="CPU cores per GPU that prepare images")
+    group.add_argument(
+        "--decoded", type=float, default=ASSUMED.images_per_core, help="images that a core prepares per second"
+    )
     return parser
 
 
@@ -78,31 +82,34 @@ def check(args) -> None:
         if gpus < 1:
             raise UserError(f"--gpus {gpus} must be at least 1")
         if gpus > args.gpus_per_node and gpus % args.gpus_per_node:
-            raise UserError(f"--gpus {gpus} must be whole nodes of --gpus_per_node {args.gpus_per_node}")
+            raise UserError(f"--gpus {gpus} must be a multiple of --gpus_per_node {args.gpus_per_node}, or fewer")
     if args.mfu > 100:
         raise UserError(f"--mfu {args.mfu} must be at most 100, in percent")
     if args.gpu_mem <= ASSUMED.context:
         raise UserError(f"--gpu_mem {args.gpu_mem} must be more than the {ASSUMED.context} GiB that CUDA and NCCL need")
 
 
-def planned(args, model: str, gpus: int) -> Plan:
-    """Return the plan for one model and number of GPUs."""
+def make_plan(args, model: str, gpus: int) -> Plan:
+    """Return the plan for one model and one number of GPUs."""
     changes = {"img_size": args.input_size, "patch_size": args.patch_size}
     config = models_mae.look_up(models_mae.MODELS, model).config
     sizes = sizes_of(config | {name: value for name, value in changes.items() if value}, args.mask_ratio)
-    names = ("gpu_mem", "tflops", "mfu", "bandwidth", "network", "cores", "decoded")
-    machine = Machine(**{name: getattr(args, name) for name in names}, node=args.gpus_per_node)
+    names = ("gpu_mem", "tflops", "mfu", "bandwidth", "network", "cores")
+    values = {name: getattr(args, name) for name in names}
+    machine = Machine(**values, node=args.gpus_per_node, images_per_core=args.decoded)
     element = 4 if args.amp_dtype == "fp32" else 2
-    shards = args.amp_dtype != "fp16"  # whose scaling of the loss --fsdp refuses
-    return plan(sizes, machine, args.effective_batch, gpus, shards=shards, element=element, teacher=args.teacher)
+    allow_fsdp = args.amp_dtype != "fp16"  # --fsdp refuses fp16, because of its loss scaling
+    return plan(
+        sizes, machine, args.effective_batch, gpus, allow_fsdp=allow_fsdp, element=element, teacher=args.teacher
+    )
 
 
 def command(args, model: str, result: Plan) -> str:
     """Return the command that starts the run on each node."""
     setup, node = result.setup, result.machine.node
     nodes = math.ceil(setup.gpus / node)
-    where = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500" if nodes > 1 else "--standalone"
-    start = f"torchrun {where} --nproc_per_node={min(setup.gpus, node)}" if setup.gpus > 1 else "python"
+    launcher = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500" if nodes > 1 else "--standalone"
+    start = f"torchrun {launcher} --nproc_per_node={min(setup.gpus, node)}" if setup.gpus > 1 else "python"
     flags = f"--model {model} --mask_ratio {args.mask_ratio:g} --batch_size {setup.batch} --accum_iter {setup.accum}"
     for name in ("input_size", "patch_size"):
         if getattr(args, name):
@@ -112,8 +119,8 @@ def command(args, model: str, result: Plan) -> str:
     return f"{start} main_pretrain.py {flags} --data_path IMAGENET --output_dir OUT"
 
 
-def counted(weights: float) -> str:
-    """Return a number of weights as text."""
+def format_count(weights: float) -> str:
+    """Return a number of weights as text, such as "329 M"."""
     return f"{weights / 1e9:.2f} B" if weights >= 1e9 else f"{weights / 1e6:.0f} M"
 
 
@@ -122,28 +129,32 @@ def report(args, model: str, result: Plan) -> None:
     setup, machine, time = result.setup, result.machine, result.time
     flops = flops_per_image(result.sizes, setup)
     print(
-        f"{model}: {counted(learned(result.sizes))} weights, {sum(flops.values()) / 1e9:.0f} GFLOPs an image and step"
+        f"{model}: {format_count(trained_weights(result.sizes))} weights, "
+        f"{sum(flops.values()) / 1e9:.0f} GFLOPs per image and step"
     )
-    verdict = "fits" if result.fits else "does NOT fit, not even with the smallest memory"
-    print(f"{verdict} in {machine.gpu_mem:g} GiB: {setup.name}" + f", {setup.gpus} GPUs" * (setup.gpus > 1))
-    print(f"  batch       {setup.batch} a GPU x {setup.accum} accumulated x {setup.gpus} = {args.effective_batch}")
-    print(f"  memory      {result.gib:.1f} GiB a GPU at its peak ({result.moment}):")
+    memory = f"{machine.gpu_mem:g} GiB"
+    verdict = f"fits in {memory}" if result.fits else f"does NOT fit in {memory}; the setup that needs least memory"
+    print(f"{verdict}: {setup.name}" + f", {setup.gpus} GPUs" * (setup.gpus > 1))
+    print(f"  batch       {setup.batch} per GPU x {setup.accum} accumulated x {setup.gpus} = {args.effective_batch}")
+    print(f"  memory      {result.gib:.1f} GiB per GPU at the peak ({result.moment}):")
     lines = {name: size / GIB for name, size in result.memory.items() if size}
     lines["fragmentation (assumed)"] = machine.fragmentation * sum(lines.values())
     lines["CUDA, NCCL (assumed)"] = machine.context
     for name, size in sorted(lines.items(), key=lambda item: -item[1]):
         print(f"                {size:8.2f}  {name}")
     if not result.fits:
-        print("  to reduce it: more GPUs, a smaller --input_size, a smaller model")
+        print("  to reduce it: more GPUs, a smaller --input_size, or a smaller model")
         return
+    sent = communications(setup) * traffic(result.sizes, setup)
     print(
         f"  step        {time.step:.3g} s: compute {time.compute:.3g} s, communication not overlapped with it "
-        f"{time.exposed:.3g} s ({traffic(result.sizes, setup) / 1e9:.1f} GB a GPU)"
+        f"{time.exposed:.3g} s ({sent / 1e9:.1f} GB sent per GPU)"
     )
     rate = setup.batch * setup.accum / time.step
+    cores = math.ceil(rate / machine.images_per_core)
     print(
-        f"  data        {rate:.0f} images/s a GPU, {rate * min(setup.gpus, machine.node):.0f} a node: "
-        f"{math.ceil(rate / machine.decoded)} cores a GPU at {machine.decoded:g} images/s"
+        f"  data        {rate:.0f} images/s per GPU, {rate * min(setup.gpus, machine.node):.0f} per node: "
+        f"{cores} core{'s' * (cores > 1)} per GPU at {machine.images_per_core:g} images/s"
     )
     print(f"  limit       {time.limit}" + HINTS.get(time.limit, ""))
     print(
@@ -156,16 +167,16 @@ def report(args, model: str, result: Plan) -> None:
 
 
 HINTS = {
-    "data": ": images are prepared too slowly; try --data_cache ram, smaller JPEGs, shards, or more --cores",
-    "communication": ": it takes longer than computing; try fewer GPUs, a faster network, a larger batch",
-    "few images a GPU": ": kernels are launched too slowly; try --compile, fewer GPUs, a larger batch",
+    "data": ": images are prepared too slowly; try --data_cache ram, smaller JPEGs, shards, or more CPU cores",
+    "communication": ": computation does not hide it; try fewer GPUs, a faster network, or a larger batch",
+    "too few images per GPU": ": the GPU waits for kernel launches; try --compile, fewer GPUs, or a larger batch",
 }
 
 
 def row(args, model: str, result: Plan) -> str:
     """Return the row of one plan in the Markdown table."""
     setup, time = result.setup, result.time
-    start = f"| {model} | {counted(learned(result.sizes))} | {setup.gpus} | "
+    start = f"| {model} | {format_count(trained_weights(result.sizes))} | {setup.gpus} | "
     if not result.fits:
         return f"{start}does not fit | | {result.gib:.0f} | | | | | |"
     rate = setup.batch * setup.accum / time.step
@@ -177,14 +188,14 @@ def row(args, model: str, result: Plan) -> str:
 
 
 def main(args) -> None:
-    """Print one plan in full, or a table of several."""
+    """Print the report of one plan, or a table of several."""
     check(args)
     pairs = [(model, gpus) for model in args.model for gpus in args.gpus]
-    plans = [planned(args, *pair) for pair in pairs]
+    plans = [make_plan(args, *pair) for pair in pairs]
     if len(pairs) == 1:
         report(args, args.model[0], plans[0])
         return
-    names = "model, weights, GPUs, mode, batch a GPU, GiB, s a step, communication, images/s a node, limit, hours"
+    names = "model, weights, GPUs, mode, batch per GPU, GiB, s per step, communication, images/s per node, limit, hours"
     print(f"| {names.replace(', ', ' | ')} |")
     print("|---" * len(names.split(",")) + "|")
     for (model, _), result in zip(pairs, plans):

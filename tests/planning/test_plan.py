@@ -14,7 +14,7 @@ import memory
 import main_pretrain
 from methods import Pretrainer
 from models_mae import MODELS, build_model
-from planning.footprint import Setup, learned, parts, peak, sizes_of, teacher_weights
+from planning.footprint import Setup, parts, peak, sizes_of, teacher_weights, trained_weights
 from planning.plan import Machine, candidates, flops_per_image, plan, seconds, traffic
 from tools import plan as tool
 from util.compute.precision import DTYPES, autocast
@@ -57,13 +57,13 @@ def kept(model, setup: Setup) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["", "grad_checkpoint"])
+@pytest.mark.parametrize("grad_checkpoint", [False, True], ids=["", "grad_checkpoint"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "matmul"])
 @pytest.mark.parametrize("element", [4, 2], ids=["fp32", "bf16"])
-def test_bytes_kept_for_the_backward_pass(element, fused, again):
+def test_bytes_kept_for_the_backward_pass(element, fused, grad_checkpoint):
     """Bytes per image to 0.1 %: the difference between two batch sizes, in which weights and their bf16 copies cancel.
     Only the few numbers that the loss keeps for a whole batch are left out."""
-    few, more = (Setup(batch, element=element, fused=fused, grad_checkpoint=again) for batch in (2, 5))
+    few, more = (Setup(batch, element=element, fused=fused, grad_checkpoint=grad_checkpoint) for batch in (2, 5))
     model = model_of(MICRO, few)
     per_image = (kept(model, more) - kept(model, few)) / 3
     assert sum(part.saved for part in parts(sizes_of(MICRO), few)) == pytest.approx(per_image, rel=1e-3)
@@ -75,17 +75,18 @@ def test_weights_are_those_of_the_models():
             model = build()
         sizes = sizes_of(build.config)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert (learned(sizes), sizes.frozen) == (trained, model.pos_embed.numel() + model.decoder_pos_embed.numel())
+        fixed = model.pos_embed.numel() + model.decoder_pos_embed.numel()
+        assert (trained_weights(sizes), sizes.frozen) == (trained, fixed)
         assert teacher_weights(sizes, "autoencoder") == sum(p.numel() for p in model.parameters()), name
         decoder = sum(p.numel() for key, p in model.named_parameters() if key.startswith(("decoder", "mask_token")))
         assert teacher_weights(sizes, "encoder") == teacher_weights(sizes, "autoencoder") - decoder
 
 
 @pytest.mark.parametrize("teacher", ["none", "encoder", "autoencoder"])
-@pytest.mark.parametrize("again", [False, True], ids=["", "grad_checkpoint"])
-def test_flops_are_those_that_torch_counts(teacher, again):
+@pytest.mark.parametrize("grad_checkpoint", [False, True], ids=["", "grad_checkpoint"])
+def test_flops_are_those_that_torch_counts(teacher, grad_checkpoint):
     """FLOPs of matrix products are exact, except for the head of MAE-K, a product of below 1 % outside the formula."""
-    setup = Setup(3, element=4, grad_checkpoint=again, teacher=teacher)
+    setup = Setup(3, element=4, grad_checkpoint=grad_checkpoint, teacher=teacher)
     step = memory.Step(options("fp32"), setup, MICRO)
     with flop_counter() as counter:
         sum(step.called(step.imgs).values()).backward()
@@ -106,17 +107,17 @@ def agree(setup: Setup, config: dict, tolerance: float = 0.05) -> str:
     return moment
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["", "grad_checkpoint"])
+@pytest.mark.parametrize("grad_checkpoint", [False, True], ids=["", "grad_checkpoint"])
 @pytest.mark.parametrize("element", [4, 2], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("config", [TINY, DEEP], ids=["tiny", "deep"])
-def test_peak_of_a_step(config, element, again):
+def test_peak_of_a_step(config, element, grad_checkpoint):
     for batch in (2, 8):
-        agree(Setup(batch, element=element, fused=element == 4, grad_checkpoint=again), config)
+        agree(Setup(batch, element=element, fused=element == 4, grad_checkpoint=grad_checkpoint), config)
 
 
-@pytest.mark.parametrize(("element", "again"), [(4, False), (2, True)], ids=["fp32", "bf16, grad_checkpoint"])
-def test_peak_of_a_step_on_larger_images(element, again):
-    agree(Setup(2, element=element, fused=element == 4, grad_checkpoint=again), SMALL)
+@pytest.mark.parametrize(("element", "grad_checkpoint"), [(4, False), (2, True)], ids=["fp32", "bf16, grad_checkpoint"])
+def test_peak_of_a_step_on_larger_images(element, grad_checkpoint):
+    agree(Setup(2, element=element, fused=element == 4, grad_checkpoint=grad_checkpoint), SMALL)
 
 
 @pytest.mark.parametrize("teacher", ["encoder", "autoencoder"])
@@ -129,7 +130,7 @@ def test_peak_of_an_accumulated_step():
     one, two = (Setup(16, accum=accum, element=2, fused=False) for accum in (1, 2))
     agree(two, TINY)
     less, more = (sum(peak(sizes_of(TINY), setup)[1].values()) for setup in (one, two))
-    assert more - less > 3 * learned(sizes_of(TINY))
+    assert more - less > 3 * trained_weights(sizes_of(TINY))
 
 
 @pytest.fixture
@@ -156,13 +157,14 @@ def test_sharded_memory_shrinks_with_the_processes():
     assert sharded[0]["weights"] + sharded[0]["AdamW"] == 8 * (sharded[1]["weights"] + sharded[1]["AdamW"])
     # Between epochs every process holds all weights in bf16, more than a block or two.
     moment, held = peak(LARGEST, Setup(1, gpus=512, fsdp=True))
-    assert moment == "between epochs" and held["gathered"] == 2 * (learned(LARGEST) + LARGEST.frozen)
-    assert sum(peak(LARGEST, Setup(1, gpus=64))[1].values()) > 16 * learned(LARGEST)  # fp32 weights, gradients, AdamW
+    assert moment == "between epochs" and held["gathered"] == 2 * (trained_weights(LARGEST) + LARGEST.frozen)
+    replicated = sum(peak(LARGEST, Setup(1, gpus=64))[1].values())
+    assert replicated > 16 * trained_weights(LARGEST)  # fp32 weights, gradients, AdamW
 
 
 def test_traffic():
     """Against the count for a ring: gather and reduce-scatter send N - 1 messages of 1/N each."""
-    gpus, weights = 4, learned(LARGE)
+    gpus, weights = 4, trained_weights(LARGE)
     pieces = (gpus - 1) * weights / gpus
     assert traffic(LARGE, Setup(1, gpus=gpus)) == pytest.approx(pieces * 4 + pieces * 4)
     assert traffic(LARGE, Setup(1, gpus=gpus, fsdp=True)) == pytest.approx(2 * pieces * 2 + pieces * 4)
@@ -172,7 +174,7 @@ def test_traffic():
 
 
 def test_time_is_arithmetic_where_nothing_else_is_slow():
-    ideal = Machine(mfu=100, bandwidth=1e9, network=1e9, cores=10**9, hop=0, launch=0, memory_rate=1e9)
+    ideal = Machine(mfu=100, bandwidth=1e9, network=1e9, cores=10**9, hop_latency=0, launch_time=0, memory_rate=1e9)
     setup = Setup(32, gpus=16, accum=4)
     time = seconds(LARGE, setup, ideal)
     assert time.limit == "compute"
@@ -182,7 +184,7 @@ def test_time_is_arithmetic_where_nothing_else_is_slow():
     assert slow.exposed == pytest.approx(traffic(LARGE, setup) / 10e9 - time.step / 4 * 2 / 3, rel=1e-2)
     assert slow.limit == "communication"
     assert seconds(LARGE, setup, replace(ideal, cores=1)).limit == "data"
-    assert seconds(LARGE, setup, replace(ideal, launch=1.0)).limit == "few images a GPU"
+    assert seconds(LARGE, setup, replace(ideal, launch_time=1.0)).limit == "too few images per GPU"
     inside = seconds(LARGE, replace(setup, gpus=8), replace(ideal, network=1e-3))
     assert inside.exposed == pytest.approx(0)  # one node has no network
 
@@ -211,7 +213,7 @@ def test_plan_by_available_memory():
     assert plan(LARGEST, Machine(), 4096, 8).setup.name == "fsdp"
     assert plan(LARGE, Machine(gpu_mem=8), 4096, 1).fits
     assert not plan(LARGEST, Machine(), 4096, 1).fits
-    assert not plan(LARGEST, Machine(), 4096, 8, shards=False).fits  # fp16, which --fsdp refuses
+    assert not plan(LARGEST, Machine(), 4096, 8, allow_fsdp=False).fits  # fp16, which --fsdp refuses
 
 
 def run(flags: str):
@@ -234,6 +236,17 @@ def test_the_command_is_one_that_the_main_takes(capsys):
     assert total < 16
 
 
+def test_printed_traffic_is_of_a_whole_step(capsys):
+    """FSDP communicates in each of the micro-batches of a step, DDP once."""
+    for model, gpu_mem in (("6.5b_patch14", 80), ("huge_patch14", 40)):
+        result = plan(sizes_of(MODELS[f"mae_vit_{model}"].config), Machine(gpu_mem=gpu_mem), 4096, 8)
+        setup = result.setup
+        assert setup.accum > 1 and setup.fsdp == (model == "6.5b_patch14")
+        run(f"mae_vit_{model} --gpus 8 --gpu_mem {gpu_mem}")
+        sent = traffic(result.sizes, setup) * (setup.accum if setup.fsdp else 1)
+        assert f"({sent / 1e9:.1f} GB sent per GPU)" in capsys.readouterr().out
+
+
 def test_hours(capsys):
     """Hours of 800 epochs of whole steps."""
     result = plan(LARGE, Machine(), 4096, 8)
@@ -249,7 +262,7 @@ def test_hours(capsys):
     [
         ("vit_enormous", "'vit_enormous' is not known; the known names are: .*mae_vit_6.5b_patch14"),
         ("mae_vit_large_patch16 --gpus 0", "--gpus 0 must be at least 1"),
-        ("mae_vit_large_patch16 --gpus 12", "--gpus 12 must be whole nodes of --gpus_per_node 8"),
+        ("mae_vit_large_patch16 --gpus 12", "--gpus 12 must be a multiple of --gpus_per_node 8"),
         (
             "mae_vit_large_patch16 --gpus 8 --effective_batch 100",
             "--effective_batch 100 must be a multiple of --gpus 8",
