@@ -1,8 +1,8 @@
 """Export of models to other libraries: timm, Hugging Face transformers (ViT, ViTMAE), ONNX, torch.export.
 
-Each `to_...` writes a model to `out` and returns an `Exported`, which loads it again with the other library. `pool` is
-the feature that the model's output reads, cls or avg; `flags` are stored in the exported file. Raises UserError for a
-model that the format cannot hold, and for a package that is not installed.
+Each function `to_...` writes a model to `out` and returns an `Exported`, which loads the file with the other library.
+`pool` is the model's feature: cls, or avg (the mean of the patches). `flags` are stored in the exported file. Raises
+UserError for a model that the format cannot represent, and for a package that is not installed.
 """
 
 import copy
@@ -25,25 +25,28 @@ from util.errors import UserError
 from util.weights.file import save_state
 from util.weights.names import to_hugging_face
 
-EXAMPLES = 2  # images of the check and of the exporters' traces, which would treat a batch of one as a constant
-_ONNX_LARGEST = 2**31 - 2**20  # bytes of one protobuf file; larger models keep their weights in a second file
+EXAMPLES = 2  # images for the check and for tracing, which would treat a batch size of one as a constant
+_ONNX_LARGEST = 2**31 - 2**20  # bytes of weights in one ONNX file, whose limit is 2 GiB
 
 
 @dataclass
 class Exported:
-    """An exported file: the code that loads it, a description of its outputs, and a function that runs it on images (N,
-    C, H, W), with the outputs of `PlainEncoder` (for an autoencoder: its prediction for the masks of `noise`)."""
+    """An exported file: code that loads it, a description of its outputs, and a function that loads and runs it.
+
+    `run_exported` takes images (N, C, H, W) and returns the outputs of `PlainEncoder`. For an autoencoder it also takes
+    `noise` (N, L), which determines the masks, and returns the predictions.
+    """
 
     code: str
     outputs: str
-    again: Callable[..., list[Tensor]]
+    run_exported: Callable[..., list[Tensor]]
 
 
 class PlainEncoder(nn.Module):
     """A `VisionTransformer` as a function of images alone, for ONNX and torch.export.
 
-    Images (N, C, H, W) -> logits (N, classes) of a classifier; of an encoder the feature (N, D) and, if its final norm
-    applies to tokens, the tokens (N, 1 + L, D), [cls] first.
+    A classifier returns logits (N, classes) for images (N, C, H, W). An encoder returns the feature (N, D) and, unless
+    it has `fc_norm`, the normalised tokens (N, 1 + L, D), [cls] first.
     """
 
     def __init__(self, vit: VisionTransformer, pool: str):
@@ -62,7 +65,7 @@ class PlainEncoder(nn.Module):
 
 
 def need(package: str, target: str):
-    """Import a package. Raises UserError, with the command that installs it, if that fails."""
+    """Import and return `package`. Raises UserError, with the command that installs it, if it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -83,7 +86,7 @@ def _sizes(model) -> dict:
 
 
 class _Norm(functools.partial):
-    """A layer norm with this epsilon, whose `repr` is code."""
+    """A layer norm with epsilon `eps`, whose `repr` is the code that makes it."""
 
     def __new__(cls, eps: float):
         return super().__new__(cls, nn.LayerNorm, eps=eps)
@@ -93,8 +96,8 @@ class _Norm(functools.partial):
 
 
 def timm_arguments(model: VisionTransformer, pool: str) -> dict:
-    """Return the arguments of `timm.create_model` for this model: timm's name for its sizes, else that of ViT-B/16 and
-    the sizes that differ."""
+    """Return the arguments of `timm.create_model` for this model: timm's name for its sizes or, if there is none, the
+    name of ViT-B/16 and the sizes that differ from it."""
     import timm
 
     known = {f"{name}_224": ENCODERS[name] for name in ENCODERS if timm.is_model(f"{name}_224")}
@@ -111,27 +114,27 @@ def timm_arguments(model: VisionTransformer, pool: str) -> dict:
     arguments["num_classes"] = model.num_classes
     if pool == "avg":
         arguments["global_pool"] = "avg"
-        if not model.global_pool:  # the encoder's own norm on every token, then the mean
+        if not model.global_pool:  # each token is normalised before the mean is taken
             arguments["fc_norm"] = False
     return arguments
 
 
 def to_timm(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Exported:
-    """Write a file for `timm.create_model(..., checkpoint_path=out)`; tensor names are the same in timm."""
+    """Write a file for `timm.create_model(..., checkpoint_path=out)`. Tensor names are those of timm already."""
     import timm
 
     arguments = timm_arguments(model, pool)
     save_state(model.state_dict(), out, as_metadata(flags))
     keywords = {key: value for key, value in arguments.items() if key != "model_name"}
-    text = ", ".join(f"{key}={value!r}" for key, value in {"checkpoint_path": str(out), **keywords}.items())
+    call = ", ".join(f"{key}={value!r}" for key, value in {"checkpoint_path": str(out), **keywords}.items())
 
-    def again(imgs):
+    def run_exported(imgs):
         theirs = timm.create_model(**arguments, checkpoint_path=str(out)).eval()
         tokens = [] if model.num_classes or model.global_pool else [theirs.forward_features(imgs)]
         return [theirs(imgs), *tokens]
 
     outputs = "logits" if model.num_classes else "the feature; model.forward_features(imgs) gives all tokens"
-    return Exported(f"model = timm.create_model({arguments['model_name']!r}, {text})", outputs, again)
+    return Exported(f"model = timm.create_model({arguments['model_name']!r}, {call})", outputs, run_exported)
 
 
 def _hf_config(model) -> dict:
@@ -181,15 +184,15 @@ def _transformers(target: str):
 
 
 def to_hf_vit(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Exported:
-    """Write a folder for `ViTForImageClassification.from_pretrained`, or `ViTModel` for an encoder.
+    """Write a folder for `from_pretrained` of `ViTForImageClassification` or, for an encoder, of `ViTModel`.
 
-    Raises UserError for a model with `fc_norm`: Hugging Face's ViT norms every token and classifies by [cls].
+    Raises UserError for a model with `fc_norm`: Hugging Face's ViT normalises every token and classifies by [cls].
     """
     transformers = _transformers("hf-vit")
     if model.global_pool:
         raise UserError(
-            "--to hf-vit: this model reads the mean of the patches before the norm (fc_norm), and Hugging Face's ViT "
-            "only [cls] after it: use --to timm, or export a model that was fine-tuned with --cls_token"
+            "--to hf-vit: the feature of this model is the mean of the patches, normalised afterwards (fc_norm), but "
+            "Hugging Face's ViT uses [cls]: use --to timm, or export a model that was fine-tuned with --cls_token"
         )
     class_name, labels, options, keywords = "ViTForImageClassification", {"num_labels": model.num_classes}, {}, ""
     if not model.num_classes:
@@ -202,7 +205,7 @@ def to_hf_vit(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Ex
     config = transformers.ViTConfig(**_hf_config(model), **labels)
     _save_hf(transformers, class_name, config, model, out, flags, **options)
 
-    def again(imgs):
+    def run_exported(imgs):
         theirs = getattr(transformers, class_name).from_pretrained(out, **options).eval()
         if model.num_classes:
             return [theirs(imgs).logits]
@@ -211,60 +214,63 @@ def to_hf_vit(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Ex
 
     part = "last_hidden_state[:, 0]" if pool == "cls" else "last_hidden_state[:, 1:].mean(dim=1)"
     outputs = "model(imgs).logits" if model.num_classes else f"the feature is model(imgs).{part}"
-    return Exported(f'model = transformers.{class_name}.from_pretrained("{out}"{keywords})', outputs, again)
+    return Exported(f'model = transformers.{class_name}.from_pretrained("{out}"{keywords})', outputs, run_exported)
 
 
 def to_hf_vitmae(model, out: Path, pool: str, flags: dict) -> Exported:
-    """Write a folder for `ViTMAEForPreTraining.from_pretrained`, or `ViTMAEModel` for an encoder.
+    """Write a folder for `from_pretrained` of `ViTMAEForPreTraining` or, for an encoder, of `ViTMAEModel`.
 
-    Raises UserError for images that are not square, for a model with `fc_norm` and for a decoder of cross-attention.
+    Raises UserError for images that are not square, for a model with `fc_norm`, and for a cross-attention decoder.
     """
     transformers = _transformers("hf-vitmae")
     height, width = model.patch_embed.img_size
     if height != width:
-        raise UserError(f"--to hf-vitmae: Hugging Face's ViTMAE takes squares only, these images are {height}x{width}")
+        raise UserError(f"--to hf-vitmae: Hugging Face's ViTMAE accepts only square images, not {height}x{width}")
     if getattr(model, "global_pool", False):
-        raise UserError("--to hf-vitmae: this model has no norm on its tokens (but fc_norm): use --to timm")
-    whole = isinstance(model, MaskedAutoencoderViT)
-    if whole and not len(model.decoder_blocks):
+        raise UserError("--to hf-vitmae: this model normalises only the mean of its patches (fc_norm): use --to timm")
+    is_autoencoder = isinstance(model, MaskedAutoencoderViT)
+    if is_autoencoder and not len(model.decoder_blocks):
         raise UserError(
-            "--to hf-vitmae: Hugging Face's ViTMAE has only MAE's decoder of self-attention: --encoder_only"
+            "--to hf-vitmae: Hugging Face's ViTMAE has only MAE's self-attention decoder: give --encoder_only"
         )
-    ratio = flags.get("mask_ratio", 0.75) if whole else 0.0
+    ratio = flags.get("mask_ratio", 0.75) if is_autoencoder else 0.0
     config = transformers.ViTMAEConfig(**_hf_config(model), mask_ratio=ratio)
-    if whole:
+    if is_autoencoder:
         config.update(_hf_decoder_config(model))
-    class_name = "ViTMAEForPreTraining" if whole else "ViTMAEModel"
+    class_name = "ViTMAEForPreTraining" if is_autoencoder else "ViTMAEModel"
     _save_hf(transformers, class_name, config, model, out, flags)
 
-    def again(imgs, noise=None):
+    def run_exported(imgs, noise=None):
         theirs = getattr(transformers, class_name).from_pretrained(out).eval()
-        if whole:
+        if is_autoencoder:
             return [theirs(imgs, noise=noise).logits]
         order = torch.arange(model.patch_embed.num_patches, dtype=torch.float).expand(len(imgs), -1)
         tokens = theirs(imgs, noise=order).last_hidden_state
         return [select_feature(tokens, pool), tokens]
 
-    outputs = "model(imgs).last_hidden_state, [cls] first, patches in the order of ids_restore (mask_ratio is 0)"
-    if whole:
-        outputs = f"model(imgs).loss and .logits, {ratio:.0%} removed"
-    return Exported(f'model = transformers.{class_name}.from_pretrained("{out}")', outputs, again)
+    outputs = (
+        "out = model(imgs) gives out.last_hidden_state: [cls], then all patches (mask_ratio is 0) in shuffled order; "
+        "gather them with out.ids_restore for the order of the image"
+    )
+    if is_autoencoder:
+        outputs = f"model(imgs).loss and .logits, with {ratio:.0%} of the patches removed"
+    return Exported(f'model = transformers.{class_name}.from_pretrained("{out}")', outputs, run_exported)
 
 
 def to_safetensors(model, out: Path, pool: str, flags: dict) -> Exported:
-    """Write all tensors under the names of the official MAE and timm, with the flags as metadata."""
+    """Write all tensors, under the names that the official MAE and timm use, with the flags as metadata."""
     save_state(model.state_dict(), out, as_metadata(flags))
 
-    def again(imgs, noise=None):
+    def run_exported(imgs, noise=None):
         theirs = copy.deepcopy(model)
         theirs.load_state_dict(load_file(out))
-        return (
-            [theirs(imgs, flags.get("mask_ratio", 0.75), noise)[1]]
-            if noise is not None
-            else list(PlainEncoder(theirs, pool)(imgs))
-        )
+        if noise is None:
+            return list(PlainEncoder(theirs, pool)(imgs))
+        return [theirs(imgs, flags.get("mask_ratio", 0.75), noise)[1]]
 
-    return Exported(f'state = safetensors.torch.load_file("{out}")', "tensors in the official MAE's names", again)
+    return Exported(
+        f'state = safetensors.torch.load_file("{out}")', "tensors under the names of the official MAE", run_exported
+    )
 
 
 def _example(model) -> Tensor:
@@ -278,36 +284,39 @@ def _program(model: VisionTransformer, pool: str) -> tuple[torch.export.Exported
 
 
 def to_onnx(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Exported:
-    """Write an ONNX file for any batch size, with the flags in its metadata. Weights beyond the 2 GiB of one file are
-    written beside it (`.data`)."""
+    """Write an ONNX file for any batch size, with the flags in its metadata. If the weights exceed the 2 GiB of one
+    file, all of them are written to a second file beside it (`.data`)."""
     runtime = [need(package, "onnx") for package in ("onnx", "onnxscript", "onnxruntime")][-1]
     program, names = _program(model, pool)
-    made = torch.onnx.export(program, input_names=["imgs"], output_names=names, verbose=False, dynamo=True)
-    made.model.metadata_props.update(as_metadata(flags))
+    exported = torch.onnx.export(program, input_names=["imgs"], output_names=names, verbose=False, dynamo=True)
+    exported.model.metadata_props.update(as_metadata(flags))
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    made.save(out, external_data=size > _ONNX_LARGEST)
+    exported.save(out, external_data=size > _ONNX_LARGEST)
 
-    def again(imgs):
+    def run_exported(imgs):
         session = runtime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
         return [torch.from_numpy(value) for value in session.run(None, {"imgs": imgs.numpy()})]
 
     code = f'model = onnxruntime.InferenceSession("{out}")'
-    return Exported(code, f'model.run(None, {{"imgs": imgs}}) gives {", ".join(names)}', again)
+    return Exported(code, f'model.run(None, {{"imgs": imgs}}) gives {", ".join(names)}', run_exported)
 
 
 def to_torch_export(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Exported:
-    """Write a file for `torch.export.load`, for any batch size, with the flags in it as `flags.json`."""
+    """Write a file for `torch.export.load`, for any batch size. It contains the flags as `flags.json`."""
     program, names = _program(model, pool)
     torch.export.save(program, out, extra_files={"flags.json": json.dumps(flags, default=str)})
 
-    def again(imgs):
+    def run_exported(imgs):
         return list(torch.export.load(out).module()(imgs))
 
-    return Exported(f'model = torch.export.load("{out}").module()', f"model(imgs) gives {', '.join(names)}", again)
+    return Exported(
+        f'model = torch.export.load("{out}").module()', f"model(imgs) gives {', '.join(names)}", run_exported
+    )
 
 
 def as_metadata(flags: dict) -> dict[str, str]:
-    """Return flags as the strings of a safetensors or ONNX header, which `util.weights.load` reads back."""
+    """Return flags as strings for the metadata of a safetensors or ONNX file. `util.weights.load` reads them back from
+    safetensors."""
     return {name: json.dumps(value, default=str) for name, value in flags.items()}
 
 
@@ -323,13 +332,13 @@ EXPORTERS = {
 
 @torch.no_grad()
 def largest_difference(model, exported: Exported, pool: str, mask_ratio: float) -> float:
-    """Return the largest difference between the outputs of `model` and of the file for two random images, divided by
-    the largest output, or by 1 if that is smaller. Rounding is at most 1e-5."""
+    """Return the largest difference between the outputs of `model` and of the exported file for two random images,
+    relative to the largest output, or to 1 if that is smaller. Rounding errors are at most 1e-5."""
     imgs = _example(model)
     if isinstance(model, MaskedAutoencoderViT):
         noise = torch.rand(len(imgs), model.patch_embed.num_patches)
-        ours, theirs = [model(imgs, mask_ratio, noise)[1]], exported.again(imgs, noise)
+        ours, theirs = [model(imgs, mask_ratio, noise)[1]], exported.run_exported(imgs, noise)
     else:
-        ours, theirs = PlainEncoder(model, pool)(imgs), exported.again(imgs)
+        ours, theirs = PlainEncoder(model, pool)(imgs), exported.run_exported(imgs)
     assert [value.shape for value in ours] == [value.shape for value in theirs]
     return max(((a - b).abs().max() / a.abs().max().clamp(min=1)).item() for a, b in zip(ours, theirs))
