@@ -1,4 +1,4 @@
-"""The flags that the tools share, and the checks of their values."""
+"""Flags that the tools share, and checks of their values."""
 
 import argparse
 import tempfile
@@ -10,7 +10,8 @@ from util.parser import Parser
 
 
 def data_parser(description: str, usual: str = "--data_path PATH") -> Parser:
-    """Return a parser with the data flags of the mains. A tool reads every image once, so it starts few workers."""
+    """Return a parser with the data flags of the mains. By default a tool starts two data workers, since it reads every
+    image once. `usual` are the flags that its usage line shows."""
     parser = Parser(description, usual)
     add_data_arguments(parser)
     parser.add_argument("--seed", default=0, type=int, help="seed of all random draws")
@@ -19,13 +20,14 @@ def data_parser(description: str, usual: str = "--data_path PATH") -> Parser:
 
 
 ANY_CHECKPOINT = (
-    "a file of this project, the official MAE, timm or Hugging Face; the name of a timm model; or random, an untrained "
-    "encoder"
+    "a file of this project, the official MAE, timm or Hugging Face; a Hugging Face folder; the name of a timm model; "
+    "or random (an untrained encoder)"
 )
 
 
 def add_checkpoint_flags(parser: Parser, several: bool = False, what: str = ANY_CHECKPOINT) -> None:
-    """Add CHECKPOINT and its alias --finetune, for one checkpoint or `several`; `named` and `all_named` read them."""
+    """Add CHECKPOINT and its alias --finetune, for one checkpoint or for `several`. `checkpoint_of` and
+    `checkpoints_of` return their values; `what` is the help text."""
     group = parser.add_argument_group("checkpoint")
     group.add_argument(
         "checkpoint", nargs="*" if several else "?", default=[] if several else "", metavar="CHECKPOINT", help=what
@@ -39,8 +41,8 @@ def add_checkpoint_flags(parser: Parser, several: bool = False, what: str = ANY_
     )
 
 
-def all_named(args: argparse.Namespace) -> list[str]:
-    """Return the checkpoints of these flags. Raises UserError if both aliases are given."""
+def checkpoints_of(args: argparse.Namespace) -> list[str]:
+    """Return the checkpoints that were given. Raises UserError if both aliases were used."""
     given = [[names] if isinstance(names, str) else names for names in (args.checkpoint, args.finetune) if names]
     if len(given) > 1:
         one, other = (" ".join(names) for names in given)
@@ -48,18 +50,24 @@ def all_named(args: argparse.Namespace) -> list[str]:
     return given[0] if given else []
 
 
-def named(args: argparse.Namespace, needed: str = "") -> str:
-    """Return the one checkpoint of these flags, "" without one. `needed` describes the checkpoint that a command cannot
-    do without: raises UserError, with it, if there is none."""
-    if not all_named(args) and needed:
-        raise UserError(f"name a CHECKPOINT {needed}")
-    return "".join(all_named(args))
+def checkpoint_of(args: argparse.Namespace, required: str = "") -> str:
+    """Return the checkpoint that was given, or "" if there is none and none is required.
+
+    `required` completes the message "give a CHECKPOINT ..." of a command that needs one. Raises UserError with this
+    message if there is none.
+    """
+    checkpoints = checkpoints_of(args)
+    if required and not checkpoints:
+        raise UserError(f"give a CHECKPOINT {required}")
+    return checkpoints[0] if checkpoints else ""
 
 
 def add_model_flags(parser: Parser) -> None:
-    """Add the flags that describe the model; each replaces what the checkpoint stores."""
-    group = parser.add_argument_group("model", "Needed only if the checkpoint does not store it.")
-    group.add_argument("--checkpoint_key", default="model", help="weights of the file to read: model, or model_ema")
+    """Add the flags that describe the model. A given flag replaces the value that the checkpoint stores."""
+    group = parser.add_argument_group(
+        "model", "Needed only for values that the checkpoint does not store. A flag replaces the stored value."
+    )
+    group.add_argument("--checkpoint_key", default="model", help="weights to read from the file: model or model_ema")
     group.add_argument("--model", help="e.g. mae_vit_base_patch16")
     group.add_argument("--input_size", type=int, nargs="+", metavar=("H", "W"), help="image size in pixels")
     group.add_argument("--patch_size", type=int, help="side of a patch in pixels")
@@ -67,10 +75,10 @@ def add_model_flags(parser: Parser) -> None:
 
 
 def add_feature_flags(parser: Parser, default: str | None = None) -> None:
-    """Add the choice of an encoder's feature. Without a `default` it is the classifier's input, else [cls]."""
-    own = "" if default else "; without it the input of the classifier, else [cls]"
+    """Add the flags that choose an encoder's feature. `default` None stands for the choice of `settle_pool`."""
+    fallback = "" if default else "; without it the feature that the checkpoint was trained with, else [cls]"
     parser.add_argument(
-        "--pool", choices=["avg", "cls"], default=default, help="feature: mean of the patch tokens, or [cls]" + own
+        "--pool", choices=["avg", "cls"], default=default, help="feature: mean of the patch tokens, or [cls]" + fallback
     )
     parser.add_argument("--global_pool", action="store_const", const="avg", dest="pool", help="--pool avg")
     parser.add_argument("--cls_token", action="store_const", const="cls", dest="pool", help="--pool cls")
@@ -81,8 +89,8 @@ def add_device_flag(parser: Parser) -> None:
 
 
 def settle_pool(args: argparse.Namespace, model, path: str) -> str:
-    """Return the feature of a model of `load_encoder`, cls or avg. Raises UserError if `--pool` contradicts the feature
-    that the checkpoint in `path` was trained with."""
+    """Return the feature (cls or avg) of a model from `load_encoder`: the one it was trained with, else `--pool`, else
+    cls. Raises UserError if `--pool` contradicts the feature that the checkpoint `path` was trained with."""
     own = "avg" if model.global_pool else "cls"
     if args.pool not in (None, own) and (model.num_classes or model.global_pool):
         trained = "mean of the patches" if model.global_pool else "[cls] token"
@@ -91,22 +99,24 @@ def settle_pool(args: argparse.Namespace, model, path: str) -> str:
 
 
 def add_picture_flags(parser: Parser, masked: bool = True) -> None:
-    """Add the flags of a picture of images: which images, where to write it, and for `masked` images the ratio."""
+    """Add the flags of a tool that draws images into a PNG file: the images, the file and, if they are `masked`, the
+    mask ratio."""
     parser.add_argument(
-        "--data", default="", metavar="PATH", help="an image, or a folder of images; instead of --dataset/--data_path"
+        "--data", default="", metavar="PATH", help="an image or a folder of images, instead of --dataset/--data_path"
     )
     parser.add_argument("--out", required=True, help="PNG file to write")
     if masked:
         parser.add_argument(
             "--mask_ratio",
             type=float,
-            help="share of the patches to remove; without it that of the run, else 0.75",
+            help="share of the patches to remove; without it that of the pretraining run, else 0.75",
         )
-    parser.add_argument("--count", type=int, default=8, help="images, evenly spaced over the set")
+    parser.add_argument("--count", type=int, default=8, help="number of images, taken at equal distances from the set")
 
 
 def check_picture_flags(args: argparse.Namespace, stored_ratio: float) -> float:
-    """Return the mask ratio. Raises UserError for bad values of `add_picture_flags`."""
+    """Return the mask ratio: that of --mask_ratio, else `stored_ratio`. Raises UserError for invalid values of
+    the flags of `add_picture_flags`."""
     check_numbers(args)
     ratio = args.mask_ratio if args.mask_ratio is not None else stored_ratio
     if not 0 < ratio < 1:
@@ -116,8 +126,8 @@ def check_picture_flags(args: argparse.Namespace, stored_ratio: float) -> float:
 
 
 def check_out(args: argparse.Namespace, *endings: str, flag: str = "out") -> Path | None:
-    """Return `--out`, or another flag, as a path, None without it, and make its folder. Raises UserError for a file of
-    none of these endings, and if nothing can be written there."""
+    """Return the value of `--out`, or of another `flag`, as a path, and create its folder; return None if the flag is
+    not given. Raises UserError if the file has none of the `endings`, and if it cannot be written."""
     if not getattr(args, flag):
         return None
     path = Path(getattr(args, flag))

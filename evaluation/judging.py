@@ -174,9 +174,9 @@ def open_classifier(args) -> Judged:
     """Open the classifier of a file or of a timm name. Raises UserError if there is none, or if it has not
     `--nb_classes` outputs."""
     need = "with a classifier: one of main_finetune.py or main_linprobe.py"
-    checkpoint = command_line.named(args, need)
+    checkpoint = command_line.checkpoint_of(args, need)
     if checkpoint == "random":
-        raise UserError(f"name a CHECKPOINT {need}")
+        raise UserError(f"give a CHECKPOINT {need}")
     judged = open_trained(args, checkpoint)
     count = judged.model.num_classes
     if not count:
@@ -189,9 +189,9 @@ def open_classifier(args) -> Judged:
 def open_each(args, open_one: Callable[[argparse.Namespace, str, Judged | None], Judged]) -> list[Judged]:
     """Open every checkpoint of the flags with `open_one`, in their order. A random encoder is of the model of the first
     checkpoint that is not random, unless --model is given."""
-    names, opened, first = command_line.all_named(args), {}, None
+    names, opened, first = command_line.checkpoints_of(args), {}, None
     if not names:
-        raise UserError("name one CHECKPOINT or more (a file, a timm model, or random)")
+        raise UserError("give one CHECKPOINT or more (a file, a timm model, or random)")
     for i in sorted(range(len(names)), key=lambda i: names[i] == "random"):
         judged = open_one(args, names[i], None if args.model else first)
         own_name = {"checkpoint": names[i], "finetune": ""}

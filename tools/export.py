@@ -50,7 +50,7 @@ def check_out(args) -> Path:
         raise UserError(f"--out {out} must end in {suffix} for --to {args.to}")
     if out.is_dir() if suffix else out.is_file():
         raise UserError(f"--out {out} is a {'folder' if suffix else 'file'}, but --to {args.to} writes the other")
-    if out.resolve() == Path(command_line.named(args)).resolve():
+    if out.resolve() == Path(command_line.checkpoint_of(args)).resolve():
         raise UserError(f"--out {out} is the checkpoint itself: name another file")
     if not args.overwrite and (any(out.iterdir()) if out.is_dir() else out.exists()):
         raise UserError(f"--out {out} exists: give --overwrite, or another name")
@@ -61,10 +61,10 @@ def load(args) -> tuple[judging.Judged, str, dict]:
     """Open the autoencoder or encoder to export -> the model, its feature (cls or avg), the flags to store. Raises
     UserError for a checkpoint that cannot be exported to the format."""
     check_numbers(args)
-    path = command_line.named(args, "to export")
+    path = command_line.checkpoint_of(args, "to export")
     weights = read_checkpoint(path, args.checkpoint_key)
     if weights is None:
-        raise UserError("name a CHECKPOINT to export: a random encoder is not exported")
+        raise UserError("give a CHECKPOINT to export: a random encoder is not exported")
     whole = args.to in ("hf-vitmae", "safetensors") and weights.has_decoder and not args.encoder_only
     if args.to == "hf-vitmae" and not whole and not args.encoder_only:
         raise UserError(
@@ -108,7 +108,8 @@ def main(args) -> float:
     )
     if not difference < 1e-4:  # far above rounding, far below the effect of a wrong tensor
         raise RunFailed(
-            f"{out} does not compute what {command_line.named(args)} does (difference {difference:.1e}); do not use it"
+            f"{out} does not compute what {command_line.checkpoint_of(args)} does (difference {difference:.1e}); "
+            "do not use it"
         )
     result = {"largest_difference": difference}
     beside, content = Path(f"{out}.json") if out.is_dir() else out, exported.outputs

@@ -129,7 +129,7 @@ def needed_images(images, args) -> tuple[Subset, list[np.ndarray], np.ndarray]:
 def main(args) -> dict:
     """Return the mean accuracy in percent and half its 95 % confidence interval, for each number of shots."""
     out = check(args)
-    judged = judging.open_encoder(args, command_line.named(args))
+    judged = judging.open_encoder(args, command_line.checkpoint_of(args))
     images, held_out = judging.labelled_splits(args)
     part, draws, of = needed_images(images, args)
     record = judged.record("fewshot", train=images, test=held_out)

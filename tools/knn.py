@@ -28,7 +28,7 @@ def main(args) -> dict:
     if min(args.k) < 1:
         raise UserError("--k must be positive")
     out = command_line.check_out(args, ".json")
-    judged = judging.open_encoder(args, command_line.named(args))
+    judged = judging.open_encoder(args, command_line.checkpoint_of(args))
     images, held_out = judging.labelled_splits(args)
     if max(args.k) > len(images):
         raise UserError(f"--k {max(args.k)}: there are only {len(images)} training images")

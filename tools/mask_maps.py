@@ -32,7 +32,7 @@ def get_args_parser():
 @torch.no_grad()
 def main(args) -> None:
     """Draw `--count` images."""
-    path = command_line.named(args, "of a run with --mlo_mae")
+    path = command_line.checkpoint_of(args, "of a run with --mlo_mae")
     weights = read_weights(path, args.checkpoint_key)
     ratio = command_line.check_picture_flags(args, weights.args.get("mask_ratio", 0.75))
     judged = judging.open_autoencoder(args, weights)

@@ -47,7 +47,7 @@ def get_args_parser():
 
 def check(args) -> Path:
     """Return --out as a path. Raises UserError for bad values."""
-    names = command_line.all_named(args)
+    names = command_line.checkpoints_of(args)
     if args.titles and len(args.titles) != len(names):
         raise UserError(f"--titles has {len(args.titles)} for {len(names)} checkpoints: give one each, or none")
     if args.images < 0:

@@ -37,7 +37,7 @@ def get_args_parser():
 
 def main(args) -> None:
     """Draw `--count` images."""
-    path = command_line.named(args, "of an autoencoder")
+    path = command_line.checkpoint_of(args, "of an autoencoder")
     weights = read_weights(path, args.checkpoint_key)
     ratio = command_line.check_picture_flags(args, weights.args.get("mask_ratio", 0.75))
     judged = judging.open_autoencoder(args, weights)

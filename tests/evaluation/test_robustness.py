@@ -253,8 +253,8 @@ def test_a_probe_knows_its_classes(box, tmp_path):
     ("flags", "message"),
     [
         ("{best} ", "nothing to judge: give --folders"),
-        ("--folders {val}", "name a CHECKPOINT with a classifier"),
-        ("random --folders {val}", "name a CHECKPOINT with a classifier"),
+        ("--folders {val}", "give a CHECKPOINT with a classifier"),
+        ("random --folders {val}", "give a CHECKPOINT with a classifier"),
         ("{bare} --folders {val}", "has no classifier: fine-tune it first"),
         ("{best} --folders {strange}", "has the class 'purple', which is none of the 4 classes"),
         ("{best} --folders {tmp}/none", "none is not a folder"),
