@@ -1,4 +1,5 @@
-"""Fixtures that many tests share: recorded numbers of reference implementations, and a small image folder."""
+"""Fixtures that many tests share: recorded results of reference implementations, a small image folder, and the files of
+tests/helpers/refusals.py and tests/helpers/teachers.py."""
 
 import json
 import sys
@@ -12,21 +13,21 @@ from timm.layers import set_fused_attn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from helpers.refusals import box as box  # noqa: E402  fixtures
-from helpers.refusals import pristine as pristine  # noqa: E402
-from helpers.refusals import untouched as untouched  # noqa: E402
+from helpers.refusals import original_listing as original_listing  # noqa: E402  fixtures
+from helpers.refusals import refusal_dir as refusal_dir  # noqa: E402
+from helpers.refusals import shared_refusal_dir as shared_refusal_dir  # noqa: E402
 from helpers.teachers import teacher as teacher  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def fused_attention():
-    """Restore the default attention kernel, which a main that runs in this process may have changed."""
+    """Restore fused attention, which a main that runs in this process may have switched off."""
     yield
     set_fused_attn(True)
 
 
 class Golden:
-    """A file of tests/fixtures: its arrays as tensors, `meta` as a dict, and groups of arrays by prefix."""
+    """The recorded results in a file of tests/fixtures: arrays as tensors, `meta` as a dict."""
 
     def __init__(self, name):
         self.arrays = np.load(ROOT / "tests" / "fixtures" / f"{name}.npz", allow_pickle=False)
@@ -36,9 +37,11 @@ class Golden:
         return torch.from_numpy(self.arrays[key])
 
     def json(self, key):
+        """Return the content of an array that contains JSON."""
         return json.loads(str(self.arrays[key]))
 
     def group(self, prefix):
+        """Return the arrays whose names begin with `prefix`, as tensors by the rest of the name."""
         return {key[len(prefix) :]: self[key] for key in self.arrays.files if key.startswith(prefix)}
 
 
@@ -54,7 +57,7 @@ def _fixed_seed():
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """Four classes of noisy colours as an image folder: 96 training and 20 validation images of 16x16 pixels."""
+    """An image folder with four classes of noisy colours: 96 training and 20 validation images of 16x16 pixels."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("val", 5)):

@@ -1,7 +1,9 @@
-"""Checks of refusals: one sentence on stderr that names the flag or file, exit code 2, and no file changed.
+"""Checks that invalid commands are refused: one sentence on stderr that names the flag or file, exit code 2, and no
+file changed.
 
-Every case runs with `--overwrite` in the folder of another run, which must stay unchanged; pretraining cases also run
-in a folder that does not exist, which must not be created. Most run in this process, a few as real commands.
+Every case runs with `--overwrite` in the output folder of another run, which must remain unchanged. Pretraining cases
+also run with an output folder that does not exist, which must not be created. Most cases run in this process, a few as
+real commands.
 """
 
 import builtins
@@ -26,8 +28,8 @@ from util.errors import user_errors
 from util.parallel.signals import SIGNALS
 
 MAINS = {"pretrain": main_pretrain, "finetune": main_finetune, "linprobe": main_linprobe}
-# four pictures of four patches each: an epoch is two steps
-COMMON = "--data_path {box}/data/good --input_size 8 --epochs 1 --warmup_epochs 0 --batch_size 2 --num_workers 0"
+# Four images of four patches each: an epoch has two steps.
+COMMON = "--data_path {dir}/data/good --input_size 8 --epochs 1 --warmup_epochs 0 --batch_size 2 --num_workers 0"
 COMMON += " --device cpu --amp_dtype fp32"
 BASE = {
     "pretrain": f"{COMMON} --model mae_vit_micro_patch4 --vis_freq 0".split(),
@@ -37,7 +39,7 @@ BASE = {
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK")
 
 
-# --- the box: a folder with all files that a case may name, none of which may change
+# --- refusal_dir: a folder with all files that a case may name, none of which may change
 
 
 @contextmanager
@@ -64,9 +66,9 @@ def isolated(folder: Path):
             signal.signal(number, handler)
 
 
-def command(program: str, box: Path, *flags: str) -> list[str]:
-    """Return a valid command line followed by `flags`, with {box} replaced."""
-    return [flag.replace("{box}", str(box)) for flag in [*BASE[program], *flags]]
+def command(program: str, refusal_dir: Path, *flags: str) -> list[str]:
+    """Return a valid command line followed by `flags`, with {dir} replaced."""
+    return [flag.replace("{dir}", str(refusal_dir)) for flag in [*BASE[program], *flags]]
 
 
 def call(program: str, argv: list[str], folder: Path) -> None:
@@ -78,7 +80,8 @@ def call(program: str, argv: list[str], folder: Path) -> None:
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return time of change and size of all files and folders; a folder's time shows created and deleted files."""
+    """Return modification time and size of all files and folders. Creating or deleting a file changes its folder's
+    time."""
     entries = {}
     for parent, _, files in os.walk(folder):
         for path in (parent, *(os.path.join(parent, name) for name in files)):
@@ -182,52 +185,54 @@ def put_files(files: Path, run: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def pristine(tmp_path_factory):
-    """The box in its original state: three finished runs, data folders, and valid and invalid files."""
-    box = tmp_path_factory.mktemp("bad_input") / "box"
-    (box / "here").mkdir(parents=True)
+def shared_refusal_dir(tmp_path_factory):
+    """The folder of `refusal_dir`, made once: three finished runs, data folders, and valid and invalid files."""
+    refusal_dir = tmp_path_factory.mktemp("bad_input") / "refusals"
+    (refusal_dir / "here").mkdir(parents=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # all tensors here are small
-    put_data(box / "data")
+    put_data(refusal_dir / "data")
     for program in MAINS:
-        call(program, command(program, box, "--output_dir", f"{{box}}/{program}"), box / "here")
-    put_lists(box / "lists")
-    put_files(box / "files", box / "pretrain")
-    (box / "file").write_text("a file\n")
-    shutil.copytree(box, box.with_name("kept"))
-    yield box
+        call(program, command(program, refusal_dir, "--output_dir", f"{{dir}}/{program}"), refusal_dir / "here")
+    put_lists(refusal_dir / "lists")
+    put_files(refusal_dir / "files", refusal_dir / "pretrain")
+    (refusal_dir / "file").write_text("a file\n")
+    shutil.copytree(refusal_dir, refusal_dir.with_name("original"))
+    yield refusal_dir
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
-def untouched(pristine):
-    return listing(pristine)
+def original_listing(shared_refusal_dir):
+    """The listing of `refusal_dir` before the first test."""
+    return listing(shared_refusal_dir)
 
 
 @pytest.fixture
-def box(pristine, untouched):
-    """The box, restored if a failed test has changed it. Cases write its paths as `{box}/...`."""
-    yield pristine
-    if listing(pristine) != untouched:
-        shutil.rmtree(pristine)
-        shutil.copytree(pristine.with_name("kept"), pristine)
+def refusal_dir(shared_refusal_dir, original_listing):
+    """A folder of runs, data and files, restored if a failed test has changed it. Cases write its paths as
+    `{dir}/...`."""
+    yield shared_refusal_dir
+    if listing(shared_refusal_dir) != original_listing:
+        shutil.rmtree(shared_refusal_dir)
+        shutil.copytree(shared_refusal_dir.with_name("original"), shared_refusal_dir)
 
 
-def refusal(capsys, program: str, flags: str | list[str], box: Path, *common: str) -> str:
-    """Return the line with which `program` refuses a valid command line with `flags` added. The box must be
-    unchanged afterwards."""
+def refusal(capsys, program: str, flags: str | list[str], refusal_dir: Path, *common: str) -> str:
+    """Return the line with which `program` refuses a valid command line with `flags` added. Checks that no file of
+    `refusal_dir` has changed."""
     flags = flags.split() if isinstance(flags, str) else flags
-    argv = command(program, box, *common, *flags)
-    before = listing(box)
+    argv = command(program, refusal_dir, *common, *flags)
+    before = listing(refusal_dir)
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
-        call(program, argv, box / "here")
+        call(program, argv, refusal_dir / "here")
     error = capsys.readouterr().err
     assert caught.value.code == 2, error
     assert error.endswith("\n") and error.count("\n") == 1, f"not one line:\n{error}"
     assert f"main_{program}.py: error: " in error
     assert len(error) < 900, f"no sentence but {len(error)} characters"
-    assert listing(box) == before, "files were changed"
+    assert listing(refusal_dir) == before, "files were changed"
     return error.strip()
 
 
@@ -256,14 +261,14 @@ def parameters(rows):
         yield pytest.param(program, flags, names, id=text.replace("x" * 300, "xxx"))
 
 
-def assert_refused(capsys, program: str, flags: str, names: str, box: Path) -> None:
-    """Check one case in a new folder and in the folder of another run, where applicable."""
+def assert_refused(capsys, program: str, flags: str, names: str, refusal_dir: Path) -> None:
+    """Check one case with a new output folder and with that of another run, as far as they apply."""
     flags = split_flags(flags.replace("{program}", program))
-    names = names.replace("{box}", str(box))
-    folders = [["--output_dir", "{box}/new"], ["--output_dir", f"{{box}}/{program}", "--overwrite"]]
+    names = names.replace("{dir}", str(refusal_dir))
+    folders = [["--output_dir", "{dir}/new"], ["--output_dir", f"{{dir}}/{program}", "--overwrite"]]
     if "--resume" in flags:
         folders[1].pop()
     if program != "pretrain" or "--output_dir" in flags:  # the code that makes the folder is the same for all mains
         folders.pop(0)
     for folder in folders:
-        assert_names(refusal(capsys, program, flags, box, *folder), names)
+        assert_names(refusal(capsys, program, flags, refusal_dir, *folder), names)

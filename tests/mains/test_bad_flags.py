@@ -36,7 +36,7 @@ SHARED = {
     "--device nonsense": "--device | nonsense",
     "--device mps": "--device | mps",
     "--device cpu:x": "--device | cpu:x",
-    "--resume {box}/files/truncated.pth --overwrite": "--resume | --overwrite",
+    "--resume {dir}/files/truncated.pth --overwrite": "--resume | --overwrite",
 }
 PRETRAIN = {
     **{f"--mask_ratio {value}": "--mask_ratio" for value in (0, 1, 1.5, -0.5, 0.9, "nan", 1e-20, "most")},
@@ -64,8 +64,8 @@ TRANSFER = {
     "--eval": "--eval | --resume",
 }
 FINETUNE = {
-    "--eval --finetune {box}/pretrain/checkpoint-0.pth --compile": "--compile has no effect with --eval",
-    "--eval --finetune {box}/pretrain/checkpoint-0.pth --grad_checkpoint": "--grad_checkpoint has no effect",
+    "--eval --finetune {dir}/pretrain/checkpoint-0.pth --compile": "--compile has no effect with --eval",
+    "--eval --finetune {dir}/pretrain/checkpoint-0.pth --grad_checkpoint": "--grad_checkpoint has no effect",
     **{
         f"--{name} {value}": f"--{name}"
         for name in ("drop_path", "smoothing", "reprob", "layer_decay")
@@ -101,14 +101,14 @@ LINPROBE = {
     "--probe_blrs": "--probe_blrs",
     "--batch_size 1": "--batch_size 1 | BatchNorm",
     "--aug sepia": "--aug | sepia",
-    "--eval --cache_features --finetune {box}/pretrain/checkpoint-0.pth": "--eval | --resume",
-    "--cache_features --data_path {box}/data/single": "--probe_holdout",
-    "--cache_features --resume {box}/linprobe/checkpoint-0.pth": "--cache_features | --resume",
-    "--eval --cache_features --resume {box}/linprobe/checkpoint-0.pth": "--eval | --cache_features",
+    "--eval --cache_features --finetune {dir}/pretrain/checkpoint-0.pth": "--eval | --resume",
+    "--cache_features --data_path {dir}/data/single": "--probe_holdout",
+    "--cache_features --resume {dir}/linprobe/checkpoint-0.pth": "--cache_features | --resume",
+    "--eval --cache_features --resume {dir}/linprobe/checkpoint-0.pth": "--eval | --cache_features",
 }
 CASES = cases(SHARED, TRANSFER, pretrain=PRETRAIN, finetune=FINETUNE, linprobe=LINPROBE)
 
 
 @pytest.mark.parametrize("program, flags, names", parameters(CASES))
-def test_is_refused(program, flags, names, box, capsys):
-    assert_refused(capsys, program, flags, names, box)
+def test_is_refused(program, flags, names, refusal_dir, capsys):
+    assert_refused(capsys, program, flags, names, refusal_dir)

@@ -12,18 +12,18 @@ import models_vit
 from methods.mlo.masking_network import MaskingNetwork
 from util.errors import user_errors
 
-SPLITS = "--data_path {box}/good --num_workers 0 --device cpu --batch_size 4"
+SPLITS = "--data_path {dir}/good --num_workers 0 --device cpu --batch_size 4"
 # A valid command line of each tool; {ck} is a checkpoint that it can use, {out} its output.
 VALID = {
     "knn": f"{{ck}} {SPLITS} --k 1 --out {{out}}/a.json",
     "fewshot": f"{{ck}} {SPLITS} --shots 1 --draws 2 --out {{out}}/a.json",
     "tsne": f"{{ck}} {SPLITS} --perplexity 2 --out {{out}}/a.png",
     "robustness": f"{{ck}} {SPLITS} --corrupt --corruptions contrast --out {{out}}/a.json",
-    "attention": "{ck} --data {box}/good/val --out {out}/a.png --device cpu",
+    "attention": "{ck} --data {dir}/good/val --out {out}/a.png --device cpu",
     "feature_viz": "{ck} --steps 1 --count 1 --blocks 0 --jitter 0 --out {out}/a.png --device cpu",
     "export": "{ck} --to timm --out {out}/a.safetensors",
-    "mask_maps": "{ck} --data {box}/good/val --out {out}/a.png",
-    "visualize": "{ck} --data {box}/good/val --out {out}/a.png",
+    "mask_maps": "{ck} --data {dir}/good/val --out {out}/a.png",
+    "visualize": "{ck} --data {dir}/good/val --out {out}/a.png",
 }
 USABLE = dict.fromkeys(VALID, "encoder.pth")
 USABLE |= {"robustness": "classifier.pth", "mask_maps": "mlo.pth", "visualize": "mae.pth"}
@@ -38,7 +38,7 @@ def put_images(folder, count=3):
         Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
 
 
-def put_checkpoints(box):
+def put_checkpoints(tool_files):
     flags = {"model": "vit_micro_patch4", "input_size": 16}
     vit = {count: models_vit.vit_micro_patch4(img_size=16, num_classes=count).state_dict() for count in (0, 2)}
     mae = models_mae.mae_vit_micro_patch4(img_size=16).state_dict()
@@ -52,44 +52,45 @@ def put_checkpoints(box):
     net = {f"mlo_mae.net.{name}": tensor for name, tensor in MaskingNetwork(16, 128, 32).state_dict().items()}
     contents["mlo"] = {**contents["mae"], "methods": net}
     for name, content in contents.items():
-        torch.save(content, box / f"{name}.pth")
-    (box / "cut.pth").write_bytes((box / "encoder.pth").read_bytes()[:5000])
-    (box / "text.pth").write_text("no checkpoint\n")
+        torch.save(content, tool_files / f"{name}.pth")
+    (tool_files / "cut.pth").write_bytes((tool_files / "encoder.pth").read_bytes()[:5000])
+    (tool_files / "text.pth").write_text("no checkpoint\n")
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory):
-    box = tmp_path_factory.mktemp("refusals")
+def tool_files(tmp_path_factory):
+    """A folder of data sets and checkpoints. Cases write its paths as `{dir}/...`."""
+    tool_files = tmp_path_factory.mktemp("refusals")
     for name in ("good", "three", "stranger"):
         for split in ("train", "val"):
             for label in "abc" if name == "three" else "ab":
-                put_images(box / name / split / label)
-    (box / "stranger" / "val" / "b").rename(box / "stranger" / "val" / "x")
-    (box / "empty").mkdir()
-    (box / "hollow" / "train" / "a").mkdir(parents=True)
-    (box / "hollow" / "val" / "a").mkdir(parents=True)
+                put_images(tool_files / name / split / label)
+    (tool_files / "stranger" / "val" / "b").rename(tool_files / "stranger" / "val" / "x")
+    (tool_files / "empty").mkdir()
+    (tool_files / "hollow" / "train" / "a").mkdir(parents=True)
+    (tool_files / "hollow" / "val" / "a").mkdir(parents=True)
     for split in ("train", "val"):
         for label in "ab":
-            (box / "broken" / split / label).mkdir(parents=True)
+            (tool_files / "broken" / split / label).mkdir(parents=True)
             for i in range(3):
-                (box / "broken" / split / label / f"{i}.png").write_bytes(b"no image")
-    (box / "names.txt").write_text("a\nb\nc\n")
-    put_checkpoints(box)
-    return box
+                (tool_files / "broken" / split / label / f"{i}.png").write_bytes(b"no image")
+    (tool_files / "names.txt").write_text("a\nb\nc\n")
+    put_checkpoints(tool_files)
+    return tool_files
 
 
-def call(tool, flags, box, out, checkpoint=None):
+def call(tool, flags, tool_files, out, checkpoint=None):
     """Run `python tools/<tool>.py flags` in this process."""
-    paths = dict(box=box, out=out, ck=box / (checkpoint or USABLE[tool]))
+    paths = dict(dir=tool_files, out=out, ck=tool_files / (checkpoint or USABLE[tool]))
     module = command_module(tool)
     with user_errors(f"{tool}.py"):
         module.main(module.get_args_parser().parse_args(flags.format(**paths).split()))
 
 
-def refusal(capsys, tool, flags, box, out, checkpoint=None) -> str:
+def refusal(capsys, tool, flags, tool_files, out, checkpoint=None) -> str:
     """Return the last line on stderr; names of unreadable images may precede it."""
     with pytest.raises(SystemExit) as ended:
-        call(tool, flags, box, out, checkpoint)
+        call(tool, flags, tool_files, out, checkpoint)
     lines = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and ": error: " in lines[-1], lines
     assert all(line.startswith("unreadable image") for line in lines[:-1])
@@ -98,9 +99,9 @@ def refusal(capsys, tool, flags, box, out, checkpoint=None) -> str:
 
 
 @pytest.mark.parametrize("tool", VALID)
-def test_the_valid_command_line(tool, box, tmp_path):
+def test_the_valid_command_line(tool, tool_files, tmp_path):
     """The command lines that the cases below modify are valid, and write these files."""
-    call(tool, VALID[tool], box, tmp_path / "new")
+    call(tool, VALID[tool], tool_files, tmp_path / "new")
     written = {path.name for path in (tmp_path / "new").iterdir()}
     assert written & {"a.json", "a.png", "a.safetensors"}
     if tool not in ("mask_maps", "visualize"):
@@ -108,7 +109,7 @@ def test_the_valid_command_line(tool, box, tmp_path):
 
 
 @pytest.mark.parametrize("tool", VALID)
-def test_checkpoints(tool, box, tmp_path, capsys):
+def test_checkpoints(tool, tool_files, tmp_path, capsys):
     for name, message in {
         "missing.pth": "does not exist",
         "good": "is a directory",
@@ -116,79 +117,85 @@ def test_checkpoints(tool, box, tmp_path, capsys):
         "text.pth": "not a checkpoint or is damaged",
         "cnn.pth": "no ViT weights",
     }.items():
-        line = refusal(capsys, tool, VALID[tool], box, tmp_path, name)
+        line = refusal(capsys, tool, VALID[tool], tool_files, tmp_path, name)
         assert message in line and name in line
-    assert "'nope'" in refusal(capsys, tool, VALID[tool] + " --checkpoint_key nope", box, tmp_path)
-    assert "are aliases; give one of them" in refusal(capsys, tool, VALID[tool] + " --finetune b.pth", box, tmp_path)
-    assert "vit_enormous" in refusal(capsys, tool, VALID[tool] + " --model vit_enormous", box, tmp_path)
+    assert "'nope'" in refusal(capsys, tool, VALID[tool] + " --checkpoint_key nope", tool_files, tmp_path)
+    assert "are aliases; give one of them" in refusal(
+        capsys, tool, VALID[tool] + " --finetune b.pth", tool_files, tmp_path
+    )
+    assert "vit_enormous" in refusal(capsys, tool, VALID[tool] + " --model vit_enormous", tool_files, tmp_path)
     if tool not in ("knn", "fewshot"):  # a random encoder, as in main_linprobe.py
-        assert "CHECKPOINT" in refusal(capsys, tool, VALID[tool].replace("{ck}", ""), box, tmp_path)
+        assert "CHECKPOINT" in refusal(capsys, tool, VALID[tool].replace("{ck}", ""), tool_files, tmp_path)
 
 
 @pytest.mark.parametrize("tool", VALID)
-def test_output_paths(tool, box, tmp_path, capsys):
+def test_output_paths(tool, tool_files, tmp_path, capsys):
     """A folder that is a file, a folder without write permission, a folder instead of the file, a wrong ending."""
     out = VALID[tool].split("--out ")[1].split()[0]
     name = out.removeprefix("{out}/")
     (tmp_path / name).mkdir()
-    assert "is a file" in refusal(capsys, tool, VALID[tool].replace(out, "{box}/names.txt/" + name), box, tmp_path)
-    assert "cannot be written" in refusal(capsys, tool, VALID[tool].replace(out, "/proc/" + name), box, tmp_path)
+    assert "is a file" in refusal(
+        capsys, tool, VALID[tool].replace(out, "{dir}/names.txt/" + name), tool_files, tmp_path
+    )
+    assert "cannot be written" in refusal(capsys, tool, VALID[tool].replace(out, "/proc/" + name), tool_files, tmp_path)
     for wrong in (out, "{out}/a.doc"):
-        line = refusal(capsys, tool, VALID[tool].replace(out, wrong), box, tmp_path)
+        line = refusal(capsys, tool, VALID[tool].replace(out, wrong), tool_files, tmp_path)
         assert line.split("--out ")[1].startswith(str(tmp_path))
 
 
 @pytest.mark.parametrize("tool", sorted(SEEDED))
-def test_numbers(tool, box, tmp_path, capsys):
+def test_numbers(tool, tool_files, tmp_path, capsys):
     for flag in ("--seed -1", "--seed 99999999999"):
-        assert f"{flag} must" in refusal(capsys, tool, f"{VALID[tool]} {flag}", box, tmp_path)
+        assert f"{flag} must" in refusal(capsys, tool, f"{VALID[tool]} {flag}", tool_files, tmp_path)
     if tool != "feature_viz":
         for flag in ("--num_workers -1", "--crop_pct 7"):
-            assert flag in refusal(capsys, tool, f"{VALID[tool]} {flag}", box, tmp_path)
+            assert flag in refusal(capsys, tool, f"{VALID[tool]} {flag}", tool_files, tmp_path)
 
 
 @pytest.mark.parametrize("tool", sorted(SEEDED - {"feature_viz"}))
-def test_images(tool, box, tmp_path, capsys):
+def test_images(tool, tool_files, tmp_path, capsys):
     """Folders without images, and images that cannot be read."""
     split = "" if tool in WITH_DATA else "/val"
     for name, message in {"missing": "missing", "empty": "empty", "hollow": "contains no images"}.items():
-        line = refusal(capsys, tool, VALID[tool].replace("{box}/good", "{box}/" + name), box, tmp_path)
+        line = refusal(capsys, tool, VALID[tool].replace("{dir}/good", "{dir}/" + name), tool_files, tmp_path)
         assert message in line
-    line = refusal(capsys, tool, VALID[tool].replace(f"{{box}}/good{split}", f"{{box}}/broken{split}"), box, tmp_path)
+    line = refusal(
+        capsys, tool, VALID[tool].replace(f"{{dir}}/good{split}", f"{{dir}}/broken{split}"), tool_files, tmp_path
+    )
     assert "unreadable" in line or "could be read" in line
 
 
 @pytest.mark.parametrize(
     ("tool", "flags", "checkpoint", "message"),
     [
-        ("knn", "--data_path {box}/stranger", "", "class folder 'x', which is not in the training folder"),
+        ("knn", "--data_path {dir}/stranger", "", "class folder 'x', which is not in the training folder"),
         ("knn", "--nb_classes 7", "", "--nb_classes 7 contradicts the data set, which has 2 classes"),
         ("knn", "--k 7", "", "--k 7: there are only 6 training images"),
         ("knn", "--max_bad_fraction 2", "", "--max_bad_fraction 2.0 must lie in"),
-        ("fewshot", "--data_path {box}/stranger", "", "class folder 'x'"),
+        ("fewshot", "--data_path {dir}/stranger", "", "class folder 'x'"),
         ("fewshot", "--shots 4", "", "--shots 4: class 0 has only 3 training images"),
-        ("tsne", "--data_path {box}/stranger", "", "class folder 'x'"),
+        ("tsne", "--data_path {dir}/stranger", "", "class folder 'x'"),
         ("robustness", "", "encoder.pth", "encoder.pth has no classifier"),
         ("robustness", "--nb_classes 7", "", "--nb_classes 7: the classifier of"),
-        ("robustness", "--data_path {box}/three", "", "has the class 'c', which is none of the 2 classes"),
-        ("robustness", "--data_path {box}/three", "nameless.pth", "does not name its 2 classes"),
-        ("robustness", "--folders {box}/stranger/val", "", "has the class 'x', which is none of the 2 classes"),
-        ("robustness", "--folders {box}/good/val --classes {box}/names.txt", "", "names 3 classes, and the classifier"),
-        ("robustness", "--clean {box}/nowhere", "", "--clean {box}/nowhere is for a folder like ImageNet-C"),
+        ("robustness", "--data_path {dir}/three", "", "has the class 'c', which is none of the 2 classes"),
+        ("robustness", "--data_path {dir}/three", "nameless.pth", "does not name its 2 classes"),
+        ("robustness", "--folders {dir}/stranger/val", "", "has the class 'x', which is none of the 2 classes"),
+        ("robustness", "--folders {dir}/good/val --classes {dir}/names.txt", "", "names 3 classes, and the classifier"),
+        ("robustness", "--clean {dir}/nowhere", "", "--clean {dir}/nowhere is for a folder like ImageNet-C"),
         ("attention", "--class_index 0", "", "encoder.pth has no classifier for Grad-CAM"),
         ("attention", "--class_index 2", "classifier.pth", "--class_index 2: "),
-        ("attention", "--pool avg", "classifier.pth", "--pool avg: {box}/classifier.pth was trained on the [cls]"),
+        ("attention", "--pool avg", "classifier.pth", "--pool avg: {dir}/classifier.pth was trained on the [cls]"),
         ("export", "--to hf-vitmae --out {out}/a", "", "encoder.pth has no decoder"),
         ("mask_maps", "", "mae.pth", "mae.pth holds no masking network"),
         ("mask_maps", "", "encoder.pth", "an encoder without a decoder"),
         ("visualize", "", "encoder.pth", "an encoder without a decoder"),
     ],
 )
-def test_checkpoint_and_data_that_do_not_fit(tool, flags, checkpoint, message, box, tmp_path, capsys):
-    line = refusal(capsys, tool, f"{VALID[tool]} {flags}", box, tmp_path, checkpoint)
-    assert message.format(box=box) in line
+def test_checkpoint_and_data_that_do_not_fit(tool, flags, checkpoint, message, tool_files, tmp_path, capsys):
+    line = refusal(capsys, tool, f"{VALID[tool]} {flags}", tool_files, tmp_path, checkpoint)
+    assert message.format(dir=tool_files) in line
 
 
-def test_an_unknown_name(box, tmp_path, capsys):
-    line = refusal(capsys, "knn", VALID["knn"].replace("{ck}", "vit_base_nonsense"), box, tmp_path)
+def test_an_unknown_name(tool_files, tmp_path, capsys):
+    line = refusal(capsys, "knn", VALID["knn"].replace("{ck}", "vit_base_nonsense"), tool_files, tmp_path)
     assert "vit_base_nonsense is neither a file nor a model of timm's" in line

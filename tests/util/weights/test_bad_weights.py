@@ -5,34 +5,34 @@ from helpers.refusals import MAINS, assert_refused, cases, parameters
 
 # flags, and the words that the sentence must contain (separated by " | ")
 PRETRAIN = {
-    "--init_from {box}/missing.pth": "{box}/missing.pth",
-    "--init_from {box}/files": "{box}/files",
-    "--init_from {box}/files/pictures/0.png": "pictures/0.png",
-    "--init_from {box}/files/decoder.pth": "decoder.pth | --decoder_embed_dim",
-    "--init_from {box}/pretrain/checkpoint-0.pth --resume {box}/pretrain/checkpoint-0.pth": "--init_from | --resume",
+    "--init_from {dir}/missing.pth": "{dir}/missing.pth",
+    "--init_from {dir}/files": "{dir}/files",
+    "--init_from {dir}/files/pictures/0.png": "pictures/0.png",
+    "--init_from {dir}/files/decoder.pth": "decoder.pth | --decoder_embed_dim",
+    "--init_from {dir}/pretrain/checkpoint-0.pth --resume {dir}/pretrain/checkpoint-0.pth": "--init_from | --resume",
 }
 TRANSFER = {
-    "--finetune {box}/missing.pth": "{box}/missing.pth",
-    "--finetune {box}/files": "{box}/files",
-    "--finetune {box}/files/pictures/0.png": "pictures/0.png",
-    "--finetune {box}/pretrain/checkpoint-0.pth --checkpoint_key teacher": "checkpoint-0.pth | 'teacher' | model",
-    "--finetune {box}/pretrain/checkpoint-0.pth --checkpoint_key epoch": "checkpoint-0.pth | 'epoch' | model",
-    "--finetune {box}/pretrain/checkpoint-0.pth --checkpoint_key optimizer": "checkpoint-0.pth",
-    "--finetune {box}/files/odd_flags.pth --model ": "odd_flags.pth",
-    "--finetune {box}/pretrain/checkpoint-0.pth --model vit_enormous": "--model | vit_enormous",
-    "--eval --resume auto --output_dir {box}/new": "--resume auto | {box}/new",
-    "--eval --resume {box}/missing.pth": "{box}/missing.pth",
-    "--eval --resume {box}/files/truncated.pth": "truncated.pth",
-    "--eval --resume {box}/pretrain/checkpoint-0.pth": "checkpoint-0.pth | classifier",
-    "--eval --resume {box}/{program}/checkpoint-0.pth --dataset digits": "checkpoint-0.pth | 2 classes | 10",
+    "--finetune {dir}/missing.pth": "{dir}/missing.pth",
+    "--finetune {dir}/files": "{dir}/files",
+    "--finetune {dir}/files/pictures/0.png": "pictures/0.png",
+    "--finetune {dir}/pretrain/checkpoint-0.pth --checkpoint_key teacher": "checkpoint-0.pth | 'teacher' | model",
+    "--finetune {dir}/pretrain/checkpoint-0.pth --checkpoint_key epoch": "checkpoint-0.pth | 'epoch' | model",
+    "--finetune {dir}/pretrain/checkpoint-0.pth --checkpoint_key optimizer": "checkpoint-0.pth",
+    "--finetune {dir}/files/odd_flags.pth --model ": "odd_flags.pth",
+    "--finetune {dir}/pretrain/checkpoint-0.pth --model vit_enormous": "--model | vit_enormous",
+    "--eval --resume auto --output_dir {dir}/new": "--resume auto | {dir}/new",
+    "--eval --resume {dir}/missing.pth": "{dir}/missing.pth",
+    "--eval --resume {dir}/files/truncated.pth": "truncated.pth",
+    "--eval --resume {dir}/pretrain/checkpoint-0.pth": "checkpoint-0.pth | classifier",
+    "--eval --resume {dir}/{program}/checkpoint-0.pth --dataset digits": "checkpoint-0.pth | 2 classes | 10",
 }
 FINETUNE = {
-    "--eval --finetune {box}/pretrain/checkpoint-0.pth": "checkpoint-0.pth | classifier",
-    "--eval --resume {box}/linprobe/checkpoint-0.pth": "checkpoint-0.pth | classifier",
-    "--eval --resume {box}/finetune/checkpoint-0.pth --cls_token": "checkpoint-0.pth | classifier | pooled",
+    "--eval --finetune {dir}/pretrain/checkpoint-0.pth": "checkpoint-0.pth | classifier",
+    "--eval --resume {dir}/linprobe/checkpoint-0.pth": "checkpoint-0.pth | classifier",
+    "--eval --resume {dir}/finetune/checkpoint-0.pth --cls_token": "checkpoint-0.pth | classifier | pooled",
 }
 LINPROBE = {
-    "--eval --resume {box}/finetune/checkpoint-0.pth": "checkpoint-0.pth | classifier",
+    "--eval --resume {dir}/finetune/checkpoint-0.pth": "checkpoint-0.pth | classifier",
 }
 CASES = cases(transfer=TRANSFER, pretrain=PRETRAIN, finetune=FINETUNE, linprobe=LINPROBE)
 # refused by every flag that takes weights
@@ -49,7 +49,7 @@ FOREIGN_FILES = {
     "cut.safetensors": "damaged",
 }
 CASES += [
-    (program, f"{flag} {{box}}/files/{name}", f"{name} | {words}")
+    (program, f"{flag} {{dir}}/files/{name}", f"{name} | {words}")
     for program, flag in (("pretrain", "--init_from"), ("finetune", "--finetune"), ("linprobe", "--finetune"))
     for name, words in FOREIGN_FILES.items()
 ]
@@ -83,7 +83,7 @@ for program in ("finetune", "linprobe"):
 CASES += [
     (
         program,
-        f"--resume {{box}}/{program}/checkpoint-0.pth {flags}",
+        f"--resume {{dir}}/{program}/checkpoint-0.pth {flags}",
         f"--resume | {program}/checkpoint-0.pth | {names}",
     )
     for program, cases in RESUMED.items()
@@ -96,8 +96,8 @@ NO_RUN = {
         for name, words in FOREIGN_FILES.items()
         if name[:-4] not in ("no_weights", "cnn", "narrow", "grey")
     },
-    "missing.pth": "{box}/missing.pth",
-    "files": "{box}/files",
+    "missing.pth": "{dir}/missing.pth",
+    "files": "{dir}/files",
     "files/pictures/0.png": "pictures/0.png",
     "files/no_weights.pth": "no_weights.pth | 'model'",
     "files/weights_only.pth": "--resume | weights_only.pth | 'optimizer' | --init_from",
@@ -106,26 +106,26 @@ NO_RUN = {
     "files/no_optimizer_state.pth": "no_optimizer_state.pth",
     "pretrain/encoder.safetensors": "encoder.safetensors",
 }
-CASES += [(program, f"--resume {{box}}/{name}", names) for program in MAINS for name, names in NO_RUN.items()]
+CASES += [(program, f"--resume {{dir}}/{name}", names) for program in MAINS for name, names in NO_RUN.items()]
 CASES += [
-    ("pretrain", "--resume {box}/finetune/checkpoint-0.pth", "finetune/checkpoint-0.pth | --model vit_micro_patch4"),
+    ("pretrain", "--resume {dir}/finetune/checkpoint-0.pth", "finetune/checkpoint-0.pth | --model vit_micro_patch4"),
     (
         "finetune",
-        "--resume {box}/pretrain/checkpoint-0.pth",
+        "--resume {dir}/pretrain/checkpoint-0.pth",
         "pretrain/checkpoint-0.pth | --model mae_vit_micro_patch4",
     ),
-    ("finetune", "--resume {box}/finetune/checkpoint-best.pth", "checkpoint-best.pth | 'optimizer'"),
-    ("linprobe", "--resume {box}/finetune/checkpoint-0.pth", "finetune/checkpoint-0.pth | --global_pool"),
-    ("linprobe", "--resume {box}/finetune/checkpoint-0.pth --global_pool", "finetune/checkpoint-0.pth"),
-    ("finetune", "--resume {box}/files/odd_args.pth", "odd_args.pth"),
-    ("linprobe", "--resume {box}/files/odd_args.pth", "odd_args.pth"),
+    ("finetune", "--resume {dir}/finetune/checkpoint-best.pth", "checkpoint-best.pth | 'optimizer'"),
+    ("linprobe", "--resume {dir}/finetune/checkpoint-0.pth", "finetune/checkpoint-0.pth | --global_pool"),
+    ("linprobe", "--resume {dir}/finetune/checkpoint-0.pth --global_pool", "finetune/checkpoint-0.pth"),
+    ("finetune", "--resume {dir}/files/odd_args.pth", "odd_args.pth"),
+    ("linprobe", "--resume {dir}/files/odd_args.pth", "odd_args.pth"),
     *((program, "--resume auto --output_dir ", "--resume auto | --output_dir") for program in MAINS),
     # in every case the log of the resumed run was not truncated
-    ("pretrain", "--resume {box}/pretrain/checkpoint-0.pth --epochs 2 --knn_freq 1 --dataset folder", "--knn_freq"),
-    ("pretrain", "--resume {box}/pretrain/checkpoint-0.pth --epochs 2 --log_dir {box}/file", "--log_dir | {box}/file"),
+    ("pretrain", "--resume {dir}/pretrain/checkpoint-0.pth --epochs 2 --knn_freq 1 --dataset folder", "--knn_freq"),
+    ("pretrain", "--resume {dir}/pretrain/checkpoint-0.pth --epochs 2 --log_dir {dir}/file", "--log_dir | {dir}/file"),
 ]
 
 
 @pytest.mark.parametrize("program, flags, names", parameters(CASES))
-def test_is_refused(program, flags, names, box, capsys):
-    assert_refused(capsys, program, flags, names, box)
+def test_is_refused(program, flags, names, refusal_dir, capsys):
+    assert_refused(capsys, program, flags, names, refusal_dir)
