@@ -117,9 +117,7 @@ class EpochMeter:
                 self.sums.setdefault(name, 0.0)
                 self.counts[name] += 0
                 continue
-            if isinstance(
-                value, torch.Tensor
-            ):  # Python numbers stay on the host: copying them would wait for the device
+            if isinstance(value, torch.Tensor):  # numbers stay on the host: copying them would wait for the device
                 value = value.detach().to(torch.float64)
             value = value * count
             self.sums[name] = self.sums[name] + value if name in self.sums else value

@@ -55,9 +55,7 @@ class Reporter:
 
     def add_step(self, step: int, norm: torch.Tensor) -> None:
         """Add the gradient norm of an optimizer step."""
-        if (
-            self.scaler.enabled
-        ):  # a step with an overflow has no finite norm: 0 is added, and the step counts as skipped
+        if self.scaler.enabled:  # an overflow has no finite norm: 0 is added, and the step counts as skipped
             norm = torch.where(self.scaler.applied > 0, norm, torch.zeros_like(norm))
             self.meter.add({"skipped_steps": 1 - self.scaler.applied})
         else:
