@@ -116,7 +116,7 @@ def same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def differences(one, other, path: str = "") -> list[str]:
-    """Return a line for each value that differs between two nested structures of dicts and lists, with its path."""
+    """Return a line, with the path, for each value that differs between two nested structures of dicts and lists."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return [] if same_tensor(one, other) else [f"{path}: tensors differ"]
     if isinstance(one, dict) and isinstance(other, dict):

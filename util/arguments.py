@@ -335,7 +335,7 @@ def check_numbers(args) -> None:
 
 
 def check_values(args) -> None:
-    """Raise UserError for a number out of range, and for flags that contradict each other in all mains."""
+    """Check the flags that all mains have. Raises UserError for a number out of range, and for contradictions."""
     check_numbers(args)
     if args.start_epoch >= args.epochs and not args.resume and not getattr(args, "eval", False):
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of the --epochs {args.epochs} to train")
@@ -351,8 +351,8 @@ def check_draft(jpeg_draft: bool, crops: bool) -> None:
 
 
 def check_speed_flags(args, trains: bool, condition: str) -> None:
-    """Raise UserError for a flag for speed that has no effect, because no network is trained. `condition` is the end of
-    the message, such as "with --eval"."""
+    """Raise UserError for `--compile`, `--grad_checkpoint` or `--log_mfu` if the network is not trained. `condition` is
+    the end of the message, such as "with --eval"."""
     for name in ("compile", "grad_checkpoint", "log_mfu"):
         if not trains and getattr(args, name, False):
             raise UserError(f"--{name} has no effect {condition}")
