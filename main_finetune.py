@@ -28,7 +28,8 @@ from util.training.run_length import settle_schedule
 from util.weights.load import Weights, read_weights
 
 # The two regularization regimes of Garcia, Senel and Frantzolas ("Exploring: Masked Autoencoders Are Scalable Vision
-# Learners", Section 3): `full` is the recipe of He et al. 2022 (Table 9), `small` is it without label mixing.
+# Learners", Section 3). `full` is the recipe of He et al. 2022 (Table 9) with the random erasing of their code; `small`
+# turns mixup, cutmix and label smoothing off.
 PRESETS = {
     "small": dict(mixup=0.0, cutmix=0.0, smoothing=0.0),
     "full": dict(mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, aa="rand-m9-mstd0.5-inc1", drop_path=0.1),
@@ -36,7 +37,7 @@ PRESETS = {
 
 
 class PresetParser(Parser):
-    """`--aug_preset` changes defaults, so that flags given beside it override it, in any order."""
+    """`--aug_preset` changes the defaults of other flags, so that explicit flags override it in any order."""
 
     def parse_known_args(self, args=None, namespace=None):
         preset = super().parse_known_args(args, namespace)[0].aug_preset
@@ -50,7 +51,7 @@ def get_args_parser() -> Parser:
         usual="--finetune CHECKPOINT --data_path PATH",
     )
     group = arguments.add_model_arguments(parser, default_model=None, decoder=False)
-    group.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth of the last block")
+    group.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth: drop rate of the last block")
     arguments.add_finetuning_arguments(parser, pooled=True)
     arguments.add_leak_argument(arguments.add_data_arguments(parser))
     add_label_arguments(parser.add_argument_group("labels"))
@@ -77,7 +78,7 @@ def add_label_arguments(group) -> None:
         "--targets",
         choices=["single", "multilabel"],
         default="single",
-        help="multilabel: --dataset filelist with path<TAB>label,label,...; every image's labels weigh the same and "
+        help="multilabel: --dataset filelist with path<TAB>label,label,...; an image's labels have equal weights that "
         "sum to one; evaluation gives mean average precision and precision@1",
     )
     group.add_argument(
@@ -91,8 +92,8 @@ def add_label_arguments(group) -> None:
         type=float,
         default=0.0,
         metavar="P",
-        help="for studies: replace a training label by another class with probability P; multilabel: drop each label "
-        "with probability P, and for each add another with probability P, frequent ones more often",
+        help="for studies: replace each training label by another class with probability P; multilabel: drop each "
+        "label with probability P, and for each add another with probability P, frequent ones more often",
     )
 
 
@@ -104,7 +105,7 @@ def add_augmentation_arguments(group) -> None:
     group.add_argument(
         "--aug_preset",
         choices=list(PRESETS),
-        help="defaults of the flags below; small: no mixing of labels; full: all of the paper's",
+        help="defaults of the flags below; full: the paper's; small: no mixup, cutmix and label smoothing",
     )
     group.add_argument(
         "--aug",
@@ -119,12 +120,17 @@ def add_augmentation_arguments(group) -> None:
     group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
     rare(
         group.add_argument(
-            "--remode", default="pixel", choices=["pixel", "rand", "const"], help="random erasing: content of the hole"
+            "--remode",
+            default="pixel",
+            choices=["pixel", "rand", "const"],
+            help="random erasing: content of the erased area",
         )
     )
-    rare(group.add_argument("--recount", type=int, default=1, help="random erasing: number of holes"))
+    rare(group.add_argument("--recount", type=int, default=1, help="random erasing: number of erased areas"))
     rare(
-        group.add_argument("--resplit", action="store_true", help="accepted as upstream, where it has no effect either")
+        group.add_argument(
+            "--resplit", action="store_true", help="accepted as in the official MAE, where it has no effect either"
+        )
     )
     add_mixing_arguments(group)
 
@@ -137,10 +143,10 @@ def add_mixing_arguments(group) -> None:
             "--cutmix_minmax",
             type=float,
             nargs="+",
-            help="range of the cut's side, as a share of the image's; turns cutmix on",
+            help="range of the pasted area's side, as a share of the image's; turns cutmix on",
         )
     )
-    group.add_argument("--mixup_prob", type=float, default=1.0, help="probability of mixing a batch at all")
+    group.add_argument("--mixup_prob", type=float, default=1.0, help="probability that a batch is mixed")
     group.add_argument("--mixup_switch_prob", type=float, default=0.5, help="probability of cutmix when both are on")
     rare(
         group.add_argument(
@@ -159,7 +165,9 @@ def check(args) -> None:
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)} must lie in [0, 1]")
     if args.aa and not args.aa.startswith(("rand", "augmix", "original", "v0", "3a")):
-        raise UserError(f"--aa {args.aa!r} is no policy of timm's: rand-m9-mstd0.5-inc1, augmix-m5, original, v0, none")
+        raise UserError(
+            f"--aa {args.aa!r} is not a policy of timm: give rand-m9-mstd0.5-inc1, augmix-m5, original, v0 or none"
+        )
     if args.recount < 1:
         raise UserError(f"--recount {args.recount} must be positive; --reprob 0 turns random erasing off")
     for name in ("mixup", "cutmix", "color_jitter"):
@@ -167,7 +175,7 @@ def check(args) -> None:
             raise UserError(f"--{name} {getattr(args, name)} must not be negative")
     sides = args.cutmix_minmax
     if sides is not None and not (len(sides) == 2 and 0 <= sides[0] < sides[1] <= 1):
-        raise UserError(f"--cutmix_minmax {' '.join(map(str, sides))} must be two rising numbers in [0, 1]")
+        raise UserError(f"--cutmix_minmax {' '.join(map(str, sides))} must be two increasing numbers in [0, 1]")
     if not 0 < args.layer_decay <= 1:
         raise UserError(f"--layer_decay {args.layer_decay} must lie in (0, 1]")
     if mixes(args) and args.batch_size % 2:
@@ -191,7 +199,7 @@ def check_labels(args) -> None:
     elif args.label_vocab:
         raise UserError("--label_vocab has no effect without --targets multilabel")
     if args.label_noise and args.eval:
-        raise UserError("--label_noise has no effect with --eval: it changes training labels alone")
+        raise UserError("--label_noise has no effect with --eval: it changes only training labels")
 
 
 def mixes(args) -> bool:
@@ -199,8 +207,8 @@ def mixes(args) -> bool:
 
 
 def build_criterion(mixing: bool, targets: str, smoothing: float) -> torch.nn.Module:
-    """Return the loss: of soft targets where images are mixed, of label probabilities for `--targets multilabel`, else
-    of one label per image."""
+    """Return the cross-entropy: with soft targets if images are mixed, with label probabilities for
+    `--targets multilabel`, else with one label per image."""
     if mixing:
         return SoftTargetCrossEntropy()  # `Mixup` has smoothed the targets
     if targets == "multilabel":
@@ -209,7 +217,7 @@ def build_criterion(mixing: bool, targets: str, smoothing: float) -> torch.nn.Mo
 
 
 def build_mixup(args) -> Mixup | None:
-    """Return what mixes the images of a batch; None where nothing does."""
+    """Return timm's mixup and cutmix of a batch, None if both are off."""
     if not mixes(args):
         return None
     return Mixup(
@@ -225,14 +233,16 @@ def build_mixup(args) -> Mixup | None:
 
 
 def settle_model_from_checkpoint(args, path: Path) -> None:
-    """Set the model flags of a resumed run to those of its checkpoint. Given flags stay: `Run` compares them."""
+    """Set the model flags of a resumed run that are not given to those of its checkpoint. `Run` compares the others."""
     settle_model(args, read_weights(path))
 
 
 def read_weights_and_images(args, resume: Path | None):
-    """Read the weights to start from (None: random ones, or those of the checkpoint to resume) and the images of both
-    splits (no training images with `--eval`); settle the flags of the model, `--aug` and `--nb_classes`. Returns
-    weights, training images, validation images."""
+    """Read the initial weights and the images of both splits; settle the model's flags, `--aug` and `--nb_classes`.
+
+    Returns the weights (None: random ones, or those of the checkpoint to resume), the training images (None with
+    `--eval`) and the validation images. Raises UserError for mistakes in flags and files.
+    """
     if resume is not None and not args.eval:
         settle_model_from_checkpoint(args, resume)
     source = str(resume) if args.eval and resume else args.finetune
@@ -252,16 +262,16 @@ def read_weights_and_images(args, resume: Path | None):
 
 
 def training_loader(args, images):
-    """Augmented batches of `images`, with `--label_noise`."""
+    """Return the loader of augmented batches of `images`, with `--label_noise`."""
     return build_loader(with_noise(images, args), build_transform(True, args), args, args.batch_size, train=True)
 
 
 def build(args, weights: Weights | None) -> models_vit.VisionTransformer:
-    """Build the classifier, with `weights` in its encoder (None: random ones) and, with `--eval`, in its head."""
+    """Build the classifier. `weights` (None: random ones) are loaded into its encoder and, with `--eval`, its head."""
     with seeded(args.seed):
         model = build_encoder(args, weights, args.nb_classes, args.drop_path, ignore_head=not args.eval, like_mae=False)
         if weights is not None and not args.eval:
-            trunc_normal_(model.head.weight, std=2e-5)  # near zero: the first steps must not shake the encoder
+            trunc_normal_(model.head.weight, std=2e-5)  # near zero, so the encoder's first gradients are small
     if args.trainable_blocks is not None:
         freeze_encoder(model, args.trainable_blocks)
     model.set_grad_checkpointing(args.grad_checkpoint)
@@ -269,18 +279,19 @@ def build(args, weights: Weights | None) -> models_vit.VisionTransformer:
 
 
 def freeze_encoder(model: models_vit.VisionTransformer, trainable_blocks: int) -> None:
-    """Apply `--trainable_blocks`. Raises UserError for more blocks than the encoder has."""
+    """Freeze the encoder except for its last `trainable_blocks` blocks and, unless there are none, its norm. Raises
+    UserError for more blocks than the encoder has."""
     depth = len(model.blocks)
     if not 0 <= trainable_blocks <= depth:
-        raise UserError(f"--trainable_blocks {trainable_blocks} must be between 0 and the encoder's {depth}")
+        raise UserError(f"--trainable_blocks {trainable_blocks} must be between 0 and the encoder's {depth} blocks")
     model.train_last_blocks(trainable_blocks)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"--trainable_blocks {trainable_blocks}: {count / 1e6:.2f} M parameters are trained")
 
 
 def main(args) -> dict[str, float]:
-    """One fine-tuning run or evaluation; returns the scores of the last evaluation. Raises UserError for mistakes in
-    flags and files."""
+    """Fine-tune or evaluate once. Return the scores of the last evaluation. Raises UserError for mistakes in flags and
+    files."""
     check(args)
     device = start(args)
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None

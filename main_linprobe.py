@@ -1,8 +1,8 @@
 """Linear probing: a frozen encoder, BatchNorm without affine, one linear layer, LARS (He et al. 2022, Appendix A.1).
 
-`--head attentive` first pools the patches by one cross-attention of a learned query (`models_vit.AttentivePool`).
-`--cache_features` encodes every image once and trains one head per learning rate on the features. The head is chosen on
-a held-out part of the training set, and its test accuracy is reported.
+With `--head attentive`, one cross-attention of a learned query pools the patches first (`models_vit.AttentivePool`).
+With `--cache_features`, every image is encoded once, and one head per learning rate is trained on the features. The
+best head on a held-out part of the training set is chosen, and its test accuracy is reported.
 """
 
 from pathlib import Path
@@ -45,7 +45,7 @@ from util.weights.file import read_file
 
 
 class ProbeParser(Parser):
-    """`--head` decides the default of `--blr`, because it decides the optimizer."""
+    """The default of `--blr` depends on `--head`, which also selects the optimizer."""
 
     def parse_known_args(self, args=None, namespace=None):
         attentive = super().parse_known_args(args, namespace)[0].head == "attentive"
@@ -96,7 +96,7 @@ def add_cache_arguments(group) -> None:
         help="base learning rates, one head each",
     )
     group.add_argument(
-        "--probe_holdout", type=float, default=0.1, help="share of the training images held out to choose the rate"
+        "--probe_holdout", type=float, default=0.1, help="share of the training images held out to choose the head"
     )
 
 
@@ -111,9 +111,9 @@ def check(args) -> None:
     if args.eval and args.cache_features:
         raise UserError("--eval evaluates a finished probe, and --cache_features trains one: give one of them")
     if args.resume and args.cache_features:
-        raise UserError("--resume has no effect with --cache_features, which takes minutes and always starts anew")
+        raise UserError("--resume has no effect with --cache_features, which takes minutes and always starts afresh")
     if args.cache_features and (args.lr is not None or args.accum_iter > 1):
-        raise UserError("--lr and --accum_iter have no effect with --cache_features, which tries all of --probe_blrs")
+        raise UserError("--lr and --accum_iter have no effect with --cache_features, which uses --probe_blrs")
     if args.head == "attentive" and (args.cache_features or args.global_pool):
         flag = "--cache_features" if args.cache_features else "--global_pool"
         raise UserError(f"{flag} has no effect with --head attentive, which pools the patches itself: leave it out")
@@ -159,18 +159,18 @@ class Probe(nn.Module):
 
 
 def load_probe(probe: Probe, path: Path) -> None:
-    """Load a checkpoint of this program into `probe`. Raises UserError when it is another program's, or when it has
-    another head or other classes."""
+    """Load a checkpoint of this program into `probe`. Raises UserError for a checkpoint of another program, of another
+    head, or of another number of classes."""
     state = read_file(path)["model"]
     name = f"head.{len(probe.vit.head) - 1}"
     head, classes = state.get(f"{name}.weight"), probe.vit.head[-1].out_features
     if head is None:
         raise UserError(
-            f"--resume {path} has no such probe's classifier ({name}): a checkpoint of main_linprobe.py with the same "
-            f"--head is needed"
+            f"--resume {path} has no classifier of this probe ({name}): give a checkpoint of main_linprobe.py with the "
+            f"same --head"
         )
     if len(head) != classes:
-        raise UserError(f"--resume {path} is a probe of {len(head)} classes, the data set has {classes}")
+        raise UserError(f"--resume {path} is a probe of {len(head)} classes, but the data set has {classes}")
     try:
         probe.vit.load_state_dict(state)
     except RuntimeError as error:
@@ -179,8 +179,8 @@ def load_probe(probe: Probe, path: Path) -> None:
 
 
 def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return indices (rest, held out): `share` of each class is held out, drawn by chance, and at least one image of
-    each class stays in the rest."""
+    """Return indices (rest, held out). About `share` of each class is held out, drawn at random: at least one image,
+    unless it is the only one, which stays in the rest."""
     generator = torch.Generator().manual_seed(seed)
     rest, held = [], []
     for label in labels.unique():
@@ -193,8 +193,9 @@ def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tenso
 
 
 def train_heads(features, labels, args) -> tuple[nn.BatchNorm1d, list[nn.Linear]]:
-    """Train one linear head per rate of `--probe_blrs` on features (M, D) and labels (M,), all on the same batches, by
-    LARS with rate `--lr` times that of the head. Returns the BatchNorm in front of them, and the heads."""
+    """Train one linear head per base rate of `--probe_blrs` on features (M, D) and labels (M,), all on the same
+    batches, by LARS. A head's learning rate is its base rate times `--lr`. Returns the heads' common BatchNorm, and the
+    heads."""
     device, generator = features.device, torch.Generator().manual_seed(args.seed)
     norm = nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6).to(device)
     heads = [nn.Linear(features.shape[1], args.nb_classes).to(device) for _ in args.probe_blrs]
@@ -209,9 +210,9 @@ def train_heads(features, labels, args) -> tuple[nn.BatchNorm1d, list[nn.Linear]
         order = torch.randperm(len(features), generator=generator).to(device)
         for i in range(batches):
             adjust_learning_rate(optimizer, epoch + i / batches, args)
-            picked = order[i * batch_size : (i + 1) * batch_size]
-            x = norm(features[picked])
-            loss = sum(F.cross_entropy(head(x), labels[picked]) for head in heads)
+            batch = order[i * batch_size : (i + 1) * batch_size]
+            x = norm(features[batch])
+            loss = sum(F.cross_entropy(head(x), labels[batch]) for head in heads)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -231,22 +232,22 @@ def encode(model, loader, args, device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def split_and_settle(args, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the indices of the training images that heads are trained on, and of those that choose among the heads;
-    settle `--lr` and freeze the flags. Raises UserError when there are too few images to hold any out."""
+    """Return the indices of the images that train the heads, and of those that are held out to choose one. Settles
+    `--lr` and freezes the flags. Raises UserError when there are too few images to hold any out."""
     rest, held = hold_out(labels, args.probe_holdout, args.seed)
     if len(rest) < 2 or not len(held):
         raise UserError(
-            f"--probe_holdout {args.probe_holdout} of {len(labels)} training images leaves {len(held)} to "
-            f"choose the rate by and {len(rest)} to learn from: more images per class are needed"
+            f"--probe_holdout {args.probe_holdout} of {len(labels)} training images leaves {len(held)} to choose a "
+            f"head and {len(rest)} to train it: more images per class are needed"
         )
-    args.lr = min(args.batch_size, len(rest)) / 256  # times the base rate of each head
+    args.lr = min(args.batch_size, len(rest)) / 256  # each head multiplies it by its base rate
     args.freeze()
     return rest, held
 
 
 def probe_cached(model, train_loader, test_loader, args, device) -> dict:
     """Encode both splits, train the heads, choose one on the held-out images, and make it the head of `model`. Returns
-    its test accuracy."""
+    its test accuracy in percent, its base rate, and the numbers of images."""
     model.to(device).eval()
     features, labels = encode(model, train_loader, args, device)
     test_features, test_labels = encode(model, test_loader, args, device)
@@ -259,7 +260,7 @@ def probe_cached(model, train_loader, test_loader, args, device) -> dict:
     model.head = probe_head(heads[best])
     model.head[0].load_state_dict(norm.state_dict())
     for blr, value in zip(args.probe_blrs, held_acc1):
-        print(f"blr {blr:g}: {value:.2f} % of the held-out {len(held)} training images")
+        print(f"blr {blr:g}: {value:.2f} % on {len(held)} held-out training images")
     if len(heads) > 1 and best in (0, len(heads) - 1):
         print(f"note: the best rate, {args.probe_blrs[best]:g}, is at the end of --probe_blrs; try a wider list")
     return {
@@ -273,7 +274,7 @@ def probe_cached(model, train_loader, test_loader, args, device) -> dict:
 
 
 def run_cached(args, model, images, test_loader, device, record: Record) -> dict:
-    """`--cache_features`: probe, write the results, and return them."""
+    """Probe with `--cache_features`, write the results, and return them."""
     transform = build_transform(False, args)
     train_loader = build_loader(images, transform, args, args.batch_size, train=False)
     result = probe_cached(model, train_loader, test_loader, args, device)
@@ -293,7 +294,7 @@ def run_cached(args, model, images, test_loader, device, record: Record) -> dict
 
 
 def write_cached(args, model, result: dict, origin: dict, saver: Saver, names: list[str] | None) -> None:
-    """Write log.txt and the classifier."""
+    """Write log.txt, and the encoder with the chosen head."""
     content = {
         "model": model.state_dict(),
         "args": {name: plain(value) for name, value in vars(args).items()},
@@ -308,8 +309,9 @@ def write_cached(args, model, result: dict, origin: dict, saver: Saver, names: l
 
 
 def read_weights_and_images(args, resume: Path | None):
-    """Read the weights (None: a random encoder) and the images of both splits; settle the flags of the model, `--aug`
-    and `--nb_classes`. Returns weights, training images, test images."""
+    """Read the weights and the images of both splits; settle the model's flags, `--aug` and `--nb_classes`. Returns the
+    weights (None: random ones), the training images and the test images. Raises UserError for mistakes in flags and
+    files."""
     weights = settle_model(args, str(resume) if args.eval else args.finetune)
     check_channels(args.in_chans)
     args.aug = args.aug or arguments.default_crop(args.dataset)
@@ -322,14 +324,14 @@ def read_weights_and_images(args, resume: Path | None):
 
 
 def training_loader(args, images):
-    """Augmented batches of `images`."""
+    """Return the loader of augmented batches of `images`."""
     stats = mean_std(args.dataset, args.in_chans, args.mean, args.std)
     transform = probe_transform(args.aug, image_shape(args.input_size), *stats)
     return build_loader(images, transform, args, args.batch_size, train=True)
 
 
 def main(args) -> dict:
-    """One probe; returns its test accuracy. Raises UserError for mistakes in flags and files."""
+    """Probe or evaluate once. Return the scores on the test split. Raises UserError for mistakes in flags and files."""
     check(args)
     device = start(args)
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
@@ -340,7 +342,7 @@ def main(args) -> dict:
         print("no --finetune: the encoder is random")
     test_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
     command = "main_linprobe" + " --eval" * args.eval
-    if args.cache_features:  # settles --lr when it knows how many images can be read
+    if args.cache_features:  # --lr is settled later, when the number of readable images is known
         record = Record(command, args, weights, train=images, test=held_out)
         return run_cached(args, model, images, test_loader, device, record)
     if not args.eval:

@@ -41,15 +41,15 @@ def get_args_parser() -> Parser:
     )
     arguments.add_model_arguments(parser, default_model="mae_vit_large_patch16", decoder=True)
     group = parser.add_argument_group("masked autoencoder")
-    group.add_argument("--mask_ratio", default=0.75, type=float, help="share of the patches that is removed")
+    group.add_argument("--mask_ratio", default=0.75, type=float, help="share of the patches to remove")
     group.add_argument(
         "--mask_ratio_end",
         type=float,
         metavar="RATIO",
-        help="curriculum: the share changes linearly from --mask_ratio to this; without it it is constant",
+        help="curriculum: the mask ratio changes linearly from --mask_ratio to this; without it, it is constant",
     )
     group.add_argument(
-        "--norm_pix_loss", action="store_true", help="compare patches normalised by their own mean and variance"
+        "--norm_pix_loss", action="store_true", help="predict patches normalised by their own mean and variance"
     )
     group.add_argument(
         "--init_from",
@@ -73,14 +73,14 @@ def get_args_parser() -> Parser:
 
 
 def add_image_arguments(group) -> None:
-    """Add the data flags that only pretraining has."""
+    """Add the data flags that the other mains do not have."""
     arguments.add_leak_argument(group)
     group.add_argument(
         "--data_cache",
         default="none",
         choices=CACHES,
-        help="decode every image once, into memory that all processes of a node share, or onto the GPU (N x channels x "
-        "height x width bytes), and augment whole batches there",
+        help="decode every image once and keep it as N x channels x height x width bytes: in memory shared by all "
+        "processes of a node (ram) or on the GPU (device); whole batches are augmented there",
     )
     group.add_argument(
         "--cache_size",
@@ -90,7 +90,9 @@ def add_image_arguments(group) -> None:
     )
     rare(
         group.add_argument(
-            "--nvjpeg", action="store_true", help="decode the JPEG files of a cache on the GPU, where CPU cores are few"
+            "--nvjpeg",
+            action="store_true",
+            help="with --data_cache: decode JPEG files on the GPU; for machines with few CPU cores",
         )
     )
     group.add_argument(
@@ -102,8 +104,8 @@ def add_image_arguments(group) -> None:
 
 
 def check(args) -> list[type[Method]]:
-    """Refuse what can be refused before anything is read or written, and settle the options of the methods. Returns the
-    classes of the enabled methods."""
+    """Check the flags before anything is read or written, and settle the options of the methods. Returns the classes of
+    the enabled methods. Raises UserError for flags that are out of range or contradict each other."""
     arguments.check_values(args)
     check_channels(args.in_chans)
     mean_std(args.dataset, args.in_chans, args.mean, args.std)
@@ -115,7 +117,7 @@ def check(args) -> list[type[Method]]:
     if args.cache_size is not None and (args.data_cache == "none" or args.cache_size < 1):
         raise UserError(f"--cache_size {args.cache_size} must be positive, and needs --data_cache ram or device")
     if args.nvjpeg and args.data_cache == "none":
-        raise UserError("--nvjpeg fills a cache: it needs --data_cache ram or device")
+        raise UserError("--nvjpeg has no effect without --data_cache ram or device")
     arguments.check_draft(args.jpeg_draft, args.aug in ("mae", "three") and args.data_cache == "none")
     if args.aug == "three":
         three_augment(args.in_chans)
@@ -124,7 +126,7 @@ def check(args) -> list[type[Method]]:
         if ratio is not None and not 0 < ratio < 1:
             raise UserError(f"--{name} {ratio} must lie between 0 and 1, both excluded")
     if args.init_from and args.resume and args.resume != "auto":
-        raise UserError("--init_from and --resume contradict each other: weights only, or the whole run")
+        raise UserError("--init_from loads weights only and --resume continues a whole run: give one of them")
     chosen = enabled_methods(args, METHODS)
     if chosen and args.max_steps:
         raise UserError(
@@ -140,17 +142,19 @@ def check_decoder(decoder: str, fraction: float | None, learned_masks: bool) -> 
     if fraction is None:
         return
     if decoder != "cross":
-        raise UserError("--decoder_fraction has no effect without --decoder cross: MAE's predicts every removed patch")
+        raise UserError(
+            "--decoder_fraction has no effect without --decoder cross: MAE's decoder predicts every removed patch"
+        )
     if not 0 < fraction <= 1:
         raise UserError(f"--decoder_fraction {fraction} must lie in (0, 1]")
     if fraction < 1 and learned_masks:
         raise UserError(
-            f"--decoder_fraction {fraction} would choose by chance among patches that a learned mask removes: give 1"
+            f"--decoder_fraction {fraction} would predict only a random part of what a learned mask removes: give 1"
         )
 
 
 def learn_masks(methods) -> bool:
-    """Whether one of the methods decides the masks, which otherwise are drawn by chance."""
+    """Return whether one of the methods chooses the masks, which are random otherwise."""
     return any(method.slot == "mask" for method in methods)
 
 
@@ -182,8 +186,8 @@ def build(args) -> models_mae.MaskedAutoencoderViT:
 
 
 def read_starting_weights(args, model) -> tuple[Path | None, Weights | None]:
-    """Return the checkpoint to resume, and the weights of `--init_from`, which are then loaded into `model`. Both may
-    be None, and at most one is not."""
+    """Load the weights of `--init_from` into `model`, unless a run is resumed. Return the checkpoint to resume and
+    these weights; at least one of the two is None."""
     resume = find_resume(args.resume, args.output_dir) if args.resume else None
     weights = read_weights(args.init_from) if args.init_from and resume is None else None
     if weights is not None:
@@ -192,8 +196,8 @@ def read_starting_weights(args, model) -> tuple[Path | None, Weights | None]:
 
 
 def read_training_images(args):
-    """The images of the training split. Raises UserError where `--check_leak` detects images of the validation split in
-    it."""
+    """Return the images of the training split. Raises UserError if `--check_leak` detects images of the validation
+    split among them."""
     images = read_images(args, train=True)
     if args.check_leak:
         check_leak(images, read_images(args, train=False))
@@ -201,8 +205,8 @@ def read_training_images(args):
 
 
 def validation_images(args, images):
-    """The images to monitor the training with, None where there are none. Raises UserError when --knn_freq needs
-    them."""
+    """Return the validation images for monitoring, None if there are none or none are needed. Raises UserError if
+    `--knn_freq` needs images or labels that are missing."""
     if args.knn_freq and getattr(images, "classes", None) is None:
         raise UserError(f"--knn_freq needs labels, and --dataset {args.dataset} has none")
     if not args.vis_freq and not args.knn_freq:
@@ -220,18 +224,17 @@ def validation_images(args, images):
 
 
 def split_images(methods, args, images):
-    """Return the images to pretrain on and those to monitor the training with. A method may split them off the training
-    set; else they are the validation split."""
-    parts = next((parts for parts in (method.split_images(images) for method in methods) if parts is not None), None)
-    if parts and args.knn_freq and getattr(parts[0], "classes", None) != parts[1].classes:
-        raise UserError(
-            "--knn_freq needs one set of labels, and the held-out images have others than those pretrained on"
-        )
-    return parts or (images, validation_images(args, images))
+    """Return the images for pretraining and those for monitoring. The latter are images that a method holds out of the
+    training set, or else the validation split."""
+    splits = (method.split_images(images) for method in methods)
+    split = next((split for split in splits if split is not None), None)
+    if split and args.knn_freq and getattr(split[0], "classes", None) != split[1].classes:
+        raise UserError("--knn_freq needs one set of labels, and the held-out images and the others differ in theirs")
+    return split or (images, validation_images(args, images))
 
 
 def training_loader(args, images, device):
-    """Augmented batches of `images`, from files or from a cache."""
+    """Return the loader of augmented batches of `images`, from files or from a cache."""
     mean, std = mean_std(args.dataset, args.in_chans, args.mean, args.std)
     options = args.aug, image_shape(args.input_size), mean, std
     if args.data_cache == "none":
@@ -244,7 +247,7 @@ def training_loader(args, images, device):
 
 
 def move_or_shard(pretrainer: Pretrainer, device: torch.device, dtype: torch.dtype, fsdp: bool) -> None:
-    """Move `pretrainer` to this process's device: all of it, or with `fsdp` its share."""
+    """Move `pretrainer` to `device`, or with `fsdp` only this process's share of it."""
     if fsdp:
         check_sharded(dtype)
         shard(pretrainer, pretrainer.model, pretrainer.external_networks(), device, dtype)
@@ -252,15 +255,16 @@ def move_or_shard(pretrainer: Pretrainer, device: torch.device, dtype: torch.dty
 
 
 def encoders(run: Run) -> dict[Path, torch.nn.Module]:
-    """The models whose encoders a run exports at its end, its own and those of the methods, by file."""
+    """Return {file: model} of the encoders that are exported at the end of a run: that of its model, and those of the
+    methods."""
     models = {"model": run.saved_model, **run.exported()}
     folder = Path(run.args.output_dir)
     return {folder / f"encoder{key.removeprefix('model')}.safetensors": model for key, model in models.items()}
 
 
 def write_results(run: Run, metrics: dict[str, float]) -> None:
-    """Write the results of a finished run, apart from its line in the ledger: the encoders as safetensors, and flags
-    and metrics for TensorBoard."""
+    """Write the results of a finished run, except its line in the ledger: encoders as safetensors, and flags and
+    metrics for TensorBoard."""
     args = run.record.args
     origin = {"epoch": run.epoch if run.position else run.epoch - 1, **run.record.state(run.images_seen())}
     flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
@@ -272,7 +276,7 @@ def write_results(run: Run, metrics: dict[str, float]) -> None:
 
 
 def main(args) -> None:
-    """One pretraining run. Raises UserError for mistakes in flags and files."""
+    """Pretrain once. Raises UserError for mistakes in flags and files."""
     chosen = settle(args)
     with seeded(args.seed):
         model = build(args)

@@ -1,11 +1,12 @@
-"""Check that two checkouts of this project compute the same bits: ten optimizer steps of every method from one seed.
+"""Check that two checkouts of this project give bit-identical results: ten steps of every method from the same seed.
 
     git worktree add /tmp/before REVISION
     python benchmarks/same_numbers.py /tmp/before .
 
 Runs each line of `RUNS` in both checkouts, on the CPU with one thread, and compares the files of the two runs: all
-tensors, numbers and flags of the checkpoints (weights, optimizer, methods, random numbers), the metrics of log.txt, and
-the scalars and images of TensorBoard. Speeds, times and revisions are left out. Exits with 1 if anything differs.
+tensors, numbers and flags of the checkpoints (weights, states of optimizer, methods and random numbers), the metrics of
+log.txt, and the scalars and images of TensorBoard. Speeds, times and revisions are not compared. The exit status is 1
+if anything differs.
 """
 
 import argparse
@@ -53,27 +54,30 @@ RUNS = {
     "cached probe": f"main_linprobe {SMALL} --finetune {{teacher}}/checkpoint-1.pth --epochs 4 --cache_features",
 }
 IGNORED_FLAGS = {"output_dir", "log_dir", "dmae_teacher", "finetune"}  # paths in the temporary folder
-IGNORED_FLAGS |= {"u_mae"}  # a switch that older checkouts do not have; it is off in all runs
-TIMES = ("seconds", "speed/", "final/", "_hparams_")  # prefixes of metrics that depend on the clock or repeat others
+IGNORED_FLAGS |= {"u_mae"}  # a flag that older checkouts do not have; it is off in all runs
+IGNORED_METRICS = ("seconds", "speed/", "final/", "_hparams_")  # prefixes of times, and of repeated metrics
 
 
 def run(checkout: Path, name: str, folder: Path) -> None:
-    """Start run `name` in `checkout` with `folder`/`name` as its output folder. Exits with its output when it fails."""
+    """Start run `name` in `checkout` with the output folder `folder`/`name`. Exits, with the run's output, if it
+    fails."""
     main, flags = RUNS[name].format(teacher=folder / "teacher").split(" ", 1)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, f"{main}.py", *flags.split(), "--output_dir", str(folder / name)]
-    done = subprocess.run(command, cwd=checkout, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode:
-        sys.exit(f"{name} failed in {checkout}:\n{done.stdout}")
+    process = subprocess.run(
+        command, cwd=checkout, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if process.returncode:
+        sys.exit(f"{name} failed in {checkout}:\n{process.stdout}")
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Return the content of a checkpoint without paths, times and the revision of the code."""
+    """Return the content of a checkpoint without paths, times and code revision."""
     content = torch.load(path, weights_only=True)
     content.pop("origin", None)
     content["args"] = {flag: value for flag, value in content["args"].items() if flag not in IGNORED_FLAGS}
     content.get("data", {}).get("meter", {}).pop("seconds", None)
-    for key in ("teacher", "sha256"):  # of DMAE: the path and the hash of a file that holds paths
+    for key in ("teacher", "sha256"):  # path and hash of DMAE's teacher: the file contains paths
         content.get("methods", {}).get("dmae._extra_state", {}).pop(key, None)
     return content
 
@@ -81,14 +85,14 @@ def read_checkpoint(path: Path) -> dict:
 def read_log(path: Path) -> list[dict]:
     """Return the metrics of log.txt by epoch, without times."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith(TIMES)} for line in lines]
+    return [{name: value for name, value in line.items() if not name.startswith(IGNORED_METRICS)} for line in lines]
 
 
 def read_tensorboard(folder: Path) -> dict:
     """Return all scalars and encoded images as lists of (step, value) by tag, without times."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
-    scalars = [tag for tag in events.Tags()["scalars"] if not tag.startswith(TIMES)]
+    scalars = [tag for tag in events.Tags()["scalars"] if not tag.startswith(IGNORED_METRICS)]
     return {
         "scalars": {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in scalars},
         "images": {
@@ -105,18 +109,18 @@ def read_results(folder: Path) -> dict:
 
 
 def same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether type, shape and all values are equal, NaN equal to NaN."""
+    """Return whether type, shape and all values are equal. NaN counts as equal to NaN."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(one.nan_to_num(), other.nan_to_num())
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def differences(one, other, path: str = "") -> list[str]:
-    """Return a line for each value that differs between two nested dicts and lists, with its path."""
+    """Return a line, with the path, for each value that differs between two nested structures of dicts and lists."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return [] if same_tensor(one, other) else [f"{path}: tensors differ"]
     if isinstance(one, dict) and isinstance(other, dict):
-        lines = [f"{path}/{key}: only in one of them" for key in one.keys() ^ other.keys()]
+        lines = [f"{path}/{key}: only in one checkout" for key in one.keys() ^ other.keys()]
         for key in one.keys() & other.keys():
             lines += differences(one[key], other[key], f"{path}/{key}")
         return lines
@@ -126,7 +130,7 @@ def differences(one, other, path: str = "") -> list[str]:
 
 
 def count_values(content) -> int:
-    """Return the number of values in nested dicts, lists and tensors."""
+    """Return the number of values in a nested structure of dicts, lists and tensors."""
     if isinstance(content, torch.Tensor):
         return content.numel()
     if isinstance(content, dict):
@@ -135,13 +139,13 @@ def count_values(content) -> int:
 
 
 def compare(name: str, checkouts: tuple[Path, Path], folders: tuple[Path, Path]) -> bool:
-    """Start run `name` in both checkouts, print the first differences, and return whether there are none."""
+    """Run `name` in both checkouts, print the first differences, and return whether there are none."""
     for checkout, folder in zip(checkouts, folders):
         folder.mkdir(exist_ok=True)
         run(checkout.resolve(), name, folder)
     results = [read_results(folder / name) for folder in folders]
     lines = differences(*results)
-    verdict = "DIFFERENT" if lines else "the same bits"
+    verdict = "DIFFERENT" if lines else "bit-identical"
     print(f"{name:18s} {count_values(results[0]):9,d} values: {verdict}", flush=True)
     for line in sorted(lines)[:8]:
         print(f"    {line}")
@@ -150,16 +154,16 @@ def compare(name: str, checkouts: tuple[Path, Path], folders: tuple[Path, Path])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("before", type=Path, help="a checkout of the project")
-    parser.add_argument("after", type=Path, help="the checkout to compare with it")
+    parser.add_argument("before", type=Path, help="first checkout of the project")
+    parser.add_argument("after", type=Path, help="second checkout")
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS), help="runs to compare")
     args = parser.parse_args()
     names = [name for name in RUNS if name in args.only or name == "teacher"]  # other runs start from the teacher
     with tempfile.TemporaryDirectory() as folder:
         folders = (Path(folder) / "before", Path(folder) / "after")
-        same = sum([compare(name, (args.before, args.after), folders) for name in names])
-    print(f"{same} of {len(names)} runs are the same to the bit")
-    sys.exit(same < len(names))
+        identical = sum([compare(name, (args.before, args.after), folders) for name in names])
+    print(f"{identical} of {len(names)} runs are bit-identical")
+    sys.exit(identical < len(names))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where an evaluation's result goes: a JSON file with the flags, TensorBoard, and a line of the ledger."""
+"""Writing the result of an evaluation to a JSON file, to TensorBoard and to the ledger."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from util.report.tensorboard import Board
 
 @dataclass(frozen=True)
 class Destination:
-    """The JSON file, the folder of TensorBoard events and the folder of the ledger; an empty path leaves one out."""
+    """The JSON file, the folder of TensorBoard events and the folder of the ledger. An empty path: not written."""
 
     json: str | Path | None = None
     board: str | Path | None = None
@@ -36,12 +36,13 @@ def publish(
     attempt: Callable[[str, Callable[[], object]], None] = _write_once,
     **content,
 ) -> None:
-    """Publish the `metrics` of one checkpoint, whose run is `record`; `images_seen` images went through the network.
+    """Write the `metrics` of one checkpoint. `record` describes the evaluation, which passed `images_seen` images
+    through the network; `hardware` is (device, type of matrix products).
 
     JSON: the flags, `metrics` as `result`, and `content`. TensorBoard: `scalars` and `pictures` (3, H, W) in [0, 1] by
-    tag, with the checkpoint's epoch as x, so that the checkpoints of one run make a curve; flags and metrics as
-    hparams. `attempt(name, write)` writes each file, and may repeat that. Only the main process writes. Raises
-    UserError if a file cannot be written.
+    tag, at the checkpoint's epoch, so that the checkpoints of one run form a curve; flags and metrics as hparams. Files
+    are written by `attempt(name, write)`, which may call `write` again after a failure. Only the main process writes.
+    Raises UserError if a file cannot be written.
     """
     if to.json:
         attempt(Path(to.json).name, lambda: write_json(to.json, record.args, result=metrics, **content))

@@ -1,5 +1,5 @@
-"""Evaluation sets for the robustness of a classifier: classes of their folders, the mean corruption error of Hendrycks
-and Dietterich 2019, and the detection of out-of-distribution images of Hendrycks et al. 2021 (ImageNet-O)."""
+"""Robustness of a classifier: evaluation sets and their classes, the mean corruption error (Hendrycks and Dietterich
+2019), and the detection of out-of-distribution images (Hendrycks et al. 2021, ImageNet-O)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,16 +16,17 @@ from util.data.sources import Files, Images
 from util.data.transforms import to_channels
 from util.errors import UserError
 
-# Errors of AlexNet in percent, averaged over the severities, which normalise those of a classifier (Hendrycks and
-# Dietterich 2019, Table 1 and its code), and its error on clean images.
+# AlexNet's errors in percent, averaged over the severities, by which those of a classifier are divided (the code of
+# Hendrycks and Dietterich 2019), and its error on clean images (their Table 1).
 ALEXNET = dict(zip(NAMES, (88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8, 60.7)))
 ALEXNET_CLEAN = 43.5
 
 
 def corruption_error(errors: dict[str, list[float]], clean: float | None = None) -> float:
-    """Return the mean corruption error in percent: the mean over the 15 corruptions of the mean error divided by
-    AlexNet's (Section 4.2). `errors` are {corruption: one per severity}, in percent. With the error on `clean` images
-    return the relative one, of the increase over them, which may be negative."""
+    """Return the mean corruption error in percent (Section 4.2): the error of each of the 15 corruptions, averaged over
+    the severities and divided by AlexNet's, averaged over the corruptions. `errors` are {corruption: one per severity},
+    in percent. If `clean`, the error on clean images, is given, return the relative mean corruption error: the same of
+    the increases over the clean error. It may be negative."""
     rows = []
     for name in NAMES:
         mean = float(np.mean(errors[name]))
@@ -34,10 +35,11 @@ def corruption_error(errors: dict[str, list[float]], clean: float | None = None)
 
 
 def detection_aupr(inside: np.ndarray, outside: np.ndarray) -> float:
-    """Return the area under the precision-recall curve in percent of detecting images by low confidence. `inside` are
-    the confidences (M,) of in-distribution images, `outside` those of out-of-distribution ones, the positives."""
-    foreign = np.concatenate([np.zeros(len(inside)), np.ones(len(outside))])
-    return 100 * float(average_precision_score(foreign, -np.concatenate([inside, outside])))
+    """Return the area under the precision-recall curve, in percent, of the detection of out-of-distribution images by
+    low confidence. `inside` are the confidences (M,) of in-distribution images, `outside` those (N,) of
+    out-of-distribution images, which are the positives."""
+    is_outside = np.concatenate([np.zeros(len(inside)), np.ones(len(outside))])
+    return 100 * float(average_precision_score(is_outside, -np.concatenate([inside, outside])))
 
 
 # Classes --------------------------------------------------------------------------------------------------------------
@@ -46,17 +48,17 @@ def detection_aupr(inside: np.ndarray, outside: np.ndarray) -> float:
 @dataclass
 class Classes:
     """The classes of a classifier: their number, their names in the order of its outputs (None: unknown), and the
-    source of the names."""
+    source of the names for messages."""
 
     count: int
     names: list[str] | None
     source: str
 
-    def places(self, names: list[str], where: str) -> torch.Tensor:
-        """Return the indices (k,) of the outputs for the classes `names` of the data set `where`. Folders of
-        ImageNet-V2 are named by these indices.
+    def output_indices(self, names: list[str], where: str) -> torch.Tensor:
+        """Return the indices (k,) of the outputs for the classes `names` of the data set `where`. Names may also be
+        these indices themselves, as those of ImageNet-V2's folders.
 
-        Raises UserError for a class that the classifier lacks, and if the classifier's names are needed and unknown.
+        Raises UserError for an unknown class, and if the names of the classifier's classes are needed and unknown.
         """
         numbered = all(name.isdecimal() and int(name) < self.count for name in names)
         if numbered and len({int(name) for name in names}) == len(names) and not set(names) <= set(self.names or ()):
@@ -71,14 +73,15 @@ class Classes:
         if unknown:
             raise UserError(
                 f"{where} has the class {unknown[0]!r}, which is none of the {self.count} classes of {self.source} "
-                f"({', '.join(self.names[:3])}, ...); {len(unknown)} of its {len(names)} classes are not"
+                f"({', '.join(self.names[:3])}, ...); {len(unknown)} of the {len(names)} classes are unknown"
             )
         return torch.tensor([index[name] for name in names])
 
 
 def known_classes(path: str, count: int, stored: list[str] | None, file: str = "", folder: str = "") -> Classes:
-    """Return the classes of the classifier in `path`, from `--classes`, `--train_classes` or its checkpoint. Raises
-    UserError if both flags are given, if they cannot be read, or if their number is not `count`."""
+    """Return the `count` classes of the classifier in the checkpoint `path`. Their names are from `--classes` (`file`),
+    `--train_classes` (`folder`) or the checkpoint (`stored`). Raises UserError if both flags are given, if the names
+    cannot be read, or if there are not `count` different ones."""
     if file and folder:
         raise UserError("--classes and --train_classes both name the classes: give one of them")
     names, source = stored, path
@@ -102,27 +105,27 @@ def known_classes(path: str, count: int, stored: list[str] | None, file: str = "
 
 @dataclass
 class Evaluation:
-    """An evaluation set: images whose label i is the output `places[i]` of the classifier."""
+    """An evaluation set. Its label i is the output `output_indices[i]` of the classifier."""
 
     name: str
     images: Images
-    places: torch.Tensor
+    output_indices: torch.Tensor
 
 
 def open_folder(path: str | Path, classes: Classes) -> Evaluation:
-    """Open a folder of class folders. Raises UserError for other folders, and for classes that the classifier lacks."""
+    """Open a folder of class folders. Raises UserError for any other folder, and for an unknown class."""
     images = class_folder(_folder(path))
-    return Evaluation(Path(path).name, images, classes.places(images.classes, str(path)))
+    return Evaluation(Path(path).name, images, classes.output_indices(images.classes, str(path)))
 
 
 def open_foreign(path: str | Path, classes: Classes) -> Evaluation:
-    """Open a folder of out-of-distribution images. If its folders are named after classes, as those of ImageNet-O after
-    the classes that its images are mistaken for, predictions are among these, else among all classes."""
+    """Open a folder of out-of-distribution images. If its folders have names of classes, predictions are among these
+    classes, else among all. (ImageNet-O's folders have the names of the classes that the images are mistaken for.)"""
     images = class_folder(_folder(path))
     if classes.names is not None and not set(images.classes) & set(classes.names):
         print(f"{path}: none of its folders is named after a class; predictions are among all {classes.count}")
         return Evaluation(Path(path).name, Files(images.paths, [0] * len(images), None), torch.arange(classes.count))
-    return Evaluation(Path(path).name, images, classes.places(images.classes, str(path)))
+    return Evaluation(Path(path).name, images, classes.output_indices(images.classes, str(path)))
 
 
 def _folder(path: str | Path) -> Path:
@@ -133,9 +136,9 @@ def _folder(path: str | Path) -> Path:
 
 
 def corruption_folders(path: str | Path) -> dict[str, list[Path]]:
-    """Return {corruption: its five severity folders} of a folder like ImageNet-C (corruption/severity/class/image, also
-    below the groups of its download: noise/, blur/, ...), {} for any other folder. Only the 15 corruptions are read.
-    Raises UserError if a severity is missing."""
+    """Return {corruption: its five severity folders} for a folder like ImageNet-C (corruption/severity/class/image, or
+    the same in the folders of its download: noise/, blur/, ...), {} for any other folder. Only the 15 corruptions are
+    read. Raises UserError if a severity is missing."""
     root = _folder(path)
     groups = [root, *sorted(entry for entry in root.iterdir() if entry.is_dir())]
     folders = {}
@@ -152,7 +155,7 @@ def corruption_folders(path: str | Path) -> dict[str, list[Path]]:
 
 @dataclass
 class Shape:
-    """The size (H, W) and channels of the classifier's input; `to_size` brings PIL images to the size."""
+    """The size (H, W) and channels of the classifier's input. `to_size` resizes and crops PIL images to the size."""
 
     to_size: Callable
     size: tuple[int, int]
@@ -160,10 +163,10 @@ class Shape:
 
 
 class Corrupted(Images):
-    """Images under one corruption, in the shape of the input.
+    """Images under one corruption, in the shape of the classifier's input.
 
-    Larger images are corrupted after resizing, as in ImageNet-C, smaller ones before, as in CIFAR-10-C. If `images` are
-    a `Subset`, the random numbers are those of an image's index in the whole set, so that subset and whole agree.
+    Larger images are corrupted after resizing, as in ImageNet-C, smaller ones before, as in CIFAR-10-C. An image's
+    random numbers depend on its index in the whole set, also in a `Subset`, so that it is corrupted alike in both.
     """
 
     def __init__(self, images: Images, corruption: str, severity: int, shape: Shape, seed: int, photographs=()):
@@ -176,8 +179,8 @@ class Corrupted(Images):
         img = to_channels(self.images.load(index), shape.in_chans)
         small = img.height < shape.size[0] or img.width < shape.size[1]
         img = img if small else shape.to_size(img)
-        number = self.images.indices[index] if hasattr(self.images, "indices") else index
-        img = corrupt(img, self.corruption, self.severity, self.seed, number, self.photographs)
+        whole_index = self.images.indices[index] if hasattr(self.images, "indices") else index
+        img = corrupt(img, self.corruption, self.severity, self.seed, whole_index, self.photographs)
         return shape.to_size(img) if small else img
 
     def target(self, index):
@@ -188,8 +191,9 @@ class Corrupted(Images):
 
 
 def only(evaluation: Evaluation, classes: torch.Tensor) -> Evaluation:
-    """Return the images of a folder that are of `classes`, outputs of the classifier. Raises UserError without any."""
-    wanted = torch.isin(evaluation.places, classes)
+    """Return the images of `evaluation` whose class is among `classes`, indices of the classifier's outputs. Raises
+    UserError if there are none."""
+    wanted = torch.isin(evaluation.output_indices, classes)
     images = evaluation.images
     chosen = [i for i, target in enumerate(images.targets) if wanted[target]]
     if not chosen:
@@ -197,4 +201,4 @@ def only(evaluation: Evaluation, classes: torch.Tensor) -> Evaluation:
     labels = (torch.cumsum(wanted, 0) - 1).tolist()
     names = [name for name, is_wanted in zip(images.classes, wanted.tolist()) if is_wanted]
     subset = Files([images.paths[i] for i in chosen], [labels[images.targets[i]] for i in chosen], names)
-    return Evaluation(evaluation.name, subset, evaluation.places[wanted])
+    return Evaluation(evaluation.name, subset, evaluation.output_indices[wanted])

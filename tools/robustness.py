@@ -149,14 +149,14 @@ class Bench:
         if count is None or count >= total:
             return evaluation
         chosen = np.sort(np.random.default_rng(self.args.seed).permutation(total)[:count])
-        return Evaluation(evaluation.name, Subset(evaluation.images, chosen), evaluation.places)
+        return Evaluation(evaluation.name, Subset(evaluation.images, chosen), evaluation.output_indices)
 
     @torch.no_grad()
     def predict(self, evaluation: Evaluation, images=None, crop_pct=None) -> tuple[np.ndarray, np.ndarray]:
         """Return whether each readable image is classified correctly (M,), and the probability (M,) of the predicted
         class, among the classes of the set or, by `--all_classes`, all. `images` replaces the images of the set and has
         the shape of the input already."""
-        args, judged, outputs = self.args, self.judged, evaluation.places
+        args, judged, outputs = self.args, self.judged, evaluation.output_indices
         if args.all_classes:
             outputs = torch.arange(self.classes.count)
 
@@ -172,7 +172,7 @@ class Bench:
         if len(predictions) < len(images):
             print(f"{evaluation.name}: {len(images) - len(predictions)} unreadable images left out")
         self.seen += len(images)
-        correct = outputs[predictions[:, 1].long()] == evaluation.places[labels]
+        correct = outputs[predictions[:, 1].long()] == evaluation.output_indices[labels]
         return correct.numpy(), predictions[:, 0].numpy()
 
     def error(self, evaluation: Evaluation, images=None, crop_pct=None) -> float:
@@ -246,15 +246,15 @@ def plain_folder(bench: Bench, evaluation: Evaluation) -> dict:
     """Evaluate a set as it is -> metrics."""
     accuracy = 100 - bench.error(evaluation)
     print(
-        f"{evaluation.name}: top-1 {accuracy:.2f} % on {len(evaluation.images)} images of {len(evaluation.places)} "
-        f"classes"
+        f"{evaluation.name}: top-1 {accuracy:.2f} % on {len(evaluation.images)} images of "
+        f"{len(evaluation.output_indices)} classes"
     )
     return {"acc1": accuracy}
 
 
 def foreign_images(bench: Bench, foreign: Evaluation, known: Evaluation) -> dict:
     """Detect the out-of-distribution images `foreign` among the images `known` of the same classes -> metrics."""
-    known = bench.some(only(known, foreign.places))
+    known = bench.some(only(known, foreign.output_indices))
     (_, outside), (_, inside) = bench.predict(bench.some(foreign)), bench.predict(known)
     aupr = detection_aupr(inside, outside)
     chance = 100 * len(outside) / (len(inside) + len(outside))
@@ -275,7 +275,7 @@ def dataset_images(bench: Bench) -> Evaluation:
         raise UserError(f"--dataset {args.dataset} has no labels, so the classifier cannot be evaluated on it")
     if bench.classes.names is None and len(images.classes) == bench.classes.count:
         return Evaluation(args.dataset, images, torch.arange(bench.classes.count))
-    return Evaluation(args.dataset, images, bench.classes.places(images.classes, f"--dataset {args.dataset}"))
+    return Evaluation(args.dataset, images, bench.classes.output_indices(images.classes, f"--dataset {args.dataset}"))
 
 
 # The picture ----------------------------------------------------------------------------------------------------------

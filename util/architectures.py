@@ -2,7 +2,7 @@
 
 from util.errors import UserError
 
-# ViT-Ti/S/B/L/H after Dosovitskiy et al. 2021 (Table 1) and Touvron et al. 2021; `micro` is for laptops.
+# ViT-B/L/H: Dosovitskiy et al. 2021 (Table 1). ViT-Ti/S: Touvron et al. 2021 (Table 1). `micro` is for laptops.
 _WIDTHS = {
     "micro": dict(embed_dim=128, depth=4, num_heads=4),
     "tiny": dict(embed_dim=192, depth=12, num_heads=3),
@@ -10,8 +10,9 @@ _WIDTHS = {
     "base": dict(embed_dim=768, depth=12, num_heads=12),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
     "huge": dict(embed_dim=1280, depth=32, num_heads=16),
-    # Singh et al. 2023, "The effectiveness of MAE pre-pretraining for billion-scale pretraining".
+    # Width, depth and heads of DINOv2's ViT-g (Oquab et al. 2024).
     "1b": dict(embed_dim=1536, depth=40, num_heads=24),
+    # Singh et al. 2023, "The effectiveness of MAE pre-pretraining for billion-scale pretraining".
     "2b": dict(embed_dim=2560, depth=24, num_heads=32),
     "6.5b": dict(embed_dim=4096, depth=32, num_heads=32),
 }
@@ -37,7 +38,7 @@ ENCODERS: dict[str, dict] = {
     "vit_micro_patch4": _encoder("micro", 4, 32),
 }
 
-# The paper's decoder for every encoder (He et al. 2022, Section 4.1); two small models have their own.
+# The decoder of He et al. 2022 (Section 4.1) is the default; two small models have smaller decoders.
 DEFAULT_DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
 DECODERS: dict[str, dict] = {
     "deit_tiny_patch4": dict(decoder_embed_dim=192, decoder_depth=8, decoder_num_heads=3),
@@ -46,24 +47,24 @@ DECODERS: dict[str, dict] = {
 
 
 def own_config(name: str | None) -> dict:
-    """Return the sizes of encoder and decoder of a model, with or without `mae_` in its name; {} for an unknown
-    name."""
+    """Return the default sizes of encoder and decoder of the model `name`, which may lack the prefix `mae_`; {} for an
+    unknown name."""
     name = str(name).removeprefix("mae_")
-    short = name.removesuffix("_dec512d8b")
-    decoder = DEFAULT_DECODER if short != name else DECODERS.get(name, DEFAULT_DECODER)
-    return {**ENCODERS[short], **decoder} if short in ENCODERS else {}
+    encoder = name.removesuffix("_dec512d8b")
+    decoder = DEFAULT_DECODER if encoder != name else DECODERS.get(name, DEFAULT_DECODER)
+    return {**ENCODERS[encoder], **decoder} if encoder in ENCODERS else {}
 
 
 def look_up(models: dict, name: str, flag: str = "--model"):
-    """Return `models[name]`. Raises UserError, which names `flag` and the known names, for an unknown one."""
+    """Return `models[name]`. Raises UserError for an unknown name; the message lists the known ones."""
     if name not in models:
         raise UserError(f"{flag} {name!r} is not known; the known names are: {', '.join(models)}")
     return models[name]
 
 
 def check_geometry(config: dict) -> None:
-    """Raise UserError for sizes that do not fit together. `config` holds constructor arguments by name
-    (missing ones are skipped)."""
+    """Raise UserError for sizes that do not fit together. `config` holds constructor arguments by name; checks of
+    missing ones are skipped, except image and patch size, which are required."""
     img_size, patch = config["img_size"], config["patch_size"]
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if patch < 1 or height < patch or width < patch or height % patch or width % patch:

@@ -11,49 +11,47 @@ from util.parser import rare
 
 def add_model_arguments(parser, default_model: str | None, decoder: bool):
     group = parser.add_argument_group("model")
-    own = "; without it the checkpoint's"
-    group.add_argument(
-        "--model", default=default_model, help="an unknown name lists the known ones" + own * (not decoder)
-    )
+    from_checkpoint = "; without it the checkpoint's" * (not decoder)
+    group.add_argument("--model", default=default_model, help="name; an unknown one prints all names" + from_checkpoint)
     group.add_argument(
         "--input_size", type=int, nargs="+", metavar=("H", "W"), help="image size in pixels; without it the model's own"
     )
-    group.add_argument("--patch_size", type=int, help="instead of the model's own")
+    group.add_argument("--patch_size", type=int, help="in pixels; without it the model's own")
     group.add_argument(
         "--in_chans",
         type=int,
         default=3 if decoder else None,
-        help="channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA" + own * (not decoder),
+        help="channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA" + from_checkpoint,
     )
     if decoder:
         group.add_argument(
             "--decoder",
             default="self",
             choices=["self", "cross"],
-            help="self: MAE's decoder; cross: CrossMAE's, another model, in which mask tokens cross-attend to visible "
-            "tokens and not to each other",
+            help="self: MAE's decoder; cross: CrossMAE's, which has other weights, and in which mask tokens "
+            "cross-attend to visible tokens and not to each other",
         )
         group.add_argument(
             "--decoder_fraction",
             type=float,
             metavar="SHARE",
-            help="with --decoder cross: share of the removed patches that is predicted; without it 1/3, which is the "
-            "paper's 25%% of all patches at --mask_ratio 0.75; 1 is slower and was no better in the paper",
+            help="with --decoder cross: share of the removed patches to predict; without it 1/3, which is the paper's "
+            "25%% of all patches at --mask_ratio 0.75; 1 is slower and gave about the same accuracy in the paper",
         )
-        group.add_argument("--decoder_embed_dim", type=int, help="decoder width instead of the model's own")
-        group.add_argument("--decoder_depth", type=int, help="decoder blocks instead of the model's own")
-        group.add_argument("--decoder_num_heads", type=int, help="decoder heads instead of the model's own")
+        group.add_argument("--decoder_embed_dim", type=int, help="decoder width; without it the model's own")
+        group.add_argument("--decoder_depth", type=int, help="decoder blocks; without it the model's own")
+        group.add_argument("--decoder_num_heads", type=int, help="decoder heads; without it the model's own")
     return group
 
 
 def add_data_arguments(parser):
     group = parser.add_argument_group("data")
-    known = ", ".join(READERS)
+    readers = ", ".join(READERS)
     group.add_argument(
         "--dataset",
         default="imagefolder",
         metavar="NAME",
-        help=f"{known} (WebDataset shards), or a name of timm's factory: hfds/..., tfds/...",
+        help=f"{readers} (WebDataset shards), or a name of timm's factory: hfds/..., tfds/...",
     )
     group.add_argument(
         "--data_path",
@@ -67,7 +65,7 @@ def add_data_arguments(parser):
     group.add_argument("--val_list", default="", metavar="FILE", help="filelist: the same for validation")
     rare(
         group.add_argument(
-            "--allow_outside", action="store_true", help="filelist: paths and links may lead out of --data_path"
+            "--allow_outside", action="store_true", help="filelist: allow paths and links to files outside --data_path"
         )
     )
     _add_shard_arguments(group)
@@ -80,29 +78,29 @@ def _add_shard_arguments(group) -> None:
         "--shuffle_buffer",
         type=int,
         default=1000,
-        help="wds: images (as stored) in the shuffle buffer of every worker; the shards of tools/make_shards.py are "
-        "shuffled already; for shards sorted by class, as many as memory allows; 1 keeps their order",
+        help="wds: encoded images in the shuffle buffer of each worker; the shards of tools/make_shards.py are already "
+        "shuffled; for shards sorted by class, use as many as memory allows; 1 keeps their order",
     )
     rare(
         group.add_argument(
             "--shard_samples",
             type=int,
-            help="wds: images in every shard, needed for remote shards without an _info.json (local ones are counted)",
+            help="wds: images in each shard; needed for remote shards without an _info.json (local ones are counted)",
         )
     )
 
 
 def _add_reading_arguments(group) -> None:
-    """Add the flags of reading and normalising images."""
+    """Add the flags for reading and normalising images."""
     group.add_argument(
         "--jpeg_draft",
         action="store_true",
         help="decode a JPEG at 1/2, 1/4 or 1/8 of its size where the random crop is larger than the input by that "
         "factor: faster for small inputs from large photographs; pixels differ slightly (benchmarks/README.md)",
     )
-    group.add_argument("--download", action="store_true", help="download the data set, if its reader can")
+    group.add_argument("--download", action="store_true", help="download the data set, if its reader supports it")
     group.add_argument(
-        "--mean", type=float, nargs="+", help="per-channel means in [0, 1]; without it the data set's own"
+        "--mean", type=float, nargs="+", help="per-channel means in [0, 1]; without it those of the data set"
     )
     group.add_argument("--std", type=float, nargs="+", help="per-channel standard deviations; see tools/mean_std.py")
     rare(
@@ -123,7 +121,7 @@ def _add_reading_arguments(group) -> None:
             "--max_bad_fraction",
             type=float,
             default=0.01,
-            help="end the run when a larger share of the images is unreadable",
+            help="fail when a larger share of the images is unreadable",
         )
     )
 
@@ -133,7 +131,7 @@ def add_leak_argument(group) -> None:
     group.add_argument(
         "--check_leak",
         action="store_true",
-        help="read both splits before the start, and refuse to train on an image that is in the evaluation split",
+        help="compare both splits before training, and fail if an image of the training split is in the other",
     )
 
 
@@ -150,7 +148,7 @@ def add_optimizer_arguments(parser, batch_size: int, epochs: int, warmup: int, b
     group.add_argument(
         "--max_steps",
         type=int,
-        help="end after N optimizer steps, instead of --epochs; every schedule ends there too",
+        help="train for this many optimizer steps instead of --epochs; all schedules end there too",
     )
     group.add_argument(
         "--accum_iter", default=1, type=int, help="forward passes per step; the gradient is the exact mean over them"
@@ -162,7 +160,7 @@ def add_optimizer_arguments(parser, batch_size: int, epochs: int, warmup: int, b
     )
     group.add_argument("--min_lr", type=float, default=min_lr, help="lower bound of the cosine")
     group.add_argument("--warmup_epochs", type=number, default=warmup, help="epochs of linear warm-up")
-    group.add_argument("--clip_grad", type=float, help="largest gradient norm; helps against loss spikes, try 1 to 3")
+    group.add_argument("--clip_grad", type=float, help="maximum gradient norm; against loss spikes, try 1 to 3")
     return group
 
 
@@ -171,26 +169,29 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
     group.add_argument("--output_dir", default="./output_dir", help="checkpoints and log.txt; empty writes nothing")
     rare(group.add_argument("--log_dir", help="TensorBoard events; without it the output folder"))
     group.add_argument("--device", default="auto", help="auto (CUDA if there is one), cuda, cuda:N or cpu")
-    group.add_argument("--seed", default=0, type=int, help="seed of weights, masks, augmentation and order")
+    group.add_argument("--seed", default=0, type=int, help="seed of weights, masks, augmentation and image order")
     group.add_argument(
         "--amp_dtype",
         default="auto",
         choices=["auto", "bf16", "fp16", "fp32"],
-        help="auto: bf16 where the hardware multiplies it fast, fp16 with loss scaling on older GPUs, else fp32",
+        help="auto: bf16 on hardware that multiplies it fast, fp16 with loss scaling on older GPUs, else fp32",
     )
     _add_checkpoint_arguments(group, save_freq, keep)
-    group.add_argument("--print_freq", default=20, type=int, help="steps between lines and between TensorBoard points")
+    group.add_argument(
+        "--print_freq", default=20, type=int, help="steps between progress lines and between TensorBoard points"
+    )
     group.add_argument(
         "--spike_factor",
         type=float,
-        help="list in spikes.jsonl the images of every step whose loss is more than X times the median of the 100 "
-        "before; without it off; try 2",
+        metavar="FACTOR",
+        help="list in spikes.jsonl the images of each step whose loss is more than FACTOR times the median of the 100 "
+        "steps before; off without it; try 2",
     )
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="use deterministic algorithms only, which are slower on GPUs: two runs with the same flags, hardware and "
-        "versions are then the same to the bit",
+        help="use only deterministic algorithms, which are slower on GPUs: two runs with the same flags, hardware and "
+        "software versions are then bit-identical",
     )
 
 
@@ -212,30 +213,30 @@ def _add_checkpoint_arguments(group, save_freq: int, keep: int) -> None:
             default=10.0,
             type=float,
             metavar="MINUTES",
-            help="how long the last checkpoint is retried while the disk is full or unmounted, before the run fails; "
-            "earlier ones are retried while the run continues",
+            help="how long writing the last checkpoint is retried while the disk is full or unmounted, before the run "
+            "fails; earlier checkpoints are retried while the run continues",
         )
     )
 
 
 def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False) -> None:
-    """Add the flags of speed and memory. `trains_blocks`: whether transformer blocks can be trained. `cached`: whether
-    the command has `--data_cache` and `--fsdp`, which the description then mentions."""
+    """Add the flags for speed and memory. `trains_blocks`: whether the command trains transformer blocks. `cached`:
+    whether it has `--data_cache` and `--fsdp`, which the group's description then recommends."""
     laptop = ", and --data_cache ram where the images fit into memory" * cached
     gpu = "--data_cache device for small images, " * cached
     memory = ", ".join(["--accum_iter", *["--grad_checkpoint"] * trains_blocks, *["then --fsdp"] * cached])
     group = parser.add_argument_group(
         "speed and memory",
-        f"These change results by rounding only. On a laptop: the defaults{laptop}. On one GPU: {gpu}as many "
-        f"--num_workers as cores for files, --compile for runs of more than an hour. On one node: torchrun or "
-        f"scripts/, a process for each GPU; {memory} where memory is short. On a cluster: scripts/mae/slurm.sh, or "
-        f"torchrun --max_restarts 3, with --resume auto.",
+        f"These flags change results only by rounding. On a laptop: the defaults{laptop}. On one GPU: {gpu}as many "
+        f"--num_workers as cores to read files, --compile for runs of more than an hour. On one node: torchrun or "
+        f"scripts/, one process per GPU; {memory} if memory is short. On a cluster: scripts/mae/slurm.sh, or torchrun "
+        f"--max_restarts 3, with --resume auto.",
     )
     group.add_argument(
         "--attention",
         default="auto",
         choices=ATTENTION,
-        help="fused: one kernel; matmul: two matrix products and a softmax; auto: whichever was measured to be faster",
+        help="fused: one kernel; matmul: two matrix products and a softmax; auto: the faster one in our measurements",
     )
     group.add_argument(
         "--compile",
@@ -246,12 +247,12 @@ def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False
         group.add_argument(
             "--grad_checkpoint",
             action="store_true",
-            help="compute blocks again in the backward pass: a third more time, far less memory",
+            help="recompute blocks in the backward pass: a third more time, far less memory",
         )
     group.add_argument(
         "--log_mfu",
         action="store_true",
-        help="log the FLOPs per second of training as a share of what matrix products reach on this device",
+        help="log the FLOPs per second of training, as a percentage of those that matrix products reach on this device",
     )
 
 
@@ -261,13 +262,13 @@ def add_distributed_arguments(parser, shards: bool = False) -> None:
         group.add_argument(
             "--fsdp",
             action="store_true",
-            help="spread weights, gradients and optimizer states over the processes (FSDP2), for models that do not "
-            "fit on one GPU; checkpoints become folders, of which tools/unshard.py makes one file",
+            help="shard weights, gradients and optimizer states over the processes (FSDP2), for models that do not "
+            "fit on one GPU; checkpoints become folders, which tools/unshard.py converts to single files",
         )
-    rare(group.add_argument("--world_size", default=1, type=int, help="taken from the launcher"))
-    rare(group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="taken from the launcher"))
+    rare(group.add_argument("--world_size", default=1, type=int, help="set by the launcher"))
+    rare(group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="set by the launcher"))
     rare(group.add_argument("--dist_on_itp", action="store_true", help="read Open MPI's environment"))
-    rare(group.add_argument("--dist_url", default="env://", help="address at which the processes meet"))
+    rare(group.add_argument("--dist_url", default="env://", help="address for initialising the process group"))
     rare(
         group.add_argument(
             "--dist_backend", default="auto", choices=["auto", "nccl", "gloo"], help="auto: gloo, and nccl between GPUs"
@@ -277,32 +278,36 @@ def add_distributed_arguments(parser, shards: bool = False) -> None:
         "--timeout_s",
         default=1800.0,
         type=float,
-        help="seconds to wait for another rank; then the run names the hanging rank and aborts",
+        help="seconds to wait for another rank; after them the run names the hanging rank and aborts",
     )
 
 
 def add_finetuning_arguments(parser, pooled: bool) -> None:
-    """Add the flags that fine-tuning and probing share: weights, feature and classes."""
+    """Add the flags that fine-tuning and probing share. `pooled`: the default of `--global_pool`."""
     group = parser.add_argument_group("transfer")
     group.add_argument(
         "--finetune", default="", metavar="CHECKPOINT", help="weights of the encoder; without it they are random"
     )
     group.add_argument(
-        "--checkpoint_key", default="model", help="which weights of that file: model, or model_ema (RC-MAE's teacher)"
+        "--checkpoint_key", default="model", help="weights in that file: model, or model_ema (RC-MAE's teacher)"
     )
     group.add_argument("--global_pool", action="store_true", help="feature: mean of the patch tokens")
     group.add_argument("--cls_token", action="store_false", dest="global_pool", help="feature: the [cls] token")
     group.set_defaults(global_pool=pooled)
-    group.add_argument("--nb_classes", type=int, help="classes; without it the data set's")
+    group.add_argument("--nb_classes", type=int, help="number of classes; without it the data set's")
     group.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune), do not train")
     group.add_argument(
         "--eval_freq", type=int, default=1, help="epochs between evaluations; the last epoch always has one"
     )
-    rare(group.add_argument("--dist_eval", action="store_true", help="accepted; evaluation is always spread and exact"))
+    rare(
+        group.add_argument(
+            "--dist_eval", action="store_true", help="accepted; evaluation is always distributed and exact"
+        )
+    )
 
 
 def check_numbers(args) -> None:
-    """Raise UserError for a number out of range. The tools have only some of these flags, so any may be missing."""
+    """Raise UserError for a number out of range. Flags that a command does not have are skipped."""
     _check_finite(args)
     positive = "batch_size epochs accum_iter save_freq print_freq timeout_s clip_grad patch_size in_chans"
     positive += " decoder_embed_dim decoder_num_heads nb_classes eval_freq shuffle_buffer shard_samples max_steps"
@@ -315,7 +320,7 @@ def check_numbers(args) -> None:
         value = getattr(args, name, None)
         if value is not None and value < 0:
             raise UserError(f"--{name} {value} must not be negative")
-    if args.seed >= 2**31:  # numpy takes 32 bits, and every rank adds its number
+    if args.seed >= 2**31:  # numpy's seeds have 32 bits, and each rank adds its index
         raise UserError(f"--seed {args.seed} must be below {2**31}")
     if getattr(args, "crop_pct", None) is not None and not 0 < args.crop_pct <= 1:
         raise UserError(f"--crop_pct {args.crop_pct} must lie in (0, 1]")
@@ -330,7 +335,7 @@ def check_numbers(args) -> None:
 
 
 def check_values(args) -> None:
-    """Raise UserError for a number out of range, and for flags of the mains that contradict each other."""
+    """Check the flags that all mains have. Raises UserError for a number out of range, and for contradictions."""
     check_numbers(args)
     if args.start_epoch >= args.epochs and not args.resume and not getattr(args, "eval", False):
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of the --epochs {args.epochs} to train")
@@ -339,16 +344,18 @@ def check_values(args) -> None:
 
 
 def check_draft(jpeg_draft: bool, crops: bool) -> None:
-    """Raise UserError for `--jpeg_draft` unless files are read and `crops` are random resized crops of them."""
+    """Raise UserError for `--jpeg_draft` where it has no effect. `crops`: whether random resized crops of files are
+    read."""
     if jpeg_draft and not crops:
-        raise UserError("--jpeg_draft has no effect here: only random resized crops of files are decoded small")
+        raise UserError("--jpeg_draft has no effect here: it needs random resized crops of image files")
 
 
-def check_speed_flags(args, trains: bool, why: str) -> None:
-    """Raise UserError for a flag of speed that has no effect, because nothing is trained; `why` ends the sentence."""
+def check_speed_flags(args, trains: bool, condition: str) -> None:
+    """Raise UserError for `--compile`, `--grad_checkpoint` or `--log_mfu` if the network is not trained. `condition` is
+    the end of the message, such as "with --eval"."""
     for name in ("compile", "grad_checkpoint", "log_mfu"):
         if not trains and getattr(args, name, False):
-            raise UserError(f"--{name} has no effect {why}")
+            raise UserError(f"--{name} has no effect {condition}")
 
 
 def _check_finite(args) -> None:
@@ -365,6 +372,6 @@ def compact_size(size: list[int]) -> int | list[int]:
 
 
 def default_crop(dataset: str) -> str:
-    """Return `--aug` of fine-tuning and probing where it is not given: photographs get random resized crops, the small
-    images of CIFAR and the digits are padded and cropped."""
+    """Return the default of `--aug` for fine-tuning and probing: "rrc" (random resized crop), or "crop" (pad and crop)
+    for the small images of CIFAR and the digits."""
     return "crop" if dataset in ("cifar10", "cifar100", "digits") else "rrc"

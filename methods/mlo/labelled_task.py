@@ -1,6 +1,6 @@
-"""The labelled task of MLO-MAE (stages II and III), which guides the masking network: its images, head and loss.
+"""The labelled task of MLO-MAE (stages II and III), whose loss trains the masking network: its images, head and loss.
 
-Another task (a label per patch, say) is another class with the methods of `Classification`.
+Another task (a label per patch, for example) is another class with the methods of `Classification`.
 """
 
 import math
@@ -26,7 +26,7 @@ from util.parallel.distributed import average, get_world_size
 
 def labelled_images(args, images) -> Images:
     """Return the images of `--mlo_labels`: the pretraining `images`, or the train/ of another image folder. Raises
-    UserError when they cannot be read, have no labels or are a stream."""
+    UserError when they cannot be read, when they have no labels, and when they are a stream."""
     if args.mlo_labels == "same":
         labelled, source = images, f"--dataset {args.dataset}"
     else:
@@ -43,51 +43,51 @@ def labelled_images(args, images) -> Images:
 
 
 def stratified_split(images: Images, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Return the indices of the images for training and of those held out, which are `fraction` of every class. Raises
-    UserError where a class would be empty on one side."""
+    """Return the indices of the images for training and of those held out. About `fraction` of every class is held out,
+    drawn at random. Raises UserError when one of the two would have no image of a class."""
     targets = np.asarray(images.targets)
     labels, counts = np.unique(targets, return_counts=True)
     names = [images.classes[label] for label in labels]
-    scarce = [name for name, count in zip(names, counts) if count < 2]
-    if scarce:
-        raise UserError(f"--mlo_labels: class {scarce[0]!r} has fewer than two images, so it cannot be split")
+    too_small = [name for name, count in zip(names, counts) if count < 2]
+    if too_small:
+        raise UserError(f"--mlo_labels: class {too_small[0]!r} has fewer than two images, so it cannot be split")
     if len(labels) < 2:
         raise UserError("--mlo_labels: there is only one class, so there is nothing to learn from")
     held = max(len(labels), round(fraction * len(targets)))
     if len(targets) - held >= len(labels):
         train, val = train_test_split(np.arange(len(targets)), test_size=held, stratify=targets, random_state=seed)
-        left = [len(np.unique(targets[indices])) for indices in (train, val)]
-    if len(targets) - held < len(labels) or min(left) < len(labels):
-        fits = 1 / counts.min()
+        present = [len(np.unique(targets[indices])) for indices in (train, val)]
+    if len(targets) - held < len(labels) or min(present) < len(labels):
+        smallest = 1 / counts.min()
         raise UserError(
             f"--mlo_val_fraction {fraction:g} leaves class {names[counts.argmin()]!r} of {counts.min()} images empty "
-            f"on one side: a fraction between {min(fits, 0.5):.2g} and {max(1 - fits, 0.5):.2g} fits"
+            f"on one side: a fraction between {min(smallest, 0.5):.2g} and {max(1 - smallest, 0.5):.2g} fits"
         )
     return sorted(train.tolist()), sorted(val.tolist())
 
 
 def without(images, others: Subset):
-    """Return `images` without those that are the same files as `others`, by whatever path. Prints a note where images
-    are not files, so that they cannot be compared."""
+    """Return `images` without the files that are also in `others`, under the same or another path. Prints a note if the
+    images are not files and come from different readers, so that they cannot be compared."""
     whole = images.images if isinstance(images, Subset) else images
     if not isinstance(whole, Files) or not isinstance(others.images, Files):
         if whole is not others.images:
             print(
-                "note: images for pretraining and labelled ones come from different readers: if they share images, "
-                "stage I sees what stage III holds out"
+                "note: the images for pretraining and the labelled images come from different readers and cannot be "
+                "compared; an image in both may be held out for stage III and yet be used in stage I"
             )
         return images
-    taken = {os.path.realpath(others.name(index)) for index in range(len(others))}
-    indices = [index for index in range(len(images)) if os.path.realpath(images.name(index)) not in taken]
+    excluded = {os.path.realpath(others.name(index)) for index in range(len(others))}
+    indices = [index for index in range(len(images)) if os.path.realpath(images.name(index)) not in excluded]
     return images if len(indices) == len(images) else Subset(images, indices)
 
 
 class StandardizedLinear(nn.Linear):
-    """A linear layer on standardised features, as behind the BatchNorm without affine of MAE's linear probe (He et al.
-    2022, Appendix A.1).
+    """A linear layer on standardised features, like the BatchNorm without affine parameters and the linear layer of
+    MAE's linear probe (He et al. 2022, Appendix A.1).
 
-    The statistics are running means over the batches given to `observe`, the same on every rank. They are constants in
-    every derivative."""
+    The statistics are running means over the batches given to `observe`, the same on every rank. No gradient flows
+    through them."""
 
     MOMENTUM, EPS = 0.1, 1e-6
 
@@ -98,7 +98,7 @@ class StandardizedLinear(nn.Linear):
         self.register_buffer("observed", torch.zeros((), dtype=torch.int64))
 
     def observe(self, features: torch.Tensor) -> None:
-        """Update the statistics with a batch of features (N, width) of every rank."""
+        """Update the statistics with a batch of features (N, width) from each rank."""
         features = features.detach().to(self.mean.dtype)
         share = torch.where(self.observed == 0, 1.0, self.MOMENTUM).to(self.mean.dtype)
         for buffer, new in zip((self.mean, self.square), average([features.mean(0), features.square().mean(0)])):
@@ -106,14 +106,14 @@ class StandardizedLinear(nn.Linear):
         self.observed += 1
 
     def forward(self, features):
-        spread = (self.square - self.mean.square()).clamp_min(0) + self.EPS
-        return super().forward((features - self.mean) * spread.rsqrt())
+        variance = (self.square - self.mean.square()).clamp_min(0) + self.EPS
+        return super().forward((features - self.mean) * variance.rsqrt())
 
 
 class Classification:
-    """Classify the whole image from one feature vector, with a linear head."""
+    """Classification of whole images from one feature vector, with a linear head."""
 
-    standardized = False  # the head's features
+    standardized = False  # whether the head standardises its features
 
     def __init__(self, args, images):
         self.args, self.pool, self.standardized = args, args.mlo_feature, args.mlo_head_norm
@@ -121,13 +121,14 @@ class Classification:
         self.classes = len(labelled.classes)
         train, self.held_out = stratified_split(labelled, args.mlo_val_fraction, args.seed)
         self.val_images = Subset(labelled, self.held_out)
-        # Stages I and II see no image of stage III, not even one that is listed twice or under another path.
+        # Stages I and II use no image of stage III, also not one that is listed twice or under another path.
         self.train_images = without(Subset(labelled, train), self.val_images)
         self.pretrain_images = self.train_images if labelled is images else without(images, self.val_images)
 
     def batches(self, every: tuple[int, int]) -> tuple[Endless, Endless]:
         """Return the batches of stage II (augmented as in pretraining) and of stage III (transformed as in evaluation).
-        `every`: the steps from one batch of each to the next, by which the data workers are divided."""
+        `every` is the number of training steps per batch of either stage; that stage gets `--num_workers` divided by
+        it. Raises UserError when a stage has too few images for a batch."""
         args, size = self.args, image_shape(self.args.input_size)
         mean, std = mean_std(args.dataset, args.in_chans, args.mean, args.std)
         stages = (
@@ -140,10 +141,10 @@ class Classification:
             if len(images) < batch_size * get_world_size():
                 raise UserError(
                     f"--mlo_batch_size {batch_size} is more than the {len(images)} labelled images of stage "
-                    f"{'I' * stage} on {get_world_size()} process(es): lower it"
+                    f"{'I' * stage} allow on {get_world_size()} process(es): lower it"
                 )
             workers = math.ceil(args.num_workers / steps)
-            seed = args.seed + 1_000_003 * stage  # other crops than stage I's
+            seed = args.seed + 1_000_003 * stage  # crops other than those of stage I
             loader = build_loader(images, transform, args, batch_size, train=True, num_workers=workers, seed=seed)
             loaders.append(Endless(loader))
         return loaders[0], loaders[1]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 from helpers.pages import PAGES, ROOT, blocks, inline_code, name
-from helpers.parsers import complaint, options, tracked
+from helpers.parsers import options, parse_error, tracked
 
 FLAG = re.compile(r"--[a-z][a-z0-9_]*")
 ASSIGNMENT = re.compile(r"[A-Z_]+=.*", re.DOTALL)
@@ -125,9 +125,9 @@ def check_shell(command: Command, started) -> list[str]:
         return missing([word for word in arguments if word.endswith(".py")])
     if is_sweep(script):
         started(script, [*arguments, "--list"], command.variables)  # refuses unknown runs, papers and budgets
-        return [complaint("main_pretrain.py", passed_on(arguments))]
+        return [parse_error("main_pretrain.py", passed_on(arguments))]
     commands = started(script, arguments, command.variables)
-    return [complaint(*each) for each in commands] or [f"{script} starts nothing"]
+    return [parse_error(*each) for each in commands] or [f"{script} starts nothing"]
 
 
 def check(command: Command, started) -> list[str]:
@@ -139,7 +139,7 @@ def check(command: Command, started) -> list[str]:
         return missing([file for flag, file in itertools.pairwise(arguments) if flag == "-r"])
     if not (ROOT / program).is_file() or not program.endswith((".py", ".sh")):
         return [f"{program} is no command of this project"]
-    return check_shell(command, started) if program.endswith(".sh") else [complaint(program, arguments, whole)]
+    return check_shell(command, started) if program.endswith(".sh") else [parse_error(program, arguments, whole)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

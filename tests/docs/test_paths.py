@@ -14,7 +14,7 @@ FOLDERS = "util|models|methods|evaluation|planning|tools|tests|benchmarks|script
 PATH = re.compile(rf"(?<![\w/.<>-])(?:{FOLDERS})(?:/[\w<>{{}}*.-]+)+")
 MODULE = re.compile(r"(?:util|methods|evaluation|planning|tools)(?:\.\w+)+")  # alone in a span of code
 PLACEHOLDER = re.compile(r"[<>{}*]|(?:^|/)[A-Z]+(?:[/.]|$)")  # docs/*.md, scripts/PAPER/sweep.sh
-NOT_YET = {"docs/adding_a_method.md", "methods/short_tokens.py"}  # a page still to write, a file that a reader makes
+EXAMPLES = {"methods/short_tokens.py"}  # files that readers of the pages create
 CODE = [path for path in tracked("*.py", "*/*.py", "*/*/*.py", "*/*/*/*.py") if not path.startswith("tests/docs/")]
 SCRIPTS = tracked("scripts/*.sh", "scripts/*/*.sh")
 
@@ -42,7 +42,7 @@ def module_exists(dotted: str) -> bool:
 
 def missing_paths(text: str) -> list[str]:
     """Return the paths in `text` that do not exist. A path may leave out the ending .py."""
-    paths = {path.rstrip(".") for path in PATH.findall(text) if not PLACEHOLDER.search(path)} - NOT_YET
+    paths = {path.rstrip(".") for path in PATH.findall(text) if not PLACEHOLDER.search(path)} - EXAMPLES
     return sorted(path for path in paths if not (ROOT / path).exists() and not (ROOT / f"{path}.py").exists())
 
 

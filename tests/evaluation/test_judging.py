@@ -250,20 +250,20 @@ def test_tsne_side_by_side(pretrained, tmp_path, capsys):
         (fewshot, "random --C 0", "--C 0.0 must be positive and finite"),
         (fewshot, "random --out here.png", "--out here.png must be a .json file"),
         (fewshot, "random --dataset folder --data_path {images}", "has no labels"),
-        (fewshot, "{box}/checkpoint-0.pth --shots 200", "--shots 200: class 0 has only"),
-        (fewshot, "{box}/none.pth", "none.pth does not exist"),
+        (fewshot, "{run}/checkpoint-0.pth --shots 200", "--shots 200: class 0 has only"),
+        (fewshot, "{run}/none.pth", "none.pth does not exist"),
         (knn, "random --k 0", "--k must be positive"),
         (knn, "random --batch_size 0", "--batch_size 0 must be positive"),
-        (knn, "random --out {box}/checkpoint-0.pth/a.json", "cannot be written"),
+        (knn, "random --out {run}/checkpoint-0.pth/a.json", "cannot be written"),
         (tsne, "--out a.png", "give one CHECKPOINT or more"),
         (tsne, "random --out a.json", "--out a.json must be a .png file"),
         (tsne, "random --titles a b --out a.png", "--titles has 2 for 1 checkpoints"),
         (tsne, "random --perplexity 1 --out a.png", "--perplexity 1.0 must be a number above 1"),
-        (tsne, "{box}/checkpoint-0.pth --images 20 --out {tmp}/a.png", "--perplexity 30 must be below the number"),
+        (tsne, "{run}/checkpoint-0.pth --images 20 --out {tmp}/a.png", "--perplexity 30 must be below the number"),
     ],
 )
 def test_mistakes(pretrained, image_folder, tmp_path, tool, flags, message):
-    flags = flags.format(box=pretrained, images=image_folder, tmp=tmp_path).split()
+    flags = flags.format(run=pretrained, images=image_folder, tmp=tmp_path).split()
     data = [] if "--dataset" in flags else ["--dataset", "digits"]
     random = ["--model", "vit_micro_patch4"] if flags[0] == "random" else []
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""Corruption errors and evaluation sets: published constants, known answers, real commands, and refusals."""
+"""Corruption errors and evaluation sets: published constants, known results, whole commands, and their errors."""
 
 import json
 
@@ -39,8 +39,7 @@ def run(*flags) -> dict:
 
 
 def test_mean_corruption_error():
-    """AlexNet has 100; half its errors give 50; each of 15 corruptions has weight 1/15; severities have equal
-    weights."""
+    """AlexNet's errors give 100, half of them 50. The 15 corruptions have equal weights, and so have the severities."""
     alexnet = {name: [error] * 5 for name, error in ALEXNET.items()}
     assert corruption_error(alexnet) == pytest.approx(100)
     half = {name: [0, error, error / 2, error / 2, error / 2] for name, error in ALEXNET.items()}
@@ -48,14 +47,15 @@ def test_mean_corruption_error():
     assert corruption_error({**alexnet, "fog": [0] * 5}) == pytest.approx(100 * 14 / 15)
     assert corruption_error(alexnet, ALEXNET_CLEAN) == pytest.approx(100)
     assert corruption_error({name: [30.0] * 5 for name in NAMES}, clean=30.0) == pytest.approx(0)
-    # All errors 50: the mean of 50 / the fifteen published numbers.
-    by_hand = [88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8, 60.7]
-    assert corruption_error({name: [50.0] * 5 for name in NAMES}) == pytest.approx(np.mean([5000 / e for e in by_hand]))
+    # With all errors 50: the mean of 50 divided by each of the 15 published numbers.
+    published = [88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8, 60.7]
+    expected = np.mean([5000 / error for error in published])
+    assert corruption_error({name: [50.0] * 5 for name in NAMES}) == pytest.approx(expected)
 
 
 def test_detection():
     assert detection_aupr(np.array([0.9, 0.8]), np.array([0.2, 0.1, 0.3])) == pytest.approx(100)
-    # From the least confident on: outside, inside, outside. Precision 1 at recall 1/2, then 2/3 at recall 1.
+    # Ordered by confidence, lowest first: outside, inside, outside. Precision 1 at recall 1/2, then 2/3 at recall 1.
     assert detection_aupr(np.array([0.5]), np.array([0.1, 0.9])) == pytest.approx(100 * (1 / 2 * 1 + 1 / 2 * 2 / 3))
 
 
@@ -64,17 +64,17 @@ def test_detection():
 
 def test_class_indices_of_folders(tmp_path):
     classes = Classes(4, ["n04", "n01", "n03", "n02"], "model.pth")
-    assert classes.places(["n02", "n04"], "here").tolist() == [3, 0]
-    assert classes.places(["0", "3", "1"], "here").tolist() == [0, 3, 1]  # ImageNet-V2
-    digits = Classes(3, ["2", "0", "1"], "model.pth")  # names that are numbers are names
-    assert digits.places(["0", "1", "2"], "here").tolist() == [1, 2, 0]
+    assert classes.output_indices(["n02", "n04"], "here").tolist() == [3, 0]
+    assert classes.output_indices(["0", "3", "1"], "here").tolist() == [0, 3, 1]  # ImageNet-V2
+    digits = Classes(3, ["2", "0", "1"], "model.pth")  # these numbers are names of classes, not indices
+    assert digits.output_indices(["0", "1", "2"], "here").tolist() == [1, 2, 0]
     with pytest.raises(UserError, match=r"here has the class 'n05', which is none of the 4 classes of model.pth"):
-        classes.places(["n04", "n05"], "here")
+        classes.output_indices(["n04", "n05"], "here")
     with pytest.raises(UserError, match="has the class '0'"):
-        classes.places(["0", "4"], "here")
+        classes.output_indices(["0", "4"], "here")
     with pytest.raises(UserError, match=r"model.pth does not name its 4 classes: give --classes"):
-        Classes(4, None, "model.pth").places(["n01"], "here")
-    assert Classes(4, None, "model.pth").places(["2", "3"], "here").tolist() == [2, 3]
+        Classes(4, None, "model.pth").output_indices(["n01"], "here")
+    assert Classes(4, None, "model.pth").output_indices(["2", "3"], "here").tolist() == [2, 3]
 
 
 COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 50), "grey": (128, 128, 128), "red": (220, 40, 30)}
@@ -91,8 +91,8 @@ def write(folder, colours, count: int = 3, noise: float = 12.0):
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory):
-    """A folder with a classifier of four colours that is always right on clean images, and its training data."""
+def toy(tmp_path_factory):
+    """A folder with a classifier of four colours, 100 % accurate on clean images, and with its training data."""
     folder = tmp_path_factory.mktemp("colours")
     write(folder / "data" / "train", COLOURS, 16)
     write(folder / "data" / "val", COLOURS, 6)
@@ -106,9 +106,9 @@ def box(tmp_path_factory):
     return folder
 
 
-def test_a_perfect_classifier_and_its_subsets(box, tmp_path):
-    """The checkpoint stores its classes: folders in any order, a subset, or numbers are evaluated correctly."""
-    best, last = (torch.load(box / "out" / f"checkpoint-{name}.pth", weights_only=True) for name in ("best", 5))
+def test_a_perfect_classifier_and_its_subsets(toy, tmp_path):
+    """The checkpoint stores its classes, so class folders may be in any order, a subset of the classes, or numbers."""
+    best, last = (torch.load(toy / "out" / f"checkpoint-{name}.pth", weights_only=True) for name in ("best", 5))
     assert best["classes"] == last["classes"] == ["blue", "green", "grey", "red"]
     numbers = {str(index): COLOURS[name] for index, name in enumerate(sorted(COLOURS))}
     sets = {
@@ -118,10 +118,10 @@ def test_a_perfect_classifier_and_its_subsets(box, tmp_path):
         "wrong": {"red": COLOURS["green"]},
     }
     folders = [write(tmp_path / name, colours) for name, colours in sets.items()]
-    result = run(box / "out" / "checkpoint-best.pth", "--folders", *folders, "--out", tmp_path / "out" / "r.json")
+    result = run(toy / "out" / "checkpoint-best.pth", "--folders", *folders, "--out", tmp_path / "out" / "r.json")
     # The last folder has a single class, so every prediction is red.
     assert result == {"all_acc1": 100, "some_acc1": 100, "numbers_acc1": 100, "wrong_acc1": 100}
-    result = run(box / "out" / "checkpoint-best.pth", "--folders", *folders, "--all_classes")
+    result = run(toy / "out" / "checkpoint-best.pth", "--folders", *folders, "--all_classes")
     assert result == {"all_acc1": 100, "some_acc1": 100, "numbers_acc1": 100, "wrong_acc1": 0}
     (row,) = ledger.read(tmp_path / "out" / "results.jsonl")
     assert row["command"] == "robustness" and row["metrics"]["some_acc1"] == 100
@@ -129,12 +129,12 @@ def test_a_perfect_classifier_and_its_subsets(box, tmp_path):
     assert scalars(tmp_path / "out" / "tensorboard-robustness", "robustness/all_acc1")[0][1] == 100
 
 
-def test_restricted_to_the_classes_of_the_folder(box, tmp_path):
-    """Only the outputs of the folder's two classes count, so the output for grey has no effect."""
+def test_restricted_to_the_classes_of_the_folder(toy, tmp_path):
+    """Predictions are among the folder's two classes, so the output for grey has no effect."""
     folder = write(tmp_path / "two", {"red": (255, 70, 60), "green": (60, 230, 70)})
-    bench = robustness.open_bench(robustness.get_args_parser().parse_args([str(box / "out" / "checkpoint-best.pth")]))
+    bench = robustness.open_bench(robustness.get_args_parser().parse_args([str(toy / "out" / "checkpoint-best.pth")]))
     evaluation = open_folder(folder, bench.classes)
-    assert evaluation.places.tolist() == [1, 3]
+    assert evaluation.output_indices.tolist() == [1, 3]
     bench.judged.args.num_workers = 0
     right, confidence = bench.predict(evaluation)
     assert right.all() and (confidence > 0.5).all()  # the larger probability of two classes
@@ -144,25 +144,26 @@ def test_restricted_to_the_classes_of_the_folder(box, tmp_path):
     assert not bench.predict(evaluation)[0].any()
 
 
-def test_out_of_distribution_images(box, tmp_path):
-    """In distribution are only the images of the classes in the --ood folder. AUPR against a direct computation."""
+def test_out_of_distribution_images(toy, tmp_path):
+    """Of the --in_distribution images only those of the classes in the --ood folder are used. The AUPR equals a direct
+    computation."""
     foreign = write(tmp_path / "o", {"red": (150, 120, 90), "blue": (140, 128, 160)}, count=5, noise=60)
-    result = run(box / "out" / "checkpoint-best.pth", "--ood", foreign, "--in_distribution", box / "data" / "val")
-    bench = robustness.open_bench(robustness.get_args_parser().parse_args([str(box / "out" / "checkpoint-best.pth")]))
+    result = run(toy / "out" / "checkpoint-best.pth", "--ood", foreign, "--in_distribution", toy / "data" / "val")
+    bench = robustness.open_bench(robustness.get_args_parser().parse_args([str(toy / "out" / "checkpoint-best.pth")]))
     bench.judged.args.num_workers = 0
     outside = bench.predict(open_folder(foreign, bench.classes))[1]
     known = write(tmp_path / "known", {})
     for name in ("red", "blue"):
         (known / name).parent.mkdir(exist_ok=True)
-        (known / name).symlink_to(box / "data" / "val" / name)
+        (known / name).symlink_to(toy / "data" / "val" / name)
     inside = bench.predict(open_folder(known, bench.classes))[1]
     assert len(inside) == 12 and result == {"o_aupr": detection_aupr(inside, outside)}
     assert result["o_aupr"] > 100 * 10 / 22  # chance is the share of --ood images
 
 
-def test_out_of_distribution_folders_of_other_names(box, tmp_path, capsys):
-    """Images of other classes, in folders of any name, against all images of the data set."""
-    best, known = box / "out" / "checkpoint-best.pth", box / "data" / "val"
+def test_out_of_distribution_folders_of_other_names(toy, tmp_path, capsys):
+    """--ood folders that have no names of classes are compared with all images of the data set."""
+    best, known = toy / "out" / "checkpoint-best.pth", toy / "data" / "val"
     foreign = write(tmp_path / "o", {"a": (128, 100, 90), "b": (140, 128, 60), "c": (90, 90, 40)}, count=5, noise=60)
     result = run(best, "--ood", foreign, "--in_distribution", known)
     assert "predictions are among all 4" in capsys.readouterr().out
@@ -175,17 +176,18 @@ def test_out_of_distribution_folders_of_other_names(box, tmp_path, capsys):
 # Corrupted sets -------------------------------------------------------------------------------------------------------
 
 
-def test_corrupt_a_data_set(box, tmp_path, capsys):
-    """Clean images have no errors; the JSON has the whole table, the ledger its means, the picture all rows."""
+def test_corrupt_a_data_set(toy, tmp_path, capsys):
+    """There are no errors on clean images. The JSON file contains the whole table, the ledger its means, the picture a
+    row for each corruption."""
     out = tmp_path / "c" / "corrupt.json"
-    flags = [box / "out" / "checkpoint-best.pth", "--data_path", box / "data", "--corrupt", "--images", 12]
+    flags = [toy / "out" / "checkpoint-best.pth", "--data_path", toy / "data", "--corrupt", "--images", 12]
     result = run(*flags, "--out", out, "--picture", tmp_path / "c" / "picture.png")
     content = json.loads(out.read_text())
     assert content["result"] == result and result["clean_error"] == 0
     assert list(content["errors"]["imagefolder"]) == list(NAMES)
     table = np.array(list(content["errors"]["imagefolder"].values()))
     assert table.shape == (15, 5) and result["corrupted_error"] == pytest.approx(table.mean())
-    assert result["jpeg_compression_error"] == 0  # the classifier reads colour, which JPEG keeps
+    assert result["jpeg_compression_error"] == 0  # the classes differ in colour, which JPEG preserves
     width, height = Image.open(tmp_path / "c" / "picture.png").size
     assert height > width > 1000
     (row,) = ledger.read(out.parent / "results.jsonl")
@@ -211,9 +213,9 @@ def test_corrupted_before_and_after_the_size(tmp_path):
     assert part.load(0).tobytes() == result.load(1).tobytes() and part.target(0) == 1
 
 
-def test_folder_like_imagenet_c(box, tmp_path):
-    """At severity s of the first two corruptions min(s, 3) of 6 images are in wrong folders, elsewhere none. So the
-    errors are known, and with them the mean corruption error."""
+def test_folder_like_imagenet_c(toy, tmp_path):
+    """The mean corruption error is that of known errors: at severity s of the first two corruptions min(s, 3) of 6
+    images are in wrong folders, elsewhere none."""
     root = tmp_path / "imagenet-c"
     for number, name in enumerate(NAMES):
         for severity in SEVERITIES:
@@ -222,15 +224,15 @@ def test_folder_like_imagenet_c(box, tmp_path):
             for i in range(min(severity, 3) if number < 2 else 0):
                 (folder / "red" / f"{i}.png").rename(folder / "green" / f"wrong{i}.png")
     (root / "extra" / "spatter" / "1").mkdir(parents=True)
-    flags = [box / "out" / "checkpoint-best.pth", "--folders", root, "--clean", box / "data" / "val"]
+    flags = [toy / "out" / "checkpoint-best.pth", "--folders", root, "--clean", toy / "data" / "val"]
     result = run(*flags, "--out", tmp_path / "r.json")
-    share = [100 * min(severity, 3) / 6 for severity in SEVERITIES]
+    percent = [100 * min(severity, 3) / 6 for severity in SEVERITIES]
     errors = json.loads((tmp_path / "r.json").read_text())["errors"]["imagenet-c"]
-    assert errors["gaussian_noise"] == pytest.approx(share) and errors["fog"] == [0] * 5
-    expected = 100 * np.mean(share) * (1 / 88.6 + 1 / 89.4) / 15
+    assert errors["gaussian_noise"] == pytest.approx(percent) and errors["fog"] == [0] * 5
+    expected = 100 * np.mean(percent) * (1 / 88.6 + 1 / 89.4) / 15
     assert result["imagenet-c_mce"] == pytest.approx(expected)
     assert result["imagenet-c_clean_error"] == 0
-    expected = 100 * np.mean(share) * (1 / (88.6 - 43.5) + 1 / (89.4 - 43.5)) / 15
+    expected = 100 * np.mean(percent) * (1 / (88.6 - 43.5) + 1 / (89.4 - 43.5)) / 15
     assert result["imagenet-c_relative_mce"] == pytest.approx(expected)
     (root / "noise" / "shot_noise").rename(root / "noise" / "other_noise")
     result = run(*flags)
@@ -240,8 +242,8 @@ def test_folder_like_imagenet_c(box, tmp_path):
         run(*flags)
 
 
-def test_a_probe_knows_its_classes(box, tmp_path):
-    flags = f"--data_path {box}/data --finetune {box}/out/checkpoint-best.pth --num_workers 0 --device cpu --epochs 3 \
+def test_a_probe_stores_its_classes(toy, tmp_path):
+    flags = f"--data_path {toy}/data --finetune {toy}/out/checkpoint-best.pth --num_workers 0 --device cpu --epochs 3 \
         --batch_size 16 --blr 0.1 --warmup_epochs 0 --aug none --output_dir {tmp_path}"
     main_linprobe.main(main_linprobe.get_args_parser().parse_args([*flags.split(), "--global_pool"]))
     write(tmp_path / "set", {"red": COLOURS["red"], "blue": COLOURS["blue"]})
@@ -274,22 +276,22 @@ def test_a_probe_knows_its_classes(box, tmp_path):
         ("{best} --corrupt --dataset folder --data_path {data}", "has no labels"),
     ],
 )
-def test_mistakes(box, tmp_path, flags, message):
-    state = torch.load(box / "out" / "checkpoint-best.pth", weights_only=True)
+def test_mistakes(toy, tmp_path, flags, message):
+    state = torch.load(toy / "out" / "checkpoint-best.pth", weights_only=True)
     torch.save({**state, "classes": None}, tmp_path / "unnamed.pth")
     bare = {name: tensor for name, tensor in state["model"].items() if not name.startswith("head")}
     torch.save({**state, "model": bare}, tmp_path / "bare.pth")
     (tmp_path / "names.txt").write_text("red\ngreen\n")
     write(tmp_path / "strange", {"purple": (200, 0, 200), "red": (200, 0, 0)}, 1)
     paths = dict(
-        best=box / "out" / "checkpoint-best.pth",
+        best=toy / "out" / "checkpoint-best.pth",
         bare=tmp_path / "bare.pth",
-        val=box / "data" / "val",
+        val=toy / "data" / "val",
         strange=tmp_path / "strange",
         names=tmp_path / "names.txt",
         unnamed=tmp_path / "unnamed.pth",
         tmp=tmp_path,
-        data=box / "data",
+        data=toy / "data",
     )
     with pytest.raises(UserError, match=message):
         run(*flags.format(**paths).split())

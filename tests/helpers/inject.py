@@ -1,4 +1,4 @@
-"""Inject faults into runs of this process: at a step, or on the disk."""
+"""Faults that are injected into runs in this process: at a step, or on the disk."""
 
 import errno
 import signal
@@ -11,7 +11,7 @@ import util.training.run
 from helpers.launch import SMALL
 from util.training.run import Run
 
-# Six steps an epoch on `image_folder`; each is followed by a checkpoint and a reading of the metrics.
+# Six steps per epoch on `image_folder`. After each one, a checkpoint is saved and the metrics are read.
 FLAGS = f"{SMALL} --aug none --num_workers 0 --batch_size 16 --vis_freq 0 --warmup_epochs 0 --epochs 2 --device cpu "
 FLAGS += "--save_steps 1 --save_freq 1 --print_freq 1"
 CLASSIFIER = "--model vit_micro_patch4 --input_size 16 --num_workers 0 --batch_size 16 --warmup_epochs 0 --epochs 2 "
@@ -28,7 +28,7 @@ def finetune(flags: str) -> dict:
 
 
 def after_step(patch, number: int, act) -> None:
-    """Call `act(run)` after `number` optimizer steps are done, saved and logged, before step `number` begins."""
+    """Call `act(run)` once `number` optimizer steps have been taken, saved and logged, before the next one begins."""
     original = Run.finish_step
 
     def after(self):
@@ -40,14 +40,15 @@ def after_step(patch, number: int, act) -> None:
 
 
 def poison(tensor: torch.Tensor, value: float = float("nan")) -> None:
-    """Set one element of a tensor to `value`."""
+    """Set the first element of a tensor to `value`."""
     with torch.no_grad():
         tensor.view(-1)[0] = value
 
 
 class FullDisk:
-    """A disk that writes half of the bytes and raises ENOSPC while `full`. Affects checkpoints, the other files of
-    `util.checkpoint.atomic`, and files that grow."""
+    """A disk that, while `full`, writes half of the bytes and raises ENOSPC. Affects the files of
+    `util.checkpoint.atomic`, such as checkpoints, and those of `util.checkpoint.retry`. `refused` counts the failed
+    writes."""
 
     def __init__(self, patch, full: bool = False):
         self.full, self.refused = full, 0
@@ -83,7 +84,7 @@ class _HalfWritten:
 
 
 def stop_at(monkeypatch, step):
-    """Raise SIGTERM in this process when optimizer step number `step` begins."""
+    """Raise SIGTERM in this process just before the optimizer takes step number `step`, counted from 1."""
     original, calls = util.training.run.adjust_learning_rate, [0]
 
     def adjust(*args):

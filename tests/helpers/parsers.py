@@ -1,5 +1,5 @@
-"""The argument parsers of the project's commands. Each command is started in this process as `python SCRIPT` would
-start it, and stops when it parses its flags."""
+"""The argument parsers of the project's commands. To obtain its parser, a command is run in this process like
+`python SCRIPT`, and is stopped when it parses its flags."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*")  # placeholders: N, FILE, BUDGET
 
 
 class _Parser(BaseException):
-    """Carries a parser out of a command, past its error handlers."""
+    """Raised to hand over the parser of a command. A BaseException, because commands handle other exceptions."""
 
 
 def _hand_over(parser, *_):
@@ -27,7 +27,7 @@ def _hand_over(parser, *_):
 
 @functools.cache
 def parser_of(script: str) -> argparse.ArgumentParser:
-    """Return the parser of a script; its path is relative to the repository."""
+    """Return the parser of a script, whose path is relative to the repository."""
     path = ROOT / script
     with (
         mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
@@ -53,19 +53,19 @@ def _accept_placeholders(parser) -> None:
         return 1 if PLACEHOLDER.fullmatch(text) and not is_text else value(action, text)
 
     def check_value(action, given):
-        stands_for_a_word = isinstance(given, str) and PLACEHOLDER.fullmatch(given)
-        if not stands_for_a_word and not (given == 1 and action.type is not None):
+        is_placeholder = isinstance(given, str) and PLACEHOLDER.fullmatch(given)
+        if not is_placeholder and not (given == 1 and action.type is not None):
             check(action, given)
 
     parser._get_value, parser._check_value = get_value, check_value
 
 
-def complaint(script: str, words: list[str], whole: bool = True) -> str:
-    """Return the error of the script's parser for these arguments, else an empty string. A command that is not
-    `whole` may omit required arguments."""
+def parse_error(script: str, words: list[str], complete: bool = True) -> str:
+    """Return the error message of the script's parser for these arguments, "" if there is none. With `complete=False`,
+    required arguments may be missing."""
     parser, stderr = parser_of(script), io.StringIO()
     with contextlib.ExitStack() as stack:
-        for action in () if whole else parser._actions:
+        for action in () if complete else parser._actions:
             stack.enter_context(mock.patch.object(action, "required", False))
         stack.enter_context(contextlib.redirect_stderr(stderr))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # of --help

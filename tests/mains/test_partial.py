@@ -130,7 +130,7 @@ def test_probes_of_another_head_do_not_fit(image_folder, tmp_path):
     start(main_linprobe, f"{flags} --output_dir {tmp_path / 'a'}")
     with pytest.raises(UserError, match="was written with --head linear, this run has attentive"):
         start(main_linprobe, f"{flags} --head attentive --resume auto --output_dir {tmp_path / 'a'}")
-    with pytest.raises(UserError, match="has no such probe's classifier"):
+    with pytest.raises(UserError, match="has no classifier of this probe"):
         start(
             main_linprobe, f"{flags} --head attentive --eval --resume {tmp_path / 'a/checkpoint-0.pth'} --output_dir x"
         )

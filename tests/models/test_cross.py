@@ -1,4 +1,4 @@
-"""The cross-attention decoder: dependencies of a prediction, choice of predicted patches, and runs."""
+"""The cross-attention decoder: inputs of a prediction, selection of the predicted patches, and training runs."""
 
 import json
 
@@ -20,7 +20,7 @@ SMALL = (
 )
 
 
-def made(**overrides):
+def make_model(**overrides):
     torch.manual_seed(0)
     model = build_model("mae_vit_micro_patch4", img_size=16, decoder="cross", **overrides).double()
     return model, torch.randn(3, 3, 16, 16).double(), torch.rand(3, 16)
@@ -33,33 +33,35 @@ def pretrain(folder, data, flags=""):
 
 
 def test_predictions_do_not_depend_on_one_another():
-    """A patch has the same prediction whichever others are predicted (in float64, up to the order of sums)."""
-    model, imgs, noise = made()
-    every, some = (model.forward_pretrain(imgs, 0.75, noise, all_patches=all_patches) for all_patches in (True, False))
-    assert some.pred.shape == (3, 12, 48) and every.pred.shape == (3, 16, 48)
-    torch.testing.assert_close(every.pred.gather(1, some.ids_removed[..., None].expand(-1, -1, 48)), some.pred)
+    """The prediction of a patch does not depend on which others are predicted (in float64, up to rounding)."""
+    model, imgs, noise = make_model()
+    every, removed = (
+        model.forward_pretrain(imgs, 0.75, noise, all_patches=all_patches) for all_patches in (True, False)
+    )
+    assert removed.pred.shape == (3, 12, 48) and every.pred.shape == (3, 16, 48)
+    torch.testing.assert_close(every.pred.gather(1, removed.ids_removed[..., None].expand(-1, -1, 48)), removed.pred)
     model.decoder_fraction = 0.4
     few = model.forward_pretrain(imgs, 0.75, noise)
     assert few.pred.shape == (3, 5, 48)  # 0.4 * 12, rounded up
-    torch.testing.assert_close(few.pred, some.pred[:, :5])
+    torch.testing.assert_close(few.pred, removed.pred[:, :5])
     assert torch.equal(few.ids_predicted, few.ids_removed[:, :5])
-    torch.testing.assert_close(model.reconstruction_loss(few), model.patch_errors(some)[:, :5].mean())
+    torch.testing.assert_close(model.reconstruction_loss(few), model.patch_errors(removed)[:, :5].mean())
 
 
-def test_a_query_depends_on_its_own_position_alone():
-    """Queries do not mix: the derivative of one output with respect to another's position is exactly zero."""
-    model, imgs, noise = made()
+def test_a_query_depends_only_on_its_position():
+    """The derivative of an output with respect to the position embedding of another query is exactly zero."""
+    model, imgs, noise = make_model()
     out = model.forward_pretrain(imgs[:1], 0.75, noise[:1])
     table = model.decoder_pos_embed.requires_grad_()
     outputs = model.decode_removed(out.latent.detach(), out.ids_keep, out.ids_removed)[0].square().sum(-1)
     slopes = torch.stack([torch.autograd.grad(output, table, retain_graph=True)[0][0] for output in outputs])
-    asked = slopes.abs().sum(-1)[:, 1 + out.ids_removed[0]]
-    assert torch.equal(asked != 0, torch.eye(12, dtype=torch.bool))
+    slopes_of_queries = slopes.abs().sum(-1)[:, 1 + out.ids_removed[0]]
+    assert torch.equal(slopes_of_queries != 0, torch.eye(12, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_attention_is_that_of_torch(fused):
-    """Equal to torch's multi-head attention with the same weights, up to rounding in float64."""
+    """The output equals that of torch's multi-head attention with the same weights, up to rounding in float64."""
     torch.manual_seed(0)
     ours, theirs = CrossAttention(12, 3).double(), nn.MultiheadAttention(12, 3, batch_first=True).double()
     ours.fused_attn = fused
@@ -76,7 +78,7 @@ def test_attention_is_that_of_torch(fused):
 
 
 def test_decoders_have_different_tensor_names(image_folder, tmp_path):
-    """A checkpoint of one decoder is refused by the other; its encoder fits both."""
+    """Loading a checkpoint into a model with the other decoder is an error; its encoder can be loaded into both."""
     saved = pretrain(tmp_path / "a", image_folder)
     decoder = {name.split(".")[0] for name in saved["model"] if "decoder" in name}
     assert "decoder_cross_blocks" in decoder and "decoder_blocks" not in decoder
@@ -86,7 +88,7 @@ def test_decoders_have_different_tensor_names(image_folder, tmp_path):
 
 
 def test_a_random_third_is_predicted(image_folder, tmp_path):
-    """A third of the removed patches is predicted by default, each equally often over the epochs."""
+    """By default a third of the removed patches is predicted, and all patches are predicted equally often."""
     args = main_pretrain.get_args_parser().parse_args(f"{SMALL} --data_path {image_folder}".split())
     main_pretrain.settle(args)
     model = main_pretrain.build(args)
@@ -100,20 +102,20 @@ def test_a_random_third_is_predicted(image_folder, tmp_path):
     "methods",
     ["--rc_mae --rc_mask different", "--mae_k 2", "--ema_mae --wse 0 --rc_mae", "--mlo_mae --mlo_labels same"],
 )
-def test_methods_run_with_it(image_folder, tmp_path, methods):
-    """With a part of the patches predicted the loss is finite, and every decoder weight moves."""
+def test_methods_run_with_the_cross_decoder(image_folder, tmp_path, methods):
+    """Every method trains the keys and values of both decoder blocks when not all patches are predicted."""
     saved = pretrain(tmp_path / "a", image_folder, methods + " --mlo_batch_size 8" * ("mlo" in methods))
     fresh = build_model("mae_vit_micro_patch4", img_size=16, decoder="cross").state_dict()
     assert set(fresh) == set(saved["model"])
     (row,) = [json.loads(line) for line in (tmp_path / "a" / "log.txt").read_text().splitlines()]
     assert row["train_loss"] > 0
-    # Only the bias of keys and values starts at zero and has a gradient in every method.
-    moved = [name for name in fresh if name.startswith("decoder_cross_blocks") and name.endswith("kv.bias")]
-    assert all(saved["model"][name].abs().sum() > 0 for name in moved) and len(moved) == 2
+    # The biases of keys and values start at zero and have a gradient in every method.
+    biases = [name for name in fresh if name.startswith("decoder_cross_blocks") and name.endswith("kv.bias")]
+    assert all(saved["model"][name].abs().sum() > 0 for name in biases) and len(biases) == 2
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "flags, message",
     [
         ("--decoder self --decoder_fraction 0.5", "--decoder_fraction has no effect without --decoder cross"),
         ("--decoder_fraction 0", r"--decoder_fraction 0.0 must lie in \(0, 1\]"),
@@ -121,15 +123,16 @@ def test_methods_run_with_it(image_folder, tmp_path, methods):
         ("--decoder_fraction 0.5 --mlo_mae --mlo_labels same", "a learned mask removes: give 1"),
     ],
 )
-def test_refused(flags, words):
+def test_mistakes(flags, message):
     args = main_pretrain.get_args_parser().parse_args(f"{SMALL} {flags}".split())
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         main_pretrain.check(args)
 
 
 @pytest.mark.parametrize("name, millions", [("1b", 1134), ("2b", 1889), ("6.5b", 6442)])
 def test_sizes_of_the_large_models(name, millions):
-    """12 D^2 weights a block and the rest, without memory: the models have 1B, 2B and 6.5B parameters, as named."""
+    """The models have about as many parameters as their names say. They are built on the meta device, which needs no
+    memory."""
     with torch.device("meta"):
         model = models_vit.MODELS[f"vit_{name}_patch14"](num_classes=0)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=2e-3)

@@ -1,4 +1,4 @@
-"""The tools that draw and evaluate, and the quickstart, on small checkpoints."""
+"""Tools on small checkpoints and data sets: drawing, kNN, statistics, RC-MAE's proposition, quickstart and shards."""
 
 import io
 import json
@@ -9,14 +9,16 @@ import torch
 from helpers.launch import SMALL
 from PIL import Image
 
+import main_linprobe
 import main_pretrain
 from evaluation.features import knn_accuracy
 from models_mae import build_model
-from tools import knn, make_shards, mean_std, rc_linear, visualize
+from tools import fewshot, knn, make_shards, mean_std, quickstart, rc_linear, visualize
 from util.data.build import build_loader
 from util.data.readers import read_images
 from util.data.shard_loader import read_shard
 from util.errors import UserError
+from util.report.ledger import append
 from util.report.pictures import reconstruct
 
 
@@ -30,7 +32,8 @@ def run(image_folder, tmp_path_factory):
 
 
 def test_reconstruct_pastes_and_denormalises():
-    """A perfect prediction restores the image, with and without normalised patches; removed patches are grey."""
+    """A perfect prediction gives the original image, with and without normalised patches. In the masked image, removed
+    patches are grey."""
     for norm in (False, True):
         model = build_model("mae_vit_micro_patch4", img_size=16, norm_pix_loss=norm)
         imgs, noise = torch.rand(2, 3, 16, 16), torch.rand(2, 16)
@@ -57,12 +60,12 @@ def test_visualize(run, image_folder, tmp_path, capsys):
     flags = [str(run / "checkpoint-0.pth"), "--data", str(image_folder / "val"), "--out", str(out), "--count", "4"]
     visualize.main(visualize.get_args_parser().parse_args([*flags, "--mask_ratio", "0.5"]))
     output = capsys.readouterr().out
-    assert "50% removed" in output and "de-normalised" in output  # read from the checkpoint
+    assert "50% removed" in output and "de-normalised" in output  # --norm_pix_loss is read from the checkpoint
     width, height = Image.open(out).size
     assert width == 6 * (16 * 6 + 4) + 4 and height > 2 * (16 * 6 + 4)
 
 
-def test_visualize_refuses_an_encoder(run, image_folder, tmp_path):
+def test_visualize_without_a_decoder(run, image_folder, tmp_path):
     flags = [str(run / "encoder.safetensors"), "--data", str(image_folder), "--out", str(tmp_path / "p.png")]
     with pytest.raises(UserError, match=r"encoder\.safetensors holds an encoder without a decoder"):
         visualize.main(visualize.get_args_parser().parse_args(flags))
@@ -70,7 +73,7 @@ def test_visualize_refuses_an_encoder(run, image_folder, tmp_path):
 
 
 def test_knn_tool(run, image_folder, tmp_path):
-    """Checkpoint and encoder file of a run give the same accuracy; the colours are easy."""
+    """Checkpoint and encoder file of a run give the same accuracy. It is high, because the classes are colours."""
     flags = f"--data_path {image_folder} --num_workers 0 --device cpu --k 1 5".split()
     results = []
     for name in ("checkpoint-0.pth", "encoder.safetensors"):
@@ -81,8 +84,9 @@ def test_knn_tool(run, image_folder, tmp_path):
     assert json.loads((tmp_path / "knn.json").read_text())["result"] == results[0]
 
 
-def test_knn_against_counting_by_hand():
-    """Two clusters and one outlier: near neighbours of the wrong class lose to nearer ones of the right class."""
+def test_knn_accuracy_by_hand():
+    """Votes are weighted by similarity: with k=3 the nearest neighbour of the third image, of class 1, outweighs two
+    farther ones of class 0."""
     train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.5, 0.5]])
     labels = torch.tensor([0, 0, 1, 1])
     test = torch.tensor([[1.0, 0.05], [0.1, 1.0], [1.0, 0.9]])
@@ -101,7 +105,8 @@ def test_mean_std(image_folder):
 
 
 def test_proposition_of_rc_mae(tmp_path, capsys, monkeypatch):
-    """The consistency gradient is the sum that the proposition predicts; it reverses updates from similar inputs."""
+    """The consistency gradient is the weighted sum of past gradients of RC-MAE's proposition. It reverses updates that
+    came from similar inputs."""
     traces = rc_linear.main(rc_linear.get_args_parser().parse_args(["--out", str(tmp_path / "figure.png")]))
     for name in ("similar", "random"):
         assert traces[name].error < 1e-12  # float64
@@ -111,7 +116,7 @@ def test_proposition_of_rc_mae(tmp_path, capsys, monkeypatch):
         assert rc_linear.taken_back(cosine, lr=0.2, momentum=0.7) == pytest.approx(-0.2 * 0.7 * cosine**2, abs=1e-12)
     assert Image.open(tmp_path / "figure.png").size == (1200, 480)
     assert "both vanish" in capsys.readouterr().out
-    # A teacher equal to the student reverses nothing; a momentum other than that of the sum shows as an error.
+    # A teacher that equals the student reverses nothing. If the teacher has another momentum than the sum, they differ.
     assert max(rc_linear.simulate("similar", momentum=0.0).measured) < 1e-12
     lerp = torch.Tensor.lerp_
     with monkeypatch.context() as patch:
@@ -124,38 +129,28 @@ def test_proposition_of_rc_mae(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_quickstart_lists(image_folder, tmp_path, labelled):
-    """Classes in train/ and val/ are used; a folder without them is split into disjoint parts."""
-    from tools import quickstart
-
+    """A folder with train/ and val/ keeps its splits and classes; any other folder is split into disjoint parts."""
     root = image_folder if labelled else image_folder / "train" / "class0"
     flags, images, result = quickstart.write_lists(root, tmp_path)
     train, val = ((tmp_path / f"{split}.txt").read_text().splitlines() for split in ("train", "val"))
     assert result is labelled and len(train) == images and not set(train) & set(val)
     assert (len(train), len(val)) == ((96, 20) if labelled else (21, 3))
     args = main_pretrain.get_args_parser().parse_args(flags)
-    from util.data.readers import read_images
-
     assert len(read_images(args, True)) == images
 
 
 @pytest.mark.parametrize(
     ("sizes", "shots"), [((24, 30), [1, 2, 5, 10]), ((7, 30), [1, 2, 5, 7]), ((1, 30), [1]), ((24,), [])]
 )
-def test_quickstart_takes_as_many_labels_as_the_smallest_class_has(tmp_path, sizes, shots):
-    from tools import quickstart
-
+def test_quickstart_shots_fit_the_smallest_class(tmp_path, sizes, shots):
     rows = [f"train/{label}/{i} \u2028.png\t{label}" for label, size in enumerate(sizes) for i in range(size)]
     (tmp_path / "train.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
     assert quickstart.shots_that_fit(tmp_path / "train.txt") == shots
 
 
 def test_quickstart_table(tmp_path, image_folder, monkeypatch, capsys):
-    """Every command parses with its real parser; each number of the ledgers is in its row and column, few-shot with its
-    interval; without labels nothing is compared, and the reason is printed."""
-    import main_linprobe
-    from tools import fewshot, quickstart
-    from util.report.ledger import append
-
+    """The flags of every command are accepted by its parser. Each number of the ledgers is in its row and column,
+    few-shot accuracies with their intervals. Without labels there is no table, and the reason is printed."""
     parsers = {"main_pretrain": main_pretrain, "main_linprobe": main_linprobe, "visualize": visualize}
     parsers |= {"knn": knn, "fewshot": fewshot}
     values = {"untrained": 20.0, "pretrained": 60.0}
@@ -191,10 +186,9 @@ def test_quickstart_table(tmp_path, image_folder, monkeypatch, capsys):
     assert calls == ["main_pretrain", "visualize"] and "have no labels" in capsys.readouterr().out
 
 
-def test_quickstart_goes_on_only_without_what_is_optional(tmp_path):
-    """An optional command may refuse its input (2); a needed one may not, and a crash (1) ends both."""
-    from tools import quickstart
-
+def test_quickstart_continues_only_after_refusals_of_optional_commands(tmp_path):
+    """Exit code 2 (a user error) of an optional command is ignored; of another command it ends the quickstart. Exit
+    code 1 (a crash) always ends it."""
     for code in (1, 2):
         (tmp_path / f"{code}.py").write_text(f"raise SystemExit({code})")
     quickstart.run(str(tmp_path / "2.py"), optional=True)
@@ -204,9 +198,9 @@ def test_quickstart_goes_on_only_without_what_is_optional(tmp_path):
         assert ended.value.code == code
 
 
-def test_shards_hold_every_image_as_it_was(image_folder, tmp_path, capsys):
-    """The reader of the mains finds the same images, each once, with their labels. A damaged one is named and left out;
-    a second start into the same folder is refused."""
+def test_shards_contain_every_image_unchanged(image_folder, tmp_path, capsys):
+    """Shards contain each image once, with its label and unchanged pixels. A damaged image is reported and left out.
+    A second start with the same folder is an error."""
     data = tmp_path / "data"
     shutil.copytree(image_folder, data)
     broken = next((data / "train" / "class1").iterdir())
@@ -218,12 +212,12 @@ def test_shards_hold_every_image_as_it_was(image_folder, tmp_path, capsys):
     args = main_pretrain.get_args_parser().parse_args(
         f"--dataset wds --data_path {tmp_path / 'shards'} --num_workers 0".split()
     )
-    result = read_images(args, train=False)
-    records = [record for url in result.urls for record in read_shard(url)]
-    assert len(records) == len(result)
-    seen = [(Image.open(io.BytesIO(record.image)).tobytes(), int(record.label)) for record in records]
+    shards = read_images(args, train=False)
+    records = [record for url in shards.urls for record in read_shard(url)]
+    assert len(records) == len(shards)
+    stored = [(Image.open(io.BytesIO(record.image)).tobytes(), int(record.label)) for record in records]
     files = read_images(main_pretrain.get_args_parser().parse_args(f"--data_path {data}".split()), train=False)
-    assert sorted(seen) == sorted((files.load(i).tobytes(), files.target(i)) for i in range(len(files)))
+    assert sorted(stored) == sorted((files.load(i).tobytes(), files.target(i)) for i in range(len(files)))
     args.batch_size = 19
     loader = build_loader(read_images(args, train=True), lambda image: torch.zeros(1), args, 19, train=True)
     labels = torch.cat([batch.target for batch in loader.begin(0)])

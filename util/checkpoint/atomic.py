@@ -8,8 +8,8 @@ import torch
 
 
 def write_atomically(path: Path, write) -> None:
-    """Call `write(file)` on a temporary file beside `path`, sync it and rename it to `path`, which is therefore either
-    the old file or the complete new one. Raises OSError when writing fails; then the temporary file is removed."""
+    """Write a temporary file beside `path` by `write(file)`, sync it, and rename it to `path`. So `path` is always
+    either the old file or the complete new one. Raises OSError when writing fails, and removes the temporary file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:

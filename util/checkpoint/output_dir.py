@@ -1,4 +1,4 @@
-"""`--output_dir` and `--log_dir`: checked before a run, created after all other checks have passed."""
+"""`--output_dir` and `--log_dir`, checked before a run and created after all other checks have passed."""
 
 import os
 from pathlib import Path
@@ -11,17 +11,18 @@ from util.parallel.distributed import is_main_process
 
 
 def _files_of_a_run(folder: Path) -> list[Path]:
-    if not os.path.isdir(folder):  # pathlib's raises for a name that is too long
+    """Return the files and sharded checkpoints of a run in `folder`, without its ledger; [] if there is no folder."""
+    if not os.path.isdir(folder):  # Path.is_dir raises OSError for a name that is too long
         return []
     names = ("log.txt", "args.json", "checkpoint-best.pth", "probe.json", "probe.pth", "spikes.jsonl")
-    old = [folder / name for name in names]
-    old += [*list_checkpoints(folder), *folder.glob("events.out.tfevents.*"), *folder.glob(".checkpoint-*.tmp")]
-    old += folder.glob("encoder*.safetensors")
-    return [path for path in old if path.is_file() or path.suffix == ".dcp" or path.name.endswith(".dcp.tmp")]
+    paths = [folder / name for name in names]
+    paths += [*list_checkpoints(folder), *folder.glob("events.out.tfevents.*"), *folder.glob(".checkpoint-*.tmp")]
+    paths += folder.glob("encoder*.safetensors")
+    return [path for path in paths if path.is_file() or path.suffix == ".dcp" or path.name.endswith(".dcp.tmp")]
 
 
 def _check_folder(flag: str, folder: Path) -> None:
-    """Raise UserError when `folder` cannot be a folder, or cannot be written to."""
+    """Raise UserError when a file is in the way of `folder`, or when it is not writable."""
     nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not os.path.isdir(nearest):
         raise UserError(f"--{flag} {folder} cannot be a folder: {nearest} is a file")
@@ -38,16 +39,17 @@ def check_output_dir(args) -> None:
     if not args.output_dir or getattr(args, "eval", False):
         return
     folder = Path(args.output_dir)
-    old = _files_of_a_run(folder)
-    if old and not args.resume and not args.overwrite:
+    files = _files_of_a_run(folder)
+    if files and not args.resume and not args.overwrite:
         raise UserError(
-            f"--output_dir {folder} holds another run ({old[0].name}): choose another folder, "
+            f"--output_dir {folder} holds another run ({files[0].name}): choose another folder, "
             f"continue the run with --resume auto, or delete it with --overwrite"
         )
 
 
 def _try_writing(folder: Path) -> None:
-    """Raise OSError on a full or read-only disk (for root, os.access is always true)."""
+    """Raise OSError when nothing can be written to `folder`, for example on a full or read-only disk. (os.access does
+    not detect a full disk, and for root it is nearly always true.)"""
     probe = folder / f".writable-{os.getpid()}.tmp"
     try:
         write_atomically(probe, lambda file: file.write(bytes(4096)))
@@ -56,8 +58,8 @@ def _try_writing(folder: Path) -> None:
 
 
 def make_output_dir(output_dir: str, log_dir: str, overwrite: bool) -> None:
-    """Create both folders and, with `overwrite`, delete the run in `output_dir`; called after all other checks.
-    Raises UserError when a folder cannot be written."""
+    """Create both folders and, with `overwrite`, delete the run in `output_dir`. Call this after all other checks.
+    Raises UserError when a folder cannot be written to."""
     if not is_main_process():
         return
     for flag, folder in (("output_dir", output_dir), ("log_dir", log_dir)):

@@ -1,5 +1,5 @@
-"""How the network is computed: attention by a fused kernel or by matrix products, blocks compiled or not, gradient
-checkpointing, deterministic algorithms. Measurements: benchmarks/README.md."""
+"""Implementations of the network's operations: fused or unfused attention, compiled blocks, gradient checkpointing,
+deterministic algorithms. Measurements: benchmarks/README.md."""
 
 import os
 import shutil
@@ -18,38 +18,39 @@ ATTENTION = ["auto", "fused", "matmul"]
 
 
 def attention_is_fused(setting: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether scaled_dot_product_attention computes attention, for `--attention` `setting`.
+    """Return whether attention is computed by scaled_dot_product_attention. `setting` is the value of `--attention`.
 
-    `auto` takes the faster way, forward and backward, for this device and type. It is a fixed rule from measurements: a
-    run must not depend on how busy the machine was at its start. In bf16 on a CPU the backward pass of the fused kernel
-    is several times slower than two products and a softmax, at every length from 17 to 1025 tokens.
+    `auto` selects the implementation whose forward and backward passes together are faster on this device in this type.
+    It is a fixed rule from measurements, not a measurement at the start, which would depend on the load of the machine.
+    In bf16 on a CPU the backward pass of the fused kernel is several times slower than two matrix products and a
+    softmax, at every length from 17 to 1025 tokens.
     """
     if setting == "auto":
         return not (device.type == "cpu" and dtype is torch.bfloat16)
     return setting == "fused"
 
 
-def choose_attention(implementation: str, device: torch.device, dtype: torch.dtype, *made: nn.Module) -> None:
-    """Set `--attention` for all models that are built later, and for the `made` ones."""
+def choose_attention(implementation: str, device: torch.device, dtype: torch.dtype, *models: nn.Module) -> None:
+    """Apply `--attention` to `models` and to all models that are built later."""
     fused = attention_is_fused(implementation, device, dtype)
     set_fused_attn(fused)
-    for model in made:
+    for model in models:
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = fused
 
 
 def make_deterministic() -> None:
-    """`--deterministic`: use only algorithms that give the same bits every time; torch raises an error where it has
-    none. To be called before the first matrix product on a GPU, since CUBLAS_WORKSPACE_CONFIG is read then."""
+    """Apply `--deterministic`: allow only algorithms that give the same bits every time. torch raises an error for an
+    operation without one. Call this before the first matrix product on a GPU, which reads CUBLAS_WORKSPACE_CONFIG."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
 
 
 class GradCheckpointMixin:
-    """A transformer with gradient checkpointing: blocks keep only their inputs and are computed again in the backward
-    pass."""
+    """Gradient checkpointing for a transformer: of each block only the inputs are kept, and its activations are
+    recomputed in the backward pass."""
 
     grad_checkpointing = False
 
@@ -58,24 +59,27 @@ class GradCheckpointMixin:
         self.grad_checkpointing = enable
 
     def run_block(self, block, *inputs):
+        """Return `block(*inputs)`, checkpointed if that is enabled and gradients are recorded."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
 
 def compile_blocks(*models: nn.Module) -> None:
-    """Compile every transformer block of `models` (teachers included) in place; parameter names stay.
+    """Compile every transformer block of `models` in place. Parameter names do not change.
 
-    The rest (masks, methods, logs) is not compiled. Raises UserError if torch cannot compile here.
+    The code around the blocks (masks, losses, logs) is not compiled. Raises UserError if torch.compile does not support
+    this platform, or if there is no C++ compiler.
     """
     if not torch._dynamo.is_dynamo_supported():
-        raise UserError("--compile: this Python or platform cannot compile (torch.compile); leave it out")
+        raise UserError("--compile: torch.compile does not support this Python or platform; leave it out")
     if shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise UserError("--compile needs a C++ compiler: install g++, or name one in the variable CXX; or leave it out")
-    # Blocks are compiled for each width, number of tokens, and with or without gradients: often more than 8 times.
+        raise UserError("--compile needs a C++ compiler: install g++, set the variable CXX, or leave it out")
+    # A block is compiled for each width and number of tokens, with and without gradients: often more times than torch's
+    # default limit of 8.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    torch._functorch.config.donated_buffer = False  # diagnostics of gradients use a graph twice
-    torch._inductor.config.fallback_random = True  # drop path draws the random numbers of an uncompiled run
+    torch._functorch.config.donated_buffer = False  # gradient diagnostics run backward twice through one graph
+    torch._inductor.config.fallback_random = True  # drop path draws the same random numbers as without --compile
     for model in models:
         for module in model.modules():
             if isinstance(module, Block):

@@ -15,12 +15,12 @@ from util.data.transforms import to_channels
 from util.errors import UserError
 from util.parallel.distributed import get_rank, get_world_size
 
-DRAWS = 20  # images tried for one sample before the data set counts as unreadable
+DRAWS = 20  # images that are tried for one sample before UnreadableData is raised
 
 
 class UnreadableData(UserError):
-    """Too many images in a row cannot be read. From a data worker it reaches the main process with the worker's
-    traceback in its message."""
+    """Too many images in a row cannot be read. When a data worker raises it, the main process raises it again, with the
+    worker's traceback in the message."""
 
 
 class Sample(NamedTuple):
@@ -28,15 +28,15 @@ class Sample(NamedTuple):
 
     image: torch.Tensor  # (C, H, W)
     target: int  # label, or -1 if there is none; for label sets the row of `util.data.labels.LabelSets.target`
-    index: int  # index in the data set, which keys the sample's random numbers
-    bad: int  # number of unreadable images that were replaced before this one could be read
+    index: int  # index in the data set, from which the sample's random numbers are seeded
+    bad: int  # number of unreadable images that this one replaces; in evaluation 1 if it is unreadable itself
 
 
 class KeyedDataset(torch.utils.data.Dataset):
     """Transformed images by key (epoch, index). A plain index means epoch 0.
 
     An unreadable image is reported on stderr and, in training, replaced by a random draw. In evaluation
-    (`replace=False`) it becomes a black image with `bad` set, so that it can be left out of the count.
+    (`replace=False`) it becomes a black image with `bad` set, so that the scores can leave it out.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class KeyedDataset(torch.utils.data.Dataset):
 
 
 class StreamDataset(IterableDataset):
-    """An iterable data set of timm's factory. Samples are numbered per rank and worker. timm chooses their order and
-    gives each worker its own shards; where shards differ in size, it repeats or leaves out a few samples."""
+    """An iterable data set of timm's factory. Every rank and worker numbers its samples without overlap. timm chooses
+    their order and assigns shards to workers; if shards differ in size, it repeats or leaves out a few samples."""
 
     def __init__(self, stream, transform, seed: int, in_chans: int):
         self.stream, self.transform, self.seed, self.in_chans, self.epoch = stream, transform, seed, in_chans, 0
@@ -83,14 +83,14 @@ class StreamDataset(IterableDataset):
             stream.reader.dist_rank, stream.reader.dist_num_replicas = get_rank(), get_world_size()
 
     def __len__(self) -> int:
-        """Return the number of samples of all ranks (timm's own length is that of one rank)."""
+        """Return the number of samples of all ranks (timm's length is that of one rank)."""
         return getattr(self.stream.reader, "num_samples", None) or len(self.stream)
 
     def __iter__(self):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         first, stride = get_rank() * workers + worker, get_world_size() * workers
-        # A reader sets up its shuffling at its first use: a fresh copy makes every epoch start in the same state.
+        # A reader initialises its shuffling at its first use. With a fresh copy every epoch starts in the same state.
         stream = copy.copy(self.stream)
         stream.reader = copy.copy(stream.reader)
         stream.reader.worker_seed = self.seed * 1_000_003 + self.epoch  # replaced by torch's in a worker process

@@ -1,4 +1,4 @@
-"""TensorBoard event files that survive a full disk."""
+"""TensorBoard event files that stay complete when the disk is full for a while."""
 
 import atexit
 import html
@@ -13,18 +13,17 @@ import torch
 from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import FileWriter, SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from util.checkpoint.retry import GrowingFile
-from util.parallel.distributed import (
-    is_main_process,
-)
+from util.parallel.distributed import is_main_process
 
 _event_files = itertools.count()
 
 
 class EventFile:
-    """A TensorBoard event file. TensorBoard's own writer thread ends for good at the first full disk, in the middle of
-    a record; here whole records wait in memory until they can be written."""
+    """A TensorBoard event file. When the disk is full, TensorBoard's writer thread ends in the middle of a record and
+    writes no more; here whole records wait in memory until they can be written."""
 
     def __init__(self, folder: str):
         suffix = f"{socket.gethostname()}.{os.getpid()}.{next(_event_files)}"
@@ -62,12 +61,13 @@ class Events(SummaryWriter):
 
 class _FileWriter(FileWriter):
     def __init__(self, folder: str):
-        self.event_writer = EventFile(folder)  # instead of tensorboard's writer
+        self.event_writer = EventFile(folder)  # in place of TensorBoard's
 
 
 class Board:
-    """TensorBoard on the main process; does nothing on other ranks. The x axis is epoch * 1000, so that runs with
-    different batch sizes are aligned; a tag gets at most one value for each x. A full disk does not stop the run."""
+    """TensorBoard on the main process; does nothing on other ranks or without a folder. The x axis is epoch * 1000, so
+    that runs with different batch sizes are aligned. A scalar is written at most once for each x. A full disk does not
+    stop the run."""
 
     def __init__(self, log_dir: str | None, purge_step: int | None = None):
         self.writer = None
@@ -95,8 +95,9 @@ class Board:
             self.writer.add_histogram(name, values.detach().float().cpu(), int(epoch * 1000))
 
     def flags(self, args: dict) -> None:
+        """Add a table of the flags to the TEXT tab."""
         if self.writer is not None:
-            # Flags contain file names, which may contain markup or the end of a table cell or of code: escaped.
+            # Flags contain file names, in which markup, "|" and "`" would break the table, and so are escaped.
             escaped = {
                 name: html.escape(str(value)).translate({ord("|"): "&#124;", ord("`"): "&#96;", 10: " "})
                 for name, value in args.items()
@@ -108,8 +109,6 @@ class Board:
         """Write flags and final metrics for the HPARAMS tab into the run's event file."""
         if self.writer is None:
             return
-        from torch.utils.tensorboard.summary import hparams
-
         simple = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in args.items()}
         for summary in hparams(simple, {f"final/{name}": value for name, value in metrics.items()}):
             self.writer.file_writer.add_summary(summary)

@@ -10,8 +10,8 @@ from util.report.log import check_same_names
 
 
 class SmoothedValue:
-    """A series with its mean over all values and over a window. Tensors stay on the device: reading a property waits
-    for it."""
+    """A series of values, with statistics of the last `window_size` ones and the mean over all. Tensors stay on the
+    device: reading a property waits for it."""
 
     def __init__(self, window_size: int = 20, fmt: str | None = None):
         self.deque = deque(maxlen=window_size)
@@ -61,7 +61,7 @@ class SmoothedValue:
 
 
 class MetricLogger:
-    """Named series, and a loop that prints them."""
+    """Named series, and an iterator that prints them."""
 
     def __init__(self, delimiter: str = "\t"):
         self.meters: dict[str, SmoothedValue] = defaultdict(SmoothedValue)
@@ -89,44 +89,43 @@ class MetricLogger:
 
     def log_every(self, iterable, print_freq: int, header: str = ""):
         """Yield from `iterable`, and print all series every `print_freq` items."""
-        began = time.monotonic()
+        start = time.monotonic()
         total = len(iterable)
         for i, item in enumerate(iterable):
             yield item
             if i % print_freq == 0 or i == total - 1:
-                seconds = time.monotonic() - began
+                seconds = time.monotonic() - start
                 print(self.delimiter.join([f"{header} [{i}/{total}]", str(self), f"time: {seconds / (i + 1):.4f}"]))
-        print(f"{header} Total time: {time.monotonic() - began:.1f} s")
+        print(f"{header} Total time: {time.monotonic() - start:.1f} s")
 
 
 class EpochMeter:
-    """Means over an epoch and since the last reading, accumulated on the device without waiting for it. `epoch`, a dict
-    of Python floats, is stored in checkpoints, so that the epoch's means survive a resume."""
+    """Means over an epoch and since the last reading, accumulated on the device without waiting for it. `epoch` holds
+    {name: [sum, count]} as Python floats. It is stored in checkpoints, so that the epoch's means survive a resume."""
 
     def __init__(self, device: torch.device, state: dict | None = None):
         self.device = device
-        self.epoch: dict[str, list[float]] = {name: list(pair) for name, pair in (state or {}).items()}  # [sum, count]
+        self.epoch: dict[str, list[float]] = {name: list(pair) for name, pair in (state or {}).items()}
         self.sums: dict[str, torch.Tensor | float] = {}
         self.counts: dict[str, float] = defaultdict(float)
 
     def add(self, values: dict[str, torch.Tensor | float | None], count: float = 1) -> None:
         """Add values by name, each with the weight `count`. All ranks must add the same names between two readings;
-        None stands
-        for a value that this rank does not have."""
+        None stands for a value that this rank does not have."""
         for name, value in values.items():
             if value is None:
                 self.sums.setdefault(name, 0.0)
                 self.counts[name] += 0
                 continue
-            if isinstance(value, torch.Tensor):  # numbers stay on the host: a copy to the device would wait for it
+            if isinstance(value, torch.Tensor):  # numbers stay on the host: copying them would wait for the device
                 value = value.detach().to(torch.float64)
             value = value * count
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] += count
 
     def read(self) -> dict[str, float]:
-        """Return the means over all ranks since the last reading, of all names for which a rank has a value. This waits
-        for the device. Raises RunFailed, on all ranks, if the ranks added different names."""
+        """Return the means over all ranks since the last reading, without names for which no rank has a value. Waits
+        for the device. Raises RunFailed on all ranks if they added different names."""
         names = sorted(self.sums)
         check_same_names(names)
         if not names:
@@ -138,11 +137,11 @@ class EpochMeter:
         self.counts.clear()
         totals = {name: (total, count) for name, total, count in zip(names, *pairs) if count}
         for name, (total, count) in totals.items():
-            kept = self.epoch.setdefault(name, [0.0, 0.0])
-            kept[0] += total
-            kept[1] += count
+            pair = self.epoch.setdefault(name, [0.0, 0.0])
+            pair[0] += total
+            pair[1] += count
         return {name: total / count for name, (total, count) in totals.items()}
 
     def means(self) -> dict[str, float]:
-        """Return the means over the epoch so far, of the values that were read."""
+        """Return the means over the epoch so far; values that have not been read yet are not included."""
         return {name: total / count for name, (total, count) in self.epoch.items()}

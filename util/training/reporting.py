@@ -18,8 +18,8 @@ from util.training.numerics import NonFiniteDetector, OverflowDetector, SpikeDet
 
 
 class Reporter:
-    """Collects metrics on the device in every step, and reads and writes them every `--print_freq` steps; only the
-    reading waits for the device. `run` is the `util.training.run.Run` that is reported on."""
+    """Metrics of a run. They are accumulated on the device in every step, and read and written every `--print_freq`
+    steps; only reading waits for the device. `run` is the `util.training.run.Run` whose metrics these are."""
 
     def __init__(self, output_dir: str, device: torch.device, scaler, spike_factor: float | None = None):
         self.device, self.scaler = device, scaler
@@ -29,7 +29,7 @@ class Reporter:
         folder = Path(output_dir)
         self.log, self.spike_log = GrowingFile(folder / "log.txt"), GrowingFile(folder / "spikes.jsonl")
         self.logs, self.writes = [self.log, self.spike_log], bool(output_dir)
-        self.board = Board(None)  # replaced when training begins
+        self.board = Board(None)  # replaced by a board with a folder when training begins
         self.clock, self.waited, self.progress = Clock(), 0.0, None
         self.unreadable = 0  # unreadable images since the last reading
         self.last_means: dict[str, float] = {}  # means of the last finished epoch
@@ -37,6 +37,7 @@ class Reporter:
     # Every step: nothing here waits for the device ------------------------------------------------------------------
 
     def begin_epoch(self, run, header: str) -> None:
+        """Start the progress bar and the clock of an epoch."""
         self.progress = Progress(f"{header} {run.epoch}", run.last_position(), run.position)
         self.clock, self.waited = Clock(), 0.0
 
@@ -47,14 +48,14 @@ class Reporter:
         self.unreadable += int(samples.bad.sum())  # on the CPU: this does not wait for the device
 
     def add_losses(self, step: int, losses: dict[str, torch.Tensor], batch: MicroBatch) -> None:
-        """Add the total loss, named "loss", and its terms, of one micro-batch."""
+        """Add the losses of one micro-batch: the total, named "loss", and its terms."""
         self.meter.add(losses, len(batch.samples.target))
         self.non_finite.add(step, losses)
         self.spikes.add(step, losses["loss"], batch.samples.index)
 
     def add_step(self, step: int, norm: torch.Tensor) -> None:
         """Add the gradient norm of an optimizer step."""
-        if self.scaler.enabled:  # an overflowed step has no norm; it counts as skipped
+        if self.scaler.enabled:  # an overflow has no finite norm: 0 is added, and the step counts as skipped
             norm = torch.where(self.scaler.applied > 0, norm, torch.zeros_like(norm))
             self.meter.add({"skipped_steps": 1 - self.scaler.applied})
         else:
@@ -64,7 +65,8 @@ class Reporter:
     # Every --print_freq steps ---------------------------------------------------------------------------------------
 
     def read(self, run) -> None:
-        """Read the metrics, check them, and log them. Waits for the device. Raises RunFailed or UserError."""
+        """Read the metrics, check them, and log them. Waits for the device. Raises RunFailed for non-finite values and
+        for persistent fp16 overflows, UserError for too many unreadable images."""
         self.meter.add({"bad_images": self.unreadable})
         self.unreadable = 0
         values = self.meter.read()
@@ -75,8 +77,8 @@ class Reporter:
         bad = values.pop("bad_images")
         rates = self._rates(run)
         per_batch = self.meter.epoch["seconds"][0] / max(1, run.position)
-        left = per_batch * (run.last_position() - run.position)
-        self.progress.show({"loss": values["loss"], "lr": run.lr, **rates}, left)
+        seconds_left = per_batch * (run.last_position() - run.position)
+        self.progress.show({"loss": values["loss"], "lr": run.lr, **rates}, seconds_left)
         if self.device.type == "cuda":
             rates["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         points = {f"train/{name}": value for name, value in values.items()}
@@ -86,7 +88,7 @@ class Reporter:
         self.board.scalars(points, run.fractional_epoch())
 
     def _rates(self, run) -> dict[str, float]:
-        """Return the speeds since the last reading, and add the time to the epoch's."""
+        """Return the speeds since the last reading, and add the elapsed time to the epoch's total."""
         self.waited += self.clock.waited
         rates = self.clock.read()
         if run.stepper.flops:
@@ -112,7 +114,7 @@ class Reporter:
     # Every epoch ----------------------------------------------------------------------------------------------------
 
     def finish_epoch(self, run, row: dict[str, float]) -> None:
-        """Log the means of the epoch that has ended, and the values of `row`."""
+        """Log the means over the epoch that has ended, and the additional metrics `row`."""
         means = self.meter.means()
         seconds, bad = means.pop("seconds"), self.meter.epoch.get("bad_images", [0.0])[0]
         means.pop("bad_images", None)
@@ -121,8 +123,8 @@ class Reporter:
         if self.writes and is_main_process():
             counts = {"epoch": run.epoch, "step": run.step, "seconds": seconds, "bad_images": int(bad)}
             self.log.append(log_line({**stats, **row, **counts}))
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in {**stats, **row}.items())
-        print(f"epoch {run.epoch}: {shown}  {seconds:.1f} s" + (f"  unreadable images {int(bad)}" if bad else ""))
+        text = "  ".join(f"{name} {value:.4g}" for name, value in {**stats, **row}.items())
+        print(f"epoch {run.epoch}: {text}  {seconds:.1f} s" + (f"  unreadable images {int(bad)}" if bad else ""))
         slow = slow_reader(gather_objects(self.waited), seconds)
         if slow:
             print(f"note: {slow}")

@@ -15,8 +15,9 @@ from util.training.batches import MicroBatch
 
 
 class Stepper:
-    """Takes steps of `optimizer` on the parameters of `train_module`; `ddp_model` is the module to call for forward
-    passes (the three names of the network: `util.training.run.Run`)."""
+    """Backward passes and optimizer steps on the parameters of `train_module`. Forward passes call `ddp_model`, which
+    is `train_module`, wrapped if there are several processes (`util.training.run.Run` lists the names of the network).
+    """
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class Stepper:
 
     def prepare(self, compiled: list[nn.Module], log_mfu: bool, sharded: bool) -> None:
         """Prepare the first step: compile the blocks of the networks `compiled`, measure the device for `--log_mfu`,
-        and wrap the module for DDP (`sharded` modules, FSDP, need none)."""
+        and wrap the module for DDP unless it is `sharded` by FSDP."""
         if compiled:
             compile_blocks(*compiled)
         self.flops = FlopMeter(self.device, self.amp_dtype) if log_mfu else None
@@ -45,18 +46,19 @@ class Stepper:
 
     def _wrap(self, module: nn.Module) -> DistributedDataParallel:
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        # Buffers are not broadcast in every step: teachers get the same updates on every rank, and evaluations first
-        # broadcast rank 0's running statistics (`sync_buffers`). torch 2.14 renamed the argument.
-        names = inspect.signature(DistributedDataParallel).parameters
-        switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        # Every step has the same graph, as methods guarantee; with accumulation, steps without a reduction differ.
-        fixed = dict(gradient_as_bucket_view=True, static_graph=self.accum_iter == 1)
-        return DistributedDataParallel(module, device_ids=device_ids, **fixed, **{switch: False})
+        # Buffers are not broadcast in every step: teachers get the same updates on every rank, and rank 0's running
+        # statistics are broadcast before an evaluation (`sync_buffers`). torch 2.14 renamed the argument.
+        parameters = inspect.signature(DistributedDataParallel).parameters
+        broadcast = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+        # Methods guarantee that every step has the same graph. With accumulation, micro-batches with and without a
+        # gradient reduction differ.
+        options = dict(gradient_as_bucket_view=True, static_graph=self.accum_iter == 1)
+        return DistributedDataParallel(module, device_ids=device_ids, **options, **{broadcast: False})
 
     @contextlib.contextmanager
     def autocast(self, batch: MicroBatch):
-        """Return the context of the forward pass: mixed precision, and no gradient reduction before the window's last
-        micro-batch."""
+        """Return the context of the forward pass: mixed precision, and gradients that are reduced over ranks only in
+        the window's last micro-batch."""
         with contextlib.ExitStack() as stack:
             if not batch.is_last_of_window and self.ddp_model is not self.train_module:
                 stack.enter_context(self.ddp_model.no_sync())
@@ -65,7 +67,7 @@ class Stepper:
             yield
 
     def backward(self, loss: torch.Tensor, batch: MicroBatch) -> None:
-        """Back-propagate the micro-batch's share of `loss` (scalar): divided by the size of the window."""
+        """Back-propagate `loss` (scalar), divided by the number of micro-batches in the window."""
         with self._counting():
             self.scaler.backward(loss / batch.window)
         if self.flops:
@@ -75,8 +77,8 @@ class Stepper:
         return self.flops.counting() if self.flops else contextlib.nullcontext()
 
     def step(self) -> torch.Tensor:
-        """Clip, step if the gradients are finite, and clear them. Return their norm before clipping, a scalar on the
-        device."""
+        """Clip the gradients, take a step if they are finite, and clear them. Return their norm before clipping, a
+        scalar on the device."""
         norm = self.scaler.step(self.optimizer, self.train_module.parameters(), self.clip_grad)
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -318,8 +318,8 @@ def test_other_forms(tmp_path):
         ("--metric acc", "--metric acc is in none of these 1 runs; they have main_linprobe:test_acc1"),
         ("--where mask_ratio", "must be flag=value"),
         ("--where mask_ratio=0.5", "holds for no run; mask_ratio is 0.75"),
-        ("--plot {box}/a.png --x blr", "--x blr must be one of --by run"),
-        ("--plot {box}/a.png", "--x run is a number in none of these rows"),
+        ("--plot {tmp}/a.png --x blr", "--x blr must be one of --by run"),
+        ("--plot {tmp}/a.png", "--x run is a number in none of these rows"),
         ("--plot /nowhere/a.png --by blr", "--plot /nowhere/a.png must be in a folder that exists"),
         ("--allow_differing blrr", "blrr is no flag"),
     ],
@@ -327,7 +327,7 @@ def test_other_forms(tmp_path):
 def test_mistakes(tmp_path, flags, message):
     write(tmp_path / "a", source=pretraining())
     with pytest.raises(UserError, match=message):
-        cells(tmp_path, *flags.format(box=tmp_path).split())
+        cells(tmp_path, *flags.format(tmp=tmp_path).split())
     with pytest.raises(UserError, match="no finished run"):
         cells(tmp_path / "empty")
 
