@@ -21,7 +21,7 @@ from util.data.transforms import check_channels
 from util.datasets import build_transform
 from util.errors import UserError, user_errors
 from util.lr_decay import param_groups_lrd
-from util.parser import Parser, rare
+from util.parser import Flags, Parser, rare
 from util.report.ledger import Record
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
@@ -292,6 +292,7 @@ def freeze_encoder(model: models_vit.VisionTransformer, trainable_blocks: int) -
 def main(args) -> dict[str, float]:
     """Fine-tune or evaluate once. Return the scores of the last evaluation. Raises UserError for mistakes in flags and
     files."""
+    args = Flags.of(args)
     check(args)
     device = start(args)
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None

@@ -36,7 +36,7 @@ from util.errors import UserError, user_errors
 from util.lars import LARS
 from util.lr_sched import adjust_learning_rate
 from util.parallel.distributed import is_main_process, shut_down
-from util.parser import Parser
+from util.parser import Flags, Parser
 from util.report.ledger import Record
 from util.report.log import log_line
 from util.training.run import Run, start
@@ -332,6 +332,7 @@ def training_loader(args, images):
 
 def main(args) -> dict:
     """Probe or evaluate once. Return the scores on the test split. Raises UserError for mistakes in flags and files."""
+    args = Flags.of(args)
     check(args)
     device = start(args)
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None

@@ -26,7 +26,7 @@ from util.data.sample_rng import seeded
 from util.data.transforms import check_channels, pretrain_transform, three_augment
 from util.errors import UserError, user_errors
 from util.parallel.fsdp import check_sharded, gathered, shard
-from util.parser import Parser, rare
+from util.parser import Flags, Parser, rare
 from util.report.ledger import Record, strict
 from util.training.finished import end_again
 from util.training.run import Run, start
@@ -277,6 +277,7 @@ def write_results(run: Run, metrics: dict[str, float]) -> None:
 
 def main(args) -> None:
     """Pretrain once. Raises UserError for mistakes in flags and files."""
+    args = Flags.of(args)
     chosen = settle(args)
     with seeded(args.seed):
         model = build(args)

@@ -1,6 +1,7 @@
 """The parser of every command: `--help` leaves out the rare flags, and mistakes are reported in one line."""
 
 import argparse
+import copy
 import os
 import shutil
 import sys
@@ -21,6 +22,25 @@ class Flags(argparse.Namespace):
 
     def freeze(self) -> None:
         self._frozen = True
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Flags":
+        """Return `args` if they are flags that can be settled, else a copy of them that can: of a plain Namespace, or
+        of the flags of an earlier run in this process."""
+        return args if isinstance(args, cls) and not args.frozen else cls(**vars(args))
+
+    def __copy__(self) -> "Flags":
+        return self.__deepcopy__({}, copy_value=lambda value, _: value)
+
+    def __deepcopy__(self, memo: dict, copy_value=copy.deepcopy) -> "Flags":
+        copied = Flags(**{name: copy_value(value, memo) for name, value in vars(self).items()})
+        if self.frozen:
+            copied.freeze()
+        return copied
+
+    def __reduce__(self):
+        """Pickle as a plain Namespace, which can be read without this project."""
+        return argparse.Namespace, (), dict(vars(self))
 
     def __setattr__(self, name: str, value) -> None:
         self._refuse_if_frozen(name)

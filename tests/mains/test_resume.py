@@ -18,7 +18,7 @@ import main_pretrain
 import util.training.run
 from util.checkpoint.files import list_checkpoints
 from util.checkpoint.resume import find_resume
-from util.checkpoint.save import save_checkpoint
+from util.checkpoint.save import Retention, save_checkpoint
 
 STEPS = 22  # 1437 digits in batches of 64
 
@@ -197,7 +197,7 @@ def test_auto_with_nothing_to_resume(tmp_path, capsys):
 def test_keep(tmp_path):
     """The newest `keep` files of epochs stay; files inside an epoch stay until a later one is complete."""
     for epoch, batch in ((0, 0), (1, 4), (1, 8), (1, 0), (2, 0), (3, 4)):
-        save_checkpoint(tmp_path, epoch, batch, {"epoch": epoch}, keep=2)
+        save_checkpoint(tmp_path, epoch, batch, {"epoch": epoch}, Retention(keep=2))
     left = [path.name for path in list_checkpoints(tmp_path)]
     assert left == ["checkpoint-3-4.pth", "checkpoint-2.pth", "checkpoint-1.pth"]
 
@@ -225,10 +225,19 @@ def test_checkpoint_layout(tmp_path):
     assert (tmp_path / "encoder.safetensors").exists()
 
 
-def test_save_steps_at_the_end_of_an_epoch(image_folder, tmp_path):
-    """Six steps an epoch: a checkpoint that is due after the last one is written there, whatever --save_freq is."""
+def test_save_steps_at_the_end_of_an_epoch(image_folder, tmp_path, monkeypatch):
+    """Six steps an epoch: a checkpoint that is due after the last one is written there, and deleted after the next one
+    unless --save_freq keeps it; --keep does not count it."""
+    files, finish_epoch = [], util.training.run.Run.finish_epoch
+
+    def finish(run, row):
+        finish_epoch(run, row)
+        files.append({path.name for path in tmp_path.glob("checkpoint-*")})
+
+    monkeypatch.setattr(util.training.run.Run, "finish_epoch", finish)
     flags = (
         f"{SMALL} --data_path {image_folder} --aug none --num_workers 0 --batch_size 16 --warmup_epochs 0 --device cpu"
     )
-    pretrain(f"{flags} --vis_freq 0 --epochs 3 --save_freq 20 --save_steps 2 --output_dir {tmp_path}")
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{epoch}.pth" for epoch in range(3)}
+    pretrain(f"{flags} --vis_freq 0 --epochs 4 --save_freq 20 --save_steps 2 --keep 2 --output_dir {tmp_path}")
+    epochs = [{0}, {0, 1}, {0, 2}, {0, 3}]
+    assert files == [{f"checkpoint-{epoch}.pth" for epoch in kept} for kept in epochs]

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from util.checkpoint import retry
@@ -10,19 +11,34 @@ from util.checkpoint.files import NAME, checkpoint_name, list_checkpoints, resum
 from util.parallel.distributed import is_main_process
 
 
-def save_checkpoint(output_dir: str | Path, epoch: int, batch: int, content: dict, keep: int = 0) -> Path:
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay when a new one is written.
+
+    Of those at the end of an epoch the newest `keep` stay (0: all). A `temporary` one stays only until the next one is
+    complete, like those inside an epoch, and does not count for `keep`. `outdated` is a temporary one that was written
+    before.
+    """
+
+    keep: int = 0
+    temporary: bool = False
+    outdated: Path | None = None
+
+
+def save_checkpoint(
+    output_dir: str | Path, epoch: int, batch: int, content: dict, retention: Retention = Retention()
+) -> Path:
     """Write one checkpoint on the main process, then delete those that are no longer needed; all ranks must call it.
 
-    A checkpoint inside an epoch is kept until a later one is complete; of those at the end of an epoch the newest
-    `keep` are kept (0: all). Raises SaveFailed on all ranks when it cannot be written; then nothing is deleted.
+    Raises SaveFailed on all ranks when it cannot be written; then nothing is deleted.
     """
     path = Path(output_dir) / checkpoint_name(epoch, batch)
     retry.on_main_process(lambda: write_tensors(path, content))
-    retry.on_main_process(lambda: _tidy(path, keep))
+    retry.on_main_process(lambda: _tidy(path, retention))
     return path
 
 
-def save_folder(output_dir: str | Path, epoch: int, batch: int, write, keep: int = 0) -> Path:
+def save_folder(output_dir: str | Path, epoch: int, batch: int, write, retention: Retention = Retention()) -> Path:
     """Like `save_checkpoint`, for a folder into which every process writes its share by `write(folder)`."""
     path = Path(output_dir) / checkpoint_name(epoch, batch, "dcp")
     temporary = path.with_name(f".{path.name}.tmp")
@@ -33,7 +49,7 @@ def save_folder(output_dir: str | Path, epoch: int, batch: int, write, keep: int
         if is_main_process():
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    retry.on_main_process(lambda: _tidy(path, keep))
+    retry.on_main_process(lambda: _tidy(path, retention))
     return path
 
 
@@ -42,13 +58,14 @@ def _replace_folder(new: Path, path: Path) -> None:
     os.replace(new, path)
 
 
-def _tidy(path: Path, keep: int) -> None:
+def _tidy(path: Path, retention: Retention) -> None:
     """Delete the checkpoints beside `path` that are no longer needed."""
-    epoch_files = 0
+    epoch_files, keep = 0, retention.keep
     for old in list_checkpoints(path.parent):
         inside_epoch = NAME.fullmatch(old.name)[2] is not None
-        epoch_files += not inside_epoch
-        superfluous = inside_epoch or (keep and epoch_files > keep)
+        temporary = inside_epoch or old == retention.outdated or (old == path and retention.temporary)
+        epoch_files += not temporary
+        superfluous = temporary or (keep and epoch_files > keep)
         if old != path and superfluous and resume_position(old) < resume_position(path):
             remove_checkpoint(old)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from util.checkpoint.atomic import write_tensors
 from util.checkpoint.retry import GrowingFile, LateFile, Saver
+from util.checkpoint.save import Retention
 from util.errors import RunFailed
 from util.parallel.distributed import is_main_process
 from util.training import run_state
@@ -20,22 +21,27 @@ class Checkpointer:
         self.best_file = LateFile(Path(output_dir) / "checkpoint-best.pth", write_tensors)
         self.saver.files = [*logs, self.best_file]
         self.best = 0.0  # highest score so far
+        self.temporary: Path | None = None  # the last checkpoint, if it is to be deleted after the next one
 
-    def save(self, run, last: bool = False) -> None:
-        """Write a checkpoint of `run`. A failed save is retried later (`util.checkpoint.retry.Saver`), unless it is the
-        `last` one, which must succeed. Raises RunFailed, and writes nothing, if a weight or optimizer state is not
-        finite."""
+    def save(self, run, last: bool = False, temporary: bool = False) -> None:
+        """Write a checkpoint of `run`; a `temporary` one is deleted after the next one. A failed save is retried later
+        (`util.checkpoint.retry.Saver`), unless it is the `last` one, which must succeed. Raises RunFailed, and writes
+        nothing, if a weight or optimizer state is not finite."""
         if not self.writes:
             return
         moments = {name: run.optimizer.state.get(p, {}) for name, p in run.train_module.named_parameters()}
         broken = broken_state({"weight": run.train_module.state_dict(), "optimizer state": moments})
         if broken:
             raise RunFailed(f"{broken} is non-finite after step {run.step}: not saved, the last checkpoint is good")
-        self.saver.save(lambda: run_state.save(run), last)
+        self.saver.save(lambda: self._write(run, temporary), last)
+
+    def _write(self, run, temporary: bool) -> None:
+        path = run_state.save(run, Retention(run.args.keep, temporary, self.temporary))
+        self.temporary = path if temporary else None
 
     def save_best(self, run, score: float) -> None:
         """Write the weights of `run` to checkpoint-best.pth if their `score` is the highest so far."""
-        if score <= self.best:
+        if not score > self.best:  # NaN is never the best
             return
         self.best = score
         if self.writes:

@@ -266,8 +266,9 @@ class Run:
         if get_world_size() > 1:
             stop = bool(all_reduce_sum(torch.tensor(float(stop), device=self.device)).item())
         self.stopped = stop and not self.ended
-        if self.save_due or number % self.args.save_freq == 0 or self.ended or self.stopped:
-            self.save(last=self.ended or self.stopped)
+        scheduled = number % self.args.save_freq == 0 or self.ended or self.stopped
+        if scheduled or self.save_due:
+            self.checkpoints.save(self, last=self.ended or self.stopped, temporary=not scheduled)
 
     def save(self, last: bool = False) -> None:
         """Write a checkpoint (`Checkpointer.save`)."""

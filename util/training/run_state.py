@@ -7,7 +7,7 @@ from textwrap import shorten
 
 from util.checkpoint import sharded
 from util.checkpoint.same_run import check_same_run, flags_of, plain
-from util.checkpoint.save import save_checkpoint, save_folder
+from util.checkpoint.save import Retention, save_checkpoint, save_folder
 from util.data.sample_rng import get_rng_state, set_rng_state
 from util.errors import UserError
 from util.parallel.distributed import gather_objects, get_rank, get_world_size
@@ -57,18 +57,17 @@ def _rank_states(run) -> dict[str, object]:
     return {name: state for name, state in states.items() if state is not None}
 
 
-def save(run) -> None:
-    """Write a checkpoint: a file, or with `--fsdp` a folder. All processes must call it. Raises SaveFailed on all of
-    them if it cannot be written now."""
+def save(run, retention: Retention) -> Path:
+    """Write a checkpoint: a file, or with `--fsdp` a folder; return its path. All processes must call it. Raises
+    SaveFailed on all of them if it cannot be written now."""
     target = run.args.output_dir, run.epoch if run.position else run.epoch - 1, run.position
     if not run.sharded:
-        save_checkpoint(*target, content(run), run.args.keep)
-        return
+        return save_checkpoint(*target, content(run), retention)
     rest = {**_rest(run), "methods": {name.split(".")[0]: None for name in run.methods.state_dict()}}
     write = functools.partial(
         sharded.save, module=run.train_module, optimizer=run.optimizer, rest=rest, exported=run.exported()
     )
-    save_folder(*target, write, run.args.keep)
+    return save_folder(*target, write, retention)
 
 
 def resume(run, path: Path) -> None:

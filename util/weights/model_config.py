@@ -96,7 +96,7 @@ def resolve_config(
     if weights is not None:
         shapes = infer_config_from_shapes(weights)
         inferable = {name: value for name, value in shapes.items() if name in inferred}
-        flags = inferable | _stored_flags(weights, flags, model_flag) | flags
+        flags = inferable | _stored_flags(weights, flags, model_flag, "decoder" in inferred) | flags
         if default is None and "model" not in flags:
             raise UserError(f"{weights.path} does not name its model: give {model_flag} ({_candidates(weights)})")
     name = _known_name(flags.get("model") or default, model_flag)
@@ -115,10 +115,14 @@ def resolve_config(
     )
 
 
-def _stored_flags(weights: Weights, given: Mapping[str, Any], model_flag: str) -> dict[str, Any]:
-    """Return the flags that the file was written with and that are not `given`."""
+def _stored_flags(weights: Weights, given: Mapping[str, Any], model_flag: str, decoder: bool) -> dict[str, Any]:
+    """Return the flags that the file was written with and that are not `given`. Without a `decoder` to be built, flags
+    of a decoder that other code stores as another type are left out."""
     stored = {name: weights.args[name] for name in _TYPES if weights.args.get(name) is not None and name not in given}
-    for name, value in stored.items():
+    for name, value in list(stored.items()):
+        if name.startswith("decoder") and not decoder and type(value) is not _TYPES[name]:
+            del stored[name]
+            continue
         sides = value if name == "input_size" and isinstance(value, (list, tuple)) else [0]
         if not isinstance(value, _TYPES[name]) or not sides or not all(isinstance(side, int) for side in sides):
             flag = model_flag if name == "model" else f"--{name}"

@@ -59,9 +59,9 @@ def test_resume_is_exact(image_folder, tmp_path, flags, monkeypatch):
     flags = f"{MLO} --data_path {image_folder} --epochs 3 --save_freq 1 {flags}"
     original = util.training.run_state.save_checkpoint
 
-    def save_checkpoint(folder, epoch, position, content, keep):
+    def save_checkpoint(folder, epoch, position, content, retention):
         torch.save(content, tmp_path / f"after-{content['step']}.pth")
-        original(folder, epoch, position, content, keep)
+        return original(folder, epoch, position, content, retention)
 
     monkeypatch.setattr(util.training.run_state, "save_checkpoint", save_checkpoint)
     pretrain(f"{flags} --save_steps 1 --output_dir {tmp_path}/whole")

@@ -14,6 +14,7 @@ from torch import nn
 from util.pos_embed import get_2d_sincos_pos_embed, interpolate_grid
 from util.weights.file import read_file
 from util.weights.load import Weights, encoder_state, load_into, read_weights, save_encoder
+from util.weights.model_config import resolve_config
 
 # --- reading
 
@@ -348,3 +349,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_encoder({name: value + 1 for name, value in state.items()}, path, {})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["e.safetensors"]
+
+
+def test_odd_decoder_flags_do_not_matter_for_an_encoder():
+    """Other people's training code stores flags of these names, too, in other types."""
+    weights = weights_of(vit(), decoder=True, decoder_depth="8", decoder_embed_dim=512.0, model="vit_micro_patch4")
+    config = resolve_config(weights, {"input_size": 16})
+    assert config.model == "vit_micro_patch4" and config.decoder == "self"
