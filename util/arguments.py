@@ -205,7 +205,9 @@ def _add_checkpoint_arguments(group, save_freq: int, keep: int) -> None:
     group.add_argument("--overwrite", action="store_true", help="delete the run in --output_dir")
     rare(group.add_argument("--start_epoch", default=0, type=int, help="first epoch, when not resuming"))
     group.add_argument("--save_freq", default=save_freq, type=int, help="epochs between checkpoints")
-    group.add_argument("--save_steps", default=0, type=int, help="optimizer steps between temporary checkpoints; 0: none")
+    group.add_argument(
+        "--save_steps", default=0, type=int, help="optimizer steps between temporary checkpoints; 0: none"
+    )
     group.add_argument("--keep", default=keep, type=int, help="epoch checkpoints to keep, the newest ones; 0: all")
     rare(
         group.add_argument(
