@@ -103,7 +103,7 @@ class Run:
         self.stepper = Stepper(device, args.amp_dtype, self.train_module, optimizer, args.accum_iter, args.clip_grad)
         self.reporter = Reporter(args.output_dir, device, self.stepper.scaler, args.spike_factor)
         self.checkpoints = Checkpointer(args.output_dir, args.save_patience, self.reporter.logs)
-        self.stop, self.stopped = StopRequest(), False  # `stopped`: a signal ends the run early
+        self.stop_request, self.stopped = StopRequest(), False  # `stopped`: a signal ends the run early
         self.steps_per_epoch = ceil(len(loader) / args.accum_iter)
         self.total_steps, _ = run_length(len(loader), args.accum_iter, args.epochs, args.max_steps)
         self.epoch, self.position, self.lr, self.save_due = args.start_epoch, 0, 0.0, False
@@ -231,7 +231,10 @@ class Run:
         self.reporter.progress.advance(self.position)
         args, ends = self.args, self.position == self.last_position()
         seconds = self.reporter.clock.seconds_per_step()
-        stop, retry = self.stop.poll(self.step, seconds, args.print_freq, self.checkpoints.saver.due)
+        # All ranks get the same answers.
+        stop, retry = self.stop_request.poll(
+            self.step, seconds, max_steps=args.print_freq, retry=self.checkpoints.saver.due
+        )
         self.save_due = retry or (bool(args.save_steps) and self.step % args.save_steps == 0)
         if ends or self.save_due or stop or self.step % args.print_freq == 0:
             self.reporter.read(self)
@@ -262,7 +265,7 @@ class Run:
         number = self.epoch
         if self.position == len(self.loader):
             self.epoch, self.position, self.reporter.meter = self.epoch + 1, 0, EpochMeter(self.device)
-        stop = self.stop.received is not None
+        stop = self.stop_request.received is not None
         if get_world_size() > 1:
             stop = bool(all_reduce_sum(torch.tensor(float(stop), device=self.device)).item())
         self.stopped = stop and not self.ended
@@ -283,12 +286,12 @@ class Run:
     def close(self) -> None:
         """End the run: report an early stop, close the event file, restore the signal handlers, leave the process
         group."""
-        signals.stopped_by = self.stop.received if self.stopped else None
+        signals.stopped_by = self.stop_request.received if self.stopped else None
         if self.stopped:
             position = f"epoch {self.epoch}, batch {self.position}"
-            print(f"stopped by {self.stop.received} at {position}; --resume auto continues exactly there")
+            print(f"stopped by {self.stop_request.received} at {position}; --resume auto continues exactly there")
         self.board.close()
-        self.stop.close()
+        self.stop_request.close()
         shut_down()
 
     # Access to the parts --------------------------------------------------------------------------------------------
