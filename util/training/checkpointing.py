@@ -1,7 +1,7 @@
 """Writing of a training run's checkpoints and of its best weights.
 
-`Run.finish_step` and `Run.finish_epoch` call `Checkpointer.save`. It writes through `util.checkpoint.retry.Saver`, which
-retries after a failure, `util.training.run_state.save`, which collects the content, and `util.checkpoint.save`.
+`Run.finish_step` and `Run.finish_epoch` call `Checkpointer.save`. It writes through `util.checkpoint.retry.Saver`,
+which retries after a failure, `util.training.run_state.save`, which collects the content, and `util.checkpoint.save`.
 """
 
 from pathlib import Path
