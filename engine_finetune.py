@@ -78,7 +78,7 @@ def print_scores(stats: dict, count: int, score_type=TopK) -> None:
 
 
 def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK) -> dict[str, float]:
-    """Train to the end of the run, or until a signal stops it; return the last evaluation.
+    """Begin the run, train to its end or until a signal stops it, and close it; return the last evaluation.
 
     The model is evaluated every `--eval_freq` epochs and after the last one. The weights with the best main score
     (`score_type.headline`, e.g. top-1) are kept in checkpoint-best.pth. For a run that was resumed at its end, only
@@ -104,7 +104,7 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK)
         run.finish_epoch(row)  # logs the epoch; writes a checkpoint every --save_freq epochs
     if not run.stopped and is_main_process():
         run.board.hparams(vars(args), {**run.reporter.last_means, **stats})
-    run.append_to_ledger()
+    run.append_to_ledger()  # its line in results.jsonl, unless a signal stopped it
     run.close()
     return stats
 

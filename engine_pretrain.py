@@ -61,6 +61,6 @@ def train_one_epoch(pretrainer: Pretrainer, run: Run, args) -> None:
 def log_metrics(pretrainer: Pretrainer, run: Run, imgs: torch.Tensor) -> None:
     """Collect the methods' metrics and, every `diagnostics_every` steps, their diagnostics; `finish_step` logs them."""
     run.log(pretrainer.metrics())
-    for method in pretrainer.diagnostics_due(run.step):
-        with run.measuring():  # its time does not count in the speed
-            run.log(method.diagnostics(pretrainer, imgs, run.step))
+    if pretrainer.diagnostics_due(run.step):
+        with run.measuring():  # the time of this does not count in the speed
+            run.log(pretrainer.diagnostics(imgs, run.step))

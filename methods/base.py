@@ -183,3 +183,9 @@ class Method(nn.Module):
         """Return complete models of the method (an EMA teacher, say) to store beside `model` in checkpoints, by keys
         that begin with `model_`. Their tensor names are those of `model`."""
         return {}
+
+
+def zero_term(module: nn.Module) -> torch.Tensor | float:
+    """Return 0 with zero gradients for the parameters of `module`. Add it to a loss that does not use them in a step:
+    DDP waits for the gradient of every parameter."""
+    return sum(0.0 * parameter.sum() for parameter in module.parameters())

@@ -10,7 +10,7 @@ Shapes: N images, L patches, P predicted patches, D encoder width, d decoder wid
 import torch
 from torch import nn
 
-from methods.base import Method
+from methods.base import Method, zero_term
 from methods.options import Option
 from models_encoder import PatchEncoder
 from models_mae import MaskedAutoencoderViT, MaskedOutput
@@ -139,11 +139,11 @@ class Bootstrap(Method):
 
     def patch_loss(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, out: MaskedOutput) -> torch.Tensor:
         if not self.ready:
-            return model.reconstruction_loss(out) + _idle(self.head)
+            return model.reconstruction_loss(out) + zero_term(self.head)
         with torch.no_grad():
             target = widened(out.select_predicted(target_features(self.target.network, imgs, self.layers)))
             target = normalized(target) if self.normalize else target
-        return feature_loss(out, target) + _idle(model.decoder_pred)
+        return feature_loss(out, target) + zero_term(model.decoder_pred)
 
     def copy_student(self, model: MaskedAutoencoderViT, epoch: int) -> None:
         if not self.ready:
@@ -182,12 +182,6 @@ class Bootstrap(Method):
 
     def set_extra_state(self, state: dict) -> None:
         self.ready, self.age = state["ready"], state["age"]
-
-
-def _idle(head: nn.Module) -> torch.Tensor | float:
-    """Return zero, with zero gradients for a head that the loss does not use at present: DDP waits for the gradient of
-    every parameter."""
-    return sum(0.0 * parameter.sum() for parameter in head.parameters())
 
 
 class MAEK(Bootstrap):

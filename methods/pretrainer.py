@@ -1,5 +1,8 @@
 """The autoencoder and the enabled methods as one module."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -47,17 +50,13 @@ class Pretrainer(nn.Module):
         return self._losses(imgs, out), out
 
     def _losses(self, imgs, out: MaskedOutput) -> dict[str, torch.Tensor]:
-        """Return the loss of the predictions, then the terms of all methods. Raises ValueError if two of them have the
-        same name, or one that the log uses itself."""
+        """Return the loss of the predictions, then the terms of all methods."""
         methods = self.methods.values()
         replaced = [(method.loss_name, method.patch_loss(self.model, imgs, out)) for method in methods]
         parts = [(name, loss) for name, loss in replaced if loss is not None]
         parts = parts or [("reconstruction", self.model.reconstruction_loss(out))]
         parts += [item for method in methods for item in method.terms(self.model, imgs, out).items()]
-        names = [name for name, _ in parts]
-        if len(set(names)) < len(names) or RESERVED_NAMES & set(names):
-            raise ValueError(f"terms of the loss need names of their own, not {', '.join(names)}")
-        return dict(parts)
+        return _by_name(parts)
 
     def first_batch(self, imgs) -> None:
         """Call `first_batch` of all methods, once per process."""
@@ -84,7 +83,7 @@ class Pretrainer(nn.Module):
         return not any(method.head_in_use for method in self.methods.values())
 
     def metrics(self) -> dict[str, torch.Tensor | float | None]:
-        return {name: value for method in self.methods.values() for name, value in method.metrics().items()}
+        return _by_name(item for method in self.methods.values() for item in method.metrics().items())
 
     def pictures(self, imgs, shown) -> dict[str, torch.Tensor]:
         return {k: v for method in self.methods.values() for k, v in method.pictures(self.model, imgs, shown).items()}
@@ -96,6 +95,10 @@ class Pretrainer(nn.Module):
         """Return the methods whose diagnostics are due after optimizer step `step`."""
         return [m for m in self.methods.values() if m.diagnostics_every and step % m.diagnostics_every == 0]
 
+    def diagnostics(self, imgs, step: int) -> dict[str, torch.Tensor | None]:
+        due = self.diagnostics_due(step)
+        return _by_name(item for method in due for item in method.diagnostics(self, imgs, step).items())
+
     def no_weight_decay(self) -> set[str]:
         return {f"methods.{key}.{name}" for key, method in self.methods.items() for name in method.no_weight_decay()}
 
@@ -106,3 +109,13 @@ class Pretrainer(nn.Module):
 def _first(values):
     """Return the first value that is not None. At most one is: `enabled_methods` allows one method per slot."""
     return next((value for value in values if value is not None), None)
+
+
+def _by_name(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return `items` as a dict. Raises ValueError for a name that two of them have, or that the log uses itself: one
+    value would replace the other."""
+    items = list(items)
+    names = [name for name, _ in items]
+    if len(set(names)) < len(names) or RESERVED_NAMES & set(names):
+        raise ValueError(f"what methods log needs names of its own, not {', '.join(names)}")
+    return dict(items)

@@ -1,7 +1,7 @@
 """Read the imports of the project and report those that break its layout.
 
 A module may import from its own room and from the rooms before it in `ROOMS`. No two modules import each other, not
-even through others. Imports stand at the top of a file, unless they are in `ALLOWED_LATE`.
+even through others. Imports of the project's modules stand at the top of a file.
 """
 
 import ast

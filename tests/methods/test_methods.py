@@ -149,5 +149,17 @@ def test_names_of_terms_are_unique(name):
     model = build_model("mae_vit_micro_patch4", img_size=16)
     pretrainer = Pretrainer(model, [Smooth(parse(["--smooth", "0.5"]), model)])
     pretrainer.methods["smooth"].terms = lambda model, imgs, out: {name: out.pred.mean()}
-    with pytest.raises(ValueError, match="names of their own"):
+    with pytest.raises(ValueError, match="names of its own"):
         pretrainer(torch.randn(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("hook", ["metrics", "diagnostics"])
+def test_names_of_metrics_and_diagnostics_are_unique(hook):
+    model = build_model("mae_vit_micro_patch4", img_size=16)
+    pretrainer = Pretrainer(model, [Smooth(parse(["--smooth", "1"]), model), Rival(parse(["--smooth", "1"]), model)])
+    for method in pretrainer.methods.values():
+        method.diagnostics_every = 2
+        setattr(method, hook, lambda *_: {"same": 1.0})
+    with pytest.raises(ValueError, match="not same, same"):
+        pretrainer.metrics() if hook == "metrics" else pretrainer.diagnostics(torch.zeros(1), 4)
+    assert pretrainer.diagnostics(torch.zeros(1), 5) == {}

@@ -5,18 +5,12 @@ from pathlib import Path
 
 from util.architectures import own_config
 from util.errors import UserError
-from util.weights.file import read_file
 
 
 def flags_of(state: dict) -> dict:
     """Return the flags of the run that wrote this checkpoint, {} when it stores none."""
     args = state.get("args")
     return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
-
-
-def stored_args(path: Path) -> dict:
-    """Return `flags_of` the checkpoint at `path`. Raises UserError when it is not a checkpoint."""
-    return flags_of(read_file(path))
 
 
 # Flags that determine the model's tensors or their meaning; a run cannot continue with other values.

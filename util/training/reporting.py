@@ -64,7 +64,7 @@ class Reporter:
 
     # Every --print_freq steps ---------------------------------------------------------------------------------------
 
-    def read(self, run) -> None:
+    def check_and_log(self, run) -> None:
         """Read the metrics, check them, and log them. Waits for the device. Raises RunFailed for non-finite values and
         for persistent fp16 overflows, UserError for too many unreadable images."""
         self.meter.add({"bad_images": self.unreadable})
@@ -93,6 +93,7 @@ class Reporter:
         rates = self.clock.read()
         if run.stepper.flops:
             rates["mfu_percent"] = run.stepper.flops.utilisation(rates["images_per_s"] / get_world_size())
+        # A sum among the means, because checkpoints store these.
         self.meter.epoch["seconds"] = [self.meter.epoch.get("seconds", [0.0])[0] + rates.pop("seconds"), 1]
         return rates
 

@@ -97,7 +97,7 @@ class Run:
     ):
         self.args, self.device, self.loader, self.classes = args, device, loader, classes
         self.saved_model, self.train_module, self.optimizer = saved_model, train_module or saved_model, optimizer
-        self.methods = getattr(self.train_module, "methods", None)
+        self.methods = getattr(self.train_module, "methods", nn.ModuleDict())
         self.sharded = getattr(args, "fsdp", False)
         self.record, self.resumed_from = record or Record("", args), resume
         self.stepper = Stepper(device, args.amp_dtype, self.train_module, optimizer, args.accum_iter, args.clip_grad)
@@ -106,7 +106,8 @@ class Run:
         self.stop_request, self.stopped = StopRequest(), False  # `stopped`: a signal ends the run early
         self.steps_per_epoch = ceil(len(loader) / args.accum_iter)
         self.total_steps, _ = run_length(len(loader), args.accum_iter, args.epochs, args.max_steps)
-        self.epoch, self.position, self.lr, self.save_due = args.start_epoch, 0, 0.0, False
+        self.epoch, self.position, self.window_start = args.start_epoch, 0, 0
+        self.lr, self.save_due = 0.0, False
         if resume is not None:
             run_state.resume(self, resume)
         # Computed from the position, not read from the file: correct with --start_epoch and other batch flags, too.
@@ -126,7 +127,7 @@ class Run:
         """Prepare for training: compile, wrap for DDP, create the folders and the first files. No file changes before
         this."""
         args, resume = self.args, self.resumed_from
-        external = [network for method in self.all_methods() for network in method.external_networks()]
+        external = [network for method in self.methods.values() for network in method.external_networks()]
         self.stepper.prepare([self.train_module, *external] if args.compile else [], args.log_mfu, self.sharded)
         make_output_dir(args.output_dir, args.log_dir, args.overwrite)
         if resume is not None and args.output_dir:
@@ -209,13 +210,15 @@ class Run:
         self.stepper.backward(total, batch)
         detached = {name: loss.detach() for name, loss in losses.items()}
         self.reporter.add_losses(self.step, {"loss": total.detach(), **detached}, batch)
+        if batch.is_first_of_window:
+            self.window_start = batch.position
         self.position = batch.position + 1
 
     def optimizer_step(self) -> torch.Tensor:
         """Set the learning rate, clip, and step; `finish_step` must follow. Return a scalar on the device: 1 if the
         step was applied, 0 if it was skipped because of a non-finite gradient."""
-        first = self.position - 1 - (self.position - 1) % self.args.accum_iter  # micro-batch of the window
-        self.lr = adjust_learning_rate(self.optimizer, self.epoch + first / len(self.loader), self.args)
+        epoch = self.epoch + self.window_start / len(self.loader)
+        self.lr = adjust_learning_rate(self.optimizer, epoch, self.args)
         self.reporter.add_step(self.step, self.stepper.step())
         return self.stepper.scaler.applied
 
@@ -237,7 +240,7 @@ class Run:
         )
         self.save_due = retry or (bool(args.save_steps) and self.step % args.save_steps == 0)
         if ends or self.save_due or stop or self.step % args.print_freq == 0:
-            self.reporter.read(self)
+            self.reporter.check_and_log(self)
         if ends:  # `finish_epoch` saves and stops: the epoch is not logged yet
             return
         self.stopped = stop
@@ -308,12 +311,9 @@ class Run:
     def board(self) -> Board:
         return self.reporter.board
 
-    def all_methods(self):
-        return self.methods.values() if self.methods is not None else ()
-
     def exported(self) -> dict[str, nn.Module]:
         """Return complete models that the methods own (an EMA teacher, say), by their keys in checkpoints."""
-        return {key: model for method in self.all_methods() for key, model in method.exported().items()}
+        return {key: model for method in self.methods.values() for key, model in method.exported().items()}
 
     def image_name(self, index: int) -> str:
         images = getattr(self.loader.dataset, "images", None)

@@ -20,7 +20,7 @@ def content(run) -> dict:
     return {
         "model": run.saved_model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
-        "methods": run.methods.state_dict() if run.methods is not None else {},
+        "methods": run.methods.state_dict(),
         **{key: model.state_dict() for key, model in run.exported().items()},
         **_rest(run),
     }
@@ -53,7 +53,7 @@ def _rest(run) -> dict:
 
 def _rank_states(run) -> dict[str, object]:
     """Return the methods' states that only this process has, by method."""
-    states = {name: method.rank_state() for name, method in (run.methods.items() if run.methods else ())}
+    states = {name: method.rank_state() for name, method in run.methods.items()}
     return {name: state for name, state in states.items() if state is not None}
 
 
@@ -128,8 +128,6 @@ def _restore_position(run, data: dict) -> None:
 
 
 def _check_methods(run, path: Path, state: dict) -> None:
-    if run.methods is None:
-        return
     keys = state.get("methods", {}), run.methods.state_dict()
     theirs, ours = ({key.split(".")[0] for key in names} for names in keys)
     if theirs != ours:
@@ -150,8 +148,7 @@ def _load(run, path: Path, state: dict) -> None:
         theirs |= {name: ours[name] for name in ("fused", "foreach", "capturable") if name in ours}
     try:
         run.saved_model.load_state_dict(state["model"])
-        if run.methods is not None:
-            run.methods.load_state_dict(state.get("methods", {}))
+        run.methods.load_state_dict(state.get("methods", {}))
         run.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = shorten(str(error).strip().splitlines()[-1], 200)
