@@ -262,11 +262,16 @@ def test_two_ranks_while_a_part_of_a_folder_cannot_be_written(image_folder, tmp_
     assert find_resume("auto", str(tmp_path)) is None
 
 
+# Room for one and a half checkpoints, so that the second one fails however slow the machine is; all of it is taken once
+# the first one is there, and given back once the run has reported the failure.
 TMPFS = """
 mount -t tmpfs -o size=48m none {disk} || exit 77
-(while [ ! -e {disk}/checkpoint-0-2.pth ]; do sleep 0.02; done
- head -c 48m /dev/zero > {disk}/filler 2> /dev/null; sleep 0.5; rm {disk}/filler) &
-{command}
+head -c 33m /dev/zero > {disk}/filler
+(while [ ! -e {disk}/checkpoint-0-1.pth ]; do sleep 0.02; done
+ head -c 48m /dev/zero > {disk}/rest 2> /dev/null
+ until grep -q "No space left on device" {log}; do sleep 0.02; done
+ rm {disk}/filler {disk}/rest) &
+{command} > {log}
 code=$?
 kill $! 2> /dev/null
 cp -r {disk}/. {out}
@@ -275,17 +280,17 @@ exit $code
 
 
 def test_a_real_full_disk(undisturbed, image_folder, tmp_path):
-    """A tmpfs with room for five checkpoints of 9.6 MB, which is filled for half a second after step 2; skipped where
-    mounting is not permitted."""
-    out, disk = tmp_path / "out", tmp_path / "disk"
+    """A tmpfs that is full from the second checkpoint (9.6 MB each) until the run reports it; skipped where mounting is
+    not permitted."""
+    out, disk, log = tmp_path / "out", tmp_path / "disk", tmp_path / "log"
     out.mkdir(), disk.mkdir()
     command = f"{sys.executable} {ROOT}/main_pretrain.py {FLAGS} --data_path {image_folder} --output_dir {disk}"
-    script = TMPFS.format(disk=disk, out=out, command=f"{command} --save_patience 1")
+    script = TMPFS.format(disk=disk, out=out, log=log, command=f"{command} --save_patience 1")
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=170)
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip("no tmpfs can be mounted here")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "No space left on device" in done.stdout
+    assert "No space left on device" in log.read_text()
     assert_same_run(out, undisturbed)
 
 
