@@ -16,6 +16,7 @@ from util.checkpoint.resume import find_resume
 from util.data.build import build_loader
 from util.data.labels import read_labelled, with_noise
 from util.data.leak import check_leak
+from util.data.pixel_range import settle_pixel_range
 from util.data.sample_rng import seeded
 from util.data.transforms import check_channels
 from util.datasets import build_transform
@@ -258,6 +259,7 @@ def read_weights_and_images(args, resume: Path | None):
     if args.check_leak:
         check_leak(images, held_out)
     args.nb_classes = count_classes(args, images, held_out)
+    settle_pixel_range(args, images or held_out, lambda: weights.args if weights else {})
     return weights, images, held_out
 
 

@@ -28,6 +28,7 @@ from util.compute.precision import choose_amp_dtype
 from util.data.build import build_loader
 from util.data.image_format import image_shape, mean_std
 from util.data.leak import check_leak
+from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
 from util.data.sample_rng import seeded
 from util.data.transforms import check_channels, probe_transform
@@ -320,6 +321,7 @@ def read_weights_and_images(args, resume: Path | None):
     if args.check_leak:
         check_leak(images, held_out)
     args.nb_classes = count_classes(args, images, held_out)
+    settle_pixel_range(args, images, lambda: weights.args if weights else {})
     return weights, images, held_out
 
 

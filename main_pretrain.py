@@ -12,8 +12,9 @@ from engine_pretrain import train
 from evaluation.monitor import Monitor
 from methods import METHODS, Method, Pretrainer, add_method_arguments, enabled_methods
 from util import arguments
+from util.checkpoint import sharded
 from util.checkpoint.resume import find_resume
-from util.checkpoint.same_run import FREE_FLAGS
+from util.checkpoint.same_run import FREE_FLAGS, flags_of
 from util.compute.kernels import choose_attention
 from util.compute.precision import choose_amp_dtype
 from util.data.batch_aug import BatchTransform
@@ -21,6 +22,7 @@ from util.data.build import build_loader, check_enough
 from util.data.cache import CACHES, CachedLoader, cache_images
 from util.data.image_format import image_shape, mean_std
 from util.data.leak import check_leak
+from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
 from util.data.sample_rng import seeded
 from util.data.transforms import check_channels, pretrain_transform, three_augment
@@ -31,6 +33,7 @@ from util.report.ledger import Record, strict
 from util.training.finished import end_again
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
+from util.weights.file import read_file
 from util.weights.load import Weights, encoder_state, load_into, read_weights, save_encoder
 
 
@@ -195,6 +198,13 @@ def read_starting_weights(args, model) -> tuple[Path | None, Weights | None]:
     return resume, weights
 
 
+def stored_flags(resume: Path | None, weights: Weights | None) -> dict:
+    """Return the flags that are stored in the checkpoint to resume, or else with the starting weights."""
+    if resume is not None:
+        return flags_of(read_file(resume / sharded.REST if resume.is_dir() else resume))
+    return weights.args if weights is not None else {}
+
+
 def read_training_images(args):
     """Return the images of the training split. Raises UserError if `--check_leak` detects images of the validation
     split among them."""
@@ -287,6 +297,7 @@ def main(args) -> None:
     model.set_grad_checkpointing(args.grad_checkpoint)
     images = read_training_images(args)
     resume, weights = read_starting_weights(args, model)
+    settle_pixel_range(args, images, lambda: stored_flags(resume, weights))
     with seeded(args.seed, 1):
         methods = [method(args, model) for method in chosen]
         images, held_out = split_images(methods, args, images)

@@ -10,16 +10,18 @@ import torch
 from torchvision import transforms
 
 from util.data.image_format import MEAN_STD, mean_std
+from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
 from util.data.samples import KeyedDataset
 from util.data.sources import Files, Subset
-from util.data.transforms import check_channels, eval_transform
+from util.data.transforms import Converter, check_channels, eval_transform
 from util.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImageOptions:
-    """The flags that `util.data` reads, resolved for one checkpoint. Its functions take them in place of the flags."""
+    """The flags that `util.data` reads, resolved for one checkpoint. Its functions take them in place of the flags.
+    Nothing changes but `pixel_range`, which `settle_pixel_range` sets when the first images are read."""
 
     in_chans: int
     input_size: tuple[int, int]
@@ -33,11 +35,17 @@ class ImageOptions:
     shuffle_buffer: int = 1
     nb_classes: int | None = None
     jpeg_draft: bool = False
+    pixel_range: list | None = None
 
     @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Per-channel mean and standard deviation. Raises UserError if --mean and --std do not fit the channels."""
         return mean_std(self.dataset, self.in_chans, self.mean, self.std)
+
+    @property
+    def converter(self) -> Converter:
+        """The conversion of an image to 8 bits and the channels of the model."""
+        return Converter(self.in_chans, self.pixel_range)
 
     def transform(self, crop_pct: float | None = None) -> transforms.Compose:
         """Return the transform of evaluation; `crop_pct` replaces that of the flags."""
@@ -51,6 +59,8 @@ def image_options(args, in_chans: int, size: tuple[int, int], stored: Mapping[st
     mean, std = _normalisation(args, stored)
     names = ("dataset", "crop_pct", "seed", "num_workers", "pin_mem", "shuffle_buffer", "nb_classes", "jpeg_draft")
     flags = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    given, known = getattr(args, "pixel_range", None), stored.get("pixel_range")
+    flags["pixel_range"] = known if given in (None, ["auto"]) and known else given
     return ImageOptions(in_chans, tuple(size), mean, std, **flags)
 
 
@@ -85,7 +95,9 @@ def sample_images(args, options: ImageOptions, model, mask_ratio: float = 0.0) -
         raise UserError(f"--mask_ratio {mask_ratio} leaves no visible patch of {patches}: lower it")
     transform, (mean, std) = options.transform(), options.mean_std
     images, source = _open_images(args)
-    dataset = KeyedDataset(images, transform, options.seed, options.in_chans, replace=False)
+    settle_pixel_range(options, images)
+    pixels = {"in_chans": options.in_chans, "pixel_range": options.pixel_range}
+    dataset = KeyedDataset(images, transform, options.seed, replace=False, **pixels)
     indices = torch.linspace(0, len(images) - 1, min(args.count, len(images))).long().tolist()
     samples = [sample for sample in (dataset[index] for index in indices) if not sample.bad]
     if not samples:

@@ -20,6 +20,7 @@ from util.arguments import check_numbers
 from util.compute.precision import choose_amp_dtype
 from util.data.build import build_loader
 from util.data.leak import check_leak
+from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
 from util.data.sample_rng import seeded
 from util.errors import UserError
@@ -67,11 +68,12 @@ class Judged:
     @property
     def flags(self) -> dict[str, Any]:
         """The flags as JSON files, TensorBoard and the ledger record them."""
-        return {**vars(self.args), **self.resolved}
+        return {**vars(self.args), **self.resolved, "pixel_range": self.images.pixel_range}
 
     def features(self, images) -> tuple[torch.Tensor, torch.Tensor]:
         """Return features (M, D) float32 and labels (M,) of the readable images, in their order. Raises UserError as
         `check_readable` does."""
+        settle_pixel_range(self.images, images)
         loader = build_loader(images, self.images.transform(), self.images, self.args.batch_size, train=False)
         pool = self.args.pool
         features, labels = extract(lambda imgs: token_feature(self.model, imgs, pool), loader, self.device, self.dtype)

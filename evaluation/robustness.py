@@ -13,7 +13,7 @@ from evaluation.corruptions import NAMES, SEVERITIES, corrupt
 from util.data.file_lists import class_names, read_lines
 from util.data.readers import class_folder
 from util.data.sources import Files, Images
-from util.data.transforms import to_channels
+from util.data.transforms import Converter
 from util.errors import UserError
 
 # AlexNet's errors in percent, averaged over the severities, by which those of a classifier are divided (the code of
@@ -159,7 +159,7 @@ class Shape:
 
     to_size: Callable
     size: tuple[int, int]
-    in_chans: int
+    convert: Converter
 
 
 class Corrupted(Images):
@@ -176,7 +176,7 @@ class Corrupted(Images):
 
     def load(self, index):
         shape = self.shape
-        img = to_channels(self.images.load(index), shape.in_chans)
+        img = shape.convert(self.images.load(index))
         small = img.height < shape.size[0] or img.width < shape.size[1]
         img = img if small else shape.to_size(img)
         whole_index = self.images.indices[index] if hasattr(self.images, "indices") else index

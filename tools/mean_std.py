@@ -12,6 +12,7 @@ import torch
 from torchvision.transforms.functional import pil_to_tensor
 
 from evaluation import command_line
+from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
 from util.data.samples import KeyedDataset
 from util.data.sources import Images
@@ -39,7 +40,9 @@ def main(args) -> tuple[list[float], list[float]]:
     images = read_images(args, train=True)
     if not isinstance(images, Images):
         raise UserError(f"--dataset {args.dataset} is a stream; compute its statistics on a folder of samples")
-    dataset = KeyedDataset(images, moments, args.seed, args.in_chans, replace=False)
+    settle_pixel_range(args, images)
+    pixels = {"in_chans": args.in_chans, "pixel_range": args.pixel_range}
+    dataset = KeyedDataset(images, moments, args.seed, replace=False, **pixels)
     count = min(args.limit or len(images), len(images))
     indices = torch.linspace(0, len(images) - 1, count).long().tolist()
     loader = torch.utils.data.DataLoader(

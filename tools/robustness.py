@@ -36,9 +36,9 @@ from evaluation.robustness import (
     open_foreign,
 )
 from util.data.build import build_loader
+from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
 from util.data.sources import Subset
-from util.data.transforms import to_channels
 from util.errors import UserError, user_errors
 from util.report.ledger import Record, describe_images
 
@@ -141,10 +141,11 @@ class Bench:
     def shape(self) -> Shape:
         """Return the shape of the classifier's input."""
         images = self.judged.images
-        return Shape(self.transforms()[0], images.input_size, images.in_chans)
+        return Shape(self.transforms()[0], images.input_size, images.converter)
 
     def some(self, evaluation: Evaluation) -> Evaluation:
         """Draw `--images` of an evaluation set without repetition."""
+        settle_pixel_range(self.judged.images, evaluation.images)  # by the first set that is opened
         count, total = self.args.images, len(evaluation.images)
         if count is None or count >= total:
             return evaluation
@@ -164,7 +165,7 @@ class Bench:
             return torch.stack(judged.model(imgs).float()[:, outputs].softmax(dim=1).max(dim=1), dim=1)
 
         to_size, to_tensor = self.transforms(crop_pct)
-        steps = to_tensor if images is not None else transforms.Compose([to_size, to_tensor])
+        steps = to_tensor if images is not None else transforms.Compose(to_size.transforms + to_tensor.transforms)
         images = evaluation.images if images is None else images
         loader = build_loader(images, steps, judged.images, args.batch_size, train=False)
         predictions, labels = extract(encode, loader, judged.device, judged.dtype)
@@ -291,7 +292,7 @@ def draw(bench: Bench, evaluation: Evaluation, path: str, count: int = 2) -> Non
     for row, name in zip(axes, args.corruptions):
         row[0].set_ylabel(name.replace("_", "\n"), rotation=0, ha="right", va="center", fontsize="small")
         for i, index in enumerate(indices.tolist()):
-            clean = shape.to_size(to_channels(evaluation.images.load(index), shape.in_chans))
+            clean = shape.to_size(shape.convert(evaluation.images.load(index)))
             variants = [
                 Corrupted(evaluation.images, name, severity, shape, args.seed, bench.photographs).load(index)
                 for severity in SEVERITIES

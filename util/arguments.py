@@ -4,6 +4,7 @@ MAE's wherever it has the flag."""
 import math
 
 from util.compute.kernels import ATTENTION
+from util.data.pixel_range import check_pixel_range, range_word
 from util.data.readers import READERS
 from util.errors import UserError
 from util.parser import rare
@@ -103,6 +104,15 @@ def _add_reading_arguments(group) -> None:
         "--mean", type=float, nargs="+", help="per-channel means in [0, 1]; without it those of the data set"
     )
     group.add_argument("--std", type=float, nargs="+", help="per-channel standard deviations; see tools/mean_std.py")
+    group.add_argument(
+        "--pixel_range",
+        type=range_word,
+        nargs="+",
+        metavar="VALUE",
+        help="LOW HIGH: the stored values that become black and white, for grey images of more than 8 bits; auto: the "
+        "lowest and highest value of a sample of the training set. Without it 16-bit images have the range 0..65535, "
+        "and those of floats or 32-bit integers one of unit (0..1), 8bit (0..255), 16bit, found over a sample",
+    )
     rare(
         group.add_argument(
             "--crop_pct",
@@ -326,6 +336,7 @@ def check_numbers(args) -> None:
         raise UserError(f"--seed {args.seed} must be below {2**31}")
     if getattr(args, "crop_pct", None) is not None and not 0 < args.crop_pct <= 1:
         raise UserError(f"--crop_pct {args.crop_pct} must lie in (0, 1]")
+    check_pixel_range(getattr(args, "pixel_range", None))
     if not 0 <= getattr(args, "max_bad_fraction", 0) <= 1:
         raise UserError(f"--max_bad_fraction {args.max_bad_fraction} must lie in [0, 1]")
     if getattr(args, "save_patience", 0) < 0:

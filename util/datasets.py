@@ -18,4 +18,5 @@ def build_dataset(is_train: bool, args):
     """Return the images of one split with the transform of `build_transform`, ready for a loader
     (`util.data.loader`)."""
     images, transform = read_images(args, is_train), build_transform(is_train, args)
-    return KeyedDataset(images, transform, args.seed, args.in_chans, getattr(args, "jpeg_draft", False))
+    draft, pixel_range = (getattr(args, name, None) for name in ("jpeg_draft", "pixel_range"))
+    return KeyedDataset(images, transform, args.seed, args.in_chans, bool(draft), pixel_range=pixel_range)

@@ -24,7 +24,7 @@ from evaluation.robustness import (
 )
 from tools import robustness
 from util.data.sources import Arrays, Subset
-from util.data.transforms import eval_transform
+from util.data.transforms import Converter, eval_transform
 from util.errors import UserError
 from util.report import ledger
 
@@ -203,13 +203,13 @@ def test_corrupted_before_and_after_the_size(tmp_path):
     """Smaller images are corrupted before resizing, larger ones after; a subset is corrupted like the whole set."""
     images = Arrays(np.stack([np.asarray(photograph(32, seed)) for seed in range(3)]), [0, 1, 0], ["a", "b"])
     resized = eval_transform((64, 64), [0.5] * 3, [0.5] * 3).transforms[0]
-    shape = Shape(resized, (64, 64), 3)
+    shape = Shape(resized, (64, 64), Converter(3))
     result = Corrupted(images, "gaussian_noise", 2, shape, 5).load(1)
     assert result.tobytes() == resized(corrupt(images.load(1), "gaussian_noise", 2, 5, 1)).tobytes()
     smaller = eval_transform((16, 16), [0.5] * 3, [0.5] * 3).transforms[0]
-    result = Corrupted(images, "gaussian_noise", 2, Shape(smaller, (16, 16), 3), 5)
+    result = Corrupted(images, "gaussian_noise", 2, Shape(smaller, (16, 16), Converter(3)), 5)
     assert result.load(1).tobytes() == corrupt(smaller(images.load(1)), "gaussian_noise", 2, 5, 1).tobytes()
-    part = Corrupted(Subset(images, [1, 2]), "gaussian_noise", 2, Shape(smaller, (16, 16), 3), 5)
+    part = Corrupted(Subset(images, [1, 2]), "gaussian_noise", 2, Shape(smaller, (16, 16), Converter(3)), 5)
     assert part.load(0).tobytes() == result.load(1).tobytes() and part.target(0) == 1
 
 

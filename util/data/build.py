@@ -26,6 +26,7 @@ def build_loader(
     Raises UserError when the training set is smaller than one batch, ValueError for a stream with `split=False`.
     """
     pixels = {"seed": args.seed if seed is None else seed, "in_chans": args.in_chans}
+    pixels["pixel_range"] = getattr(args, "pixel_range", None)
     draft = getattr(args, "jpeg_draft", False)
     workers = args.num_workers if num_workers is None else num_workers
     if isinstance(images, Shards):

@@ -20,7 +20,7 @@ from util.data.loader import EpochBatches, Loader, loader_options
 from util.data.sample_rng import sample_noise
 from util.data.samples import Sample, UnreadableData
 from util.data.sources import Images
-from util.data.transforms import ResizeShortSide, to_channels
+from util.data.transforms import Converter, ResizeShortSide
 from util.errors import UserError
 from util.parallel.distributed import gather_objects, get_rank
 
@@ -62,7 +62,7 @@ def cache_images(images, args, device: torch.device) -> CachedImages:
     pixels = _shared_memory(images, args, first=share == 0, node=node)
     good, problem = torch.ones(len(images), dtype=torch.bool), ""
     try:
-        decoder = Decoder(images, args.in_chans, args.cache_size, device if args.nvjpeg else None)
+        decoder = _decoder(images, args, device if args.nvjpeg else None)
         decoder.fill(pixels, good, range(share, len(images), len(here)), max(1, args.num_workers))
         if args.data_cache == "device" and device.type == "cuda":
             _check_room(pixels.shape, "device", str(device), torch.cuda.mem_get_info(device)[0])
@@ -81,6 +81,10 @@ def cache_images(images, args, device: torch.device) -> CachedImages:
     return CachedImages(images, pixels, good)
 
 
+def _decoder(images: Images, args, device: torch.device | None = None) -> "Decoder":
+    return Decoder(images, args.in_chans, args.cache_size, device, getattr(args, "pixel_range", None))
+
+
 def _node() -> tuple[str, str]:
     """Return (host name, boot id): containers on different machines may have the same host name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
@@ -93,7 +97,7 @@ def _shared_memory(images: Images, args, first: bool, node) -> torch.Tensor:
     try:
         if first:
             try:
-                shape = (len(images), *Decoder(images, args.in_chans, args.cache_size).shape)
+                shape = (len(images), *_decoder(images, args).shape)
                 parent = _shared_folder()
                 status = os.statvfs(parent)
                 _check_room(shape, args.data_cache, parent, status.f_bavail * status.f_frsize)
@@ -135,9 +139,17 @@ _JPEG_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 class Decoder:
     """Decodes images to pixels of one size; JPEG files on `device` if it is given (nvJPEG on a GPU)."""
 
-    def __init__(self, images: Images, in_chans: int, size: int | None, device: torch.device | None = None):
+    def __init__(
+        self,
+        images: Images,
+        in_chans: int,
+        size: int | None,
+        device: torch.device | None = None,
+        pixel_range: list | None = None,
+    ):
         self.device, self.mode = device, _JPEG_MODES.get(in_chans)
-        self.images, self.in_chans, self.resize = images, in_chans, ResizeShortSide(size) if size else None
+        self.images, self.resize = images, ResizeShortSide(size) if size else None
+        self.convert = Converter(in_chans, pixel_range)
         self.side = size
         first = next((p for p in map(self._decoded, range(min(len(images), 20))) if p is not None), None)
         if first is None:
@@ -150,7 +162,7 @@ class Decoder:
         if pixels is not None:
             return pixels
         try:
-            image = to_channels(self.images.load(index), self.in_chans)
+            image = self.convert(self.images.load(index))
         except BROKEN_IMAGE as error:
             warn_unreadable(self.images.name(index), error)
             return None

@@ -7,7 +7,7 @@ import sys
 import zlib
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Formats that contain nothing but pixels; the file's ending does not matter. Pillow would detect further formats by
 # their first bytes: it runs Ghostscript for EPS, and mistakes damaged files for formats with short signatures.
@@ -33,8 +33,49 @@ BROKEN_IMAGE = (
 
 def open_image(file: BinaryIO) -> Image.Image:
     """Open an image without decoding it. Raises BROKEN_IMAGE, also above 179 million pixels (pillow's
-    DecompressionBombError)."""
-    return Image.open(file, formats=FORMATS)
+    DecompressionBombError). A colour image of 16 bits per channel, which pillow will reduce to 8, is marked by
+    `info["bits_per_channel"]`."""
+    try:
+        img = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        file.seek(0)
+        raise OSError(f"{_kind(file.read(512))}, and not an image that can be read") from error
+    if img.mode in ("RGB", "RGBA") and any("16" in _raw_mode(tile) for tile in img.tile):
+        img.info["bits_per_channel"] = 16
+    return img
+
+
+def _raw_mode(tile) -> str:
+    """Return the layout of the stored pixels in a tile of pillow's, such as RGB;16B."""
+    arguments = tile[3] if isinstance(tile[3], (tuple, list)) else (tile[3],)
+    return str(arguments[0]) if arguments else ""
+
+
+# Content that is mistaken for an image file: the bytes it begins with.
+_OTHER_CONTENT = {
+    b"\x89HDF\r\n": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "gzip data (perhaps NIfTI)",
+    b"%PDF": "a PDF document",
+    b"%!PS": "a PostScript document",
+    b"PAR1": "a parquet table",
+    b"version https://git-lfs": "a pointer of Git LFS, whose content was not fetched",
+    b"<": "HTML or XML",
+    b"{": "JSON text",
+}
+
+
+def _kind(start: bytes) -> str:
+    """Return what a file of this beginning (512 bytes) is, in words."""
+    if not start:
+        return "it is empty"
+    if start[128:132] == b"DICM":
+        return "it is a DICOM file (convert it to 16-bit PNG or TIFF)"
+    if start[:4] in (b"II*\0", b"MM\0*"):
+        return "it is a TIFF of bands or types that pillow cannot read (convert it to 8-bit RGB or 16-bit grey)"
+    kind = next((name for magic, name in _OTHER_CONTENT.items() if start.lstrip().startswith(magic)), None)
+    return f"it is {kind}" if kind else "its content has no known format"
 
 
 def read_image(file: BinaryIO) -> Image.Image:

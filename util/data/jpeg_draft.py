@@ -1,11 +1,11 @@
 """Random resized crops of JPEGs that are decoded at a reduced size: the decoder computes only the DCT frequencies that
 the final crop can show (libjpeg's scaling by 1/2, 1/4, 1/8)."""
 
+from collections.abc import Callable
+
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
-
-from util.data.transforms import to_channels
 
 
 class DraftedCrop:
@@ -18,15 +18,15 @@ class DraftedCrop:
     def __init__(self, crop):
         self.crop = crop
 
-    def __call__(self, img: Image.Image, in_chans: int) -> Image.Image:
-        """Decode and crop. Raises `util.data.images.BROKEN_IMAGE`."""
+    def __call__(self, img: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+        """Decode, `convert` to the channels of the model, and crop. Raises `util.data.images.BROKEN_IMAGE`."""
         (height, width), (full_width, full_height) = self.crop.size, img.size
         top, left, h, w = self.crop.get_params(img, self.crop.scale, self.crop.ratio)
         factor = min(h // height, w // width)
         # Scales by the largest power of 2 that fits, and returns the box of the whole image; None for other formats.
         drafted = img.draft(None, (full_width // factor, full_height // factor)) if factor >= 2 else None
         img.load()
-        decoded = to_channels(img, in_chans)
+        decoded = convert(img)
         if drafted is None:
             return functional.resized_crop(decoded, top, left, h, w, self.crop.size, self.crop.interpolation)
         scale = full_width / drafted[1][2]

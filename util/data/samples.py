@@ -11,7 +11,7 @@ from util.data.images import BROKEN_IMAGE, printable, warn_unreadable
 from util.data.jpeg_draft import split_crop
 from util.data.sample_rng import seeded
 from util.data.sources import Images
-from util.data.transforms import to_channels
+from util.data.transforms import Converter, keeps_depth
 from util.errors import UserError
 from util.parallel.distributed import get_rank, get_world_size
 
@@ -40,9 +40,17 @@ class KeyedDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, images: Images, transform, seed: int, in_chans: int, jpeg_draft: bool = False, replace: bool = True
+        self,
+        images: Images,
+        transform,
+        seed: int,
+        in_chans: int,
+        jpeg_draft: bool = False,
+        replace: bool = True,
+        pixel_range: list | None = None,
     ):
-        self.images, self.seed, self.in_chans, self.replace = images, seed, in_chans, replace
+        self.images, self.seed, self.replace = images, seed, replace
+        self.convert = Converter(in_chans, pixel_range, keeps_depth(transform))
         self.crop, self.transform = split_crop(transform) if jpeg_draft else (None, transform)
 
     def __len__(self) -> int:
@@ -63,22 +71,23 @@ class KeyedDataset(torch.utils.data.Dataset):
             except BROKEN_IMAGE as error:
                 warn_unreadable(self.images.name(chosen), error)
             if not self.replace:
-                return to_channels(Image.new("RGB", (32, 32)), self.in_chans), chosen, 1
+                return self.convert(Image.new("RGB", (32, 32))), chosen, 1
         last = printable(self.images.name(chosen))
         raise UnreadableData(f"{DRAWS} images in a row could not be read, the last one {last}")
 
     def _decoded(self, index: int) -> Image.Image:
         if self.crop is not None:
-            return self.crop(self.images.open(index), self.in_chans)
-        return to_channels(self.images.load(index), self.in_chans)
+            return self.crop(self.images.open(index), self.convert)
+        return self.convert(self.images.load(index))
 
 
 class StreamDataset(IterableDataset):
     """An iterable data set of timm's factory. Every rank and worker numbers its samples without overlap. timm chooses
     their order and assigns shards to workers; if shards differ in size, it repeats or leaves out a few samples."""
 
-    def __init__(self, stream, transform, seed: int, in_chans: int):
-        self.stream, self.transform, self.seed, self.in_chans, self.epoch = stream, transform, seed, in_chans, 0
+    def __init__(self, stream, transform, seed: int, in_chans: int, pixel_range: list | None = None):
+        self.stream, self.transform, self.seed, self.epoch = stream, transform, seed, 0
+        self.convert = Converter(in_chans, pixel_range, keeps_depth(transform))
         if hasattr(stream.reader, "dist_rank"):  # set by timm before the process group may exist
             stream.reader.dist_rank, stream.reader.dist_num_replicas = get_rank(), get_world_size()
 
@@ -97,5 +106,5 @@ class StreamDataset(IterableDataset):
         for count, (image, target) in enumerate(stream):
             index = first + count * stride
             with seeded(self.seed, self.epoch, index):
-                image = self.transform(to_channels(image, self.in_chans))
+                image = self.transform(self.convert(image))
             yield Sample(image, -1 if target is None else int(target), index, 0)

@@ -25,7 +25,7 @@ from util.data.loader import Loader, loader_options
 from util.data.sample_rng import seeded
 from util.data.samples import DRAWS, Sample, UnreadableData
 from util.data.shards import BAD_SHARD, Shards, image_ending, members_of, open_shard, samples_of, warn_bad_shard
-from util.data.transforms import to_channels
+from util.data.transforms import Converter, keeps_depth
 from util.parallel.distributed import get_rank, get_world_size
 
 
@@ -153,9 +153,11 @@ class ShardDataset(IterableDataset):
         jpeg_draft: bool = False,
         classes: int | None = None,
         split: bool = True,
+        pixel_range: list | None = None,
     ):
         self.shards, self.batch_size, self.train = shards, batch_size, train
-        self.seed, self.in_chans, self.buffer = seed, in_chans, shuffle_buffer if train else 1
+        self.seed, self.buffer = seed, shuffle_buffer if train else 1
+        self.convert = Converter(in_chans, pixel_range, keeps_depth(transform))
         self.crop, self.transform = split_crop(transform) if jpeg_draft else (None, transform)
         self.labels = range(classes) if classes else range(-1, 2**31)
         self.at = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch and first batch, shared with the workers
@@ -206,7 +208,7 @@ class ShardDataset(IterableDataset):
                 except BROKEN_IMAGE as error:
                     warn_unreadable(other.record.name, error)
             if not self.train:
-                return to_channels(Image.new("RGB", (32, 32)), self.in_chans), -1, 1
+                return self.convert(Image.new("RGB", (32, 32))), -1, 1
             bad += 1
         last = printable(other.record.name)
         raise UnreadableData(f"{DRAWS} images in a row could not be read, the last one {last}")
@@ -221,9 +223,9 @@ class ShardDataset(IterableDataset):
         if label not in self.labels:
             raise ValueError(f"its label {label} is not between 0 and {self.labels[-1]}")
         if self.crop is not None:
-            return self.crop(image, self.in_chans), label
+            return self.crop(image, self.convert), label
         image.load()
-        return to_channels(image, self.in_chans), label
+        return self.convert(image), label
 
 
 class ShardLoader(Loader):

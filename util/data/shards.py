@@ -5,6 +5,7 @@ is timm's `_info.json`, which tools/make_shards.py writes.
 """
 
 import glob
+import io
 import json
 import lzma
 import os
@@ -15,18 +16,19 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from util.data.images import open_regular, printable
+from util.data.images import BROKEN_IMAGE, open_image, open_regular, printable
 from util.errors import UserError
 from util.parallel.distributed import from_main_process
 
@@ -54,6 +56,15 @@ class Shards:
     @property
     def offsets(self) -> list[int]:
         return [0, *accumulate(self.counts)]
+
+    def sampled(self, count: int) -> Iterator[tuple[str, Image.Image]]:
+        """Yield names and images, not yet decoded, of up to `count` readable images of the first shard."""
+        url = self.urls[0]
+        with suppress(*BAD_SHARD), open_shard(url) as stream:
+            for sample in islice(samples_of(members_of(stream, url)), count):
+                ending = image_ending(sample)
+                with suppress(*BROKEN_IMAGE):
+                    yield f"{url}: {sample['__key__']}.{ending}", open_image(io.BytesIO(sample[ending]))
 
 
 def find_shards(args, train: bool) -> Shards:

@@ -3,12 +3,13 @@
 import io
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
 from util.data.file_lists import is_below
-from util.data.images import open_image, open_regular, read_image
+from util.data.images import BROKEN_IMAGE, open_image, open_regular, read_image
 
 
 class Images(ABC):
@@ -35,6 +36,14 @@ class Images(ABC):
     def file(self, index: int) -> str:
         """Return the path of an image's file, "" when it has none. Raises OSError for a file that must not be read."""
         return ""
+
+    def sampled(self, count: int) -> Iterator[tuple[str, Image.Image]]:
+        """Yield names and images, not yet decoded, of up to `count` readable images, evenly spaced over the list."""
+        for index in dict.fromkeys(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int).tolist()):
+            try:
+                yield self.name(index), self.open(index)
+            except BROKEN_IMAGE:
+                continue  # reported and counted when it is used
 
     def target(self, index: int) -> int:
         """Return the label of an image that has been loaded (some data sets do not know it before)."""

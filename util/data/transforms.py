@@ -1,28 +1,41 @@
 """Transforms of an image between file and batch: conversion to channels, augmentation, normalisation."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from timm.data import create_transform
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import to_tensor
 
 from util.crop import RandomResizedCrop
+from util.data.pixel_range import check_depth, is_wide, scaled_grey
 from util.errors import UserError
 
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 BICUBIC = InterpolationMode.BICUBIC
 
 
-def to_channels(img: Image.Image, in_chans: int) -> Image.Image:
+def to_channels(
+    img: Image.Image, in_chans: int, pixel_range: list | None = None, keep_depth: bool = False
+) -> Image.Image:
     """Convert greyscale, palette, CMYK, LAB, 16-bit and alpha images to an 8-bit image of `in_chans` channels.
 
-    16-bit values are divided by 257 (pillow would clip them). Alpha is dropped unless `in_chans` includes it; the
-    colours under it stay. Raises ValueError when the range of the values is unknown.
+    Grey images of more than 8 bits are scaled by `pixel_range` (`util.data.pixel_range`). With `keep_depth` and 1 or 3
+    channels they stay one channel of floats in 0..255 (mode F), which `ToTensor` repeats for the three channels. Alpha
+    is dropped unless `in_chans` includes it; the colours under it stay. Raises ValueError for values outside the range,
+    and when the range is not known.
     """
     mode = _MODES[in_chans]
-    if img.mode.startswith("I") or img.mode == "F":
-        img = _to_8_bits(img)
+    if is_wide(img):
+        values = scaled_grey(img, pixel_range)
+        if keep_depth and mode in ("L", "RGB"):
+            return Image.fromarray(values)
+        img = _to_8_bits(img, values)
+    check_depth(img, pixel_range)
     if img.mode == "P" and mode in ("RGB", "L"):
         img = img.convert("RGBA" if "transparency" in img.info else "RGB")
     if img.mode == "LA" and mode == "RGB":
@@ -32,22 +45,25 @@ def to_channels(img: Image.Image, in_chans: int) -> Image.Image:
     return img if img.mode == mode else img.convert(mode)
 
 
-def _to_8_bits(img: Image.Image) -> Image.Image:
-    """Return an L image, or LA when the image marks one value as transparent. 16-bit integers, and 32-bit integers
-    above 255, have the range 0..65535. Floats have the range 0..1 if they fit, else 0..255, else 0..65535."""
-    values, transparent = np.asarray(img), img.info.get("transparency")
-    lowest, highest = values.min(), values.max()  # NaN if any value is NaN
-    if not (lowest >= 0 and highest <= 65535):
-        raise ValueError(f"its values range from {lowest:g} to {highest:g}: supported are 0..1, 0..255 and 0..65535")
-    top = 255.0 if highest <= 255 else 65535.0
-    if values.dtype.itemsize == 2:
-        top = 65535.0
-    elif values.dtype.kind == "f" and highest <= 1:
-        top = 1.0
-    scaled = np.multiply(values, 255.0 / top, dtype=np.float32)  # 4 bytes per pixel: there may be 179 million
-    grey = Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
+@dataclass(frozen=True)
+class Converter:
+    """`to_channels` with the settings of a data set and a model."""
+
+    in_chans: int
+    pixel_range: list | None = None
+    keep_depth: bool = False
+
+    def __call__(self, img: Image.Image) -> Image.Image:
+        return to_channels(img, self.in_chans, self.pixel_range, self.keep_depth)
+
+
+def _to_8_bits(img: Image.Image, values: np.ndarray) -> Image.Image:
+    """Return the scaled `values` (H, W) of a grey image as an L image, or LA when the image marks one value as
+    transparent."""
+    grey = Image.fromarray(np.rint(values, out=values).astype(np.uint8))
+    transparent = img.info.get("transparency")
     if isinstance(transparent, int):
-        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+        grey.putalpha(Image.fromarray(np.where(np.asarray(img) == transparent, 0, 255).astype(np.uint8)))
     return grey
 
 
@@ -100,8 +116,38 @@ class Resize(transforms.Resize):
         return img if (img.height, img.width) == tuple(self.size) else super().forward(img)
 
 
+class ToTensor:
+    """Return pixels (C, H, W) in [0, 1] of an 8-bit image, or of one channel of floats in 0..255 (mode F), which is
+    repeated `channels` times. Bicubic resizing of floats can leave 0..255 a little; such values are clipped, as those
+    of 8-bit images are."""
+
+    def __init__(self, channels: int):
+        self.channels = channels
+
+    def __call__(self, img: Image.Image) -> torch.Tensor:
+        if img.mode != "F":
+            return to_tensor(img)
+        grey = torch.from_numpy(np.array(img)).div_(255).clamp_(0, 1)
+        return grey.repeat(self.channels, 1, 1)
+
+
+# Steps that pillow can do for floats. Photometric steps need 8 bits.
+_DEPTH_KEEPING = (transforms.RandomResizedCrop, RandomResizedCropAndInterpolation, transforms.RandomHorizontalFlip)
+_DEPTH_KEEPING += (transforms.Resize, transforms.CenterCrop, transforms.RandomCrop)
+
+
+def keeps_depth(transform) -> bool:
+    """Whether a transform takes images of floats (mode F): geometric steps up to `ToTensor`."""
+    for step in getattr(transform, "transforms", ()):
+        if isinstance(step, ToTensor):
+            return True
+        if not isinstance(step, _DEPTH_KEEPING):
+            return False
+    return False
+
+
 def _to_tensor(mean, std) -> list:
-    return [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    return [ToTensor(len(mean)), transforms.Normalize(mean, std)]
 
 
 def pretrain_transform(aug: str, size: tuple[int, int], mean, std, crop_pct: float | None = None):
@@ -179,6 +225,7 @@ def finetune_transform(args, size: tuple[int, int], mean, std):
         )
     except (AssertionError, ValueError, KeyError) as error:  # the other flags have been checked
         raise UserError(f"--aa {args.aa} is not a policy of timm: {error}") from error
+    steps = [ToTensor(len(mean)) if isinstance(step, MaybeToTensor) else step for step in transform.transforms]
     if args.aug == "crop":  # the first step is the random resized crop
-        transform.transforms[:1] = pad_and_crop(size)
-    return transform
+        steps[:1] = pad_and_crop(size)
+    return transforms.Compose(steps)

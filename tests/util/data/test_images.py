@@ -14,6 +14,7 @@ from torchvision import transforms as tvt
 
 from util.data import transforms
 from util.data.build import build_loader
+from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
 from util.data.samples import KeyedDataset, UnreadableData
 from util.data.sources import Arrays, Files, Images
@@ -77,8 +78,10 @@ def test_every_mode_keeps_its_values(tmp_path, name):
     picture.save(path)
     with Image.open(path) as stored:
         assert stored.mode == name.split()[0] and ("transparency" in stored.info) == ("transparent" in name)
+    images, args = Files([str(path)], [0], None), flags()
+    settle_pixel_range(args, images)
     for channels in (1, 2, 3, 4):
-        sample = KeyedDataset(Files([str(path)], [0], None), PLAIN, seed=0, in_chans=channels)[0]
+        sample = KeyedDataset(images, PLAIN, seed=0, in_chans=channels, pixel_range=args.pixel_range)[0]
         assert sample.bad == 0 and sample.image.shape == (channels, 1, 2)
         for got, (*colour, alpha) in zip((sample.image[:, 0, :].T * 255).round().int().tolist(), (first, second)):
             grey = grey_of(*colour)
@@ -189,7 +192,7 @@ ABANDONED = """
 import sys
 from types import SimpleNamespace
 for name in ("util.data.readers", "util.data.transforms"):  # take seconds to import and are not needed
-    sys.modules[name] = SimpleNamespace(Images=object, to_channels=None)
+    sys.modules[name] = SimpleNamespace(Images=object, Converter=None, keeps_depth=None)
 from torch.utils.data import Dataset
 from util.data.loader import Loader
 class Numbers(Dataset):

@@ -19,6 +19,7 @@ from util.data.jpeg_draft import DraftedCrop, split_crop
 from util.data.sample_rng import seeded
 from util.data.samples import KeyedDataset
 from util.data.sources import Files, Subset
+from util.data.transforms import Converter
 from util.errors import UserError
 
 SIZE = (32, 32)
@@ -52,7 +53,7 @@ def whole(crop, img, key):
 
 def drafted(crop, img, key):
     with seeded(*key):
-        return DraftedCrop(crop)(img, 3)
+        return DraftedCrop(crop)(img, Converter(3))
 
 
 @pytest.mark.parametrize("name,mode", [("pretraining", "RGB"), ("probe", "L"), ("fine-tuning", "CMYK")])
