@@ -113,6 +113,8 @@ def check(args) -> None:
         raise UserError("--eval evaluates a finished probe, and --cache_features trains one: give one of them")
     if args.resume and args.cache_features:
         raise UserError("--resume has no effect with --cache_features, which takes minutes and always starts afresh")
+    if args.check_leak and args.eval:
+        raise UserError("--check_leak has no effect with --eval, which reads no training images")
     if args.cache_features and (args.lr is not None or args.accum_iter > 1):
         raise UserError("--lr and --accum_iter have no effect with --cache_features, which uses --probe_blrs")
     if args.head == "attentive" and (args.cache_features or args.global_pool):
@@ -317,11 +319,13 @@ def read_weights_and_images(args, resume: Path | None):
     check_channels(args.in_chans)
     args.aug = args.aug or arguments.default_crop(args.dataset)
     arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval and not args.cache_features)
-    images, held_out = read_images(args, train=True), read_images(args, train=False)
+    known = weights.classes if args.eval and weights else []
+    images = None if args.eval else read_images(args, train=True)
+    held_out = read_images(args, False, known or None)
     if args.check_leak:
         check_leak(images, held_out)
     args.nb_classes = count_classes(args, images, held_out)
-    settle_pixel_range(args, images, lambda: weights.args if weights else {})
+    settle_pixel_range(args, images or held_out, lambda: weights.args if weights else {})
     return weights, images, held_out
 
 

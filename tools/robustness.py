@@ -270,7 +270,12 @@ def dataset_images(bench: Bench) -> Evaluation:
     """Open the validation images of `--dataset`. Raises UserError if they have no labels, or others than the
     classifier."""
     args = bench.args
-    images = read_images(args, train=False)
+    try:
+        images = read_images(args, train=False)
+    except UserError:
+        if bench.classes.names is None:
+            raise
+        images = read_images(args, False, bench.classes.names)  # needs no training images
     judging.check_random_access(args.dataset, images)
     if images.classes is None:
         raise UserError(f"--dataset {args.dataset} has no labels, so the classifier cannot be evaluated on it")

@@ -61,6 +61,13 @@ def add_data_arguments(parser):
         "and their _info.json, or a pattern: DIR/x-{000..012}.tar, http://..., 'pipe:COMMAND x-{000..012}.tar'",
     )
     group.add_argument(
+        "--eval_path",
+        default="",
+        metavar="DIR",
+        help="imagefolder, folder: the evaluation images (class folders, or images), instead of val/ (or valid/, "
+        "validation/, dev/, test/) in --data_path",
+    )
+    group.add_argument(
         "--train_list", default="", metavar="FILE", help="filelist: text file, path or path<TAB>label per line"
     )
     group.add_argument("--val_list", default="", metavar="FILE", help="filelist: the same for validation")

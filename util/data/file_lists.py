@@ -1,24 +1,21 @@
 """Paths and labels of images, read from folders and from list files. No image is opened here."""
 
 import os
-from collections import Counter
 from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data.images import printable
+from util.data.leftovers import OTHER_ENDINGS, Skipped, is_leftover
 from util.errors import UserError
 
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
-# Endings of images that are skipped: we read the same endings as torchvision's ImageFolder.
-OTHER_ENDINGS = (".gif", ".jfif", ".jpe", ".jp2", ".avif", ".heic", ".heif", ".dng", ".tga", ".psd", ".svg")
-
-
-def images_below(folder: Path, others: Counter | None = None) -> list[str]:
+def images_below(folder: Path, skipped: Skipped | None = None) -> list[str]:
     """Return the paths of all images below a folder, sorted. Links to folders are followed, but not back to a folder
-    above them. `others` counts the files with OTHER_ENDINGS. Raises UserError for a folder that cannot be read."""
+    above them. What is left out is added to `skipped`. Raises UserError for a folder that cannot be read."""
+    skipped = Skipped() if skipped is None else skipped
 
     def refuse(error: OSError):
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): its images would be missing") from error
@@ -26,7 +23,12 @@ def images_below(folder: Path, others: Counter | None = None) -> list[str]:
     paths, ancestors = [], {str(folder): [os.path.realpath(folder)]}
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         chain = ancestors.pop(parent)  # real paths of the folders from the top to this one
+        skipped.leftovers += filter(is_leftover, [*folders, *files])
+        files = [name for name in files if not is_leftover(name)]
         for name in list(folders):
+            if is_leftover(name):
+                folders.remove(name)
+                continue
             subfolder = os.path.join(parent, name)
             real = os.path.realpath(subfolder)
             if any(is_below(ancestor, real) for ancestor in chain):
@@ -34,24 +36,18 @@ def images_below(folder: Path, others: Counter | None = None) -> list[str]:
             else:
                 ancestors[subfolder] = [*chain, real]
         paths += [os.path.join(parent, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
-        if others is not None:
-            endings = (os.path.splitext(name)[1].lower() for name in files)
-            others.update(ending for ending in endings if ending in OTHER_ENDINGS)
+        endings = (next((end for end in OTHER_ENDINGS if name.lower().endswith(end)), None) for name in files)
+        skipped.endings.update(filter(None, endings))
     return sorted(paths)
 
 
-def note_skipped(folder: Path, others: Counter) -> None:
-    """Print a note about the image files that `images_below` skipped."""
-    if others:
-        print(
-            f"note: {others.total()} files below {printable(str(folder))} are skipped because of their endings "
-            f"({' '.join(others)}); supported endings are {' '.join(IMG_EXTENSIONS)}"
-        )
-
-
-def class_names(folder: Path) -> list[str]:
-    """Return the names of the class folders, sorted. Raises UserError for a broken link: a class would be missing."""
+def class_names(folder: Path, skipped: Skipped | None = None) -> list[str]:
+    """Return the names of the class folders, sorted. Folders that are left out are added to `skipped`. Raises UserError
+    for a broken link: a class would be missing."""
     entries = sorted(folder.iterdir())
+    if skipped is not None:
+        skipped.leftovers += (entry.name for entry in entries if is_leftover(entry.name))
+    entries = [entry for entry in entries if not is_leftover(entry.name)]
     broken = next((entry for entry in entries if entry.is_symlink() and not os.path.exists(entry)), None)
     if broken is not None:
         raise UserError(f"{broken} is a broken link: remove it or restore its target")

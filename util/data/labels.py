@@ -45,7 +45,7 @@ def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
     when `--label_vocab` is not given. Raises UserError for lists without labels and for labels not in the vocabulary.
     """
     if args.targets == "single":
-        return read_images(args, train)
+        return read_images(args, train, vocabulary)
     path = args.train_list if train else args.val_list
     images, names = _read_label_sets(args, path)
     source = f"--label_vocab {args.label_vocab}" if args.label_vocab else "the checkpoint's vocabulary"

@@ -1,7 +1,6 @@
 """Readers of data sets by name (`--dataset`). Each returns a list of images, shards or a stream for one split."""
 
 import os
-from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,12 +15,13 @@ from util.data.file_lists import (
     class_names,
     images_below,
     note_odd_classes,
-    note_skipped,
     read_lines,
     read_list,
     sorted_labels,
 )
-from util.data.shards import find_shards
+from util.data.images import printable
+from util.data.leftovers import Skipped
+from util.data.shards import Shards, find_shards
 from util.data.sources import Arrays, Files, HuggingFaceImages, Images, TorchvisionImages
 from util.errors import UserError
 from util.parallel.distributed import main_process_first
@@ -43,20 +43,20 @@ def _folder_at(path: str | Path, flag: str = "--data_path") -> Path:
     return folder
 
 
-def class_folder(folder: Path, classes: list[str] | None = None) -> Files:
-    """Read `folder/<class>/...`. With `classes` the labels are indices in that list, and other folders are refused. A
-    class without images keeps its index; in the training folder a note is printed."""
-    names = class_names(folder)
+def class_folder(folder: Path, classes: list[str] | None = None, source: str = "in the training folder") -> Files:
+    """Read `folder/<class>/...`. With `classes`, which come from `source`, the labels are indices in that list, and
+    other folders are refused. A class without images keeps its index; in the training folder a note is printed."""
+    skipped = Skipped()
+    names = class_names(folder, skipped)
     if not names:
         raise UserError(f"{folder} has no class folders; for images without labels use --dataset folder")
     unknown = [name for name in names if classes is not None and name not in classes]
     if unknown:
-        raise UserError(f"{folder} has the class folder {unknown[0]!r}, which is not in the training folder")
+        raise UserError(f"{folder} has the class folder {unknown[0]!r}, which is not {source}")
     is_train, classes = classes is None, classes or names
     index = {name: i for i, name in enumerate(classes)}
-    others = Counter()
-    samples = [(path, index[name]) for name in names for path in images_below(folder / name, others)]
-    note_skipped(folder, others)
+    samples = [(path, index[name]) for name in names for path in images_below(folder / name, skipped)]
+    skipped.note(folder)
     if not samples:
         raise UserError(f"{folder} contains no images; supported endings are {' '.join(IMG_EXTENSIONS)}")
     if is_train:
@@ -64,46 +64,80 @@ def class_folder(folder: Path, classes: list[str] | None = None) -> Files:
     return Files([path for path, _ in samples], [target for _, target in samples], classes)
 
 
-def _imagefolder(args, train: bool) -> Files:
-    return image_folder(need_path(args), train)
+def _eval_path(args) -> str:
+    return getattr(args, "eval_path", "")  # some callers have few flags
 
 
-def image_folder(path: str | Path, train: bool, flag: str = "--data_path") -> Files:
-    """Return the images of `path`/train/<class>/ or `path`/val/<class>/. Raises UserError, which names `flag`, when
-    there is no such folder."""
+def _imagefolder(args, train: bool, classes: list[str] | None) -> Files:
+    if not train and _eval_path(args):
+        folder = _folder_at(_eval_path(args), "--eval_path")
+        if classes is None:
+            classes = class_names(split_folder(need_path(args), True))
+        return class_folder(folder, classes, "a class of the training images")
+    return image_folder(need_path(args), train, classes=classes)
+
+
+# Names of the splits' folders, in any case. The first that exists is read; test images serve where nothing else does.
+_TRAIN = ("train", "training")
+_EVALUATION = ("val", "valid", "validation", "dev", "test", "testing")
+
+
+def split_folder(root: Path, train: bool, flag: str = "--data_path") -> Path:
+    """Return the folder of a split. A note is printed for other names than train and val. Raises UserError, which names
+    `flag`, if there is none."""
+    names = _TRAIN if train else _EVALUATION
+    if (root / names[0]).is_dir():
+        return root / names[0]
+    with os.scandir(root) as entries:
+        folders = {entry.name.lower(): entry.name for entry in entries if entry.is_dir()}
+    found = next((folders[name] for name in names if name in folders), None)
+    if found is None:
+        others = ", ".join(f"{name}/" for name in names[1:])
+        advice = "--dataset folder for images without labels" if train else "--eval_path for another folder"
+        raise UserError(f"{flag} {root} has no {names[0]}/ folder (nor {others}): give {advice}")
+    print(f"note: the {'training' if train else 'evaluation'} images are those of {printable(str(root / found))}")
+    return root / found
+
+
+def image_folder(path: str | Path, train: bool, flag: str = "--data_path", classes: list[str] | None = None) -> Files:
+    """Return the images of `path`/train/<class>/ or `path`/val/<class>/; see `split_folder` for other names. `classes`
+    (of a checkpoint) give the labels of the evaluation images, else the class folders of the training images do. Raises
+    UserError, which names `flag`, when there is no such folder."""
     root = _folder_at(path, flag)
-    if not (root / "train").is_dir():
-        raise UserError(f"{flag} {root} has no train/ folder; use --dataset folder for images without that layout")
     if train:
-        return class_folder(root / "train")
-    if not (root / "val").is_dir():
-        raise UserError(f"{flag} {root} has no val/ folder")
-    classes = class_names(root / "train")
-    return class_folder(root / "val", classes)
+        return class_folder(split_folder(root, True, flag))
+    if classes is not None:
+        return class_folder(split_folder(root, False, flag), classes, "a class of the checkpoint")
+    names = class_names(split_folder(root, True, flag))
+    return class_folder(split_folder(root, False, flag), names)
 
 
-def _folder(args, train: bool) -> Files:
-    root = need_path(args)
-    split = root / ("train" if train else "val")
-    if not train and not split.is_dir():
-        raise UserError(f"--data_path {root} has no val/ folder, so there is nothing to validate on")
-    folder = split if split.is_dir() else root
-    others = Counter()
-    paths = images_below(folder, others)
-    note_skipped(folder, others)
+def _folder(args, train: bool, _classes) -> Files:
+    given = "" if train else _eval_path(args)
+    root = _folder_at(given, "--eval_path") if given else need_path(args)
+    try:
+        folder = root if given else split_folder(root, train)
+    except UserError:
+        if not train:
+            raise
+        folder = root  # images at any depth, without splits
+    skipped = Skipped()
+    paths = images_below(folder, skipped)
+    skipped.note(folder)
     if not paths:
         raise UserError(f"--data_path {folder} contains no images; supported endings are {' '.join(IMG_EXTENSIONS)}")
     return Files(paths, [-1] * len(paths), None)
 
 
-def _filelist(args, train: bool) -> Files:
+def _filelist(args, train: bool, vocabulary: list[str] | None) -> Files:
     root, outside = need_path(args), args.allow_outside
     paths, labels = read_list(args.train_list if train else args.val_list, root, outside)
     within = "" if outside else os.path.realpath(root)
     if labels is None:
         return Files(paths, [-1] * len(paths), None, within)
-    vocabulary = labels if train else read_list(args.train_list, root, outside)[1] or []
-    classes = sorted_labels(vocabulary)
+    if vocabulary is None or train:
+        vocabulary = sorted_labels(labels if train else read_list(args.train_list, root, outside)[1] or [])
+    classes = vocabulary
     index = {label: i for i, label in enumerate(classes)}
     unknown = next((label for label in labels if label not in index), None)
     if unknown is not None:
@@ -111,7 +145,7 @@ def _filelist(args, train: bool) -> Files:
     return Files(paths, [index[label] for label in labels], classes, within)
 
 
-def _cifar(args, train: bool) -> Arrays:
+def _cifar(args, train: bool, _classes) -> Arrays:
     reader = CIFAR10 if args.dataset == "cifar10" else CIFAR100
     root = args.data_path or "data"
     try:
@@ -127,7 +161,7 @@ def _cifar(args, train: bool) -> Arrays:
     return Arrays(data.data, data.targets, data.classes)
 
 
-def _tiny_imagenet(args, train: bool) -> Files:
+def _tiny_imagenet(args, train: bool, _classes) -> Files:
     """Read train/<wnid>/images/*.JPEG, or val/images/*.JPEG with val/val_annotations.txt (file, wnid, box)."""
     root = need_path(args)
     if not (root / "train").is_dir():
@@ -152,7 +186,7 @@ def _tiny_imagenet(args, train: bool) -> Files:
     return Files(paths, [index[wnid] for _, wnid in rows], classes)
 
 
-def _digits(args, train: bool) -> Arrays:
+def _digits(args, train: bool, _classes) -> Arrays:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels, in a fixed stratified 80/20 split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -163,11 +197,15 @@ def _digits(args, train: bool) -> Arrays:
     return Arrays(split[0 if train else 1], split[2 if train else 3], [str(digit) for digit in range(10)])
 
 
-def _fine_grained(args, train: bool) -> Files:
+def _fine_grained(args, train: bool, _classes) -> Files:
     root = need_path(args)
     paths, targets, classes = fine_grained.READERS[args.dataset](root, train)
     check_below(paths, root, f"--dataset {args.dataset}")
     return Files(paths, targets, classes)
+
+
+def _shards(args, train: bool, _classes) -> Shards:
+    return find_shards(args, train)
 
 
 READERS = {
@@ -179,17 +217,20 @@ READERS = {
     "tiny_imagenet": _tiny_imagenet,
     "digits": _digits,
     **dict.fromkeys(fine_grained.READERS, _fine_grained),
-    "wds": find_shards,
+    "wds": _shards,
 }
 
 
-def read_images(args, train: bool):
+def read_images(args, train: bool, classes: list[str] | None = None):
     """Return the images of one split: an `Images`, `Shards`, or timm's iterable set for streaming names of its factory.
+    `classes` (of a checkpoint) give the labels of evaluation images, so that no training images are needed.
 
     Raises UserError for an unknown name and for missing or unusable files.
     """
     if args.dataset in READERS:
-        return READERS[args.dataset](args, train)
+        if _eval_path(args) and args.dataset not in ("imagefolder", "folder"):
+            raise UserError(f"--eval_path is for --dataset imagefolder and folder, not {args.dataset}")
+        return READERS[args.dataset](args, train, classes)
     prefix, slash, _ = args.dataset.partition("/")
     prefix = prefix.lower()
     if slash and prefix == "wds":  # as timm's factory spells it
@@ -231,6 +272,6 @@ def _torchvision(dataset, args, train: bool) -> Images:
         unknown = [name for name in dataset.classes if name not in classes]
         if unknown:
             raise UserError(f"{dataset.root} has the class folder {unknown[0]!r}, which is not in the training folder")
-        paths = [path for path, _ in dataset.samples]
-        return Files(paths, [classes.index(dataset.classes[target]) for target in dataset.targets], classes)
+        samples = [(path, dataset.classes[target]) for path, target in dataset.samples]
+        return Files([path for path, _ in samples], [classes.index(name) for _, name in samples], classes)
     return TorchvisionImages(dataset)
