@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from util.compute.precision import full_precision
 from util.data.sample_rng import sample_noise
-from util.data.transforms import default_crop_pct
+from util.data.transforms import LARGEST, default_crop_pct, resized_shape
 
 _STREAM = 16  # stream of sample_noise; masks use the first few streams
 _TRIES = 10  # attempts per crop, as in torchvision's RandomResizedCrop
@@ -203,10 +203,22 @@ class BatchTransform:
         both sides."""
         sides, larger = images.shape[2:], [int(side / self.crop_pct) for side in self.size]
         if self.size[0] == self.size[1]:
+            images, sides = self._without_ends(images, larger[0])
             larger = [larger[0] * side // min(sides) for side in sides]
         images = self._resized(images, larger)
         top, left = (round((whole - part) / 2) for whole, part in zip(larger, self.size))
         return images[:, :, top : top + self.size[0], left : left + self.size[1]]
+
+    @staticmethod
+    def _without_ends(images: torch.Tensor, side: int) -> tuple[torch.Tensor, list[int]]:
+        """Return `images` and their (H, W). Strips that would become too large when their shorter side is resized to
+        `side` are cut to their central part, at least four times as long as high."""
+        sides = list(images.shape[2:])
+        if math.prod(resized_shape(*sides, side)) > LARGEST:
+            axis = 2 + sides.index(max(sides))
+            length = 4 * min(sides) + (max(sides) % 2)
+            images = images.narrow(axis, (max(sides) - length) // 2, length)
+        return images, list(images.shape[2:])
 
     def _resized(self, images: torch.Tensor, size) -> torch.Tensor:
         if tuple(images.shape[2:]) == tuple(size):

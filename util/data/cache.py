@@ -187,6 +187,8 @@ class Decoder:
         except BROKEN_IMAGE:
             return None
         if self.resize:
+            if not self.resize.fits(*pixels.shape[1:]):
+                return None
             pixels = self.resize.tensor(pixels)
             top, left = ((length - self.side) // 2 for length in pixels.shape[1:])
             pixels = pixels[:, top : top + self.side, left : left + self.side]

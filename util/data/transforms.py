@@ -1,5 +1,6 @@
 """Transforms of an image between file and batch: conversion to channels, augmentation, normalisation."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -191,17 +192,50 @@ def eval_transform(size: tuple[int, int], mean, std, crop_pct: float | None = No
     return transforms.Compose([resize, transforms.CenterCrop(size), *_to_tensor(mean, std)])
 
 
+LARGEST = 1 << 25  # pixels of a resized image; of a larger one only the centre is made (100 MB for RGB)
+
+
+def resized_shape(height: int, width: int, side: int) -> tuple[int, int]:
+    """Return (H, W) after the shorter side became `side`, as torchvision rounds it."""
+    if height < width:
+        return side, int(side * width / height)
+    return int(side * height / width), side
+
+
 class ResizeShortSide(transforms.Resize):
-    """Bicubic resize of the shorter side. An image in which it has that length is returned unchanged."""
+    """Bicubic resize of the shorter side. An image in which it has that length is returned unchanged.
+
+    A strip of 2 x 60,000 pixels would become 256 x 7,680,000. Where the result would have more than LARGEST pixels,
+    only its central part, at least twice `side` long, is computed, with the same values up to rounding; a centre crop
+    of up to that length follows.
+    """
 
     def __init__(self, side: int):
         super().__init__(side, interpolation=BICUBIC)
 
     def forward(self, img):
-        return img if min(img.size) == self.size else super().forward(img)
+        if min(img.size) == self.size:
+            return img
+        if self.fits(img.height, img.width):
+            return super().forward(img)
+        return self._centre(img)
+
+    def fits(self, height: int, width: int) -> bool:
+        """Whether an image of this size becomes one of at most LARGEST pixels."""
+        return math.prod(resized_shape(height, width, self.size)) <= LARGEST
+
+    def _centre(self, img: Image.Image) -> Image.Image:
+        whole, box = resized_shape(img.height, img.width, self.size), [0.0, 0.0, img.width, img.height]
+        long = int(whole[1] > whole[0])  # 0: height, 1: width
+        # The part left out on either side is even, so that a centre crop of the part rounds as one of the whole.
+        length = 2 * self.size + (whole[long] - 2 * self.size) % 4
+        start, scale = (whole[long] - length) // 2, (img.height, img.width)[long] / whole[long]
+        box[1 - long], box[3 - long] = start * scale, (start + length) * scale
+        size = (length, self.size) if long else (self.size, length)
+        return img.resize(size, Image.Resampling.BICUBIC, box=box)
 
     def tensor(self, img: torch.Tensor) -> torch.Tensor:
-        """Resize pixels (C, H, W) in the same way."""
+        """Resize pixels (C, H, W) in the same way; they must be of a size that `fits`."""
         return img if min(img.shape[1:]) == self.size else super().forward(img)
 
 
