@@ -26,7 +26,7 @@ def strip(width, height):
 @pytest.mark.parametrize("side", [16, 15])
 @pytest.mark.parametrize("mode", ["RGB", "F"])
 def test_the_centre_is_that_of_the_whole(monkeypatch, size, side, mode):
-    """Pillow's kernel reaches beyond the box. Low contrast avoids that overshoots are clipped: pillow resizes tall parts
+    """Pillow's kernel reaches beyond the box. With low contrast no overshoot is clipped: pillow resizes tall parts
     in another order."""
     img = strip(*size).point(lambda value: 100 + value // 4)
     img = img.convert("L").convert("F") if mode == "F" else img
