@@ -82,6 +82,12 @@ def add_label_arguments(group) -> None:
         "sum to one; evaluation gives mean average precision and precision@1",
     )
     group.add_argument(
+        "--label_sep",
+        metavar="TEXT",
+        help="multilabel: what separates the labels of a cell; without it a comma; ChestX-ray14 has |; single: '' "
+        "accepts labels that look like sets, such as a|b, as classes",
+    )
+    group.add_argument(
         "--label_vocab",
         default="",
         metavar="FILE",
@@ -198,6 +204,8 @@ def check_labels(args) -> None:
             raise UserError("--targets multilabel excludes --mixup and --cutmix, which mix images of one label each")
     elif args.label_vocab:
         raise UserError("--label_vocab has no effect without --targets multilabel")
+    elif args.label_sep:
+        raise UserError("--label_sep has no effect without --targets multilabel")
     if args.label_noise and args.eval:
         raise UserError("--label_noise has no effect with --eval: it changes only training labels")
 

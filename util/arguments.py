@@ -4,6 +4,7 @@ MAE's wherever it has the flag."""
 import math
 
 from util.compute.kernels import ATTENTION
+from util.data.list_flags import add_list_arguments, check_columns
 from util.data.readers import READERS
 from util.errors import UserError
 from util.parser import rare
@@ -59,15 +60,7 @@ def add_data_arguments(parser):
         help="folder of the data set; with train/ and val/ for imagefolder. wds: a folder or http(s) URL with shards "
         "and their _info.json, or a pattern: DIR/x-{000..012}.tar, http://..., 'pipe:COMMAND x-{000..012}.tar'",
     )
-    group.add_argument(
-        "--train_list", default="", metavar="FILE", help="filelist: text file, path or path<TAB>label per line"
-    )
-    group.add_argument("--val_list", default="", metavar="FILE", help="filelist: the same for validation")
-    rare(
-        group.add_argument(
-            "--allow_outside", action="store_true", help="filelist: allow paths and links to files outside --data_path"
-        )
-    )
+    add_list_arguments(group)
     _add_shard_arguments(group)
     _add_reading_arguments(group)
     return group
@@ -309,7 +302,8 @@ def add_finetuning_arguments(parser, pooled: bool) -> None:
 
 
 def check_numbers(args) -> None:
-    """Raise UserError for a number out of range. Flags that a command does not have are skipped."""
+    """Raise UserError for a number out of range, and for columns without a list. Flags that a command does not have are
+    skipped."""
     _check_finite(args)
     positive = "batch_size epochs accum_iter save_freq print_freq timeout_s clip_grad patch_size in_chans"
     positive += " decoder_embed_dim decoder_num_heads nb_classes eval_freq shuffle_buffer shard_samples max_steps"
@@ -334,6 +328,7 @@ def check_numbers(args) -> None:
         raise UserError(f"--spike_factor {args.spike_factor} must be above 1, for example 2")
     if args.input_size is not None and len(args.input_size) > 2:
         raise UserError("--input_size takes one number, or height and width")
+    check_columns(args)
 
 
 def check_values(args) -> None:

@@ -7,7 +7,9 @@ from collections import Counter
 import numpy as np
 import torch
 
-from util.data.file_lists import read_lines, read_list, sorted_labels
+from util.data.file_lists import read_lines, sorted_labels
+from util.data.list_flags import open_list
+from util.data.list_labels import label_sets
 from util.data.readers import need_path, read_images
 from util.data.sources import Files, Images, Subset
 from util.errors import UserError
@@ -47,14 +49,14 @@ def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
     if args.targets == "single":
         return read_images(args, train)
     path = args.train_list if train else args.val_list
-    images, names = _read_label_sets(args, path)
+    images, names, columns = _read_label_sets(args, path)
     source = f"--label_vocab {args.label_vocab}" if args.label_vocab else "the checkpoint's vocabulary"
     if args.label_vocab:
         vocabulary = read_vocabulary(args.label_vocab)
     elif vocabulary is None:
         source = args.train_list
-        known = names if train else _read_label_sets(args, args.train_list)[1]
-        vocabulary = sorted_labels(label for labels in known for label in labels)
+        known = names if train else _read_label_sets(args, args.train_list, announce=False)[1]
+        vocabulary = columns or sorted_labels(label for labels in known for label in labels)
     index = {label: i for i, label in enumerate(vocabulary)}
     unknown = next((label for labels in names for label in labels if label not in index), None)
     if unknown is not None:
@@ -62,15 +64,17 @@ def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
     return LabelSets(images, [tuple(sorted(index[label] for label in labels)) for labels in names], vocabulary)
 
 
-def _read_label_sets(args, path: str) -> tuple[Images, list[set[str]]]:
+def _read_label_sets(args, path: str, announce: bool = True) -> tuple[Images, list[set[str]], list[str]]:
+    """Return the images of a list, the labels of each, and the names of its label columns if there are several."""
     root = need_path(args)
-    paths, lines = read_list(path, root, args.allow_outside)
-    if lines is None:
+    listed = open_list(args, path, root, announce)
+    if not listed.columns:
         raise UserError(f"the list file {path} has no labels; --targets multilabel needs path<TAB>label,label,...")
-    names = [{label.strip() for label in line.split(",")} - {""} for line in lines]
+    names = label_sets(listed, "," if args.label_sep is None else args.label_sep)
     if not all(names):
-        raise UserError(f"the list file {path} has no label for {paths[names.index(set())]}: remove that line")
-    return Files(paths, [-1] * len(paths), None, "" if args.allow_outside else os.path.realpath(root)), names
+        raise UserError(f"the list file {path} has no label for {listed.paths[names.index(set())]}: remove that line")
+    images = Files(listed.paths, [-1] * len(listed.paths), None, "" if args.allow_outside else os.path.realpath(root))
+    return images, names, listed.columns if len(listed.columns) > 1 else []
 
 
 def read_vocabulary(path: str) -> list[str]:
