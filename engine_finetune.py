@@ -37,9 +37,8 @@ def train_one_epoch(run: Run, criterion, mixup_fn=None) -> None:
 
 
 @torch.no_grad()
-def evaluate(loader, model, device, amp_dtype=torch.float32, score_type=TopK) -> dict[str, float]:
-    """Return the scores over all ranks. `score_type` is a class of `evaluation.scores` (`TopK`: top-1 and top-5 in
-    percent, mean cross-entropy).
+def score(loader, model, device, amp_dtype=torch.float32, score_type=TopK):
+    """Return the scores of all images of this rank, an object of `score_type`, a class of `evaluation.scores`.
 
     `loader` must be made with `train=False`: every image is then on exactly one rank, without padding. Unreadable
     images are left out and counted as `skipped`.
@@ -51,15 +50,24 @@ def evaluate(loader, model, device, amp_dtype=torch.float32, score_type=TopK) ->
         with autocast(device, amp_dtype):
             logits = model(samples.image.to(device, non_blocking=True)).float()
         scores.add(logits, targets, good)
-    return scores.read()
+    return scores
 
 
-def evaluate_once(args, model, loader, device, record: Record, score_type=TopK) -> dict[str, float]:
+def evaluate(loader, model, device, amp_dtype=torch.float32, score_type=TopK) -> dict[str, float]:
+    """Return the metrics of `score` over all ranks (`TopK`: top-1 and top-5 in percent, mean cross-entropy, ...)."""
+    return score(loader, model, device, amp_dtype, score_type).read()
+
+
+def evaluate_once(
+    args, model, loader, device, record: Record, score_type=TopK, names: list[str] | None = None
+) -> dict[str, float]:
     """Run `--eval`: `evaluate` once, and publish the scores on the terminal, in eval.json, in TensorBoard (in
-    tensorboard-eval/ below --log_dir) and in the ledger, results.jsonl. Return them. Leaves the process group."""
+    tensorboard-eval/ below --log_dir) and in the ledger, results.jsonl. Return them. Leaves the process group. `names`
+    are those of the classes."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
-    stats = evaluate(loader, model, device, dtype, score_type)
-    print_scores(stats, len(loader.dataset), score_type)
+    scores = score(loader, model, device, dtype, score_type)
+    stats = scores.read()
+    print_scores(scores, stats, len(loader.dataset))
     metrics = {f"test_{name}": value for name, value in stats.items()}
     to = Destination(
         json=Path(args.output_dir) / "eval.json" if args.output_dir else None,
@@ -67,14 +75,15 @@ def evaluate_once(args, model, loader, device, record: Record, score_type=TopK) 
         ledger=args.output_dir,
     )
     scalars = {f"eval/{name}": value for name, value in stats.items()}
-    publish(record, metrics, len(loader.dataset), (device, dtype), to, scalars=scalars)
+    details = scores.details(names)
+    publish(record, metrics, len(loader.dataset), (device, dtype), to, scalars=scalars, details=details)
     shut_down()
     return stats
 
 
-def print_scores(stats: dict, count: int, score_type=TopK) -> None:
+def print_scores(scores, stats: dict, count: int) -> None:
     skipped = f", {int(stats['skipped'])} unreadable ones left out" if stats["skipped"] else ""
-    print(f"{score_type.summary(stats)} on {count} images{skipped}")
+    print(f"{scores.summary(stats)} on {count} images{skipped}")
 
 
 def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK) -> dict[str, float]:
@@ -96,8 +105,9 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK)
         row = {}
         if (run.epoch + 1) % args.eval_freq == 0 or run.ended:
             sync_buffers(run.train_module)  # running statistics of rank 0: all ranks evaluate the same model
-            stats = evaluate(val_loader, run.train_module, run.device, run.amp_dtype, score_type)
-            print_scores(stats, len(val_loader.dataset), score_type)
+            scores = score(val_loader, run.train_module, run.device, run.amp_dtype, score_type)
+            stats = scores.read()
+            print_scores(scores, stats, len(val_loader.dataset))
             run.checkpoints.save_best(run, stats[score_type.headline])
             row = {f"test_{name}": value for name, value in stats.items()}
             row[f"best_{score_type.headline}"] = run.checkpoints.best

@@ -5,12 +5,11 @@ from pathlib import Path
 import torch
 from timm.data import Mixup
 from timm.layers import trunc_normal_
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 import models_vit
 from engine_finetune import evaluate_once, train
 from evaluation.encoder import build_encoder, count_classes, settle_model
-from evaluation.scores import MultiLabel, TopK
+from evaluation.scores import MultiLabel, MultiLabelSigmoid, TopK
 from util import arguments
 from util.checkpoint.resume import find_resume
 from util.data.build import build_loader
@@ -23,6 +22,7 @@ from util.errors import UserError, user_errors
 from util.lr_decay import param_groups_lrd
 from util.parser import Flags, Parser, rare
 from util.report.ledger import Record
+from util.training.losses import build_criterion
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
 from util.weights.load import Weights, read_weights
@@ -78,14 +78,27 @@ def add_label_arguments(group) -> None:
         "--targets",
         choices=["single", "multilabel"],
         default="single",
-        help="multilabel: --dataset filelist with path<TAB>label,label,...; an image's labels have equal weights that "
-        "sum to one; evaluation gives mean average precision and precision@1",
+        help="multilabel: --dataset filelist with path<TAB>label,label,...; images without labels (path<TAB>) are "
+        "allowed; evaluation gives mean average precision, AUC and precision@1",
+    )
+    group.add_argument(
+        "--multilabel_loss",
+        choices=["softmax", "bce"],
+        default="softmax",
+        help="softmax: cross-entropy with equal weights of an image's labels, which sum to one; images without labels "
+        "have no loss; bce: binary cross-entropy of every label, which learns from them too",
     )
     group.add_argument(
         "--label_sep",
         metavar="TEXT",
         help="multilabel: what separates the labels of a cell; without it a comma; ChestX-ray14 has |; single: '' "
         "accepts labels that look like sets, such as a|b, as classes",
+    )
+    group.add_argument(
+        "--no_finding",
+        default="",
+        metavar="NAME",
+        help='multilabel: the label that stands for no label; "No Finding" in ChestX-ray14',
     )
     group.add_argument(
         "--label_vocab",
@@ -202,26 +215,17 @@ def check_labels(args) -> None:
             raise UserError("--targets multilabel needs --dataset filelist, whose lists hold path<TAB>label,label,...")
         if mixes(args):
             raise UserError("--targets multilabel excludes --mixup and --cutmix, which mix images of one label each")
-    elif args.label_vocab:
-        raise UserError("--label_vocab has no effect without --targets multilabel")
-    elif args.label_sep:
-        raise UserError("--label_sep has no effect without --targets multilabel")
+    else:
+        given = {"label_vocab": args.label_vocab, "label_sep": args.label_sep, "no_finding": args.no_finding}
+        given["multilabel_loss"] = args.multilabel_loss != "softmax"
+        for name in (name for name, value in given.items() if value):
+            raise UserError(f"--{name} has no effect without --targets multilabel")
     if args.label_noise and args.eval:
         raise UserError("--label_noise has no effect with --eval: it changes only training labels")
 
 
 def mixes(args) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-def build_criterion(mixing: bool, targets: str, smoothing: float) -> torch.nn.Module:
-    """Return the cross-entropy: with soft targets if images are mixed, with label probabilities for
-    `--targets multilabel`, else with one label per image."""
-    if mixing:
-        return SoftTargetCrossEntropy()  # `Mixup` has smoothed the targets
-    if targets == "multilabel":
-        return torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
-    return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else torch.nn.CrossEntropyLoss()
 
 
 def build_mixup(args) -> Mixup | None:
@@ -297,6 +301,13 @@ def freeze_encoder(model: models_vit.VisionTransformer, trainable_blocks: int) -
     print(f"--trainable_blocks {trainable_blocks}: {count / 1e6:.2f} M parameters are trained")
 
 
+def scores_of(targets: str, multilabel_loss: str):
+    """Return the class of the scores for `--targets` and `--multilabel_loss`."""
+    if targets == "multilabel":
+        return MultiLabelSigmoid if multilabel_loss == "bce" else MultiLabel
+    return TopK
+
+
 def main(args) -> dict[str, float]:
     """Fine-tune or evaluate once. Return the scores of the last evaluation. Raises UserError for mistakes in flags and
     files."""
@@ -315,14 +326,14 @@ def main(args) -> dict[str, float]:
         print("no --finetune: training from scratch")
     val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
     record = Record("main_finetune" + " --eval" * args.eval, args, weights, train=images, test=held_out)
-    scores = MultiLabel if args.targets == "multilabel" else TopK
+    scores = scores_of(args.targets, args.multilabel_loss)
     if args.eval:
-        return evaluate_once(args, model, val_loader, device, record, scores)
+        return evaluate_once(args, model, val_loader, device, record, scores, getattr(held_out, "classes", None))
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     names = getattr(images, "classes", None)
     run = Run(args, device, loader, model, optimizer, resume=resume, record=record, classes=names)
-    criterion = build_criterion(mixes(args), args.targets, args.smoothing)
+    criterion = build_criterion(mixes(args), args.targets, args.smoothing, args.multilabel_loss)
     return train(args, run, val_loader, criterion, build_mixup(args), scores)
 
 

@@ -29,16 +29,16 @@ class Relabelled(Subset):
 
 
 class LabelSets(Relabelled):
-    """Images with several labels: `targets` are non-empty, ascending tuples of indices in `classes`."""
+    """Images with any number of labels: `targets` are ascending tuples of indices in `classes`."""
 
     def __init__(self, images: Images, targets: list[tuple[int, ...]], classes: list[str]):
         super().__init__(images, targets)
         self.classes = classes
 
     def target(self, index) -> torch.Tensor:
-        """Return (classes,) float32: equal weights for the image's labels, which sum to one."""
-        row = torch.zeros(len(self.classes))
-        row[list(self.targets[index])] = 1 / len(self.targets[index])
+        """Return (classes,) float32: equal weights for the image's labels, which sum to one; zeros without labels."""
+        row, labels = torch.zeros(len(self.classes)), list(self.targets[index])
+        row[labels] = 1 / max(1, len(labels))
         return row
 
 
@@ -70,9 +70,12 @@ def _read_label_sets(args, path: str, announce: bool = True) -> tuple[Images, li
     listed = open_list(args, path, root, announce)
     if not listed.columns:
         raise UserError(f"the list file {path} has no labels; --targets multilabel needs path<TAB>label,label,...")
-    names = label_sets(listed, "," if args.label_sep is None else args.label_sep)
-    if not all(names):
-        raise UserError(f"the list file {path} has no label for {listed.paths[names.index(set())]}: remove that line")
+    names = label_sets(listed, "," if args.label_sep is None else args.label_sep, args.no_finding)
+    empty = sum(not labels for labels in names)
+    if empty == len(names):
+        raise UserError(f"the list file {path} has no label for any image; --targets multilabel needs labels")
+    if empty and announce:
+        print(f"{path}: {empty} of {len(names)} images have no label")
     images = Files(listed.paths, [-1] * len(listed.paths), None, "" if args.allow_outside else os.path.realpath(root))
     return images, names, listed.columns if len(listed.columns) > 1 else []
 
@@ -96,7 +99,7 @@ def with_noise(images, args):
     number of workers and ranks."""
     if not args.label_noise:
         return images
-    if not isinstance(images, Images) or min(map(_first, images.targets), default=-1) < 0:
+    if not isinstance(images, Images) or min(map(_lowest, images.targets), default=-1) < 0:
         raise UserError(f"--label_noise needs labels that are known in advance; --dataset {args.dataset} has none")
     rng = np.random.default_rng([args.seed, NOISE])
     multilabel = isinstance(images, LabelSets)
@@ -107,8 +110,8 @@ def with_noise(images, args):
     return LabelSets(images, noisy, images.classes) if multilabel else Relabelled(images, noisy)
 
 
-def _first(target) -> int:
-    return target if isinstance(target, int) else target[0]
+def _lowest(target) -> int:
+    return target if isinstance(target, int) else min(target, default=0)
 
 
 def uniform_noise(targets: list[int], classes: int, share: float, rng: np.random.Generator) -> list[int]:
@@ -120,14 +123,14 @@ def uniform_noise(targets: list[int], classes: int, share: float, rng: np.random
 
 def hashtag_noise(targets: list[tuple], classes: int, share: float, rng: np.random.Generator) -> list[tuple]:
     """Imitate the errors of hashtags: each label is dropped with probability `share`, and for each label another one is
-    added with probability `share`, drawn in proportion to the labels' frequencies. A set that would be empty gets one
-    label drawn in the same way, which may be a correct one."""
-    counts = np.bincount(np.concatenate(targets), minlength=classes)
+    added with probability `share`, drawn in proportion to the labels' frequencies. A set that would become empty gets
+    one label drawn in the same way, which may be a correct one; one that was empty stays so."""
+    counts = np.bincount([label for labels in targets for label in labels], minlength=classes)
     cumulative = np.cumsum(counts / counts.sum())
     noisy = []
     for labels in targets:
         kept = [label for label, dropped in zip(labels, rng.random(len(labels)) < share) if not dropped]
         extra = int((rng.random(len(labels)) < share).sum())
-        drawn = np.searchsorted(cumulative, rng.random(max(extra, 0 if kept else 1)), side="right")
+        drawn = np.searchsorted(cumulative, rng.random(max(extra, 0 if kept or not labels else 1)), side="right")
         noisy.append(tuple(sorted({*kept, *(min(int(label), classes - 1) for label in drawn)})))
     return noisy
