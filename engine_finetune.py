@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from evaluation.publish import Destination, publish
-from evaluation.scores import TopK
+from evaluation.scores import LOWER, TopK
 from util.compute.precision import autocast, choose_amp_dtype
 from util.parallel.distributed import is_main_process, shut_down, sync_buffers
 from util.report.ledger import Record
@@ -38,7 +38,8 @@ def train_one_epoch(run: Run, criterion, mixup_fn=None) -> None:
 
 @torch.no_grad()
 def score(loader, model, device, amp_dtype=torch.float32, score_type=TopK):
-    """Return the scores of all images of this rank, an object of `score_type`, a class of `evaluation.scores`.
+    """Return the scores of all images of this rank, made by `score_type(device)`, for example a class of
+    `evaluation.scores`.
 
     `loader` must be made with `train=False`: every image is then on exactly one rank, without padding. Unreadable
     images are left out and counted as `skipped`.
@@ -86,11 +87,18 @@ def print_scores(scores, stats: dict, count: int) -> None:
     print(f"{scores.summary(stats)} on {count} images{skipped}")
 
 
+def save_best(run: Run, stats: dict[str, float], metric: str) -> dict[str, float]:
+    """Keep the weights if their `metric` is the best so far. Return the best value for the log, {} before there is
+    one."""
+    run.checkpoints.save_best(run, stats.get(metric), lower=metric in LOWER)
+    return {} if run.checkpoints.best is None else {f"best_{metric}": run.checkpoints.best}
+
+
 def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK) -> dict[str, float]:
     """Begin the run, train to its end or until a signal stops it, and close it; return the last evaluation.
 
     The model is evaluated every `--eval_freq` epochs and after the last one. The weights with the best main score
-    (`score_type.headline`, e.g. top-1) are kept in checkpoint-best.pth. For a run that was resumed at its end, only
+    (`headline` of the scores, e.g. top-1) are kept in checkpoint-best.pth. For a run that was resumed at its end, only
     missing result files are written, and {} is returned.
     """
     stats = {}
@@ -108,9 +116,8 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK)
             scores = score(val_loader, run.train_module, run.device, run.amp_dtype, score_type)
             stats = scores.read()
             print_scores(scores, stats, len(val_loader.dataset))
-            run.checkpoints.save_best(run, stats[score_type.headline])
             row = {f"test_{name}": value for name, value in stats.items()}
-            row[f"best_{score_type.headline}"] = run.checkpoints.best
+            row |= save_best(run, stats, scores.headline)
         run.finish_epoch(row)  # logs the epoch; writes a checkpoint every --save_freq epochs
     if not run.stopped and is_main_process():
         run.board.hparams(vars(args), {**run.reporter.last_means, **stats})

@@ -1,5 +1,6 @@
-"""Fine-tune a pretrained encoder for classification, train one from scratch, or evaluate one."""
+"""Fine-tune a pretrained encoder for classification or regression, train one from scratch, or evaluate one."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,11 +10,13 @@ from timm.layers import trunc_normal_
 import models_vit
 from engine_finetune import evaluate_once, train
 from evaluation.encoder import build_encoder, count_classes, settle_model
+from evaluation.regression import RegressionScores
 from evaluation.scores import MultiLabel, MultiLabelSigmoid, TopK
 from util import arguments
 from util.checkpoint.resume import find_resume
 from util.data.build import build_loader
-from util.data.labels import read_labelled, with_noise
+from util.data.label_flags import add_label_arguments, check_labels
+from util.data.labels import read_labelled, settle_units, with_noise
 from util.data.leak import check_leak
 from util.data.sample_rng import seeded
 from util.data.transforms import check_channels
@@ -47,7 +50,7 @@ class PresetParser(Parser):
 
 def get_args_parser() -> Parser:
     parser = PresetParser(
-        "Fine-tune a ViT for classification, train one from scratch, or evaluate one.",
+        "Fine-tune a ViT for classification or regression, train one from scratch, or evaluate one.",
         usual="--finetune CHECKPOINT --data_path PATH",
     )
     group = arguments.add_model_arguments(parser, default_model=None, decoder=False)
@@ -71,49 +74,6 @@ def get_args_parser() -> Parser:
     arguments.add_speed_arguments(parser)
     arguments.add_distributed_arguments(parser)
     return parser
-
-
-def add_label_arguments(group) -> None:
-    group.add_argument(
-        "--targets",
-        choices=["single", "multilabel"],
-        default="single",
-        help="multilabel: --dataset filelist with path<TAB>label,label,...; images without labels (path<TAB>) are "
-        "allowed; evaluation gives mean average precision, AUC and precision@1",
-    )
-    group.add_argument(
-        "--multilabel_loss",
-        choices=["softmax", "bce"],
-        default="softmax",
-        help="softmax: cross-entropy with equal weights of an image's labels, which sum to one; images without labels "
-        "have no loss; bce: binary cross-entropy of every label, which learns from them too",
-    )
-    group.add_argument(
-        "--label_sep",
-        metavar="TEXT",
-        help="multilabel: what separates the labels of a cell; without it a comma; ChestX-ray14 has |; single: '' "
-        "accepts labels that look like sets, such as a|b, as classes",
-    )
-    group.add_argument(
-        "--no_finding",
-        default="",
-        metavar="NAME",
-        help='multilabel: the label that stands for no label; "No Finding" in ChestX-ray14',
-    )
-    group.add_argument(
-        "--label_vocab",
-        default="",
-        metavar="FILE",
-        help="multilabel: all labels, one per line; without it those of --train_list",
-    )
-    group.add_argument(
-        "--label_noise",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="for studies: replace each training label by another class with probability P; multilabel: drop each "
-        "label with probability P, and for each add another with probability P, frequent ones more often",
-    )
 
 
 def augment_policy(text: str) -> str | None:
@@ -199,7 +159,7 @@ def check(args) -> None:
         raise UserError(f"--layer_decay {args.layer_decay} must lie in (0, 1]")
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size} must be even with --mixup or --cutmix, which pair images")
-    check_labels(args)
+    check_labels(args, mixes(args))
     arguments.check_speed_flags(args, not args.eval, "with --eval")
     if args.trainable_blocks is not None and args.eval:
         raise UserError("--trainable_blocks has no effect with --eval")
@@ -207,21 +167,6 @@ def check(args) -> None:
         raise UserError("--check_leak has no effect with --eval, which reads no training images")
     if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs weights: give --resume or --finetune")
-
-
-def check_labels(args) -> None:
-    if args.targets == "multilabel":
-        if args.dataset != "filelist":
-            raise UserError("--targets multilabel needs --dataset filelist, whose lists hold path<TAB>label,label,...")
-        if mixes(args):
-            raise UserError("--targets multilabel excludes --mixup and --cutmix, which mix images of one label each")
-    else:
-        given = {"label_vocab": args.label_vocab, "label_sep": args.label_sep, "no_finding": args.no_finding}
-        given["multilabel_loss"] = args.multilabel_loss != "softmax"
-        for name in (name for name, value in given.items() if value):
-            raise UserError(f"--{name} has no effect without --targets multilabel")
-    if args.label_noise and args.eval:
-        raise UserError("--label_noise has no effect with --eval: it changes only training labels")
 
 
 def mixes(args) -> bool:
@@ -244,9 +189,10 @@ def build_mixup(args) -> Mixup | None:
     )
 
 
-def settle_model_from_checkpoint(args, path: Path) -> None:
-    """Set the model flags of a resumed run that are not given to those of its checkpoint. `Run` compares the others."""
-    settle_model(args, read_weights(path))
+def settle_model_from_checkpoint(args, path: Path) -> Weights:
+    """Set the model flags of a resumed run that are not given to those of its checkpoint, which is returned. `Run`
+    compares the others."""
+    return settle_model(args, read_weights(path))
 
 
 def read_weights_and_images(args, resume: Path | None):
@@ -255,13 +201,13 @@ def read_weights_and_images(args, resume: Path | None):
     Returns the weights (None: random ones, or those of the checkpoint to resume), the training images (None with
     `--eval`) and the validation images. Raises UserError for mistakes in flags and files.
     """
-    if resume is not None and not args.eval:
-        settle_model_from_checkpoint(args, resume)
+    resumed = settle_model_from_checkpoint(args, resume) if resume is not None and not args.eval else None
     source = str(resume) if args.eval and resume else args.finetune
     weights = settle_model(args, source if args.eval or resume is None else "")
     check_channels(args.in_chans)
     args.aug = args.aug or arguments.default_crop(args.dataset)
     arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval)
+    settle_units(args, weights if args.eval else resumed)
     vocabulary = weights.classes if args.eval and weights else []
     images = None if args.eval else read_labelled(args, True)
     held_out = read_labelled(args, False, vocabulary or None)
@@ -301,10 +247,12 @@ def freeze_encoder(model: models_vit.VisionTransformer, trainable_blocks: int) -
     print(f"--trainable_blocks {trainable_blocks}: {count / 1e6:.2f} M parameters are trained")
 
 
-def scores_of(targets: str, multilabel_loss: str):
-    """Return the class of the scores for `--targets` and `--multilabel_loss`."""
-    if targets == "multilabel":
-        return MultiLabelSigmoid if multilabel_loss == "bce" else MultiLabel
+def scores_of(args):
+    """Return what makes the scores of an evaluation for `--targets`, given a device."""
+    if args.targets == "regression":
+        return partial(RegressionScores, mean=args.target_mean, std=args.target_std)
+    if args.targets == "multilabel":
+        return MultiLabelSigmoid if args.multilabel_loss == "bce" else MultiLabel
     return TopK
 
 
@@ -326,7 +274,7 @@ def main(args) -> dict[str, float]:
         print("no --finetune: training from scratch")
     val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
     record = Record("main_finetune" + " --eval" * args.eval, args, weights, train=images, test=held_out)
-    scores = scores_of(args.targets, args.multilabel_loss)
+    scores = scores_of(args)
     if args.eval:
         return evaluate_once(args, model, val_loader, device, record, scores, getattr(held_out, "classes", None))
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)

@@ -9,12 +9,15 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from util.parallel.distributed import all_reduce_sum, gather_objects, get_rank, get_world_size
 
+LOWER = {"loss", "mae", "rmse"}  # metrics of which a lower value is better
+
 
 class TopK:
     """Top-1 and top-5 accuracy in percent and mean cross-entropy, for one label per image: `targets` (N,), -1 if
     unknown."""
 
     headline = "acc1"  # the metric by which the best weights are selected
+    metrics = ("acc1", "acc5", "loss")  # those by which they may be
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, top-1, top-5, images, skipped

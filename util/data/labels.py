@@ -9,7 +9,7 @@ import torch
 
 from util.data.file_lists import read_lines, sorted_labels
 from util.data.list_flags import open_list
-from util.data.list_labels import label_sets
+from util.data.list_labels import label_sets, numbers
 from util.data.readers import need_path, read_images
 from util.data.sources import Files, Images, Subset
 from util.errors import UserError
@@ -42,12 +42,27 @@ class LabelSets(Relabelled):
         return row
 
 
+class Numbers(Relabelled):
+    """Images with numbers to predict: `targets` are tuples, one number for each of the `classes`, which are the names
+    of the columns. They are standardised with `mean` and `std`, one each per column."""
+
+    def __init__(self, images: Images, targets: list[tuple[float, ...]], classes: list[str], mean, std):
+        super().__init__(images, targets)
+        self.classes, self.mean, self.std = classes, np.array(mean), np.array(std)
+
+    def target(self, index) -> torch.Tensor:
+        """Return the standardised numbers, (columns,) float32."""
+        return torch.from_numpy((np.array(self.targets[index]) - self.mean) / self.std).float()
+
+
 def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
     """Return the images of one split with the labels that `--targets` selects. `vocabulary` (of a checkpoint) is used
     when `--label_vocab` is not given. Raises UserError for lists without labels and for labels not in the vocabulary.
     """
     if args.targets == "single":
         return read_images(args, train)
+    if args.targets == "regression":
+        return _read_numbers(args, train)
     path = args.train_list if train else args.val_list
     images, names, columns = _read_label_sets(args, path)
     source = f"--label_vocab {args.label_vocab}" if args.label_vocab else "the checkpoint's vocabulary"
@@ -62,6 +77,37 @@ def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
     if unknown is not None:
         raise UserError(f"the list file {path} has the label {unknown!r}, which is not in {source}")
     return LabelSets(images, [tuple(sorted(index[label] for label in labels)) for labels in names], vocabulary)
+
+
+def _read_numbers(args, train: bool) -> Numbers:
+    """Return the images and numbers of one split. The training split settles `--targets regression`'s mean and standard
+    deviation, unless a checkpoint has (`settle_units`)."""
+    listed = open_list(args, args.train_list if train else args.val_list, need_path(args))
+    rows, values = numbers(listed)
+    if train and not hasattr(args, "target_mean"):
+        mean, std = np.mean(values, axis=0), np.std(values, axis=0)
+        if not std.all():
+            raise UserError(f"the list file {listed.source} has the same number for all images: nothing can be learned")
+        args.target_mean, args.target_std = mean.tolist(), std.tolist()
+        print(f"targets {' '.join(listed.columns)}: mean {_shown(mean)}, standard deviation {_shown(std)}")
+    paths = [listed.paths[row] for row in rows]
+    images = Files(paths, [-1] * len(paths), None, "" if args.allow_outside else os.path.realpath(need_path(args)))
+    return Numbers(images, values, listed.columns, args.target_mean, args.target_std)
+
+
+def _shown(values: np.ndarray) -> str:
+    return " ".join(f"{value:.6g}" for value in values)
+
+
+def settle_units(args, weights) -> None:
+    """With `--targets regression`, take mean and standard deviation of the targets from the checkpoint (`Weights`) that
+    is evaluated or resumed, if there is one: they give its outputs their units. Raises UserError if it has none."""
+    if args.targets != "regression" or weights is None:
+        return
+    stored = [weights.args.get(name) for name in ("target_mean", "target_std")]
+    if None in stored:
+        raise UserError(f"{weights.path} was not trained with --targets regression: it does not predict numbers")
+    args.target_mean, args.target_std = map(list, stored)
 
 
 def _read_label_sets(args, path: str, announce: bool = True) -> tuple[Images, list[set[str]], list[str]]:

@@ -35,9 +35,19 @@ class LabelSetBinaryCrossEntropy(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, labels)
 
 
+class MeanSquaredError(nn.Module):
+    """Mean squared error of outputs and targets (N, outputs), in float32."""
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(outputs.float(), targets)
+
+
 def build_criterion(mixing: bool, targets: str, smoothing: float, multilabel_loss: str = "softmax") -> nn.Module:
     """Return the loss: cross-entropy with soft targets if images are mixed, one of label sets for `--targets
-    multilabel`, else cross-entropy with one label per image."""
+    multilabel`, the mean squared error for `--targets regression` (without smoothing), else cross-entropy with one
+    label per image."""
+    if targets == "regression":
+        return MeanSquaredError()
     if mixing:
         return SoftTargetCrossEntropy()  # `Mixup` has smoothed the targets
     if targets == "multilabel":
