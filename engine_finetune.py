@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from evaluation.publish import Destination, publish
-from evaluation.scores import TopK
+from evaluation.scores import LOWER, TopK
 from util.compute.precision import autocast, choose_amp_dtype
 from util.parallel.distributed import is_main_process, shut_down, sync_buffers
 from util.report.ledger import Record
@@ -37,9 +37,9 @@ def train_one_epoch(run: Run, criterion, mixup_fn=None) -> None:
 
 
 @torch.no_grad()
-def evaluate(loader, model, device, amp_dtype=torch.float32, score_type=TopK) -> dict[str, float]:
-    """Return the scores over all ranks. `score_type` is a class of `evaluation.scores` (`TopK`: top-1 and top-5 in
-    percent, mean cross-entropy).
+def score(loader, model, device, amp_dtype=torch.float32, score_type=TopK):
+    """Return the scores of all images of this rank, made by `score_type(device)`, for example a class of
+    `evaluation.scores`.
 
     `loader` must be made with `train=False`: every image is then on exactly one rank, without padding. Unreadable
     images are left out and counted as `skipped`.
@@ -51,15 +51,24 @@ def evaluate(loader, model, device, amp_dtype=torch.float32, score_type=TopK) ->
         with autocast(device, amp_dtype):
             logits = model(samples.image.to(device, non_blocking=True)).float()
         scores.add(logits, targets, good)
-    return scores.read()
+    return scores
 
 
-def evaluate_once(args, model, loader, device, record: Record, score_type=TopK) -> dict[str, float]:
+def evaluate(loader, model, device, amp_dtype=torch.float32, score_type=TopK) -> dict[str, float]:
+    """Return the metrics of `score` over all ranks (`TopK`: top-1 and top-5 in percent, mean cross-entropy, ...)."""
+    return score(loader, model, device, amp_dtype, score_type).read()
+
+
+def evaluate_once(
+    args, model, loader, device, record: Record, score_type=TopK, names: list[str] | None = None
+) -> dict[str, float]:
     """Run `--eval`: `evaluate` once, and publish the scores on the terminal, in eval.json, in TensorBoard (in
-    tensorboard-eval/ below --log_dir) and in the ledger, results.jsonl. Return them. Leaves the process group."""
+    tensorboard-eval/ below --log_dir) and in the ledger, results.jsonl. Return them. Leaves the process group. `names`
+    are those of the classes."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
-    stats = evaluate(loader, model, device, dtype, score_type)
-    print_scores(stats, len(loader.dataset), score_type)
+    scores = score(loader, model, device, dtype, score_type)
+    stats = scores.read()
+    print_scores(scores, stats, len(loader.dataset))
     metrics = {f"test_{name}": value for name, value in stats.items()}
     to = Destination(
         json=Path(args.output_dir) / "eval.json" if args.output_dir else None,
@@ -67,21 +76,29 @@ def evaluate_once(args, model, loader, device, record: Record, score_type=TopK) 
         ledger=args.output_dir,
     )
     scalars = {f"eval/{name}": value for name, value in stats.items()}
-    publish(record, metrics, len(loader.dataset), (device, dtype), to, scalars=scalars)
+    details = scores.details(names)
+    publish(record, metrics, len(loader.dataset), (device, dtype), to, scalars=scalars, details=details)
     shut_down()
     return stats
 
 
-def print_scores(stats: dict, count: int, score_type=TopK) -> None:
+def print_scores(scores, stats: dict, count: int) -> None:
     skipped = f", {int(stats['skipped'])} unreadable ones left out" if stats["skipped"] else ""
-    print(f"{score_type.summary(stats)} on {count} images{skipped}")
+    print(f"{scores.summary(stats)} on {count} images{skipped}")
+
+
+def save_best(run: Run, stats: dict[str, float], metric: str) -> dict[str, float]:
+    """Keep the weights if their `metric` is the best so far. Return the best value for the log, {} before there is
+    one."""
+    run.checkpoints.save_best(run, stats.get(metric), lower=metric in LOWER)
+    return {} if run.checkpoints.best is None else {f"best_{metric}": run.checkpoints.best}
 
 
 def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK) -> dict[str, float]:
     """Begin the run, train to its end or until a signal stops it, and close it; return the last evaluation.
 
     The model is evaluated every `--eval_freq` epochs and after the last one. The weights with the best main score
-    (`score_type.headline`, e.g. top-1) are kept in checkpoint-best.pth. For a run that was resumed at its end, only
+    (`headline` of the scores, e.g. top-1) are kept in checkpoint-best.pth. For a run that was resumed at its end, only
     missing result files are written, and {} is returned.
     """
     stats = {}
@@ -96,11 +113,11 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK)
         row = {}
         if (run.epoch + 1) % args.eval_freq == 0 or run.ended:
             sync_buffers(run.train_module)  # running statistics of rank 0: all ranks evaluate the same model
-            stats = evaluate(val_loader, run.train_module, run.device, run.amp_dtype, score_type)
-            print_scores(stats, len(val_loader.dataset), score_type)
-            run.checkpoints.save_best(run, stats[score_type.headline])
+            scores = score(val_loader, run.train_module, run.device, run.amp_dtype, score_type)
+            stats = scores.read()
+            print_scores(scores, stats, len(val_loader.dataset))
             row = {f"test_{name}": value for name, value in stats.items()}
-            row[f"best_{score_type.headline}"] = run.checkpoints.best
+            row |= save_best(run, stats, scores.headline)
         run.finish_epoch(row)  # logs the epoch; writes a checkpoint every --save_freq epochs
     if not run.stopped and is_main_process():
         run.board.hparams(vars(args), {**run.reporter.last_means, **stats})

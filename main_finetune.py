@@ -1,20 +1,22 @@
-"""Fine-tune a pretrained encoder for classification, train one from scratch, or evaluate one."""
+"""Fine-tune a pretrained encoder for classification or regression, train one from scratch, or evaluate one."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from timm.data import Mixup
 from timm.layers import trunc_normal_
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 import models_vit
 from engine_finetune import evaluate_once, train
 from evaluation.encoder import build_encoder, count_classes, settle_model
-from evaluation.scores import MultiLabel, TopK
+from evaluation.regression import RegressionScores
+from evaluation.scores import MultiLabel, MultiLabelSigmoid, TopK
 from util import arguments
 from util.checkpoint.resume import find_resume
 from util.data.build import build_loader
-from util.data.labels import read_labelled, with_noise
+from util.data.label_flags import add_label_arguments, check_labels
+from util.data.labels import read_labelled, settle_units, with_noise
 from util.data.leak import check_leak
 from util.data.pixel_range import settle_pixel_range
 from util.data.sample_rng import seeded
@@ -24,6 +26,7 @@ from util.errors import UserError, user_errors
 from util.lr_decay import param_groups_lrd
 from util.parser import Flags, Parser, rare
 from util.report.ledger import Record
+from util.training.losses import build_criterion
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
 from util.weights.load import Weights, read_weights
@@ -48,7 +51,7 @@ class PresetParser(Parser):
 
 def get_args_parser() -> Parser:
     parser = PresetParser(
-        "Fine-tune a ViT for classification, train one from scratch, or evaluate one.",
+        "Fine-tune a ViT for classification or regression, train one from scratch, or evaluate one.",
         usual="--finetune CHECKPOINT --data_path PATH",
     )
     group = arguments.add_model_arguments(parser, default_model=None, decoder=False)
@@ -72,30 +75,6 @@ def get_args_parser() -> Parser:
     arguments.add_speed_arguments(parser)
     arguments.add_distributed_arguments(parser)
     return parser
-
-
-def add_label_arguments(group) -> None:
-    group.add_argument(
-        "--targets",
-        choices=["single", "multilabel"],
-        default="single",
-        help="multilabel: --dataset filelist with path<TAB>label,label,...; an image's labels have equal weights that "
-        "sum to one; evaluation gives mean average precision and precision@1",
-    )
-    group.add_argument(
-        "--label_vocab",
-        default="",
-        metavar="FILE",
-        help="multilabel: all labels, one per line; without it those of --train_list",
-    )
-    group.add_argument(
-        "--label_noise",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="for studies: replace each training label by another class with probability P; multilabel: drop each "
-        "label with probability P, and for each add another with probability P, frequent ones more often",
-    )
 
 
 def augment_policy(text: str) -> str | None:
@@ -181,7 +160,7 @@ def check(args) -> None:
         raise UserError(f"--layer_decay {args.layer_decay} must lie in (0, 1]")
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size} must be even with --mixup or --cutmix, which pair images")
-    check_labels(args)
+    check_labels(args, mixes(args))
     arguments.check_speed_flags(args, not args.eval, "with --eval")
     if args.trainable_blocks is not None and args.eval:
         raise UserError("--trainable_blocks has no effect with --eval")
@@ -191,30 +170,8 @@ def check(args) -> None:
         raise UserError("--eval needs weights: give --resume or --finetune")
 
 
-def check_labels(args) -> None:
-    if args.targets == "multilabel":
-        if args.dataset != "filelist":
-            raise UserError("--targets multilabel needs --dataset filelist, whose lists hold path<TAB>label,label,...")
-        if mixes(args):
-            raise UserError("--targets multilabel excludes --mixup and --cutmix, which mix images of one label each")
-    elif args.label_vocab:
-        raise UserError("--label_vocab has no effect without --targets multilabel")
-    if args.label_noise and args.eval:
-        raise UserError("--label_noise has no effect with --eval: it changes only training labels")
-
-
 def mixes(args) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-def build_criterion(mixing: bool, targets: str, smoothing: float) -> torch.nn.Module:
-    """Return the cross-entropy: with soft targets if images are mixed, with label probabilities for
-    `--targets multilabel`, else with one label per image."""
-    if mixing:
-        return SoftTargetCrossEntropy()  # `Mixup` has smoothed the targets
-    if targets == "multilabel":
-        return torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
-    return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else torch.nn.CrossEntropyLoss()
 
 
 def build_mixup(args) -> Mixup | None:
@@ -233,9 +190,10 @@ def build_mixup(args) -> Mixup | None:
     )
 
 
-def settle_model_from_checkpoint(args, path: Path) -> None:
-    """Set the model flags of a resumed run that are not given to those of its checkpoint. `Run` compares the others."""
-    settle_model(args, read_weights(path))
+def settle_model_from_checkpoint(args, path: Path) -> Weights:
+    """Set the model flags of a resumed run that are not given to those of its checkpoint, which is returned. `Run`
+    compares the others."""
+    return settle_model(args, read_weights(path))
 
 
 def read_weights_and_images(args, resume: Path | None):
@@ -244,13 +202,13 @@ def read_weights_and_images(args, resume: Path | None):
     Returns the weights (None: random ones, or those of the checkpoint to resume), the training images (None with
     `--eval`) and the validation images. Raises UserError for mistakes in flags and files.
     """
-    if resume is not None and not args.eval:
-        settle_model_from_checkpoint(args, resume)
+    resumed = settle_model_from_checkpoint(args, resume) if resume is not None and not args.eval else None
     source = str(resume) if args.eval and resume else args.finetune
     weights = settle_model(args, source if args.eval or resume is None else "")
     check_channels(args.in_chans)
     args.aug = args.aug or arguments.default_crop(args.dataset)
     arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval)
+    settle_units(args, weights if args.eval else resumed)
     vocabulary = weights.classes if args.eval and weights else []
     images = None if args.eval else read_labelled(args, True)
     held_out = read_labelled(args, False, vocabulary or None)
@@ -291,6 +249,15 @@ def freeze_encoder(model: models_vit.VisionTransformer, trainable_blocks: int) -
     print(f"--trainable_blocks {trainable_blocks}: {count / 1e6:.2f} M parameters are trained")
 
 
+def scores_of(args):
+    """Return what makes the scores of an evaluation for `--targets`, given a device."""
+    if args.targets == "regression":
+        return partial(RegressionScores, mean=args.target_mean, std=args.target_std)
+    if args.targets == "multilabel":
+        return MultiLabelSigmoid if args.multilabel_loss == "bce" else MultiLabel
+    return TopK
+
+
 def main(args) -> dict[str, float]:
     """Fine-tune or evaluate once. Return the scores of the last evaluation. Raises UserError for mistakes in flags and
     files."""
@@ -309,14 +276,14 @@ def main(args) -> dict[str, float]:
         print("no --finetune: training from scratch")
     val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
     record = Record("main_finetune" + " --eval" * args.eval, args, weights, train=images, test=held_out)
-    scores = MultiLabel if args.targets == "multilabel" else TopK
+    scores = scores_of(args)
     if args.eval:
-        return evaluate_once(args, model, val_loader, device, record, scores)
+        return evaluate_once(args, model, val_loader, device, record, scores, getattr(held_out, "classes", None))
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     names = getattr(images, "classes", None)
     run = Run(args, device, loader, model, optimizer, resume=resume, record=record, classes=names)
-    criterion = build_criterion(mixes(args), args.targets, args.smoothing)
+    criterion = build_criterion(mixes(args), args.targets, args.smoothing, args.multilabel_loss)
     return train(args, run, val_loader, criterion, build_mixup(args), scores)
 
 

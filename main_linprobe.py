@@ -361,7 +361,7 @@ def main(args) -> dict:
     probe = Probe(model, attentive=args.head == "attentive").to(device)
     if args.eval:
         load_probe(probe, resume)
-        return evaluate_once(args, probe, test_loader, device, record)
+        return evaluate_once(args, probe, test_loader, device, record, names=getattr(held_out, "classes", None))
     optimizer_type = torch.optim.AdamW if args.head == "attentive" else LARS
     optimizer = optimizer_type(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     names = getattr(images, "classes", None)

@@ -181,6 +181,8 @@ def open_classifier(args) -> Judged:
         raise UserError(f"give a CHECKPOINT {need}")
     judged = open_trained(args, checkpoint)
     count = judged.model.num_classes
+    if judged.weights is not None and judged.weights.args.get("targets") == "regression":
+        raise UserError(f"{checkpoint} was trained with --targets regression: it predicts numbers, not classes")
     if not count:
         raise UserError(f"{checkpoint} has no classifier: fine-tune it first (main_finetune.py, main_linprobe.py)")
     if args.nb_classes not in (None, count):

@@ -5,9 +5,11 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from util.parallel.distributed import all_reduce_sum, gather_objects, get_rank, get_world_size
+
+LOWER = {"loss", "mae", "rmse"}  # metrics of which a lower value is better
 
 
 class TopK:
@@ -15,6 +17,7 @@ class TopK:
     unknown."""
 
     headline = "acc1"  # the metric by which the best weights are selected
+    metrics = ("acc1", "acc5", "loss")  # those by which they may be
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, top-1, top-5, images, skipped
@@ -33,64 +36,107 @@ class TopK:
         count = max(count, 1.0)
         return {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "skipped": skipped}
 
-    @staticmethod
-    def summary(stats: dict) -> str:
+    def details(self, names: list[str] | None) -> dict:
+        """Return what `read` computed beside its metrics, by class name, as JSON."""
+        return {}
+
+    def summary(self, stats: dict) -> str:
         """Return the line that is printed after an evaluation."""
         return f"top-1 {stats['acc1']:.2f} %  top-5 {stats['acc5']:.2f} %  loss {stats['loss']:.4f}"
 
 
 class MultiLabel:
-    """Mean average precision and precision@1 in percent and mean cross-entropy, for a set of labels per image:
-    `targets` (N, classes), positive for its labels; rows sum to one.
+    """Mean average precision, area under the ROC curve (mean over labels) and precision@1 in percent, and the mean
+    loss, for a set of labels per image: `targets` (N, classes), positive for its labels. Rows sum to one, or to zero
+    for images without labels, which precision@1 leaves out. Labels of all or of no image have no AUC.
 
-    Average precision ranks the scores of all images, so the scores are kept in main memory. Each rank holds those of
-    its images (images / ranks x classes x 5 bytes) and, during `read`, copies of those of all images for `AT_ONCE`
-    classes (images x `AT_ONCE` x 5 bytes a copy). For 1 M images and 1,000 classes on 8 GPUs this is 0.6 GB, and 0.3 GB
-    a copy, on each rank.
+    Average precision and AUC rank the scores of all images, so the scores are kept in main memory. Each rank holds
+    those of its images (images / ranks x classes x 5 bytes) and, during `read`, copies of those of all images for
+    `AT_ONCE` classes (images x `AT_ONCE` x 5 bytes a copy). For 1 M images and 1,000 classes on 8 GPUs this is 0.6 GB,
+    and 0.3 GB a copy, on each rank.
     """
 
     headline = "mAP"
+    metrics = ("mAP", "auc", "precision1", "loss")
     AT_ONCE = 64  # classes whose scores are gathered together
 
     def __init__(self, device: torch.device):
-        self.scores, self.positives = [], []  # of each batch (n, classes): log-probabilities, and whether labels hold
-        self.sums = np.zeros(4)  # loss, images whose highest-ranked label is one of theirs, images, skipped
+        self.scores, self.positives = [], []  # of each batch (n, classes): comparable between images; labels that hold
+        self.sums = np.zeros(5)  # loss, images whose highest-ranked label is one of theirs, images, labelled, skipped
+        self.by_label = np.zeros((2, 0))  # after `read`: average precision and AUC of each label, NaN if undefined
 
     def add(self, logits: torch.Tensor, targets: torch.Tensor, good: torch.Tensor) -> None:
+        """Add a batch as `TopK.add` does."""
         logits, targets = logits[good].cpu(), targets[good].cpu()
-        # Logits are comparable between images only after the softmax, which removes a constant added to all of them.
-        scores, positives = F.log_softmax(logits, dim=1).numpy(), targets.numpy() > 0
-        loss = F.cross_entropy(logits, targets, reduction="sum").item()
-        hits = precision_at_1(scores, positives) / 100 * len(scores)
-        self.sums += (loss, hits, len(scores), int((~good).sum()))
+        scores, positives = self._comparable(logits).numpy(), targets.numpy() > 0
+        labelled = positives.any(axis=1)
+        hits = precision_at_1(scores[labelled], positives[labelled]) / 100 * labelled.sum()
+        self.sums += (self._loss(logits, targets), hits, len(scores), labelled.sum(), int((~good).sum()))
         self.scores.append(scores)
         self.positives.append(positives)
 
+    def _comparable(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return scores that can be compared between images: after the softmax, which removes a constant added to all
+        logits of an image."""
+        return F.log_softmax(logits, dim=1)
+
+    def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> float:
+        return F.cross_entropy(logits, targets, reduction="sum").item()
+
     def read(self) -> dict[str, float]:
-        loss, hits, count, skipped = np.sum(gather_objects(self.sums), axis=0).tolist()
+        """Return the metrics over all ranks; `auc` is absent if no label has one."""
+        loss, hits, count, labelled, skipped = np.sum(gather_objects(self.sums), axis=0).tolist()
+        self.by_label = self._scores_by_label()
+        precision, auc = ([value for value in row if not math.isnan(value)] for row in self.by_label.tolist())
         return {
             "loss": loss / max(1, count),
-            "mAP": self._mean_average_precision(),
-            "precision1": 100 * hits / max(1, count),
+            "mAP": _mean(precision),
+            **({"auc": _mean(auc)} if auc else {}),
+            "precision1": 100 * hits / max(1, labelled),
             "skipped": skipped,
         }
 
-    def _mean_average_precision(self) -> float:
-        """Return `mean_average_precision` of the images of all ranks. The classes are divided among the ranks."""
-        precisions = []
+    def _scores_by_label(self) -> np.ndarray:
+        """Return `label_scores` (2, classes) of the images of all ranks. The classes are divided among the ranks."""
+        parts = {}
         classes = max(gather_objects(self.scores[0].shape[1] if self.scores else 0))
         for number, first in enumerate(range(0, classes, self.AT_ONCE)):
             columns = slice(first, first + self.AT_ONCE)
             own = [(scores[:, columns], labels[:, columns]) for scores, labels in zip(self.scores, self.positives)]
             everyone = [batch for rank in gather_objects(_joined(own)) for batch in rank]
             if number % get_world_size() == get_rank():
-                precisions += average_precisions(*_joined(everyone)[0])
-        return _mean([value for part in gather_objects(precisions) for value in part])
+                parts[number] = label_scores(*_joined(everyone)[0])
+        parts = {number: part for rank in gather_objects(parts) for number, part in rank.items()}
+        return np.concatenate([np.zeros((2, 0)), *(parts[number] for number in sorted(parts))], axis=1)
 
-    @staticmethod
-    def summary(stats: dict) -> str:
+    def details(self, names: list[str] | None) -> dict:
+        """Return what `read` computed for each label, by its name, as JSON."""
+        precision, auc = ([None if math.isnan(value) else value for value in row] for row in self.by_label.tolist())
+        names = names or [str(index) for index in range(len(auc))]
+        return {
+            "average_precision": dict(zip(names, precision)),
+            "auc": dict(zip(names, auc)),
+            "labels_without_auc": auc.count(None),
+        }
+
+    def summary(self, stats: dict) -> str:
         """Return the line that is printed after an evaluation."""
-        return f"mAP {stats['mAP']:.2f} %  precision@1 {stats['precision1']:.2f} %  loss {stats['loss']:.4f}"
+        text = f"mAP {stats['mAP']:.2f} %  precision@1 {stats['precision1']:.2f} %  loss {stats['loss']:.4f}"
+        left_out = int(np.isnan(self.by_label[1]).sum())
+        why = f" ({left_out} labels that all images or none have are left out)" if left_out else ""
+        return text + (f"  AUC {stats['auc']:.2f} %{why}" if "auc" in stats else "")
+
+
+class MultiLabelSigmoid(MultiLabel):
+    """The same for `--multilabel_loss bce`, which scores every label on its own; the loss is the mean binary
+    cross-entropy over labels."""
+
+    def _comparable(self, logits):
+        return logits
+
+    def _loss(self, logits, targets):
+        losses = F.binary_cross_entropy_with_logits(logits, (targets > 0).float(), reduction="none")
+        return losses.mean(dim=1).sum().item()
 
 
 def _joined(batches: list[tuple[np.ndarray, ...]]) -> list[tuple[np.ndarray, ...]]:
@@ -98,16 +144,22 @@ def _joined(batches: list[tuple[np.ndarray, ...]]) -> list[tuple[np.ndarray, ...
     return [tuple(np.concatenate(parts) for parts in zip(*batches))] if batches else []
 
 
-def average_precisions(scores: np.ndarray, positives: np.ndarray) -> list[float]:
-    """Return the average precision in percent of each class with at least one image. `scores` and `positives` are
-    (N, classes); `positives` is True where an image has the label."""
-    present = np.flatnonzero(positives.any(axis=0))
-    return [100 * float(average_precision_score(positives[:, index], scores[:, index])) for index in present]
+def label_scores(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """Return the average precision and the AUC of each class in percent, (2, classes). `scores` and `positives` are (N,
+    classes); `positives` is True where an image has the label. NaN without images for the average precision, and
+    without images or others for the AUC."""
+    result = np.full((2, positives.shape[1]), np.nan)
+    for index in np.flatnonzero(positives.any(axis=0)):
+        holds, values = positives[:, index], scores[:, index]
+        result[0, index] = 100 * average_precision_score(holds, values)
+        if not holds.all():
+            result[1, index] = 100 * roc_auc_score(holds, values)
+    return result
 
 
 def mean_average_precision(scores: np.ndarray, positives: np.ndarray) -> float:
-    """Return the mean of `average_precisions`, 0 if there are none."""
-    return _mean(average_precisions(scores, positives))
+    """Return the mean average precision in percent over the classes with images (`label_scores`), 0 without any."""
+    return _mean([value for value in label_scores(scores, positives)[0].tolist() if not math.isnan(value)])
 
 
 def _mean(values: list[float]) -> float:

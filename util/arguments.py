@@ -4,6 +4,7 @@ MAE's wherever it has the flag."""
 import math
 
 from util.compute.kernels import ATTENTION
+from util.data.list_flags import add_list_arguments, check_columns
 from util.data.pixel_range import check_pixel_range, range_word
 from util.data.readers import READERS
 from util.errors import UserError
@@ -67,15 +68,7 @@ def add_data_arguments(parser):
         help="imagefolder, folder: the evaluation images (class folders, or images), instead of val/ (or valid/, "
         "validation/, dev/, test/) in --data_path",
     )
-    group.add_argument(
-        "--train_list", default="", metavar="FILE", help="filelist: text file, path or path<TAB>label per line"
-    )
-    group.add_argument("--val_list", default="", metavar="FILE", help="filelist: the same for validation")
-    rare(
-        group.add_argument(
-            "--allow_outside", action="store_true", help="filelist: allow paths and links to files outside --data_path"
-        )
-    )
+    add_list_arguments(group)
     _add_shard_arguments(group)
     _add_reading_arguments(group)
     return group
@@ -326,7 +319,8 @@ def add_finetuning_arguments(parser, pooled: bool) -> None:
 
 
 def check_numbers(args) -> None:
-    """Raise UserError for a number out of range. Flags that a command does not have are skipped."""
+    """Raise UserError for a number out of range, and for columns without a list. Flags that a command does not have are
+    skipped."""
     _check_finite(args)
     positive = "batch_size epochs accum_iter save_freq print_freq timeout_s clip_grad patch_size in_chans"
     positive += " decoder_embed_dim decoder_num_heads nb_classes eval_freq shuffle_buffer shard_samples max_steps"
@@ -352,6 +346,7 @@ def check_numbers(args) -> None:
         raise UserError(f"--spike_factor {args.spike_factor} must be above 1, for example 2")
     if args.input_size is not None and len(args.input_size) > 2:
         raise UserError("--input_size takes one number, or height and width")
+    check_columns(args)
 
 
 def check_values(args) -> None:

@@ -1,4 +1,4 @@
-"""Paths and labels of images, read from folders and from list files. No image is opened here."""
+"""Paths of images below folders, and what readers of folders and of list files share. No image is opened here."""
 
 import os
 from pathlib import Path
@@ -74,47 +74,6 @@ def note_odd_classes(folder: Path, classes: list[str], used: set[int]) -> None:
 
 
 # Lists ----------------------------------------------------------------------------------------------------------------
-
-
-def read_list(path: str, root: Path, outside: bool = False) -> tuple[list[str], list[str] | None]:
-    """Return the paths and labels of a list file, which has path or path<TAB>label on each line. The labels are None
-    when no line has one. Raises UserError for a path that is not below `root`, unless `outside`: a list that comes with
-    the data must not refer to other files."""
-    if not path:
-        raise UserError("--dataset filelist needs two text files: --train_list and --val_list")
-    if not os.path.isfile(path):
-        raise UserError(f"--dataset filelist needs --train_list and --val_list, text files: {path} is not a file")
-    rows = [line.split("\t") for line in read_lines(path, "the list file")]
-    if not rows:
-        raise UserError(f"the list file {path} is empty: every line must be a path, or path<TAB>label")
-    widths = {len(row) for row in rows}
-    if len(widths) > 1 or max(widths) > 2:
-        raise UserError(f"the list file {path} mixes lines with and without a label, or has lines with several tabs")
-    _refuse_quotes(path, root, rows)
-    if not any(os.path.isfile(root / row[0]) for row in rows[:20]):
-        raise UserError(f"the list file {path} names {rows[0][0]}, which is not below --data_path {root}")
-    top = os.path.abspath(root)
-    stray = next((row[0] for row in rows if not is_below(os.path.abspath(root / row[0]), top)), None)
-    if stray is not None and not outside:
-        raise UserError(
-            f"the list file {path} names {stray}, which is not below --data_path {root}: give a folder that "
-            f"contains all of them, or --allow_outside for a list that you trust"
-        )
-    return [str(root / row[0]) for row in rows], [row[1].strip() for row in rows] if widths == {2} else None
-
-
-_QUOTES = "\"'"
-
-
-def _refuse_quotes(path: str, root: Path, rows: list[list[str]]) -> None:
-    """Raise UserError for quoted paths, and for labels that also occur without quotes: one class would become two."""
-    for name in (row[0] for row in rows):
-        if name.strip() != name.strip().strip(_QUOTES) and not os.path.isfile(root / name):
-            raise UserError(f"the list file {path} has quotes in {name}: write paths without quotes")
-    labels = {row[1].strip() for row in rows if len(row) > 1}
-    quoted = next((label for label in sorted(labels) if label != label.strip(_QUOTES) in labels), None)
-    if quoted is not None:
-        raise UserError(f"the list file {path} has both labels {quoted} and {quoted.strip(_QUOTES)}: remove the quotes")
 
 
 def read_lines(path: str | Path, what: str) -> list[str]:

@@ -7,7 +7,9 @@ from collections import Counter
 import numpy as np
 import torch
 
-from util.data.file_lists import read_lines, read_list, sorted_labels
+from util.data.file_lists import read_lines, sorted_labels
+from util.data.list_flags import open_list
+from util.data.list_labels import label_sets, numbers
 from util.data.readers import need_path, read_images
 from util.data.sources import Files, Images, Subset
 from util.errors import UserError
@@ -27,17 +29,30 @@ class Relabelled(Subset):
 
 
 class LabelSets(Relabelled):
-    """Images with several labels: `targets` are non-empty, ascending tuples of indices in `classes`."""
+    """Images with any number of labels: `targets` are ascending tuples of indices in `classes`."""
 
     def __init__(self, images: Images, targets: list[tuple[int, ...]], classes: list[str]):
         super().__init__(images, targets)
         self.classes = classes
 
     def target(self, index) -> torch.Tensor:
-        """Return (classes,) float32: equal weights for the image's labels, which sum to one."""
-        row = torch.zeros(len(self.classes))
-        row[list(self.targets[index])] = 1 / len(self.targets[index])
+        """Return (classes,) float32: equal weights for the image's labels, which sum to one; zeros without labels."""
+        row, labels = torch.zeros(len(self.classes)), list(self.targets[index])
+        row[labels] = 1 / max(1, len(labels))
         return row
+
+
+class Numbers(Relabelled):
+    """Images with numbers to predict: `targets` are tuples, one number for each of the `classes`, which are the names
+    of the columns. They are standardised with `mean` and `std`, one each per column."""
+
+    def __init__(self, images: Images, targets: list[tuple[float, ...]], classes: list[str], mean, std):
+        super().__init__(images, targets)
+        self.classes, self.mean, self.std = classes, np.array(mean), np.array(std)
+
+    def target(self, index) -> torch.Tensor:
+        """Return the standardised numbers, (columns,) float32."""
+        return torch.from_numpy((np.array(self.targets[index]) - self.mean) / self.std).float()
 
 
 def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
@@ -46,15 +61,17 @@ def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
     """
     if args.targets == "single":
         return read_images(args, train, vocabulary)
+    if args.targets == "regression":
+        return _read_numbers(args, train)
     path = args.train_list if train else args.val_list
-    images, names = _read_label_sets(args, path)
+    images, names, columns = _read_label_sets(args, path)
     source = f"--label_vocab {args.label_vocab}" if args.label_vocab else "the checkpoint's vocabulary"
     if args.label_vocab:
         vocabulary = read_vocabulary(args.label_vocab)
     elif vocabulary is None:
         source = args.train_list
-        known = names if train else _read_label_sets(args, args.train_list)[1]
-        vocabulary = sorted_labels(label for labels in known for label in labels)
+        known = names if train else _read_label_sets(args, args.train_list, announce=False)[1]
+        vocabulary = columns or sorted_labels(label for labels in known for label in labels)
     index = {label: i for i, label in enumerate(vocabulary)}
     unknown = next((label for labels in names for label in labels if label not in index), None)
     if unknown is not None:
@@ -62,15 +79,51 @@ def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
     return LabelSets(images, [tuple(sorted(index[label] for label in labels)) for labels in names], vocabulary)
 
 
-def _read_label_sets(args, path: str) -> tuple[Images, list[set[str]]]:
+def _read_numbers(args, train: bool) -> Numbers:
+    """Return the images and numbers of one split. The training split settles `--targets regression`'s mean and standard
+    deviation, unless a checkpoint has (`settle_units`)."""
+    listed = open_list(args, args.train_list if train else args.val_list, need_path(args))
+    rows, values = numbers(listed)
+    if train and not hasattr(args, "target_mean"):
+        mean, std = np.mean(values, axis=0), np.std(values, axis=0)
+        if not std.all():
+            raise UserError(f"the list file {listed.source} has the same number for all images: nothing can be learned")
+        args.target_mean, args.target_std = mean.tolist(), std.tolist()
+        print(f"targets {' '.join(listed.columns)}: mean {_shown(mean)}, standard deviation {_shown(std)}")
+    paths = [listed.paths[row] for row in rows]
+    images = Files(paths, [-1] * len(paths), None, "" if args.allow_outside else os.path.realpath(need_path(args)))
+    return Numbers(images, values, listed.columns, args.target_mean, args.target_std)
+
+
+def _shown(values: np.ndarray) -> str:
+    return " ".join(f"{value:.6g}" for value in values)
+
+
+def settle_units(args, weights) -> None:
+    """With `--targets regression`, take mean and standard deviation of the targets from the checkpoint (`Weights`) that
+    is evaluated or resumed, if there is one: they give its outputs their units. Raises UserError if it has none."""
+    if args.targets != "regression" or weights is None:
+        return
+    stored = [weights.args.get(name) for name in ("target_mean", "target_std")]
+    if None in stored:
+        raise UserError(f"{weights.path} was not trained with --targets regression: it does not predict numbers")
+    args.target_mean, args.target_std = map(list, stored)
+
+
+def _read_label_sets(args, path: str, announce: bool = True) -> tuple[Images, list[set[str]], list[str]]:
+    """Return the images of a list, the labels of each, and the names of its label columns if there are several."""
     root = need_path(args)
-    paths, lines = read_list(path, root, args.allow_outside)
-    if lines is None:
+    listed = open_list(args, path, root, announce)
+    if not listed.columns:
         raise UserError(f"the list file {path} has no labels; --targets multilabel needs path<TAB>label,label,...")
-    names = [{label.strip() for label in line.split(",")} - {""} for line in lines]
-    if not all(names):
-        raise UserError(f"the list file {path} has no label for {paths[names.index(set())]}: remove that line")
-    return Files(paths, [-1] * len(paths), None, "" if args.allow_outside else os.path.realpath(root)), names
+    names = label_sets(listed, "," if args.label_sep is None else args.label_sep, args.no_finding)
+    empty = sum(not labels for labels in names)
+    if empty == len(names):
+        raise UserError(f"the list file {path} has no label for any image; --targets multilabel needs labels")
+    if empty and announce:
+        print(f"{path}: {empty} of {len(names)} images have no label")
+    images = Files(listed.paths, [-1] * len(listed.paths), None, "" if args.allow_outside else os.path.realpath(root))
+    return images, names, listed.columns if len(listed.columns) > 1 else []
 
 
 def read_vocabulary(path: str) -> list[str]:
@@ -92,7 +145,7 @@ def with_noise(images, args):
     number of workers and ranks."""
     if not args.label_noise:
         return images
-    if not isinstance(images, Images) or min(map(_first, images.targets), default=-1) < 0:
+    if not isinstance(images, Images) or min(map(_lowest, images.targets), default=-1) < 0:
         raise UserError(f"--label_noise needs labels that are known in advance; --dataset {args.dataset} has none")
     rng = np.random.default_rng([args.seed, NOISE])
     multilabel = isinstance(images, LabelSets)
@@ -103,8 +156,8 @@ def with_noise(images, args):
     return LabelSets(images, noisy, images.classes) if multilabel else Relabelled(images, noisy)
 
 
-def _first(target) -> int:
-    return target if isinstance(target, int) else target[0]
+def _lowest(target) -> int:
+    return target if isinstance(target, int) else min(target, default=0)
 
 
 def uniform_noise(targets: list[int], classes: int, share: float, rng: np.random.Generator) -> list[int]:
@@ -116,14 +169,14 @@ def uniform_noise(targets: list[int], classes: int, share: float, rng: np.random
 
 def hashtag_noise(targets: list[tuple], classes: int, share: float, rng: np.random.Generator) -> list[tuple]:
     """Imitate the errors of hashtags: each label is dropped with probability `share`, and for each label another one is
-    added with probability `share`, drawn in proportion to the labels' frequencies. A set that would be empty gets one
-    label drawn in the same way, which may be a correct one."""
-    counts = np.bincount(np.concatenate(targets), minlength=classes)
+    added with probability `share`, drawn in proportion to the labels' frequencies. A set that would become empty gets
+    one label drawn in the same way, which may be a correct one; one that was empty stays so."""
+    counts = np.bincount([label for labels in targets for label in labels], minlength=classes)
     cumulative = np.cumsum(counts / counts.sum())
     noisy = []
     for labels in targets:
         kept = [label for label, dropped in zip(labels, rng.random(len(labels)) < share) if not dropped]
         extra = int((rng.random(len(labels)) < share).sum())
-        drawn = np.searchsorted(cumulative, rng.random(max(extra, 0 if kept else 1)), side="right")
+        drawn = np.searchsorted(cumulative, rng.random(max(extra, 0 if kept or not labels else 1)), side="right")
         noisy.append(tuple(sorted({*kept, *(min(int(label), classes - 1) for label in drawn)})))
     return noisy

@@ -16,11 +16,11 @@ from util.data.file_lists import (
     images_below,
     note_odd_classes,
     read_lines,
-    read_list,
-    sorted_labels,
 )
 from util.data.images import printable
 from util.data.leftovers import Skipped
+from util.data.list_flags import open_list, uses_labels
+from util.data.list_labels import class_labels
 from util.data.shards import Shards, find_shards
 from util.data.sources import Arrays, Files, HuggingFaceImages, Images, TorchvisionImages
 from util.errors import UserError
@@ -130,19 +130,33 @@ def _folder(args, train: bool, _classes) -> Files:
 
 
 def _filelist(args, train: bool, vocabulary: list[str] | None) -> Files:
-    root, outside = need_path(args), args.allow_outside
-    paths, labels = read_list(args.train_list if train else args.val_list, root, outside)
-    within = "" if outside else os.path.realpath(root)
+    root = need_path(args)
+    path = args.train_list if train else args.val_list
+    listed = open_list(args, path, root)
+    labels, classes = _classes_of_list(args, listed)
+    within = "" if args.allow_outside else os.path.realpath(root)
     if labels is None:
-        return Files(paths, [-1] * len(paths), None, within)
-    if vocabulary is None or train:
-        vocabulary = sorted_labels(labels if train else read_list(args.train_list, root, outside)[1] or [])
-    classes = vocabulary
+        return Files(listed.paths, [-1] * len(listed.paths), None, within)
+    if not train and vocabulary is not None:
+        classes = vocabulary
+    elif not train:
+        classes = _classes_of_list(args, open_list(args, args.train_list, root, announce=False))[1]
     index = {label: i for i, label in enumerate(classes)}
     unknown = next((label for label in labels if label not in index), None)
     if unknown is not None:
         raise UserError(f"the list file {args.val_list} has the label {unknown!r}, which is not in {args.train_list}")
-    return Files(paths, [index[label] for label in labels], classes, within)
+    return Files(listed.paths, [index[label] for label in labels], classes, within)
+
+
+def _classes_of_list(args, listed) -> tuple[list[str] | None, list[str]]:
+    """Return `class_labels`. Commands that do not use labels read a list whose labels are no classes without them."""
+    try:
+        return class_labels(listed, check_sets=getattr(args, "label_sep", None) != "")
+    except UserError as error:
+        if uses_labels(args):
+            raise
+        print(f"note: {error}; the images are read without labels")
+        return None, []
 
 
 def _cifar(args, train: bool, _classes) -> Arrays:

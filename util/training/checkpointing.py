@@ -4,6 +4,7 @@
 which retries after a failure, `util.training.run_state.save`, which collects the content, and `util.checkpoint.save`.
 """
 
+import math
 from pathlib import Path
 
 from util.checkpoint.atomic import write_tensors
@@ -24,7 +25,7 @@ class Checkpointer:
         self.saver = Saver(output_dir, save_patience)
         self.best_file = LateFile(Path(output_dir) / "checkpoint-best.pth", write_tensors)
         self.saver.files = [*logs, self.best_file]
-        self.best = 0.0  # highest score so far
+        self.best: float | None = None  # best score so far
         self.temporary: Path | None = None  # the last checkpoint, if it is to be deleted after the next one
 
     def save(self, run, last: bool = False, temporary: bool = False) -> None:
@@ -43,9 +44,12 @@ class Checkpointer:
         path = run_state.save(run, Retention(run.args.keep, temporary, self.temporary))
         self.temporary = path if temporary else None
 
-    def save_best(self, run, score: float) -> None:
-        """Write the weights of `run` to checkpoint-best.pth if their `score` is the highest so far."""
-        if not score > self.best:  # NaN is never the best
+    def save_best(self, run, score: float | None, lower: bool = False) -> None:
+        """Write the weights of `run` to checkpoint-best.pth if their `score` is the best so far: the highest, or with
+        `lower` the lowest. A score that is None or NaN is never the best."""
+        if score is None or math.isnan(score):
+            return
+        if self.best is not None and not (score < self.best if lower else score > self.best):
             return
         self.best = score
         if self.writes:

@@ -1,6 +1,7 @@
 """Sets of labels and synthetic noise: targets, loss and scores by independent computations, and refusals."""
 
 import argparse
+import json
 import math
 import threading
 
@@ -12,12 +13,13 @@ from PIL import Image
 from scipy.stats import binom
 
 import main_finetune
-from evaluation.scores import MultiLabel, mean_average_precision, precision_at_1
+from evaluation.scores import MultiLabel, MultiLabelSigmoid, label_scores, mean_average_precision, precision_at_1
 from util.data.build import build_loader
 from util.data.labels import LabelSets, hashtag_noise, read_labelled, read_vocabulary, uniform_noise, with_noise
 from util.data.samples import KeyedDataset
 from util.data.sources import Arrays
 from util.errors import UserError
+from util.training.losses import build_criterion
 
 BASE = "--dataset filelist --targets multilabel --model vit_micro_patch4 --input_size 16 --batch_size 8 --epochs 1"
 BASE += " --in_chans 3 --warmup_epochs 0 --lr 1e-3 --num_workers 0 --device cpu --amp_dtype fp32 --aug crop"
@@ -68,12 +70,57 @@ def test_soft_target_loss(smoothing):
     """-sum_k t_k log p_k, written out; smoothing distributes a share of the targets over all classes equally."""
     logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.rand(5, 7, dtype=torch.float64).softmax(1)
-    loss = main_finetune.build_criterion(False, "multilabel", smoothing)(logits, targets)
+    loss = build_criterion(False, "multilabel", smoothing)(logits, targets)
     soft = (1 - smoothing) * targets + smoothing / 7
     expected = -(soft * (logits.exp() / logits.exp().sum(1, keepdim=True)).log()).sum(1).mean()
     torch.testing.assert_close(loss, expected)
     (gradient,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(gradient, (logits.softmax(1) - soft) / 5)  # in closed form
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_images_without_labels_in_the_loss(smoothing):
+    """A row of zeros has no softmax loss, with smoothing neither; in the binary loss all its labels are 0."""
+    logits = torch.randn(4, 5, dtype=torch.float64)
+    sets = [(0, 2), (), (4,), ()]
+    targets = torch.zeros(4, 5, dtype=torch.float64)
+    for row, labels in enumerate(sets):
+        targets[row, list(labels)] = 1 / max(1, len(labels))
+    softmax = build_criterion(False, "multilabel", smoothing)
+    torch.testing.assert_close(softmax(logits, targets), softmax(logits[::2], targets[::2]) / 2)
+    expected = 0
+    for row, labels in enumerate(sets):
+        for label in range(5):
+            t = (1 - smoothing) * (label in labels) + smoothing / 2
+            p = torch.sigmoid(logits[row, label])
+            expected -= (t * p.log() + (1 - t) * (1 - p).log()) / 20
+    loss = build_criterion(False, "multilabel", smoothing, "bce")(logits, targets)
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=0)  # computed in float32
+
+
+def test_scores_with_images_without_labels():
+    """AUC by counting pairs; a label that all images or none have is left out; precision@1 of labelled images only."""
+    rng = np.random.default_rng(0)
+    logits, holds = torch.from_numpy(rng.normal(size=(30, 5))).float(), torch.from_numpy(rng.random((30, 5)) < 0.4)
+    holds[::3] = False  # without labels
+    holds[:, 4] = False
+    kept = MultiLabelSigmoid(torch.device("cpu"))
+    targets = holds / holds.sum(1, keepdim=True).clamp(min=1)
+    for part in torch.arange(30).split(7):
+        kept.add(logits[part], targets[part], torch.ones(len(part), dtype=torch.bool))
+    stats, details = kept.read(), kept.details(list("abcde"))
+    pairs = [logits[holds[:, i], i][:, None] > logits[~holds[:, i], i] for i in range(4)]
+    aucs = [100 * pair.float().mean().item() for pair in pairs]
+    *values, none = details["auc"].values()
+    assert values == pytest.approx(aucs, rel=1e-5) and none is None and details["labels_without_auc"] == 1
+    assert stats["auc"] == pytest.approx(sum(aucs) / 4, rel=1e-5)
+    labelled = holds.any(1)
+    assert not labelled.all() and "1 labels that all images or none have" in kept.summary(stats)
+    first = holds[labelled][range(int(labelled.sum())), logits[labelled].argmax(1)]
+    assert stats["precision1"] == pytest.approx(100 * first.float().mean().item(), rel=1e-6)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, holds.float()).item()
+    assert stats["loss"] == pytest.approx(expected, rel=1e-6)
+    assert np.isnan(label_scores(np.ones((3, 1)), np.ones((3, 1), bool))[1, 0])  # a label of all images
 
 
 def test_average_precision_by_hand():
@@ -185,6 +232,15 @@ def test_hashtag_noise():
     assert within(sum(0 not in labels for labels in even), 2000, 0.2 * (1 - back - empty))
 
 
+def test_noise_of_images_without_labels(tmp_path):
+    """Empty sets stay empty, the noise of the others is the same as without them."""
+    sets = [(0, 1), (), (2,), ()] * 20
+    noisy = hashtag_noise(sets, 3, 0.5, np.random.default_rng(0))
+    assert noisy[1::2] == [()] * 40 and noisy[::2] == hashtag_noise(sets[::2], 3, 0.5, np.random.default_rng(0))
+    arrays = Arrays(np.zeros((80, 8, 8, 3), np.uint8), [0] * 80, list("abc"))
+    assert with_noise(LabelSets(arrays, sets, list("abc")), flags_of()).target(1).tolist() == [0, 0, 0]
+
+
 def test_noise_depends_on_the_seed_alone():
     """Labels depend on the seed and not on the number of workers; the reader's list is unchanged."""
     arrays = Arrays(np.zeros((64, 8, 8, 3), np.uint8), [i % 4 for i in range(64)], list("abcd"))
@@ -213,7 +269,7 @@ def test_a_run_its_evaluation_and_fine_tuning(lists, tmp_path, capsys):
     """Two processes have the scores of one; the checkpoint stores its labels, an evaluation needs no training list, and
     fine-tuning reports the replaced head."""
     stats = main_finetune.main(parse(lists, f"--label_noise 0.2 --output_dir {tmp_path}"))
-    assert stats.keys() == {"loss", "mAP", "precision1", "skipped"} and math.isfinite(stats["loss"])
+    assert stats.keys() == {"loss", "mAP", "auc", "precision1", "skipped"} and math.isfinite(stats["loss"])
     state = checkpoint(tmp_path, "checkpoint-0.pth")
     assert state["classes"] == checkpoint(tmp_path, "checkpoint-best.pth")["classes"] == ["blue", "green", "red"]
     again = parse(lists, f"--eval --finetune {tmp_path / 'checkpoint-0.pth'} --output_dir {tmp_path / 'eval'}")
@@ -225,6 +281,28 @@ def test_a_run_its_evaluation_and_fine_tuning(lists, tmp_path, capsys):
     capsys.readouterr()
     main_finetune.main(parse(lists, f"--finetune {tmp_path / 'checkpoint-0.pth'} --output_dir {tmp_path / 'next'}"))
     assert "its 3 labels: blue, green and 1 more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loss", ["softmax", "bce"])
+def test_a_run_with_images_without_findings(loss, lists, tmp_path, capsys):
+    """Half of the images have no label, by an empty cell or by a name for it. The scores of each label are in eval.json
+    under its name."""
+    for split in ("train", "val"):
+        lines = (lists / f"{split}.txt").read_text().splitlines()
+        names = [line.split("\t")[0] for line in lines]
+        lines[::4] = [f"{name}\t" for name in names[::4]]
+        lines[1::4] = [f"{name}\tNo Finding" for name in names[1::4]]
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines))
+    where = f"--train_list {tmp_path / 'train.txt'} --val_list {tmp_path / 'val.txt'} --multilabel_loss {loss}"
+    args = parse(lists, where)
+    args.no_finding, args.output_dir = "No Finding", str(tmp_path / "out")
+    stats = main_finetune.main(args)
+    assert "12 of 24 images have no label" in capsys.readouterr().out
+    again = parse(lists, f"{where} --eval --finetune {tmp_path / 'out/checkpoint-0.pth'}")
+    again.no_finding, again.output_dir = "No Finding", str(tmp_path / "eval")
+    assert main_finetune.main(again) == pytest.approx(stats, rel=1e-6)
+    details = json.loads((tmp_path / "eval" / "eval.json").read_text())["details"]
+    assert sum(details["auc"].values()) / 3 == pytest.approx(stats["auc"]) and list(details["auc"]) == sorted(COLOURS)
 
 
 def write(folder, name, text):
@@ -241,7 +319,10 @@ def write(folder, name, text):
         ("--label_noise 1.5", "", r"--label_noise 1.5 must lie in \[0, 1\]"),
         ("--eval --finetune x --label_noise 0.5", "", "--label_noise has no effect with --eval"),
         ("--train_list {}", "train0.png\ntrain1.png", "has no labels; --targets multilabel needs"),
-        ("--train_list {}", "train0.png\tred\ntrain1.png\t , ", "has no label for .*train1.png"),
+        ("--train_list {}", "train0.png\t\ntrain1.png\t , ", "has no label for any image"),
+        ("--targets single --multilabel_loss bce", "", "--multilabel_loss has no effect without"),
+        ("--targets single --no_finding none", "", "--no_finding has no effect without"),
+        ("--targets single --label_sep ;", "", "--label_sep has no effect without"),
         ("--val_list {}", "val0.png\tpink", "has the label 'pink', which is not in .*train.txt"),
         ("--label_vocab {}", "red\ngreen", "has the label 'blue', which is not in --label_vocab"),
         ("--label_vocab {}", "red\ngreen\nred", "repeats 'red'"),

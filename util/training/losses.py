@@ -1,0 +1,55 @@
+"""Losses of fine-tuning and probing."""
+
+import torch
+import torch.nn.functional as F
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+
+class LabelSetCrossEntropy(nn.Module):
+    """Cross-entropy of logits (N, classes) with label probabilities (N, classes), whose rows sum to one. A row of
+    zeros, an image without labels, has the loss 0."""
+
+    def __init__(self, smoothing: float = 0.0):
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if self.smoothing > 0:
+            share = (self.smoothing / targets.shape[1]) * (targets.sum(dim=1, keepdim=True) > 0)
+            targets = targets * (1 - self.smoothing) + share
+        return F.cross_entropy(logits, targets)
+
+
+class LabelSetBinaryCrossEntropy(nn.Module):
+    """Mean binary cross-entropy of logits (N, classes): 1 for the labels of an image, whose `targets` (N, classes) are
+    positive, and 0 for the others. Smoothing moves both towards 1/2."""
+
+    def __init__(self, smoothing: float = 0.0):
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = logits.float()
+        labels = (targets > 0).to(logits.dtype) * (1 - self.smoothing) + self.smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+class MeanSquaredError(nn.Module):
+    """Mean squared error of outputs and targets (N, outputs), in float32."""
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(outputs.float(), targets)
+
+
+def build_criterion(mixing: bool, targets: str, smoothing: float, multilabel_loss: str = "softmax") -> nn.Module:
+    """Return the loss: cross-entropy with soft targets if images are mixed, one of label sets for `--targets
+    multilabel`, the mean squared error for `--targets regression` (without smoothing), else cross-entropy with one
+    label per image."""
+    if targets == "regression":
+        return MeanSquaredError()
+    if mixing:
+        return SoftTargetCrossEntropy()  # `Mixup` has smoothed the targets
+    if targets == "multilabel":
+        return {"softmax": LabelSetCrossEntropy, "bce": LabelSetBinaryCrossEntropy}[multilabel_loss](smoothing)
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()
