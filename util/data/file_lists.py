@@ -80,10 +80,12 @@ def note_odd_classes(folder: Path, classes: list[str], used: set[int]) -> None:
 # Lists ----------------------------------------------------------------------------------------------------------------
 
 
-def read_list(path: str, root: Path, outside: bool = False) -> tuple[list[str], list[str] | None]:
+def read_list(
+    path: str, root: Path, outside: bool = False, flag: str = "--data_path"
+) -> tuple[list[str], list[str] | None]:
     """Return the paths and labels of a list file, which has path or path<TAB>label on each line. The labels are None
-    when no line has one. Raises UserError for a path that is not below `root`, unless `outside`: a list that comes with
-    the data must not refer to other files."""
+    when no line has one. Raises UserError for a path that is not below `root`, the folder of `flag`, unless `outside`:
+    a list that comes with the data must not refer to other files."""
     if not path:
         raise UserError("--dataset filelist needs two text files: --train_list and --val_list")
     if not os.path.isfile(path):
@@ -96,7 +98,7 @@ def read_list(path: str, root: Path, outside: bool = False) -> tuple[list[str], 
         raise UserError(f"the list file {path} mixes lines with and without a label, or has lines with several tabs")
     _refuse_quotes(path, root, rows)
     if not any(os.path.isfile(root / row[0]) for row in rows[:20]):
-        raise UserError(f"the list file {path} names {rows[0][0]}, which is not below --data_path {root}")
+        raise UserError(f"the list file {path} names {rows[0][0]}, which is not below {flag} {root}")
     top = os.path.abspath(root)
     stray = next((row[0] for row in rows if not is_below(os.path.abspath(root / row[0]), top)), None)
     if stray is not None and not outside:

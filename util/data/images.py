@@ -63,7 +63,12 @@ def printable(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
+def reason_of(error: Exception) -> str:
+    """Return why an image is unreadable, in one line."""
+    return printable(str(error)) or type(error).__name__
+
+
 def warn_unreadable(name: str, error: Exception, rest: str = "") -> None:
     """Report an unreadable image on stderr; `print` is silent on all ranks but the first."""
-    sys.stderr.write(f"unreadable image {printable(name)}: {printable(str(error)) or type(error).__name__}{rest}\n")
+    sys.stderr.write(f"unreadable image {printable(name)}: {reason_of(error)}{rest}\n")
     sys.stderr.flush()

@@ -87,12 +87,17 @@ def _folder(args, train: bool) -> Files:
     split = root / ("train" if train else "val")
     if not train and not split.is_dir():
         raise UserError(f"--data_path {root} has no val/ folder, so there is nothing to validate on")
-    folder = split if split.is_dir() else root
+    return unlabelled_folder(split if split.is_dir() else root)
+
+
+def unlabelled_folder(folder: Path, flag: str = "--data_path") -> Files:
+    """Read all images below a folder, at any depth, in the order of their paths. Raises UserError, which names `flag`,
+    when there are none."""
     others = Counter()
     paths = images_below(folder, others)
     note_skipped(folder, others)
     if not paths:
-        raise UserError(f"--data_path {folder} contains no images; supported endings are {' '.join(IMG_EXTENSIONS)}")
+        raise UserError(f"{flag} {folder} contains no images; supported endings are {' '.join(IMG_EXTENSIONS)}")
     return Files(paths, [-1] * len(paths), None)
 
 

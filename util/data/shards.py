@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,11 @@ class Shards:
     @property
     def offsets(self) -> list[int]:
         return [0, *accumulate(self.counts)]
+
+    def name(self, number: int) -> str:
+        """Return a name for image `number` that needs no reading: its shard, and its position there."""
+        shard = bisect_right(self.offsets, number) - 1
+        return f"{self.urls[shard]}: image {number - self.offsets[shard]}"
 
 
 def find_shards(args, train: bool) -> Shards:
