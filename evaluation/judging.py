@@ -172,16 +172,17 @@ def open_autoencoder(args, weights: Weights) -> Judged:
     return Judged(args, resolved, weights.path, weights, config, images, model, torch.device("cpu"), torch.float32)
 
 
-def open_classifier(args) -> Judged:
-    """Open the classifier of a file or of a timm name. Raises UserError if there is none, or if it has not
-    `--nb_classes` outputs."""
+def open_classifier(args, numbers: bool = False) -> Judged:
+    """Open the classifier of a file or of a timm name; with `numbers` a regression is accepted, too. Raises UserError
+    if there is none, or if it has not `--nb_classes` outputs."""
     need = "with a classifier: one of main_finetune.py or main_linprobe.py"
     checkpoint = command_line.checkpoint_of(args, need)
     if checkpoint == "random":
         raise UserError(f"give a CHECKPOINT {need}")
     judged = open_trained(args, checkpoint)
     count = judged.model.num_classes
-    if judged.weights is not None and judged.weights.args.get("targets") == "regression":
+    stored = judged.weights.args if judged.weights is not None else {}
+    if stored.get("targets") == "regression" and not numbers:
         raise UserError(f"{checkpoint} was trained with --targets regression: it predicts numbers, not classes")
     if not count:
         raise UserError(f"{checkpoint} has no classifier: fine-tune it first (main_finetune.py, main_linprobe.py)")

@@ -39,6 +39,8 @@ COMMANDS = {
     "fewshot": f"fewshot {{evil}} --data_path {{data}} {DATA} --shots 1 --out {{out}}/a.json",
     "knn": f"knn {{evil}} --data_path {{data}} {DATA} --out {{out}}/a.json",
     "mask_maps": "mask_maps {evil} --data {data}/val --out {out}/a.png",
+    "predict": "predict {evil} --data {data}/val --out {out}/a.csv --device cpu",
+    "features": "predict {evil} --data {data}/val --features --out {out}/a.npz --device cpu",
     "robustness": f"robustness {{evil}} --data_path {{data}} {DATA} --corrupt --out {{out}}/a.json",
     "tsne": f"tsne {{evil}} --data_path {{data}} {DATA} --out {{out}}/a.png",
     "visualize": "visualize {evil} --data {data}/val --out {out}/a.png",

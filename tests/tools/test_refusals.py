@@ -24,9 +24,10 @@ VALID = {
     "export": "{ck} --to timm --out {out}/a.safetensors",
     "mask_maps": "{ck} --data {dir}/good/val --out {out}/a.png",
     "visualize": "{ck} --data {dir}/good/val --out {out}/a.png",
+    "predict": "{ck} --data {dir}/good/val --num_workers 0 --device cpu --batch_size 4 --out {out}/a.csv",
 }
 USABLE = dict.fromkeys(VALID, "encoder.pth")
-USABLE |= {"robustness": "classifier.pth", "mask_maps": "mlo.pth", "visualize": "mae.pth"}
+USABLE |= {"robustness": "classifier.pth", "mask_maps": "mlo.pth", "visualize": "mae.pth", "predict": "classifier.pth"}
 SEEDED = set(VALID) - {"export"}
 WITH_DATA = ("knn", "fewshot", "tsne", "robustness")
 
@@ -46,6 +47,8 @@ def put_checkpoints(tool_files):
         "encoder": {"model": vit[0], "args": flags},
         "classifier": {"model": vit[2], "args": flags, "classes": ["a", "b"]},
         "nameless": {"model": vit[2], "args": flags},
+        "values": {"model": vit[2], "args": {**flags, "targets": "regression"}},
+        "attentive": {"model": {**vit[0], "head.0.query": torch.zeros(1, 1, 128)}, "args": flags},
         "mae": {"model": mae, "args": {**flags, "model": "mae_vit_micro_patch4"}},
         "cnn": {"model": {"conv1.weight": torch.zeros(2, 3, 7, 7)}},
     }
@@ -103,8 +106,8 @@ def test_the_valid_command_line(tool, tool_files, tmp_path):
     """The command lines that the cases below modify are valid, and write these files."""
     call(tool, VALID[tool], tool_files, tmp_path / "new")
     written = {path.name for path in (tmp_path / "new").iterdir()}
-    assert written & {"a.json", "a.png", "a.safetensors"}
-    if tool not in ("mask_maps", "visualize"):
+    assert written & {"a.json", "a.png", "a.safetensors", "a.csv"}
+    if tool not in ("mask_maps", "visualize", "predict"):
         assert {"a.json", "results.jsonl"} <= written and any(name.startswith("tensorboard-") for name in written)
 
 
@@ -189,6 +192,24 @@ def test_images(tool, tool_files, tmp_path, capsys):
         ("mask_maps", "", "mae.pth", "mae.pth holds no masking network"),
         ("mask_maps", "", "encoder.pth", "an encoder without a decoder"),
         ("visualize", "", "encoder.pth", "an encoder without a decoder"),
+        ("predict", "", "encoder.pth", "encoder.pth has no classifier"),
+        ("predict", "", "attentive.pth", "attentive.pth has a head of head.0.query, "),
+        ("predict", "--nb_classes 7", "", "--nb_classes 7: the classifier of"),
+        ("predict", "--classes {dir}/names.txt", "", "names 3 classes, and the classifier"),
+        ("predict", "--data_path {dir}/good", "", "--data_path {dir}/good exclude each other: give one of them"),
+        ("predict", "--split train", "", "--split train exclude each other"),
+        ("predict", "--dataset digits", "", "--dataset digits exclude each other"),
+        ("predict", "--topk 0", "", "--topk 0 must be positive"),
+        ("predict", "--topk 2 --probabilities all", "", "--topk 2 has no effect with --probabilities all"),
+        ("predict", "--topk 2", "values.pth", "--topk 2 has no effect: {dir}/values.pth predicts values"),
+        ("predict", "--pool avg", "", "--pool avg is for --features"),
+        ("predict", "--jpeg_draft", "", "--jpeg_draft has no effect here"),
+        ("predict", "--features", "", "a.csv must be a .npz or .parquet file"),
+        ("predict", "--features --topk 2 --out {out}/a.npz", "", "--topk has no effect with --features"),
+        ("predict", "--features --probabilities all", "", "--probabilities has no effect with --features"),
+        ("predict", "--features --pool avg --out {out}/a.npz --checkpoint_key b", "", "'b'"),
+        ("predict", "--data {dir}/text.pth", "", "the list file {dir}/text.pth names no checkpoint"),
+        ("predict", "--data {dir}/classifier.pth", "", "classifier.pth is not a text file in UTF-8"),
     ],
 )
 def test_checkpoint_and_data_that_do_not_fit(tool, flags, checkpoint, message, tool_files, tmp_path, capsys):

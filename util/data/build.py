@@ -18,12 +18,14 @@ def build_loader(
     num_workers: int | None = None,
     split: bool = True,
     seed: int | None = None,
+    named: bool = False,
 ) -> Loader:
     """Return a loader of batches of `images` (an `Images`, `Shards` or a stream of timm) for the flags `args`;
     `num_workers` and `seed` override the flags of these names. The ranks split the images among themselves; with
-    `split=False` every rank reads all of them.
+    `split=False` every rank reads all of them. With `named` the batches are of `NamedSample`s.
 
-    Raises UserError when the training set is smaller than one batch, ValueError for a stream with `split=False`.
+    Raises UserError when the training set is smaller than one batch, ValueError for a stream with `split=False` or
+    `named`.
     """
     pixels = {"seed": args.seed if seed is None else seed, "in_chans": args.in_chans}
     pixels["pixel_range"] = getattr(args, "pixel_range", None)
@@ -31,12 +33,14 @@ def build_loader(
     workers = args.num_workers if num_workers is None else num_workers
     if isinstance(images, Shards):
         classes = getattr(args, "nb_classes", None)
-        options = dict(shuffle_buffer=args.shuffle_buffer, jpeg_draft=draft, classes=classes, split=split)
+        options = dict(shuffle_buffer=args.shuffle_buffer, jpeg_draft=draft, classes=classes, split=split, named=named)
         data = ShardDataset(images, transform, batch_size, train, **pixels, **options)
         loader = ShardLoader(data, workers, args.pin_mem)
     else:
         if isinstance(images, Images):
-            data = KeyedDataset(images, transform, **pixels, jpeg_draft=draft, replace=train)
+            data = KeyedDataset(images, transform, **pixels, jpeg_draft=draft, replace=train, named=named)
+        elif named:
+            raise ValueError("the images of a stream have no names")
         elif split:
             data = StreamDataset(images, transform, **pixels)
         else:

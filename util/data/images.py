@@ -39,7 +39,7 @@ def open_image(file: BinaryIO) -> Image.Image:
         img = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
         file.seek(0)
-        raise OSError(f"{_kind(file.read(512))}, and not an image that can be read") from error
+        raise OSError(_kind(file.read(512))) from error
     if img.mode in ("RGB", "RGBA") and any("16" in _raw_mode(tile) for tile in img.tile):
         img.info["bits_per_channel"] = 16
     return img
@@ -69,13 +69,13 @@ _OTHER_CONTENT = {
 def _kind(start: bytes) -> str:
     """Return what a file of this beginning (512 bytes) is, in words."""
     if not start:
-        return "it is empty"
+        return "the file is empty"
     if start[128:132] == b"DICM":
         return "it is a DICOM file (convert it to 16-bit PNG or TIFF)"
     if start[:4] in (b"II*\0", b"MM\0*"):
         return "it is a TIFF of bands or types that pillow cannot read (convert it to 8-bit RGB or 16-bit grey)"
     kind = next((name for magic, name in _OTHER_CONTENT.items() if start.lstrip().startswith(magic)), None)
-    return f"it is {kind}" if kind else "its content has no known format"
+    return f"it is {kind}, not an image" if kind else "cannot identify image file"
 
 
 def read_image(file: BinaryIO) -> Image.Image:
@@ -104,7 +104,12 @@ def printable(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
+def reason_of(error: Exception) -> str:
+    """Return why an image is unreadable, in one line."""
+    return printable(str(error)) or type(error).__name__
+
+
 def warn_unreadable(name: str, error: Exception, rest: str = "") -> None:
     """Report an unreadable image on stderr; `print` is silent on all ranks but the first."""
-    sys.stderr.write(f"unreadable image {printable(name)}: {printable(str(error)) or type(error).__name__}{rest}\n")
+    sys.stderr.write(f"unreadable image {printable(name)}: {reason_of(error)}{rest}\n")
     sys.stderr.flush()

@@ -178,7 +178,7 @@ def _infer(path: str, lines: list[str], root: Path, wanted: str) -> Table:
     if wanted and all(_column(wanted, sample[0]) is None for sample in samples.values() if sample):
         raise UserError(f"--image_column {wanted} is no column of {path}, whose first line is {rows[0]}")
     _refuse_quotes(path, root, [row[0] for row in rows])
-    raise UserError(f"the list file {path} names {rows[0][0]}, which is not below --data_path {root}")
+    raise UserError(f"the list file {path} names {rows[0][0]}, which is not a file below {root}")
 
 
 def _infer_with(path: str, samples: dict, names: Names, wanted: str) -> tuple[int, Table | None]:

@@ -114,18 +114,25 @@ def image_folder(path: str | Path, train: bool, flag: str = "--data_path", class
 
 def _folder(args, train: bool, _classes) -> Files:
     given = "" if train else _eval_path(args)
-    root = _folder_at(given, "--eval_path") if given else need_path(args)
+    if given:
+        return unlabelled_folder(_folder_at(given, "--eval_path"), "--eval_path")
+    root = need_path(args)
     try:
-        folder = root if given else split_folder(root, train)
+        return unlabelled_folder(split_folder(root, train))
     except UserError:
         if not train:
             raise
-        folder = root  # images at any depth, without splits
+    return unlabelled_folder(root)  # images at any depth, without splits
+
+
+def unlabelled_folder(folder: Path, flag: str = "--data_path") -> Files:
+    """Read all images below a folder, at any depth, in the order of their paths. Raises UserError, which names `flag`,
+    when there are none."""
     skipped = Skipped()
     paths = images_below(folder, skipped)
     skipped.note(folder)
     if not paths:
-        raise UserError(f"--data_path {folder} contains no images; supported endings are {' '.join(IMG_EXTENSIONS)}")
+        raise UserError(f"{flag} {folder} contains no images; supported endings are {' '.join(IMG_EXTENSIONS)}")
     return Files(paths, [-1] * len(paths), None)
 
 

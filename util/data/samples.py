@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from util.data.images import BROKEN_IMAGE, printable, warn_unreadable
+from util.data.images import BROKEN_IMAGE, printable, reason_of, warn_unreadable
 from util.data.jpeg_draft import split_crop
 from util.data.sample_rng import seeded
 from util.data.sources import Images
@@ -32,11 +32,23 @@ class Sample(NamedTuple):
     bad: int  # number of unreadable images that this one replaces; in evaluation 1 if it is unreadable itself
 
 
+class NamedSample(NamedTuple):
+    """A `Sample` with the name of the image and, if it is unreadable and was not replaced, the reason."""
+
+    image: torch.Tensor
+    target: int
+    index: int
+    bad: int
+    name: str
+    error: str
+
+
 class KeyedDataset(torch.utils.data.Dataset):
     """Transformed images by key (epoch, index). A plain index means epoch 0.
 
     An unreadable image is reported on stderr and, in training, replaced by a random draw. In evaluation
-    (`replace=False`) it becomes a black image with `bad` set, so that the scores can leave it out.
+    (`replace=False`) it becomes a black image with `bad` set, so that the scores can leave it out. With `named` the
+    samples are `NamedSample`s.
     """
 
     def __init__(
@@ -48,30 +60,34 @@ class KeyedDataset(torch.utils.data.Dataset):
         jpeg_draft: bool = False,
         replace: bool = True,
         pixel_range: list | None = None,
+        named: bool = False,
     ):
-        self.images, self.seed, self.replace = images, seed, replace
+        self.images, self.seed, self.replace, self.named = images, seed, replace, named
         self.convert = Converter(in_chans, pixel_range, keeps_depth(transform))
         self.crop, self.transform = split_crop(transform) if jpeg_draft else (None, transform)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key) -> Sample:
+    def __getitem__(self, key) -> Sample | NamedSample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         with seeded(self.seed, epoch, index):
-            image, chosen, bad = self._read(index)
-            return Sample(self.transform(image), self.images.target(chosen), index, bad)
+            image, chosen, bad, error = self._read(index)
+            sample = Sample(self.transform(image), self.images.target(chosen), index, bad)
+            return NamedSample(*sample, self.images.name(index), error) if self.named else sample
 
-    def _read(self, index: int) -> tuple[Image.Image, int, int]:
-        """Return (image, its index, number of unreadable images before it) for `index` or its replacement."""
+    def _read(self, index: int) -> tuple[Image.Image, int, int, str]:
+        """Return (image, its index, number of unreadable images before it, why it is unreadable if it is not replaced)
+        for `index` or its replacement."""
         for bad in range(DRAWS):
             chosen = int(torch.randint(len(self.images), ())) if bad else index
             try:
-                return self._decoded(chosen), chosen, bad
+                return self._decoded(chosen), chosen, bad, ""
             except BROKEN_IMAGE as error:
                 warn_unreadable(self.images.name(chosen), error)
+                reason = reason_of(error)
             if not self.replace:
-                return self.convert(Image.new("RGB", (32, 32))), chosen, 1
+                return self.convert(Image.new("RGB", (32, 32))), chosen, 1, reason
         last = printable(self.images.name(chosen))
         raise UnreadableData(f"{DRAWS} images in a row could not be read, the last one {last}")
 

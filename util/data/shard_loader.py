@@ -19,11 +19,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
-from util.data.images import BROKEN_IMAGE, open_image, printable, warn_unreadable
+from util.data.images import BROKEN_IMAGE, open_image, printable, reason_of, warn_unreadable
 from util.data.jpeg_draft import split_crop
 from util.data.loader import Loader, loader_options
 from util.data.sample_rng import seeded
-from util.data.samples import DRAWS, Sample, UnreadableData
+from util.data.samples import DRAWS, NamedSample, Sample, UnreadableData
 from util.data.shards import BAD_SHARD, Shards, image_ending, members_of, open_shard, samples_of, warn_bad_shard
 from util.data.transforms import Converter, keeps_depth
 from util.parallel.distributed import get_rank, get_world_size
@@ -43,6 +43,7 @@ class Entry(NamedTuple):
     index: int  # number of the image that belongs at this position
     record: Record | None  # this image or its replacement; None when it is unreadable and not replaced
     bad: int  # 1 when the image could not be read, else 0
+    error: str = ""  # without a record: why it could not be read
 
 
 def read_shard(url: str) -> Iterator[Record]:
@@ -120,7 +121,8 @@ class Section:
                 reason = problem or f"it ends after {skip + index - before} images"
                 warn_bad_shard(url, f"{reason}{lost}")
             if not self.replace:
-                yield from (Entry(missing, None, 1) for missing in range(index, end))
+                lost = f"its shard is damaged: {printable(str(reason))}"
+                yield from (Entry(missing, None, 1, lost) for missing in range(index, end))
                 return
             failures = 0 if index > before else failures + 1
             if failures >= min(len(self.order), DRAWS):
@@ -138,7 +140,7 @@ class ShardDataset(IterableDataset):
     With `train`: shuffled; every rank gets the same number of batches and an incomplete last batch is dropped;
     unreadable images are replaced, and only then does a sample occur twice. Otherwise: every image once, in order; the
     ranks' numbers of images may differ by one; unreadable images have `bad` set. With `split=False` every rank gets all
-    images.
+    images. With `named` the samples are `NamedSample`s, and labels are not read.
     """
 
     def __init__(
@@ -154,8 +156,9 @@ class ShardDataset(IterableDataset):
         classes: int | None = None,
         split: bool = True,
         pixel_range: list | None = None,
+        named: bool = False,
     ):
-        self.shards, self.batch_size, self.train = shards, batch_size, train
+        self.shards, self.batch_size, self.train, self.named = shards, batch_size, train, named
         self.seed, self.buffer = seed, shuffle_buffer if train else 1
         self.convert = Converter(in_chans, pixel_range, keeps_depth(transform))
         self.crop, self.transform = split_crop(transform) if jpeg_draft else (None, transform)
@@ -184,7 +187,7 @@ class ShardDataset(IterableDataset):
         start, stop = (min(edge, self.last) for edge in edges)
         return Section(self.shards, order, start, stop, self.buffer, seed * 65_537 + start, replace=self.train)
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Sample | NamedSample]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         epoch, start = self.at.tolist()
@@ -194,21 +197,27 @@ class ShardDataset(IterableDataset):
         (entries,) = itertools.tee(section.entries(passed), 1)  # a copy of a tee can read ahead
         for entry in entries:
             with seeded(self.seed, epoch, entry.index):
-                image, label, bad = self._read(entry, entries, section)
+                image, label, bad, error = self._read(entry, entries, section)
                 image = self.transform(image)
-            yield Sample(image, label, entry.index, bad)
+            sample = Sample(image, label, entry.index, bad)
+            yield NamedSample(*sample, self._name(entry), error) if self.named else sample
 
-    def _read(self, entry: Entry, entries, section: Section) -> tuple[Image.Image, int, int]:
-        """Return (image, label, number of unreadable images) of `entry` or, if it is unreadable, of its replacement."""
-        bad = entry.bad
+    def _name(self, entry: Entry) -> str:
+        return self.shards.name(entry.index) if entry.record is None else entry.record.name
+
+    def _read(self, entry: Entry, entries, section: Section) -> tuple[Image.Image, int, int, str]:
+        """Return (image, label, number of unreadable images, why it is unreadable if it is not replaced) of `entry` or,
+        if it is unreadable, of its replacement."""
+        bad, reason = entry.bad, entry.error
         for other in itertools.chain([entry], itertools.islice(self._others(entries, section), DRAWS - 1)):
             if other.record is not None:
                 try:
-                    return *self._decoded(other.record), bad
+                    return *self._decoded(other.record), bad, ""
                 except BROKEN_IMAGE as error:
                     warn_unreadable(other.record.name, error)
+                    reason = reason_of(error)
             if not self.train:
-                return self.convert(Image.new("RGB", (32, 32))), -1, 1
+                return self.convert(Image.new("RGB", (32, 32))), -1, 1, reason
             bad += 1
         last = printable(other.record.name)
         raise UnreadableData(f"{DRAWS} images in a row could not be read, the last one {last}")
@@ -219,8 +228,8 @@ class ShardDataset(IterableDataset):
         yield from section.after()
 
     def _decoded(self, record: Record) -> tuple[Image.Image, int]:
-        image, label = open_image(io.BytesIO(record.image)), int(record.label)
-        if label not in self.labels:
+        image, label = open_image(io.BytesIO(record.image)), -1 if self.named else int(record.label)
+        if label not in self.labels and not self.named:
             raise ValueError(f"its label {label} is not between 0 and {self.labels[-1]}")
         if self.crop is not None:
             return self.crop(image, self.convert), label

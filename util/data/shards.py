@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -65,6 +66,11 @@ class Shards:
                 ending = image_ending(sample)
                 with suppress(*BROKEN_IMAGE):
                     yield f"{url}: {sample['__key__']}.{ending}", open_image(io.BytesIO(sample[ending]))
+
+    def name(self, number: int) -> str:
+        """Return a name for image `number` that needs no reading: its shard, and its position there."""
+        shard = bisect_right(self.offsets, number) - 1
+        return f"{self.urls[shard]}: image {number - self.offsets[shard]}"
 
 
 def find_shards(args, train: bool) -> Shards:

@@ -156,7 +156,7 @@ def test_pretraining_does_not_need_labels(root, text, capsys):
 @pytest.mark.parametrize(
     ("text", "argv", "words"),
     [
-        ("id,label\n5.png,a\n6.png,b", [], r"names id,label, which is not below"),
+        ("id,label\n5.png,a\n6.png,b", [], r"names id,label, which is not a file below"),
         (HAM.replace("dx,", "kind,"), [], r"columns lesion_id, image_id, kind, dx_type, age: choose .*--label_column"),
         ("mask,picture,label\n0.png,1.png,a\n2.png,3.png,b", [], r"several columns .*mask, picture.*--image_column"),
         ("0.png,a,7\n1.png,b,8", [], "3 columns and no header: choose columns by number"),
