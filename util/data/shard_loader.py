@@ -10,6 +10,7 @@ import copy
 import io
 import itertools
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from typing import NamedTuple
@@ -24,7 +25,8 @@ from util.data.jpeg_draft import split_crop
 from util.data.loader import Loader, loader_options
 from util.data.sample_rng import seeded
 from util.data.samples import DRAWS, Sample, UnreadableData
-from util.data.shards import BAD_SHARD, Shards, image_ending, members_of, open_shard, samples_of, warn_bad_shard
+from util.data.shard_members import BAD_SHARD, LeftOut, members_of, samples_of, warn_bad_shard
+from util.data.shards import Shards, open_shard
 from util.data.transforms import to_channels
 from util.parallel.distributed import get_rank, get_world_size
 
@@ -45,12 +47,23 @@ class Entry(NamedTuple):
     bad: int  # 1 when the image could not be read, else 0
 
 
+_noted = set()  # shards of which this process, or the one that forked it, has reported what is left out
+
+
 def read_shard(url: str) -> Iterator[Record]:
-    """Yield all images of a shard, in order. Raises BAD_SHARD."""
-    with open_shard(url) as stream:
-        for sample in samples_of(members_of(stream, url)):
-            ending = image_ending(sample)
-            yield Record(sample[ending], sample.get("cls", b"-1"), f"{url}: {sample['__key__']}.{ending}")
+    """Yield all images of a shard, in order. Images and labels that are left out are reported, once per shard and
+    process. Raises BAD_SHARD."""
+    left_out = LeftOut()
+    try:
+        with open_shard(url) as stream:
+            for sample in samples_of(members_of(stream, url, left_out), left_out):
+                yield Record(sample.image, b"-1" if sample.label is None else sample.label, f"{url}: {sample.name}")
+    finally:  # also after the last image that is wanted
+        lost = left_out.samples_only()
+        if lost.counts and url not in _noted:
+            _noted.add(url)
+            sys.stderr.write(f"note: left out of {printable(url)}: {lost}\n")
+            sys.stderr.flush()
 
 
 class Section:
@@ -155,6 +168,7 @@ class ShardDataset(IterableDataset):
         split: bool = True,
     ):
         self.shards, self.batch_size, self.train = shards, batch_size, train
+        _noted.update(shards.counted)
         self.seed, self.in_chans, self.buffer = seed, in_chans, shuffle_buffer if train else 1
         self.crop, self.transform = split_crop(transform) if jpeg_draft else (None, transform)
         self.labels = range(classes) if classes else range(-1, 2**31)
