@@ -134,7 +134,7 @@ def test_the_same_images_by_another_path(image_folder, tmp_path):
 
 
 def test_files_are_compared_without_resolving_each(image_folder, monkeypatch):
-    """Links to files are found in the listing of their folder; resolving 14 million files takes minutes on every rank."""
+    """Links to files are found in the listing of their folder; resolving millions takes minutes."""
     args = main_pretrain.get_args_parser().parse_args(f"--data_path {image_folder}".split())
     images = util.data.readers.read_images(args, train=True)
     calls, original = [], os.path.realpath
