@@ -182,7 +182,7 @@ def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tenso
     """Return indices (rest, held out). About `share` of each class is held out, drawn at random: at least one image,
     unless it is the only one, which stays in the rest."""
     generator = torch.Generator().manual_seed(seed)
-    rest, held = [], []
+    rest, held = [labels.new_empty(0)], [labels.new_empty(0)]
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
         members = members[torch.randperm(len(members), generator=generator)]
@@ -277,10 +277,13 @@ def train_and_choose(train, test, rest, held, args, device) -> tuple[nn.Sequenti
 
 def probe_cached(model, train_loader, test_loader, args, device) -> dict:
     """Encode both splits, train the heads, choose one on the held-out images, and make it the head of `model`. Returns
-    its test accuracy in percent, its base rate, and the numbers of images."""
+    its test accuracy in percent, its base rate, and the numbers of images. Raises UserError when too few images can be
+    read."""
     model.to(device).eval()
     train, test = (encode(model, loader, args, device) for loader in (train_loader, test_loader))
     rest, held = split_and_settle(args, train[1])
+    if not len(test[1]):
+        raise UserError(f"none of the {len(test_loader.dataset)} test images could be read; their names are above")
     model.head, scores = train_and_choose(train, test, rest, held, args, device)
     return {**scores, "train_images": len(rest), "test_images": len(test[1])}
 

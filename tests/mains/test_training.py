@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -327,6 +328,16 @@ def test_cached_features_on_two_ranks(image_folder, tmp_path):
     assert max((one[key] - two[key]).abs().max() for key in one) < 1e-4  # float32; batches of other sizes
     one, two = (json.loads((tmp_path / str(processes) / "probe.json").read_text())["result"] for processes in (1, 2))
     assert one == two
+
+
+@pytest.mark.parametrize("split,message", [("train", "leaves 0 to choose"), ("val", "none of the 20 test images")])
+def test_cached_features_of_unreadable_images(image_folder, tmp_path, split, message):
+    shutil.copytree(image_folder, tmp_path / "data")
+    for path in (tmp_path / "data" / split).glob("*/*.png"):
+        path.write_bytes(b"no image")
+    flags = f"--data_path {tmp_path}/data --model vit_micro_patch4 --input_size 16 --num_workers 0 --device cpu"
+    with pytest.raises(UserError, match=message):
+        main_linprobe.main(main_linprobe.get_args_parser().parse_args(f"{flags} --epochs 1 --cache_features".split()))
 
 
 def test_a_frozen_encoder_stays_frozen(image_folder, tmp_path):
