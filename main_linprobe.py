@@ -36,7 +36,7 @@ from util.datasets import build_transform
 from util.errors import UserError, user_errors
 from util.lars import LARS
 from util.lr_sched import adjust_learning_rate
-from util.parallel.distributed import is_main_process, shut_down
+from util.parallel.distributed import barrier, from_main_process, is_main_process, shut_down
 from util.parser import Flags, Parser
 from util.report.ledger import Record
 from util.report.log import log_line
@@ -185,7 +185,7 @@ def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tenso
     """Return indices (rest, held out). About `share` of each class is held out, drawn at random: at least one image,
     unless it is the only one, which stays in the rest."""
     generator = torch.Generator().manual_seed(seed)
-    rest, held = [], []
+    rest, held = [labels.new_empty(0)], [labels.new_empty(0)]
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
         members = members[torch.randperm(len(members), generator=generator)]
@@ -195,10 +195,10 @@ def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tenso
     return torch.cat(rest), torch.cat(held)
 
 
-def train_heads(features, labels, args) -> tuple[nn.BatchNorm1d, list[nn.Linear]]:
+def train_heads(features, labels, args, after_epoch=lambda: None) -> tuple[nn.BatchNorm1d, list[nn.Linear]]:
     """Train one linear head per base rate of `--probe_blrs` on features (M, D) and labels (M,), all on the same
-    batches, by LARS. A head's learning rate is its base rate times `--lr`. Returns the heads' common BatchNorm, and the
-    heads."""
+    batches, by LARS. A head's learning rate is its base rate times `--lr`. `after_epoch` is called after each epoch.
+    Returns the heads' common BatchNorm, and the heads."""
     device, generator = features.device, torch.Generator().manual_seed(args.seed)
     norm = nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6).to(device)
     heads = [nn.Linear(features.shape[1], args.nb_classes).to(device) for _ in args.probe_blrs]
@@ -219,6 +219,7 @@ def train_heads(features, labels, args) -> tuple[nn.BatchNorm1d, list[nn.Linear]
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+        after_epoch()
     return norm.eval(), heads
 
 
@@ -229,8 +230,9 @@ def accuracy(norm, head, features, labels) -> tuple[float, float]:
     return 100 * ranked[:, 0].float().mean().item(), 100 * ranked.any(dim=1).float().mean().item()
 
 
-def encode(model, loader, args, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the features (M, D) and labels (M,) of all readable images, on the CPU."""
+def encode(model, loader, args, device) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return the features (M, D) of all readable images, on the main process (None on the others), and their labels
+    (M,), on all; both on the CPU."""
     return extract(model.forward_features, loader, device, choose_amp_dtype(args.amp_dtype, device))
 
 
@@ -248,32 +250,45 @@ def split_and_settle(args, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return rest, held
 
 
-def probe_cached(model, train_loader, test_loader, args, device) -> dict:
-    """Encode both splits, train the heads, choose one on the held-out images, and make it the head of `model`. Returns
-    its test accuracy in percent, its base rate, and the numbers of images."""
-    model.to(device).eval()
-    features, labels = encode(model, train_loader, args, device)
-    test_features, test_labels = encode(model, test_loader, args, device)
-    rest, held = split_and_settle(args, labels)
-    norm, heads = train_heads(features[rest].to(device), labels[rest].to(device), args)
-    held_x, held_y = features[held].to(device), labels[held].to(device)
-    held_acc1 = [accuracy(norm, head, held_x, held_y)[0] for head in heads]
-    best = max(range(len(heads)), key=held_acc1.__getitem__)
-    top1, top5 = accuracy(norm, heads[best], test_features.to(device), test_labels.to(device))
-    model.head = probe_head(heads[best])
-    model.head[0].load_state_dict(norm.state_dict())
+def train_and_choose(train, test, rest, held, args, device) -> tuple[nn.Sequential, dict]:
+    """Train the heads on the images `rest` of `train` and choose one on the images `held`; `train` and `test` are
+    (features, labels). Returns the chosen head and the scores. All ranks call it; the main process, which holds the
+    features, trains, and the others receive the head and the scores."""
+
+    def choose():
+        (features, labels), (test_features, test_labels) = train, test
+        norm, heads = train_heads(features[rest].to(device), labels[rest].to(device), args, after_epoch=barrier)
+        held_x, held_y = features[held].to(device), labels[held].to(device)
+        held_acc1 = [accuracy(norm, head, held_x, held_y)[0] for head in heads]
+        best = max(range(len(heads)), key=held_acc1.__getitem__)
+        scores = accuracy(norm, heads[best], test_features.to(device), test_labels.to(device))
+        head = probe_head(heads[best])
+        head[0].load_state_dict(norm.state_dict())
+        return head.cpu(), held_acc1, best, scores
+
+    if not is_main_process():  # the ranks stay in step, so that none times out
+        for _ in range(args.epochs):
+            barrier()
+    head, held_acc1, best, (top1, top5) = from_main_process(choose)
     for blr, value in zip(args.probe_blrs, held_acc1):
         print(f"blr {blr:g}: {value:.2f} % on {len(held)} held-out training images")
-    if len(heads) > 1 and best in (0, len(heads) - 1):
+    if len(held_acc1) > 1 and best in (0, len(held_acc1) - 1):
         print(f"note: the best rate, {args.probe_blrs[best]:g}, is at the end of --probe_blrs; try a wider list")
-    return {
-        "test_acc1": top1,
-        "test_acc5": top5,
-        "holdout_acc1": held_acc1[best],
-        "blr": args.probe_blrs[best],
-        "train_images": len(rest),
-        "test_images": len(test_labels),
-    }
+    scores = {"test_acc1": top1, "test_acc5": top5, "holdout_acc1": held_acc1[best], "blr": args.probe_blrs[best]}
+    return head.to(device), scores
+
+
+def probe_cached(model, train_loader, test_loader, args, device) -> dict:
+    """Encode both splits, train the heads, choose one on the held-out images, and make it the head of `model`. Returns
+    its test accuracy in percent, its base rate, and the numbers of images. Raises UserError when too few images can be
+    read."""
+    model.to(device).eval()
+    train, test = (encode(model, loader, args, device) for loader in (train_loader, test_loader))
+    rest, held = split_and_settle(args, train[1])
+    if not len(test[1]):
+        raise UserError(f"none of the {len(test_loader.dataset)} test images could be read; their names are above")
+    model.head, scores = train_and_choose(train, test, rest, held, args, device)
+    return {**scores, "train_images": len(rest), "test_images": len(test[1])}
 
 
 def run_cached(args, model, images, test_loader, device, record: Record) -> dict:

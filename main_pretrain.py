@@ -89,13 +89,15 @@ def add_image_arguments(group) -> None:
         "--cache_size",
         type=int,
         metavar="SIDE",
-        help="resize the shorter side to this and crop the longer one, for images of several sizes in a cache",
+        help="resize the shorter side to this and crop the longer one, for images of several sizes in a cache; this "
+        "changes the images: their borders are lost, and random crops see the reduced image",
     )
     rare(
         group.add_argument(
             "--nvjpeg",
             action="store_true",
-            help="with --data_cache: decode JPEG files on the GPU; for machines with few CPU cores",
+            help="with --data_cache: decode JPEG files on the GPU; for machines with few CPU cores; pixels differ "
+            "slightly from pillow's",
         )
     )
     group.add_argument(

@@ -4,13 +4,14 @@ import torch
 import torch.nn.functional as F
 
 from util.compute.precision import autocast
-from util.parallel.distributed import gather_objects
+from util.parallel.distributed import gather_objects, gather_rows
 
 
 @torch.no_grad()
-def extract(encode, loader, device, amp_dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def extract(encode, loader, device, amp_dtype) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Apply `encode(imgs)` to a loader made with `train=False` -> features (M, D) float32 and labels (M,), on the CPU,
-    of all ranks, in the order of the data set. Unreadable images are left out."""
+    of all ranks, in the order of the data set. Unreadable images are left out. Only the main process holds the features
+    of all ranks; on the others they are None."""
     features, targets, indices = [], [], []
     for batch in loader.begin(0):
         with autocast(device, amp_dtype):
@@ -20,10 +21,11 @@ def extract(encode, loader, device, amp_dtype) -> tuple[torch.Tensor, torch.Tens
         targets.append(batch.target[good])
         indices.append(batch.index[good])
     # With fewer images than ranks a rank has no batch, so lists, which may be empty, are gathered and joined here.
-    ranks = gather_objects((features, targets, indices))
-    features, targets, indices = (torch.cat([part for rank in column for part in rank]) for column in zip(*ranks))
+    ranks = gather_objects((targets, indices))
+    targets, indices = (torch.cat([part for rank in column for part in rank]) for column in zip(*ranks))
+    features = gather_rows(torch.cat(features) if features else torch.empty(0, 0))
     order = torch.argsort(indices, stable=True)
-    return features[order], targets[order]
+    return None if features is None else features[order], targets[order]
 
 
 def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, classes: int, k=20, temperature=0.07):
@@ -42,7 +44,7 @@ def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, c
 
 
 def knn_accuracy(train, train_labels, test, test_labels, k: int = 20) -> float:
-    """Return the top-1 accuracy of `knn_predict` in percent. Features are (M, D), labels (M,)."""
+    """Return the top-1 accuracy of `knn_predict` in percent. Features are (M, D), labels (M,); of each at least one."""
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     predicted = knn_predict(train, train_labels, test, classes, k).argmax(dim=1)
     return 100.0 * (predicted == test_labels).float().mean().item()

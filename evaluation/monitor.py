@@ -12,7 +12,7 @@ from util.data.image_format import image_shape, mean_std
 from util.data.shards import Shards
 from util.data.sources import Subset
 from util.data.transforms import eval_transform
-from util.parallel.distributed import barrier, is_main_process
+from util.parallel.distributed import barrier, from_main_process, is_main_process
 from util.parallel.fsdp import whole
 from util.report.pictures import denormalized, fixed_noise, grid, reconstruct
 from util.training.run import Run
@@ -61,7 +61,7 @@ class Monitor:
             if preview_due and self.fixed and self.pretrainer.shows_pixels:
                 row["fixed_images_loss"] = self._preview(epoch + 1)
             if knn_due:
-                row["knn_top1"] = self._knn()
+                row |= self._knn()
             barrier()
         return row
 
@@ -77,7 +77,8 @@ class Monitor:
             self.run.board.histogram(name, values, epoch)
         return evaluate_reconstruction(self.pretrainer, imgs, noise, ratio)
 
-    def _knn(self) -> float:
+    def _knn(self) -> dict[str, float]:
+        """Return the kNN accuracy by name, computed by the main process; nothing if no image of a split is readable."""
         if self._loaders is None:
             splits = [self._evenly_spaced(images, self.args.knn_images) for images in (self.images, self.held_out)]
             self._loaders = [build_loader(i, self.transform, self.args, self.args.batch_size, False) for i in splits]
@@ -85,7 +86,10 @@ class Monitor:
         device, dtype = self.run.device, self.run.amp_dtype
         splits = [extract(lambda x: mae_features(model, x, "avg"), loader, device, dtype) for loader in self._loaders]
         model.train()
-        return knn_accuracy(*splits[0], *splits[1])
+        if not all(len(labels) for _, labels in splits):
+            print("note: no kNN accuracy, because none of the --knn_images of a split could be read")
+            return {}
+        return {"knn_top1": from_main_process(lambda: knn_accuracy(*splits[0], *splits[1]))}
 
 
 @torch.no_grad()

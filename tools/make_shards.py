@@ -4,7 +4,8 @@ python tools/make_shards.py --data_path IMAGENET --out SHARDS          both spli
 python main_pretrain.py --dataset wds --data_path SHARDS …
 
 Files are stored unchanged, images in memory as PNG, in random order, so that each shard is a sample of all classes.
-Unreadable images are named and left out. `_info.json` (timm's format) has the number of images of each shard.
+Unreadable images are named and left out. `_info.json` (timm's format) has the number of images of each shard, and the
+names of the classes.
 """
 
 import io
@@ -86,11 +87,27 @@ def write_shard(path: Path, images: Images, indices: list[int], progress) -> int
     return count
 
 
-def write_split(args, split: str) -> dict:
+def read_splits(args) -> dict[str, Images]:
+    """Return the images of `--splits`, all of which are read before a file is written. Raises UserError for a split
+    that is missing or cannot be read in random order, and for splits of different classes."""
+    splits = {}
+    for split in args.splits:
+        try:
+            splits[split] = read_images(args, train=split == "train")
+        except UserError as error:
+            others = " ".join(other for other in args.splits if other != split)
+            hint = f"; or give --splits {others}" if others else ""
+            raise UserError(f"{error}; nothing was written{hint}") from error
+        if not isinstance(splits[split], Images):
+            raise UserError(f"--dataset {args.dataset} is a stream, which cannot be read in random order")
+    classes = [images.classes for images in splits.values()]
+    if any(names != classes[0] for names in classes):
+        raise UserError(f"the splits of --dataset {args.dataset} have different classes: write them to two folders")
+    return splits
+
+
+def write_split(args, split: str, images: Images) -> dict:
     """Write all shards of one split -> its entry in `_info.json`."""
-    images = read_images(args, train=split == "train")
-    if not isinstance(images, Images):
-        raise UserError(f"--dataset {args.dataset} is a stream, which cannot be read in random order")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed)).tolist()
     filenames, lengths = [], []
     with tqdm(total=len(images), desc=split, unit=" images", disable=None) as progress:
@@ -116,9 +133,13 @@ def main(args) -> None:
         raise UserError(f"--out {args.out} is not a folder")
     if os.path.isdir(args.out) and os.listdir(args.out):
         raise UserError(f"--out {args.out} is not empty: give another folder")
+    args.splits = list(dict.fromkeys(args.splits))
+    images = read_splits(args)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    splits = {split: write_split(args, split) for split in args.splits}
-    (Path(args.out) / "_info.json").write_text(json.dumps({"splits": splits}, indent=2) + "\n")
+    index = {"splits": {split: write_split(args, split, images[split]) for split in args.splits}}
+    classes = images[args.splits[0]].classes
+    index |= {"classes": list(classes)} if classes else {}
+    (Path(args.out) / "_info.json").write_text(json.dumps(index, indent=2) + "\n")
     print(f"train with: --dataset wds --data_path {args.out}")
 
 

@@ -236,11 +236,13 @@ def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False
     whether it has `--data_cache` and `--fsdp`, which the group's description then recommends."""
     laptop = ", and --data_cache ram where the images fit into memory" * cached
     gpu = "--data_cache device for small images, " * cached
+    pixels = ", except that --data_cache draws other crops (of the same distribution)" * cached
+    pixels += " and that --cache_size and --nvjpeg change pixels" * cached
     memory = ", ".join(["--accum_iter", *["--grad_checkpoint"] * trains_blocks, *["then --fsdp"] * cached])
     group = parser.add_argument_group(
         "speed and memory",
-        f"These flags change results only by rounding. On a laptop: the defaults{laptop}. On one GPU: {gpu}as many "
-        f"--num_workers as cores to read files, --compile for runs of more than an hour. On one node: torchrun or "
+        f"These flags change results only by rounding{pixels}. On a laptop: the defaults{laptop}. On one GPU: {gpu}as "
+        f"many --num_workers as cores to read files, --compile for runs of more than an hour. On one node: torchrun or "
         f"scripts/, one process per GPU; {memory} if memory is short. On a cluster: scripts/mae/slurm.sh, or torchrun "
         f"--max_restarts 3, with --resume auto.",
     )

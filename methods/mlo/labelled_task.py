@@ -4,7 +4,6 @@ Another task (a label per patch, for example) is another class with the methods 
 """
 
 import math
-import os
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 
 from models_encoder import encoder_features
 from util.data.build import build_loader
+from util.data.file_lists import RealPaths
 from util.data.image_format import image_shape, mean_std
 from util.data.leak import check_leak
 from util.data.loader import Endless
@@ -77,8 +77,9 @@ def without(images, others: Subset):
                 "compared; an image in both may be held out for stage III and yet be used in stage I"
             )
         return images
-    excluded = {os.path.realpath(others.name(index)) for index in range(len(others))}
-    indices = [index for index in range(len(images)) if os.path.realpath(images.name(index)) not in excluded]
+    real = RealPaths()
+    excluded = {real(others.name(index)) for index in range(len(others))}
+    indices = [index for index in range(len(images)) if real(images.name(index)) not in excluded]
     return images if len(indices) == len(images) else Subset(images, indices)
 
 

@@ -14,10 +14,10 @@ from helpers.strange import BAD, DARK, EPS, GOOD, encoded, huge, plain, png, wri
 from PIL import Image
 from torchvision import transforms as tvt
 
-import util.data.cache
 from util.data.build import build_loader
 from util.data.cache import Decoder, cache_images
 from util.data.images import printable
+from util.data.jpeg_decoder import JpegDecoder
 from util.data.readers import read_images
 from util.data.samples import KeyedDataset, UnreadableData
 from util.data.sources import Files
@@ -236,10 +236,8 @@ def test_decoding_on_a_device_follows_no_link_outside(tmp_path, monkeypatch):
     (tmp_path / "in" / "huge.jpg").write_bytes(huge("JPEG"))
     (tmp_path / "in" / "good.jpg").write_bytes(encoded(plain(), "JPEG"))
     given = []
-    original = util.data.cache.decode_jpeg
-    monkeypatch.setattr(
-        util.data.cache, "decode_jpeg", lambda data, *rest: given.append(len(data)) or original(data, *rest)
-    )
+    original = JpegDecoder.decode
+    monkeypatch.setattr(JpegDecoder, "decode", lambda *call: given.append(len(call[1])) or original(*call))
     paths = [str(tmp_path / "in" / f"{name}.jpg") for name in ("good", "link", "huge")]
     decoder = Decoder(Files(paths, [0] * 3, None, str(tmp_path / "in")), 3, None, torch.device("cpu"))
     given.clear()

@@ -1,5 +1,6 @@
 """Pictures and metrics between epochs: the same on any number of processes, also with weights in bfloat16."""
 
+import shutil
 import tarfile
 from functools import partial
 from types import SimpleNamespace
@@ -48,6 +49,22 @@ def test_same_on_one_and_three_processes(image_folder, tmp_path):
     assert one["fixed_images_loss"] == three["fixed_images_loss"] and one["knn_top1"] == three["knn_top1"]
     (drawn,) = pictures(tmp_path / "1")
     assert pictures(tmp_path / "3") == [drawn]
+
+
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_one_image_for_the_knn_of_two_processes(image_folder, tmp_path, is_readable):
+    """One process has no image; if the only one is unreadable, the run says so and goes on."""
+    shutil.copytree(image_folder, tmp_path / "data")
+    if not is_readable:
+        (tmp_path / "data" / "val" / "class0" / "000.png").write_bytes(b"no image")
+    flags = (
+        f"{SMALL} --data_path {tmp_path}/data --epochs 1 --warmup_epochs 0 --vis_freq 0 --knn_freq 1 --batch_size 16"
+    )
+    flags += f" --knn_images 1 --num_workers 0 --device cpu --output_dir {tmp_path}/run"
+    output = ranks("main_pretrain", flags, 2)
+    row = log_rows(tmp_path / "run")[-1]
+    assert ("knn_top1" in row) is is_readable
+    assert ("none of the --knn_images of a split could be read" in output) is not is_readable
 
 
 def shards(folder, images) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -315,6 +316,28 @@ def test_linear_probe_on_images_and_on_cached_features(image_folder, tmp_path):
         parser.parse_args(f"{flags} --eval --resume {tmp_path}/l/checkpoint-29.pth --output_dir {tmp_path}/e".split())
     )
     assert again["acc1"] == live["acc1"]
+
+
+def test_cached_features_on_two_ranks(image_folder, tmp_path):
+    """The main process trains the heads; the result is that of one process, up to the batches of the encoder."""
+    flags = f"--data_path {image_folder} --model vit_micro_patch4 --input_size 16 --batch_size 32 --num_workers 0 "
+    flags += "--epochs 2 --warmup_epochs 0 --device cpu --amp_dtype fp32 --cache_features --output_dir"
+    for processes in (1, 2):
+        ranks("main_linprobe", f"{flags} {tmp_path}/{processes}", processes)
+    one, two = (checkpoint(tmp_path / str(processes), "probe.pth")["model"] for processes in (1, 2))
+    assert max((one[key] - two[key]).abs().max() for key in one) < 1e-4  # float32; batches of other sizes
+    one, two = (json.loads((tmp_path / str(processes) / "probe.json").read_text())["result"] for processes in (1, 2))
+    assert one == two
+
+
+@pytest.mark.parametrize("split,message", [("train", "leaves 0 to choose"), ("val", "none of the 20 test images")])
+def test_cached_features_of_unreadable_images(image_folder, tmp_path, split, message):
+    shutil.copytree(image_folder, tmp_path / "data")
+    for path in (tmp_path / "data" / split).glob("*/*.png"):
+        path.write_bytes(b"no image")
+    flags = f"--data_path {tmp_path}/data --model vit_micro_patch4 --input_size 16 --num_workers 0 --device cpu"
+    with pytest.raises(UserError, match=message):
+        main_linprobe.main(main_linprobe.get_args_parser().parse_args(f"{flags} --epochs 1 --cache_features".split()))
 
 
 def test_a_frozen_encoder_stays_frozen(image_folder, tmp_path):

@@ -9,8 +9,10 @@ import torch
 from helpers.launch import SMALL
 from PIL import Image
 
+import main_finetune
 import main_linprobe
 import main_pretrain
+from evaluation.encoder import count_classes
 from evaluation.features import knn_accuracy
 from models_mae import build_model
 from tools import fewshot, knn, make_shards, mean_std, quickstart, rc_linear, visualize
@@ -226,3 +228,36 @@ def test_shards_contain_every_image_unchanged(image_folder, tmp_path, capsys):
         make_shards.main(make_shards.get_args_parser().parse_args(flags))
     with pytest.raises(UserError, match="--name 'a-b' must be a name without"):
         make_shards.main(make_shards.get_args_parser().parse_args([*flags, "--name", "a-b"]))
+
+
+def test_shards_are_written_only_if_all_splits_can_be_read(image_folder, tmp_path):
+    shutil.copytree(image_folder / "train", tmp_path / "data" / "train")
+    flags = ["--data_path", str(tmp_path / "data"), "--out", str(tmp_path / "shards")]
+    with pytest.raises(UserError, match=r"has no val/ folder .*; nothing was written; or give --splits train"):
+        make_shards.main(make_shards.get_args_parser().parse_args(flags))
+    assert not (tmp_path / "shards").exists()
+    make_shards.main(make_shards.get_args_parser().parse_args([*flags, "--splits", "train"]))
+    assert list((tmp_path / "shards").glob("*.tar"))
+
+
+def test_shards_know_their_classes(image_folder, tmp_path):
+    """The index names the classes, so that --nb_classes is not needed; an index without them still needs it."""
+    out = tmp_path / "shards"
+    make_shards.main(make_shards.get_args_parser().parse_args(["--data_path", str(image_folder), "--out", str(out)]))
+    argv = f"--dataset wds --data_path {out}".split()
+    for path in (out, out / "images-train-{000000..000000}.tar"):
+        args = main_finetune.get_args_parser().parse_args([*argv[:-1], str(path)])
+        splits = [read_images(args, train) for train in (True, False)]
+        assert [images.classes for images in splits] == [[f"class{number}" for number in range(4)]] * 2
+        assert count_classes(args, *splits) == 4
+    args = main_finetune.get_args_parser().parse_args([*argv, "--nb_classes", "5"])
+    with pytest.raises(UserError, match="--nb_classes 5 contradicts the data set, which has 4 classes"):
+        count_classes(args, *splits)
+    index = json.loads((out / "_info.json").read_text())
+    del index["classes"]
+    (out / "_info.json").write_text(json.dumps(index))
+    images = read_images(args, True)
+    assert images.classes is None and count_classes(args, images) == 5
+    (out / "_info.json").write_text(json.dumps(index | {"classes": "abcd"}))
+    with pytest.raises(UserError, match="is not an index"):
+        read_images(args, True)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from util.data.batch_aug import BatchTransform
 from util.data.images import BROKEN_IMAGE, open_image, open_regular, printable, warn_unreadable
+from util.data.jpeg_decoder import JpegDecoder
 from util.data.loader import EpochBatches, Loader, loader_options
 from util.data.sample_rng import sample_noise
 from util.data.samples import Sample, UnreadableData
@@ -50,7 +50,8 @@ def cache_images(images, args, device: torch.device) -> CachedImages:
 
     The processes of a node share one memory-mapped file. It is unlinked before decoding begins, so its memory is freed
     with the last process. Each process decodes its share with `--num_workers` threads. Raises UserError for a stream,
-    for images of different sizes without `--cache_size`, and when there is not enough memory.
+    for images of different sizes without `--cache_size`, when there is not enough memory, and when `--nvjpeg` cannot
+    decode on the device.
     """
     if not isinstance(images, Images):
         raise UserError(f"--data_cache {args.data_cache} needs images that can be indexed: {args.dataset} is a stream")
@@ -60,10 +61,11 @@ def cache_images(images, args, device: torch.device) -> CachedImages:
     here = [rank for rank, other in enumerate(gather_objects(node)) if other == node]
     share = here.index(get_rank())
     pixels = _shared_memory(images, args, first=share == 0, node=node)
-    good, problem = torch.ones(len(images), dtype=torch.bool), ""
+    good, problem, jpegs = torch.ones(len(images), dtype=torch.bool), "", None
     try:
         decoder = _decoder(images, args, device if args.nvjpeg else None)
         decoder.fill(pixels, good, range(share, len(images), len(here)), max(1, args.num_workers))
+        jpegs = decoder.jpegs
         if args.data_cache == "device" and device.type == "cuda":
             _check_room(pixels.shape, "device", str(device), torch.cuda.mem_get_info(device)[0])
     except (UserError, OSError, MemoryError) as error:
@@ -78,11 +80,25 @@ def cache_images(images, args, device: torch.device) -> CachedImages:
     count, _, height, width = pixels.shape
     size = pixels.numel() / 2**20
     print(f"{count} images of {height}x{width} decoded into {size:.0f} MiB (--data_cache {args.data_cache})")
+    if args.nvjpeg:
+        _report_jpegs(jpegs, good, here)
     return CachedImages(images, pixels, good)
 
 
 def _decoder(images: Images, args, device: torch.device | None = None) -> "Decoder":
     return Decoder(images, args.in_chans, args.cache_size, device, getattr(args, "pixel_range", None))
+
+
+def _report_jpegs(jpegs: JpegDecoder, good: torch.Tensor, here: list[int]) -> None:
+    """Print which images `--nvjpeg` left to pillow; all ranks call it. Counts are those of the main process's node."""
+    everyone = gather_objects((jpegs.decoded, jpegs.refused, jpegs.example))
+    decoded, refused = (sum(everyone[rank][column] for rank in here) for column in (0, 1))
+    example = next((everyone[rank][2] for rank in here if everyone[rank][2]), "")
+    by_pillow = int(good.sum()) - decoded
+    print(
+        f"--nvjpeg: {decoded} images decoded on {jpegs.device} by {jpegs.library or 'no library'}, {by_pillow} by "
+        f"pillow" + (f"; JPEG files that it refused: {refused}, the first {example}" if refused else "")
+    )
 
 
 def _node() -> tuple[str, str]:
@@ -133,9 +149,6 @@ def _check_room(shape, cache: str, location: str, free: int) -> None:
         )
 
 
-_JPEG_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
-
-
 class Decoder:
     """Decodes images to pixels of one size; JPEG files on `device` if it is given (nvJPEG on a GPU)."""
 
@@ -147,7 +160,7 @@ class Decoder:
         device: torch.device | None = None,
         pixel_range: list | None = None,
     ):
-        self.device, self.mode = device, _JPEG_MODES.get(in_chans)
+        self.jpegs = None  # the first image is decoded by pillow, and not counted
         self.images, self.resize = images, ResizeShortSide(size) if size else None
         self.convert = Converter(in_chans, pixel_range)
         self.side = size
@@ -155,10 +168,11 @@ class Decoder:
         if first is None:
             raise UserError(f"the first 20 images are unreadable, among them {printable(images.name(0))}")
         self.shape = first.shape
+        self.jpegs = JpegDecoder(in_chans, device) if device is not None else None
 
     def _decoded(self, index: int) -> np.ndarray | None:
         """Return the pixels (C, H, W) of an image, or None when it cannot be read."""
-        pixels = self._decoded_on_device(index) if self.device is not None else None
+        pixels = self._decoded_on_device(index) if self.jpegs is not None else None
         if pixels is not None:
             return pixels
         try:
@@ -178,13 +192,15 @@ class Decoder:
         those that it refuses."""
         try:
             path = self.images.file(index)
-            if self.mode is None or not path.lower().endswith((".jpg", ".jpeg")):
+            if not path.lower().endswith((".jpg", ".jpeg")):
                 return None
             with open_regular(path) as file:
                 content = file.read()
             open_image(io.BytesIO(content))  # raises for an image that is too large
-            pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), self.mode, self.device)
         except BROKEN_IMAGE:
+            return None
+        pixels = self.jpegs.decode(content, path)
+        if pixels is None:
             return None
         if self.resize:
             if not self.resize.fits(*pixels.shape[1:]):

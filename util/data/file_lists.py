@@ -97,13 +97,49 @@ def sorted_labels(names) -> list[str]:
 
 
 def is_below(path: str, folder: str) -> bool:
-    """Whether `path` is `folder` or inside it; both must be absolute and without `..`."""
-    return os.path.commonpath([path, folder]) == folder
+    """Whether `path` is `folder` or inside it; both must be absolute and normalised (no `..`, no `//`)."""
+    return path == folder or path.startswith(folder if folder.endswith(os.sep) else folder + os.sep)
+
+
+def may_leave(name: str) -> bool:
+    """Whether a path relative to a folder may lead out of it, so that it has to be normalised to find out, which takes
+    much longer."""
+    return ".." in name or name.startswith(os.sep)
 
 
 def check_below(paths: list[str], root: Path, source) -> None:
     """Raise UserError when one of the paths, which come from the data set's own list `source`, is not below `root`."""
-    top = os.path.abspath(root)
-    stray = next((path for path in paths if not is_below(os.path.abspath(path), top)), None)
+    top, prefix = os.path.abspath(root), f"{root}{os.sep}"
+
+    def is_stray(path: str) -> bool:
+        inside = path.startswith(prefix) and not may_leave(path[len(prefix) :])
+        return not inside and not is_below(os.path.abspath(path), top)
+
+    stray = next(filter(is_stray, paths), None)
     if stray is not None:
         raise UserError(f"{source} names {stray}, which is not below --data_path {root}")
+
+
+class RealPaths:
+    """`os.path.realpath` of many files, without a system call for each: every folder is resolved and listed once, and
+    only links are resolved one by one."""
+
+    def __init__(self):
+        self._folders: dict[str, tuple[str, set[str] | None]] = {}  # real path, and names of the links in it
+
+    def __call__(self, path: str) -> str:
+        parent, name = os.path.split(path)
+        if parent not in self._folders:
+            self._folders[parent] = os.path.realpath(parent), self._links(parent)
+        real, links = self._folders[parent]
+        if links is None or name in links or name in ("", os.curdir, os.pardir):
+            return os.path.realpath(path)
+        return os.path.join(real, name)
+
+    @staticmethod
+    def _links(folder: str) -> set[str] | None:
+        try:
+            with os.scandir(folder or os.curdir) as entries:
+                return {entry.name for entry in entries if entry.is_symlink()}
+        except OSError:  # not listed, but its files may be readable
+            return None

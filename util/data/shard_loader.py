@@ -10,6 +10,7 @@ import copy
 import io
 import itertools
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from typing import NamedTuple
@@ -24,7 +25,8 @@ from util.data.jpeg_draft import split_crop
 from util.data.loader import Loader, loader_options
 from util.data.sample_rng import seeded
 from util.data.samples import DRAWS, NamedSample, Sample, UnreadableData
-from util.data.shards import BAD_SHARD, Shards, image_ending, members_of, open_shard, samples_of, warn_bad_shard
+from util.data.shard_members import BAD_SHARD, LeftOut, members_of, samples_of, warn_bad_shard
+from util.data.shards import Shards, open_shard
 from util.data.transforms import Converter, keeps_depth
 from util.parallel.distributed import get_rank, get_world_size
 
@@ -46,12 +48,23 @@ class Entry(NamedTuple):
     error: str = ""  # without a record: why it could not be read
 
 
+_noted = set()  # shards of which this process, or the one that forked it, has reported what is left out
+
+
 def read_shard(url: str) -> Iterator[Record]:
-    """Yield all images of a shard, in order. Raises BAD_SHARD."""
-    with open_shard(url) as stream:
-        for sample in samples_of(members_of(stream, url)):
-            ending = image_ending(sample)
-            yield Record(sample[ending], sample.get("cls", b"-1"), f"{url}: {sample['__key__']}.{ending}")
+    """Yield all images of a shard, in order. Images and labels that are left out are reported, once per shard and
+    process. Raises BAD_SHARD."""
+    left_out = LeftOut()
+    try:
+        with open_shard(url) as stream:
+            for sample in samples_of(members_of(stream, url, left_out), left_out):
+                yield Record(sample.image, b"-1" if sample.label is None else sample.label, f"{url}: {sample.name}")
+    finally:  # also after the last image that is wanted
+        lost = left_out.samples_only()
+        if lost.counts and url not in _noted:
+            _noted.add(url)
+            sys.stderr.write(f"note: left out of {printable(url)}: {lost}\n")
+            sys.stderr.flush()
 
 
 class Section:
@@ -159,6 +172,7 @@ class ShardDataset(IterableDataset):
         named: bool = False,
     ):
         self.shards, self.batch_size, self.train, self.named = shards, batch_size, train, named
+        _noted.update(shards.counted)
         self.seed, self.buffer = seed, shuffle_buffer if train else 1
         self.convert = Converter(in_chans, pixel_range, keeps_depth(transform))
         self.crop, self.transform = split_crop(transform) if jpeg_draft else (None, transform)

@@ -7,38 +7,38 @@ is timm's `_info.json`, which tools/make_shards.py writes.
 import glob
 import io
 import json
-import lzma
 import os
 import re
 import signal
 import subprocess
-import sys
 import tarfile
-import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from util.data.images import BROKEN_IMAGE, open_image, open_regular, printable
+from util.data.images import BROKEN_IMAGE, open_image, open_regular
+from util.data.shard_members import (
+    BAD_SHARD,
+    LeftOut,
+    Member,
+    members_of,
+    read_name,
+    samples_of,
+    warn_bad_shard,
+)
 from util.errors import UserError
 from util.parallel.distributed import from_main_process
 
-# Errors of a shard that is missing, cut off or not a tar file; any other error is a bug and must surface.
-BAD_SHARD = (OSError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
-IMAGE_ENDINGS = {ending[1:] for ending in IMG_EXTENSIONS}
 _SPLITS = {True: ("train", "training"), False: ("validation", "val")}  # names that an index may use
-LARGEST = 1 << 30  # bytes; larger images in a shard are skipped
-_META = re.compile(r"__[^/]*__($|/)")  # members with metadata of the shard, by webdataset's convention
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 
 
@@ -49,7 +49,8 @@ class Shards:
 
     urls: list[str]
     counts: list[int]
-    classes = None  # labels are numbers, and the number of classes is unknown
+    classes: list[str] | None = None  # names of the labels, which are numbers; None if the index has none
+    counted: tuple[str, ...] = ()  # shards whose images were counted: what they leave out has been reported
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -62,10 +63,10 @@ class Shards:
         """Yield names and images, not yet decoded, of up to `count` readable images of the first shard."""
         url = self.urls[0]
         with suppress(*BAD_SHARD), open_shard(url) as stream:
-            for sample in islice(samples_of(members_of(stream, url)), count):
-                ending = image_ending(sample)
+            left_out = LeftOut()  # reported when the shard is read
+            for sample in islice(samples_of(members_of(stream, url, left_out), left_out), count):
                 with suppress(*BROKEN_IMAGE):
-                    yield f"{url}: {sample['__key__']}.{ending}", open_image(io.BytesIO(sample[ending]))
+                    yield f"{url}: {sample.name}", open_image(io.BytesIO(sample.image))
 
     def name(self, number: int) -> str:
         """Return a name for image `number` that needs no reading: its shard, and its position there."""
@@ -98,23 +99,27 @@ def find_shards(args, train: bool) -> Shards:
 def _find(args, train: bool) -> Shards:
     location = args.data_path.removeprefix("file:")
     is_pattern = location.startswith("pipe:") or re.search(r"[{*]|::|\.(tar|tgz)(\.\w+)?$", location)
-    urls, index = _by_pattern(location, train) if is_pattern else _by_folder(location, train)
+    urls, index, classes = _by_pattern(location, train) if is_pattern else _by_folder(location, train)
     if not urls:
         raise UserError(
             f"--dataset {args.dataset}: --data_path {args.data_path} has no shards (*.tar) for {_SPLITS[train][0]}"
         )
-    counts = _counts(urls, index, args)
+    left_out = LeftOut()
+    counts, counted = _counts(urls, index, args, left_out)
     if not any(counts):
+        others = f"; they contain {left_out}" if left_out.counts else ""
         raise UserError(
             f"--data_path {args.data_path}: none of the {len(urls)} shards contains an image (a member that ends in "
-            f".jpg, .png, …)"
+            f".jpg, .png, …){others}"
         )
-    return Shards(urls, counts)
+    if left_out.counts:
+        print(f"note: left out of {len(counted)} shards: {left_out}")
+    return Shards(urls, counts, classes, counted)
 
 
-def _by_pattern(pattern: str, train: bool) -> tuple[list[str], dict[str, int]]:
-    """Return the shards of a pattern with braces or a star, and the number of images in those that an index beside them
-    lists. The pattern gives the training shards; the validation shards come from the index."""
+def _by_pattern(pattern: str, train: bool) -> tuple[list[str], dict[str, int], list[str] | None]:
+    """Return the shards of a pattern with braces or a star, the number of images in those that an index beside them
+    lists, and the classes. The pattern gives the training shards; the validation shards come from the index."""
     try:
         urls = [url for part in expand_urls(pattern) for url in _local(part)]
     except (AssertionError, ValueError) as error:
@@ -125,24 +130,29 @@ def _by_pattern(pattern: str, train: bool) -> tuple[list[str], dict[str, int]]:
         raise UserError(f"--data_path {pattern}: the scheme {unknown}: is not known; known are {known}")
     bases = dict.fromkeys(url.rpartition("/")[0] for url in urls if not url.startswith("pipe:"))
     indices = {base: read_index(base) for base in bases}
+    names = [index.classes for index in indices.values()]
+    classes = names[0] if names and all(other == names[0] for other in names) else None
     if train:
-        return urls, _merged(base_lengths(base, index, split) for base, index in indices.items() for split in index)
+        every = ((base, index, split) for base, index in indices.items() for split in index.splits)
+        return urls, _merged(base_lengths(*entry) for entry in every), classes
     lengths = _merged(_split(base, index, train) for base, index in indices.items())
     if not lengths:
         raise UserError(f"--data_path {pattern} gives training shards, but no index beside them has validation shards")
-    return list(lengths), lengths
+    return list(lengths), lengths, classes
 
 
-def _by_folder(folder: str, train: bool) -> tuple[list[str], dict[str, int]]:
-    """Return the shards that the index of a folder lists. Without an index, return those of a local folder with "train"
-    or "val" in their path; for training all of them, if there is no such path."""
+def _by_folder(folder: str, train: bool) -> tuple[list[str], dict[str, int], list[str] | None]:
+    """Return the shards that the index of a folder lists, their numbers of images, and the classes. Without an index,
+    return those of a local folder with "train" or "val" in their path; for training all of them, if there is no such
+    path."""
     base = folder.rstrip("/") if _scheme(folder) else str(Path(folder).expanduser().absolute())
     index = read_index(base)
-    if index:
+    if index.splits:
         lengths = _split(base, index, train)
         if not lengths:
-            raise UserError(f"{base}/_info.json has the splits {' and '.join(index)}, but not {_SPLITS[train][0]}")
-        return list(lengths), lengths
+            splits = " and ".join(index.splits)
+            raise UserError(f"{base}/_info.json has the splits {splits}, but not {_SPLITS[train][0]}")
+        return list(lengths), lengths, index.classes
     if _scheme(base):
         raise UserError(
             f"{base}/_info.json cannot be read: give the shards by a pattern like {base}/x-{{000..012}}.tar"
@@ -151,7 +161,7 @@ def _by_folder(folder: str, train: bool) -> tuple[list[str], dict[str, int]]:
         raise UserError(f"--data_path {folder} is not a folder")
     paths = sorted(str(path) for path in Path(base).rglob("*.tar"))
     of_split = [path for path in paths if _SPLITS[train][-1][:5] in path[len(base) :]]
-    return of_split or (paths if train else []), {}
+    return of_split or (paths if train else []), {}, None
 
 
 def _scheme(url: str) -> str:
@@ -175,26 +185,36 @@ def _merged(dictionaries) -> dict[str, int]:
 # The index -----------------------------------------------------------------------------------------------------------
 
 
-def read_index(base: str) -> dict[str, tuple[list[str], list[int]]]:
-    """Return {split: (names of the shards, numbers of images)} from `base`/_info.json, {} when there is none."""
+class Index(NamedTuple):
+    """The content of an `_info.json`: (names of the shards, numbers of images) by split, and the names of the labels
+    (None: not listed)."""
+
+    splits: dict[str, tuple[list[str], list[int]]]
+    classes: list[str] | None = None
+
+
+def read_index(base: str) -> Index:
+    """Return the content of `base`/_info.json, an index without splits when there is no file."""
     path = f"{base}/_info.json"
     try:
         with open_shard(path) as file:
             text = file.read()
     except OSError:
-        return {}
+        return Index({})
     try:
-        splits = json.loads(text)["splits"]
-        index = {split: (entry["filenames"], entry["shard_lengths"]) for split, entry in splits.items()}
+        content = json.loads(text)
+        index = {split: (entry["filenames"], entry["shard_lengths"]) for split, entry in content["splits"].items()}
         valid = all(
             len(names) == len(lengths) and all(isinstance(n, str) for n in names) and all(int(n) >= 0 for n in lengths)
             for names, lengths in index.values()
         )
+        classes = content.get("classes")  # of tools/make_shards.py; timm and older revisions write none
+        valid &= classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))
     except (ValueError, KeyError, TypeError, AttributeError):
         valid = False
     if not valid:
         if not text and _scheme(base):
-            return {}  # the output of curl for a missing file
+            return Index({})  # the output of curl for a missing file
         raise UserError(
             f"{path} is not an index: it needs splits, each with filenames and shard_lengths (tools/make_shards.py)"
         )
@@ -202,24 +222,25 @@ def read_index(base: str) -> dict[str, tuple[list[str], list[int]]]:
         # Commands and paths elsewhere may only come from the user, not from a file that comes with the data.
         if ":" in name or name.startswith(("/", "~")) or ".." in name.split("/"):
             raise UserError(f"{path} lists {name!r}, which is not a file beside it")
-    return index
+    return Index(index, classes or None)
 
 
-def base_lengths(base: str, index, split: str) -> dict[str, int]:
+def base_lengths(base: str, index: Index, split: str) -> dict[str, int]:
     """Return {path or URL: number of images} of the shards of one split."""
-    names, lengths = index[split]
+    names, lengths = index.splits[split]
     return {f"{base}/{name}": int(length) for name, length in zip(names, lengths)}
 
 
-def _split(base: str, index, train: bool) -> dict[str, int]:
-    split = next((name for name in _SPLITS[train] if name in index), None)
+def _split(base: str, index: Index, train: bool) -> dict[str, int]:
+    split = next((name for name in _SPLITS[train] if name in index.splits), None)
     return base_lengths(base, index, split) if split else {}
 
 
 # Counting ------------------------------------------------------------------------------------------------------------
 
 
-def _counts(urls: list[str], index: dict[str, int], args) -> list[int]:
+def _counts(urls: list[str], index: dict[str, int], args, left_out: LeftOut) -> tuple[list[int], tuple[str, ...]]:
+    """Return the number of images in each shard, and the shards that were read to count them."""
     counts = [index.get(url, args.shard_samples) for url in urls]
     unknown = [index for index, count in enumerate(counts) if count is None]
     remote = next((urls[index] for index in unknown if _scheme(urls[index])), None)
@@ -230,98 +251,34 @@ def _counts(urls: list[str], index: dict[str, int], args) -> list[int]:
         )
     if unknown:
         for index in tqdm(unknown, desc="counting images", unit=" shards", disable=None):
-            counts[index] = count_images(urls[index])
+            counts[index] = count_images(urls[index], left_out)
         print(f"{sum(counts[index] for index in unknown)} images counted in {len(unknown)} shards without an index")
-    return counts
+    return counts, tuple(urls[index] for index in unknown)
 
 
-def count_images(path: str) -> int:
-    """Return the number of images in a local shard, from its headers. In a damaged shard the images before the damage
-    count, and the damage is reported."""
-    count = 0
+def count_images(path: str, left_out: LeftOut | None = None) -> int:
+    """Return the number of images in a local shard, from its headers; `left_out` counts its other members. In a damaged
+    shard the images before the damage count, and the damage is reported."""
+    count, left_out = 0, LeftOut() if left_out is None else left_out
     try:
-        for _ in samples_of(_headers(path)):
+        for _ in samples_of(_headers(path, left_out), left_out):
             count += 1
     except BAD_SHARD as error:
         warn_bad_shard(path, f"{str(error).splitlines()[0].rstrip(':')}; only its first {count} images are read")
     return count
 
 
-def _headers(path: str) -> Iterator[dict]:
+def _headers(path: str, left_out: LeftOut) -> Iterator[Member]:
     """Yield members without their content, each after the header of the next one: a member before it is complete."""
     previous = None
     with open_regular(path) as file, tarfile.open(fileobj=file) as tar:
-        for member in tar:
+        for info in tar:
             if previous is not None:
                 yield previous
-            previous = dict(fname=member.name, data=b"", __url__=path) if _is_read(member, path) else None
+            previous = read_name(info, path, left_out)
             tar.members = []
     if previous is not None:
         yield previous
-
-
-def members_of(stream, url: str) -> Iterator[dict]:
-    """Yield the images and labels of a shard with their content, in the form of webdataset's `tar_file_iterator`. The
-    names are never used as paths: content stays in memory, and links are not followed."""
-    with tarfile.open(fileobj=stream, mode="r|*") as tar:
-        for member in tar:
-            if _is_read(member, url):
-                yield dict(fname=member.name, data=tar.extractfile(member).read(), __url__=url)
-            tar.members = []
-
-
-def _is_read(member: tarfile.TarInfo, url: str) -> bool:
-    """Whether a member is a regular file with an image or a label. One that would fill the memory is reported."""
-    if not member.isreg() or _META.match(member.name) or not is_wanted(member.name):
-        return False
-    if member.issparse() or member.size > LARGEST:  # a few bytes of a sparse one can be any number of zeros
-        warn_bad_shard(url, f"{member.name} has {member.size} bytes; it is skipped")
-        return False
-    return True
-
-
-def warn_bad_shard(url: str, problem: str) -> None:
-    """Report a damaged shard on stderr; `print` is silent on all ranks but the first."""
-    sys.stderr.write(f"bad shard {printable(url)}: {printable(problem)}\n")
-    sys.stderr.flush()
-
-
-def samples_of(members: Iterator[dict]) -> Iterator[dict]:
-    """Group the members of a shard into samples, webdataset's dictionaries by ending, and yield those with an image.
-    In a damaged shard raises BAD_SHARD after the last complete sample."""
-    problem, last = [], {}
-
-    def before_damage():
-        try:
-            for member in members:
-                last.update(member)
-                yield member
-        except BAD_SHARD as error:
-            problem.append(error)
-
-    def skip_duplicate(_) -> bool:
-        warn_bad_shard(last["__url__"], f"{last['fname']} occurs twice, perhaps in different case; it is skipped")
-        return True
-
-    labelled = None
-    for sample in group_by_keys(before_damage(), handler=skip_duplicate):
-        if image_ending(sample) is not None:
-            labelled = "cls" in sample if labelled is None else labelled
-            if "cls" in sample or not labelled:  # else the shard was cut off before the label
-                yield sample
-    if problem:
-        raise problem[0]
-
-
-def image_ending(sample: dict) -> str | None:
-    """Return the key of a sample's image, None when it has no image."""
-    return next((key for key in sample if key in IMAGE_ENDINGS), None)
-
-
-def is_wanted(name: str) -> bool:
-    """Whether a member of this name is an image or a label; others are not read."""
-    ending = (base_plus_ext(name)[1] or "").lower()
-    return ending in IMAGE_ENDINGS or ending == "cls"
 
 
 # Opening -------------------------------------------------------------------------------------------------------------

@@ -3,11 +3,12 @@
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
+from util.data.compact import PathList, compact
 from util.data.file_lists import is_below
 from util.data.images import BROKEN_IMAGE, open_image, open_regular, read_image
 
@@ -20,7 +21,7 @@ class Images(ABC):
     """
 
     classes: list[str] | None = None
-    targets: list[int]
+    targets: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -56,8 +57,9 @@ class Images(ABC):
 class Files(Images):
     """Images in files. If `within` is set, links must not lead out of that folder."""
 
-    def __init__(self, paths: list[str], targets: list[int], classes: list[str] | None, within: str = ""):
-        self.paths, self.targets, self.classes, self.within = np.array(paths), targets, classes, within
+    def __init__(self, paths: Sequence[str], targets: Sequence[int], classes: list[str] | None, within: str = ""):
+        self.paths = paths if isinstance(paths, PathList) else PathList(paths)
+        self.targets, self.classes, self.within = compact(targets), classes, within
 
     def load(self, index):
         with open_regular(self.file(index)) as file:
@@ -68,13 +70,13 @@ class Files(Images):
             return open_image(io.BytesIO(file.read()))
 
     def file(self, index):
-        path = str(self.paths[index])  # pillow's messages would show the type of numpy's string
+        path = self.paths[index]
         if self.within and not is_below(os.path.realpath(path), self.within):
             raise OSError(f"it is a link out of --data_path {self.within}: give --allow_outside to follow it")
         return path
 
     def name(self, index):
-        return str(self.paths[index])
+        return self.paths[index]
 
 
 class Arrays(Images):
@@ -91,8 +93,8 @@ class Subset(Images):
     """A part of another list, given by indices."""
 
     def __init__(self, images: Images, indices):
-        self.images, self.indices, self.classes = images, [int(index) for index in indices], images.classes
-        self.targets = [images.targets[index] for index in self.indices]
+        self.images, self.indices, self.classes = images, compact(int(index) for index in indices), images.classes
+        self.targets = compact(images.targets[index] for index in self.indices)
 
     def load(self, index):
         return self.images.load(self.indices[index])

@@ -117,6 +117,7 @@ def init_distributed_mode(args) -> torch.device:
         # Only gloo's barrier can name the missing ranks, and only in a separate group.
         hosts = dist.new_group(backend="gloo", timeout=timeout)
         dist.monitored_barrier(hosts, timeout=timeout, wait_all_ranks=True)
+        dist.destroy_process_group(hosts)  # else it keeps a socket to every other rank
     except (RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(
@@ -261,3 +262,35 @@ def gather_objects(value) -> list:
     everyone: list = [None] * get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def gather_to_main(value) -> list | None:
+    """Return the `value` of every rank, in rank order, on the main process, and None on the others: for values that are
+    large or that only the main process writes."""
+    if get_world_size() == 1:
+        return [value]
+    everyone: list | None = [None] * get_world_size() if is_main_process() else None
+    dist.gather_object(value, everyone)
+    return everyone
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor | None:
+    """Return all ranks' `rows` (N, D), in rank order, on the main process, and None on the others. N may differ, and
+    a rank without rows may give (0, 0). The ranks send one after the other, so that nothing is held twice."""
+    if get_world_size() == 1:
+        return rows
+    shapes, device = gather_objects(tuple(rows.shape)), host_device()
+    if not is_main_process():
+        if len(rows):
+            dist.send(rows.contiguous().to(device), 0)
+        return None
+    whole = rows.new_empty(sum(count for count, _ in shapes), max(width for _, width in shapes))
+    parts = whole.split([count for count, _ in shapes])
+    for rank, part in enumerate(parts):
+        if rank == 0:
+            part.copy_(rows.view_as(part))
+        elif len(part):
+            received = part if device.type == "cpu" else torch.empty_like(part, device=device)
+            dist.recv(received, rank)
+            part.copy_(received)
+    return whole

@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -146,19 +147,20 @@ def describe_images(images, data_path: str = "") -> dict:
     if not hasattr(images, "load"):
         return {"images": None, "sha256": None}
     digest = hashlib.sha256()
-    names = _names(images, str(Path(data_path).expanduser()) + os.sep if data_path else "")
+    name = _namer(images, str(Path(data_path).expanduser()) + os.sep if data_path else "")
     for index, target in enumerate(images.targets):
-        digest.update(f"{names[index] if names else ''}\t{target}\n".encode(errors="surrogateescape"))
+        digest.update(f"{name(index) if name else ''}\t{target}\n".encode(errors="surrogateescape"))
     if hasattr(images, "arrays"):
         digest.update(images.arrays.tobytes())
     return {"images": len(images), "sha256": digest.hexdigest()}
 
 
-def _names(images, root: str) -> list[str] | None:
+def _namer(images, root: str) -> Callable[[int], str] | None:
+    """Return the function from an image's index to its name in the hash; None for images without names."""
     if hasattr(images, "indices"):
-        names = _names(images.images, root)
-        return [names[i] for i in images.indices] if names else [str(i) for i in images.indices]
-    return [str(path).removeprefix(root) for path in images.paths] if hasattr(images, "paths") else None
+        name = _namer(images.images, root) or str
+        return lambda index: name(images.indices[index])
+    return (lambda index: images.paths[index].removeprefix(root)) if hasattr(images, "paths") else None
 
 
 def metrics_of(log: str, epoch: float = math.inf) -> dict | None:

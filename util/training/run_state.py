@@ -10,7 +10,7 @@ from util.checkpoint.same_run import check_same_run, flags_of, plain
 from util.checkpoint.save import Retention, save_checkpoint, save_folder
 from util.data.sample_rng import get_rng_state, set_rng_state
 from util.errors import UserError
-from util.parallel.distributed import gather_objects, get_rank, get_world_size
+from util.parallel.distributed import gather_to_main, get_rank, get_world_size
 from util.training.meters import EpochMeter
 from util.weights.file import read_file
 
@@ -28,9 +28,10 @@ def content(run) -> dict:
 
 def _rest(run) -> dict:
     """Return the content without the states of networks and optimizer. `epoch` is the last finished one or, inside an
-    epoch, the current one."""
+    epoch, the current one. What the ranks have of their own is complete on the main process, which writes it; the other
+    ranks do not receive it."""
     samples = run.position * run.args.batch_size * get_world_size()
-    by_rank = gather_objects(_rank_states(run))
+    by_rank = gather_to_main(_rank_states(run)) or []
     return {
         "epoch": run.epoch if run.position else run.epoch - 1,
         "step": run.step,
@@ -38,7 +39,7 @@ def _rest(run) -> dict:
         "args": {name: plain(value) for name, value in vars(run.args).items()},
         **({"methods_by_rank": by_rank} if any(by_rank) else {}),
         **({"classes": list(run.classes)} if run.classes else {}),
-        "rng": gather_objects(get_rng_state(run.device)),
+        "rng": gather_to_main(get_rng_state(run.device)),
         "origin": run.record.state(run.images_seen()),
         "data": {
             "epoch": run.epoch,

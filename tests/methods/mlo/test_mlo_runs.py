@@ -1,5 +1,6 @@
 """MLO-MAE as a run: the split of the data, logging, learned masks in other runs, tools, and refusals."""
 
+import os
 import re
 import shutil
 
@@ -130,6 +131,16 @@ def test_the_same_images_by_another_path(image_folder, tmp_path):
     left = without(everything, Subset(labelled, range(10)))
     assert len(left) == len(everything) - 10
     assert without(everything, Subset(labels([3]), range(3))) is everything
+
+
+def test_files_are_compared_without_resolving_each(image_folder, monkeypatch):
+    """Links to files are found in the listing of their folder; resolving millions takes minutes."""
+    args = main_pretrain.get_args_parser().parse_args(f"--data_path {image_folder}".split())
+    images = util.data.readers.read_images(args, train=True)
+    calls, original = [], os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: calls.append(path) or original(path))
+    assert len(without(images, Subset(images, range(10)))) == 86
+    assert len(calls) == 4  # folders
 
 
 def test_labels_from_another_folder(image_folder, tmp_path):

@@ -1,8 +1,9 @@
 """Images decoded once and augmented in batches: the same crops, colours and distributions as for single images."""
 
 import json
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torchvision.transforms import functional as TF
 
 import main_pretrain
 import util.data.cache
-from util.data import batch_aug
+from util.data import batch_aug, jpeg_decoder
 from util.data.batch_aug import BatchTransform, by_matrices, crop_boxes, gaussian_blur, padded_crops, resized_crops
 from util.data.cache import CachedBatches, Decoder, cache_images
 from util.data.image_format import IMAGENET
@@ -216,6 +217,75 @@ def test_decoding_on_the_device_is_pillows(tmp_path):
     assert Decoder(images, 3, None, CPU)._decoded(0) is None
     with pytest.raises(UserError, match="--nvjpeg decodes on a GPU, but this run uses the cpu: remove the flag"):
         cache_images(images, flags(nvjpeg=True), CPU)
+
+
+class OnCPU(Decoder):
+    """Decodes on the CPU what cache_images would decode on a GPU."""
+
+    def __init__(self, images, in_chans, size, device=None, pixel_range=None):
+        super().__init__(images, in_chans, size, CPU if device is not None else None, pixel_range)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A device of which cache_images believes that it is a GPU."""
+    monkeypatch.setattr(util.data.cache, "Decoder", OnCPU)
+    return SimpleNamespace(type="cuda")
+
+
+def test_a_decoder_that_does_not_work_is_refused(tmp_path, gpu, monkeypatch):
+    """It would be slower than without the flag, and nothing would say so."""
+
+    def broken(content, mode, device):
+        raise RuntimeError("nvjpegCreate failed: 6\nmore")
+
+    def absent():
+        raise ImportError("No module named 'torchcodec'")
+
+    picture(noisy(1, 16, 16)[0]).save(tmp_path / "0.jpg")
+    images = Files([str(tmp_path / "0.jpg")], [0], None)
+    monkeypatch.setattr(jpeg_decoder, "LIBRARIES", {"torchcodec": absent, "torchvision": lambda: broken})
+    with pytest.raises(
+        UserError, match=r"--nvjpeg: no JPEG can be .*No module.*nvjpegCreate failed: 6\): remove the flag"
+    ):
+        cache_images(images, flags(nvjpeg=True), gpu)
+
+
+def test_images_that_pillow_decodes_instead_are_counted(tmp_path, gpu, monkeypatch, capsys):
+    for index, pixels in enumerate(noisy(4, 16, 16)):
+        picture(pixels).save(tmp_path / f"{index}.{'png' if index == 3 else 'jpg'}")
+    (tmp_path / "4.jpg").write_bytes(b"no image")
+    library, decode = jpeg_decoder.choose_library("RGB", CPU)
+    refused = (tmp_path / "1.jpg").read_bytes()
+
+    def picky(content, mode, device):
+        if bytes(content.numpy()) == refused:
+            raise RuntimeError("Unsupported subsampling")
+        return decode(content, mode, device)
+
+    monkeypatch.setattr(jpeg_decoder, "LIBRARIES", {library: lambda: picky})
+    images = Files(sorted(map(str, tmp_path.iterdir())), [0] * 5, None)
+    cached = cache_images(images, flags(nvjpeg=True), gpu)
+    assert cached.good.tolist() == [True] * 4 + [False]
+    expected = f"--nvjpeg: 2 images decoded on cpu by {library}, 2 by pillow; JPEG files that it refused: 1, the first "
+    assert expected + f"{tmp_path / '1.jpg'}: Unsupported subsampling" in capsys.readouterr().out
+
+
+def test_torchcodec_decodes_if_it_is_installed(tmp_path, monkeypatch):
+    """torchvision 0.29 deprecates its decoder. The interface is that of torchcodec 0.16: keyword arguments only."""
+    calls = []
+
+    def decode_jpeg(source, *, mode="RGB", output_dtype=torch.uint8, device="cpu"):
+        calls.append((mode, str(device)))
+        return torch.zeros(3, 16, 16, dtype=torch.uint8)
+
+    decoders = ModuleType("torchcodec.decoders")
+    decoders.decode_jpeg = decode_jpeg
+    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+    assert jpeg_decoder.choose_library("RGB", CPU)[0] == "torchcodec" and calls == [("RGB", "cpu")]
+    del decoders.decode_jpeg  # an older version
+    assert jpeg_decoder.choose_library("RGB", CPU)[0] == "torchvision"
 
 
 def test_unreadable_images_are_replaced_and_counted(tmp_path, capfd):
