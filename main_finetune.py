@@ -16,7 +16,7 @@ from util import arguments
 from util.checkpoint.resume import find_resume
 from util.data.build import build_loader
 from util.data.label_flags import add_label_arguments, check_labels
-from util.data.labels import read_labelled, settle_units, with_noise
+from util.data.labels import note_imbalance, read_labelled, settle_units, with_noise
 from util.data.leak import check_leak
 from util.data.sample_rng import seeded
 from util.data.transforms import check_channels
@@ -25,6 +25,7 @@ from util.errors import UserError, user_errors
 from util.lr_decay import param_groups_lrd
 from util.parser import Flags, Parser, rare
 from util.report.ledger import Record
+from util.training.best_metric import settle_best_metric
 from util.training.losses import build_criterion
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
@@ -165,6 +166,8 @@ def check(args) -> None:
         raise UserError("--trainable_blocks has no effect with --eval")
     if args.check_leak and args.eval:
         raise UserError("--check_leak has no effect with --eval, which reads no training images")
+    if args.best_metric and args.eval:
+        raise UserError("--best_metric has no effect with --eval, which writes no checkpoint")
     if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs weights: give --resume or --finetune")
 
@@ -216,6 +219,11 @@ def read_weights_and_images(args, resume: Path | None):
     if args.check_leak:
         check_leak(images, held_out)
     args.nb_classes = count_classes(args, images, held_out)
+    scores = SCORES[args.targets]
+    classes = args.nb_classes if args.targets == "single" else None
+    settle_best_metric(args, scores.metrics, scores.headline, classes)
+    for split, listed in (("training", images), ("evaluation", held_out)):
+        note_imbalance(listed, split)
     return weights, images, held_out
 
 
@@ -247,13 +255,14 @@ def freeze_encoder(model: models_vit.VisionTransformer, trainable_blocks: int) -
     print(f"--trainable_blocks {trainable_blocks}: {count / 1e6:.2f} M parameters are trained")
 
 
+SCORES = {"single": TopK, "multilabel": MultiLabel, "regression": RegressionScores}
+
+
 def scores_of(args):
-    """Return what makes the scores of an evaluation for `--targets`, given a device."""
+    """Return what makes the scores of an evaluation, given a device."""
     if args.targets == "regression":
         return partial(RegressionScores, mean=args.target_mean, std=args.target_std)
-    if args.targets == "multilabel":
-        return MultiLabelSigmoid if args.multilabel_loss == "bce" else MultiLabel
-    return TopK
+    return MultiLabelSigmoid if args.multilabel_loss == "bce" else SCORES[args.targets]
 
 
 def main(args) -> dict[str, float]:

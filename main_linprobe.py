@@ -17,6 +17,7 @@ from engine_finetune import evaluate_once, train
 from evaluation.encoder import build_encoder, count_classes, settle_model
 from evaluation.features import extract
 from evaluation.publish import Destination, publish
+from evaluation.scores import TopK, balanced_scores
 from models_vit import AttentivePool
 from util import arguments
 from util.checkpoint.atomic import write_tensors
@@ -27,6 +28,7 @@ from util.checkpoint.same_run import plain
 from util.compute.precision import choose_amp_dtype
 from util.data.build import build_loader
 from util.data.image_format import image_shape, mean_std
+from util.data.labels import note_imbalance
 from util.data.leak import check_leak
 from util.data.readers import read_images
 from util.data.sample_rng import seeded
@@ -39,6 +41,7 @@ from util.parallel.distributed import is_main_process, shut_down
 from util.parser import Flags, Parser
 from util.report.ledger import Record
 from util.report.log import log_line
+from util.training.best_metric import settle_best_metric
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
 from util.weights.file import read_file
@@ -120,6 +123,9 @@ def check(args) -> None:
     if args.cache_features and (args.max_steps or not isinstance(args.epochs, int)):
         raise UserError("--cache_features trains its heads for whole --epochs: leave out --max_steps and fractions")
     arguments.check_speed_flags(args, not args.eval and not args.cache_features, "with --eval or --cache_features")
+    if args.best_metric and (args.eval or args.cache_features):
+        flag = "--eval" if args.eval else "--cache_features"
+        raise UserError(f"--best_metric has no effect with {flag}, which writes no checkpoint-best.pth")
     if args.batch_size == 1 and not args.eval:
         raise UserError("--batch_size 1 is too small for the probe's BatchNorm: give 2 or more")
     if not 0 < args.probe_holdout < 1:
@@ -256,7 +262,10 @@ def probe_cached(model, train_loader, test_loader, args, device) -> dict:
     held_x, held_y = features[held].to(device), labels[held].to(device)
     held_acc1 = [accuracy(norm, head, held_x, held_y)[0] for head in heads]
     best = max(range(len(heads)), key=held_acc1.__getitem__)
-    top1, top5 = accuracy(norm, heads[best], test_features.to(device), test_labels.to(device))
+    test = test_features.to(device), test_labels.to(device)
+    top1, top5 = accuracy(norm, heads[best], *test)
+    with torch.no_grad():
+        others = balanced_scores(heads[best](norm(test[0])).cpu().numpy(), test_labels.numpy())
     model.head = probe_head(heads[best])
     model.head[0].load_state_dict(norm.state_dict())
     for blr, value in zip(args.probe_blrs, held_acc1):
@@ -266,6 +275,7 @@ def probe_cached(model, train_loader, test_loader, args, device) -> dict:
     return {
         "test_acc1": top1,
         "test_acc5": top5,
+        **{f"test_{name}": value for name, value in others.items()},
         "holdout_acc1": held_acc1[best],
         "blr": args.probe_blrs[best],
         "train_images": len(rest),
@@ -320,6 +330,9 @@ def read_weights_and_images(args, resume: Path | None):
     if args.check_leak:
         check_leak(images, held_out)
     args.nb_classes = count_classes(args, images, held_out)
+    settle_best_metric(args, TopK.metrics, TopK.headline, args.nb_classes)
+    for split, listed in (("training", images), ("test", held_out)):
+        note_imbalance(listed, split)
     return weights, images, held_out
 
 

@@ -9,9 +9,9 @@ def add_label_arguments(group) -> None:
         choices=["single", "multilabel", "regression"],
         default="single",
         help="single: one class per image; multilabel: --dataset filelist with path<TAB>label,label,...; images "
-        "without labels (path<TAB>) are allowed; evaluation gives mean average precision, AUC and precision@1; regression: "
-        "path<TAB>number or several --label_column, mean squared error; evaluation gives R2 and errors in the units of "
-        "the list",
+        "without labels (path<TAB>) are allowed; evaluation gives mean average precision, AUC and precision@1; "
+        "regression: path<TAB>number or several --label_column, mean squared error; evaluation gives R2 and "
+        "errors in the units of the list",
     )
     group.add_argument(
         "--multilabel_loss",

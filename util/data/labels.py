@@ -137,6 +137,32 @@ def read_vocabulary(path: str) -> list[str]:
     return names
 
 
+# Balance --------------------------------------------------------------------------------------------------------------
+
+MAJORITY = 0.8  # share of one class from which a note is printed
+
+
+def note_imbalance(images, split: str) -> None:
+    """Print a note if the images of a split have only one class, or if most are of one class: the top-1 accuracy then
+    says little. Images whose labels are not known in advance, and other targets than classes, are passed over."""
+    if not isinstance(images, Images) or not images.classes or isinstance(images, (LabelSets, Numbers)):
+        return
+    counts = Counter(target for target in images.targets if target >= 0)
+    label, most = counts.most_common(1)[0] if counts else (0, 0)
+    if most and most == counts.total():
+        print(
+            f"note: all {most} {split} images are of one class, {images.classes[label]!r}: always answering it has a "
+            f"top-1 of 100 %"
+        )
+    elif most > MAJORITY * counts.total():
+        share = 100 * most / counts.total()
+        print(
+            f"note: {share:.1f} % of the {counts.total()} {split} images are of the class {images.classes[label]!r}: "
+            f"always answering it has a top-1 of {share:.1f} %; compare balanced_acc, and consider --class_weights "
+            f"balanced or --balanced_sampler in fine-tuning and probing"
+        )
+
+
 # Noise ----------------------------------------------------------------------------------------------------------------
 
 

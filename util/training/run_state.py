@@ -79,7 +79,8 @@ def resume(run, path: Path) -> None:
     data = state.get("data") or {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}}
     _restore_position(run, data)
     run.reporter.meter = EpochMeter(run.device, data["meter"])
-    run.checkpoints.best = data.get("best") or None  # older files have 0 where there was none
+    if flags_of(state).get("best_metric") == getattr(run.args, "best_metric", None):  # else it is of another metric
+        run.checkpoints.best = data.get("best") or None  # older files have 0 where there was none
     rng = state.get("rng", [])
     if len(rng) == get_world_size():
         set_rng_state(rng[get_rank()], run.device)
