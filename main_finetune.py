@@ -15,8 +15,8 @@ from evaluation.scores import MultiLabel, MultiLabelSigmoid, TopK
 from util import arguments
 from util.checkpoint.resume import find_resume
 from util.data.build import build_loader
-from util.data.label_flags import add_label_arguments, check_labels
-from util.data.labels import note_imbalance, read_labelled, settle_units, with_noise
+from util.data.label_flags import add_imbalance_arguments, add_label_arguments, check_imbalance, check_labels
+from util.data.labels import class_weights, known_labels, note_imbalance, read_labelled, settle_units, with_noise
 from util.data.leak import check_leak
 from util.data.sample_rng import seeded
 from util.data.transforms import check_channels
@@ -58,7 +58,9 @@ def get_args_parser() -> Parser:
     group.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth: drop rate of the last block")
     arguments.add_finetuning_arguments(parser, pooled=True)
     arguments.add_leak_argument(arguments.add_data_arguments(parser))
-    add_label_arguments(parser.add_argument_group("labels"))
+    group = parser.add_argument_group("labels")
+    add_label_arguments(group)
+    add_imbalance_arguments(group)
     group = arguments.add_optimizer_arguments(
         parser, batch_size=64, epochs=50, warmup=5, blr=1e-3, wd=0.05, min_lr=1e-6
     )
@@ -161,6 +163,7 @@ def check(args) -> None:
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size} must be even with --mixup or --cutmix, which pair images")
     check_labels(args, mixes(args))
+    check_imbalance(args, trains=not args.eval)
     arguments.check_speed_flags(args, not args.eval, "with --eval")
     if args.trainable_blocks is not None and args.eval:
         raise UserError("--trainable_blocks has no effect with --eval")
@@ -228,8 +231,9 @@ def read_weights_and_images(args, resume: Path | None):
 
 
 def training_loader(args, images):
-    """Return the loader of augmented batches of `images`, with `--label_noise`."""
-    return build_loader(with_noise(images, args), build_transform(True, args), args, args.batch_size, train=True)
+    """Return the loader of augmented batches of `images`."""
+    labels = known_labels(images, "--balanced_sampler") if args.balanced_sampler else None
+    return build_loader(images, build_transform(True, args), args, args.batch_size, train=True, labels=labels)
 
 
 def build(args, weights: Weights | None) -> models_vit.VisionTransformer:
@@ -274,7 +278,8 @@ def main(args) -> dict[str, float]:
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
     weights, images, held_out = read_weights_and_images(args, resume)
     if not args.eval:
-        loader = training_loader(args, images)
+        noisy = with_noise(images, args)
+        loader, weights_of_classes = training_loader(args, noisy), class_weights(args, noisy)
         settle_schedule(args, len(loader))
     args.freeze()
 
@@ -290,8 +295,8 @@ def main(args) -> dict[str, float]:
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     names = getattr(images, "classes", None)
     run = Run(args, device, loader, model, optimizer, resume=resume, record=record, classes=names)
-    criterion = build_criterion(mixes(args), args.targets, args.smoothing, args.multilabel_loss)
-    return train(args, run, val_loader, criterion, build_mixup(args), scores)
+    criterion = build_criterion(mixes(args), args.targets, args.smoothing, args.multilabel_loss, weights_of_classes)
+    return train(args, run, val_loader, criterion.to(device), build_mixup(args), scores)
 
 
 if __name__ == "__main__":

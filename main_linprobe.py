@@ -9,7 +9,6 @@ from pathlib import Path
 from textwrap import shorten
 
 import torch
-import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import nn
 
@@ -28,7 +27,8 @@ from util.checkpoint.same_run import plain
 from util.compute.precision import choose_amp_dtype
 from util.data.build import build_loader
 from util.data.image_format import image_shape, mean_std
-from util.data.labels import note_imbalance
+from util.data.label_flags import add_imbalance_arguments, check_imbalance
+from util.data.labels import balanced_weights, class_weights, known_labels, note_imbalance
 from util.data.leak import check_leak
 from util.data.readers import read_images
 from util.data.sample_rng import seeded
@@ -42,6 +42,7 @@ from util.parser import Flags, Parser
 from util.report.ledger import Record
 from util.report.log import log_line
 from util.training.best_metric import settle_best_metric
+from util.training.losses import build_criterion
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
 from util.weights.file import read_file
@@ -78,6 +79,7 @@ def get_args_parser() -> Parser:
         help="attentive: one cross-attention of a learned query to the patches, then linear; trained by AdamW at "
         "--blr 1e-3, where linear is trained by LARS",
     )
+    add_imbalance_arguments(group)
     add_cache_arguments(parser.add_argument_group("cached features"))
     arguments.add_run_arguments(parser, save_freq=10, keep=1)
     arguments.add_speed_arguments(parser, trains_blocks=False)
@@ -126,6 +128,8 @@ def check(args) -> None:
     if args.best_metric and (args.eval or args.cache_features):
         flag = "--eval" if args.eval else "--cache_features"
         raise UserError(f"--best_metric has no effect with {flag}, which writes no checkpoint-best.pth")
+    condition = "with --eval" if args.eval else "with --cache_features"
+    check_imbalance(args, not args.eval, not args.cache_features, condition)
     if args.batch_size == 1 and not args.eval:
         raise UserError("--batch_size 1 is too small for the probe's BatchNorm: give 2 or more")
     if not 0 < args.probe_holdout < 1:
@@ -210,6 +214,8 @@ def train_heads(features, labels, args) -> tuple[nn.BatchNorm1d, list[nn.Linear]
         nn.init.zeros_(head.bias)
     groups = [{"params": head.parameters(), "lr_scale": blr} for head, blr in zip(heads, args.probe_blrs)]
     optimizer = LARS(groups, weight_decay=args.weight_decay)
+    weights = None if args.class_weights == "none" else balanced_weights(labels.tolist(), args.nb_classes)
+    criterion = build_criterion(False, "single", 0.0, weights=weights).to(device)
     batch_size = min(args.batch_size, len(features))
     batches = len(features) // batch_size
     for epoch in range(args.epochs):
@@ -218,7 +224,7 @@ def train_heads(features, labels, args) -> tuple[nn.BatchNorm1d, list[nn.Linear]
             adjust_learning_rate(optimizer, epoch + i / batches, args)
             batch = order[i * batch_size : (i + 1) * batch_size]
             x = norm(features[batch])
-            loss = sum(F.cross_entropy(head(x), labels[batch]) for head in heads)
+            loss = sum(criterion(head(x), labels[batch]) for head in heads)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -340,7 +346,8 @@ def training_loader(args, images):
     """Return the loader of augmented batches of `images`."""
     stats = mean_std(args.dataset, args.in_chans, args.mean, args.std)
     transform = probe_transform(args.aug, image_shape(args.input_size), *stats)
-    return build_loader(images, transform, args, args.batch_size, train=True)
+    labels = known_labels(images, "--balanced_sampler") if args.balanced_sampler else None
+    return build_loader(images, transform, args, args.batch_size, train=True, labels=labels)
 
 
 def main(args) -> dict:
@@ -373,7 +380,8 @@ def main(args) -> dict:
     optimizer = optimizer_type(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     names = getattr(images, "classes", None)
     run = Run(args, device, loader, model, optimizer, probe, resume, record, classes=names)
-    return train(args, run, test_loader, nn.CrossEntropyLoss())
+    criterion = build_criterion(False, "single", 0.0, weights=class_weights(args, images)).to(device)
+    return train(args, run, test_loader, criterion)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ def build_loader(
     num_workers: int | None = None,
     split: bool = True,
     seed: int | None = None,
+    labels: list[int] | None = None,
 ) -> Loader:
     """Return a loader of batches of `images` (an `Images`, `Shards` or a stream of timm) for the flags `args`;
     `num_workers` and `seed` override the flags of these names. The ranks split the images among themselves; with
-    `split=False` every rank reads all of them.
+    `split=False` every rank reads all of them. With `labels`, those of the images, every class is drawn equally often.
 
     Raises UserError when the training set is smaller than one batch, ValueError for a stream with `split=False`.
     """
@@ -40,7 +41,7 @@ def build_loader(
             data = StreamDataset(images, transform, **pixels)
         else:
             raise ValueError("split=False does not work for a stream: timm's reader splits it among the ranks")
-        loader = Loader(data, batch_size, train, pixels["seed"], workers, args.pin_mem, split)
+        loader = Loader(data, batch_size, train, pixels["seed"], workers, args.pin_mem, split, labels)
     if train:
         check_enough(len(loader.dataset), batch_size)
     return loader

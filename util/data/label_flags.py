@@ -48,6 +48,40 @@ def add_label_arguments(group) -> None:
     )
 
 
+def add_imbalance_arguments(group) -> None:
+    """Add the flags for classes of different frequency, for fine-tuning and probing."""
+    group.add_argument(
+        "--class_weights",
+        choices=["none", "balanced"],
+        default="none",
+        help="balanced: each image's training loss is multiplied by images / (classes * images of its class), which is "
+        "1 on average; evaluation is not weighted",
+    )
+    group.add_argument(
+        "--balanced_sampler",
+        action="store_true",
+        help="draw the images of an epoch with replacement, so that each class occurs equally often on average",
+    )
+
+
+def check_imbalance(args, trains: bool, reads_batches: bool = True, condition: str = "with --eval") -> None:
+    """Raise UserError for flags of imbalance without effect. `trains`: whether the command trains; `reads_batches`:
+    whether by batches of images. `condition` is the end of the message, such as "with --eval"."""
+    weighted, targets = args.class_weights != "none", getattr(args, "targets", "single")
+    if weighted and not trains:
+        raise UserError(f"--class_weights has no effect {condition}")
+    if args.balanced_sampler and not (trains and reads_batches):
+        raise UserError(f"--balanced_sampler has no effect {condition}")
+    if weighted and args.balanced_sampler:
+        raise UserError("--class_weights balanced and --balanced_sampler correct the same imbalance: give one of them")
+    if args.balanced_sampler and targets != "single":
+        raise UserError(f"--balanced_sampler needs one class per image, which --targets {targets} does not have")
+    if weighted and targets == "regression":
+        raise UserError("--class_weights has no effect with --targets regression, which has no classes")
+    if weighted and targets == "multilabel" and args.multilabel_loss == "softmax":
+        raise UserError("--class_weights with --targets multilabel needs --multilabel_loss bce")
+
+
 def check_labels(args, mixes: bool) -> None:
     """Raise UserError for flags that contradict `--targets`. `mixes`: whether images are mixed."""
     if args.targets != "single":

@@ -163,6 +163,33 @@ def note_imbalance(images, split: str) -> None:
         )
 
 
+def known_labels(images, flag: str) -> list:
+    """Return the labels of training images. Raises UserError, which names `flag`, if they are not known in advance."""
+    if not isinstance(images, Images) or min(map(_lowest, images.targets), default=-1) < 0:
+        raise UserError(f"{flag} needs labels that are known in advance, which shards and streams do not have")
+    return images.targets
+
+
+def balanced_weights(targets: list, classes: int) -> torch.Tensor:
+    """Return the weights (classes,) of `--class_weights balanced`, float32. For one label per image: images / (classes
+    with images * images of the class), as in scikit-learn; 0 for a class without images. For sets of labels: images
+    without the label / images with it; 1 for a label that no image has."""
+    if targets and isinstance(targets[0], tuple):
+        counts = np.bincount([label for labels in targets for label in labels], minlength=classes)
+        return torch.from_numpy(np.where(counts, (len(targets) - counts) / np.maximum(counts, 1), 1.0)).float()
+    counts = np.bincount(targets, minlength=classes)
+    weights = len(targets) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return torch.from_numpy(np.where(counts, weights, 0.0)).float()
+
+
+def class_weights(args, images) -> torch.Tensor | None:
+    """Return the weights (classes,) of the training loss for `--class_weights`, None without any. Raises UserError if
+    the labels are not known in advance."""
+    if args.class_weights == "none":
+        return None
+    return balanced_weights(known_labels(images, "--class_weights"), args.nb_classes)
+
+
 # Noise ----------------------------------------------------------------------------------------------------------------
 
 
@@ -171,8 +198,7 @@ def with_noise(images, args):
     number of workers and ranks."""
     if not args.label_noise:
         return images
-    if not isinstance(images, Images) or min(map(_lowest, images.targets), default=-1) < 0:
-        raise UserError(f"--label_noise needs labels that are known in advance; --dataset {args.dataset} has none")
+    known_labels(images, "--label_noise")
     rng = np.random.default_rng([args.seed, NOISE])
     multilabel = isinstance(images, LabelSets)
     draw_noise = hashtag_noise if multilabel else uniform_noise

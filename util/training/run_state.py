@@ -123,8 +123,8 @@ def _restore_position(run, data: dict) -> None:
     order = data.get("order", run.loader.order())
     if run.position and order != run.loader.order():
         print(
-            f"note: the rest of this epoch has other images than the interrupted run's, which read {order}; "
-            f"this one reads {run.loader.order()}"
+            f"note: the rest of this epoch has other images than the interrupted run's, which read "
+            f"{order or 'each image once'}; this one reads {run.loader.order() or 'each image once'}"
         )
 
 
