@@ -98,7 +98,7 @@ def add_augmentation_arguments(group) -> None:
     group.add_argument(
         "--aa", type=augment_policy, default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, or none"
     )
-    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing; none with --targets regression")
     group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
     rare(
         group.add_argument(
