@@ -4,6 +4,7 @@ from util.errors import UserError
 
 
 def add_label_arguments(group) -> None:
+    """Add the flags of the targets of fine-tuning."""
     group.add_argument(
         "--targets",
         choices=["single", "multilabel", "regression"],
@@ -20,6 +21,19 @@ def add_label_arguments(group) -> None:
         help="softmax: cross-entropy with equal weights of an image's labels, which sum to one; images without labels "
         "have no loss; bce: binary cross-entropy of every label, which learns from them too",
     )
+    _add_set_arguments(group)
+    group.add_argument(
+        "--label_noise",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="for studies: replace each training label by another class with probability P; multilabel: drop each "
+        "label with probability P, and for each add another with probability P, frequent ones more often",
+    )
+
+
+def _add_set_arguments(group) -> None:
+    """Add the flags for reading sets of labels."""
     group.add_argument(
         "--label_sep",
         metavar="TEXT",
@@ -37,14 +51,6 @@ def add_label_arguments(group) -> None:
         default="",
         metavar="FILE",
         help="multilabel: all labels, one per line; without it those of --train_list",
-    )
-    group.add_argument(
-        "--label_noise",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="for studies: replace each training label by another class with probability P; multilabel: drop each "
-        "label with probability P, and for each add another with probability P, frequent ones more often",
     )
 
 
