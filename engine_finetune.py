@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from evaluation.publish import Destination, publish
+from evaluation.publish import Destination, publish, write_confusion, write_scores
 from evaluation.scores import LOWER, TopK
 from util.compute.precision import autocast, choose_amp_dtype
 from util.parallel.distributed import is_main_process, shut_down, sync_buffers
@@ -62,9 +62,9 @@ def evaluate(loader, model, device, amp_dtype=torch.float32, score_type=TopK) ->
 def evaluate_once(
     args, model, loader, device, record: Record, score_type=TopK, names: list[str] | None = None
 ) -> dict[str, float]:
-    """Run `--eval`: `evaluate` once, and publish the scores on the terminal, in eval.json, in TensorBoard (in
-    tensorboard-eval/ below --log_dir) and in the ledger, results.jsonl. Return them. Leaves the process group. `names`
-    are those of the classes."""
+    """Run `--eval`: evaluate once, and publish the scores on the terminal, in eval.json (with details by class),
+    eval_confusion.png, TensorBoard (in tensorboard-eval/ below --log_dir) and the ledger, results.jsonl. Return them. Leaves
+    the process group. `names` are those of the classes."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
     scores = score(loader, model, device, dtype, score_type)
     stats = scores.read()
@@ -77,7 +77,11 @@ def evaluate_once(
     )
     scalars = {f"eval/{name}": value for name, value in stats.items()}
     details = scores.details(names)
-    publish(record, metrics, len(loader.dataset), (device, dtype), to, scalars=scalars, details=details)
+    pictures = write_confusion(scores, names, args.output_dir, "eval_confusion.png")
+    pictures = {f"eval/{name}": picture for name, picture in pictures.items()}
+    publish(
+        record, metrics, len(loader.dataset), (device, dtype), to, scalars=scalars, pictures=pictures, details=details
+    )
     shut_down()
     return stats
 
@@ -94,12 +98,20 @@ def save_best(run: Run, stats: dict[str, float], metric: str) -> dict[str, float
     return {} if run.checkpoints.best is None else {f"best_{metric}": run.checkpoints.best}
 
 
+def write_last(run: Run, scores, stats: dict[str, float]) -> None:
+    """Write the last evaluation by class: scores.json, and the confusion matrix as a picture."""
+    folder, attempt = run.args.output_dir, run.checkpoints.saver.insist
+    write_scores(scores, run.args, stats, run.classes, folder, attempt)
+    for name, picture in write_confusion(scores, run.classes, folder, attempt=attempt).items():
+        run.board.image(name, picture, run.fractional_epoch())
+
+
 def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK) -> dict[str, float]:
     """Begin the run, train to its end or until a signal stops it, and close it; return the last evaluation.
 
-    The model is evaluated every `--eval_freq` epochs and after the last one. The weights with the best main score
-    (`headline` of the scores, e.g. top-1) are kept in checkpoint-best.pth. For a run that was resumed at its end, only
-    missing result files are written, and {} is returned.
+    The model is evaluated every `--eval_freq` epochs and after the last one. The weights with the best score
+    (`--best_metric`, else the `headline` of the scores, e.g. top-1) are kept in checkpoint-best.pth. For a run that was
+    resumed at its end, only missing result files are written, and {} is returned.
     """
     stats = {}
     if run.resumed_at_end:
@@ -117,8 +129,10 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK)
             stats = scores.read()
             print_scores(scores, stats, len(val_loader.dataset))
             row = {f"test_{name}": value for name, value in stats.items()}
-            row |= save_best(run, stats, scores.headline)
+            row |= save_best(run, stats, args.best_metric or scores.headline)
         run.finish_epoch(row)  # logs the epoch; writes a checkpoint every --save_freq epochs
+    if not run.stopped:
+        write_last(run, scores, stats)
     if not run.stopped and is_main_process():
         run.board.hparams(vars(args), {**run.reporter.last_means, **stats})
     run.append_to_ledger()  # its line in results.jsonl, unless a signal stopped it

@@ -15,8 +15,8 @@ from evaluation.scores import MultiLabel, MultiLabelSigmoid, TopK
 from util import arguments
 from util.checkpoint.resume import find_resume
 from util.data.build import build_loader
-from util.data.label_flags import add_label_arguments, check_labels
-from util.data.labels import read_labelled, settle_units, with_noise
+from util.data.label_flags import add_imbalance_arguments, add_label_arguments, check_imbalance, check_labels
+from util.data.labels import class_weights, known_labels, note_imbalance, read_labelled, settle_units, with_noise
 from util.data.leak import check_leak
 from util.data.pixel_range import settle_pixel_range
 from util.data.sample_rng import seeded
@@ -26,6 +26,7 @@ from util.errors import UserError, user_errors
 from util.lr_decay import param_groups_lrd
 from util.parser import Flags, Parser, rare
 from util.report.ledger import Record
+from util.training.best_metric import settle_best_metric
 from util.training.losses import build_criterion
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
@@ -58,7 +59,9 @@ def get_args_parser() -> Parser:
     group.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth: drop rate of the last block")
     arguments.add_finetuning_arguments(parser, pooled=True)
     arguments.add_leak_argument(arguments.add_data_arguments(parser))
-    add_label_arguments(parser.add_argument_group("labels"))
+    group = parser.add_argument_group("labels")
+    add_label_arguments(group)
+    add_imbalance_arguments(group)
     group = arguments.add_optimizer_arguments(
         parser, batch_size=64, epochs=50, warmup=5, blr=1e-3, wd=0.05, min_lr=1e-6
     )
@@ -96,7 +99,7 @@ def add_augmentation_arguments(group) -> None:
     group.add_argument(
         "--aa", type=augment_policy, default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, or none"
     )
-    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing; none with --targets regression")
     group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
     rare(
         group.add_argument(
@@ -161,11 +164,14 @@ def check(args) -> None:
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size} must be even with --mixup or --cutmix, which pair images")
     check_labels(args, mixes(args))
+    check_imbalance(args, trains=not args.eval)
     arguments.check_speed_flags(args, not args.eval, "with --eval")
     if args.trainable_blocks is not None and args.eval:
         raise UserError("--trainable_blocks has no effect with --eval")
     if args.check_leak and args.eval:
         raise UserError("--check_leak has no effect with --eval, which reads no training images")
+    if args.best_metric and args.eval:
+        raise UserError("--best_metric has no effect with --eval, which writes no checkpoint")
     if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs weights: give --resume or --finetune")
 
@@ -218,12 +224,18 @@ def read_weights_and_images(args, resume: Path | None):
         check_leak(images, held_out)
     args.nb_classes = count_classes(args, images, held_out)
     settle_pixel_range(args, images or held_out, lambda: weights.args if weights else {})
+    scores = SCORES[args.targets]
+    classes = args.nb_classes if args.targets == "single" else None
+    settle_best_metric(args, scores.metrics, scores.headline, classes)
+    for split, listed in (("training", images), ("evaluation", held_out)):
+        note_imbalance(listed, split)
     return weights, images, held_out
 
 
 def training_loader(args, images):
-    """Return the loader of augmented batches of `images`, with `--label_noise`."""
-    return build_loader(with_noise(images, args), build_transform(True, args), args, args.batch_size, train=True)
+    """Return the loader of augmented batches of `images`."""
+    labels = known_labels(images, "--balanced_sampler") if args.balanced_sampler else None
+    return build_loader(images, build_transform(True, args), args, args.batch_size, train=True, labels=labels)
 
 
 def build(args, weights: Weights | None) -> models_vit.VisionTransformer:
@@ -249,13 +261,14 @@ def freeze_encoder(model: models_vit.VisionTransformer, trainable_blocks: int) -
     print(f"--trainable_blocks {trainable_blocks}: {count / 1e6:.2f} M parameters are trained")
 
 
+SCORES = {"single": TopK, "multilabel": MultiLabel, "regression": RegressionScores}
+
+
 def scores_of(args):
-    """Return what makes the scores of an evaluation for `--targets`, given a device."""
+    """Return what makes the scores of an evaluation, given a device."""
     if args.targets == "regression":
         return partial(RegressionScores, mean=args.target_mean, std=args.target_std)
-    if args.targets == "multilabel":
-        return MultiLabelSigmoid if args.multilabel_loss == "bce" else MultiLabel
-    return TopK
+    return MultiLabelSigmoid if args.multilabel_loss == "bce" else SCORES[args.targets]
 
 
 def main(args) -> dict[str, float]:
@@ -267,7 +280,8 @@ def main(args) -> dict[str, float]:
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
     weights, images, held_out = read_weights_and_images(args, resume)
     if not args.eval:
-        loader = training_loader(args, images)
+        noisy = with_noise(images, args)
+        loader, weights_of_classes = training_loader(args, noisy), class_weights(args, noisy)
         settle_schedule(args, len(loader))
     args.freeze()
 
@@ -283,8 +297,8 @@ def main(args) -> dict[str, float]:
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     names = getattr(images, "classes", None)
     run = Run(args, device, loader, model, optimizer, resume=resume, record=record, classes=names)
-    criterion = build_criterion(mixes(args), args.targets, args.smoothing, args.multilabel_loss)
-    return train(args, run, val_loader, criterion, build_mixup(args), scores)
+    criterion = build_criterion(mixes(args), args.targets, args.smoothing, args.multilabel_loss, weights_of_classes)
+    return train(args, run, val_loader, criterion.to(device), build_mixup(args), scores)
 
 
 if __name__ == "__main__":

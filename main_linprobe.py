@@ -9,7 +9,6 @@ from pathlib import Path
 from textwrap import shorten
 
 import torch
-import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import nn
 
@@ -17,6 +16,7 @@ from engine_finetune import evaluate_once, train
 from evaluation.encoder import build_encoder, count_classes, settle_model
 from evaluation.features import extract
 from evaluation.publish import Destination, publish
+from evaluation.scores import TopK, balanced_scores
 from models_vit import AttentivePool
 from util import arguments
 from util.checkpoint.atomic import write_tensors
@@ -27,6 +27,8 @@ from util.checkpoint.same_run import plain
 from util.compute.precision import choose_amp_dtype
 from util.data.build import build_loader
 from util.data.image_format import image_shape, mean_std
+from util.data.label_flags import add_imbalance_arguments, check_imbalance
+from util.data.labels import balanced_weights, class_weights, known_labels, note_imbalance
 from util.data.leak import check_leak
 from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
@@ -40,6 +42,8 @@ from util.parallel.distributed import barrier, from_main_process, is_main_proces
 from util.parser import Flags, Parser
 from util.report.ledger import Record
 from util.report.log import log_line
+from util.training.best_metric import settle_best_metric
+from util.training.losses import build_criterion
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
 from util.weights.file import read_file
@@ -76,6 +80,7 @@ def get_args_parser() -> Parser:
         help="attentive: one cross-attention of a learned query to the patches, then linear; trained by AdamW at "
         "--blr 1e-3, where linear is trained by LARS",
     )
+    add_imbalance_arguments(group)
     add_cache_arguments(parser.add_argument_group("cached features"))
     arguments.add_run_arguments(parser, save_freq=10, keep=1)
     arguments.add_speed_arguments(parser, trains_blocks=False)
@@ -123,6 +128,11 @@ def check(args) -> None:
     if args.cache_features and (args.max_steps or not isinstance(args.epochs, int)):
         raise UserError("--cache_features trains its heads for whole --epochs: leave out --max_steps and fractions")
     arguments.check_speed_flags(args, not args.eval and not args.cache_features, "with --eval or --cache_features")
+    if args.best_metric and (args.eval or args.cache_features):
+        flag = "--eval" if args.eval else "--cache_features"
+        raise UserError(f"--best_metric has no effect with {flag}, which writes no checkpoint-best.pth")
+    condition = "with --eval" if args.eval else "with --cache_features"
+    check_imbalance(args, not args.eval, not args.cache_features, condition)
     if args.batch_size == 1 and not args.eval:
         raise UserError("--batch_size 1 is too small for the probe's BatchNorm: give 2 or more")
     if not 0 < args.probe_holdout < 1:
@@ -207,6 +217,8 @@ def train_heads(features, labels, args, after_epoch=lambda: None) -> tuple[nn.Ba
         nn.init.zeros_(head.bias)
     groups = [{"params": head.parameters(), "lr_scale": blr} for head, blr in zip(heads, args.probe_blrs)]
     optimizer = LARS(groups, weight_decay=args.weight_decay)
+    weights = None if args.class_weights == "none" else balanced_weights(labels.tolist(), args.nb_classes)
+    criterion = build_criterion(False, "single", 0.0, weights=weights).to(device)
     batch_size = min(args.batch_size, len(features))
     batches = len(features) // batch_size
     for epoch in range(args.epochs):
@@ -215,7 +227,7 @@ def train_heads(features, labels, args, after_epoch=lambda: None) -> tuple[nn.Ba
             adjust_learning_rate(optimizer, epoch + i / batches, args)
             batch = order[i * batch_size : (i + 1) * batch_size]
             x = norm(features[batch])
-            loss = sum(F.cross_entropy(head(x), labels[batch]) for head in heads)
+            loss = sum(criterion(head(x), labels[batch]) for head in heads)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -261,7 +273,10 @@ def train_and_choose(train, test, rest, held, args, device) -> tuple[nn.Sequenti
         held_x, held_y = features[held].to(device), labels[held].to(device)
         held_acc1 = [accuracy(norm, head, held_x, held_y)[0] for head in heads]
         best = max(range(len(heads)), key=held_acc1.__getitem__)
-        scores = accuracy(norm, heads[best], test_features.to(device), test_labels.to(device))
+        top1, top5 = accuracy(norm, heads[best], test_features.to(device), test_labels.to(device))
+        with torch.no_grad():
+            logits = heads[best](norm(test_features.to(device))).cpu().numpy()
+        scores = {"acc1": top1, "acc5": top5, **balanced_scores(logits, test_labels.numpy())}
         head = probe_head(heads[best])
         head[0].load_state_dict(norm.state_dict())
         return head.cpu(), held_acc1, best, scores
@@ -269,12 +284,13 @@ def train_and_choose(train, test, rest, held, args, device) -> tuple[nn.Sequenti
     if not is_main_process():  # the ranks stay in step, so that none times out
         for _ in range(args.epochs):
             barrier()
-    head, held_acc1, best, (top1, top5) = from_main_process(choose)
+    head, held_acc1, best, scores = from_main_process(choose)
     for blr, value in zip(args.probe_blrs, held_acc1):
         print(f"blr {blr:g}: {value:.2f} % on {len(held)} held-out training images")
     if len(held_acc1) > 1 and best in (0, len(held_acc1) - 1):
         print(f"note: the best rate, {args.probe_blrs[best]:g}, is at the end of --probe_blrs; try a wider list")
-    scores = {"test_acc1": top1, "test_acc5": top5, "holdout_acc1": held_acc1[best], "blr": args.probe_blrs[best]}
+    scores = {f"test_{name}": value for name, value in scores.items()}
+    scores |= {"holdout_acc1": held_acc1[best], "blr": args.probe_blrs[best]}
     return head.to(device), scores
 
 
@@ -341,6 +357,9 @@ def read_weights_and_images(args, resume: Path | None):
         check_leak(images, held_out)
     args.nb_classes = count_classes(args, images, held_out)
     settle_pixel_range(args, images or held_out, lambda: weights.args if weights else {})
+    settle_best_metric(args, TopK.metrics, TopK.headline, args.nb_classes)
+    for split, listed in (("training", images), ("test", held_out)):
+        note_imbalance(listed, split)
     return weights, images, held_out
 
 
@@ -348,7 +367,8 @@ def training_loader(args, images):
     """Return the loader of augmented batches of `images`."""
     stats = mean_std(args.dataset, args.in_chans, args.mean, args.std)
     transform = probe_transform(args.aug, image_shape(args.input_size), *stats)
-    return build_loader(images, transform, args, args.batch_size, train=True)
+    labels = known_labels(images, "--balanced_sampler") if args.balanced_sampler else None
+    return build_loader(images, transform, args, args.batch_size, train=True, labels=labels)
 
 
 def main(args) -> dict:
@@ -381,7 +401,8 @@ def main(args) -> dict:
     optimizer = optimizer_type(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     names = getattr(images, "classes", None)
     run = Run(args, device, loader, model, optimizer, probe, resume, record, classes=names)
-    return train(args, run, test_loader, nn.CrossEntropyLoss())
+    criterion = build_criterion(False, "single", 0.0, weights=class_weights(args, images)).to(device)
+    return train(args, run, test_loader, criterion)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from models_vit import VisionTransformer
 from util.arguments import check_numbers
 from util.compute.precision import choose_amp_dtype
 from util.data.build import build_loader
+from util.data.labels import note_imbalance
 from util.data.leak import check_leak
 from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
@@ -225,4 +226,6 @@ def labelled_splits(args) -> list:
     if args.check_leak:
         check_leak(*splits)
     count_classes(args, *splits)
+    for split, images in zip(("training", "test"), splits):
+        note_imbalance(images, split)
     return splits

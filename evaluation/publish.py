@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-from util.checkpoint.files import LEDGER
+from evaluation.confusion import save_picture
+from util.checkpoint.files import CONFUSION, LEDGER, SCORES
+from util.parallel.distributed import is_main_process
 from util.report.ledger import Record, write_json
 from util.report.tensorboard import Board
 
@@ -55,6 +57,38 @@ def publish(
     board.close()
     if to.ledger:
         attempt(LEDGER, lambda: record.enter(to.ledger, metrics, images_seen, *hardware))
+
+
+def write_scores(
+    scores,
+    args,
+    metrics: Mapping[str, float],
+    names: list[str] | None,
+    folder: str | Path,
+    attempt: Callable[[str, Callable[[], object]], None] = _write_once,
+) -> None:
+    """Write scores.json into `folder`, if one is given: the flags, `metrics` as `result`, and the `details` of the
+    `scores` by class name. Files are written as by `publish`."""
+    if folder:
+        details = scores.details(names)
+        attempt(SCORES, lambda: write_json(Path(folder) / SCORES, args, result=metrics, details=details))
+
+
+def write_confusion(
+    scores,
+    names: list[str] | None,
+    folder: str | Path,
+    file: str = CONFUSION,
+    attempt: Callable[[str, Callable[[], object]], None] = _write_once,
+) -> dict[str, torch.Tensor]:
+    """Draw the confusion matrix, where `scores` have one, and write it to `file` in `folder`, if one is given.
+    Return the picture (3, H, W) in [0, 1] as {"confusion_matrix": picture}, else {}; only on the main process."""
+    picture = scores.picture(names) if is_main_process() else None
+    if picture is None:
+        return {}
+    if folder:
+        attempt(file, lambda: save_picture(picture, Path(folder) / file))
+    return {"confusion_matrix": torch.from_numpy(picture).permute(2, 0, 1) / 255}
 
 
 def write_comparison(out: str | Path, args, rows: list[dict], **content) -> None:

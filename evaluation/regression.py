@@ -58,6 +58,9 @@ class RegressionScores:
             for metric, values in self.by_output.items()
         }
 
+    def picture(self, names: list[str] | None) -> None:
+        """There is no confusion matrix of numbers."""
+
     def summary(self, stats: dict) -> str:
         """Return the line that is printed after an evaluation."""
         r2 = f"{stats['r2']:.4f}" if "r2" in stats else "undefined"

@@ -7,42 +7,86 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from evaluation.confusion import Confusion, draw
 from util.parallel.distributed import all_reduce_sum, gather_objects, get_rank, get_world_size
 
 LOWER = {"loss", "mae", "rmse"}  # metrics of which a lower value is better
 
 
 class TopK:
-    """Top-1 and top-5 accuracy in percent and mean cross-entropy, for one label per image: `targets` (N,), -1 if
-    unknown."""
+    """Top-1 and top-5 accuracy, balanced accuracy (the mean over classes of the share of their images that are correct)
+    and, for two classes, the area under the ROC curve of the second, in percent; mean cross-entropy. For one label per
+    image: `targets` (N,), -1 if unknown."""
 
     headline = "acc1"  # the metric by which the best weights are selected
-    metrics = ("acc1", "acc5", "loss")  # those by which they may be
+    metrics = ("acc1", "acc5", "balanced_acc", "auc", "loss")  # those by which they may be
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, top-1, top-5, images, skipped
+        self.confusion = Confusion(device)
+        self.margins: list[torch.Tensor] = []  # for two classes: logit of the second minus that of the first
 
     def add(self, logits: torch.Tensor, targets: torch.Tensor, good: torch.Tensor) -> None:
         """Add a batch of logits (N, classes), float32. Images that are not `good` (N,), that is readable, are only
         counted, as `skipped`."""
         loss = F.cross_entropy(logits, targets.clamp(min=0), reduction="none")
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        ranked = top == targets[:, None]
         columns = [loss, ranked[:, 0].float(), ranked.any(dim=1).float(), torch.ones_like(loss)]
         self.sums[:4] += torch.stack([(column * good).sum() for column in columns])
         self.sums[4] += (~good).sum()
+        self.confusion.add(torch.where(good, targets, -1), top[:, 0], logits.shape[1])
+        if logits.shape[1] == 2:
+            self.margins.append(logits[:, 1] - logits[:, 0])
 
     def read(self) -> dict[str, float]:
+        """Return the metrics over all ranks; `auc` is absent unless there are two classes and images of both."""
         loss, top1, top5, count, skipped = all_reduce_sum(self.sums).tolist()
         count = max(count, 1.0)
-        return {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "skipped": skipped}
+        auc = self._auc()
+        self.confusion.read()
+        return {
+            "loss": loss / count,
+            "acc1": 100 * top1 / count,
+            "acc5": 100 * top5 / count,
+            "balanced_acc": self.confusion.balanced_accuracy(),
+            **({} if math.isnan(auc) else {"auc": auc}),
+            "skipped": skipped,
+        }
+
+    def _auc(self) -> float:
+        own = [
+            (margin.cpu().numpy(), pair[0].cpu().numpy()) for margin, pair in zip(self.margins, self.confusion.pairs)
+        ]
+        everyone = [batch for rank in gather_objects(_joined(own)) for batch in rank]
+        if not everyone:
+            return math.nan
+        margins, targets = _joined(everyone)[0]
+        known = targets >= 0
+        return label_scores(margins[known, None], targets[known, None] == 1)[1].item()
 
     def details(self, names: list[str] | None) -> dict:
-        """Return what `read` computed beside its metrics, by class name, as JSON."""
-        return {}
+        """Return what `read` counted for each class, by its name, as JSON: recall in percent, images, and the rows of
+        the confusion matrix, whose columns are the predicted classes in the same order."""
+        names = names or [str(index) for index in range(len(self.confusion.images))]
+        result = {"recall": dict(zip(names, self.confusion.recalls()))}
+        result["images"] = dict(zip(names, self.confusion.images.tolist()))
+        if self.confusion.matrix is not None:
+            result["confusion_matrix"] = dict(zip(names, self.confusion.matrix.tolist()))
+        return result
+
+    def picture(self, names: list[str] | None) -> np.ndarray | None:
+        """Return the confusion matrix as an RGB picture (H, W, 3) uint8, None if it was not counted."""
+        matrix = self.confusion.matrix
+        if matrix is None or not len(matrix):
+            return None
+        return draw(matrix, names or [str(index) for index in range(len(matrix))])
 
     def summary(self, stats: dict) -> str:
         """Return the line that is printed after an evaluation."""
-        return f"top-1 {stats['acc1']:.2f} %  top-5 {stats['acc5']:.2f} %  loss {stats['loss']:.4f}"
+        text = f"top-1 {stats['acc1']:.2f} %  top-5 {stats['acc5']:.2f} %  loss {stats['loss']:.4f}"
+        auc = f"  AUC {stats['auc']:.2f} %" if "auc" in stats else ""
+        return f"{text}  balanced {stats['balanced_acc']:.2f} %{auc}"
 
 
 class MultiLabel:
@@ -119,6 +163,9 @@ class MultiLabel:
             "labels_without_auc": auc.count(None),
         }
 
+    def picture(self, names: list[str] | None) -> None:
+        """There is no confusion matrix of sets of labels."""
+
     def summary(self, stats: dict) -> str:
         """Return the line that is printed after an evaluation."""
         text = f"mAP {stats['mAP']:.2f} %  precision@1 {stats['precision1']:.2f} %  loss {stats['loss']:.4f}"
@@ -155,6 +202,16 @@ def label_scores(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
         if not holds.all():
             result[1, index] = 100 * roc_auc_score(holds, values)
     return result
+
+
+def balanced_scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return the balanced accuracy and, for two classes with images of both, the AUC, in percent, of logits (N,
+    classes) and labels (N,): those of `TopK`, without a reduction over ranks."""
+    hits, present = logits.argmax(axis=1) == labels, np.unique(labels)
+    scores = {"balanced_acc": 100 * float(np.mean([hits[labels == label].mean() for label in present]))}
+    if logits.shape[1] == len(present) == 2:
+        scores["auc"] = label_scores(logits[:, 1:] - logits[:, :1], labels[:, None] == 1)[1].item()
+    return scores
 
 
 def mean_average_precision(scores: np.ndarray, positives: np.ndarray) -> float:

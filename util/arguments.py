@@ -9,6 +9,7 @@ from util.data.pixel_range import check_pixel_range, range_word
 from util.data.readers import READERS
 from util.errors import UserError
 from util.parser import rare
+from util.training.best_metric import add_best_metric
 
 
 def add_model_arguments(parser, default_model: str | None, decoder: bool):
@@ -313,6 +314,7 @@ def add_finetuning_arguments(parser, pooled: bool) -> None:
     group.add_argument(
         "--eval_freq", type=int, default=1, help="epochs between evaluations; the last epoch always has one"
     )
+    add_best_metric(group, pooled)
     rare(
         group.add_argument(
             "--dist_eval", action="store_true", help="accepted; evaluation is always distributed and exact"

@@ -11,6 +11,7 @@ from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_err
 
 import main_finetune
 from evaluation.regression import RegressionScores
+from tools import robustness
 from util.data.labels import read_labelled
 from util.errors import UserError
 
@@ -145,6 +146,16 @@ def test_refusals(flags, words, lists, tmp_path):
     with pytest.raises(UserError, match=words):
         main_finetune.main(parse(lists, f"--output_dir {tmp_path / 'out'} --epochs 1 {flags}"))
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_are_no_classes(lists, tmp_path):
+    """A tool that judges classifiers refuses the checkpoint."""
+    main_finetune.main(parse(lists, f"--label_column age --max_steps 1 --output_dir {tmp_path}"))
+    args = robustness.get_args_parser().parse_args(
+        [str(tmp_path / "checkpoint-best.pth"), "--dataset", "digits", "--corrupt", "--device", "cpu"]
+    )
+    with pytest.raises(UserError, match="was trained with --targets regression: it predicts numbers"):
+        robustness.main(args)
 
 
 def test_a_classifier_predicts_no_numbers(lists, image_folder, tmp_path):

@@ -23,9 +23,9 @@ from torchvision import transforms as tvt
 from tools import collect
 from util.data.build import build_loader
 from util.data.cache import Decoder
-from util.data.file_lists import read_list
 from util.data.images import BROKEN_IMAGE, read_image
 from util.data.labels import read_vocabulary
+from util.data.list_files import read_list
 from util.data.readers import read_images
 from util.data.samples import KeyedDataset, UnreadableData
 from util.data.sources import Files
@@ -122,14 +122,33 @@ def test_datasets_and_caches_count_alike(scratch, contents):
 
 LINES = b"0.png\tcat\n1.png\tdog\n2.png\tcat\n3.png\t10\n4.png\t9\n"
 TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
-FIELD = st.sampled_from(["0.png", "1.png", "../0.png", "/etc/passwd", '"0.png"', "cat", "", " ", ".", "\x00"]) | TEXT
-ROWS = st.lists(st.lists(FIELD, min_size=1, max_size=3).map("\t".join), max_size=8).map("\n".join).map(str.encode)
+CELLS = [
+    "0.png",
+    "1.png",
+    "../0.png",
+    "/etc/passwd",
+    '"0.png"',
+    "cat",
+    "",
+    " ",
+    ".",
+    "\x00",
+    "2",
+    "image",
+    "label",
+    "1.0",
+]
+FIELD = st.sampled_from(CELLS) | TEXT
+SEPARATOR = st.sampled_from(["\t", ",", ";", " ", ", "])
+ROWS = SEPARATOR.flatmap(lambda s: st.lists(st.lists(FIELD, min_size=1, max_size=3).map(s.join), max_size=8))
+ROWS = ROWS.map("\n".join).map(str.encode)
 
 
 @settings(max_examples=120, **FUZZ)
 @given(damaged(LINES) | ROWS)
 def test_lists(scratch, content):
-    """Every path has a label and lies below the folder; missing files are counted."""
+    """Every path has a label and lies below the folder; missing files are counted. A header and line breaks in quotes
+    are no images."""
     root = scratch / "list"
     root.mkdir(exist_ok=True)
     for number in range(5):
@@ -142,7 +161,8 @@ def test_lists(scratch, content):
     except UserError:
         return
     lines = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    assert len(images) == sum(bool(line.strip()) for line in lines)
+    count = sum(bool(line.strip()) for line in lines)
+    assert count - 1 - content.count(b'"') <= len(images) <= count
     with silent():
         dataset = KeyedDataset(images, PLAIN, args.seed, args.in_chans, replace=False)
         for number in range(len(images)):
@@ -166,8 +186,8 @@ def test_label_sets(scratch, content):
     (scratch / "0.png").touch()
     (scratch / "sets.txt").write_bytes(content)
     with contextlib.suppress(UserError):
-        paths, labels = read_list(str(scratch / "sets.txt"), scratch)
-        assert labels is None or len(labels) == len(paths)
+        listed = read_list(str(scratch / "sets.txt"), scratch)
+        assert all(len(cells) == len(listed.paths) for cells in listed.cells)
 
 
 # Shards ---------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 LEDGER = "results.jsonl"  # results of the runs of a folder; see util/report/ledger.py
+SCORES = "scores.json"  # of a finished supervised run: its last evaluation, by class
+CONFUSION = "confusion.png"  # the confusion matrix of that evaluation
 NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.(?:pth|dcp)")
 
 

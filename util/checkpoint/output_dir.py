@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from util.checkpoint.atomic import write_atomically
-from util.checkpoint.files import LEDGER, list_checkpoints
+from util.checkpoint.files import CONFUSION, LEDGER, SCORES, list_checkpoints
 from util.checkpoint.save import remove_checkpoint
 from util.errors import UserError
 from util.parallel.distributed import is_main_process
@@ -15,6 +15,7 @@ def _files_of_a_run(folder: Path) -> list[Path]:
     if not os.path.isdir(folder):  # Path.is_dir raises OSError for a name that is too long
         return []
     names = ("log.txt", "args.json", "checkpoint-best.pth", "probe.json", "probe.pth", "spikes.jsonl")
+    names += (SCORES, CONFUSION)
     paths = [folder / name for name in names]
     paths += [*list_checkpoints(folder), *folder.glob("events.out.tfevents.*"), *folder.glob(".checkpoint-*.tmp")]
     paths += folder.glob("encoder*.safetensors")

@@ -1,5 +1,7 @@
 """Choice of the loader for a data set: images by index, WebDataset shards or a stream of timm."""
 
+from collections.abc import Sequence
+
 from util.data.loader import Loader
 from util.data.samples import KeyedDataset, StreamDataset
 from util.data.shard_loader import ShardDataset, ShardLoader
@@ -19,10 +21,12 @@ def build_loader(
     split: bool = True,
     seed: int | None = None,
     named: bool = False,
+    labels: Sequence[int] | None = None,
 ) -> Loader:
     """Return a loader of batches of `images` (an `Images`, `Shards` or a stream of timm) for the flags `args`;
     `num_workers` and `seed` override the flags of these names. The ranks split the images among themselves; with
-    `split=False` every rank reads all of them. With `named` the batches are of `NamedSample`s.
+    `split=False` every rank reads all of them. With `named` the batches are of `NamedSample`s. With `labels`, those of
+    the images, every class is drawn equally often.
 
     Raises UserError when the training set is smaller than one batch, ValueError for a stream with `split=False` or
     `named`.
@@ -45,7 +49,7 @@ def build_loader(
             data = StreamDataset(images, transform, **pixels)
         else:
             raise ValueError("split=False does not work for a stream: timm's reader splits it among the ranks")
-        loader = Loader(data, batch_size, train, pixels["seed"], workers, args.pin_mem, split)
+        loader = Loader(data, batch_size, train, pixels["seed"], workers, args.pin_mem, split, labels)
     if train:
         check_enough(len(loader.dataset), batch_size)
     return loader

@@ -4,14 +4,15 @@ from util.errors import UserError
 
 
 def add_label_arguments(group) -> None:
+    """Add the flags of the targets of fine-tuning."""
     group.add_argument(
         "--targets",
         choices=["single", "multilabel", "regression"],
         default="single",
         help="single: one class per image; multilabel: --dataset filelist with path<TAB>label,label,...; images "
         "without labels (path<TAB>) are allowed; evaluation gives mean average precision, AUC and precision@1; "
-        "regression: path<TAB>number or several --label_column, mean squared error; evaluation gives R2 and errors in "
-        "the units of the list",
+        "regression: path<TAB>number or several --label_column, mean squared error; evaluation gives R2 and "
+        "errors in the units of the list",
     )
     group.add_argument(
         "--multilabel_loss",
@@ -20,6 +21,19 @@ def add_label_arguments(group) -> None:
         help="softmax: cross-entropy with equal weights of an image's labels, which sum to one; images without labels "
         "have no loss; bce: binary cross-entropy of every label, which learns from them too",
     )
+    _add_set_arguments(group)
+    group.add_argument(
+        "--label_noise",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="for studies: replace each training label by another class with probability P; multilabel: drop each "
+        "label with probability P, and for each add another with probability P, frequent ones more often",
+    )
+
+
+def _add_set_arguments(group) -> None:
+    """Add the flags for reading sets of labels."""
     group.add_argument(
         "--label_sep",
         metavar="TEXT",
@@ -38,14 +52,40 @@ def add_label_arguments(group) -> None:
         metavar="FILE",
         help="multilabel: all labels, one per line; without it those of --train_list",
     )
+
+
+def add_imbalance_arguments(group) -> None:
+    """Add the flags for classes of different frequency, for fine-tuning and probing."""
     group.add_argument(
-        "--label_noise",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="for studies: replace each training label by another class with probability P; multilabel: drop each "
-        "label with probability P, and for each add another with probability P, frequent ones more often",
+        "--class_weights",
+        choices=["none", "balanced"],
+        default="none",
+        help="balanced: each image's training loss is multiplied by images / (classes * images of its class), which is "
+        "1 on average; evaluation is not weighted",
     )
+    group.add_argument(
+        "--balanced_sampler",
+        action="store_true",
+        help="draw the images of an epoch with replacement, so that each class occurs equally often on average",
+    )
+
+
+def check_imbalance(args, trains: bool, reads_batches: bool = True, condition: str = "with --eval") -> None:
+    """Raise UserError for flags of imbalance without effect. `trains`: whether the command trains; `reads_batches`:
+    whether by batches of images. `condition` is the end of the message, such as "with --eval"."""
+    weighted, targets = args.class_weights != "none", getattr(args, "targets", "single")
+    if weighted and not trains:
+        raise UserError(f"--class_weights has no effect {condition}")
+    if args.balanced_sampler and not (trains and reads_batches):
+        raise UserError(f"--balanced_sampler has no effect {condition}")
+    if weighted and args.balanced_sampler:
+        raise UserError("--class_weights balanced and --balanced_sampler correct the same imbalance: give one of them")
+    if args.balanced_sampler and targets != "single":
+        raise UserError(f"--balanced_sampler needs one class per image, which --targets {targets} does not have")
+    if weighted and targets == "regression":
+        raise UserError("--class_weights has no effect with --targets regression, which has no classes")
+    if weighted and targets == "multilabel" and args.multilabel_loss == "softmax":
+        raise UserError("--class_weights with --targets multilabel needs --multilabel_loss bce")
 
 
 def check_labels(args, mixes: bool) -> None:

@@ -137,6 +137,59 @@ def read_vocabulary(path: str) -> list[str]:
     return names
 
 
+# Balance --------------------------------------------------------------------------------------------------------------
+
+MAJORITY = 0.8  # share of one class from which a note is printed
+
+
+def note_imbalance(images, split: str) -> None:
+    """Print a note if the images of a split have only one class, or if most are of one class: the top-1 accuracy then
+    says little. Images whose labels are not known in advance, and other targets than classes, are passed over."""
+    if not isinstance(images, Images) or not images.classes or isinstance(images, (LabelSets, Numbers)):
+        return
+    counts = Counter(target for target in images.targets if target >= 0)
+    label, most = counts.most_common(1)[0] if counts else (0, 0)
+    if most and most == counts.total():
+        print(
+            f"note: all {most} {split} images are of one class, {images.classes[label]!r}: always answering it has a "
+            f"top-1 of 100 %"
+        )
+    elif most > MAJORITY * counts.total():
+        share = 100 * most / counts.total()
+        print(
+            f"note: {share:.1f} % of the {counts.total()} {split} images are of the class {images.classes[label]!r}: "
+            f"always answering it has a top-1 of {share:.1f} %; compare balanced_acc, and consider --class_weights "
+            f"balanced or --balanced_sampler in fine-tuning and probing"
+        )
+
+
+def known_labels(images, flag: str) -> list:
+    """Return the labels of training images. Raises UserError, which names `flag`, if they are not known in advance."""
+    if not isinstance(images, Images) or min(map(_lowest, images.targets), default=-1) < 0:
+        raise UserError(f"{flag} needs labels that are known in advance, which shards and streams do not have")
+    return images.targets
+
+
+def balanced_weights(targets: list, classes: int) -> torch.Tensor:
+    """Return the weights (classes,) of `--class_weights balanced`, float32. For one label per image: images / (classes
+    with images * images of the class), as in scikit-learn; 0 for a class without images. For sets of labels: images
+    without the label / images with it; 1 for a label that no image has."""
+    if targets and isinstance(targets[0], tuple):
+        counts = np.bincount([label for labels in targets for label in labels], minlength=classes)
+        return torch.from_numpy(np.where(counts, (len(targets) - counts) / np.maximum(counts, 1), 1.0)).float()
+    counts = np.bincount(targets, minlength=classes)
+    weights = len(targets) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return torch.from_numpy(np.where(counts, weights, 0.0)).float()
+
+
+def class_weights(args, images) -> torch.Tensor | None:
+    """Return the weights (classes,) of the training loss for `--class_weights`, None without any. Raises UserError if
+    the labels are not known in advance."""
+    if args.class_weights == "none":
+        return None
+    return balanced_weights(known_labels(images, "--class_weights"), args.nb_classes)
+
+
 # Noise ----------------------------------------------------------------------------------------------------------------
 
 
@@ -145,8 +198,7 @@ def with_noise(images, args):
     number of workers and ranks."""
     if not args.label_noise:
         return images
-    if not isinstance(images, Images) or min(map(_lowest, images.targets), default=-1) < 0:
-        raise UserError(f"--label_noise needs labels that are known in advance; --dataset {args.dataset} has none")
+    known_labels(images, "--label_noise")
     rng = np.random.default_rng([args.seed, NOISE])
     multilabel = isinstance(images, LabelSets)
     draw_noise = hashtag_noise if multilabel else uniform_noise

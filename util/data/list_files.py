@@ -178,7 +178,10 @@ def _infer(path: str, lines: list[str], root: Path, wanted: str) -> Table:
     if wanted and all(_column(wanted, sample[0]) is None for sample in samples.values() if sample):
         raise UserError(f"--image_column {wanted} is no column of {path}, whose first line is {rows[0]}")
     _refuse_quotes(path, root, [row[0] for row in rows])
-    raise UserError(f"the list file {path} names {rows[0][0]}, which is not a file below {root}")
+    raise UserError(
+        f"the list file {path} names {printable(rows[0][0][:200])}, which is not a file below {root}: no cell of its "
+        f"first rows is an image there; give the folder to which the names are relative"
+    )
 
 
 def _infer_with(path: str, samples: dict, names: Names, wanted: str) -> tuple[int, Table | None]:
@@ -217,7 +220,7 @@ def _best(path: str, samples: dict, options: dict[tuple[str, int], int]) -> tupl
 def _header(rows: list[list[str]], image: int, names: Names) -> list[str]:
     """Return the first row if it is a header: its image cell names no file and looks like no file name."""
     cell = rows[0][image].strip()
-    like_a_name = _plain(cell) in IMAGE_NAMES or not re.search(r"[\d/\\]", cell)
+    like_a_name = _plain(cell) in IMAGE_NAMES or (any(map(str.isalpha, cell)) and not re.search(r"[\d/\\]", cell))
     if len(rows) > 1 and like_a_name and not _has_ending(cell) and not names.exists(rows[0][image]):
         return [name.strip() for name in rows[0]]
     return []

@@ -1,6 +1,7 @@
 """The labels of a list file: one class, a set of labels, or numbers per image, from one column or from several."""
 
 import math
+import re
 from collections import Counter
 
 from util.data.file_lists import sorted_labels
@@ -8,6 +9,8 @@ from util.data.list_files import ImageList
 from util.errors import UserError
 
 SEPARATORS = "|;,"  # between the labels of a set, where other tools write several into one cell
+# "n01751748 111 108 431 370 n01751748 ..." in ImageNet's LOC_val_solution.csv: one class, and its boxes.
+_BOXES = re.compile(r"([a-z]\w*)( \d+){4}( \1( \d+){4})*")
 _ON, _OFF = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
 _UNKNOWN = {"", "-1", "-1.0", "nan"}  # not annotated, or uncertain as in CheXpert
 
@@ -34,6 +37,10 @@ def class_labels(listed: ImageList, check_sets: bool = True) -> tuple[list[str] 
             f"{listed.paths[labels.index('')]}: remove these lines; images that have no label, or several, need "
             f"main_finetune.py --targets multilabel"
         )
+    if all(map(_BOXES.fullmatch, counts)):
+        print(f"note: {listed.source} has boxes behind its labels, such as {labels[0]!r}: they are not read")
+        labels = [label.split()[0] for label in labels]
+        counts = Counter(labels)
     _refuse_numbers(listed.source, counts)
     if check_sets:
         _check_sets(listed.source, counts)

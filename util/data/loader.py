@@ -39,9 +39,21 @@ class EpochBatches(Sampler):
     and an incomplete last global batch is dropped. Evaluation (`shuffle=False`): every sample exactly once over all
     ranks, in order; the ranks' numbers of samples may differ by one, and some ranks have none when there are fewer
     samples than ranks. With `split=False` every rank gets all samples.
+
+    With `labels`, training draws with replacement: first a class, then one of its samples, both uniformly, from (seed,
+    epoch). A key is then (epoch, index, place in the epoch): a sample that is drawn again gets another augmentation.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int = 0, shuffle: bool = True, split: bool = True):
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        split: bool = True,
+        labels: list[int] | None = None,
+    ):
+        self.labels = None if labels is None else torch.tensor(labels)
         self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
         self.rank, self.world = (get_rank(), get_world_size()) if split else (0, 1)
         self.epoch, self.start = 0, 0
@@ -56,15 +68,27 @@ class EpochBatches(Sampler):
         return math.ceil(len(range(self.rank, self.length, self.world)) / self.batch_size)
 
     def __iter__(self):
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.length, generator=generator).tolist()
-        else:
-            order = range(self.length)
-        mine = order[self.rank :: self.world]
+        order, places = self._order(), range(self.rank, self.length, self.world)
         for batch in range(self.start, len(self)):
-            indices = mine[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(self.epoch, index) for index in indices]
+            mine = places[batch * self.batch_size : (batch + 1) * self.batch_size]
+            if self.labels is None:
+                yield [(self.epoch, order[place]) for place in mine]
+            else:
+                yield [(self.epoch, order[place], place) for place in mine]
+
+    def _order(self):
+        """Return the indices of all ranks' samples in this epoch."""
+        if not self.shuffle:
+            return range(self.length)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        if self.labels is None:
+            return torch.randperm(self.length, generator=generator).tolist()
+        _, counts = self.labels.unique(return_counts=True)
+        by_class, ends = self.labels.argsort(stable=True), counts.cumsum(0)
+        chosen = torch.randint(len(counts), (self.length,), generator=generator)
+        draws = torch.rand(self.length, generator=generator, dtype=torch.float64)  # below 1
+        members = (draws * counts[chosen]).long()
+        return by_class[ends[chosen] - counts[chosen] + members].tolist()
 
 
 def _outlive_signals(_worker_id: int) -> None:
@@ -100,10 +124,18 @@ def loader_options(seed: int, num_workers: int, pin_mem: bool, persistent: bool 
 
 class Loader:
     """A DataLoader with `begin(epoch, batch)`; iterating starts there, `len` is the whole epoch. `split=False` gives
-    every rank all samples (not of a stream)."""
+    every rank all samples (not of a stream). With `labels` every class is drawn equally often (`EpochBatches`)."""
 
     def __init__(
-        self, dataset, batch_size: int, shuffle: bool, seed: int, num_workers: int, pin_mem: bool = False, split=True
+        self,
+        dataset,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        num_workers: int,
+        pin_mem: bool = False,
+        split: bool = True,
+        labels: list[int] | None = None,
     ):
         self.dataset, self.batch_size = dataset, batch_size
         self.stream, self.shuffle = isinstance(dataset, IterableDataset), shuffle
@@ -112,7 +144,7 @@ class Loader:
         if self.stream:
             self.loader = DataLoader(dataset, batch_size=batch_size, **common)
         else:
-            self.batches = EpochBatches(len(dataset), batch_size, seed, shuffle, split)
+            self.batches = EpochBatches(len(dataset), batch_size, seed, shuffle, split, labels)
             self.loader = DataLoader(dataset, batch_sampler=self.batches, **common)
 
     def begin(self, epoch: int, start: int = 0) -> "Loader":
@@ -135,7 +167,7 @@ class Loader:
 
     def order(self) -> str:
         """Return a description of what the order of an epoch depends on besides the seed, "" when that is all."""
-        return ""
+        return "" if self.stream or self.batches.labels is None else "each class equally often"
 
     def __iter__(self):
         iterator = iter(self.loader)

@@ -44,7 +44,8 @@ class NamedSample(NamedTuple):
 
 
 class KeyedDataset(torch.utils.data.Dataset):
-    """Transformed images by key (epoch, index). A plain index means epoch 0.
+    """Transformed images by key (epoch, index), or (epoch, index, place) where an index may occur several times in an
+    epoch. A plain index means epoch 0.
 
     An unreadable image is reported on stderr and, in training, replaced by a random draw. In evaluation
     (`replace=False`) it becomes a black image with `bad` set, so that the scores can leave it out. With `named` the
@@ -70,8 +71,8 @@ class KeyedDataset(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, key) -> Sample | NamedSample:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        with seeded(self.seed, epoch, index):
+        epoch, index, *place = key if isinstance(key, tuple) else (0, key)
+        with seeded(self.seed, epoch, index, *place):
             image, chosen, bad, error = self._read(index)
             sample = Sample(self.transform(image), self.images.target(chosen), index, bad)
             return NamedSample(*sample, self.images.name(index), error) if self.named else sample

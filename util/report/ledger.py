@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -39,6 +40,9 @@ def revision() -> str:
 
 
 # The file -------------------------------------------------------------------------------------------------------------
+
+
+_LIST = re.compile(r"\[\n\s+([-+.\w,\s]*?)\s+\]")  # of numbers: written in one line, for the rows of matrices
 
 
 def strict(value):
@@ -81,6 +85,7 @@ def write_json(path: str | Path, args, **content) -> None:
         return
     path = Path(path).with_suffix(".json")
     text = json.dumps(strict({**vars(args), **content}), indent=2, allow_nan=False)
+    text = _LIST.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8")

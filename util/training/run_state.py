@@ -80,7 +80,8 @@ def resume(run, path: Path) -> None:
     data = state.get("data") or {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}}
     _restore_position(run, data)
     run.reporter.meter = EpochMeter(run.device, data["meter"])
-    run.checkpoints.best = data.get("best") or None  # older files have 0 where there was none
+    if flags_of(state).get("best_metric") == getattr(run.args, "best_metric", None):  # else it is of another metric
+        run.checkpoints.best = data.get("best") or None  # older files have 0 where there was none
     rng = state.get("rng", [])
     if len(rng) == get_world_size():
         set_rng_state(rng[get_rank()], run.device)
@@ -123,8 +124,8 @@ def _restore_position(run, data: dict) -> None:
     order = data.get("order", run.loader.order())
     if run.position and order != run.loader.order():
         print(
-            f"note: the rest of this epoch has other images than the interrupted run's, which read {order}; "
-            f"this one reads {run.loader.order()}"
+            f"note: the rest of this epoch has other images than the interrupted run's, which read "
+            f"{order or 'each image once'}; this one reads {run.loader.order() or 'each image once'}"
         )
 
 

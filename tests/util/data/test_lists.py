@@ -73,6 +73,13 @@ def test_columns_by_their_usual_names(root):
     assert contents(chosen) == contents(images) and chosen.classes == ["m", "n"]
 
 
+def test_boxes_of_imagenet(root, capsys):
+    text = "ImageId,PredictionString\n0,n01 1 2 3 4 n01 5 6 7 8 \n1,n02 1 2 3 4 \n2,n01 0 0 9 9 "
+    images = listed(root, text)
+    assert contents(images) == [(0, 0), (1, 1), (2, 0)] and images.classes == ["n01", "n02"]
+    assert "has boxes behind its labels" in capsys.readouterr().out
+
+
 def test_names_of_windows_and_identifiers(root, capsys):
     save(root / "in" / "train" / "x" / "5.JPG", 5)
     images = listed(root, "image,label\n" + "train\\x\\5.JPG,x\n" * 2)
