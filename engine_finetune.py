@@ -63,8 +63,8 @@ def evaluate_once(
     args, model, loader, device, record: Record, score_type=TopK, names: list[str] | None = None
 ) -> dict[str, float]:
     """Run `--eval`: evaluate once, and publish the scores on the terminal, in eval.json (with details by class),
-    eval_confusion.png, TensorBoard (in tensorboard-eval/ below --log_dir) and the ledger, results.jsonl. Return them. Leaves
-    the process group. `names` are those of the classes."""
+    eval_confusion.png, TensorBoard (in tensorboard-eval/ below --log_dir) and the ledger, results.jsonl. Return them.
+    Leaves the process group. `names` are those of the classes."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
     scores = score(loader, model, device, dtype, score_type)
     stats = scores.read()

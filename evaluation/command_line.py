@@ -67,7 +67,11 @@ def add_model_flags(parser: Parser) -> None:
     group = parser.add_argument_group(
         "model", "Needed only for values that the checkpoint does not store. A flag replaces the stored value."
     )
-    group.add_argument("--checkpoint_key", default="model", help="weights to read from the file: model or model_ema")
+    group.add_argument(
+        "--checkpoint_key",
+        default="model",
+        help="weights to read from the file: model, model_ema, or a part of the tensors' names (teacher)",
+    )
     group.add_argument("--model", help="e.g. mae_vit_base_patch16")
     group.add_argument("--input_size", type=int, nargs="+", metavar=("H", "W"), help="image size in pixels")
     group.add_argument("--patch_size", type=int, help="side of a patch in pixels")

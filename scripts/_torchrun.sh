@@ -5,7 +5,10 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
-[ -x "$python" ] || python=python
+if ! command -v "$python" > /dev/null; then
+    [ -z "${PYTHON:-}" ] || { echo "error: PYTHON=$PYTHON is not a program: give the name or path of Python" >&2; exit 2; }
+    python=python
+fi
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # see _venv.sh
 NODES=${NODES:-1}
 GPUS=${GPUS:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}

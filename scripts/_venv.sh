@@ -2,6 +2,7 @@
 # Sourced by the other scripts: makes the virtual environment if it does not exist, and installs a requirements
 # file, once for each content of the file; later installations keep those versions. Sets `python`.
 #   VENV          its folder (default: .venv in the repository)
+#   PYTHON        the interpreter to make it with (default: Python 3.12 or 3.11, whichever is found first)
 #   REQUIREMENTS  the requirements file (default: requirements.txt)
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,10 +11,13 @@ requirements=${REQUIREMENTS:-$root/requirements.txt}
 dev="$root/requirements-dev.txt"  # further packages for the tests
 [ "$(basename "$requirements")" != requirements-oldest.txt ] || dev="$root/requirements-dev-oldest.txt"
 
+version_of() { # PYTHON: print its version (3.12), nothing if it cannot be run
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
+}
+
 find_python() {
     local candidate
-    for candidate in "${PYTHON:-}" python3.12 python3.11 python3 python; do
-        [ -n "$candidate" ] || continue
+    for candidate in python3.12 python3.11 python3 python; do
         if "$candidate" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
             echo "$candidate"
             return
@@ -21,6 +25,41 @@ find_python() {
     done
     echo "error: Python 3.11 or 3.12 with its venv module is required; set PYTHON to its path" >&2
     exit 2
+}
+
+check_python() { # the interpreter that PYTHON names: use it or refuse it, never another one
+    local version
+    version=$(version_of "$PYTHON")
+    if [ -z "$version" ]; then
+        echo "error: PYTHON=$PYTHON cannot be run: give the name or path of Python 3.11 or 3.12" >&2
+        exit 2
+    fi
+    case $version in
+        3.11 | 3.12) ;;
+        [0-2].* | 3.[0-9] | 3.10)
+            echo "error: PYTHON=$PYTHON is Python $version, but 3.11 or 3.12 is required" >&2
+            exit 2 ;;
+        *) echo "note: PYTHON=$PYTHON is Python $version; the project is tested with 3.11 and 3.12" >&2 ;;
+    esac
+    if ! "$PYTHON" -c 'import venv' 2>/dev/null; then
+        echo "error: PYTHON=$PYTHON has no venv module: install it (python$version-venv), or give another Python" >&2
+        exit 2
+    fi
+    echo "$PYTHON"
+}
+
+check_environment() { # refuse an environment of another version than that of PYTHON
+    local wanted have
+    wanted=$(version_of "$PYTHON") have=$(version_of "$venv/bin/python")
+    case $wanted/$have in
+        [0-9]*.[0-9]*/[0-9]*.[0-9]*) ;;
+        *) return 0 ;;
+    esac
+    if [ "$wanted" != "$have" ]; then
+        echo "error: $venv has Python $have, but PYTHON=$PYTHON is Python $wanted: delete this folder, or set VENV to" \
+            "another one" >&2
+        exit 2
+    fi
 }
 
 install_requirements() { # requirements files
@@ -36,9 +75,11 @@ install_requirements() { # requirements files
 }
 
 if [ ! -x "$venv/bin/python" ]; then
-    interpreter=$(find_python)
+    if [ -n "${PYTHON:-}" ]; then interpreter=$(check_python); else interpreter=$(find_python); fi
     echo "making $venv with $("$interpreter" --version)"
     "$interpreter" -m venv "$venv"
+elif [ -n "${PYTHON:-}" ]; then
+    check_environment
 fi
 install_requirements "$requirements"
 # On a CPU with other work (data workers, a second run), threads that spin while they wait cost several times what they

@@ -5,6 +5,7 @@
 #   bash scripts/quickstart.sh                     handwritten digits, which come with scikit-learn
 #   bash scripts/quickstart.sh --data_path DIR     your images: any folder, or DIR/train/<class>/ and DIR/val/<class>/
 #   bash scripts/quickstart.sh --help              the other flags
+#   PYTHON=python3.12 bash scripts/quickstart.sh   with this interpreter
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 exec "$python" "$root/tools/quickstart.py" "$@"

@@ -12,6 +12,7 @@ import torch
 from torchvision.transforms.functional import pil_to_tensor
 
 from evaluation import command_line
+from util.data.loader import read_batches
 from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
 from util.data.samples import KeyedDataset
@@ -49,7 +50,7 @@ def main(args) -> tuple[list[float], list[float]]:
         torch.utils.data.Subset(dataset, indices), batch_size=64, num_workers=args.num_workers
     )
     total, bad = torch.zeros(3, args.in_chans, dtype=torch.float64), 0
-    for batch in loader:
+    for batch in read_batches(loader):
         total += batch.image[batch.bad == 0].sum(dim=0)
         bad += int(batch.bad.sum())
     if total[0].min() == 0:

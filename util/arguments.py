@@ -304,7 +304,9 @@ def add_finetuning_arguments(parser, pooled: bool) -> None:
         "--finetune", default="", metavar="CHECKPOINT", help="weights of the encoder; without it they are random"
     )
     group.add_argument(
-        "--checkpoint_key", default="model", help="weights in that file: model, or model_ema (RC-MAE's teacher)"
+        "--checkpoint_key",
+        default="model",
+        help="weights in that file: model, model_ema (RC-MAE's teacher), or a part of the tensors' names (teacher)",
     )
     group.add_argument("--global_pool", action="store_true", help="feature: mean of the patch tokens")
     group.add_argument("--cls_token", action="store_false", dest="global_pool", help="feature: the [cls] token")

@@ -46,7 +46,7 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler) -> None:
     if "optimizer" in state and "epoch" in state and not getattr(args, "eval", False):
         optimizer.load_state_dict(state["optimizer"])
         args.start_epoch = state["epoch"] + 1
-        if state.get("scaler"):
+        if state.get("scaler"):  # empty in older checkpoints in bf16 and fp32
             loss_scaler.load_state_dict(state["scaler"])
 
 

@@ -4,17 +4,27 @@ The payloads are real: each makes a folder when it is unpickled, which the last 
 """
 
 import argparse
+import builtins
+import collections
+import contextlib
+import datetime
+import functools
+import importlib
 import os
+import pathlib
 import pickle
 import shutil
 import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 from helpers.launch import ROOT, SMALL, command_module
 from torch.distributed.checkpoint.metadata import Metadata
 
-from util.errors import user_errors
+from util.errors import UserError, user_errors
+from util.weights.file import read_file
 
 DATA = "--num_workers 0 --device cpu"
 MAE = f"{SMALL} {DATA} --vis_freq 0 --epochs 1 --batch_size 8 --data_path {{data}}"
@@ -155,3 +165,73 @@ def test_the_payloads_are_real(evil, tmp_path):
     else:
         torch.load(evil, weights_only=False)
     assert (tmp_path / "pwned").is_dir()
+
+
+# Types of the allow-list (util/weights/metadata.py), abused -----------------------------------------------------------
+
+
+class Calls:
+    """The pickle of a call, perhaps with a state for its result."""
+
+    def __init__(self, function, *args, state=None):
+        self.call = (function, args) if state is None else (function, args, state)
+
+    def __reduce__(self):
+        return self.call
+
+
+scalar, reconstruct = np.float64(1).__reduce__()[0], np.ones(1).__reduce__()[0]
+HOSTILE = {
+    "state of a namespace": lambda evil: types.SimpleNamespace(x=evil),
+    "item of a defaultdict": lambda evil: collections.defaultdict(list, x=evil),
+    "factory that makes code": lambda evil: (collections.defaultdict(eval), evil),
+    "item of a deque": lambda evil: collections.deque([evil]),
+    "part of a path": lambda evil: Calls(pathlib.PurePosixPath, evil),
+    "array of objects": lambda evil: np.array([evil], dtype=object),
+    "number of objects": lambda evil: Calls(scalar, np.dtype("O"), evil),
+    "time zone": lambda evil: Calls(datetime.datetime, 2024, 1, 1, 0, 0, 0, 0, evil),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_payload_inside_an_allowed_type(name, legacy, tmp_path):
+    content = {"model": {}, "x": HOSTILE[name](Payload(tmp_path / "pwned"))}
+    torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match=r"evil\.pth is refused because .* may run code"):
+        read_file(tmp_path / "evil.pth")
+    assert not (tmp_path / "pwned").exists()
+    with contextlib.suppress(TypeError):  # of the path or the date: the payload has run before
+        torch.load(tmp_path / "evil.pth", weights_only=False)
+    assert (tmp_path / "pwned").is_dir()  # the payload is real
+
+
+# Without a forbidden name: the allowed ones in uses that no harmless file has.
+MISUSED = {
+    "dtype of objects": Calls(scalar, np.dtype("O"), b"12345678"),
+    "dtype of records": Calls(scalar, np.dtype([("a", "f8")]), b"12345678"),
+    "text for a number": Calls(scalar, np.dtype("f8"), "12345678"),
+    "too few bytes": Calls(scalar, np.dtype("f8"), b"1234"),
+    "giant text": Calls(scalar, Calls(np.dtype, "U9999999"), b"1234"),
+    "array of objects": np.array([[1], "two"], dtype=object),
+    "array larger than its data": Calls(
+        reconstruct, np.ndarray, (0,), b"b", state=(1, (2**40,), np.dtype("f8"), False, b"")
+    ),
+    "array without data": Calls(reconstruct, np.ndarray, (0,), b"b"),
+    "called builtin": Calls(list, "abc"),
+    "called type": Calls(builtins.int, "7"),
+    "defaultdict of a list": Calls(collections.defaultdict, list, [("a", 1)]),
+    "deque of text": Calls(collections.deque, "abc"),
+    "path of numbers": Calls(pathlib.PurePosixPath, 7),
+    "getattr": getattr,
+    "import": importlib.import_module,
+    "partial": functools.partial(int, base=2),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", MISUSED)
+def test_an_allowed_type_with_arguments_that_no_file_has(name, legacy, tmp_path):
+    torch.save({"model": {}, "x": MISUSED[name]}, tmp_path / "odd.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match=r"odd\.pth is (refused|truncated|not a checkpoint)"):
+        read_file(tmp_path / "odd.pth")

@@ -19,6 +19,7 @@ import util.training.run
 from util.checkpoint.files import list_checkpoints
 from util.checkpoint.resume import find_resume
 from util.checkpoint.save import Retention, save_checkpoint
+from util.compute.precision import NativeScalerWithGradNormCount
 
 STEPS = 22  # 1437 digits in batches of 64
 
@@ -187,6 +188,25 @@ def test_an_official_checkpoint_can_be_resumed(tmp_path, image_folder):
     pretrain(f"{flags} --output_dir {tmp_path}/on --resume {tmp_path}/official.pth")
     on, whole = (checkpoint(tmp_path / name, "checkpoint-1.pth") for name in ("on", "ours"))
     assert same_tensors(on["model"], whole["model"]) and same_tensors(on["optimizer"], whole["optimizer"])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_official_code_loads_the_scaler(tmp_path, dtype):
+    """Its scaler is always enabled, and then refuses an empty state. One that has never scaled starts as a new one."""
+    pretrain(f"{DIGITS} --epochs 1 --num_workers 0 --amp_dtype {dtype} --output_dir {tmp_path}")
+    state = checkpoint(tmp_path, "checkpoint-0.pth")["scaler"]
+    scaler, fresh = (torch.amp.GradScaler("cpu", enabled=True) for _ in range(2))
+    scaler.load_state_dict(state)
+    assert scaler.state_dict() == fresh.state_dict() == state
+
+
+@pytest.mark.parametrize("old", [{}, None])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_empty_scaler_of_an_older_checkpoint(old, enabled):
+    scaler = NativeScalerWithGradNormCount(enabled=enabled, device="cpu")
+    before = scaler.state_dict()
+    scaler.load_state_dict(old)
+    assert scaler.state_dict() == before
 
 
 def test_auto_with_nothing_to_resume(tmp_path, capsys):

@@ -138,8 +138,13 @@ class NativeScalerWithGradNormCount:
         self._streak[0] = now
         return longest, now
 
-    def state_dict(self):
-        return self._scaler.state_dict()
+    def state_dict(self) -> dict:
+        """Return the scaler's state; without scaling that of a fresh scaler, because an enabled one, as in the official
+        code, refuses the empty state of a disabled one."""
+        scaler = self._scaler if self.enabled else torch.amp.GradScaler("cpu", enabled=True)
+        return scaler.state_dict()
 
-    def load_state_dict(self, state):
-        self._scaler.load_state_dict(state)
+    def load_state_dict(self, state: dict | None) -> None:
+        """Load a state. An empty one, of older checkpoints in bf16 and fp32, changes nothing."""
+        if state:
+            self._scaler.load_state_dict(state)

@@ -6,6 +6,7 @@ from util.data.loader import Loader
 from util.data.samples import KeyedDataset, StreamDataset
 from util.data.shard_loader import ShardDataset, ShardLoader
 from util.data.shards import Shards
+from util.data.shared_memory import check_shared_memory
 from util.data.sources import Images
 from util.errors import UserError
 from util.parallel.distributed import get_world_size
@@ -28,13 +29,14 @@ def build_loader(
     `split=False` every rank reads all of them. With `named` the batches are of `NamedSample`s. With `labels`, those of
     the images, every class is drawn equally often.
 
-    Raises UserError when the training set is smaller than one batch, ValueError for a stream with `split=False` or
-    `named`.
+    Raises UserError when the training set is smaller than one batch, or a batch does not fit into the shared memory
+    by which workers pass it on; ValueError for a stream with `split=False` or `named`.
     """
     pixels = {"seed": args.seed if seed is None else seed, "in_chans": args.in_chans}
     pixels["pixel_range"] = getattr(args, "pixel_range", None)
     draft = getattr(args, "jpeg_draft", False)
     workers = args.num_workers if num_workers is None else num_workers
+    check_shared_memory(workers, batch_size, args.in_chans, getattr(args, "input_size", None))
     if isinstance(images, Shards):
         classes = getattr(args, "nb_classes", None)
         options = dict(shuffle_buffer=args.shuffle_buffer, jpeg_draft=draft, classes=classes, split=split, named=named)

@@ -6,6 +6,7 @@ at any sample, and the union of the ranks' batches is the batch of a single proc
 
 import atexit
 import math
+import multiprocessing
 import signal
 import weakref
 from itertools import islice
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from util.data.samples import Sample, UnreadableData
-from util.errors import UserError
+from util.errors import MORE_SHARED_MEMORY, UserError, worker_failure
 from util.parallel import watchdog
 from util.parallel.distributed import get_rank, get_world_size
 
@@ -122,6 +123,33 @@ def loader_options(seed: int, num_workers: int, pin_mem: bool, persistent: bool 
     )
 
 
+def read_batches(loader: DataLoader):
+    """Start the workers of `loader` and return its batches. Raises UserError if the system cannot start them, and
+    RunFailed if one of them fails later."""
+    if not loader.num_workers:
+        return iter(loader)
+    try:
+        multiprocessing.Lock()  # a half-made iterator of torch would report further errors when it is deleted
+        iterator = iter(loader)
+    except OSError as error:  # of the locks, which are files in /dev/shm
+        raise UserError(
+            f"--num_workers {loader.num_workers}: data workers cannot be started ({error.strerror or error}): "
+            f"{MORE_SHARED_MEMORY}"
+        ) from error
+    _working.add(iterator)
+    return _explained(iterator)
+
+
+def _explained(batches):
+    try:
+        yield from batches
+    except RuntimeError as error:
+        failure = worker_failure(error)
+        if failure is None:
+            raise
+        raise failure from error
+
+
 class Loader:
     """A DataLoader with `begin(epoch, batch)`; iterating starts there, `len` is the whole epoch. `split=False` gives
     every rank all samples (not of a stream). With `labels` every class is drawn equally often (`EpochBatches`)."""
@@ -170,10 +198,7 @@ class Loader:
         return "" if self.stream or self.batches.labels is None else "each class equally often"
 
     def __iter__(self):
-        iterator = iter(self.loader)
-        if self.loader.num_workers:
-            _working.add(iterator)
-        return watchdog.reading(self.skip_to_start(iterator))
+        return watchdog.reading(self.skip_to_start(read_batches(self.loader)))
 
     def skip_to_start(self, iterator):
         """Return the batches of a DataLoader's iterator from `self.start` on."""

@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import os
+import time
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from util.errors import UserError
 from util.parallel import watchdog
+from util.parallel.launcher import read_launcher
 
 
 def is_dist_avail_and_initialized() -> bool:
@@ -47,21 +49,6 @@ def setup_for_distributed(is_master: bool) -> None:
     builtins.print = print_on_master
 
 
-def _launcher(args) -> tuple[int, int, int] | None:
-    """Return (rank, world size, local rank) from the launcher's environment; None for a single process."""
-    env = os.environ
-    if args.dist_on_itp and "OMPI_COMM_WORLD_RANK" in env:
-        rank, world, local = (int(env[f"OMPI_COMM_WORLD_{key}"]) for key in ("RANK", "SIZE", "LOCAL_RANK"))
-        args.dist_url = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-        return rank, world, local
-    if "RANK" in env and "WORLD_SIZE" in env:
-        local = env.get("LOCAL_RANK", args.local_rank if args.local_rank >= 0 else 0)
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(local)
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
-    return None
-
-
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """Return the device for `--device`. `auto` is CUDA if available, else the CPU; `cuda` without a number is the GPU
     of this process.
@@ -91,10 +78,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 def init_distributed_mode(args) -> torch.device:
     """Join the process group that the launcher describes, if any, and return the device of this process.
 
-    Sets args.distributed, rank, world_size, gpu. Raises UserError that names the missing ranks if not all join within
-    `--timeout_s`. Afterwards a watchdog aborts, naming the hanging rank, if a rank makes no progress for that long.
+    Sets args.distributed, rank, world_size, gpu. Raises UserError for an environment that cannot work, and if not all
+    ranks join within `--timeout_s`; it names the missing ones. Afterwards a watchdog aborts, naming the hanging rank,
+    if a rank makes no progress for that long.
     """
-    launched = _launcher(args)
+    launched = read_launcher(args)
     args.distributed = launched is not None
     args.rank, args.world_size, local_rank = launched or (0, 1, 0)
     args.gpu = local_rank
@@ -107,6 +95,7 @@ def init_distributed_mode(args) -> torch.device:
     timeout = datetime.timedelta(seconds=args.timeout_s)
     later = 2 * timeout  # the watchdog, which can name the hanging rank, must abort before torch does
     os.environ.update(RANK=str(args.rank), WORLD_SIZE=str(args.world_size), LOCAL_RANK=str(local_rank))
+    began = time.monotonic()
     try:
         store, _, _ = next(dist.rendezvous(args.dist_url, args.rank, args.world_size, timeout=timeout))
         store.set_timeout(timeout)
@@ -119,15 +108,25 @@ def init_distributed_mode(args) -> torch.device:
         dist.monitored_barrier(hosts, timeout=timeout, wait_all_ranks=True)
         dist.destroy_process_group(hosts)  # else it keeps a socket to every other rank
     except (RuntimeError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"rank {args.rank} of {args.world_size} timed out waiting for the other ranks at {args.dist_url} "
-            f"(--timeout_s {args.timeout_s:g}): {first_line}"
-        ) from error
+        raise UserError(_why_alone(args, str(error), time.monotonic() - began)) from error
     watchdog.start()
     setup_for_distributed(args.rank == 0)
     print(f"{args.world_size} processes on {device.type}, backend {backend}")
     return device
+
+
+def _why_alone(args, reason: str, seconds: float) -> str:
+    """Return the message for a process that did not join its group, after so many seconds."""
+    address = args.dist_url
+    if address == "env://":
+        address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+    reason = (reason.strip().splitlines() or ["no reason given"])[0]
+    if seconds < 0.9 * args.timeout_s:  # an address that does not exist or is in use, a backend that is not there
+        return f"rank {args.rank} of {args.world_size} cannot join the other ranks at {address}: {reason}"
+    return (
+        f"rank {args.rank} of {args.world_size} timed out waiting for the other ranks at {address} "
+        f"(--timeout_s {args.timeout_s:g}): {reason}"
+    )
 
 
 def host_device() -> torch.device:

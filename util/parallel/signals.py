@@ -1,6 +1,7 @@
 """SIGTERM, SIGUSR1 and SIGUSR2 (a scheduler's warning): the run finishes its step, saves, and exits with code 0."""
 
 import signal
+import threading
 
 import torch
 
@@ -14,12 +15,18 @@ stopped_by: str | None = None
 
 class StopRequest:
     """Remembers that a signal was received. All ranks stop after the same step: about every two seconds, at steps that
-    follow from shared numbers, they compare what they received."""
+    follow from shared numbers, they compare what they received. Python allows handlers in the main thread only; in
+    another one (a notebook's server, Ray) signals keep their effect on the process."""
 
     def __init__(self):
         self.received: str | None = None
         self.next_poll = 1
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        else:
+            names = ", ".join(number.name for number in SIGNALS)
+            print(f"note: the run is not in the main thread, so it does not save when it receives {names}")
 
     def _handle(self, number, _frame):
         self.received = signal.Signals(number).name
@@ -27,7 +34,8 @@ class StopRequest:
     def close(self) -> None:
         """Restore the previous signal handlers."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that was not set from Python cannot be restored
+                signal.signal(number, handler)
 
     def poll(self, step: int, seconds_per_step: float, max_steps: int, retry: bool = False) -> tuple[bool, bool]:
         """Return whether to stop now, and whether a rank wants to retry a failed save (`retry`). Several processes

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from util.errors import UserError, user_errors
+from util.errors import RunFailed, UserError, user_errors
 from util.parallel import signals
 
 WARNING_SECONDS = 120  # before the time limit: enough to finish a step and write a checkpoint
@@ -54,14 +54,20 @@ class Trainer:
             del os.environ["RANK"], os.environ["WORLD_SIZE"]
         with user_errors(sys.argv[0]):
             self.main(self.args)
-        if signals.stopped_by and job.global_rank == 0:
-            requeue(str(job.job_id))
+            if signals.stopped_by and job.global_rank == 0:
+                requeue(str(job.job_id))
 
 
 def requeue(job_id: str) -> None:
-    """Requeue this job under its number."""
+    """Requeue this job under its number. Raises RunFailed if the scheduler refuses."""
     print(f"stopped by {signals.stopped_by}: requeueing job {job_id}", flush=True)
-    subprocess.run(["scontrol", "requeue", job_id], check=True)
+    try:
+        subprocess.run(["scontrol", "requeue", job_id], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RunFailed(
+            f"the run is saved, but job {job_id} could not be requeued ({error}): submit it again with the same "
+            "--job_dir"
+        ) from error
 
 
 def _parameters(job: argparse.Namespace) -> dict:
@@ -80,11 +86,43 @@ def _parameters(job: argparse.Namespace) -> dict:
     )
 
 
-def launch(main, main_parser, argv: list[str] | None = None):
-    """Submit `main` with the job's flags and the main's flags from `argv`; return submitit's job. Raises UserError for
-    a `--resume` that names a file."""
+def _executor(folder: str, job: argparse.Namespace):
+    """Return submitit's executor for the job's flags. Raises UserError without SLURM."""
     import submitit
 
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=job.cluster, slurm_max_num_timeout=30)
+    except RuntimeError as error:  # it has found no srun
+        raise UserError(
+            f"this machine has no SLURM ({error}): start the job on a login node of the cluster, give --cluster local "
+            "to run it as a job on this machine, or start main_….py (with torchrun for several GPUs)"
+        ) from error
+    executor.update_parameters(**_parameters(job))
+    return executor
+
+
+def _submit(executor, trainer: Trainer, job: argparse.Namespace):
+    """Submit `trainer` and return submitit's job. Raises UserError if sbatch is missing or refuses the job."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    try:
+        return executor.submit(trainer)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"the job cannot be submitted, because this machine has no {error.filename or 'sbatch'}: start it on a "
+            "login node of the cluster, or give --cluster local to run it as a job on this machine"
+        ) from error
+    except (FailedJobError, FailedSubmissionError) as error:
+        reason = " ".join(str(error).split()) or "sbatch gave no reason"
+        raise UserError(
+            f"SLURM refused the job (--partition {job.partition}, --nodes {job.nodes}, --ngpus {job.ngpus}, --timeout "
+            f"{job.timeout}): {reason}"
+        ) from error
+
+
+def launch(main, main_parser, argv: list[str] | None = None):
+    """Submit `main` with the job's flags and the main's flags from `argv`; return submitit's job. Raises UserError for
+    a `--resume` that names a file, on a machine without SLURM, and for a job that SLURM refuses."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_job_arguments(parser)
     main_parser.description += " As a SLURM job."
@@ -103,11 +141,10 @@ def launch(main, main_parser, argv: list[str] | None = None):
                 "--resume of a job must be 'auto', since it may be requeued; start from a file with --init_from"
             )
         args.resume = "auto"
-    executor = submitit.AutoExecutor(folder=folder, cluster=job.cluster, slurm_max_num_timeout=30)
-    executor.update_parameters(**_parameters(job))
+    executor = _executor(folder, job)
     # The job unpickles `Trainer`, so this project must be importable there.
     root = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    submitted = executor.submit(Trainer(main, args))
+    submitted = _submit(executor, Trainer(main, args), job)
     print(f"job {submitted.job_id}, logs and results in {folder.replace('%j', str(submitted.job_id))}")
     return submitted

@@ -8,12 +8,14 @@ too.
 import argparse
 import datetime
 import fcntl
+import functools
 import hashlib
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -31,12 +33,36 @@ NO_METRICS = ("epoch", "step", "seconds", "bad_images")  # entries of a line of 
 
 
 def revision() -> str:
-    """Return the git revision of the code, with a plus if it has uncommitted changes; empty outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    """Return the git revision of the code, with a plus if it has uncommitted changes. If git cannot tell it, print a
+    note, once, that says why, and return ""."""
+    folder = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, env={**os.environ, "LC_ALL": "C"})
+    except OSError:
+        _note_no_revision("git is not installed: install it")
+    except subprocess.TimeoutExpired:
+        _note_no_revision(f"git took more than 10 s in {folder}: check that disk")
+    else:
+        if done.returncode == 0:
+            return done.stdout.strip()
+        _note_no_revision(_why_no_revision(done.stderr, folder))
+    return ""
+
+
+def _why_no_revision(message: str, folder: Path) -> str:
+    """Return why git fails with this message, and what to do."""
+    if "dubious ownership" in message:
+        advice = f"git config --global --add safe.directory {shlex.quote(str(folder))}"
+        return f"{folder} belongs to another user, so git refuses it: {advice}"
+    if "not a git repository" in message:
+        return f"{folder} is not a git checkout: clone the project with git"
+    return f"git fails in {folder}: {(message.strip().splitlines() or ['without a message'])[0]}"
+
+
+@functools.cache
+def _note_no_revision(reason: str) -> None:
+    print(f"note: the records of this run lack the revision of the code, because {reason}")
 
 
 # The file -------------------------------------------------------------------------------------------------------------

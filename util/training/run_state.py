@@ -152,8 +152,7 @@ def _load(run, path: Path, state: dict) -> None:
         run.saved_model.load_state_dict(state["model"])
         run.methods.load_state_dict(state.get("methods", {}))
         run.optimizer.load_state_dict(state["optimizer"])
+        run.stepper.scaler.load_state_dict(state.get("scaler"))
     except (RuntimeError, ValueError, KeyError) as error:
         reason = shorten(str(error).strip().splitlines()[-1], 200)
         raise UserError(f"--resume {path} does not fit these flags: {reason}") from error
-    if state.get("scaler") and run.stepper.scaler.enabled:
-        run.stepper.scaler.load_state_dict(state["scaler"])

@@ -1,8 +1,6 @@
 """Files of weights: safe reading of untrusted files, and writing completely or not at all."""
 
-import argparse
 import os
-import pathlib
 import re
 import warnings
 
@@ -14,16 +12,12 @@ from torch import Tensor
 from util.errors import UserError
 from util.weights.checksum import damage
 from util.weights.hf_folder import folder_weights
-
-# Official checkpoints store their flags as a Namespace, sometimes with a path in it. Python 3.13 pickles paths under
-# another module than earlier and later versions, and torch allows globals by name: so one class for each name.
-_SAFE_GLOBALS = [argparse.Namespace] + [
-    type("PosixPath", (pathlib.PosixPath,), {"__module__": module}) for module in ("pathlib", "pathlib._local")
-]
+from util.weights.metadata import SAFE_GLOBALS, plain
 
 
 def read_file(path) -> dict:
-    """Return the raw content of a checkpoint, on the CPU. Only tensors, plain containers and flags are unpickled.
+    """Return the raw content of a checkpoint, on the CPU. Only tensors, plain containers and flags are unpickled
+    (`util.weights.metadata`).
 
     Raises UserError when the file cannot be read, is damaged, is not a checkpoint, or its pickle needs anything else.
     """
@@ -36,9 +30,9 @@ def read_file(path) -> dict:
         # A safetensors file begins with the length of its header (8 bytes) and a JSON object.
         if path.endswith(".safetensors") or head[8:9] == b"{":
             return load_file(path)
-        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
+        with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about odd pickles before it refuses them
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = plain(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file can raise any error, even a KeyError inside the unpickler
         raise UserError(_unreadable(path, head, str(error))) from error
     if not isinstance(content, dict):
@@ -73,7 +67,7 @@ def _unreadable(path: str, head: bytes, message: str) -> str:
     if forbidden:
         return (
             f"{path} is refused because its pickle refers to {forbidden[1]}, which may run code: save it again with "
-            "only tensors, plain containers, argparse.Namespace and paths"
+            "only tensors, plain containers, argparse.Namespace, paths, dates and numbers of numpy"
         )
     if path.endswith((".onnx", ".pt2")):
         return f"{path} is a program for inference, not weights: give the checkpoint from which it was exported"

@@ -28,6 +28,7 @@ from util.weights.names import (
     is_decoder,
     without_wrappers,
 )
+from util.weights.prefixes import choose_prefix, encoder_prefixes, matching
 from util.weights.report import LoadReport, some, summary, why_no_head, why_unused
 
 
@@ -42,6 +43,9 @@ class Weights:
     dropped: list[str] = field(default_factory=list)  # entries of the file outside encoder, MAE decoder and head
     history: dict = field(default_factory=dict)  # provenance that its run stored (`util.report.ledger.Record.state`)
     classes: list[str] = field(default_factory=list)  # names of the classifier's outputs, if stored
+    prefix: str = ""  # of the encoder's names in the file, wrappers included; removed from the names in `state`
+    outside: dict[str, str] = field(default_factory=dict)  # {name: why} for those of `dropped` without this prefix
+    notes: list[str] = field(default_factory=list)  # what the user should know of how the file was read
 
     @property
     def has_decoder(self) -> bool:
@@ -49,7 +53,8 @@ class Weights:
 
 
 def read_weights(path, key: str = "model") -> Weights:
-    """Read and recognise a file. `key` is the entry with the weights; for a bare state dict the default is right.
+    """Read and recognise a file. `key` is the entry with the weights, or a part of the names of a bare state dict
+    (`teacher`). For a bare state dict, and for a file with one entry of weights, the default is right.
 
     Raises UserError for files that `read_file` refuses, for a key that is not in the file (and lists those that are),
     for a file without ViT weights, and for a ViT with parts that ours lacks (layer scale, register tokens, ...).
@@ -61,35 +66,74 @@ def read_weights(path, key: str = "model") -> Weights:
 def recognise(raw: dict, path: str, key: str = "model") -> Weights:
     """Return the weights in the content `raw` of a file. `key` and errors are those of `read_weights`; `path` is used
     in messages."""
-    named, others = _split(_select(raw, key, path))
-    state = {}
-    for name, tensor in named.items():
+    entry, part = _select(raw, key, path)
+    named, others = _split(raw if entry is None else raw[entry])
+    original = {}  # names in the file by those without wrappers
+    for name in named:
         plain = without_wrappers(name)
-        if plain in state:
+        if plain in original:
             raise UserError(f"{path} has {plain} twice, with and without a prefix: keep one of the two models in it")
-        state[plain] = tensor
-    state, converted = from_hugging_face(state)
+        original[plain] = name
+    weights = Weights(path, "", {}, _stored_args(raw, path), others)
+    inside = _inside(weights, original, part)
+    state, converted = from_hugging_face({name: named[original[full]] for name, full in inside.items()})
     if not {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= state.keys():
         raise UserError(
             f"{path} contains no ViT weights (its tensors: {summary(list(named), 6) or 'none'}): "
             "an MAE, timm ViT or Hugging Face ViT checkpoint is needed"
         )
     _refuse_other_encoders(state, path)
-    others += [name for name in state if not KNOWN.match(name)]
-    state = {name: tensor for name, tensor in state.items() if KNOWN.match(name)}
-    weights = Weights(path, "", state, _stored_args(raw, path), others)
+    weights.dropped += [name for name in state if not KNOWN.match(name)] + list(weights.outside)
+    weights.state = {name: tensor for name, tensor in state.items() if KNOWN.match(name)}
     weights.history = _history(raw, weights.args)
     weights.classes = [str(name) for name in raw.get("classes") or []]
     weights.origin = _origin(weights) + ", Hugging Face names" * converted
+    if entry not in (None, key):
+        weights.notes.append(f"the weights are its entry {entry!r}")
     return weights
 
 
-def _select(raw: dict, key: str, path: str) -> dict:
+def _inside(weights: Weights, original: dict[str, str], part: str) -> dict[str, str]:
+    """Return {name without the encoder's prefix: name without wrappers} of one of the encoders among the `original`
+    names (choose_prefix). Sets `prefix`, `outside` and `notes` of the weights."""
+    prefixes = encoder_prefixes(original)
+    if not prefixes:
+        return {name: name for name in original}
+    chosen = choose_prefix(prefixes, part, weights.path)
+    inside = {}
+    for full in original:
+        owner = max((prefix for prefix in prefixes if full.startswith(prefix)), key=len, default="")
+        if full.startswith(chosen) and owner in (chosen, ""):
+            inside[full.removeprefix(chosen)] = full
+        elif owner:
+            weights.outside[full] = f"of another encoder, --checkpoint_key {owner.rstrip('.')}"
+        else:
+            weights.outside[full] = f"outside {chosen}"
+    kernel = next(n for n in inside if n.endswith(("patch_embed.proj.weight", "patch_embeddings.projection.weight")))
+    name = original[inside[kernel]]
+    weights.prefix = name.removesuffix(kernel) if name.endswith(kernel) else chosen
+    if weights.prefix:
+        weights.notes.append(f"the prefix {weights.prefix} of its names was removed")
+    if len(prefixes) > 1:
+        others = ", ".join(prefix or "no prefix" for prefix in prefixes if prefix != chosen)
+        weights.notes.append(f"of several encoders in it, that of {chosen or 'no prefix'} is loaded, not of {others}")
+    return inside
+
+
+def _select(raw: dict, key: str, path: str) -> tuple[str | None, str]:
+    """Return the entry of the file with the weights, None for a bare state dict, and the part of its tensor names to
+    which `key` limits the choice ("": any)."""
     if isinstance(raw.get(key), dict):
-        return raw[key]
+        return key, ""
     bare = any(isinstance(value, Tensor) for value in raw.values())
+    prefixes = {None: _prefixes(raw)} | {name: _prefixes(value) for name, value in raw.items() if type(name) is str}
+    holders = [entry for entry, found in prefixes.items() if found]
+    if key not in raw and len(holders) == 1:
+        part = "" if key == "model" else key
+        if matching(prefixes[holders[0]], part):
+            return holders[0], part
     if bare and key == "model":
-        return raw
+        return None, ""
     if key in raw:
         raise UserError(f"{path} has a {type(raw[key]).__name__} under {key!r}, not weights: {_keys(raw)}")
     if bare:
@@ -97,18 +141,19 @@ def _select(raw: dict, key: str, path: str) -> dict:
     raise UserError(f"{path} has no key {key!r}: {_keys(raw)}")
 
 
+def _prefixes(entry) -> list[str]:
+    """Return the prefixes of the encoders in an entry of a file, [] if it is no state dict."""
+    return encoder_prefixes(map(without_wrappers, _split(entry)[0])) if isinstance(entry, dict) else []
+
+
 def _keys(raw: dict) -> str:
     """Return the end of a message: the keys of a file that have weights, or all keys when none has."""
-    named = {str(key): _split(value)[0] for key, value in raw.items() if isinstance(value, dict)}
-    keys = [key for key in named if any(_is_patch_kernel(name) for name in named[key])]
-    keys = keys or [key for key in named if named[key]]
+    prefixes = {str(key): _prefixes(value) for key, value in raw.items()}
+    keys = [key for key in prefixes if "" in prefixes[key]] or [key for key in prefixes if prefixes[key]]
+    keys = keys or [str(key) for key, value in raw.items() if isinstance(value, dict) and _split(value)[0]]
     if keys:
         return f"--checkpoint_key must be one of its keys with weights ({', '.join(keys)})"
     return f"it contains no weights, only the keys {some([str(key) for key in raw], 8) or '(none)'}"
-
-
-def _is_patch_kernel(name: str) -> bool:
-    return without_wrappers(name) == "patch_embed.proj.weight" or name.endswith("patch_embeddings.projection.weight")
 
 
 def _split(content: dict) -> tuple[dict[str, Tensor], list[str]]:
@@ -154,10 +199,9 @@ def _stored_args(raw: dict, path: str) -> dict:
     """Return the flags stored in a file. In a safetensors file they are the metadata, with numbers and lists as JSON;
     for weights in a Hugging Face folder they also come from its configuration."""
     args = raw.get("args")
-    if isinstance(args, argparse.Namespace):
-        return vars(args)
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
     if isinstance(args, dict):
-        return args
+        return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in args.items()}
     stored = folder_flags(path)
     if os.path.isfile(path) and first_bytes(path)[8:] == b"{":
         with safe_open(path, framework="pt") as file:
@@ -190,7 +234,8 @@ def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False, mod
     own = model.state_dict()
     _check_geometry(own, weights, model_flag)
     _check_heads(model, weights, model_flag)
-    report = LoadReport(weights.path, weights.origin, note=_other_eps(model, weights))
+    notes = [*weights.notes, *filter(None, [_other_eps(model, weights)])]
+    report = LoadReport(weights.path, weights.origin, note="; ".join(notes))
     report.head = why_no_head(own, weights.state, ignore_head)
     chosen = {name: tensor for name, tensor in weights.state.items() if name in own}
     if report.head:
@@ -207,7 +252,7 @@ def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False, mod
     unused = [name for name in weights.state if name not in chosen and name not in report.skipped]
     report.unexpected = unused + weights.dropped
     for name in report.unexpected:
-        report.reasons.setdefault(why_unused(name, own), []).append(name)
+        report.reasons.setdefault(weights.outside.get(name) or why_unused(name, own), []).append(name)
     model.load_state_dict({**own, **chosen})
     return report
 

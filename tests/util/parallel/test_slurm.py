@@ -9,7 +9,7 @@ from helpers.launch import DIGITS, checkpoint, finish, kill_when, log_rows, same
 
 import main_finetune
 import main_pretrain
-from util.errors import UserError
+from util.errors import RunFailed, UserError
 from util.parallel import signals, slurm
 
 
@@ -57,6 +57,43 @@ def test_presets_hold_in_jobs(executor):
 def test_a_job_resumes_itself_only(executor):
     with pytest.raises(UserError, match="--resume"):
         slurm.launch(main_pretrain.main, main_pretrain.get_args_parser(), ["--resume", "x.pth"])
+
+
+PARTITION = "sbatch: error: invalid partition specified: learnfair"
+REFUSING = {"srun": "exit 0", "sbatch": f"echo '{PARTITION}' >&2; exit 1"}
+
+
+@pytest.mark.parametrize(
+    "programs, words",
+    [
+        ({}, "no SLURM | --cluster local | main_"),
+        ({"srun": "exit 0"}, "no sbatch | --cluster local"),
+        (
+            {"srun": "exit 0", "sbatch": f"echo '{PARTITION}' >&2; exit 1"},
+            f"SLURM refused the job | --partition | {PARTITION}",
+        ),
+    ],
+)
+def test_without_slurm(tmp_path, monkeypatch, programs, words):
+    """submitit itself, on a machine with only these programs: a sentence each, and the same from the command."""
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", "")
+    with pytest.raises(UserError) as caught:
+        slurm.launch(main_pretrain.main, main_pretrain.get_args_parser(), ["--job_dir", str(tmp_path / "job")])
+    assert all(word in str(caught.value) for word in words.split(" | ")) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("script", ["exit 1", None])
+def test_a_scheduler_that_does_not_requeue(tmp_path, monkeypatch, script):
+    if script:
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RunFailed, match="the run is saved, but job 17 could not be requeued"):
+        slurm.requeue("17")
 
 
 @pytest.mark.parametrize("stopped", [None, "SIGUSR2"])

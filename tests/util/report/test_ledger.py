@@ -362,3 +362,28 @@ def test_ranks_with_other_data_or_code(image_folder, tmp_path, monkeypatch):
         record()
     others(lambda value: value if isinstance(value, dict) else "")
     record()
+
+
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        (None, "git is not installed"),
+        (
+            "echo \"fatal: detected dubious ownership in repository at '/x'\" >&2; exit 128",
+            "belongs to another user | git config --global --add safe.directory",
+        ),
+        ("echo 'fatal: not a git repository (or any of the parent directories): .git' >&2; exit 128", "clone"),
+        ("echo 'fatal: bad object' >&2; exit 128", "fatal: bad object"),
+        ("exit 1", "without a message"),
+    ],
+)
+def test_a_missing_revision_is_explained_once(tmp_path, monkeypatch, capsys, script, words):
+    ledger._note_no_revision.cache_clear()
+    if script:
+        (tmp_path / "git").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [ledger.revision(), ledger.revision()] == ["", ""]
+    shown = capsys.readouterr().out
+    assert shown.count("note: ") == shown.count("\n") == 1 and "lack the revision of the code" in shown
+    assert all(word in shown for word in words.split(" | "))

@@ -87,7 +87,8 @@ def test_keys(tmp_path):
     message = refusal(read_weights, path, "ema")
     assert "'ema'" in message and "--checkpoint_key" in message and "(model, model_ema)" in message
     assert "a int under 'epoch'" in refusal(read_weights, path, "epoch")
-    assert "(state_dict)" in refusal(read_weights, saved(tmp_path, {"state_dict": first.state_dict()}))
+    two = {"student": first.state_dict(), "teacher": second.state_dict()}
+    assert "(student, teacher)" in refusal(read_weights, saved(tmp_path, two))
     assert "bare state dict" in refusal(read_weights, saved(tmp_path, first.state_dict()), "model_ema")
     assert "only the keys epoch" in refusal(read_weights, saved(tmp_path, {"epoch": 1}))
 
