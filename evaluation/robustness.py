@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score
 
 from evaluation.corruptions import NAMES, SEVERITIES, corrupt
 from util.data.file_lists import class_names, read_lines
-from util.data.readers import class_folder
+from util.data.image_folders import class_folder
 from util.data.sources import Files, Images
 from util.data.transforms import Converter
 from util.errors import UserError

@@ -36,9 +36,10 @@ from evaluation.robustness import known_classes
 from util.arguments import check_draft
 from util.checkpoint.atomic import write_atomically
 from util.compute.precision import choose_amp_dtype
+from util.data.image_folders import unlabelled_folder
 from util.data.list_files import read_list
 from util.data.pixel_range import settle_pixel_range
-from util.data.readers import read_images, unlabelled_folder
+from util.data.readers import read_images
 from util.data.shards import Shards
 from util.data.sources import Files, Images
 from util.errors import RunFailed, UserError, user_errors

@@ -4,6 +4,7 @@ MAE's wherever it has the flag."""
 import math
 
 from util.compute.kernels import ATTENTION
+from util.data.image_folders import add_folder_arguments, check_folder_flags
 from util.data.list_flags import add_list_arguments, check_columns
 from util.data.pixel_range import check_pixel_range, range_word
 from util.data.readers import READERS
@@ -62,13 +63,7 @@ def add_data_arguments(parser):
         help="folder of the data set; with train/ and val/ for imagefolder. wds: a folder or http(s) URL with shards "
         "and their _info.json, or a pattern: DIR/x-{000..012}.tar, http://..., 'pipe:COMMAND x-{000..012}.tar'",
     )
-    group.add_argument(
-        "--eval_path",
-        default="",
-        metavar="DIR",
-        help="imagefolder, folder: the evaluation images (class folders, or images), instead of val/ (or valid/, "
-        "validation/, dev/, test/) in --data_path",
-    )
+    add_folder_arguments(group)
     add_list_arguments(group)
     _add_shard_arguments(group)
     _add_reading_arguments(group)
@@ -344,6 +339,7 @@ def check_numbers(args) -> None:
     if getattr(args, "crop_pct", None) is not None and not 0 < args.crop_pct <= 1:
         raise UserError(f"--crop_pct {args.crop_pct} must lie in (0, 1]")
     check_pixel_range(getattr(args, "pixel_range", None))
+    check_folder_flags(args)
     if not 0 <= getattr(args, "max_bad_fraction", 0) <= 1:
         raise UserError(f"--max_bad_fraction {args.max_bad_fraction} must lie in [0, 1]")
     if getattr(args, "save_patience", 0) < 0:

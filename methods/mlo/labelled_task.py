@@ -14,10 +14,10 @@ from torch import nn
 from models_encoder import encoder_features
 from util.data.build import build_loader
 from util.data.file_lists import RealPaths
+from util.data.image_folders import image_folder
 from util.data.image_format import image_shape, mean_std
 from util.data.leak import check_leak
 from util.data.loader import Endless
-from util.data.readers import image_folder
 from util.data.sources import Files, Images, Subset
 from util.data.transforms import eval_transform, pretrain_transform
 from util.errors import UserError

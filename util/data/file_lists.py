@@ -35,9 +35,12 @@ def images_below(folder: Path, skipped: Skipped | None = None) -> list[str]:
                 folders.remove(name)
             else:
                 ancestors[subfolder] = [*chain, real]
-        paths += [os.path.join(parent, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
-        endings = (next((end for end in OTHER_ENDINGS if name.lower().endswith(end)), None) for name in files)
-        skipped.endings.update(filter(None, endings))
+        for name in files:
+            lower = name.lower()
+            if lower.endswith(IMG_EXTENSIONS):
+                paths.append(os.path.join(parent, name))
+            elif lower.endswith(OTHER_ENDINGS):
+                skipped.endings[next(ending for ending in OTHER_ENDINGS if lower.endswith(ending))] += 1
     return sorted(paths)
 
 

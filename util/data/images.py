@@ -1,5 +1,6 @@
 """Opening of untrusted image files: the formats, sizes and files that are allowed, and the errors of broken ones."""
 
+import logging
 import os
 import stat
 import struct
@@ -8,6 +9,9 @@ import zlib
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
+
+# Pillow would print its reason for refusing a TIFF to stderr, once for each attempt; ours names the file.
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 # Formats that contain nothing but pixels; the file's ending does not matter. Pillow would detect further formats by
 # their first bytes: it runs Ghostscript for EPS, and mistakes damaged files for formats with short signatures.

@@ -9,9 +9,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data.images import printable
 
-# Endings of images that are skipped: we read the same endings as torchvision's ImageFolder.
+# Endings of images and of containers of images that are skipped: we read the same endings as torchvision's ImageFolder.
 OTHER_ENDINGS = (".gif", ".jfif", ".jpe", ".jp2", ".avif", ".heic", ".heif", ".dng", ".tga", ".psd", ".svg", ".dcm")
-OTHER_ENDINGS += (".nii", ".nii.gz", ".npy", ".h5", ".hdf5", ".mat", ".exr", ".icloud")
+OTHER_ENDINGS += (".nii", ".nii.gz", ".npy", ".npz", ".h5", ".hdf5", ".mat", ".exr", ".icloud", ".mdb", ".parquet")
+OTHER_ENDINGS += (".arrow", ".tfrecord", ".zip", ".tar", ".gz")
 
 # Names in lower case. Everything hidden is a leftover, too: .DS_Store, .ipynb_checkpoints, .git, .nfs*, .@__thumb, and
 # the ._* companions in which macOS stores attributes on other file systems.

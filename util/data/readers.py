@@ -7,18 +7,21 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data import fine_grained
 from util.data.file_lists import (
     check_below,
     class_names,
-    images_below,
-    note_odd_classes,
     read_lines,
 )
-from util.data.images import printable
-from util.data.leftovers import Skipped
+from util.data.image_folders import (
+    class_folder,
+    find_split,
+    folder_at,
+    image_folder,
+    split_folder,
+    unlabelled_folder,
+)
 from util.data.list_flags import open_list, uses_labels
 from util.data.list_labels import class_labels
 from util.data.shards import Shards, find_shards
@@ -33,107 +36,51 @@ def need_path(args) -> Path:
     """Return `--data_path`. Raises UserError when it is not given or not a folder."""
     if not args.data_path:
         raise UserError(f"--dataset {args.dataset} needs --data_path, the folder of the data set")
-    return _folder_at(args.data_path)
+    return folder_at(args.data_path)
 
 
-def _folder_at(path: str | Path, flag: str = "--data_path") -> Path:
-    folder = Path(path).expanduser()
-    if not os.path.isdir(folder):  # pathlib's raises for a name that is too long
-        raise UserError(f"{flag} {folder} is not a folder")
-    return folder
-
-
-def class_folder(folder: Path, classes: list[str] | None = None, source: str = "in the training folder") -> Files:
-    """Read `folder/<class>/...`. With `classes`, which come from `source`, the labels are indices in that list, and
-    other folders are refused. A class without images keeps its index; in the training folder a note is printed."""
-    skipped = Skipped()
-    names = class_names(folder, skipped)
-    if not names:
-        raise UserError(f"{folder} has no class folders; for images without labels use --dataset folder")
-    unknown = [name for name in names if classes is not None and name not in classes]
-    if unknown:
-        raise UserError(f"{folder} has the class folder {unknown[0]!r}, which is not {source}")
-    is_train, classes = classes is None, classes or names
-    index = {name: i for i, name in enumerate(classes)}
-    samples = [(path, index[name]) for name in names for path in images_below(folder / name, skipped)]
-    skipped.note(folder)
-    if not samples:
-        raise UserError(f"{folder} contains no images; supported endings are {' '.join(IMG_EXTENSIONS)}")
-    if is_train:
-        note_odd_classes(folder, classes, {target for _, target in samples})
-    return Files([path for path, _ in samples], [target for _, target in samples], classes)
-
-
-def _eval_path(args) -> str:
-    return getattr(args, "eval_path", "")  # some callers have few flags
+def _eval_path(args) -> Path | None:
+    given = getattr(args, "eval_path", "")  # some callers have few flags
+    return folder_at(given, "--eval_path") if given else None
 
 
 def _imagefolder(args, train: bool, classes: list[str] | None) -> Files:
-    if not train and _eval_path(args):
-        folder = _folder_at(_eval_path(args), "--eval_path")
-        if classes is None:
-            classes = class_names(split_folder(need_path(args), True))
-        return class_folder(folder, classes, "a class of the training images")
-    return image_folder(need_path(args), train, classes=classes)
-
-
-# Names of the splits' folders, in any case. The first that exists is read; test images serve where nothing else does.
-_TRAIN = ("train", "training")
-_EVALUATION = ("val", "valid", "validation", "dev", "test", "testing")
-
-
-def split_folder(root: Path, train: bool, flag: str = "--data_path") -> Path:
-    """Return the folder of a split. A note is printed for other names than train and val. Raises UserError, which names
-    `flag`, if there is none."""
-    names = _TRAIN if train else _EVALUATION
-    if (root / names[0]).is_dir():
-        return root / names[0]
-    with os.scandir(root) as entries:
-        folders = {entry.name.lower(): entry.name for entry in entries if entry.is_dir()}
-    found = next((folders[name] for name in names if name in folders), None)
-    if found is None:
-        others = ", ".join(f"{name}/" for name in names[1:])
-        advice = "--dataset folder for images without labels" if train else "--eval_path for another folder"
-        raise UserError(f"{flag} {root} has no {names[0]}/ folder (nor {others}): give {advice}")
-    print(f"note: the {'training' if train else 'evaluation'} images are those of {printable(str(root / found))}")
-    return root / found
-
-
-def image_folder(path: str | Path, train: bool, flag: str = "--data_path", classes: list[str] | None = None) -> Files:
-    """Return the images of `path`/train/<class>/ or `path`/val/<class>/; see `split_folder` for other names. `classes`
-    (of a checkpoint) give the labels of the evaluation images, else the class folders of the training images do. Raises
-    UserError, which names `flag`, when there is no such folder."""
-    root = _folder_at(path, flag)
+    fraction = getattr(args, "val_fraction", None)
     if train:
-        return class_folder(split_folder(root, True, flag))
-    if classes is not None:
-        return class_folder(split_folder(root, False, flag), classes, "a class of the checkpoint")
-    names = class_names(split_folder(root, True, flag))
-    return class_folder(split_folder(root, False, flag), names)
+        return image_folder(need_path(args), True, fraction=fraction)
+    folder, listed = _eval_path(args), getattr(args, "val_list", "")
+    if not folder and not listed:
+        return image_folder(need_path(args), False, classes=classes, fraction=fraction)
+    source = "of the checkpoint"
+    if classes is None:
+        classes, source = class_names(split_folder(need_path(args), True)), "of the training images"
+    if not listed:
+        return class_folder(folder, classes, f"a class {source}")
+    return _listed_classes(args, folder or split_folder(need_path(args), False), classes, source)
+
+
+def _listed_classes(args, folder: Path, classes: list[str], source: str) -> Files:
+    """Return the evaluation images of `--val_list` in `folder`; their labels are names of `classes`."""
+    listed = open_list(args, args.val_list, folder)
+    labels = class_labels(listed)[0]
+    if labels is None:
+        raise UserError(f"the list file {args.val_list} has no labels: the names of the class folders are needed")
+    index = {name: i for i, name in enumerate(classes)}
+    unknown = next((label for label in labels if label not in index), None)
+    if unknown is not None:
+        raise UserError(f"the list file {args.val_list} has the label {unknown!r}, which is not a class {source}")
+    return Files(listed.paths, [index[label] for label in labels], classes, os.path.realpath(folder))
 
 
 def _folder(args, train: bool, _classes) -> Files:
-    given = "" if train else _eval_path(args)
+    given = None if train else _eval_path(args)
     if given:
-        return unlabelled_folder(_folder_at(given, "--eval_path"), "--eval_path")
+        return unlabelled_folder(given, "--eval_path")
     root = need_path(args)
-    try:
-        return unlabelled_folder(split_folder(root, train))
-    except UserError:
-        if not train:
-            raise
-    return unlabelled_folder(root)  # images at any depth, without splits
-
-
-def unlabelled_folder(folder: Path, flag: str = "--data_path") -> Files:
-    """Read all images below a folder, at any depth, in the order of their paths. Raises UserError, which names `flag`,
-    when there are none."""
-    skipped = Skipped()
-    paths = images_below(folder, skipped)
-    skipped.note(folder)
-    if not paths:
-        raise UserError(f"{flag} {folder} contains no images; supported endings are {' '.join(IMG_EXTENSIONS)}")
-    return Files(paths, [-1] * len(paths), None)
+    folder = find_split(root, train)
+    if folder is None and not train:
+        split_folder(root, False)  # raises
+    return unlabelled_folder(folder or root)  # without splits: images at any depth
 
 
 def _filelist(args, train: bool, vocabulary: list[str] | None) -> Files:
@@ -249,8 +196,6 @@ def read_images(args, train: bool, classes: list[str] | None = None):
     Raises UserError for an unknown name and for missing or unusable files.
     """
     if args.dataset in READERS:
-        if _eval_path(args) and args.dataset not in ("imagefolder", "folder"):
-            raise UserError(f"--eval_path is for --dataset imagefolder and folder, not {args.dataset}")
         return READERS[args.dataset](args, train, classes)
     prefix, slash, _ = args.dataset.partition("/")
     prefix = prefix.lower()

@@ -11,8 +11,10 @@ from helpers.plain_images import class_folders, contents, finetune_flags, flags,
 import main_finetune
 import main_linprobe
 import main_pretrain
+from util.arguments import check_numbers
 from util.data.leftovers import in_leftover, is_leftover
 from util.data.readers import read_images
+from util.data.samples import KeyedDataset
 from util.errors import UserError
 
 # Leftovers ------------------------------------------------------------------------------------------------------------
@@ -108,8 +110,17 @@ def test_eval_path(tmp_path):
     assert len(read_images(flags("--dataset", "folder", *words), False)) == 1
     with pytest.raises(UserError, match=r"--eval_path .*gone is not a folder"):
         read_images(flags("--data_path", tmp_path / "data", "--eval_path", tmp_path / "gone"), False)
-    with pytest.raises(UserError, match="--eval_path is for --dataset imagefolder and folder, not digits"):
-        read_images(flags("--dataset", "digits", "--eval_path", tmp_path), False)
+    for given, message in (
+        (
+            ["--dataset", "digits", "--eval_path", "x"],
+            "--eval_path is for --dataset imagefolder and folder, not digits",
+        ),
+        (["--dataset", "folder", "--val_fraction", 0.1], "--val_fraction is for --dataset imagefolder"),
+        (["--val_fraction", 1.5], "must lie between 0 and 1"),
+        (["--val_fraction", 0.5, "--eval_path", "x"], "both choose the evaluation images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_numbers(flags(*given))
     class_folders(tmp_path / "hospital B", c=[7])
     with pytest.raises(UserError, match="class folder 'c', which is not a class of the training images"):
         read_images(flags(*words), False)
@@ -159,3 +170,98 @@ def test_lists_without_the_training_list(tmp_path):
     words = ["--dataset", "filelist", "--data_path", tmp_path, "--val_list", tmp_path / "val.txt"]
     images = read_images(finetune_flags(*words), False, ["a", "b"])
     assert contents(images) == [(1, 1)] and images.classes == ["a", "b"]
+
+
+# Layouts of public data sets ------------------------------------------------------------------------------------------
+
+
+def test_class_folders_without_splits(tmp_path, capsys):
+    """EuroSAT, Caltech 101, many dumps: the message says what to do, and that works alike for every seed and split."""
+    class_folders(tmp_path, AnnualCrop=range(10), Forest=range(100, 105), River=[200])
+    with pytest.raises(UserError, match=r"no train/ .*folders of images \(AnnualCrop, Forest, River\).*--val_fr"):
+        read_images(flags("--data_path", tmp_path), True)
+    words = ["--data_path", tmp_path, "--val_fraction", "0.2"]
+    train, held = (read_images(flags(*words, "--seed", seed), part) for seed, part in ((0, True), (7, False)))
+    assert train.classes == held.classes == ["AnnualCrop", "Forest", "River"]
+    both = contents(train) + contents(held)
+    assert sorted(value for value, _ in both) == [*range(10), *range(100, 105), 200]
+    assert [label for _, label in contents(held)] == [0, 0, 1]  # a fifth of each class; the only river is for training
+    assert "--val_fraction 0.2: 3 of 16 images are for evaluation" in capsys.readouterr().out
+    class_folders(tmp_path / "val", AnnualCrop=[1])
+    with pytest.raises(UserError, match=r"--val_fraction is for a folder of class folders, but .* has val/"):
+        read_images(flags(*words), True)
+
+
+def test_flat_evaluation_images_with_a_list(tmp_path):
+    """ImageNet of Kaggle: train/<class>/, val/*.JPEG and LOC_val_solution.csv with boxes."""
+    class_folders(tmp_path / "train", n01440764=[0], n01443537=[1])
+    for i in range(4):
+        save(tmp_path / "val" / f"ILSVRC2012_val_{i}.png", 10 * i)
+    with pytest.raises(UserError, match=r"no class folders.*--val_list"):
+        read_images(flags("--data_path", tmp_path), False)
+    rows = [f"ILSVRC2012_val_{i},{('n01440764', 'n01443537')[i % 2]} {i} 1 499 272 " for i in range(4)]
+    solution = tmp_path / "LOC_val_solution.csv"
+    solution.write_text("ImageId,PredictionString\n" + "\n".join(rows) + "\n")
+    words = ["--data_path", tmp_path, "--val_list", solution]
+    assert contents(read_images(flags(*words), False)) == [(0, 0), (10, 1), (20, 0), (30, 1)]
+    solution.write_text(
+        "ImageId,PredictionString\nILSVRC2012_val_0,n02000000 1 1 2 2\nILSVRC2012_val_1,n01440764 1 1 2 2\n"
+    )
+    with pytest.raises(UserError, match="has the label 'n02000000', which is not a class of the training images"):
+        read_images(flags(*words), False)
+
+
+def test_a_windows_archive(tmp_path):
+    """A naive extractor keeps the backslashes in file names."""
+    for split in ("train", "val"):
+        for label in "ab":
+            save(tmp_path / f"{split}\\{label}\\0.png")
+    with pytest.raises(UserError, match=r"file names with backslashes .*extract it with unzip"):
+        read_images(flags("--data_path", tmp_path), True)
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("train-00000-of-00001.parquet", "--dataset hfds/"),
+        ("train/camelyonpatch_level_2_split_train_x.h5", "HDF5 is not read"),
+        ("store/zarr.json", "Zarr is not read"),
+        ("images.zarr/.zgroup", "Zarr is not read"),
+        ("data.tfrecord", "--dataset tfds/"),
+        ("data.mdb", "LMDB is not read"),
+        ("scan.dcm", "convert it to 16-bit PNG or TIFF, and give --pixel_range"),
+        ("brain.nii.gz", "NIfTI is not read"),
+        ("train.zip", "extract the archive"),
+        ("00000.tar", "--dataset wds"),
+    ],
+)
+def test_containers_are_refused_with_what_helps(tmp_path, name, hint):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=f"contains no images.*{hint}"):
+        read_images(flags("--dataset", "folder", "--data_path", tmp_path), True)
+    if not name.endswith(("zarr.json", ".zgroup")):
+        with pytest.raises(UserError, match=f"is not a folder: .*{hint.removeprefix('extract')}"):
+            read_images(flags("--data_path", tmp_path / name), True)
+
+
+def test_what_a_file_is(tmp_path, capfd):
+    """Content behind an image's ending: the reason says what it is, and pillow adds no lines of its own."""
+    tiff = b"II*\0" + bytes(100)
+    kinds = {
+        "HDF5": b"\x89HDF\r\n\x1a\n",
+        "a NumPy array": b"\x93NUMPY\1\0",
+        "a DICOM file": bytes(128) + b"DICM",
+        "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\n",
+        "HTML": b"<!DOCTYPE html>",
+        "gzip data": b"\x1f\x8b\x08",
+        "a TIFF of bands or types": tiff,
+        "the file is empty": b"",
+    }
+    for i, content in enumerate(kinds.values()):
+        (tmp_path / f"{i}.tif").write_bytes(content)
+    dataset = KeyedDataset(read_images(flags("--dataset", "folder", "--data_path", tmp_path), True), None, 0, 3)
+    for i, kind in enumerate(kinds):
+        with pytest.raises(OSError, match=kind):
+            dataset.images.load(i)
+    assert capfd.readouterr().err == ""

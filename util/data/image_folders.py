@@ -1,0 +1,230 @@
+"""Folders of images: a folder for each class, with or without folders for the splits, or images without labels."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from util.data.file_lists import class_names, images_below, note_odd_classes
+from util.data.images import printable
+from util.data.leftovers import Skipped, is_leftover
+from util.data.sources import Files
+from util.errors import UserError
+
+# Names of the splits' folders, in any case. The first that exists is read; test images serve where nothing else does.
+_TRAIN = ("train", "training")
+_EVALUATION = ("val", "valid", "validation", "dev", "test", "testing")
+
+
+def add_folder_arguments(group) -> None:
+    """Add the flags for evaluation images in folders."""
+    group.add_argument(
+        "--eval_path",
+        default="",
+        metavar="DIR",
+        help="imagefolder, folder: the evaluation images (class folders, or images), instead of val/ (or valid/, "
+        "validation/, dev/, test/) in --data_path",
+    )
+    group.add_argument(
+        "--val_fraction",
+        type=float,
+        metavar="SHARE",
+        help="imagefolder: --data_path has class folders without train/ and val/; this share of each class is for "
+        "evaluation, always the same images",
+    )
+
+
+def check_folder_flags(args) -> None:
+    """Raise UserError for a share out of range, and for flags without effect. Commands without these flags are
+    accepted."""
+    fraction = getattr(args, "val_fraction", None)
+    if fraction is not None and not 0 < fraction < 1:
+        raise UserError(f"--val_fraction {fraction} must lie between 0 and 1, both excluded")
+    if fraction is not None and args.dataset != "imagefolder":
+        raise UserError(f"--val_fraction is for --dataset imagefolder, not {args.dataset}")
+    if getattr(args, "eval_path", "") and args.dataset not in ("imagefolder", "folder"):
+        raise UserError(f"--eval_path is for --dataset imagefolder and folder, not {args.dataset}")
+    if getattr(args, "eval_path", "") and fraction is not None:
+        raise UserError("--eval_path and --val_fraction both choose the evaluation images: give one of them")
+
+
+def folder_at(path: str | Path, flag: str = "--data_path") -> Path:
+    """Return the path of a folder. Raises UserError, which names `flag`, for anything else."""
+    folder = Path(path).expanduser()
+    if not os.path.isdir(folder):  # pathlib's raises for a name that is too long
+        hint = _hint(folder.name) if os.path.isfile(folder) else ""
+        raise UserError(f"{flag} {folder} is not a folder{hint and ': ' + hint}")
+    return folder
+
+
+def class_folder(folder: Path, classes: list[str] | None = None, source: str = "in the training folder") -> Files:
+    """Read `folder/<class>/...`. With `classes`, which come from `source`, the labels are indices in that list, and
+    other folders are refused. A class without images keeps its index; in the training folder a note is printed."""
+    skipped = Skipped()
+    names = class_names(folder, skipped)
+    if not names:
+        raise UserError(
+            f"{folder} has no class folders{_other_layout(folder)}; for images without labels use --dataset folder, "
+            f"for a list of images and labels --dataset filelist (of evaluation images alone: --val_list)"
+        )
+    unknown = [name for name in names if classes is not None and name not in classes]
+    if unknown:
+        raise UserError(f"{folder} has the class folder {unknown[0]!r}, which is not {source}")
+    is_train, classes = classes is None, classes or names
+    index = {name: i for i, name in enumerate(classes)}
+    paths, targets = [], []
+    for name in names:
+        found = images_below(folder / name, skipped)
+        paths += found
+        targets += [index[name]] * len(found)
+    skipped.note(folder)
+    if not paths:
+        raise _no_images(str(folder), folder, skipped)
+    if is_train:
+        note_odd_classes(folder, classes, set(targets))
+    return Files(paths, targets, classes)
+
+
+def unlabelled_folder(folder: Path, flag: str = "--data_path") -> Files:
+    """Read all images below a folder, at any depth, in the order of their paths. Raises UserError, which names `flag`,
+    when there are none."""
+    skipped = Skipped()
+    paths = images_below(folder, skipped)
+    skipped.note(folder)
+    if not paths:
+        raise _no_images(f"{flag} {folder}", folder, skipped)
+    return Files(paths, [-1] * len(paths), None)
+
+
+# Splits ---------------------------------------------------------------------------------------------------------------
+
+
+def find_split(root: Path, train: bool) -> Path | None:
+    """Return the folder of a split, None if there is none. A note is printed for other names than train and val."""
+    names = _TRAIN if train else _EVALUATION
+    if (root / names[0]).is_dir():
+        return root / names[0]
+    with os.scandir(root) as entries:
+        folders = {entry.name.lower(): entry.name for entry in entries if entry.is_dir()}
+    found = next((folders[name] for name in names if name in folders), None)
+    if found is None:
+        return None
+    print(f"note: the {'training' if train else 'evaluation'} images are those of {printable(str(root / found))}")
+    return root / found
+
+
+def split_folder(root: Path, train: bool, flag: str = "--data_path") -> Path:
+    """Return the folder of a split. Raises UserError, which names `flag`, if there is none."""
+    found = find_split(root, train)
+    if found is None:
+        name, *others = _TRAIN if train else _EVALUATION
+        advice = "--dataset folder for images without labels" if train else "--eval_path for another folder"
+        raise UserError(
+            f"{flag} {root} has no {name}/ folder (nor {', '.join(f'{other}/' for other in others)})"
+            f"{_other_layout(root)}: give {advice}"
+        )
+    return found
+
+
+def image_folder(
+    path: str | Path,
+    train: bool,
+    flag: str = "--data_path",
+    classes: list[str] | None = None,
+    fraction: float | None = None,
+) -> Files:
+    """Return the images of `path`/train/<class>/ or `path`/val/<class>/; see `find_split` for other names. `classes`
+    (of a checkpoint) give the labels of the evaluation images, else the class folders of the training images do. With
+    `fraction`, `path` has the class folders themselves, of which a part is held out (`hold_out`). Raises UserError,
+    which names `flag`, when there is no such folder."""
+    root = folder_at(path, flag)
+    if fraction:
+        return _held_out(root, train, fraction, flag, classes)
+    if train:
+        return class_folder(split_folder(root, True, flag))
+    if classes is not None:
+        return class_folder(split_folder(root, False, flag), classes, "a class of the checkpoint")
+    names = class_names(split_folder(root, True, flag))
+    return class_folder(split_folder(root, False, flag), names)
+
+
+def _held_out(root: Path, train: bool, fraction: float, flag: str, classes: list[str] | None) -> Files:
+    """Return either part of a folder of class folders. The part does not depend on `--seed`, so that every run and tool
+    has the same evaluation images."""
+    split = find_split(root, True) or find_split(root, False)
+    if split is not None:
+        raise UserError(
+            f"--val_fraction is for a folder of class folders, but {flag} {root} has {split.name}/: leave it out"
+        )
+    images = class_folder(root, classes, "a class of the checkpoint")
+    labels, held = np.asarray(images.targets), np.zeros(len(images), dtype=bool)
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        count = min(max(1, round(fraction * len(own))), len(own) - 1)  # of a single image: it is for training
+        held[np.random.default_rng(0).permutation(own)[:count]] = True
+    chosen = np.flatnonzero(held != train).tolist()
+    part = "evaluation" if not train else "training"
+    print(f"--val_fraction {fraction:g}: {len(chosen)} of {len(images)} images are for {part}")
+    return Files([images.paths[i] for i in chosen], labels[chosen].tolist(), images.classes)
+
+
+# Mistakes -------------------------------------------------------------------------------------------------------------
+
+_HINTS = {
+    ".nii.gz": "NIfTI is not read: write its slices to 16-bit PNG or TIFF, and give --pixel_range",
+    ".zip": "extract the archive first",
+    ".tar": "extract the archive, or read it as a shard with --dataset wds",
+    ".gz": "extract the archive first",
+    ".parquet": "tables of Hugging Face are read by --dataset hfds/... (package datasets)",
+    ".arrow": "tables of Hugging Face are read by --dataset hfds/... (package datasets)",
+    ".tfrecord": "TensorFlow's records are read by --dataset tfds/... (package tensorflow-datasets)",
+    ".h5": "HDF5 is not read: write its images to files, or to shards for --dataset wds",
+    ".hdf5": "HDF5 is not read: write its images to files, or to shards for --dataset wds",
+    ".npy": "arrays are not read: write them to image files (16-bit PNG, or TIFF with --pixel_range)",
+    ".npz": "arrays are not read: write them to image files (16-bit PNG, or TIFF with --pixel_range)",
+    ".mat": "arrays are not read: write them to image files (16-bit PNG, or TIFF with --pixel_range)",
+    ".mdb": "LMDB is not read: write its images to files, or to shards for --dataset wds",
+    ".dcm": "DICOM is not read: convert it to 16-bit PNG or TIFF, and give --pixel_range",
+    ".nii": "NIfTI is not read: write its slices to 16-bit PNG or TIFF, and give --pixel_range",
+}
+_ZARR = {"zarr.json", ".zarray", ".zgroup"}
+
+
+def _no_images(where: str, folder: Path, skipped: Skipped) -> UserError:
+    """Return the error of a folder without images, with what to do about what it has."""
+    text = f"{where} contains no images; supported endings are {' '.join(IMG_EXTENSIONS)}"
+    hints = [hint for hint in map(_hint, skipped.endings) if hint]
+    if any(_ZARR & set(files) for _, _, files in os.walk(folder)):
+        hints.append("Zarr is not read: write its images to files, or to shards for --dataset wds")
+    return UserError("; ".join(dict.fromkeys([text, *hints])))
+
+
+def _hint(name: str) -> str:
+    """Return what to do about a file of this name, "" if nothing is known."""
+    return next((hint for ending, hint in _HINTS.items() if name.lower().endswith(ending)), "")
+
+
+def _other_layout(root: Path) -> str:
+    """Return a clause about what `root` has instead of the expected folders, "" if there is nothing to say."""
+    with os.scandir(root) as entries:
+        entries = [(entry.name, entry.is_dir()) for entry in entries if not is_leftover(entry.name)]
+    if any("\\" in name for name, _ in entries):
+        return ", but file names with backslashes (a Windows archive whose folders were lost: extract it with unzip)"
+    folders = sorted(name for name, is_folder in entries if is_folder)
+    full = [name for name in folders if _has_image(root / name)]
+    if len(full) > 1:
+        shown = ", ".join(map(printable, full[:3])) + ", ..." * (len(full) > 3)
+        return (
+            f", but folders of images ({shown}): if these are classes, --val_fraction 0.2 holds out a part of each "
+            f"for evaluation"
+        )
+    return ""
+
+
+def _has_image(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries)
+    except OSError:
+        return False
