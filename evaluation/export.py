@@ -1,8 +1,9 @@
 """Export of models to other libraries: timm, Hugging Face transformers (ViT, ViTMAE), ONNX, torch.export.
 
 Each function `to_...` writes a model to `out` and returns an `Exported`, which loads the file with the other library.
-`pool` is the model's feature: cls, or avg (the mean of the patches). `flags` are stored in the exported file. Raises
-UserError for a model that the format cannot represent, and for a package that is not installed.
+`pool` is the model's feature: cls, or avg (the mean of the patches). `flags` are stored in the exported file; for a
+classifier `label_names` are the names of its outputs, as in timm's configurations. Raises UserError for a model that
+the format cannot represent, and for a package that is not installed.
 """
 
 import copy
@@ -183,6 +184,13 @@ def _transformers(target: str):
     return transformers
 
 
+def _hf_labels(model, flags: dict) -> dict:
+    """Return the number and, if they are known, the names of the classes in Hugging Face's configuration."""
+    names = flags.get("label_names", [])
+    known = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}} if names else {}
+    return {"num_labels": model.num_classes, **known}
+
+
 def to_hf_vit(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Exported:
     """Write a folder for `from_pretrained` of `ViTForImageClassification` or, for an encoder, of `ViTModel`.
 
@@ -194,7 +202,7 @@ def to_hf_vit(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Ex
             "--to hf-vit: the feature of this model is the mean of the patches, normalised afterwards (fc_norm), but "
             "Hugging Face's ViT uses [cls]: use --to timm, or export a model that was fine-tuned with --cls_token"
         )
-    class_name, labels, options, keywords = "ViTForImageClassification", {"num_labels": model.num_classes}, {}, ""
+    class_name, labels, options, keywords = "ViTForImageClassification", _hf_labels(model, flags), {}, ""
     if not model.num_classes:
         class_name, labels, options, keywords = (
             "ViTModel",

@@ -87,7 +87,19 @@ def flags_of(judged: judging.Judged, pool: str | None) -> dict:
     flags |= {name: resolved[name] for name in ("patch_size", "in_chans")}
     flags |= dict(zip(("mean", "std"), judged.images.mean_std))
     flags |= {name: resolved[name] for name in ("model", "input_size")}
-    return flags | (dict(global_pool=pool == "avg", nb_classes=judged.model.num_classes) if pool else {})
+    if pool:
+        flags |= dict(global_pool=pool == "avg", nb_classes=judged.model.num_classes)
+    return flags | (class_names(judged) if pool and judged.model.num_classes else {})
+
+
+def class_names(judged: judging.Judged) -> dict[str, list[str]]:
+    """Return the names of the classifier's outputs under timm's name for them; {}, with a note, if they are unknown."""
+    names, count = judged.weights.classes, judged.model.num_classes
+    if len(names) == count:
+        return {"label_names": names}
+    what = f"{len(names)} names for" if names else "no names of"
+    print(f"note: {judged.path} has {what} its {count} classes, so the exported file has none")
+    return {}
 
 
 def main(args) -> float:

@@ -10,6 +10,7 @@ import timm
 import torch
 from helpers.launch import scalars
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
 
 import models_mae
@@ -216,6 +217,67 @@ def test_classifier_to_hugging_face(classifier, tmp_path, capsys):
     _, path = classifier(True)
     assert "fc_norm" in refused(path, "--to", "hf-vit", "--out", tmp_path / "pooled")
     assert not (tmp_path / "pooled").exists()
+
+
+# --- names of classes
+
+NAMES = ["cat", "dog, or wolf", "höhe", "1", "e", "f", "g"]
+
+
+def with_names(path, names):
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "classes": names}, path)
+    return path
+
+
+def stored_names(to, out):
+    """Return the names in an exported file, read with the other library."""
+    if to == "hf-vit":
+        config = pytest.importorskip("transformers").AutoConfig.from_pretrained(out)
+        assert config.label2id == {name: i for i, name in config.id2label.items()}
+        return [config.id2label[i] for i in range(len(config.id2label))]
+    if to == "onnx":
+        session = pytest.importorskip("onnxruntime").InferenceSession(str(out), providers=["CPUExecutionProvider"])
+        return json.loads(session.get_modelmeta().custom_metadata_map["label_names"])
+    if to == "torch-export":
+        extra = {"flags.json": ""}
+        torch.export.load(out, extra_files=extra)
+        return json.loads(extra["flags.json"])["label_names"]
+    with safe_open(out, framework="pt") as file:
+        return json.loads(file.metadata()["label_names"])
+
+
+@pytest.mark.parametrize("to", ["timm", "safetensors", "hf-vit", "onnx", "torch-export"])
+def test_names_of_classes_are_exported(classifier, tmp_path, to):
+    for package in {"hf-vit": ["transformers"], "onnx": ["onnx", "onnxscript", "onnxruntime"]}.get(to, []):
+        pytest.importorskip(package)
+    _, path = classifier(False)
+    suffix = export.SUFFIXES.get(to, "")
+    out = exported(with_names(path, NAMES), to, tmp_path / f"cls{suffix}")
+    assert stored_names(to, out) == NAMES
+    assert json.loads((tmp_path / "cls.json").read_text())["told"]["label_names"] == NAMES
+    if to not in ("onnx", "torch-export"):
+        again = read_weights(out)
+        assert again.classes == NAMES and "label_names" not in again.args
+
+
+def test_unknown_names_of_classes(classifier, tmp_path, capsys):
+    """A checkpoint without names, or with another number of them: a note. An encoder has no classes."""
+    _, path = classifier(False)
+    for i, names in enumerate(([], ["a", "b"])):
+        out = exported(with_names(path, names), "timm", tmp_path / f"{i}.safetensors")
+        with safe_open(out, framework="pt") as file:
+            assert "label_names" not in file.metadata()
+        assert f"note: {path} has {'2 names for' if names else 'no names of'} its 7 classes" in capsys.readouterr().out
+    exported(path, "timm", tmp_path / "encoder.safetensors", "--encoder_only")
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_placeholders_of_hugging_face_are_no_names(classifier, tmp_path):
+    pytest.importorskip("transformers")
+    _, path = classifier(False)
+    out = exported(path, "hf-vit", tmp_path / "folder")
+    assert stored_names("hf-vit", out)[2] == "LABEL_2" and read_weights(out).classes == []
 
 
 def test_autoencoder_to_hugging_face_and_back(mae, tmp_path, capsys):

@@ -47,6 +47,7 @@ def folder_flags(path: str) -> dict:
         return {}
     names = {**_FLAGS, **(_MAE_FLAGS if config["model_type"] == "vit_mae" else {})}
     flags = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
+    flags |= _label_names(config.get("id2label"))
     eps = flags.get("layer_norm_eps", 1e-6)
     if not isinstance(eps, float) or not 0 < eps < 1:
         raise UserError(f"{Path(path).with_name('config.json')} has a layer_norm_eps of {eps!r}: it must be in (0, 1)")
@@ -56,6 +57,13 @@ def folder_flags(path: str) -> dict:
     if images.get("image_mean") and images.get("image_std"):
         flags |= {"mean": images["image_mean"], "std": images["image_std"]}
     return flags
+
+
+def _label_names(labels) -> dict[str, list[str]]:
+    """Return the names of the classes in order; {} if there are none, or only the placeholders LABEL_0, LABEL_1, ..."""
+    names = [labels.get(str(i)) for i in range(len(labels))] if isinstance(labels, dict) else []
+    known = all(isinstance(name, str) for name in names) and any(name != f"LABEL_{i}" for i, name in enumerate(names))
+    return {"label_names": names} if known else {}
 
 
 def _json(path: Path) -> dict:

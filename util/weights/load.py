@@ -86,7 +86,8 @@ def recognise(raw: dict, path: str, key: str = "model") -> Weights:
     weights.dropped += [name for name in state if not KNOWN.match(name)] + list(weights.outside)
     weights.state = {name: tensor for name, tensor in state.items() if KNOWN.match(name)}
     weights.history = _history(raw, weights.args)
-    weights.classes = [str(name) for name in raw.get("classes") or []]
+    names = weights.args.pop("label_names", None)  # of an export
+    weights.classes = [str(name) for name in raw.get("classes") or (names if isinstance(names, list) else [])]
     weights.origin = _origin(weights) + ", Hugging Face names" * converted
     if entry not in (None, key):
         weights.notes.append(f"the weights are its entry {entry!r}")
