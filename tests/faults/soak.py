@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent.parent)]
 
 import torch  # noqa: E402
+from helpers.found import KINDS  # noqa: E402
 from helpers.kills import EVENTS, METHODS, Broken, Killed  # noqa: E402
 from helpers.strange import GOOD  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -43,7 +44,8 @@ class Soak:
         self.references: dict[tuple, Killed] = {}
 
     def round(self) -> None:
-        task = self.chance.choices(("kills", "images", "lists", "shards", "checkpoints"), (6, 1, 1, 1, 1))[0]
+        tasks = {"kills": 6, "images": 1, "lists": 1, "shards": 1, "checkpoints": 1, "found": 1}
+        task = self.chance.choices(list(tasks), list(tasks.values()))[0]
         try:
             getattr(self, task)()
         except Exception as error:  # every exception is a loss
@@ -185,6 +187,14 @@ class Soak:
                     if not (torch.equal(result["model"]["w"], state["model"]["w"]) and result["epoch"] == 3):
                         raise Broken("a damaged checkpoint was read as another one")
                 self.count["damaged checkpoints"] += 1
+
+    def found(self) -> None:
+        """Each data set and file as people have them is read as it was meant."""
+        for name, check in KINDS.items():
+            for _ in range(5):
+                with tempfile.TemporaryDirectory(dir=self.folder) as folder, contextlib.redirect_stdout(io.StringIO()):
+                    check(self.chance, Path(folder))
+                self.count[f"found: {name}"] += 1
 
     def transform(self):
         return eval_transform((16, 16), (0.5,) * 3, (0.5,) * 3, None)

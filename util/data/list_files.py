@@ -89,7 +89,7 @@ def _sample(split: Layout, lines: list[str]) -> list[list[str]]:
 
 class Names:
     """Turns a cell into the name of a file below `root`: `exact`; with `slashes` for the backslashes of Windows; or
-    with an `ending` of images appended to an identifier such as ISIC_0024306."""
+    also with an `ending` of images appended to an identifier such as ISIC_0024306."""
 
     REPAIRS = ("exact", "slashes", "ending")
     ENDINGS = (*IMG_EXTENSIONS, *(ending.upper() for ending in IMG_EXTENSIONS))
@@ -103,9 +103,11 @@ class Names:
 
     def name(self, cell: str) -> str:
         """Return the repaired name. A cell with an ending, and one for which no file exists, stay unchanged."""
-        if self.repair == "slashes":
-            return cell.replace("\\", "/")
-        if self.repair == "exact" or _has_ending(cell):
+        if self.repair == "exact":
+            return cell
+        if "\\" in cell and not os.path.isfile(self.root / cell):
+            cell = cell.replace("\\", "/")
+        if self.repair == "slashes" or _has_ending(cell):
             return cell
         for ending in self.endings:
             if os.path.isfile(self.root / f"{cell}{ending}"):
@@ -170,7 +172,8 @@ def _infer(path: str, lines: list[str], root: Path, wanted: str) -> Table:
         hits, table = _infer_with(path, samples, Names(root, repair), wanted)
         if hits > best[0]:
             best = hits, table
-        if best[0] >= len(samples["tabs"]) - 1 or (table and table.layout == "tabs" and repair == "exact"):
+        own = table is not None and table.layout == "tabs" and repair == "exact" and not _backslashes(table, samples)
+        if best[0] >= len(samples["tabs"]) - 1 or own:
             break  # all but a header; or our own layout, in which images may be missing
     if best[1] is not None:
         return best[1]
@@ -182,6 +185,11 @@ def _infer(path: str, lines: list[str], root: Path, wanted: str) -> Table:
         f"the list file {path} names {printable(rows[0][0][:200])}, which is not a file below {root}: no cell of its "
         f"first rows is an image there; give the folder to which the names are relative"
     )
+
+
+def _backslashes(table: Table, samples: dict) -> bool:
+    """Whether an image of the first rows may have the path separators of Windows."""
+    return any("\\" in cell for row in samples[table.layout] for cell in row[table.image : table.image + 1])
 
 
 def _infer_with(path: str, samples: dict, names: Names, wanted: str) -> tuple[int, Table | None]:
