@@ -12,7 +12,7 @@ import torch
 from torchvision.transforms.functional import pil_to_tensor
 
 from evaluation import command_line
-from util.data.loader import read_batches
+from util.data.loader import collate, read_batches
 from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
 from util.data.samples import KeyedDataset
@@ -47,7 +47,7 @@ def main(args) -> tuple[list[float], list[float]]:
     count = min(args.limit or len(images), len(images))
     indices = torch.linspace(0, len(images) - 1, count).long().tolist()
     loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(dataset, indices), batch_size=64, num_workers=args.num_workers
+        torch.utils.data.Subset(dataset, indices), batch_size=64, num_workers=args.num_workers, collate_fn=collate
     )
     total, bad = torch.zeros(3, args.in_chans, dtype=torch.float64), 0
     for batch in read_batches(loader):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from util.data.batch_aug import BatchTransform
 from util.data.images import BROKEN_IMAGE, open_image, open_regular, printable, warn_unreadable
 from util.data.jpeg_decoder import JpegDecoder
-from util.data.loader import EpochBatches, Loader, loader_options
+from util.data.loader import EpochBatches, Loader, in_shared_memory, loader_options
 from util.data.sample_rng import sample_noise
 from util.data.samples import Sample, UnreadableData
 from util.data.sources import Images
@@ -143,9 +143,11 @@ def _shared_folder() -> str:
 def _check_room(shape, cache: str, location: str, free: int) -> None:
     needed = math.prod(shape)
     if needed > free:
+        container = " (a container: docker run --shm-size)" if location == "/dev/shm" else ""
         raise UserError(
             f"--data_cache {cache} needs {needed / 2**30:.1f} GiB for {shape[0]} images of {shape[2]}x{shape[3]}, but "
-            f"{location} has {free / 2**30:.1f} GiB free: give a smaller --cache_size, or --data_cache none"
+            f"{location} has {free / 2**30:.1f} GiB free{container}: give a smaller --cache_size, or "
+            "--data_cache none"
         )
 
 
@@ -280,4 +282,6 @@ class CachedLoader(Loader):
         self.batches = EpochBatches(len(images), batch_size, transform.seed, shuffle=True)
         on_host = images.pixels.device.type == "cpu"
         common = loader_options(transform.seed, num_workers if on_host else 0, pin_mem and on_host)
-        self.loader = DataLoader(self.dataset, sampler=self.batches, batch_size=None, **common)
+        self.loader = DataLoader(
+            self.dataset, sampler=self.batches, batch_size=None, collate_fn=in_shared_memory, **common
+        )

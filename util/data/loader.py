@@ -12,7 +12,7 @@ import weakref
 from itertools import islice
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, default_collate, get_worker_info
 
 from util.data.samples import Sample, UnreadableData
 from util.errors import MORE_SHARED_MEMORY, UserError, worker_failure
@@ -112,6 +112,21 @@ def _end_workers() -> None:
         iterator._shutdown_workers()
 
 
+def in_shared_memory(batch):
+    """Move the tensors of a batch to shared memory, if this process is a data worker. Otherwise torch would do it while
+    it sends the batch, in a thread whose errors lose the batch, and the main process would wait for it forever."""
+    if get_worker_info() is not None:
+        for column in batch:
+            if isinstance(column, torch.Tensor) and column.numel():  # names are tuples of text
+                column.share_memory_()
+    return batch
+
+
+def collate(samples: list) -> Sample:
+    """Make a batch of samples, as torch does by default, `in_shared_memory`."""
+    return in_shared_memory(default_collate(samples))
+
+
 def loader_options(seed: int, num_workers: int, pin_mem: bool, persistent: bool = True) -> dict:
     """Return the arguments that every DataLoader gets. `persistent` workers outlive an epoch."""
     return dict(
@@ -170,10 +185,10 @@ class Loader:
         self.start = 0
         common = loader_options(seed, num_workers, pin_mem, persistent=not self.stream)
         if self.stream:
-            self.loader = DataLoader(dataset, batch_size=batch_size, **common)
+            self.loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, **common)
         else:
             self.batches = EpochBatches(len(dataset), batch_size, seed, shuffle, split, labels)
-            self.loader = DataLoader(dataset, batch_sampler=self.batches, **common)
+            self.loader = DataLoader(dataset, batch_sampler=self.batches, collate_fn=collate, **common)
 
     def begin(self, epoch: int, start: int = 0) -> "Loader":
         """Set the epoch and the batch at which the next iteration starts."""

@@ -22,7 +22,7 @@ from webdataset.filters import shuffle
 
 from util.data.images import BROKEN_IMAGE, open_image, printable, reason_of, warn_unreadable
 from util.data.jpeg_draft import split_crop
-from util.data.loader import Loader, loader_options
+from util.data.loader import Loader, collate, loader_options
 from util.data.sample_rng import seeded
 from util.data.samples import DRAWS, NamedSample, Sample, UnreadableData
 from util.data.shard_members import BAD_SHARD, LeftOut, members_of, samples_of, warn_bad_shard
@@ -258,7 +258,7 @@ class ShardLoader(Loader):
         self.dataset, self.batch_size = dataset, dataset.batch_size
         self.stream, self.shuffle, self.start = True, dataset.train, 0
         options = loader_options(dataset.seed, min(num_workers, max(1, dataset.batches)), pin_mem)
-        self.loader = DataLoader(dataset, batch_size=dataset.batch_size, **options)
+        self.loader = DataLoader(dataset, batch_size=dataset.batch_size, collate_fn=collate, **options)
 
     def begin(self, epoch: int, start: int = 0) -> "ShardLoader":
         self.dataset.at[:] = torch.tensor([epoch, start])

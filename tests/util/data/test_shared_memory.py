@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.launch import ROOT
 
-from util.data import shared_memory
+from util.data import loader, shared_memory
 from util.data.loader import Loader
 from util.data.samples import Sample
 from util.data.shared_memory import check_shared_memory
@@ -103,6 +103,15 @@ def test_a_worker_that_fails(fail, words):
     with pytest.raises(RunFailed) as caught:
         list(Loader(Failing(fail), 2, shuffle=False, seed=0, num_workers=1).begin(0))
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("in_worker", [True, False])
+def test_batches_are_shared_before_they_are_sent(monkeypatch, in_worker):
+    """torch itself would share labels while it sends a batch. If that fails, it prints an error and loses the batch,
+    and the main process waits forever."""
+    monkeypatch.setattr(loader, "get_worker_info", lambda: object() if in_worker else None)
+    batch = loader.collate([Sample(torch.ones(3, 4, 4), i, i, 0) for i in range(2)])
+    assert all(column.is_shared() is in_worker for column in batch) and batch.index.tolist() == [0, 1]
 
 
 def test_other_errors_of_a_dataset_are_not_changed():
