@@ -137,8 +137,11 @@ def count_classes(args, *splits) -> int:
 def _classes_of(args, images) -> int:
     classes = getattr(images, "classes", None)
     if classes is None:
-        if args.nb_classes is None or getattr(images, "load", None) is not None:
+        numbers = images.targets if hasattr(images, "load") else [0]  # of a stream they are not known in advance
+        if args.nb_classes is None or min(numbers) < 0:
             raise UserError(f"--dataset {args.dataset} has no labels, or their number is not known: give --nb_classes")
+        if max(numbers) >= args.nb_classes:
+            raise UserError(f"--nb_classes {args.nb_classes}: --dataset {args.dataset} has the label {max(numbers)}")
         return args.nb_classes
     if args.nb_classes is not None and args.nb_classes != len(classes):
         raise UserError(f"--nb_classes {args.nb_classes} contradicts the data set, which has {len(classes)} classes")

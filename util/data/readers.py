@@ -5,10 +5,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import IterableDataset
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from util.data import fine_grained
+from util.data.factory import FACTORY, open_from_factory
 from util.data.file_lists import (
     check_below,
     class_names,
@@ -25,11 +25,9 @@ from util.data.image_folders import (
 from util.data.list_flags import open_list, uses_labels
 from util.data.list_labels import class_labels
 from util.data.shards import Shards, find_shards
-from util.data.sources import Arrays, Files, HuggingFaceImages, Images, TorchvisionImages
+from util.data.sources import Arrays, Files
 from util.errors import UserError
 from util.parallel.distributed import main_process_first
-
-FACTORY = ("hfds", "hfids", "tfds", "torch")  # prefixes of timm's data-set factory
 
 
 def need_path(args) -> Path:
@@ -206,38 +204,4 @@ def read_images(args, train: bool, classes: list[str] | None = None):
             f"--dataset {args.dataset!r} is not known: it must be one of {', '.join(READERS)}, "
             f"or a name of timm's data-set factory ({', '.join(f'{name}/...' for name in FACTORY)})"
         )
-    if prefix == "torch" and not args.data_path:
-        raise UserError(f"--dataset {args.dataset} needs --data_path, the folder of the data set")
-    from timm.data import create_dataset
-
-    try:  # no batch_size: with one, timm fills the last batch of every worker by repeating samples
-        dataset = create_dataset(
-            args.dataset,
-            root=args.data_path or None,
-            split="train" if train else "validation",
-            is_training=train,
-            download=args.download,
-            seed=args.seed,
-            **({"input_img_mode": ""} if prefix == "hfids" else {}),  # do not convert images to RGB
-        )
-        if hasattr(dataset, "reader") and not isinstance(dataset, IterableDataset):
-            return HuggingFaceImages(dataset.reader)
-    except (ImportError, AssertionError, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--dataset {args.dataset} could not be opened by timm's data-set factory: {reason}") from error
-    if isinstance(dataset, IterableDataset):
-        dataset.classes = None  # unknown for a stream
-        return dataset
-    return _torchvision(dataset, args, train)
-
-
-def _torchvision(dataset, args, train: bool) -> Images:
-    """Wrap the torchvision data set that timm's factory returns for `torch/...`."""
-    if type(dataset) is ImageFolder:  # each split numbers only its own class folders
-        classes = dataset.classes if train else read_images(args, train=True).classes
-        unknown = [name for name in dataset.classes if name not in classes]
-        if unknown:
-            raise UserError(f"{dataset.root} has the class folder {unknown[0]!r}, which is not in the training folder")
-        samples = [(path, dataset.classes[target]) for path, target in dataset.samples]
-        return Files([path for path, _ in samples], [classes.index(name) for _, name in samples], classes)
-    return TorchvisionImages(dataset)
+    return open_from_factory(args, prefix, train)

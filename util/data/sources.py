@@ -4,6 +4,7 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import numpy as np
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from util.data.compact import PathList, compact
 from util.data.file_lists import is_below
 from util.data.images import BROKEN_IMAGE, open_image, open_regular, read_image
+from util.errors import UserError
 
 
 class Images(ABC):
@@ -117,10 +119,31 @@ class HuggingFaceImages(Images):
     images to RGB and require a label."""
 
     def __init__(self, reader):
-        self.table, self.column = reader.dataset, reader.image_key
+        self.table = reader.dataset
+        self.column = self._image_column(reader.image_key)
         labelled = reader.label_key in self.table.column_names
-        self.targets = [int(t) for t in self.table[reader.label_key]] if labelled else [-1] * len(self.table)
+        labels = self.table[reader.label_key] if labelled else [-1] * len(self.table)
+        if not all(isinstance(label, Integral) for label in labels):
+            wrong = next(label for label in labels if not isinstance(label, Integral))
+            raise UserError(f"the column {reader.label_key} has {wrong!r}, which is no class: choose --label_column")
+        self.targets = [int(label) for label in labels]
         self.classes = sorted(reader.class_to_idx, key=reader.class_to_idx.get) or None
+
+    def _image_column(self, wanted: str) -> str:
+        """Return `wanted` if this column has images, else the only column that has: CIFAR's is called img, and the
+        library makes up an empty column for a name that does not exist. Raises UserError if there is none, or several.
+        """
+        first = self.table[0] if len(self.table) else {}
+        found = [name for name, value in first.items() if isinstance(value, dict) and {"bytes", "path"} <= value.keys()]
+        if wanted in found or not first:
+            return wanted
+        if len(found) != 1:
+            raise UserError(
+                f"the table has no images in the column {wanted!r}: choose one of {', '.join(found or first)} with "
+                f"--image_column"
+            )
+        print(f"images are read from the column {found[0]}")
+        return found[0]
 
     def load(self, index):
         record = self.table[index][self.column]

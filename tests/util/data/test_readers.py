@@ -287,6 +287,26 @@ def test_hugging_face_table(tmp_path, labelled):
     assert "broken" in images.name(2)
 
 
+def table(rows, image="image", label="label"):
+    return HuggingFaceImages(SimpleNamespace(dataset=Table(rows), image_key=image, label_key=label, class_to_idx={}))
+
+
+def test_hugging_face_columns(tmp_path, capsys):
+    """CIFAR's images are in the column img; for a name that does not exist, the library adds an empty column."""
+    save(tmp_path / "x.png", 5)
+    image = {"bytes": (tmp_path / "x.png").read_bytes(), "path": None}
+    images = table([{"img": image, "fine_label": 3, "image": None}], label="fine_label")
+    assert value_of(images.load(0)) == 5 and images.targets == [3] and "the column img" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match="no images in the column 'image': choose one of left, right with --image_column"
+    ):
+        table([{"left": image, "right": image, "image": None}])
+    with pytest.raises(UserError, match="choose one of text, image"):
+        table([{"text": "a", "image": None}])
+    with pytest.raises(UserError, match="the column label has 'cat', which is no class"):
+        table([{"image": image, "label": "cat"}])
+
+
 def test_build_dataset_is_made_for_a_loader(tmp_path):
     class_folders(tmp_path / "train", a=[10], b=[20])
     class_folders(tmp_path / "val", b=[30])
