@@ -19,6 +19,7 @@ from util.data.label_flags import add_imbalance_arguments, add_label_arguments, 
 from util.data.labels import class_weights, known_labels, note_imbalance, read_labelled, settle_units, with_noise
 from util.data.leak import check_leak
 from util.data.pixel_range import settle_pixel_range
+from util.data.presets import add_preset_arguments, mixes, settle_preset
 from util.data.sample_rng import seeded
 from util.data.transforms import check_channels
 from util.datasets import build_transform
@@ -32,31 +33,13 @@ from util.training.run import Run, start
 from util.training.run_length import settle_schedule
 from util.weights.load import Weights, read_weights
 
-# The two regularization regimes of Garcia, Senel and Frantzolas ("Exploring: Masked Autoencoders Are Scalable Vision
-# Learners", Section 3). `full` is the recipe of He et al. 2022 (Table 9) with the random erasing of their code; `small`
-# turns mixup, cutmix and label smoothing off.
-PRESETS = {
-    "small": dict(mixup=0.0, cutmix=0.0, smoothing=0.0),
-    "full": dict(mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, aa="rand-m9-mstd0.5-inc1", drop_path=0.1),
-}
-
-
-class PresetParser(Parser):
-    """`--aug_preset` changes the defaults of other flags, so that explicit flags override it in any order."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        preset = super().parse_known_args(args, namespace)[0].aug_preset
-        self.set_defaults(**PRESETS.get(preset, {}))
-        return super().parse_known_args(args, namespace)
-
 
 def get_args_parser() -> Parser:
-    parser = PresetParser(
+    parser = Parser(
         "Fine-tune a ViT for classification or regression, train one from scratch, or evaluate one.",
         usual="--finetune CHECKPOINT --data_path PATH",
     )
-    group = arguments.add_model_arguments(parser, default_model=None, decoder=False)
-    group.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth: drop rate of the last block")
+    arguments.add_model_arguments(parser, default_model=None, decoder=False)
     arguments.add_finetuning_arguments(parser, pooled=True)
     arguments.add_leak_argument(arguments.add_data_arguments(parser))
     group = parser.add_argument_group("labels")
@@ -80,27 +63,14 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def augment_policy(text: str) -> str | None:
-    return None if text in ("", "none", "None") else text
-
-
 def add_augmentation_arguments(group) -> None:
-    group.add_argument(
-        "--aug_preset",
-        choices=list(PRESETS),
-        help="defaults of the flags below; full: the paper's; small: no mixup, cutmix and label smoothing",
-    )
+    add_preset_arguments(group)
     group.add_argument(
         "--aug",
         choices=["rrc", "crop"],
         help="random resized crop, or pad and crop; without it crop for CIFAR and digits, else rrc",
     )
     group.add_argument("--color_jitter", type=float, help="strength; only without --aa")
-    group.add_argument(
-        "--aa", type=augment_policy, default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, or none"
-    )
-    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing; none with --targets regression")
-    group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
     rare(
         group.add_argument(
             "--remode",
@@ -119,8 +89,6 @@ def add_augmentation_arguments(group) -> None:
 
 
 def add_mixing_arguments(group) -> None:
-    group.add_argument("--mixup", type=float, default=0.0, help="mixup alpha; 0 is off")
-    group.add_argument("--cutmix", type=float, default=0.0, help="cutmix alpha; 0 is off")
     rare(
         group.add_argument(
             "--cutmix_minmax",
@@ -144,10 +112,10 @@ def add_mixing_arguments(group) -> None:
 def check(args) -> None:
     """Raise UserError for flags that are out of range or contradict each other."""
     arguments.check_values(args)
-    for name in ("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "label_noise"):
-        if not 0 <= getattr(args, name) <= 1:
+    for name in ("drop_path", "smoothing", "reprob", "hflip", "mixup_prob", "mixup_switch_prob", "label_noise"):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)} must lie in [0, 1]")
-    if args.aa and not args.aa.startswith(("rand", "augmix", "original", "v0", "3a")):
+    if args.aa not in ("auto", None) and not args.aa.startswith(("rand", "augmix", "original", "v0", "3a")):
         raise UserError(
             f"--aa {args.aa!r} is not a policy of timm: give rand-m9-mstd0.5-inc1, augmix-m5, original, v0 or none"
         )
@@ -176,10 +144,6 @@ def check(args) -> None:
         raise UserError("--eval needs weights: give --resume or --finetune")
 
 
-def mixes(args) -> bool:
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
 def build_mixup(args) -> Mixup | None:
     """Return timm's mixup and cutmix of a batch, None if both are off."""
     if not mixes(args):
@@ -196,10 +160,12 @@ def build_mixup(args) -> Mixup | None:
     )
 
 
-def settle_model_from_checkpoint(args, path: Path) -> Weights:
-    """Set the model flags of a resumed run that are not given to those of its checkpoint, which is returned. `Run`
-    compares the others."""
-    return settle_model(args, read_weights(path))
+def settle_from_checkpoint(args, path: Path) -> Weights:
+    """Set the flags of model and augmentation of a resumed run that are not given to those of its checkpoint, which is
+    returned. `Run` compares the others."""
+    weights = settle_model(args, read_weights(path))
+    settle_preset(args, weights.args)
+    return weights
 
 
 def read_weights_and_images(args, resume: Path | None):
@@ -208,9 +174,10 @@ def read_weights_and_images(args, resume: Path | None):
     Returns the weights (None: random ones, or those of the checkpoint to resume), the training images (None with
     `--eval`) and the validation images. Raises UserError for mistakes in flags and files.
     """
-    resumed = settle_model_from_checkpoint(args, resume) if resume is not None and not args.eval else None
+    resumed = settle_from_checkpoint(args, resume) if resume is not None and not args.eval else None
     source = str(resume) if args.eval and resume else args.finetune
     weights = settle_model(args, source if args.eval or resume is None else "")
+    settle_preset(args)
     check_channels(args.in_chans)
     args.aug = args.aug or arguments.default_crop(args.dataset)
     arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval)
@@ -223,7 +190,8 @@ def read_weights_and_images(args, resume: Path | None):
     if args.check_leak:
         check_leak(images, held_out)
     args.nb_classes = count_classes(args, images, held_out)
-    settle_pixel_range(args, images or held_out, lambda: weights.args if weights else {})
+    stored = weights or resumed
+    settle_pixel_range(args, images or held_out, lambda: stored.args if stored else {})
     scores = SCORES[args.targets]
     classes = args.nb_classes if args.targets == "single" else None
     settle_best_metric(args, scores.metrics, scores.headline, classes)

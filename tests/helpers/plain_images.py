@@ -1,5 +1,7 @@
 """Images of one colour, flags to read them, and the states of the random generators: for the tests of data."""
 
+import contextlib
+import io
 import random
 
 import numpy as np
@@ -9,6 +11,7 @@ from torchvision import transforms as tvt
 
 import main_finetune
 import main_pretrain
+from util.data.presets import settle_preset
 
 PLAIN = tvt.ToTensor()
 
@@ -22,6 +25,8 @@ def flags(*argv, size=32):
 def finetune_flags(*argv, size=32):
     args = main_finetune.get_args_parser().parse_args([str(word) for word in argv])
     args.input_size, args.in_chans, args.aug = size, args.in_chans or 3, args.aug or "rrc"
+    with contextlib.redirect_stdout(io.StringIO()):
+        settle_preset(args)
     return args
 
 

@@ -251,6 +251,7 @@ def finetune_transform(args, size: tuple[int, int], mean, std):
             color_jitter=args.color_jitter,
             auto_augment=args.aa,
             interpolation="bicubic",
+            hflip=getattr(args, "hflip", 0.5),  # forks' flags lack it
             re_prob=args.reprob,
             re_mode=args.remode,
             re_count=args.recount,

