@@ -1,4 +1,4 @@
-"""Augmentation that suits the images: flags that are not given are settled by the preset, or by a resumed checkpoint."""
+"""Augmentation that suits the images: flags that are not given are settled by the preset or by a resumed checkpoint."""
 
 import pytest
 import torch
