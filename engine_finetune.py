@@ -22,7 +22,7 @@ from util.training.run import Run
 def train_one_epoch(run: Run, criterion, mixup_fn=None) -> None:
     """Train for the rest of the current epoch. `mixup_fn` turns (imgs, labels) into mixed images and soft targets."""
     run.train_module.train()
-    for batch in run.batches("train"):
+    for batch in run.batches():
         imgs = batch.samples.image.to(run.device, non_blocking=True)  # (N, C, H, W)
         targets = batch.samples.target.to(run.device, non_blocking=True)
         if mixup_fn is not None:

@@ -41,7 +41,7 @@ def train_one_epoch(pretrainer: Pretrainer, run: Run, args) -> None:
     if run.position == 0:  # micro-batch of the epoch; a run that was resumed inside an epoch begins at another one
         pretrainer.before_epoch(run.epoch)
     patches = pretrainer.model.patch_embed.num_patches
-    for batch in run.batches("pretrain"):  # the name is that of the progress line
+    for batch in run.batches():
         imgs = batch.samples.image.to(run.device, non_blocking=True)  # (N, C, H, W)
         indices = batch.samples.index.to(run.device, non_blocking=True)
         noise = sample_noise(args.seed, run.epoch, indices, patches)  # (N, L): the highest are removed

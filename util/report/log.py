@@ -26,6 +26,26 @@ def check_same_names(names: list[str]) -> None:
     )
 
 
+COLUMNS = 80  # of a terminal; longer lines are broken
+
+
+def duration(seconds: float) -> str:
+    """Return a time as 0:03:25, or 2 d 03:12:25."""
+    days, rest = divmod(int(seconds), 86_400)
+    clock = f"{rest // 3600:{'02d' if days else 'd'}}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days} d {clock}" if days else clock
+
+
+def in_lines(header: str, values: list[str]) -> str:
+    """Return `header` and `values` in lines of at most 80 columns; no value is broken, and later lines are indented."""
+    lines = [header]
+    for value in values:
+        if len(lines[-1]) + 2 + len(value) > COLUMNS and lines[-1].strip():
+            lines.append("  ")
+        lines[-1] += f"  {value}"
+    return "\n".join(lines)
+
+
 class Progress:
     """A progress bar on a terminal, plain lines elsewhere; silent on ranks other than the main one."""
 
@@ -40,14 +60,14 @@ class Progress:
             self.bar.update(position - self.position)
         self.position = position
 
-    def show(self, values: dict[str, float], seconds_left: float) -> None:
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    def show(self, values: list[str], seconds_left: float) -> None:
+        """Show `values`, such as "loss 0.52", and the time that is left of the whole run."""
+        text = "  ".join([*values, f"left {duration(seconds_left)}"])
         if self.bar is not None:
             self.bar.set_postfix_str(text)
         elif is_main_process():
             width = len(str(self.total))
-            left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
-            print(f"{self.header} [{self.position:{width}d}/{self.total}]  {text}  left {left}", flush=True)
+            print(f"{self.header}  {self.position:{width}d}/{self.total}  {text}", flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -1,6 +1,7 @@
 """Reports of a training run: progress on the terminal, TensorBoard, `log.txt`, `spikes.jsonl`; and the checks that end
 a run: non-finite losses, too many unreadable images, fp16 overflows."""
 
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from util.data.samples import Sample
 from util.errors import UserError
 from util.parallel.distributed import gather_objects, get_world_size, is_main_process
 from util.parallel.watchdog import slow_reader
-from util.report.log import Clock, Progress, log_line
+from util.report.log import Clock, Progress, in_lines, log_line
 from util.report.tensorboard import Board
 from util.training.batches import MicroBatch
 from util.training.meters import EpochMeter
@@ -36,9 +37,9 @@ class Reporter:
 
     # Every step: nothing here waits for the device ------------------------------------------------------------------
 
-    def begin_epoch(self, run, header: str) -> None:
+    def begin_epoch(self, run) -> None:
         """Start the progress bar and the clock of an epoch."""
-        self.progress = Progress(f"{header} {run.epoch}", run.last_position(), run.position)
+        self.progress = Progress(f"epoch {_number(run)}", run.last_position(), run.position)
         self.clock, self.waited = Clock(), 0.0
 
     def count_batch(self, samples: Sample, seconds_waited: float) -> None:
@@ -77,8 +78,7 @@ class Reporter:
         bad = values.pop("bad_images")
         rates = self._rates(run)
         per_batch = self.meter.epoch["seconds"][0] / max(1, run.position)
-        seconds_left = per_batch * (run.last_position() - run.position)
-        self.progress.show({"loss": values["loss"], "lr": run.lr, **rates}, seconds_left)
+        self.progress.show(_speeds(values["loss"], run.lr, rates), per_batch * run.batches_left())
         if self.device.type == "cuda":
             rates["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         points = {f"train/{name}": value for name, value in values.items()}
@@ -124,10 +124,32 @@ class Reporter:
         if self.writes and is_main_process():
             counts = {"epoch": run.epoch, "step": run.step, "seconds": seconds, "bad_images": int(bad)}
             self.log.append(log_line({**stats, **row, **counts}))
-        text = "  ".join(f"{name} {value:.4g}" for name, value in {**stats, **row}.items())
-        print(f"epoch {run.epoch}: {text}  {seconds:.1f} s" + (f"  unreadable images {int(bad)}" if bad else ""))
+        print(in_lines(f"epoch {_number(run)}:", [*_shown(means, row), *_counted(bad), f"{seconds:.1f} s"]))
         slow = slow_reader(gather_objects(self.waited), seconds)
         if slow:
             print(f"note: {slow}")
         self.board.scalars(row, run.fractional_epoch())
         self.board.flush()
+
+
+def _number(run) -> str:
+    """Return the epoch as 3/200, counted from 1 (the names of checkpoints count from 0)."""
+    return f"{run.epoch + 1}/{ceil(run.args.epochs)}"
+
+
+def _shown(means: dict[str, float], row: dict[str, float]) -> list[str]:
+    """Return the numbers of an epoch for the terminal. A loss of one term is shown once."""
+    terms = {name: value for name, value in means.items() if value != means["loss"]}
+    return [f"{name} {value:.4g}" for name, value in {"loss": means["loss"], **terms, **row}.items()]
+
+
+def _speeds(loss: float, lr: float, rates: dict[str, float]) -> list[str]:
+    """Return the numbers of a progress line. Long waits for data take the place of the learning rate: there are 80
+    columns."""
+    wait, images = rates["data_wait_percent"], f"{rates['images_per_s']:.0f} img/s"
+    shown = [f"loss {loss:.4g}", f"waits {wait:.0f}%" if wait >= 20 else f"lr {lr:.1e}", images]
+    return [*shown, f"MFU {rates['mfu_percent']:.0f}%"] if "mfu_percent" in rates else shown
+
+
+def _counted(bad: float) -> list[str]:
+    return [f"unreadable images {int(bad)}"] if bad else []

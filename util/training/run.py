@@ -161,6 +161,12 @@ class Run:
         left = self.total_steps - self.epoch * self.steps_per_epoch
         return min(len(self.loader), left * self.args.accum_iter)
 
+    def batches_left(self) -> int:
+        """Return the number of micro-batches until the end of the run."""
+        ends = self.total_steps // self.steps_per_epoch * len(self.loader)
+        ends += self.total_steps % self.steps_per_epoch * self.args.accum_iter
+        return max(0, ends - self.epoch * len(self.loader) - self.position)
+
     def fractional_epoch(self) -> float:
         """Return epoch and position as one number, the x axis of TensorBoard."""
         return self.epoch + self.position / len(self.loader)
@@ -171,10 +177,10 @@ class Run:
 
     # One step, in the order of the calls ----------------------------------------------------------------------------
 
-    def batches(self, header: str):
+    def batches(self):
         """Yield the remaining micro-batches of this epoch; end early if the run is `stopped`."""
         total, last = len(self.loader), self.last_position()
-        self.reporter.begin_epoch(self, header)
+        self.reporter.begin_epoch(self)
         watchdog.progress(self.step)
         if self.stepper.flops:
             self.stepper.flops.begin()
