@@ -43,12 +43,11 @@ def add_list_arguments(group) -> None:
 
 def check_columns(args) -> None:
     """Raise UserError for columns without a list. Commands without these flags are accepted."""
-    for name in ("image_column", "label_column"):
-        has_list = args.dataset == "filelist" or (args.dataset == "imagefolder" and args.val_list)
-        if getattr(args, name, None) and not has_list and not args.dataset.startswith(("hfds/", "hfids/")):
-            raise UserError(
-                f"--{name} has no effect here: it is for --dataset filelist or hfds/..., and for --val_list"
-            )
+    given = [name for name in ("image_column", "label_column") if getattr(args, name, None)]
+    if not given or args.dataset == "filelist" or args.dataset.startswith(("hfds/", "hfids/")):
+        return
+    if args.dataset != "imagefolder" or not args.val_list:
+        raise UserError(f"--{given[0]} has no effect here: it is for --dataset filelist, hfds/... and --val_list")
 
 
 def open_list(args, path: str, root: Path, announce: bool = True) -> ImageList:
