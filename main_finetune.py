@@ -190,7 +190,7 @@ def read_weights_and_images(args, resume: Path | None):
     if args.check_leak:
         check_leak(images, held_out)
     args.nb_classes = count_classes(args, images, held_out)
-    stored = weights or resumed
+    stored = resumed or weights
     settle_pixel_range(args, images or held_out, lambda: stored.args if stored else {})
     scores = SCORES[args.targets]
     classes = args.nb_classes if args.targets == "single" else None

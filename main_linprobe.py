@@ -21,7 +21,7 @@ from models_vit import AttentivePool
 from util import arguments
 from util.checkpoint.atomic import write_tensors
 from util.checkpoint.output_dir import make_output_dir
-from util.checkpoint.resume import find_resume
+from util.checkpoint.resume import find_resume, stored_flags
 from util.checkpoint.retry import GrowingFile, Saver
 from util.checkpoint.same_run import plain
 from util.compute.precision import choose_amp_dtype
@@ -357,7 +357,7 @@ def read_weights_and_images(args, resume: Path | None):
     if args.check_leak:
         check_leak(images, held_out)
     args.nb_classes = count_classes(args, images, held_out)
-    settle_pixel_range(args, images or held_out, lambda: weights.args if weights else {})
+    settle_pixel_range(args, images or held_out, lambda: stored_flags(resume, weights.args if weights else {}))
     settle_best_metric(args, TopK.metrics, TopK.headline, args.nb_classes)
     for split, listed in (("training", images), ("test", held_out)):
         note_imbalance(listed, split)

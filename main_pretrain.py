@@ -12,9 +12,8 @@ from engine_pretrain import train
 from evaluation.monitor import Monitor
 from methods import METHODS, Method, Pretrainer, add_method_arguments, enabled_methods
 from util import arguments
-from util.checkpoint import sharded
-from util.checkpoint.resume import find_resume
-from util.checkpoint.same_run import FREE_FLAGS, flags_of
+from util.checkpoint.resume import find_resume, stored_flags
+from util.checkpoint.same_run import FREE_FLAGS
 from util.compute.kernels import choose_attention
 from util.compute.precision import choose_amp_dtype
 from util.data.batch_aug import BatchTransform
@@ -33,7 +32,6 @@ from util.report.ledger import Record, strict
 from util.training.finished import end_again
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
-from util.weights.file import read_file
 from util.weights.load import Weights, encoder_state, load_into, read_weights, save_encoder
 
 
@@ -200,13 +198,6 @@ def read_starting_weights(args, model) -> tuple[Path | None, Weights | None]:
     return resume, weights
 
 
-def stored_flags(resume: Path | None, weights: Weights | None) -> dict:
-    """Return the flags that are stored in the checkpoint to resume, or else with the starting weights."""
-    if resume is not None:
-        return flags_of(read_file(resume / sharded.REST if resume.is_dir() else resume))
-    return weights.args if weights is not None else {}
-
-
 def read_training_images(args):
     """Return the images of the training split. Raises UserError if `--check_leak` detects images of the validation
     split among them."""
@@ -299,7 +290,7 @@ def main(args) -> None:
     model.set_grad_checkpointing(args.grad_checkpoint)
     images = read_training_images(args)
     resume, weights = read_starting_weights(args, model)
-    settle_pixel_range(args, images, lambda: stored_flags(resume, weights))
+    settle_pixel_range(args, images, lambda: stored_flags(resume, weights.args if weights else {}))
     with seeded(args.seed, 1):
         methods = [method(args, model) for method in chosen]
         images, held_out = split_images(methods, args, images)

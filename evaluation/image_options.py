@@ -15,7 +15,7 @@ from util.data.readers import read_images
 from util.data.samples import KeyedDataset
 from util.data.sources import Files, Subset
 from util.data.transforms import Converter, check_channels, eval_transform
-from util.errors import UserError
+from util.errors import MissingSplit, UserError
 
 
 @dataclass
@@ -112,7 +112,7 @@ def _open_images(args):
     if not args.data:
         try:
             return read_images(args, train=False), source
-        except UserError:
+        except MissingSplit:
             return read_images(args, train=True), source
     path = Path(args.data)
     if path.is_file():

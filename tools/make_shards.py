@@ -57,7 +57,11 @@ def content(images: Images, index: int) -> tuple[str, bytes]:
     if path.suffix.lower() in IMG_EXTENSIONS:
         return path.suffix.lower().removeprefix("."), path.read_bytes()
     file = io.BytesIO()
-    (image if image.mode in ("L", "LA", "RGB", "RGBA") else to_channels(image, 3)).save(file, "PNG")
+    if image.mode in ("I", "F"):
+        image.save(file, "TIFF")  # keeps its values
+        return "tif", file.getvalue()
+    kept = image.mode in ("L", "LA", "RGB", "RGBA") or image.mode.startswith("I;16")
+    (image if kept else to_channels(image, 3)).save(file, "PNG")
     return "png", file.getvalue()
 
 

@@ -42,7 +42,7 @@ from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
 from util.data.shards import Shards
 from util.data.sources import Files, Images
-from util.errors import RunFailed, UserError, user_errors
+from util.errors import MissingSplit, RunFailed, UserError, user_errors
 
 TOPK = 5  # the default of --topk
 
@@ -92,6 +92,10 @@ def check(args) -> Path:
     if args.data and (args.data_path or args.split or args.dataset != "imagefolder"):
         other = "data_path" if args.data_path else "split" if args.split else "dataset"
         raise UserError(f"--data {args.data} and --{other} {getattr(args, other)} exclude each other: give one of them")
+    unused = "eval_path val_fraction train_list val_list allow_outside shard_samples download".split()
+    given = [name for name in unused if getattr(args, name)]
+    if args.data and given:
+        raise UserError(f"--{given[0]} has no effect with --data")
     if args.topk is not None and args.topk < 1:
         raise UserError(f"--topk {args.topk} must be positive")
     if args.topk is not None and args.probabilities == "all":
@@ -113,17 +117,17 @@ def check(args) -> Path:
 # Images ---------------------------------------------------------------------------------------------------------------
 
 
-def open_images(args) -> tuple[Images | Shards, Path]:
+def open_images(args, classes: list[str] | None) -> tuple[Images | Shards, Path]:
     """Open the images of the flags -> the images, and the folder that their names are relative to. Raises UserError if
-    there are none, and for a stream, whose images have no names."""
+    there are none, and for a stream, whose images have no names. `classes` are those of the checkpoint."""
     if args.data:
         return open_data(Path(args.data).expanduser(), args.image_column)
     if args.split:
         images = read_images(args, train=args.split == "train")
     else:
         try:
-            images = read_images(args, train=False)
-        except UserError:
+            images = read_images(args, False, classes)
+        except MissingSplit:
             images = read_images(args, train=True)
             print(f"--dataset {args.dataset} has no validation images; its training images are read")
     if not isinstance(images, (Images, Shards)):
@@ -228,7 +232,7 @@ def main(args: argparse.Namespace) -> Tally:
         encode = judged.model
     stored = judged.weights.args if judged.weights else {}
     options = replace(judged.images, dataset=stored.get("dataset") or args.dataset)  # pixels as in its training
-    images, folder = open_images(args)
+    images, folder = open_images(args, (judged.weights.classes or None) if judged.weights else None)
     settle_pixel_range(options, images)
     tally = Tally(len(images), f"--data {args.data}" if args.data else f"--dataset {args.dataset}")
     rows = predict(encode, images, options, args.batch_size, judged.device, judged.dtype)

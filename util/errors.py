@@ -12,6 +12,10 @@ class UserError(ValueError):
     """A mistake in a flag or a file. The message names it and says what to do."""
 
 
+class MissingSplit(UserError):
+    """A data set without the split that is asked for, where another one may do."""
+
+
 class RunFailed(RuntimeError):
     """A run that cannot continue although its flags are right, because of a non-finite loss, say. Exit code 1."""
 

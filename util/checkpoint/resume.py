@@ -6,9 +6,11 @@ from pathlib import Path
 
 from util.checkpoint import sharded
 from util.checkpoint.files import list_checkpoints
+from util.checkpoint.same_run import flags_of
 from util.errors import UserError
 from util.parallel.distributed import from_main_process
 from util.weights.checksum import damage
+from util.weights.file import read_file
 
 
 def is_whole(path: Path) -> bool:
@@ -30,6 +32,13 @@ def find_resume(resume: str, output_dir: str, needed: bool = False) -> Path | No
     if not output_dir:
         raise UserError("--resume auto needs --output_dir, the folder of the run")
     return from_main_process(lambda: _newest_whole(output_dir, needed))
+
+
+def stored_flags(resume: Path | None, others: dict) -> dict:
+    """Return the flags that are stored in the checkpoint to resume; without one the `others`, of starting weights."""
+    if resume is None:
+        return others
+    return flags_of(read_file(resume / sharded.REST if resume.is_dir() else resume))
 
 
 def _newest_whole(output_dir: str, needed: bool) -> Path | None:

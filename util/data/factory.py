@@ -1,10 +1,13 @@
 """Data sets of timm's factory: tables of Hugging Face (`hfds/`, `hfids/`), TensorFlow's (`tfds/`) and torchvision's
 (`torch/`)."""
 
+from pathlib import Path
+
 from torch.utils.data import IterableDataset
 from torchvision.datasets import ImageFolder
 
-from util.data.sources import Files, HuggingFaceImages, Images, TorchvisionImages
+from util.data.image_folders import class_folder
+from util.data.sources import HuggingFaceImages, Images, TorchvisionImages
 from util.errors import UserError
 
 FACTORY = ("hfds", "hfids", "tfds", "torch")  # prefixes of its names
@@ -69,10 +72,6 @@ def _label_column(args) -> list[str]:
 def _torchvision(dataset, args, prefix: str, train: bool) -> Images:
     """Wrap the torchvision data set that timm's factory returns for `torch/...`."""
     if type(dataset) is ImageFolder:  # each split numbers only its own class folders
-        classes = dataset.classes if train else open_from_factory(args, prefix, train=True).classes
-        unknown = [name for name in dataset.classes if name not in classes]
-        if unknown:
-            raise UserError(f"{dataset.root} has the class folder {unknown[0]!r}, which is not in the training folder")
-        samples = [(path, dataset.classes[target]) for path, target in dataset.samples]
-        return Files([path for path, _ in samples], [classes.index(name) for _, name in samples], classes)
+        classes = None if train else open_from_factory(args, prefix, train=True).classes
+        return class_folder(Path(dataset.root), classes)
     return TorchvisionImages(dataset)

@@ -1,5 +1,6 @@
 """Folders of images: a folder for each class, with or without folders for the splits, or images without labels."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from util.data.file_lists import class_names, images_below, note_odd_classes
 from util.data.images import printable
 from util.data.leftovers import Skipped, is_leftover
 from util.data.sources import Files
-from util.errors import UserError
+from util.errors import MissingSplit, UserError
 
 # Names of the splits' folders, in any case. The first that exists is read; test images serve where nothing else does.
 _TRAIN = ("train", "training")
@@ -45,8 +46,15 @@ def check_folder_flags(args) -> None:
         raise UserError(f"--val_fraction is for --dataset imagefolder, not {args.dataset}")
     if getattr(args, "eval_path", "") and args.dataset not in ("imagefolder", "folder"):
         raise UserError(f"--eval_path is for --dataset imagefolder and folder, not {args.dataset}")
-    if getattr(args, "eval_path", "") and fraction is not None:
-        raise UserError("--eval_path and --val_fraction both choose the evaluation images: give one of them")
+    given = [f"--{name}" for name in ("eval_path", "val_list") if getattr(args, name, "")]
+    if given and fraction is not None:
+        raise UserError(f"{given[0]} and --val_fraction both choose the evaluation images: give one of them")
+    if getattr(args, "targets", "single") != "single":
+        return  # has a sentence of its own for data sets without lists
+    if getattr(args, "train_list", "") and args.dataset != "filelist":
+        raise UserError(f"--train_list is for --dataset filelist, not {args.dataset}")
+    if getattr(args, "val_list", "") and args.dataset not in ("filelist", "imagefolder"):
+        raise UserError(f"--val_list is for --dataset filelist and imagefolder, not {args.dataset}")
 
 
 def folder_at(path: str | Path, flag: str = "--data_path") -> Path:
@@ -120,7 +128,7 @@ def split_folder(root: Path, train: bool, flag: str = "--data_path") -> Path:
     if found is None:
         name, *others = _TRAIN if train else _EVALUATION
         advice = "--dataset folder for images without labels" if train else "--eval_path for another folder"
-        raise UserError(
+        raise MissingSplit(
             f"{flag} {root} has no {name}/ folder (nor {', '.join(f'{other}/' for other in others)})"
             f"{_other_layout(root)}: give {advice}"
         )
@@ -162,11 +170,19 @@ def _held_out(root: Path, train: bool, fraction: float, flag: str, classes: list
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
         count = min(max(1, round(fraction * len(own))), len(own) - 1)  # of a single image: it is for training
-        held[np.random.default_rng(0).permutation(own)[:count]] = True
+        held[sorted(own, key=lambda i: _draw(os.path.relpath(images.paths[i], root)))[:count]] = True
     chosen = np.flatnonzero(held != train).tolist()
     part = "evaluation" if not train else "training"
+    if not chosen:
+        raise UserError(f"--val_fraction {fraction:g} leaves no image for {part}: a class needs two images or more")
     print(f"--val_fraction {fraction:g}: {len(chosen)} of {len(images)} images are for {part}")
     return Files([images.paths[i] for i in chosen], labels[chosen].tolist(), images.classes)
+
+
+def _draw(name: str) -> bytes:
+    """Return a number for an image that depends on its name alone: when images are added, the others stay where they
+    are, but for one per class at the edge."""
+    return hashlib.sha256(os.fsencode(name)).digest()
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data.file_lists import OTHER_ENDINGS, is_below, read_lines
 from util.data.images import printable
-from util.errors import UserError
+from util.errors import MissingSplit, UserError
 
 SAMPLE = 21  # rows from which the layout is inferred: a header and twenty images
 # Names of columns, in lower case and without spaces and punctuation: "Image Index" is imageindex.
@@ -255,10 +255,12 @@ def read_list(
     list that comes with the data must not refer to other files.
     """
     if not path:
-        raise UserError("--dataset filelist needs two text files: --train_list and --val_list")
+        raise MissingSplit("--dataset filelist needs two text files: --train_list and --val_list")
     if not os.path.isfile(path):
         raise UserError(f"--dataset filelist needs --train_list and --val_list, text files: {path} is not a file")
     lines = read_lines(path, "the list file")
+    if lines and re.fullmatch(r'"?sep=.?"?\s*', lines[0], re.IGNORECASE):
+        lines = lines[1:]  # Excel's
     if not lines:
         raise UserError(f"the list file {path} is empty: every line must be a path, or path<TAB>label")
     table = _infer(path, lines, root, image_column)

@@ -46,6 +46,8 @@ def check_columns(args) -> None:
     given = [name for name in ("image_column", "label_column") if getattr(args, name, None)]
     if not given or args.dataset == "filelist" or args.dataset.startswith(("hfds/", "hfids/")):
         return
+    if getattr(args, "data", ""):  # of a tool that reads a list there
+        return
     if args.dataset != "imagefolder" or not args.val_list:
         raise UserError(f"--{given[0]} has no effect here: it is for --dataset filelist, hfds/... and --val_list")
 

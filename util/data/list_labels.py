@@ -27,7 +27,7 @@ def class_labels(listed: ImageList, check_sets: bool = True) -> tuple[list[str] 
     """
     if len(listed.columns) > 1:
         return _one_hot_classes(listed), listed.columns
-    labels = listed.cells[0] if listed.columns else []
+    labels = ["" if cell.lower() == "nan" else cell for cell in listed.cells[0]] if listed.columns else []
     counts = Counter(labels)
     if not labels or counts.keys() == {""}:
         return None, []

@@ -62,14 +62,16 @@ def scaled_grey(img: Image.Image, pixel_range: list | None) -> np.ndarray:
     """Return the values (H, W) of a wide image in 0..255, float32. Raises ValueError for NaN, for values outside the
     range of a type, and for an image whose type has no fixed range if `pixel_range` is None or empty."""
     values = np.asarray(img)
+    lowest, highest = values.min(), values.max()  # NaN if any value is NaN
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        raise ValueError("it has values that are NaN or infinite")
     name = "16bit" if has_fixed_range(img) else None
     if pixel_range and not (name and isinstance(pixel_range[0], str)):
         name = pixel_range[0] if isinstance(pixel_range[0], str) else None
     elif not name:
         raise ValueError(f"its values are {values.dtype}, whose range is not known: give --pixel_range LOW HIGH")
     low, high = limits([name] if name else pixel_range)
-    lowest, highest = values.min(), values.max()  # NaN if any value is NaN
-    if not (np.isfinite(lowest) and np.isfinite(highest)) or (name and not (low <= lowest and highest <= high)):
+    if name and not (low <= lowest and highest <= high):
         raise ValueError(
             f"its values range from {lowest:g} to {highest:g}, outside {low:g}..{high:g}: "
             f"give --pixel_range LOW HIGH, and values outside are clipped"
@@ -149,23 +151,57 @@ def _find(given: list | None, images, stored) -> list | None:
             raise UserError("--pixel_range auto needs images that can be sampled, not a stream: give LOW HIGH")
         return known
     sample = read_sample(images)
-    _note_colour(sample)
+    _check_colour(sample, given if is_given else None)
     if not sample.is_wide:
         if given is not None:
-            print(f"note: --pixel_range {' '.join(map(str, given))} has no effect on the images, which have 8 bits")
+            print(f"note: --pixel_range {_shown(given)} has no effect on the images, which have 8 bits")
         return given if is_given else None
-    found = given if is_given else stored().get("pixel_range") or (_extremes if automatic else _agreed)(sample)
-    _note_few_levels(sample, found or ["16bit"])
+    known = None if is_given else stored().get("pixel_range")
+    if known:
+        print(f"--pixel_range {_shown(known)}, from the checkpoint{'; auto has no effect' * automatic}")
+    found = given if is_given else known or (_extremes if automatic else _agreed)(sample)
+    if is_given and sample.fixed and found[0] in ("unit", "8bit"):
+        raise UserError(
+            f"--pixel_range {found[0]} does not apply to 16-bit images, whose range is 0..65535: give LOW HIGH, such "
+            f"as --pixel_range {limits(found)[0]:g} {limits(found)[1]:g}"
+        )
+    _check_fit(sample, found)
     return found
 
 
+def _shown(pixel_range: list) -> str:
+    return " ".join(word if isinstance(word, str) else f"{word:g}" for word in pixel_range)
+
+
+def _check_fit(sample: Sample, found: list | None) -> None:
+    """Print notes about grey images that use few levels of their range, or have most of their values outside. Raises
+    UserError if most images without a fixed range contradict a named range."""
+    window = found if found and not isinstance(found[0], str) else None
+    if sample.fixed:
+        _note_few_levels(sample.fixed, limits(window or ["16bit"]))
+    spans = [(low, high) for low, high, _ in sample.free.values()]
+    if not spans:
+        return
+    low, high = limits(found)
+    outside = [(name, *span) for name, span in zip(sample.free, spans) if span[0] < low or span[1] > high]
+    if not window and 2 * len(outside) > len(spans):
+        name, lowest, highest = outside[0]
+        raise UserError(
+            f"--pixel_range {found[0]} is {low:g}..{high:g}, but {printable(name)} has values of "
+            f"{lowest:g}..{highest:g}: give --pixel_range LOW HIGH"
+        )
+    _note_few_levels(spans, (low, high))
+
+
 def read_sample(images) -> Sample:
-    """Return the values of up to 64 images, evenly spaced over the set; of shards the first ones."""
+    """Return the values of up to 64 images, evenly spaced over the set; of shards the first ones. Images of 8 bits are
+    not decoded."""
     sample = Sample()
     for name, img in images.sampled(SAMPLE):
         try:
-            img.load()
-            sample.add(name, img)
+            if is_wide(img) or img.info.get("bits_per_channel") == 16:
+                img.load()
+                sample.add(name, img)
         except BROKEN_IMAGE:
             continue  # reported and counted when it is used
     return sample
@@ -184,8 +220,10 @@ def _extremes(sample: Sample) -> list:
 def _agreed(sample: Sample) -> list | None:
     """Return the named range, in a list, that is the smallest one with the values of each image without a fixed range;
     None without such images. Raises UserError if there is none, or if the images differ in it."""
-    guesses = {}
+    guesses, varied = {}, any(low < high for low, high, _ in sample.free.values())
     for name, (lowest, highest, dtype) in sample.free.items():
+        if lowest == highest and varied:
+            continue  # a blank tile, which would fit the smallest range
         names = [key for key in NAMED if key != "unit" or dtype.startswith("float")]
         fitting = (key for key in names if NAMED[key][0] <= lowest and highest <= NAMED[key][1])
         guesses.setdefault(next(fitting, ""), []).append((name, lowest, highest, dtype))
@@ -208,9 +246,17 @@ def _agreed(sample: Sample) -> list | None:
     return [key]
 
 
-def _note_few_levels(sample: Sample, pixel_range: list) -> None:
-    """Print a note if the sampled grey images use few of the 256 levels of the range."""
-    (low, high), (darkest, brightest) = limits(pixel_range), sample.extremes
+def _note_few_levels(spans: list[tuple[float, float]], pixel_range: tuple[float, float]) -> None:
+    """Print a note if grey images with values in `spans` use few of the 256 levels of the range, or if less than half
+    of their values' range lies in it."""
+    (low, high), darkest, brightest = pixel_range, min(span[0] for span in spans), max(span[1] for span in spans)
+    inside = max(0.0, min(high, brightest) - max(low, darkest))
+    if 2 * inside < brightest - darkest:
+        print(
+            f"note: the values of the images range from {darkest:g} to {brightest:g}, most of it outside "
+            f"--pixel_range {low:g} {high:g}, where values are clipped"
+        )
+        return
     levels = 255 * (brightest - darkest) / (high - low)
     if levels < FEW:
         print(
@@ -219,12 +265,19 @@ def _note_few_levels(sample: Sample, pixel_range: list) -> None:
         )
 
 
-def _note_colour(sample: Sample) -> None:
-    """Print a note if sampled colour images have 16 bits per channel."""
-    if sample.colour:
-        levels = max(high for _, high in sample.colour) - min(low for low, _ in sample.colour) + 1
-        few = f", which use {levels} of 256 levels" if levels < FEW else ""
-        print(
-            f"note: {len(sample.colour)} of the sampled images have 16 bits per channel in colour, of which the upper "
-            f"8 are read{few}"
+def _check_colour(sample: Sample, given: list | None) -> None:
+    """Print a note if sampled colour images have 16 bits per channel. Raises UserError if a window is `given`, which
+    cannot be applied to them."""
+    if not sample.colour:
+        return
+    if given and not isinstance(given[0], str):
+        raise UserError(
+            f"--pixel_range {_shown(given)} cannot be applied: {len(sample.colour)} of the sampled images have 16 bits "
+            f"per channel in colour, of which only the upper 8 can be read: convert them"
         )
+    levels = max(high for _, high in sample.colour) - min(low for low, _ in sample.colour) + 1
+    few = f", which use {levels} of 256 levels" if levels < FEW else ""
+    print(
+        f"note: {len(sample.colour)} of the sampled images have 16 bits per channel in colour, of which the upper 8 "
+        f"are read{few}"
+    )

@@ -35,7 +35,7 @@ from util.data.shard_members import (
     samples_of,
     warn_bad_shard,
 )
-from util.errors import UserError
+from util.errors import MissingSplit, UserError
 from util.parallel.distributed import from_main_process
 
 _SPLITS = {True: ("train", "training"), False: ("validation", "val")}  # names that an index may use
@@ -60,13 +60,16 @@ class Shards:
         return [0, *accumulate(self.counts)]
 
     def sampled(self, count: int) -> Iterator[tuple[str, Image.Image]]:
-        """Yield names and images, not yet decoded, of up to `count` readable images of the first shard."""
-        url = self.urls[0]
-        with suppress(*BAD_SHARD), open_shard(url) as stream:
-            left_out = LeftOut()  # reported when the shard is read
-            for sample in islice(samples_of(members_of(stream, url, left_out), left_out), count):
-                with suppress(*BROKEN_IMAGE):
-                    yield f"{url}: {sample.name}", open_image(io.BytesIO(sample.image))
+        """Yield names and images, not yet decoded, of up to `count` readable images of the first shard that has any."""
+        for url in [url for url, images in zip(self.urls, self.counts) if images][:3]:  # the first may be damaged
+            found, left_out = 0, LeftOut()  # what is left out is reported when the shard is read
+            with suppress(*BAD_SHARD), open_shard(url) as stream:
+                for sample in islice(samples_of(members_of(stream, url, left_out), left_out), count):
+                    with suppress(*BROKEN_IMAGE):
+                        yield f"{url}: {sample.name}", open_image(io.BytesIO(sample.image))
+                        found += 1
+            if found:
+                return
 
     def name(self, number: int) -> str:
         """Return a name for image `number` that needs no reading: its shard, and its position there."""
@@ -86,13 +89,13 @@ def find_shards(args, train: bool) -> Shards:
 
     def find():
         try:
-            return _find(args, train), ""
+            return _find(args, train), None
         except UserError as error:
-            return None, str(error)
+            return None, error
 
     shards, problem = from_main_process(find)
-    if problem:
-        raise UserError(problem)
+    if problem is not None:
+        raise problem
     return shards
 
 
@@ -101,7 +104,7 @@ def _find(args, train: bool) -> Shards:
     is_pattern = location.startswith("pipe:") or re.search(r"[{*]|::|\.(tar|tgz)(\.\w+)?$", location)
     urls, index, classes = _by_pattern(location, train) if is_pattern else _by_folder(location, train)
     if not urls:
-        raise UserError(
+        raise MissingSplit(
             f"--dataset {args.dataset}: --data_path {args.data_path} has no shards (*.tar) for {_SPLITS[train][0]}"
         )
     left_out = LeftOut()
@@ -137,7 +140,9 @@ def _by_pattern(pattern: str, train: bool) -> tuple[list[str], dict[str, int], l
         return urls, _merged(base_lengths(*entry) for entry in every), classes
     lengths = _merged(_split(base, index, train) for base, index in indices.items())
     if not lengths:
-        raise UserError(f"--data_path {pattern} gives training shards, but no index beside them has validation shards")
+        raise MissingSplit(
+            f"--data_path {pattern} gives training shards, but no index beside them has validation shards"
+        )
     return list(lengths), lengths, classes
 
 
@@ -151,7 +156,7 @@ def _by_folder(folder: str, train: bool) -> tuple[list[str], dict[str, int], lis
         lengths = _split(base, index, train)
         if not lengths:
             splits = " and ".join(index.splits)
-            raise UserError(f"{base}/_info.json has the splits {splits}, but not {_SPLITS[train][0]}")
+            raise MissingSplit(f"{base}/_info.json has the splits {splits}, but not {_SPLITS[train][0]}")
         return list(lengths), lengths, index.classes
     if _scheme(base):
         raise UserError(

@@ -192,6 +192,30 @@ def test_class_folders_without_splits(tmp_path, capsys):
         read_images(flags(*words), True)
 
 
+def test_held_out_images_stay_when_others_are_added(tmp_path):
+    """A run that is resumed after files were added must not evaluate what it was trained on."""
+    class_folders(tmp_path, a=range(0, 200, 2), b=[1])
+    words = ["--data_path", tmp_path, "--val_fraction", "0.3"]
+    before = {value for value, _ in contents(read_images(flags(*words), False))}
+    class_folders(tmp_path, a=range(201, 211, 2))
+    after = {value for value, _ in contents(read_images(flags(*words), False))}
+    assert len(before) == 30 and len(before - after) <= 3 and len({v for v in after if v < 200} - before) <= 1
+    with pytest.raises(UserError, match="leaves no image for evaluation"):
+        class_folders(tmp_path / "single", a=[1], b=[2])
+        read_images(flags("--data_path", tmp_path / "single", "--val_fraction", "0.3"), False)
+
+
+def test_image_folder_of_torchvision(tmp_path):
+    class_folders(tmp_path / "train", a=[0], b=[1])
+    class_folders(tmp_path / "val", a=[2], b=[3])
+    for split in ("train", "val"):
+        save(tmp_path / split / ".ipynb_checkpoints" / "0.png", 99)
+    words = ["--dataset", "torch/image_folder", "--data_path", tmp_path]
+    images = read_images(flags(*words), True)
+    assert images.classes == ["a", "b"] and contents(images) == [(0, 0), (1, 1)]
+    assert contents(read_images(flags(*words), False)) == [(2, 0), (3, 1)]
+
+
 def test_flat_evaluation_images_with_a_list(tmp_path):
     """ImageNet of Kaggle: train/<class>/, val/*.JPEG and LOC_val_solution.csv with boxes."""
     class_folders(tmp_path / "train", n01440764=[0], n01443537=[1])

@@ -73,6 +73,16 @@ def test_columns_by_their_usual_names(root):
     assert contents(chosen) == contents(images) and chosen.classes == ["m", "n"]
 
 
+def test_the_line_of_excel(root):
+    images = listed(root, "sep=;\nimage;label\n0.png;b\n1.png;a")
+    assert contents(images) == [(0, 1), (1, 0)] and images.classes == ["a", "b"]
+
+
+def test_nan_is_no_class(root):
+    with pytest.raises(UserError, match="has no label for 1 of 3 images"):
+        listed(root, "image,label\n0.png,b\n1.png,nan\n2.png,a")
+
+
 def test_boxes_of_imagenet(root, capsys):
     text = "ImageId,PredictionString\n0,n01 1 2 3 4 n01 5 6 7 8 \n1,n02 1 2 3 4 \n2,n01 0 0 9 9 "
     images = listed(root, text)

@@ -218,3 +218,69 @@ def test_commands_store_and_use_it(tmp_path, capsys):
     call(knn, weights, "--k", 1, "--out", tmp_path / "knn" / "knn.json")
     for file in (tmp_path / "eval" / "eval.json", tmp_path / "knn" / "knn.json"):
         assert json.loads(file.read_text())["pixel_range"] == [0, 4000]
+
+
+def test_a_resumed_fine_tuning_keeps_its_range(tmp_path, capsys):
+    """Also when it was started without --finetune, or from a checkpoint of another range."""
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            for i in range(4):
+                write(tmp_path / "data" / split / label / f"{i}.tif", [0, 100, 199] * 6, INT32)
+    words = ["--data_path", tmp_path / "data", "--num_workers", 0, "--batch_size", 4, "--device", "cpu"]
+    words += ["--model", "vit_micro_patch4", "--input_size", 16, "--warmup_epochs", 0, "--output_dir", tmp_path]
+
+    def call(*more):
+        args = main_finetune.get_args_parser().parse_args([str(word) for word in (*words, *more)])
+        main_finetune.main(args)
+        return capsys.readouterr().out
+
+    call("--epochs", 1, "--pixel_range", -100, 400)
+    assert "--pixel_range -100 400, from the checkpoint" in call("--epochs", 2, "--resume", "auto")
+    assert torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)["args"]["pixel_range"] == [-100, 400]
+
+
+def test_what_is_said_of_a_range_that_does_not_fit(tmp_path, capsys):
+    images = scene(tmp_path / "a", UINT16, 200, 250, ending="png")
+    with pytest.raises(UserError, match=r"8bit does not apply to 16-bit images.*--pixel_range 0 255"):
+        settled(images, "--pixel_range", "8bit")
+    assert settled(images, stored={"pixel_range": ["unit"]}) == ["unit"]  # of floats; 16 bits keep their own range
+    assert "about 2 of 256 grey levels of 0..65535" in capsys.readouterr().out
+    bright = scene(tmp_path / "b", UINT16, 60_000, ending="png")
+    assert settled(bright, "--pixel_range", "auto", stored={"pixel_range": [-100, 400]}) == [-100, 400]
+    out = capsys.readouterr().out
+    assert "--pixel_range -100 400, from the checkpoint; auto has no effect" in out and "most of it outside" in out
+    with pytest.raises(UserError, match=r"--pixel_range unit is 0\.\.1, but .* has values of 0\.\.200"):
+        settled(scene(tmp_path / "c", FLOAT, 200), stored={"pixel_range": ["unit"]})
+    (tmp_path / "d.png").write_bytes(GOOD["16-bit PNG"])
+    with pytest.raises(
+        UserError, match="cannot be applied: 1 of the sampled images have 16 bits per channel in colour"
+    ):
+        settled(Files([str(tmp_path / "d.png")], [0], None), "--pixel_range", "0", "4095")
+
+
+def test_a_blank_tile_does_not_vote(tmp_path):
+    images = scene(tmp_path, FLOAT, 0, 200, 180)
+    assert settled(images) == ["8bit"]
+    assert settled(scene(tmp_path / "blank", FLOAT, 0)) == ["unit"]
+
+
+def test_nan_is_named(tmp_path, capsys):
+    path = write(tmp_path / "x.tif", [0, np.nan], FLOAT)
+    assert pixels(Files([path], [0], None), [0, 1]) == [None]
+    assert "NaN or infinite" in capsys.readouterr().err
+
+
+def test_a_damaged_first_shard_is_passed_over(tmp_path):
+    images = scene(tmp_path / "data", INT32, 200)
+    write_shard(tmp_path / "1.tar", {"0.tif": (tmp_path / "data" / "0.tif").read_bytes()})
+    (tmp_path / "0.tar").write_bytes(b"no archive")
+    shards = Shards([str(tmp_path / f"{i}.tar") for i in (0, 1)], [1, 1])
+    assert settled(shards) == settled(images) == ["8bit"]
+
+
+def test_images_of_eight_bits_are_not_decoded(tmp_path, monkeypatch):
+    """64 photographs took ten seconds at every start."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    assert settled(Files([str(tmp_path / "x.jpg")], [0], None)) is None
