@@ -94,6 +94,8 @@ def print_scores(scores, stats: dict, count: int) -> None:
 def save_best(run: Run, stats: dict[str, float], metric: str) -> dict[str, float]:
     """Keep the weights if their `metric` is the best so far. Return the best value for the log, {} before there is
     one."""
+    if stats.get(metric) is None:
+        print(f"note: these evaluation images give no {metric}, so checkpoint-best.pth is not written")
     run.checkpoints.save_best(run, stats.get(metric), lower=metric in LOWER)
     return {} if run.checkpoints.best is None else {f"best_{metric}": run.checkpoints.best}
 

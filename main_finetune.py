@@ -168,6 +168,14 @@ def settle_from_checkpoint(args, path: Path) -> Weights:
     return weights
 
 
+def settle_loss(args, weights: Weights) -> None:
+    """With `--eval`, take `--multilabel_loss` from the checkpoint: it decides what the outputs mean."""
+    stored = weights.args.get("multilabel_loss")
+    if args.targets == "multilabel" and stored and stored != args.multilabel_loss:
+        print(f"note: {weights.path} was trained with --multilabel_loss {stored}, and is evaluated with it")
+        args.multilabel_loss = stored
+
+
 def read_weights_and_images(args, resume: Path | None):
     """Read the initial weights and the images of both splits; settle the model's flags, `--aug` and `--nb_classes`.
 
@@ -182,6 +190,8 @@ def read_weights_and_images(args, resume: Path | None):
     args.aug = args.aug or arguments.default_crop(args.dataset)
     arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval)
     settle_units(args, weights if args.eval else resumed)
+    if args.eval and weights:
+        settle_loss(args, weights)
     vocabulary = weights.classes if args.eval and weights else []
     images = None if args.eval else read_labelled(args, True)
     held_out = read_labelled(args, False, vocabulary or None)

@@ -188,7 +188,11 @@ def _hf_labels(model, flags: dict) -> dict:
     """Return the number and, if they are known, the names of the classes in Hugging Face's configuration."""
     names = flags.get("label_names", [])
     known = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}} if names else {}
-    return {"num_labels": model.num_classes, **known}
+    several = "multi_label_classification" if flags.get("multilabel_loss") == "bce" else "single_label_classification"
+    problem = {"regression": "regression", "multilabel": several}.get(
+        flags.get("targets"), "single_label_classification"
+    )
+    return {"num_labels": model.num_classes, "problem_type": problem, **known}
 
 
 def to_hf_vit(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Exported:

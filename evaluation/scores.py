@@ -198,6 +198,8 @@ def label_scores(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     result = np.full((2, positives.shape[1]), np.nan)
     for index in np.flatnonzero(positives.any(axis=0)):
         holds, values = positives[:, index], scores[:, index]
+        if not np.isfinite(values).all():
+            continue  # of a model that has diverged
         result[0, index] = 100 * average_precision_score(holds, values)
         if not holds.all():
             result[1, index] = 100 * roc_auc_score(holds, values)

@@ -51,6 +51,10 @@ check_python() { # the interpreter that PYTHON names: use it or refuse it, never
 check_environment() { # refuse an environment of another version than that of PYTHON
     local wanted have
     wanted=$(version_of "$PYTHON") have=$(version_of "$venv/bin/python")
+    if [ -z "$wanted" ]; then
+        echo "error: PYTHON=$PYTHON cannot be run: give the name or path of Python 3.11 or 3.12" >&2
+        exit 2
+    fi
     case $wanted/$have in
         [0-9]*.[0-9]*/[0-9]*.[0-9]*) ;;
         *) return 0 ;;

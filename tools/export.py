@@ -21,7 +21,8 @@ from util.parser import Parser
 SUFFIXES = {"timm": ".safetensors", "safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 # Flags of the checkpoint that the exported file stores, too.
 KEPT = "model input_size patch_size in_chans global_pool nb_classes dataset mean std crop_pct norm_pix_loss mask_ratio "
-KEPT += "decoder decoder_fraction decoder_embed_dim decoder_depth decoder_num_heads epochs seed layer_norm_eps"
+KEPT += "decoder decoder_fraction decoder_embed_dim decoder_depth decoder_num_heads epochs seed layer_norm_eps "
+KEPT += "targets target_mean target_std multilabel_loss pixel_range"
 
 
 def get_args_parser():

@@ -36,7 +36,12 @@ def build_loader(
     pixels["pixel_range"] = getattr(args, "pixel_range", None)
     draft = getattr(args, "jpeg_draft", False)
     workers = args.num_workers if num_workers is None else num_workers
-    check_shared_memory(workers, batch_size, args.in_chans, getattr(args, "input_size", None))
+    check_shared_memory(
+        workers,
+        min(batch_size, len(images)) if hasattr(images, "__len__") else batch_size,
+        args.in_chans,
+        getattr(args, "input_size", None),
+    )
     if isinstance(images, Shards):
         classes = getattr(args, "nb_classes", None)
         options = dict(shuffle_buffer=args.shuffle_buffer, jpeg_draft=draft, classes=classes, split=split, named=named)

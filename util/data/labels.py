@@ -62,7 +62,13 @@ def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
     if args.targets == "single":
         return read_images(args, train, vocabulary)
     if args.targets == "regression":
-        return _read_numbers(args, train)
+        images = _read_numbers(args, train)
+        if vocabulary and len(vocabulary) > 1 and list(images.classes) != list(vocabulary):
+            raise UserError(
+                f"the checkpoint predicts {' '.join(vocabulary)}, but the columns here are {' '.join(images.classes)}: "
+                f"give --label_column {' '.join(vocabulary)}"
+            )
+        return images
     path = args.train_list if train else args.val_list
     images, names, columns = _read_label_sets(args, path)
     source = f"--label_vocab {args.label_vocab}" if args.label_vocab else "the checkpoint's vocabulary"

@@ -38,7 +38,7 @@ def _free_bytes() -> int | None:
         stats = os.statvfs(FOLDER)
     except (OSError, AttributeError):
         return None
-    return stats.f_bavail * stats.f_frsize
+    return stats.f_bavail * stats.f_frsize if stats.f_blocks else None  # a file system without a limit has no blocks
 
 
 def _megabytes(size: int) -> str:

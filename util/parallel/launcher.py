@@ -22,24 +22,21 @@ def read_launcher(args) -> tuple[int, int, int] | None:
         _check_address(env, f"OMPI_COMM_WORLD_SIZE={world}", "pass the address of rank 0 by mpirun -x")
         args.dist_url = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
         return rank, world, local
-    if env.get("WORLD_SIZE"):
+    if env.get("WORLD_SIZE") and (env.get("RANK") or not _in_srun(env)):  # scripts for srun may export WORLD_SIZE
         return _from_torchrun(env, args)
-    if _number(env, "RANK", 0) > 0:
+    if (env.get("RANK") or "").isdecimal() and int(env["RANK"]) > 0:  # other programs have a RANK too
         raise UserError(f"the environment has RANK={env['RANK']} but no WORLD_SIZE: {_TORCHRUN}, or unset RANK")
     return _from_slurm(env, args) or _alone(env)
 
 
 def _from_torchrun(env: Mapping[str, str], args) -> tuple[int, int, int] | None:
-    world, in_srun, has_rank = _number(env, "WORLD_SIZE"), _in_srun(env), bool(env.get("RANK"))
-    if not has_rank and world > 1 and not in_srun:
+    world = _number(env, "WORLD_SIZE")
+    if not env.get("RANK") and world > 1:
         raise UserError(
             f"the environment has WORLD_SIZE={world} but no RANK, so this process does not know which one it is: "
             f"{_TORCHRUN}, or unset WORLD_SIZE to run alone"
         )
-    if has_rank or not in_srun:
-        rank, local = _number(env, "RANK", 0), _number(env, "LOCAL_RANK", max(args.local_rank, 0))
-    else:  # scripts for srun that export WORLD_SIZE
-        rank, local = _number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID", 0)
+    rank, local = _number(env, "RANK", 0), _number(env, "LOCAL_RANK", max(args.local_rank, 0))
     if not 0 <= rank < world:
         raise UserError(
             f"the environment has RANK={rank} and WORLD_SIZE={world}, but ranks are 0 to WORLD_SIZE - 1: {_TORCHRUN}"

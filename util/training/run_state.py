@@ -81,7 +81,7 @@ def resume(run, path: Path) -> None:
     _restore_position(run, data)
     run.reporter.meter = EpochMeter(run.device, data["meter"])
     if flags_of(state).get("best_metric") == getattr(run.args, "best_metric", None):  # else it is of another metric
-        run.checkpoints.best = data.get("best") or None  # older files have 0 where there was none
+        run.checkpoints.best = data.get("best") if "best_metric" in flags_of(state) else data.get("best") or None
     rng = state.get("rng", [])
     if len(rng) == get_world_size():
         set_rng_state(rng[get_rank()], run.device)

@@ -87,7 +87,7 @@ def recognise(raw: dict, path: str, key: str = "model") -> Weights:
     weights.state = {name: tensor for name, tensor in state.items() if KNOWN.match(name)}
     weights.history = _history(raw, weights.args)
     names = weights.args.pop("label_names", None)  # of an export
-    weights.classes = [str(name) for name in raw.get("classes") or (names if isinstance(names, list) else [])]
+    weights.classes = _class_names(raw.get("classes")) or _class_names(names)
     weights.origin = _origin(weights) + ", Hugging Face names" * converted
     if entry not in (None, key):
         weights.notes.append(f"the weights are its entry {entry!r}")
@@ -194,6 +194,13 @@ def _origin(weights: Weights) -> str:
     table = weights.state.get("pos_embed")
     fixed = any(is_sincos(table, grid) for grid in patch_grids(weights.state, weights.args))
     return "MAE encoder" if fixed and "fc_norm.weight" not in weights.state else "ViT encoder"
+
+
+def _class_names(value) -> list[str]:
+    """Return names of classes: of a list, or of a dict {name: index}. Anything else, such as a count, has none."""
+    if isinstance(value, dict) and all(isinstance(index, int) for index in value.values()):
+        return [str(name) for name in sorted(value, key=value.get)]
+    return [str(name) for name in value] if isinstance(value, (list, tuple)) else []
 
 
 def _stored_args(raw: dict, path: str) -> dict:

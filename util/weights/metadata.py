@@ -153,17 +153,23 @@ SAFE_GLOBALS = [
 ]
 
 
-def plain(value):
-    """Return `value` with arrays of numpy as tensors, at any depth. Containers are changed in place."""
+def plain(value, seen: dict | None = None):
+    """Return `value` with arrays of numpy as tensors, at any depth. Containers are changed in place; one that occurs
+    several times, as in a file made to exhaust readers, is visited once."""
+    seen = {} if seen is None else seen
+    if id(value) in seen:
+        return seen[id(value)][1]
     if isinstance(value, _Builtin):
         return str(value)
     if isinstance(value, _Array):
         return value.tensor if value.tensor is not None else _refuse("numpy.ndarray")
     if isinstance(value, (dict, list)):
+        seen[id(value)] = value, value  # the reference keeps the id unique
         for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            value[key] = plain(item)
+            value[key] = plain(item, seen)
     elif type(value) is tuple:
-        return tuple(plain(item) for item in value)
+        seen[id(value)] = value, tuple(plain(item, seen) for item in value)
+        return seen[id(value)][1]
     elif isinstance(value, argparse.Namespace):
-        plain(vars(value))
+        plain(vars(value), seen)
     return value

@@ -28,7 +28,7 @@ def free(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
     def set_free(size):
-        stats = SimpleNamespace(f_bavail=size // 4096, f_frsize=4096)
+        stats = SimpleNamespace(f_blocks=1, f_bavail=size // 4096, f_frsize=4096)
         monkeypatch.setattr(shared_memory.os, "statvfs", lambda path: stats)
 
     return set_free
@@ -177,3 +177,9 @@ def test_a_real_container_size(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("error:") == 1 and all(word in done.stderr for word in HELP)
     assert "note: the batches that --num_workers 4 prepare take up to 50 MB of /dev/shm" in done.stdout
+
+
+def test_a_file_system_without_a_limit(monkeypatch):
+    """A tmpfs of size 0 and ramfs report no blocks at all."""
+    monkeypatch.setattr(shared_memory.os, "statvfs", lambda _: SimpleNamespace(f_blocks=0, f_bavail=0, f_frsize=4096))
+    shared_memory.check_shared_memory(8, 512, 3, 224)
