@@ -131,17 +131,19 @@ def check(args) -> list[type[Method]]:
     if args.init_from and args.resume and args.resume != "auto":
         raise UserError("--init_from loads weights only and --resume continues a whole run: give one of them")
     chosen = enabled_methods(args, METHODS)
-    if chosen and args.max_steps:
+    in_epochs = next((method for method in chosen if method.schedule_in_epochs(args)), None)
+    if in_epochs and args.max_steps:
         raise UserError(
-            f"--max_steps and {chosen[0].flag} exclude each other, because a method's schedule is in epochs: give "
-            f"--epochs, which may be a fraction"
+            f"--max_steps and {in_epochs.flag} exclude each other, because the schedule of {in_epochs.flag} is in "
+            f"epochs: give --epochs, which may be a fraction"
         )
-    check_decoder(args.decoder, args.decoder_fraction, learn_masks(chosen))
+    check_decoder(args.decoder, args.decoder_fraction, mask_method(chosen))
     return chosen
 
 
-def check_decoder(decoder: str, fraction: float | None, learned_masks: bool) -> None:
-    """Raise UserError where `--decoder_fraction` has no effect or is out of range."""
+def check_decoder(decoder: str, fraction: float | None, masks: type[Method] | None) -> None:
+    """Raise UserError where `--decoder_fraction` has no effect or is out of range. `masks` is the method that decides
+    the mask, if there is one."""
     if fraction is None:
         return
     if decoder != "cross":
@@ -150,22 +152,23 @@ def check_decoder(decoder: str, fraction: float | None, learned_masks: bool) -> 
         )
     if not 0 < fraction <= 1:
         raise UserError(f"--decoder_fraction {fraction} must lie in (0, 1]")
-    if fraction < 1 and learned_masks:
+    if fraction < 1 and masks:
         raise UserError(
-            f"--decoder_fraction {fraction} would predict only a random part of what a learned mask removes: give 1"
+            f"--decoder_fraction {fraction} would predict not a random part of the removed patches, but those that "
+            f"{masks.flag}, which decides the mask, scores lowest: give 1"
         )
 
 
-def learn_masks(methods) -> bool:
-    """Return whether one of the methods chooses the masks, which are random otherwise."""
-    return any(method.slot == "mask" for method in methods)
+def mask_method(chosen: list[type[Method]]) -> type[Method] | None:
+    """Return which of the methods decides the mask; None if masks are random."""
+    return next((method for method in chosen if method.slot == "mask"), None)
 
 
 def settle(args) -> list[type[Method]]:
     """Check the flags and settle those that depend on flags alone. Returns the classes of the enabled methods."""
     chosen = check(args)
     if args.decoder == "cross" and args.decoder_fraction is None:
-        args.decoder_fraction = 1.0 if learn_masks(chosen) else 1 / 3
+        args.decoder_fraction = 1.0 if mask_method(chosen) else 1 / 3
     config = models_mae.look_up(models_mae.MODELS, args.model).config
     args.input_size = arguments.compact_size(args.input_size or [config["img_size"]])
     return chosen

@@ -20,7 +20,8 @@ from util.training.run import Run
 
 class Monitor:
     """Reconstruction pictures and kNN accuracy of fixed images, between epochs: the same images under the same masks on
-    any number of processes. Only the main process reads the preview images and draws the pictures."""
+    any number of processes. The masks are those of the method that decides them, or else random and fixed. Only the
+    main process reads the preview images and draws the pictures."""
 
     COUNT = 8
 
@@ -68,14 +69,15 @@ class Monitor:
     def _preview(self, epoch: int) -> float:
         """Write pictures and histograms of the fixed images; return their reconstruction loss."""
         (imgs, noise), ratio = self.fixed, self.args.mask_ratio
-        pictures = reconstruct(self.pretrainer.model, imgs, ratio, noise, self.mean, self.std)
+        scores = self.pretrainer.preview_scores(imgs, noise)
+        pictures = reconstruct(self.pretrainer.model, imgs, ratio, scores, self.mean, self.std)
         self.run.board.image("reconstruction", grid(pictures.cpu()), epoch)
         pixels = denormalized(imgs, self.mean, self.std)
         for name, picture in self.pretrainer.pictures(imgs, pixels).items():
             self.run.board.image(name, picture.cpu(), epoch)
         for name, values in self.pretrainer.distributions(imgs).items():
             self.run.board.histogram(name, values, epoch)
-        return evaluate_reconstruction(self.pretrainer, imgs, noise, ratio)
+        return evaluate_reconstruction(self.pretrainer, imgs, scores, ratio)
 
     def _knn(self) -> dict[str, float]:
         """Return the kNN accuracy by name, computed by the main process; nothing if no image of a split is readable."""
@@ -93,9 +95,9 @@ class Monitor:
 
 
 @torch.no_grad()
-def evaluate_reconstruction(pretrainer: Pretrainer, imgs, noise, mask_ratio: float) -> float:
-    """Return the reconstruction loss of images (N, C, H, W) under the masks of `noise` (N, L)."""
+def evaluate_reconstruction(pretrainer: Pretrainer, imgs, scores, mask_ratio: float) -> float:
+    """Return MAE's loss on images (N, C, H, W) whose patches with the highest `scores` (N, L) are removed."""
     pretrainer.eval()
-    loss, _, _ = pretrainer.model(imgs, mask_ratio=mask_ratio, noise=noise)
+    loss, _, _ = pretrainer.model(imgs, mask_ratio=mask_ratio, noise=scores)
     pretrainer.train()
     return loss.item()

@@ -59,6 +59,12 @@ class Method(nn.Module):
         """Return whether the flags turn this method on."""
         return getattr(args, cls.switch.name) != cls.switch.default
 
+    @classmethod
+    def schedule_in_epochs(cls, args: argparse.Namespace) -> bool:
+        """Return whether the method does something at an epoch that the flags name. `--max_steps` is then refused: the
+        number of epochs is not known when the flags are checked."""
+        return False
+
     @staticmethod
     def check(args: argparse.Namespace) -> None:
         """Check the flags when the method is enabled. Raises UserError for a bad value or a flag without effect."""
@@ -161,6 +167,14 @@ class Method(nn.Module):
         The rules for names are those of `metrics`."""
         return {}
 
+    def preview_scores(
+        self, model: MaskedAutoencoderViT, imgs: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return the scores (N, L) of preview images, as `scores` does. TensorBoard's reconstructions,
+        `fixed_images_loss` and tools/visualize.py show these masks. Called on the main process only, without a graph,
+        in eval mode. Override it if `scores` changes the method: a preview must not change the run. Slot "mask"."""
+        return self.scores(model, imgs, noise)
+
     def pictures(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, shown: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return RGB pictures (3, height, width) in [0, 1] of the preview images for TensorBoard, by name. `shown` are
         the images `imgs` before normalisation, in [0, 1]."""
@@ -171,6 +185,17 @@ class Method(nn.Module):
         return {}
 
     # Checkpoints (beside the module's own `state_dict`)
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str, args: argparse.Namespace, model: MaskedAutoencoderViT, state: dict[str, torch.Tensor]
+    ) -> "Method":
+        """Return the method of a finished run, of which a tool calls only `preview_scores`. `args` are the flags of the
+        run that wrote the checkpoint `path`, `model` is its autoencoder, `state` the method's own `state_dict`.
+        Override it if the constructor needs more than that. Slot "mask"."""
+        method = cls(args, model)
+        method.load_state_dict(state)
+        return method
 
     def rank_state(self) -> object:
         """Return state that only this process has (its images, say): CPU tensors in lists and dicts, or None. State

@@ -124,6 +124,10 @@ class Bootstrap(Method):
         for weight in self.head.parameters():
             nn.init.xavier_uniform_(weight) if weight.ndim > 1 else nn.init.zeros_(weight)
 
+    @classmethod
+    def schedule_in_epochs(cls, args) -> bool:
+        return True
+
     # The loss: on pixels until the target exists, on features afterwards.
 
     @property

@@ -77,6 +77,16 @@ class Pretrainer(nn.Module):
         for method in self.methods.values():
             method.after_update(self.model, imgs, step, applied)
 
+    @torch.no_grad()
+    def preview_scores(self, imgs, noise) -> torch.Tensor:
+        """Return the scores (N, L) whose masks previews of images (N, C, H, W) show: those of the method that decides
+        the mask, or else `noise` (N, L)."""
+        was_training = self.training
+        self.eval()
+        scores = _first(method.preview_scores(self.model, imgs, noise) for method in self.methods.values())
+        self.train(was_training)
+        return noise if scores is None else scores
+
     @property
     def shows_pixels(self) -> bool:
         """Whether the decoder is currently trained to predict pixels, so that reconstructions can be drawn."""

@@ -34,11 +34,14 @@ def enabled_methods(args: argparse.Namespace, known: list[type[Method]]) -> list
             if not hasattr(args, option.name):
                 setattr(args, option.name, option.default)
         method.check(args)
+    alone = next((method for method in chosen if method.exclusive), None)
+    if alone and len(chosen) > 1:
+        others = " and ".join(method.flag for method in chosen if method is not alone)
+        raise UserError(f"{alone.flag} runs alone and cannot be combined with {others}: give one or the other")
     for i, one in enumerate(chosen):
         for other in chosen[i + 1 :]:
             if one.slot is not None and one.slot == other.slot:
                 raise UserError(f"{one.flag} and {other.flag} both decide the {one.slot}: give one of them")
-            excluded = other.name in one.excludes or one.name in other.excludes
-            if excluded or one.exclusive or other.exclusive:
+            if other.name in one.excludes or one.name in other.excludes:
                 raise UserError(f"{one.flag} and {other.flag} cannot be combined: give one of them")
     return chosen

@@ -14,6 +14,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from evaluation import command_line, judging
 from evaluation.image_options import sample_images
+from evaluation.masks import mask_method, method_scores
+from methods import METHODS
 from util.errors import user_errors
 from util.report.pictures import CAPTION, captioned, fixed_noise, grid, reconstruct
 from util.weights.file import read_file
@@ -31,6 +33,11 @@ def get_args_parser():
         action=argparse.BooleanOptionalAction,
         help="the loss of the training, if the file does not store it",
     )
+    parser.add_argument(
+        "--random_mask",
+        action="store_true",
+        help="random masks, also for a run whose method decides the mask; without it the masks of that method",
+    )
     command_line.add_model_flags(parser)
     return parser
 
@@ -47,12 +54,17 @@ def main(args) -> None:
     sample = sample_images(args, judged.images, model, ratio)
     imgs = sample.imgs
     noise = fixed_noise(model, len(imgs), args.seed, imgs.device)
-    pictures = reconstruct(model, imgs, ratio, noise, sample.mean, sample.std)
+    method = mask_method(weights, METHODS)
+    drawn = method and not args.random_mask
+    scores = method_scores(weights, method, model, imgs, noise) if drawn else noise
+    pictures = reconstruct(model, imgs, ratio, scores, sample.mean, sample.std)
     norm = "; patches de-normalised with the original's mean and standard deviation" if model.norm_pix_loss else ""
     run = read_file(path).get("data")
     if isinstance(run, dict) and not run.get("shows_pixels", True):
         norm += "; the run has since predicted features, and its pixel head is no longer trained"
-    caption = f"{Path(path).name}, {ratio:.0%} removed; {CAPTION}{norm}"
+    masks = f"by the mask of {method.flag}" if drawn else "at random"
+    masks += f", not by the mask of {method.flag}" if method and not drawn else ""
+    caption = f"{Path(path).name}, {ratio:.0%} removed {masks}; {CAPTION}{norm}"
     picture: Image.Image = captioned(to_pil_image(grid(pictures, per_row=2 if len(imgs) > 1 else 1)), caption)
     picture.save(args.out)
     print(f"{args.out}: {caption}")

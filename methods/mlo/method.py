@@ -11,6 +11,7 @@ Shapes: N images, L patches, V visible patches, D encoder width. theta is the au
 network.
 """
 
+import argparse
 import math
 from dataclasses import dataclass, field
 
@@ -105,6 +106,10 @@ class MLOMAE(Method):
 
     check = staticmethod(flags.check)
 
+    @classmethod
+    def schedule_in_epochs(cls, args) -> bool:
+        return args.mlo_warmup_epochs > 0
+
     def __init__(self, args, model: MaskedAutoencoderViT):
         super().__init__()
         self.args, self.frozen = args, args.mlo_frozen
@@ -168,6 +173,9 @@ class MLOMAE(Method):
             weights = {f"model.{name}": p.detach().clone() for name, p in trainable(model).items()}
             self.window.append(InnerStep(weights))
         return self.logits(model, imgs)
+
+    def preview_scores(self, model, imgs, noise):
+        return self.logits(model, imgs)  # `scores` also records the step
 
     def _recording(self) -> bool:
         """Whether the hypergradient of the next update of T goes through the coming step."""
@@ -300,6 +308,11 @@ class MLOMAE(Method):
     def _optimizers(self) -> list:
         inner = None if self.frozen else self.stage2.optimizer
         return [optimizer for optimizer in (self.optimizer, inner) if optimizer]
+
+    @classmethod
+    def from_checkpoint(cls, path, args, model, state):
+        """Read the masking network and its patch embedding from the file; the labelled task is not needed."""
+        return cls(argparse.Namespace(**{**vars(args), "mlo_mask_net": path, "mlo_frozen": True}), model)
 
     def get_extra_state(self):
         return {

@@ -11,6 +11,7 @@ from helpers.launch import SMALL, checkpoint, log_rows, same_tensors, scalars
 import main_finetune
 import main_linprobe
 import main_pretrain
+from methods.rcmae import momentum_at
 from util.errors import UserError
 from util.lr_sched import learning_rate
 from util.training.run_length import run_length
@@ -69,6 +70,27 @@ def test_schedule_ends_with_the_run(task, length, steps, image_folder, tmp_path)
         assert "test_acc1" in entered["metrics"]
 
 
+@pytest.mark.parametrize(
+    "method", ["--rc_mae", "--u_mae", "--mlo_mae --mlo_labels same --mlo_val_fraction 0.25 --mlo_hidden 8"]
+)
+def test_steps_of_a_method_without_a_schedule_in_epochs(method, image_folder, tmp_path):
+    """`--max_steps` trains as the fraction of epochs that it stands for: 8 steps are 1 epoch of 6 and a third."""
+    flags = f"{method} --data_path {image_folder}"
+    if "mlo" in method:  # without the held-out images there are 9 batches: 5 steps an epoch, the last one of one batch
+        lengths = "--max_steps 8", f"--epochs {1 + 6 / 9}"
+    else:
+        lengths = "--max_steps 8", f"--epochs {1 + 4 / 12}"
+    for name, length in zip(("steps", "epochs"), lengths):
+        start("pretrain", f"{flags} {length} --output_dir {tmp_path}/{name}")
+    (one,), (two,) = ((tmp_path / name).glob("checkpoint-1-*.pth") for name in ("steps", "epochs"))
+    ours, theirs = checkpoint(one.parent, one.name), checkpoint(two.parent, two.name)
+    assert ours["step"] == 8 and one.name == two.name
+    for key in ("model", "methods", "optimizer"):
+        assert same_tensors(ours[key], theirs[key]), key
+    if "rc_mae" in method:  # the momentum's cosine ends with the run
+        assert scalars(one.parent, "train/teacher_momentum")[-1][1] == pytest.approx(momentum_at(7, 8, 0.996))
+
+
 @pytest.mark.parametrize("task", MAINS)
 def test_resume_is_exact(task, image_folder, tmp_path):
     """A run resumes from the end of the first epoch, and again at its end, where nothing is left to train."""
@@ -104,7 +126,13 @@ def test_a_finished_run_can_be_extended(image_folder, tmp_path):
 @pytest.mark.parametrize(
     "main,flags,words",
     [
-        (main_pretrain, "--max_steps 5 --rc_mae", "--max_steps and --rc_mae exclude each other"),
+        (main_pretrain, "--max_steps 5 --rc_mae --mae_k 2", "the schedule of --mae_k is in epochs"),
+        (main_pretrain, "--max_steps 5 --ema_mae", "the schedule of --ema_mae is in epochs"),
+        (
+            main_pretrain,
+            "--max_steps 5 --mlo_mae --mlo_labels same --mlo_warmup_epochs 1",
+            "the schedule of --mlo_mae is in epochs",
+        ),
         (main_pretrain, "--max_steps 0", "--max_steps 0 must be positive"),
         (main_pretrain, "--epochs inf", "--epochs inf is not finite"),
         (main_linprobe, "--cache_features --epochs 1.5", "whole --epochs"),

@@ -81,6 +81,41 @@ def test_exclusion_without_a_slot(monkeypatch):
         enabled_methods(parse(["--rival", "--smooth", "1"]), [Smooth, Rival])
 
 
+class Alone(Smooth):
+    name, title, slot, exclusive = "alone", "Alone", None, True
+    switch = Option("alone", False, "turn it on")
+    check = Method.check
+
+
+@pytest.mark.parametrize("order", [[Smooth, Rival, Alone], [Alone, Rival, Smooth]])
+def test_an_exclusive_method_combines_with_no_other(order, monkeypatch):
+    """It says so itself; the others, added later, need not know of it."""
+    parser = argparse.ArgumentParser()
+    add_method_arguments(parser, order)
+    monkeypatch.setattr(Rival, "slot", None)
+    assert enabled_methods(parser.parse_args(["--alone"]), order) == [Alone]
+    with pytest.raises(
+        UserError, match="--alone runs alone and cannot be combined with --rival: give one or the other"
+    ):
+        enabled_methods(parser.parse_args(["--alone", "--rival"]), order)
+    with pytest.raises(UserError, match=r"--alone runs alone and cannot be combined with .* and .*: give one"):
+        enabled_methods(parser.parse_args(["--alone", "--rival", "--smooth", "1"]), order)
+
+
+def test_partial_decoding_names_the_method_that_decides_the_mask(monkeypatch):
+    """A mask that nothing learned is not called learned."""
+    monkeypatch.setattr(Rival, "slot", "mask")
+    monkeypatch.setattr(main_pretrain, "METHODS", [Rival])
+    parse = main_pretrain.get_args_parser().parse_args
+    flags = ["--data_path", "x", "--decoder", "cross"]
+    with pytest.raises(UserError, match="those that --rival, which decides the mask, scores lowest: give 1") as error:
+        main_pretrain.check(parse([*flags, "--rival", "--decoder_fraction", "0.5"]))
+    assert "learned" not in str(error.value)
+    args = parse([*flags, "--rival"])
+    main_pretrain.settle(args)
+    assert args.decoder_fraction == 1
+
+
 def test_pretrainer_without_methods_is_a_bare_mae():
     model = build_model("mae_vit_micro_patch4", img_size=16)
     imgs, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)

@@ -96,7 +96,10 @@ def test_cosines_are_in_float32(dtype):
         ("--u_mae --u_mae_lambda nan", "--u_mae_lambda nan is not finite"),
         ("--u_mae_lambda 0.1", "--u_mae_lambda has no effect without --u_mae"),
         ("--u_mae --batch_size 1", "--batch_size 1 on one process has none, give 2 or more"),
-        ("--u_mae --mlo_mae --mlo_labels same --dataset digits", "--u_mae and --mlo_mae cannot be combined"),
+        (
+            "--u_mae --mlo_mae --mlo_labels same --dataset digits",
+            "--mlo_mae runs alone and cannot be combined with --u_mae",
+        ),
     ],
 )
 def test_refusals(flags, message):

@@ -258,9 +258,9 @@ def test_curriculum(image_folder, tmp_path):
 
 REFUSED = {
     "": "--mlo_mae needs --mlo_labels",
-    "--mlo_labels same --mae_k 2": "--mae_k and --mlo_mae cannot be combined",
-    "--mlo_labels same --ema_mae --wse 2": "--ema_mae and --mlo_mae cannot be combined",
-    "--mlo_labels same --rc_mae": "--rc_mae and --mlo_mae cannot be combined",
+    "--mlo_labels same --mae_k 2": "--mlo_mae runs alone and cannot be combined with --mae_k: give one",
+    "--mlo_labels same --ema_mae --wse 2": "--mlo_mae runs alone and cannot be combined with --ema_mae: give one",
+    "--mlo_labels same --rc_mae": "--mlo_mae runs alone and cannot be combined with --rc_mae: give one",
     "--mlo_labels same --mlo_val_fraction 1": "--mlo_val_fraction 1.0 must lie between 0 and 1",
     "--mlo_labels same --epochs 3 --mlo_warmup_epochs 3": "--mlo_warmup_epochs 3 must lie in [0, --epochs 3)",
     "--mlo_labels same --mlo_unroll 0": "--mlo_unroll 0 must be positive",

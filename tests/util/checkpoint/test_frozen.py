@@ -15,14 +15,14 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 from evaluation.encoder import load_encoder
-from methods import METHODS
+from methods import METHODS, Method, Option
 from util.checkpoint import sharded
 from util.checkpoint.resume import find_resume
+from util.errors import UserError
 from util.weights.file import read_file
 from util.weights.load import load_into, read_weights
 
 MAINS = {"main_pretrain": main_pretrain, "main_finetune": main_finetune, "main_linprobe": main_linprobe}
-WITHOUT_TENSORS = {"u_mae"}  # methods that add nothing to a checkpoint
 FROZEN = sorted(freeze.FROZEN.glob("*/*.json"))
 
 
@@ -144,11 +144,66 @@ def written(tmp_path_factory) -> set[str]:
     return set().union(*(keys(raw(file)) for file in files))
 
 
+def flags_of(method: type[Method]) -> str:
+    """Return flags that turn `method` on: those of a run in `freeze.KINDS`, else its switch alone."""
+    parse = main_pretrain.get_args_parser().parse_args
+    pretrainings = [flags for main, flags, _ in freeze.KINDS.values() if main == "main_pretrain"]
+    known = next((flags for flags in pretrainings if method.enabled(parse(flags.split()))), None)
+    return known or f"{freeze.ALL} {method.flag}" + ("" if isinstance(method.switch.default, bool) else " 1")
+
+
+def has_state(method: type[Method]) -> bool:
+    """Return whether checkpoints store something of `method`, or whether it takes more than its switch to tell."""
+    if method.rank_state is not Method.rank_state or method.exported is not Method.exported:
+        return True
+    try:
+        args = main_pretrain.get_args_parser().parse_args(flags_of(method).split())
+        main_pretrain.settle(args)
+        return bool(method(args, main_pretrain.build(args)).state_dict())
+    except (UserError, SystemExit):  # it needs other flags
+        return True
+
+
+def check_frozen(known: list[type[Method]], written: set[str]) -> None:
+    """Fail if the state of a method is in none of the frozen checkpoints, whose key paths are `written`."""
+    frozen = {key.split(".")[1] for key in written if key.startswith("methods.")}
+    for method in known:
+        assert method.name in frozen or not has_state(method), (
+            f"no frozen checkpoint holds the state of {method.flag}: add a run with it to KINDS in "
+            f"tests/helpers/freeze.py, say {method.name!r}, and commit the two files that "
+            f"`python tests/helpers/freeze.py --only {method.name}` writes"
+        )
+
+
 def test_every_method_is_frozen(written):
-    """By the flags of the frozen runs: a method may have no tensors. Those of the others are in the checkpoints."""
-    runs = [json.loads(path.read_text()) for path in FROZEN]
-    parser = main_pretrain.get_args_parser()
-    flags = [parser.parse_args(run["flags"].split()) for run in runs if run["main"] == "main_pretrain"]
-    on = {method.name for method in METHODS if any(map(method.enabled, flags))}
-    assert {method.name for method in METHODS} == on, "python tests/helpers/freeze.py --only KIND, with a new kind"
-    assert {key.split(".")[1] for key in written if key.startswith("methods.")} == on - WITHOUT_TENSORS
+    """A method without state adds nothing to a checkpoint, and needs no frozen one."""
+    check_frozen(METHODS, written)
+
+
+class Stateless(Method):
+    name, title, slot = "stateless", "Stateless", "mask"
+    switch = Option("stateless", 0.0, "turn it on")
+
+    def __init__(self, args, model):
+        super().__init__()
+
+    def scores(self, model, imgs, noise):
+        return noise.square()
+
+
+class Stateful(Stateless):
+    name, switch = "stateful", Option("stateful", False, "turn it on")
+
+    def __init__(self, args, model):
+        super().__init__(args, model)
+        self.register_buffer("count", torch.zeros(()))
+
+
+def test_a_new_method_is_frozen_if_it_has_state(written, monkeypatch):
+    """The message says what to do: a frozen checkpoint with its key passes."""
+    known = [*METHODS, Stateless, Stateful]
+    monkeypatch.setattr(main_pretrain, "METHODS", known)
+    check_frozen(known[:-1], written)
+    with pytest.raises(AssertionError, match=r"holds the state of --stateful: add a run with it to KINDS"):
+        check_frozen(known, written)
+    check_frozen(known, written | {"methods.stateful.count"})
