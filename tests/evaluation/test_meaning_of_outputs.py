@@ -69,7 +69,7 @@ def test_an_export_predicts_the_same(trained, tmp_path, kind):
         call(
             predict, weights, "--data", images, "--out", tmp_path / f"{name}.csv", "--num_workers", 0, "--device", "cpu"
         )
-        tables.append(list(csv.reader(open(tmp_path / f"{name}.csv"))))
+        tables.append(list(csv.reader((tmp_path / f"{name}.csv").read_text().splitlines())))
     assert tables[0] == tables[1] and len(tables[0]) == 13
     assert tables[0][0][1] == {"numbers": "value_p", "sets": "label_1"}[kind]
 
