@@ -242,10 +242,11 @@ def accuracy(norm, head, features, labels) -> tuple[float, float]:
     return 100 * ranked[:, 0].float().mean().item(), 100 * ranked.any(dim=1).float().mean().item()
 
 
-def encode(model, loader, args, device) -> tuple[torch.Tensor | None, torch.Tensor]:
+def encode(model, loader, args, device, split: str) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Return the features (M, D) of all readable images, on the main process (None on the others), and their labels
-    (M,), on all; both on the CPU."""
-    return extract(model.forward_features, loader, device, choose_amp_dtype(args.amp_dtype, device))
+    (M,), on all; both on the CPU. `split` names the images beside the progress bar."""
+    dtype = choose_amp_dtype(args.amp_dtype, device)
+    return extract(model.forward_features, loader, device, dtype, f"encoding {split} images")
 
 
 def split_and_settle(args, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -299,7 +300,8 @@ def probe_cached(model, train_loader, test_loader, args, device) -> dict:
     its test accuracy in percent, its base rate, and the numbers of images. Raises UserError when too few images can be
     read."""
     model.to(device).eval()
-    train, test = (encode(model, loader, args, device) for loader in (train_loader, test_loader))
+    loaders = ((train_loader, "training"), (test_loader, "test"))
+    train, test = (encode(model, loader, args, device, split) for loader, split in loaders)
     rest, held = split_and_settle(args, train[1])
     if not len(test[1]):
         raise UserError(f"none of the {len(test_loader.dataset)} test images could be read; their names are above")

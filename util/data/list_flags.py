@@ -44,7 +44,7 @@ def add_list_arguments(group) -> None:
 def check_columns(args) -> None:
     """Raise UserError for columns without a list. Commands without these flags are accepted."""
     for name in ("image_column", "label_column"):
-        has_list = args.dataset == "filelist" or (args.dataset == "imagefolder" and args.val_list)
+        has_list = args.dataset == "filelist" or (args.dataset == "imagefolder" and getattr(args, "val_list", ""))
         if getattr(args, name, None) and not has_list and not args.dataset.startswith(("hfds/", "hfids/")):
             raise UserError(
                 f"--{name} has no effect here: it is for --dataset filelist or hfds/..., and for --val_list"
