@@ -112,8 +112,8 @@ CLASSIFIER = "probe.pth"  # the encoder with the chosen head of --cache_features
 def check(args) -> None:
     """Raise UserError for flags that are out of range or contradict each other."""
     arguments.check_values(args)
-    if args.eval and not args.resume:
-        raise UserError("--eval needs --resume, a checkpoint of a finished probe")
+    if args.eval and not (args.resume or args.finetune):
+        raise UserError("--eval needs a finished probe: give its checkpoint as --resume or --finetune")
     if args.eval and args.cache_features:
         raise UserError("--eval evaluates a finished probe, and --cache_features trains one: give one of them")
     if args.resume and args.cache_features:
@@ -171,24 +171,24 @@ class Probe(nn.Module):
             return self.vit.head(features.float())
 
 
-def load_probe(probe: Probe, path: Path) -> None:
-    """Load a checkpoint of this program into `probe`. Raises UserError for a checkpoint of another program, of another
-    head, or of another number of classes."""
+def load_probe(probe: Probe, path: Path, flag: str = "--resume") -> None:
+    """Load a checkpoint of this program, the value of `flag`, into `probe`. Raises UserError for a checkpoint of
+    another program, of another head, or of another number of classes."""
     state = read_file(path)["model"]
     name = f"head.{len(probe.vit.head) - 1}"
     head, classes = state.get(f"{name}.weight"), probe.vit.head[-1].out_features
     if head is None:
         raise UserError(
-            f"--resume {path} has no classifier of this probe ({name}): give a checkpoint of main_linprobe.py with the "
+            f"{flag} {path} has no classifier of this probe ({name}): give a checkpoint of main_linprobe.py with the "
             f"same --head"
         )
     if len(head) != classes:
-        raise UserError(f"--resume {path} is a probe of {len(head)} classes, but the data set has {classes}")
+        raise UserError(f"{flag} {path} is a probe of {len(head)} classes, but the data set has {classes}")
     try:
         probe.vit.load_state_dict(state)
     except RuntimeError as error:
         reason = shorten(str(error).strip().splitlines()[-1], 200)
-        raise UserError(f"--resume {path} does not fit these flags: {reason}") from error
+        raise UserError(f"{flag} {path} does not fit these flags: {reason}") from error
 
 
 def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -348,7 +348,7 @@ def read_weights_and_images(args, resume: Path | None):
     """Read the weights and the images of both splits; settle the model's flags, `--aug` and `--nb_classes`. Returns the
     weights (None: random ones), the training images and the test images. Raises UserError for mistakes in flags and
     files."""
-    weights = settle_model(args, str(resume) if args.eval else args.finetune)
+    weights = settle_model(args, str(resume) if args.eval and resume else args.finetune)
     check_channels(args.in_chans)
     args.aug = args.aug or arguments.default_crop(args.dataset)
     arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval and not args.cache_features)
@@ -397,7 +397,7 @@ def main(args) -> dict:
     record = Record(command, args, weights, train=images, test=held_out)
     probe = Probe(model, attentive=args.head == "attentive").to(device)
     if args.eval:
-        load_probe(probe, resume)
+        load_probe(probe, resume or Path(args.finetune), "--resume" if resume else "--finetune")
         return evaluate_once(args, probe, test_loader, device, record, names=getattr(held_out, "classes", None))
     optimizer_type = torch.optim.AdamW if args.head == "attentive" else LARS
     optimizer = optimizer_type(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)

@@ -211,7 +211,7 @@ def open_each(args, open_one: Callable[[argparse.Namespace, str, Judged | None],
 def _resolve(args, weights: Weights | None, like: Judged | None) -> tuple[ModelConfig, ImageOptions]:
     """Resolve the model and the images of an encoder; without weights those of `like`, else those of the flags."""
     if weights is None:
-        print("random: the encoder is untrained")
+        print("random: the encoder is random, not trained")
         if like is not None:
             return replace(like.config, layer_norm_eps=None), like.images
     config = resolve_config(weights, vars(args), default=DEFAULT_ENCODER)

@@ -185,7 +185,7 @@ def test_names_of_a_checkpoint(pretrained, image_folder, capsys):
     by_file = [run(knn, *where, *flags) for where in ([files[0]], [files[1]], ["--finetune", files[0]])]
     assert by_file[0] == by_file[1] == by_file[2]
     random = ["--model", "vit_micro_patch4", "--input_size", "16"]
-    assert run(knn, "random", *flags, *random) == run(knn, *flags, *random, "--global_pool")
+    assert run(knn, "random", *flags, *random) == run(knn, "random", *flags, *random, "--global_pool")
     assert "the encoder is random" in capsys.readouterr().out
     assert run(knn, "random", *flags, *random, "--cls_token") == run(knn, "random", *flags, *random, "--pool", "cls")
     with pytest.raises(UserError, match="are aliases; give one of them"):

@@ -110,7 +110,8 @@ def test_the_valid_command_line(tool, tool_files, tmp_path):
     written = {path.name for path in (tmp_path / "new").iterdir()}
     assert written & {"a.json", "a.png", "a.safetensors", "a.csv"}
     if tool not in ("mask_maps", "visualize", "predict"):
-        assert {"a.json", "results.jsonl"} <= written and any(name.startswith("tensorboard-") for name in written)
+        beside = "a.safetensors.json" if tool == "export" else "a.json"
+        assert {beside, "results.jsonl"} <= written and any(name.startswith("tensorboard-") for name in written)
 
 
 @pytest.mark.parametrize("tool", VALID)
