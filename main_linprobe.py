@@ -113,8 +113,8 @@ CLASSIFIER = "probe.pth"  # the encoder with the chosen head of --cache_features
 def check(args) -> None:
     """Raise UserError for flags that are out of range or contradict each other."""
     arguments.check_values(args)
-    if args.eval and not args.resume:
-        raise UserError("--eval needs --resume, a checkpoint of a finished probe")
+    if args.eval and not (args.resume or args.finetune):
+        raise UserError("--eval needs a finished probe: give its checkpoint as --resume or --finetune")
     if args.eval and args.cache_features:
         raise UserError("--eval evaluates a finished probe, and --cache_features trains one: give one of them")
     if args.resume and args.cache_features:
@@ -172,24 +172,24 @@ class Probe(nn.Module):
             return self.vit.head(features.float())
 
 
-def load_probe(probe: Probe, path: Path) -> None:
-    """Load a checkpoint of this program into `probe`. Raises UserError for a checkpoint of another program, of another
-    head, or of another number of classes."""
+def load_probe(probe: Probe, path: Path, flag: str = "--resume") -> None:
+    """Load a checkpoint of this program, the value of `flag`, into `probe`. Raises UserError for a checkpoint of
+    another program, of another head, or of another number of classes."""
     state = read_file(path)["model"]
     name = f"head.{len(probe.vit.head) - 1}"
     head, classes = state.get(f"{name}.weight"), probe.vit.head[-1].out_features
     if head is None:
         raise UserError(
-            f"--resume {path} has no classifier of this probe ({name}): give a checkpoint of main_linprobe.py with the "
+            f"{flag} {path} has no classifier of this probe ({name}): give a checkpoint of main_linprobe.py with the "
             f"same --head"
         )
     if len(head) != classes:
-        raise UserError(f"--resume {path} is a probe of {len(head)} classes, but the data set has {classes}")
+        raise UserError(f"{flag} {path} is a probe of {len(head)} classes, but the data set has {classes}")
     try:
         probe.vit.load_state_dict(state)
     except RuntimeError as error:
         reason = shorten(str(error).strip().splitlines()[-1], 200)
-        raise UserError(f"--resume {path} does not fit these flags: {reason}") from error
+        raise UserError(f"{flag} {path} does not fit these flags: {reason}") from error
 
 
 def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,10 +243,11 @@ def accuracy(norm, head, features, labels) -> tuple[float, float]:
     return 100 * ranked[:, 0].float().mean().item(), 100 * ranked.any(dim=1).float().mean().item()
 
 
-def encode(model, loader, args, device) -> tuple[torch.Tensor | None, torch.Tensor]:
+def encode(model, loader, args, device, split: str) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Return the features (M, D) of all readable images, on the main process (None on the others), and their labels
-    (M,), on all; both on the CPU."""
-    return extract(model.forward_features, loader, device, choose_amp_dtype(args.amp_dtype, device))
+    (M,), on all; both on the CPU. `split` names the images beside the progress bar."""
+    dtype = choose_amp_dtype(args.amp_dtype, device)
+    return extract(model.forward_features, loader, device, dtype, f"encoding {split} images")
 
 
 def split_and_settle(args, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -300,7 +301,8 @@ def probe_cached(model, train_loader, test_loader, args, device) -> dict:
     its test accuracy in percent, its base rate, and the numbers of images. Raises UserError when too few images can be
     read."""
     model.to(device).eval()
-    train, test = (encode(model, loader, args, device) for loader in (train_loader, test_loader))
+    loaders = ((train_loader, "training"), (test_loader, "test"))
+    train, test = (encode(model, loader, args, device, split) for loader, split in loaders)
     rest, held = split_and_settle(args, train[1])
     if not len(test[1]):
         raise UserError(f"none of the {len(test_loader.dataset)} test images could be read; their names are above")
@@ -347,7 +349,7 @@ def read_weights_and_images(args, resume: Path | None):
     """Read the weights and the images of both splits; settle the model's flags, `--aug` and `--nb_classes`. Returns the
     weights (None: random ones), the training images and the test images. Raises UserError for mistakes in flags and
     files."""
-    weights = settle_model(args, str(resume) if args.eval else args.finetune)
+    weights = settle_model(args, str(resume) if args.eval and resume else args.finetune)
     check_channels(args.in_chans)
     args.aug = args.aug or ("none" if args.dataset in MIRRORED else arguments.default_crop(args.dataset))
     arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval and not args.cache_features)
@@ -396,7 +398,7 @@ def main(args) -> dict:
     record = Record(command, args, weights, train=images, test=held_out)
     probe = Probe(model, attentive=args.head == "attentive").to(device)
     if args.eval:
-        load_probe(probe, resume)
+        load_probe(probe, resume or Path(args.finetune), "--resume" if resume else "--finetune")
         return evaluate_once(args, probe, test_loader, device, record, names=getattr(held_out, "classes", None))
     optimizer_type = torch.optim.AdamW if args.head == "attentive" else LARS
     optimizer = optimizer_type(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)

@@ -14,9 +14,9 @@ from util.weights.model_config import AUTOENCODER, ModelConfig, resolve_config
 
 
 def read_checkpoint(checkpoint: str, key: str) -> Weights | None:
-    """Read a file or a timm model by name; None for a random encoder ("" or random). Raises UserError for anything
+    """Read a file or a timm model by name; None for a random encoder (`random`). Raises UserError for anything
     else, for weights that cannot be downloaded, and for a timm model that is no encoder of ours."""
-    if checkpoint in ("", "random"):
+    if checkpoint == "random":
         return None
     name = checkpoint.removeprefix("timm/")
     if not os.path.exists(checkpoint) and not timm.is_model(name) and not set("/.") & set(name):

@@ -50,16 +50,13 @@ def checkpoints_of(args: argparse.Namespace) -> list[str]:
     return given[0] if given else []
 
 
-def checkpoint_of(args: argparse.Namespace, required: str = "") -> str:
-    """Return the checkpoint that was given, or "" if there is none and none is required.
-
-    `required` completes the message "give a CHECKPOINT ..." of a command that needs one. Raises UserError with this
-    message if there is none.
-    """
+def checkpoint_of(args: argparse.Namespace, required: str = "(a file, a timm model, or random)") -> str:
+    """Return the checkpoint that was given. Raises UserError if there is none; `required` completes its message "give a
+    CHECKPOINT ..."."""
     checkpoints = checkpoints_of(args)
-    if required and not checkpoints:
+    if not checkpoints:
         raise UserError(f"give a CHECKPOINT {required}")
-    return checkpoints[0] if checkpoints else ""
+    return checkpoints[0]
 
 
 def add_model_flags(parser: Parser) -> None:

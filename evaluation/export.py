@@ -10,7 +10,7 @@ import copy
 import functools
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +34,8 @@ _ONNX_LARGEST = 2**31 - 2**20  # bytes of weights in one ONNX file, whose limit 
 class Exported:
     """An exported file: code that loads it, a description of its outputs, and a function that loads and runs it.
 
-    `run_exported` takes images (N, C, H, W) and returns the outputs of `PlainEncoder`. For an autoencoder it also takes
-    `noise` (N, L), which determines the masks, and returns the predictions.
+    `run_exported` takes images (N, C, H, W) and returns the outputs of `PlainEncoder` as a list. For an autoencoder
+    it also takes `noise` (N, L), which determines the masks, and returns the predictions.
     """
 
     code: str
@@ -46,8 +46,8 @@ class Exported:
 class PlainEncoder(nn.Module):
     """A `VisionTransformer` as a function of images alone, for ONNX and torch.export.
 
-    A classifier returns logits (N, classes) for images (N, C, H, W). An encoder returns the feature (N, D) and, unless
-    it has `fc_norm`, the normalised tokens (N, 1 + L, D), [cls] first.
+    A classifier returns logits (N, classes) for images (N, C, H, W), an encoder with `fc_norm` the feature (N, D): one
+    tensor. Another encoder returns a tuple: the feature and the normalised tokens (N, 1 + L, D), [cls] first.
     """
 
     def __init__(self, vit: VisionTransformer, pool: str):
@@ -60,9 +60,14 @@ class PlainEncoder(nn.Module):
 
     def forward(self, imgs):
         if self.names != ["feature", "tokens"]:
-            return (self.vit(imgs),)
+            return self.vit(imgs)
         tokens = self.vit.norm(self.vit.forward_tokens(imgs))
         return select_feature(tokens, self.pool), tokens
+
+
+def as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs of a `PlainEncoder` as a list."""
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
 def need(package: str, target: str):
@@ -277,7 +282,7 @@ def to_safetensors(model, out: Path, pool: str, flags: dict) -> Exported:
         theirs = copy.deepcopy(model)
         theirs.load_state_dict(load_file(out))
         if noise is None:
-            return list(PlainEncoder(theirs, pool)(imgs))
+            return as_list(PlainEncoder(theirs, pool)(imgs))
         return [theirs(imgs, flags.get("mask_ratio", 0.75), noise)[1]]
 
     return Exported(
@@ -310,7 +315,7 @@ def to_onnx(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Expo
         return [torch.from_numpy(value) for value in session.run(None, {"imgs": imgs.numpy()})]
 
     code = f'model = onnxruntime.InferenceSession("{out}")'
-    return Exported(code, f'model.run(None, {{"imgs": imgs}}) gives {", ".join(names)}', run_exported)
+    return Exported(code, f'model.run(None, {{"imgs": imgs}}) gives the list [{", ".join(names)}]', run_exported)
 
 
 def to_torch_export(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Exported:
@@ -319,11 +324,10 @@ def to_torch_export(model: VisionTransformer, out: Path, pool: str, flags: dict)
     torch.export.save(program, out, extra_files={"flags.json": json.dumps(flags, default=str)})
 
     def run_exported(imgs):
-        return list(torch.export.load(out).module()(imgs))
+        return as_list(torch.export.load(out).module()(imgs))
 
-    return Exported(
-        f'model = torch.export.load("{out}").module()', f"model(imgs) gives {', '.join(names)}", run_exported
-    )
+    outputs = names[0] if len(names) == 1 else f"the tuple ({', '.join(names)})"
+    return Exported(f'model = torch.export.load("{out}").module()', f"model(imgs) gives {outputs}", run_exported)
 
 
 def as_metadata(flags: dict) -> dict[str, str]:
@@ -351,6 +355,6 @@ def largest_difference(model, exported: Exported, pool: str, mask_ratio: float) 
         noise = torch.rand(len(imgs), model.patch_embed.num_patches)
         ours, theirs = [model(imgs, mask_ratio, noise)[1]], exported.run_exported(imgs, noise)
     else:
-        ours, theirs = PlainEncoder(model, pool)(imgs), exported.run_exported(imgs)
+        ours, theirs = as_list(PlainEncoder(model, pool)(imgs)), exported.run_exported(imgs)
     assert [value.shape for value in ours] == [value.shape for value in theirs]
     return max(((a - b).abs().max() / a.abs().max().clamp(min=1)).item() for a, b in zip(ours, theirs))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 LAYERS = ["mlp", "block"]
 _PULL = 0.01  # of logits to grey: colours end between 0.04 and 0.96, where the sigmoid does not saturate
@@ -77,7 +78,7 @@ def excite(activation, images: FourierImages, normalise, steps: int, lr: float, 
         return activation(normalise(images()))
 
     before = measure()
-    for _ in range(steps):
+    for _ in tqdm(range(steps), unit=" steps", disable=None, leave=False):
         shift = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
         with torch.enable_grad():
             logits = images.logits()

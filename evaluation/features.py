@@ -2,18 +2,20 @@
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from util.compute.precision import autocast
-from util.parallel.distributed import gather_objects, gather_rows
+from util.parallel.distributed import gather_objects, gather_rows, is_main_process
 
 
 @torch.no_grad()
-def extract(encode, loader, device, amp_dtype) -> tuple[torch.Tensor | None, torch.Tensor]:
+def extract(encode, loader, device, amp_dtype, title: str = "") -> tuple[torch.Tensor | None, torch.Tensor]:
     """Apply `encode(imgs)` to a loader made with `train=False` -> features (M, D) float32 and labels (M,), on the CPU,
     of all ranks, in the order of the data set. Unreadable images are left out. Only the main process holds the features
-    of all ranks; on the others they are None."""
+    of all ranks; on the others they are None. A `title` adds a progress bar."""
     features, targets, indices = [], [], []
-    for batch in loader.begin(0):
+    hidden = None if title and is_main_process() else True  # None: shown on a terminal
+    for batch in tqdm(loader.begin(0), desc=title, unit=" batches", disable=hidden, leave=False, dynamic_ncols=True):
         with autocast(device, amp_dtype):
             output = encode(batch.image.to(device, non_blocking=True))
         good = batch.bad == 0

@@ -71,13 +71,15 @@ class Judged:
         """The flags as JSON files, TensorBoard and the ledger record them."""
         return {**vars(self.args), **self.resolved, "pixel_range": self.images.pixel_range}
 
-    def features(self, images) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return features (M, D) float32 and labels (M,) of the readable images, in their order. Raises UserError as
-        `check_readable` does."""
+    def features(self, images, split: str = "images") -> tuple[torch.Tensor, torch.Tensor]:
+        """Return features (M, D) float32 and labels (M,) of the readable images, in their order; `split` names them
+        beside the progress bar. Raises UserError as `check_readable` does."""
         settle_pixel_range(self.images, images)
         loader = build_loader(images, self.images.transform(), self.images, self.args.batch_size, train=False)
         pool = self.args.pool
-        features, labels = extract(lambda imgs: token_feature(self.model, imgs, pool), loader, self.device, self.dtype)
+        features, labels = extract(
+            lambda imgs: token_feature(self.model, imgs, pool), loader, self.device, self.dtype, f"encoding {split}"
+        )
         check_readable(self.args.max_bad_fraction, images, len(features))
         return features, labels
 
@@ -197,7 +199,7 @@ def open_each(args, open_one: Callable[[argparse.Namespace, str, Judged | None],
     checkpoint that is not random, unless --model is given."""
     names, opened, first = command_line.checkpoints_of(args), {}, None
     if not names:
-        raise UserError("give one CHECKPOINT or more (a file, a timm model, or random)")
+        raise UserError("give a CHECKPOINT, or several (each a file, a timm model, or random)")
     for i in sorted(range(len(names)), key=lambda i: names[i] == "random"):
         judged = open_one(args, names[i], None if args.model else first)
         own_name = {"checkpoint": names[i], "finetune": ""}
@@ -209,7 +211,7 @@ def open_each(args, open_one: Callable[[argparse.Namespace, str, Judged | None],
 def _resolve(args, weights: Weights | None, like: Judged | None) -> tuple[ModelConfig, ImageOptions]:
     """Resolve the model and the images of an encoder; without weights those of `like`, else those of the flags."""
     if weights is None:
-        print("no checkpoint: the encoder is random")
+        print("random: the encoder is random, not trained")
         if like is not None:
             return replace(like.config, layer_norm_eps=None), like.images
     config = resolve_config(weights, vars(args), default=DEFAULT_ENCODER)

@@ -3,7 +3,7 @@
 python tools/export.py output_dir/checkpoint-399.pth --to timm --out encoder.safetensors
 python tools/export.py finetuned/checkpoint-99.pth --to onnx --out classifier.onnx
 
-The result of the check is written beside the export: a JSON file, TensorBoard and the ledger.
+The result of the check is written beside the export: a JSON file (classifier.onnx.json), TensorBoard and the ledger.
 """
 
 import sys
@@ -125,8 +125,8 @@ def main(args) -> float:
             "do not use it"
         )
     result = {"largest_difference": difference}
-    beside, content = Path(f"{out}.json") if out.is_dir() else out, exported.outputs
-    judged.publish(record, result, EXAMPLES, json=beside, outputs=content, code=exported.code, told=flags)
+    beside = Path(f"{out}.json")  # after the whole name, so that cls.onnx and cls.pt2 have one each
+    judged.publish(record, result, EXAMPLES, json=beside, outputs=exported.outputs, code=exported.code, told=flags)
     return difference
 
 

@@ -117,9 +117,7 @@ def main(args) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw and return the images and activations of `ascend`."""
     check_values(args)
     out = command_line.check_out(args, ".png")
-    judged = judging.open_trained(
-        args, command_line.checkpoint_of(args, "(a file, a timm model, or random)"), head=False
-    )
+    judged = judging.open_trained(args, command_line.checkpoint_of(args), head=False)
     blocks, channels = chosen(args, judged.model)
     record = judged.record("feature_viz")
     images, activations = ascend(judged, blocks, channels)

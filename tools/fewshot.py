@@ -19,6 +19,7 @@ from scipy import stats
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler, normalize
+from tqdm import tqdm
 
 from evaluation import command_line, judging
 from util.arguments import add_leak_argument
@@ -90,7 +91,7 @@ def fewshot_accuracies(train, labels, test, test_labels, shots, draws, C: float)
     """Return {k: top-1 accuracy in percent of each draw}. Features (M, D) and labels (M,) are numpy arrays; `draws` are
     those of `draw`, as indices into `train`."""
     accuracies = {k: [] for k in shots}
-    for chosen in draws:
+    for chosen in tqdm(draws, desc="logistic regression", unit=" draws", disable=None, leave=False):
         for k in shots:
             few = chosen[:, :k].ravel()
             model = _fit(train[few], labels[few], C)
@@ -133,7 +134,8 @@ def main(args) -> dict:
     images, held_out = judging.labelled_splits(args)
     part, draws, of = needed_images(images, args)
     record = judged.record("fewshot", train=images, test=held_out)
-    (train, labels), (test, test_labels) = ([x.numpy() for x in judged.features(split)] for split in (part, held_out))
+    splits = ((part, "training images"), (held_out, "test images"))
+    (train, labels), (test, test_labels) = ([x.numpy() for x in judged.features(*split)] for split in splits)
     if len(train) < len(part):
         raise UserError(
             f"{len(part) - len(train)} of the drawn images are unreadable (named above): repair or remove them"

@@ -33,7 +33,7 @@ def main(args) -> dict:
     if max(args.k) > len(images):
         raise UserError(f"--k {max(args.k)}: there are only {len(images)} training images")
     record = judged.record("knn", train=images, test=held_out)
-    train, test = judged.features(images), judged.features(held_out)
+    train, test = judged.features(images, "training images"), judged.features(held_out, "test images")
     result = {f"knn{k}_acc1": knn_accuracy(*train, *test, k=k) for k in args.k}
     print("  ".join(f"{k}-NN {result[f'knn{k}_acc1']:.2f} %" for k in args.k))
     judged.publish(record, result, len(images) + len(held_out), json=out)

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
 
 from evaluation import command_line
 from util.data.loader import collate, read_batches
@@ -50,7 +51,8 @@ def main(args) -> tuple[list[float], list[float]]:
         torch.utils.data.Subset(dataset, indices), batch_size=64, num_workers=args.num_workers, collate_fn=collate
     )
     total, bad = torch.zeros(3, args.in_chans, dtype=torch.float64), 0
-    for batch in read_batches(loader):
+    batches = tqdm(read_batches(loader), total=len(loader), desc="reading", unit=" batches", disable=None)
+    for batch in batches:
         total += batch.image[batch.bad == 0].sum(dim=0)
         bad += int(batch.bad.sum())
     if total[0].min() == 0:

@@ -1,7 +1,7 @@
 """Predict memory, flags and duration of a pretraining run on given GPUs.
 
 python tools/plan.py mae_vit_large_patch16 --gpus 8
-python tools/plan.py mae_vit_large_patch16 mae_vit_2b_patch14 --gpus 8 64 512 --gpu_mem 40 --tflops 270     # a table
+python tools/plan.py mae_vit_large_patch16 mae_vit_2b_patch14 --gpus 8 64 512 --gpu a100-40     # a table
 
 Memory is predicted to within a few per cent (FSDP: ten). Predicted time depends on the assumptions about the hardware,
 above all on --mfu: measure it in a short run with --log_mfu. Formulas, checks and assumptions: docs/scaling.md.
@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
 from planning.footprint import GIB, TEACHERS, sizes_of, trained_weights
+from planning.gpus import GPUS
 from planning.plan import Machine, Plan, communications, flops_per_image, plan, traffic
 from util.errors import UserError, user_errors
 from util.parser import Parser
@@ -27,7 +28,16 @@ def get_args_parser():
     parser.add_argument(
         "--gpus", type=int, nargs="+", default=[8], help="GPUs of all nodes together; several numbers give a table"
     )
-    parser.add_argument("--gpu_mem", type=float, default=ASSUMED.gpu_mem, help="memory per GPU in GiB")
+    parser.add_argument(
+        "--gpu",
+        choices=GPUS,
+        metavar="NAME",
+        help=f"its memory, and rates derived from its data sheet (docs/scaling.md): {', '.join(GPUS)}; without it the "
+        "rates of an h100. The flags below replace single values",
+    )
+    parser.add_argument(
+        "--gpu_mem", type=float, help=f"memory per GPU in GiB; without it that of --gpu, else {ASSUMED.gpu_mem:g}"
+    )
     group = parser.add_argument_group("run")
     group.add_argument("--effective_batch", type=int, default=4096, help="images per step, all GPUs together")
     group.add_argument("--epochs", type=int, default=800, help="epochs of the run")
@@ -50,13 +60,17 @@ def get_args_parser():
     group.add_argument(
         "--tflops",
         type=float,
-        default=ASSUMED.tflops,
-        help="TFLOP/s of large matrix products: about 700 on an H100, 270 on an A100, a tenth of it in fp32",
+        help="TFLOP/s that large matrix products reach; without it 71 %% of the data sheet of --gpu "
+        f"(h100: {ASSUMED.tflops:g}); in fp32 a tenth of it",
     )
     group.add_argument(
         "--mfu", type=float, default=ASSUMED.mfu, help="percent of --tflops that training reaches (--log_mfu)"
     )
-    group.add_argument("--bandwidth", type=float, default=ASSUMED.bandwidth, help="GB/s of a collective inside a node")
+    group.add_argument(
+        "--bandwidth",
+        type=float,
+        help=f"GB/s of a collective inside a node; without it that of --gpu (h100: {ASSUMED.bandwidth:g})",
+    )
     group.add_argument(
         "--network",
         type=float,
@@ -71,12 +85,30 @@ def get_args_parser():
     return parser
 
 
+def machine_of(args) -> dict[str, float]:
+    """Return memory and rates per GPU: given flags first, then --gpu, then an H100. A note tells if a given memory is
+    combined with the rates of an H100."""
+    if args.gpu and args.amp_dtype == "bf16" and not GPUS[args.gpu].bf16:
+        raise UserError(f"--gpu {args.gpu} has no matrix products in bf16: give --amp_dtype fp16")
+    assumed = GPUS[args.gpu].assumptions() if args.gpu else {}
+    values = {name: getattr(ASSUMED, name) for name in ("gpu_mem", "tflops", "memory_rate", "bandwidth")} | assumed
+    given = {name: getattr(args, name) for name in ("gpu_mem", "tflops", "bandwidth")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "gpu_mem" in given and not args.gpu and "tflops" not in given:
+        print(
+            f"note: --gpu_mem {args.gpu_mem:g} does not determine the speed: the hours are those of an H100 "
+            f"({ASSUMED.tflops:g} TFLOP/s); give --gpu ({', '.join(GPUS)}) or --tflops",
+            file=sys.stderr,
+        )
+    return values | given
+
+
 def check(args) -> None:
     """Raise UserError for values out of range."""
     positive = "gpu_mem effective_batch epochs images tflops mfu bandwidth network gpus_per_node cores decoded"
     for name in positive.split():
         value = getattr(args, name)
-        if not (value > 0 and math.isfinite(value)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name} {value} must be positive")
     for gpus in args.gpus:
         if gpus < 1:
@@ -85,18 +117,17 @@ def check(args) -> None:
             raise UserError(f"--gpus {gpus} must be a multiple of --gpus_per_node {args.gpus_per_node}, or fewer")
     if args.mfu > 100:
         raise UserError(f"--mfu {args.mfu} must be at most 100, in percent")
-    if args.gpu_mem <= ASSUMED.context:
+    if args.gpu_mem is not None and args.gpu_mem <= ASSUMED.context:
         raise UserError(f"--gpu_mem {args.gpu_mem} must be more than the {ASSUMED.context} GiB that CUDA and NCCL need")
 
 
-def make_plan(args, model: str, gpus: int) -> Plan:
-    """Return the plan for one model and one number of GPUs."""
+def make_plan(args, model: str, gpus: int, rates: dict[str, float]) -> Plan:
+    """Return the plan for one model and one number of GPUs with the `rates` of `machine_of`."""
     changes = {"img_size": args.input_size, "patch_size": args.patch_size}
     config = models_mae.look_up(models_mae.MODELS, model).config
     sizes = sizes_of(config | {name: value for name, value in changes.items() if value}, args.mask_ratio)
-    names = ("gpu_mem", "tflops", "mfu", "bandwidth", "network", "cores")
-    values = {name: getattr(args, name) for name in names}
-    machine = Machine(**values, node=args.gpus_per_node, images_per_core=args.decoded)
+    values = {name: getattr(args, name) for name in ("mfu", "network", "cores")}
+    machine = Machine(**values, **rates, node=args.gpus_per_node, images_per_core=args.decoded)
     element = 4 if args.amp_dtype == "fp32" else 2
     allow_fsdp = args.amp_dtype != "fp16"  # --fsdp refuses fp16, because of its loss scaling
     return plan(
@@ -127,6 +158,7 @@ def format_count(weights: float) -> str:
 def report(args, model: str, result: Plan) -> None:
     """Print the plan of one model on one number of GPUs."""
     setup, machine, time = result.setup, result.machine, result.time
+    source = "--tflops" if args.tflops is not None else f"assumed of {args.gpu or 'h100'}"
     flops = flops_per_image(result.sizes, setup)
     print(
         f"{model}: {format_count(trained_weights(result.sizes))} weights, "
@@ -159,7 +191,8 @@ def report(args, model: str, result: Plan) -> None:
     print(f"  limit       {time.limit}" + HINTS.get(time.limit, ""))
     print(
         f"  time        {result.hours(args.epochs, args.images):.1f} hours for {args.epochs} epochs of {args.images} "
-        f"images, if training reaches {machine.mfu:g} % of {machine.tflops:g} TFLOP/s"
+        f"images, if training reaches {machine.mfu:g} % of {machine.tflops:g} TFLOP/s "
+        f"({source})"
     )
     print(f"\n{command(args, model, result)}")
     if args.teacher != "none":
@@ -191,7 +224,8 @@ def main(args) -> None:
     """Print the report of one plan, or a table of several."""
     check(args)
     pairs = [(model, gpus) for model in args.model for gpus in args.gpus]
-    plans = [make_plan(args, *pair) for pair in pairs]
+    rates = machine_of(args)
+    plans = [make_plan(args, *pair, rates) for pair in pairs]
     if len(pairs) == 1:
         report(args, args.model[0], plans[0])
         return

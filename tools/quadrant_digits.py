@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageFilter
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util.data.readers import read_images
@@ -47,7 +48,7 @@ def write(folder: Path, quadrant: str, copies: int, size: int, seed: int) -> int
     for split in ("train", "val"):
         rng = np.random.default_rng([seed, split == "val"])
         images = read_images(SimpleNamespace(dataset="digits"), train=split == "train")
-        for index, target in enumerate(images.targets):
+        for index, target in enumerate(tqdm(images.targets, desc=split, unit=" images", disable=None)):
             class_folder = folder / split / images.classes[target]
             class_folder.mkdir(parents=True, exist_ok=True)
             for copy in range(copies if split == "train" else 1):

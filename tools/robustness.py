@@ -168,7 +168,7 @@ class Bench:
         steps = to_tensor if images is not None else transforms.Compose(to_size.transforms + to_tensor.transforms)
         images = evaluation.images if images is None else images
         loader = build_loader(images, steps, judged.images, args.batch_size, train=False)
-        predictions, labels = extract(encode, loader, judged.device, judged.dtype)
+        predictions, labels = extract(encode, loader, judged.device, judged.dtype, evaluation.name)
         judging.check_readable(args.max_bad_fraction, images, len(predictions), evaluation.name)
         if len(predictions) < len(images):
             print(f"{evaluation.name}: {len(images) - len(predictions)} unreadable images left out")

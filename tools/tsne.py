@@ -132,7 +132,7 @@ def judge(args, judged: judging.Judged, number: int) -> tuple:
     images = chosen_images(args)
     record = judged.record("tsne", test=images)
     check_perplexity(args.perplexity, len(images))
-    features, labels = judged.features(images)
+    features, labels = judged.features(images, f"images by {default_title(judged.path)}")
     result = class_similarity(features, labels)
     points = embed(features, args.perplexity, args.seed)
     judged.publish(record, result, len(images), name=f"tsne-{number}")

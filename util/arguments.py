@@ -307,7 +307,11 @@ def add_finetuning_arguments(parser, pooled: bool) -> None:
     group.add_argument("--cls_token", action="store_false", dest="global_pool", help="feature: the [cls] token")
     group.set_defaults(global_pool=pooled)
     group.add_argument("--nb_classes", type=int, help="number of classes; without it the data set's")
-    group.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune), do not train")
+    group.add_argument(
+        "--eval",
+        action="store_true",
+        help="evaluate the finished run of --resume or --finetune (--resume goes first), do not train",
+    )
     group.add_argument(
         "--eval_freq", type=int, default=1, help="epochs between evaluations; the last epoch always has one"
     )

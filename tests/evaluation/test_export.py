@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -255,7 +256,7 @@ def test_names_of_classes_are_exported(classifier, tmp_path, to):
     suffix = export.SUFFIXES.get(to, "")
     out = exported(with_names(path, NAMES), to, tmp_path / f"cls{suffix}")
     assert stored_names(to, out) == NAMES
-    assert json.loads((tmp_path / "cls.json").read_text())["told"]["label_names"] == NAMES
+    assert json.loads(Path(f"{out}.json").read_text())["told"]["label_names"] == NAMES
     if to not in ("onnx", "torch-export"):
         again = read_weights(out)
         assert again.classes == NAMES and "label_names" not in again.args
@@ -320,6 +321,17 @@ def test_heads_of_a_folder_are_checked(mae, tmp_path):
         read_weights(out)
 
 
+def test_exports_of_one_name_have_a_json_each(classifier, tmp_path):
+    _, path = classifier(True)
+    for to in ("timm", "torch-export"):
+        exported(path, to, tmp_path / f"cls{export.SUFFIXES[to]}")
+    announced = [
+        json.loads((tmp_path / f"cls{export.SUFFIXES[to]}.json").read_text()) for to in ("timm", "torch-export")
+    ]
+    assert [content["to"] for content in announced] == ["timm", "torch-export"]
+    assert announced[1]["outputs"] == "model(imgs) gives logits" and not (tmp_path / "cls.json").exists()
+
+
 # --- programs
 
 
@@ -341,7 +353,10 @@ def test_onnx_and_torch_export(mae, classifier, tmp_path, capsys, model_type):
             expected = [model(imgs)]
         result = session.run(None, {"imgs": imgs.numpy()})
         assert len(result) == len(expected)
-        for ours, onnx, torch_export in zip(expected, result, program(imgs)):
+        outputs = program(imgs)  # a classifier's logits are one tensor, as announced
+        assert isinstance(outputs, tuple if model_type == "encoder" else torch.Tensor)
+        outputs = outputs if model_type == "encoder" else [outputs]
+        for ours, onnx, torch_export in zip(expected, result, outputs, strict=True):
             torch.testing.assert_close(torch.from_numpy(onnx), ours, **CLOSE)
             torch.testing.assert_close(torch_export, ours, **CLOSE)
     flags = session.get_modelmeta().custom_metadata_map
@@ -423,7 +438,7 @@ def test_refusals(mae, classifier, tmp_path, monkeypatch):
 def test_the_result_of_the_check_is_recorded(mae, tmp_path):
     """Ledger, JSON and TensorBoard hold the same difference, beside an exported file and beside a folder."""
     pytest.importorskip("transformers")
-    for to, name, beside in (("timm", "a.safetensors", "a.json"), ("hf-vit", "v-1.0", "v-1.0.json")):
+    for to, name, beside in (("timm", "a.safetensors", "a.safetensors.json"), ("hf-vit", "v-1.0", "v-1.0.json")):
         exported(mae[1], to, tmp_path / "new" / name)
         row = ledger.read(tmp_path / "new" / "results.jsonl")[-1]
         assert row["command"] == "export" and row["flags"]["to"] == to and row["flags"]["model"] == "vit_micro_patch4"

@@ -185,7 +185,7 @@ def test_names_of_a_checkpoint(pretrained, image_folder, capsys):
     by_file = [run(knn, *where, *flags) for where in ([files[0]], [files[1]], ["--finetune", files[0]])]
     assert by_file[0] == by_file[1] == by_file[2]
     random = ["--model", "vit_micro_patch4", "--input_size", "16"]
-    assert run(knn, "random", *flags, *random) == run(knn, *flags, *random, "--global_pool")
+    assert run(knn, "random", *flags, *random) == run(knn, "random", *flags, *random, "--global_pool")
     assert "the encoder is random" in capsys.readouterr().out
     assert run(knn, "random", *flags, *random, "--cls_token") == run(knn, "random", *flags, *random, "--pool", "cls")
     with pytest.raises(UserError, match="are aliases; give one of them"):
@@ -255,7 +255,7 @@ def test_tsne_side_by_side(pretrained, tmp_path, capsys):
         (knn, "random --k 0", "--k must be positive"),
         (knn, "random --batch_size 0", "--batch_size 0 must be positive"),
         (knn, "random --out {run}/checkpoint-0.pth/a.json", "cannot be written"),
-        (tsne, "--out a.png", "give one CHECKPOINT or more"),
+        (tsne, "--out a.png", "give a CHECKPOINT, or several"),
         (tsne, "random --out a.json", "--out a.json must be a .png file"),
         (tsne, "random --titles a b --out a.png", "--titles has 2 for 1 checkpoints"),
         (tsne, "random --perplexity 1 --out a.png", "--perplexity 1.0 must be a number above 1"),

@@ -101,7 +101,7 @@ LINPROBE = {
     "--probe_blrs": "--probe_blrs",
     "--batch_size 1": "--batch_size 1 | BatchNorm",
     "--aug sepia": "--aug | sepia",
-    "--eval --cache_features --finetune {dir}/pretrain/checkpoint-0.pth": "--eval | --resume",
+    "--eval --cache_features --finetune {dir}/pretrain/checkpoint-0.pth": "--eval | --cache_features",
     "--cache_features --data_path {dir}/data/single": "--probe_holdout",
     "--cache_features --resume {dir}/linprobe/checkpoint-0.pth": "--cache_features | --resume",
     "--eval --cache_features --resume {dir}/linprobe/checkpoint-0.pth": "--eval | --cache_features",

@@ -306,6 +306,7 @@ def test_linear_probe_on_images_and_on_cached_features(image_folder, tmp_path):
     stored = json.loads((tmp_path / "c" / "probe.json").read_text())
     assert stored["result"] == cached
     seen = main_linprobe.main(parser.parse_args(f"{flags} --eval --resume {tmp_path}/c/probe.pth".split()))
+    assert seen == main_linprobe.main(parser.parse_args(f"{flags} --eval --finetune {tmp_path}/c/probe.pth".split()))
     assert (seen["acc1"], seen["acc5"]) == pytest.approx((cached["test_acc1"], cached["test_acc5"]))
     weights = read_weights(f"{tmp_path}/c/probe.pth")  # as tools/robustness.py reads it
     assert weights.classes == [f"class{i}" for i in range(4)]

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import main_pretrain
 from methods import Pretrainer
 from models_mae import MODELS, build_model
 from planning.footprint import Setup, parts, peak, sizes_of, teacher_weights, trained_weights
+from planning.gpus import GPUS
 from planning.plan import Machine, candidates, flops_per_image, plan, seconds, traffic
 from tools import plan as tool
 from util.compute.precision import DTYPES, autocast
@@ -278,3 +280,33 @@ def test_hours(capsys):
 def test_bad_input(flags, message):
     with pytest.raises(UserError, match=message):
         run(flags)
+
+
+def test_a_gpu_by_name(capsys):
+    """--gpu sets memory and rates from the data sheet; of an h100 they are the defaults, within their two digits."""
+    h100, default = GPUS["h100"].assumptions(), Machine()
+    assert all(value == pytest.approx(getattr(default, name), rel=0.02) for name, value in h100.items())
+    args = tool.get_args_parser().parse_args(["mae_vit_large_patch16", "--gpu", "a100-40"])
+    rates = tool.machine_of(args)
+    assert rates["gpu_mem"] == 40 and 200 < rates["tflops"] < 312
+    args = tool.get_args_parser().parse_args(["mae_vit_large_patch16", "--gpu", "l40s", "--tflops", "250"])
+    assert tool.machine_of(args) == {**GPUS["l40s"].assumptions(), "tflops": 250}
+    assert capsys.readouterr().err == ""
+    for name in GPUS:
+        run(f"mae_vit_base_patch16 --gpu {name} --amp_dtype fp16 --effective_batch 1024")
+        assert f"assumed of {name}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--gpu v100-32 has no matrix products in bf16: give --amp_dtype fp16"):
+        run("mae_vit_base_patch16 --gpu v100-32")
+
+
+def test_memory_alone_implies_no_rate_in_silence(capsys):
+    run("mae_vit_large_patch16 --gpu_mem 40")
+    assert "--gpu_mem 40 does not determine the speed: the hours are those of an H100" in capsys.readouterr().err
+    run("mae_vit_large_patch16 --gpu_mem 40 --tflops 270")
+    assert capsys.readouterr().err == ""
+
+
+def test_the_page_has_every_gpu():
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    for name, gpu in GPUS.items():
+        assert f"| `{name}` | {gpu.memory:g} | {gpu.tflops:g} | " in page and gpu.source in page

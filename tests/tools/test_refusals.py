@@ -1,6 +1,8 @@
 """Refusals of the tools that evaluate a checkpoint: errors of flags, files and folders give one sentence on stderr,
 exit code 2, and no line in the ledger. For the mains see tests/mains/test_bad_input.py."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -108,7 +110,8 @@ def test_the_valid_command_line(tool, tool_files, tmp_path):
     written = {path.name for path in (tmp_path / "new").iterdir()}
     assert written & {"a.json", "a.png", "a.safetensors", "a.csv"}
     if tool not in ("mask_maps", "visualize", "predict"):
-        assert {"a.json", "results.jsonl"} <= written and any(name.startswith("tensorboard-") for name in written)
+        beside = "a.safetensors.json" if tool == "export" else "a.json"
+        assert {beside, "results.jsonl"} <= written and any(name.startswith("tensorboard-") for name in written)
 
 
 @pytest.mark.parametrize("tool", VALID)
@@ -220,3 +223,20 @@ def test_checkpoint_and_data_that_do_not_fit(tool, flags, checkpoint, message, t
 def test_an_unknown_name(tool_files, tmp_path, capsys):
     line = refusal(capsys, "knn", VALID["knn"].replace("{ck}", "vit_base_nonsense"), tool_files, tmp_path)
     assert "vit_base_nonsense is neither a file nor a model of timm's" in line
+
+
+@pytest.mark.parametrize("tool", VALID)
+def test_every_tool_requires_its_checkpoint(tool, tool_files, tmp_path, capsys):
+    """Without a CHECKPOINT no tool starts a random encoder by itself: `random` is spelled out."""
+    flags = VALID[tool].replace("{ck} ", "")
+    assert "give a CHECKPOINT" in refusal(capsys, tool, flags, tool_files, tmp_path)
+
+
+@pytest.mark.parametrize("tool", [*WITH_DATA, "predict"])
+def test_progress_while_images_are_encoded(tool, tool_files, tmp_path, monkeypatch):
+    """On a terminal a progress bar is shown as soon as images are encoded."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    call(tool, VALID[tool], tool_files, tmp_path)
+    assert "0%|" in terminal.getvalue()

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+from tqdm import tqdm
+
 from util.data.images import BROKEN_IMAGE, open_regular
 from util.data.sources import Images
 from util.errors import UserError
-from util.parallel.distributed import gather_objects, get_rank, get_world_size
+from util.parallel.distributed import gather_objects, get_rank, get_world_size, is_main_process
 
 SHOWN = 5  # pairs in the message
 SLICE = 64  # images per task of a thread
@@ -37,7 +39,10 @@ def digests(images: Images) -> Iterator[tuple[int, bytes]]:
 
     mine = range(get_rank(), len(images), get_world_size())
     with ThreadPoolExecutor() as pool:  # reading and hashing release the GIL
-        for hashes in pool.map(hash_slice, [mine[start : start + SLICE] for start in range(0, len(mine), SLICE)]):
+        slices = [mine[start : start + SLICE] for start in range(0, len(mine), SLICE)]
+        hidden = None if is_main_process() else True  # None: shown on a terminal
+        bar = tqdm(pool.map(hash_slice, slices), "comparing splits", len(slices), disable=hidden, leave=False)
+        for hashes in bar:
             yield from hashes
 
 
