@@ -1,5 +1,8 @@
 """Fine-tune a pretrained encoder for classification or regression, train one from scratch, or evaluate one."""
 
+import util.interrupts  # noqa: F401  first: Ctrl-C is in effect while the others are imported
+
+# isort: split
 from functools import partial
 from pathlib import Path
 

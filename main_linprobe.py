@@ -5,6 +5,9 @@ With `--cache_features`, every image is encoded once, and one head per learning 
 best head on a held-out part of the training set is chosen, and its test accuracy is reported.
 """
 
+import util.interrupts  # noqa: F401  first: Ctrl-C is in effect while the others are imported
+
+# isort: split
 from pathlib import Path
 from textwrap import shorten
 

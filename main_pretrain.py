@@ -1,5 +1,8 @@
 """Pretrain a masked autoencoder. The training step is in `engine_pretrain`, the methods are in `methods/`."""
 
+import util.interrupts  # noqa: F401  first: Ctrl-C is in effect while the others are imported
+
+# isort: split
 import json
 from functools import partial
 from pathlib import Path

@@ -1,5 +1,8 @@
 """Submit `main_linprobe.py` as a SLURM job (`util/parallel/slurm.py`; example: scripts/mae/slurm.sh)."""
 
+import util.interrupts  # noqa: F401  first: Ctrl-C is in effect while the others are imported
+
+# isort: split
 import main_linprobe
 from util.errors import user_errors
 from util.parallel.slurm import launch

@@ -1,0 +1,1 @@
+import util.interrupts  # noqa: F401  before torch, which tools import through this package

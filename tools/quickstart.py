@@ -6,7 +6,6 @@ Started by `scripts/quickstart.sh`. It runs the commands of the project as a use
 
 import random
 import shlex
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation import command_line, runs
 from util.data.file_lists import images_below
 from util.errors import UserError, user_errors
+from util.interrupts import run_command
 from util.parser import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +100,7 @@ def run(script: str, *flags: str, optional: bool = False) -> None:
     """Print one of the project's commands and run it. If it fails, the quickstart exits with its code; an `optional`
     command may refuse its input (code 2), which leaves its rows of the table empty."""
     print(f"\n$ python {script} {shlex.join(flags)}", flush=True)
-    code = subprocess.run([sys.executable, str(ROOT / script), *flags]).returncode
+    code = run_command([sys.executable, str(ROOT / script), *flags])
     if code and not (optional and code == 2):
         sys.exit(code)
 

@@ -7,6 +7,8 @@ import re
 import sys
 from contextlib import contextmanager
 
+from util.interrupts import interruptible
+
 
 class UserError(ValueError):
     """A mistake in a flag or a file. The message names it and says what to do."""
@@ -67,20 +69,21 @@ def worker_failure(error: Exception) -> RunFailed | None:
 
 @contextmanager
 def user_errors(program: str):
-    """Turn a `UserError` (exit code 2), `RunFailed` or failure of a data worker (1) into one line on stderr; other
-    exceptions keep their traceback."""
-    try:
-        yield
-    except (UserError, RuntimeError) as caught:
-        error = caught if isinstance(caught, (UserError, RunFailed)) else worker_failure(caught)
-        if error is None:
-            raise
-        # All ranks check the same flags. Ranks other than 0 add their number: the fault may be on their node only.
-        rank = os.environ.get("RANK", "0")
-        prefix = "" if rank == "0" else f"[rank {rank}] "
-        sys.stderr.write(f"{prefix}{program}: error: {error}\n")  # `print` is silent on other ranks than 0
-        sys.stderr.flush()
-        leave(2 if isinstance(error, UserError) else 1)
+    """Turn a `UserError` (exit code 2), `RunFailed` or failure of a data worker (1) and Ctrl-C (130) into one line on
+    stderr; other exceptions keep their traceback."""
+    with interruptible(program, leave):
+        try:
+            yield
+        except (UserError, RuntimeError) as caught:
+            error = caught if isinstance(caught, (UserError, RunFailed)) else worker_failure(caught)
+            if error is None:
+                raise
+            # All ranks check the same flags. Ranks other than 0 add their number: the fault may be on their node only.
+            rank = os.environ.get("RANK", "0")
+            prefix = "" if rank == "0" else f"[rank {rank}] "
+            sys.stderr.write(f"{prefix}{program}: error: {error}\n")  # `print` is silent on other ranks than 0
+            sys.stderr.flush()
+            leave(2 if isinstance(error, UserError) else 1)
 
 
 def leave(code: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 # From the lowest to the highest. A name is a module, or a package with all its modules.
 ROOMS: list[tuple[str, ...]] = [
     (
+        "util.interrupts",
         "util.errors",
         "util.architectures",
         "util.pos_embed",

@@ -1,13 +1,16 @@
-"""SIGTERM, SIGUSR1 and SIGUSR2 (a scheduler's warning): the run finishes its step, saves, and exits with code 0."""
+"""SIGTERM, SIGUSR1, SIGUSR2 (a scheduler's warning) and SIGINT (Ctrl-C): the run finishes its step, saves, and exits
+with code 0. A second Ctrl-C ends it at once with code 130."""
 
+import os
 import signal
 import threading
 
 import torch
 
+from util import interrupts
 from util.parallel.distributed import all_reduce_max, get_world_size, host_device
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 # Name of the signal that ended the last run of this process early, else None; `util.parallel.slurm` requeues the job.
 stopped_by: str | None = None
@@ -16,11 +19,15 @@ stopped_by: str | None = None
 class StopRequest:
     """Remembers that a signal was received. All ranks stop after the same step: about every two seconds, at steps that
     follow from shared numbers, they compare what they received. Python allows handlers in the main thread only; in
-    another one (a notebook's server, Ray) signals keep their effect on the process."""
+    another one (a notebook's server, Ray) signals keep their effect on the process.
+
+    `current` is the work that is finished before the run stops, as the answer to Ctrl-C names it."""
 
     def __init__(self):
         self.received: str | None = None
         self.next_poll = 1
+        self.current = "this step"
+        self._interrupted, self._pid = False, os.getpid()
         self._before = {}
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -29,6 +36,16 @@ class StopRequest:
             print(f"note: the run is not in the main thread, so it does not save when it receives {names}")
 
     def _handle(self, number, _frame):
+        if os.getpid() != self._pid:  # a data worker that has just been forked
+            return
+        if number == signal.SIGINT:
+            if not interrupts.new_press():
+                return
+            if self._interrupted:
+                interrupts.write_line("ended at once; the checkpoints already written are complete")
+                interrupts.end_now()
+            self._interrupted = True
+            interrupts.write_line(f"stopping after {self.current}; press Ctrl-C again to end at once")
         self.received = signal.Signals(number).name
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ class Trainer:
             del os.environ["RANK"], os.environ["WORLD_SIZE"]
         with user_errors(sys.argv[0]):
             self.main(self.args)
-            if signals.stopped_by and job.global_rank == 0:
+            if signals.stopped_by not in (None, "SIGINT") and job.global_rank == 0:  # Ctrl-C is meant to end it
                 requeue(str(job.job_id))
 
 

@@ -248,6 +248,7 @@ class Run:
         if ends or self.save_due or stop or self.step % args.print_freq == 0:
             self.reporter.check_and_log(self)
         if ends:  # `finish_epoch` saves and stops: the epoch is not logged yet
+            self.stop_request.current = "this epoch's evaluation"
             return
         self.stopped = stop
         if self.save_due or self.stopped:
@@ -271,6 +272,7 @@ class Run:
         """Log the epoch that has ended, with the values of `row`; save every --save_freq epochs, and where
         --save_steps is due; go to the next epoch, unless the run ended inside this one."""
         self.reporter.finish_epoch(self, row)
+        self.stop_request.current = "this step"
         number = self.epoch
         if self.position == len(self.loader):
             self.epoch, self.position, self.reporter.meter = self.epoch + 1, 0, EpochMeter(self.device)
