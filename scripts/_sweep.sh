@@ -135,7 +135,7 @@ evaluate() { # NAME CHECKPOINT SEED KEY
         *) last=checkpoint-$(($(epochs_of "${linprobe[@]}") - 1)).pth again=(--resume auto) ;;
     esac
     once "$probe/$last" main main_linprobe.py "${common[@]}" "${linprobe[@]}" --output_dir "$probe" "${again[@]}"
-    once "$probe/knn.json" "$python" "$root/tools/knn.py" "${common[@]}" --out "$probe/knn.json"
+    once "$probe/knn.json" "$python" "$root/tools/knn.py" "${common[@]}" --finetune "${2:-random}" --out "$probe/knn.json"
     for kind in finetune "${extra_finetunes[@]}"; do
         local -n flags=$kind
         folder="$out/$kind-$1"

@@ -109,13 +109,14 @@ def compare(out: Path, common: list[str], checkpoint: str, batch: int, images: i
     """Evaluate the untrained and the pretrained encoder, each into its folder below `out`."""
     for name, weights in zip(ENCODERS, ("", checkpoint)):
         encoder = ["--model", "vit_micro_patch4", "--finetune", weights]
+        judged = [*encoder[:-1], weights or "random"]
         probe = ["--global_pool", "--cache_features", "--batch_size", str(batch), "--probe_blrs", *PROBE_BLRS]
         run("main_linprobe.py", *common, *encoder, *probe, "--output_dir", str(out / name), "--overwrite")
         k = [str(k) for k in NEIGHBOURS if k <= images]
-        run("tools/knn.py", *common, *encoder, "--k", *k, "--out", str(out / name / "knn.json"))
+        run("tools/knn.py", *common, *judged, "--k", *k, "--out", str(out / name / "knn.json"))
         if shots:
             few = ["--shots", *map(str, shots), "--out", str(out / name / "fewshot.json")]
-            run("tools/fewshot.py", *common, *encoder, *few, optional=True)  # it refuses an unreadable image
+            run("tools/fewshot.py", *common, *judged, *few, optional=True)  # it refuses an unreadable image
 
 
 def table(results: dict[str, dict], shots: list[int]) -> str:

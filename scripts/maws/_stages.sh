@@ -17,7 +17,7 @@ judge() { # NAME CHECKPOINT SEED: run stage three, the evaluations on the labell
         --keep 1 --output_dir "$out/finetune-$1" --resume auto
     once "$out/linear-$1/results.jsonl" main main_linprobe.py "${common[@]}" --cls_token "${linprobe[@]}" \
         --output_dir "$out/linear-$1" "${again[@]}"
-    once "$out/fewshot-$1/fewshot.json" "$python" "$root/tools/fewshot.py" "${common[@]}" --cls_token \
+    once "$out/fewshot-$1/fewshot.json" "$python" "$root/tools/fewshot.py" "${common[@]}" --finetune "${2:-random}" --cls_token \
         --out "$out/fewshot-$1/fewshot.json"
 }
 

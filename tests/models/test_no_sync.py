@@ -49,8 +49,8 @@ def synchronisations(monkeypatch):
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("error" if on else "default")
 
-    def stepwise(self, header):
-        for batch in batches(self, header):
+    def stepwise(self):
+        for batch in batches(self):
             record(self.step > 0)  # the first step may synchronise
             yield batch
             record(False)
