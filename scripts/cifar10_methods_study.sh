@@ -7,6 +7,7 @@
 # More in scripts/_sweep.sh: --only, --list, SEEDS (here 0 1 2).
 # shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/_cifar10_small.sh"
 
 # The teacher of DMAE: a larger encoder, on the same images, for 40 epochs.

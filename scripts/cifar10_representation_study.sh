@@ -9,6 +9,7 @@
 # 0 1 2).
 # shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/_cifar10_small.sh"
 
 evaluate() { # NAME CHECKPOINT SEED KEY: replaces the function of _sweep.sh

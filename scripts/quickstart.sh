@@ -7,5 +7,7 @@
 #   bash scripts/quickstart.sh --help              the other flags
 #   PYTHON=python3.12 bash scripts/quickstart.sh   with this interpreter
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+here=$(dirname "${BASH_SOURCE[0]}")
+[ -x "${VENV:-$here/../.venv}/bin/python" ] || . "$here/_help.sh"  # nothing is installed for --help
+. "$here/_venv.sh"
 exec "$python" "$root/tools/quickstart.py" "$@"

@@ -10,6 +10,7 @@
 # whose comment names its data set: --only "RUN …", --list, flags for the pretraining, SET, TEACHER, WEAK, SEEDS, GPUS. A
 # folder holds one budget.
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/_help.sh"
 GPUS=${GPUS:-1}
 . "$(dirname "${BASH_SOURCE[0]}")/_torchrun.sh"
 refuse() { echo "error: $*" >&2; exit 2; }

@@ -4,6 +4,7 @@
 #   bash scripts/soak.sh                          half an hour
 #   bash scripts/soak.sh --minutes 600 --seed 1 --out soak.json
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 install_requirements "$dev"
 cd "$root"

@@ -4,6 +4,7 @@
 #   bash scripts/test.sh
 #   bash scripts/test.sh tests/models/test_fixtures.py -k lars
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 install_requirements "$dev"
 cd "$root"

@@ -7,6 +7,7 @@
 #   VENVS   folder of their environments, which are made if needed (default: .venv-matrix in the repository; about 7 GB
 #           each)
 set -uo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/_help.sh"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venvs=${VENVS:-$root/.venv-matrix}
 mkdir -p "$venvs"

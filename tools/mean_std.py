@@ -13,7 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from evaluation import command_line
-from util.data.loader import collate, read_batches
+from util.data.loader import collate, loader_options, read_batches
 from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
 from util.data.samples import KeyedDataset
@@ -47,8 +47,9 @@ def main(args) -> tuple[list[float], list[float]]:
     dataset = KeyedDataset(images, moments, args.seed, replace=False, **pixels)
     count = min(args.limit or len(images), len(images))
     indices = torch.linspace(0, len(images) - 1, count).long().tolist()
+    options = loader_options(args.seed, args.num_workers, pin_mem=False, persistent=False)
     loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(dataset, indices), batch_size=64, num_workers=args.num_workers, collate_fn=collate
+        torch.utils.data.Subset(dataset, indices), batch_size=64, collate_fn=collate, **options
     )
     total, bad = torch.zeros(3, args.in_chans, dtype=torch.float64), 0
     batches = tqdm(read_batches(loader), total=len(loader), desc="reading", unit=" batches", disable=None)

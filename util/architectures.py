@@ -1,6 +1,7 @@
 """Sizes of the encoders and decoders by name, shared by `models_mae` (`mae_<name>`) and `models_vit` (`<name>`)."""
 
 from util.errors import UserError
+from util.parser import closest, did_you_mean
 
 # ViT-B/L/H: Dosovitskiy et al. 2021 (Table 1). ViT-Ti/S: Touvron et al. 2021 (Table 1). `micro` is for laptops.
 _WIDTHS = {
@@ -58,7 +59,8 @@ def own_config(name: str | None) -> dict:
 def look_up(models: dict, name: str, flag: str = "--model"):
     """Return `models[name]`. Raises UserError for an unknown name; the message lists the known ones."""
     if name not in models:
-        raise UserError(f"{flag} {name!r} is not known; the known names are: {', '.join(models)}")
+        close = did_you_mean(closest(name, models))
+        raise UserError(f"{flag} {name!r} is not known; the known names are: {', '.join(models)}{close}")
     return models[name]
 
 

@@ -9,6 +9,7 @@ from util.data.list_flags import add_list_arguments, check_columns
 from util.data.pixel_range import check_pixel_range, range_word
 from util.data.readers import READERS
 from util.errors import UserError
+from util.parallel.cores import MOST_WORKERS
 from util.parser import rare
 from util.training.best_metric import add_best_metric
 
@@ -117,7 +118,10 @@ def _add_reading_arguments(group) -> None:
         )
     )
     group.add_argument(
-        "--num_workers", default=10, type=int, help="processes that read images; 0 reads in the main process"
+        "--num_workers",
+        type=int,
+        help="processes that read images; 0 reads in the main process; without it one per core that this process may "
+        f"use, at most {MOST_WORKERS}, and {MOST_WORKERS} for wds and timm's streams, whose order depends on it",
     )
     rare(group.add_argument("--pin_mem", action="store_true", help="pin memory for faster copies to the GPU"))
     rare(group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not pin memory"))

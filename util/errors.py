@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 
 from util.interrupts import interruptible
+from util.memory import memory_failure
 
 
 class UserError(ValueError):
@@ -67,15 +68,21 @@ def worker_failure(error: Exception) -> RunFailed | None:
     return None
 
 
+def _failure(error: Exception) -> RunFailed | None:
+    """Return the failure of data workers or of memory that `error` reports, None if it is another error."""
+    full = memory_failure(error)
+    return RunFailed(full) if full else worker_failure(error)
+
+
 @contextmanager
 def user_errors(program: str):
-    """Turn a `UserError` (exit code 2), `RunFailed` or failure of a data worker (1) and Ctrl-C (130) into one line on
-    stderr; other exceptions keep their traceback."""
+    """Turn a `UserError` (exit code 2), `RunFailed`, failure of a data worker or full memory (1) and Ctrl-C (130) into
+    one line on stderr; other exceptions keep their traceback."""
     with interruptible(program, leave):
         try:
             yield
-        except (UserError, RuntimeError) as caught:
-            error = caught if isinstance(caught, (UserError, RunFailed)) else worker_failure(caught)
+        except (UserError, RuntimeError, MemoryError, OSError) as caught:
+            error = caught if isinstance(caught, (UserError, RunFailed)) else _failure(caught)
             if error is None:
                 raise
             # All ranks check the same flags. Ranks other than 0 add their number: the fault may be on their node only.

@@ -2,10 +2,15 @@
 
 import argparse
 import copy
+import difflib
 import os
+import re
 import shutil
 import sys
 import textwrap
+from collections.abc import Iterable
+
+from util.memory import flags_in_use
 
 WIDEST = 100  # columns of --help on a wider terminal: longer lines are hard to read
 
@@ -125,6 +130,20 @@ class HelpFormatter(argparse.HelpFormatter):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
+def closest(word: str, known: Iterable[str]) -> str:
+    """Return the name among `known` that is most like `word`, "" if none is. Capitals, and dashes in place of
+    underscores, make no difference."""
+    names = {name.lower().replace("-", "_"): name for name in known}
+    close = difflib.get_close_matches(word.lower().replace("-", "_"), names, n=1)
+    return names[close[0]] if close else ""
+
+
+def did_you_mean(*names: str | None) -> str:
+    """Return "; did you mean X, Y?" for the given names that are not empty, "" without any."""
+    given = ", ".join(dict.fromkeys(filter(None, names)))
+    return f"; did you mean {given}?" if given else ""
+
+
 class HelpAll(argparse.Action):
     """`--help_all`: print the help with the rare flags, and exit."""
 
@@ -151,9 +170,30 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--help_all", action=HelpAll, help="show this message with the rarely used flags")
 
     def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args(args, Flags() if namespace is None else namespace)
+        self._words = list(sys.argv[1:] if args is None else args)
+        parsed, unknown = super().parse_known_args(args, Flags() if namespace is None else namespace)
+        flags_in_use.clear()
+        flags_in_use.update(vars(parsed))
+        return parsed, unknown
+
+    def _suggestions(self) -> str:
+        """Return a question that names the flags of this command that resemble the unknown ones that were given."""
+        names = [name for action in self._actions for name in action.option_strings]
+        flags = {name.removeprefix("--"): name for name in names if name.startswith("--")}
+        given = [word.partition("=")[0] for word in self._words if re.match("-+[A-Za-z]", word)]
+        return did_you_mean(*(flags.get(closest(word.lstrip("-"), flags)) for word in given if word not in names))
+
+    def _check_value(self, action, value):
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(closest(str(value), map(str, action.choices)))
+            raise
 
     def error(self, message):
+        # A required flag may be there under a wrong name.
+        if message.startswith("unrecognized arguments") or "arguments are required" in message:
+            message += self._suggestions()
         if os.environ.get("RANK", "0") == "0":
             print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)

@@ -11,6 +11,7 @@
 # More in scripts/_sweep.sh. For an estimate of the time see docs/results.md.
 # shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_sweep.sh"
 
 data_flags=(--dataset "$(imagefolder_or cifar10)" --data_path "$data" --num_workers 12

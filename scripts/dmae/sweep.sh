@@ -13,6 +13,7 @@
 # used throughout. More in scripts/_sweep.sh.
 # shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_sweep.sh"
 
 imagenet=(--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225)

@@ -4,6 +4,7 @@
 #
 #   bash scripts/mae/cifar10_study.sh DATA OUT        DATA holds train/<class>/ and val/<class>/
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 data=${1:?usage: cifar10_study.sh DATA OUT}
 out=${2:?usage: cifar10_study.sh DATA OUT}
 here=$(cd "$(dirname "$0")/../.." && pwd)

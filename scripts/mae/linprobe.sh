@@ -5,7 +5,9 @@
 #
 # GPUS, NODES, NODE_RANK and MASTER as in pretrain.sh. Without augmentation, in a hundredth of the time:
 # python main_linprobe.py --cache_features --finetune CHECKPOINT --data_path IMAGENET --output_dir OUT
+# All flags: python main_linprobe.py --help
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
 . "$root/scripts/mae/_recipes.sh"
 torchrun_main main_linprobe.py "${linprobe[@]}" --accum_iter "$(accumulate "$linprobe_effective" "$linprobe_batch")" "$@"

@@ -6,7 +6,9 @@
 #   NODES=8 NODE_RANK=0 MASTER=host0:29500 bash scripts/mae/pretrain.sh …          once on each node
 #
 # Gradients are accumulated up to the paper's batch. Your flags come last and win.
+# All flags: python main_pretrain.py --help
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
 . "$root/scripts/mae/_recipes.sh"
 torchrun_main main_pretrain.py "${pretrain[@]}" --accum_iter "$(accumulate "$pretrain_effective" "$pretrain_batch")" \

@@ -7,7 +7,9 @@
 #   bash scripts/mae/slurm.sh linprobe --nodes 4 --ngpus 8 --partition gpu --finetune CHECKPOINT --data_path IMAGENET
 #
 # These numbers of GPUs give the paper's batches; with other numbers add --accum_iter. Your flags come last and win.
+# All flags: python submitit_pretrain.py --help
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
 . "$root/scripts/mae/_recipes.sh"
 job=${1:-}

@@ -13,6 +13,7 @@
 # Further flags go to MAE; --only, --list, SEEDS and GPUS as in scripts/_sweep.sh.
 # shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 here=$(dirname "${BASH_SOURCE[0]}")
 . "$here/../_sweep.sh"
 . "$here/_stages.sh"

@@ -8,6 +8,7 @@
 # More in scripts/_sweep.sh: --only, --list, SEEDS (here 0 1 2).
 # shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_cifar10_small.sh"
 
 mlo=(--mlo_mae --mlo_labels same --mlo_batch_size 32 --mlo_mask_lr 0.1 --epochs 10)

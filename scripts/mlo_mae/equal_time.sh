@@ -7,6 +7,7 @@
 # EPOCHS (default 100) is MAE's. More in scripts/_sweep.sh.
 # shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_sweep.sh"
 
 epochs=${EPOCHS:-100}

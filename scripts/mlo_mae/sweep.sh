@@ -14,6 +14,7 @@
 # network. Batches are accumulated on one GPU only where --accum_iter is given. More in scripts/_sweep.sh.
 # shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_sweep.sh"
 
 SET=${SET:-cifar10}

@@ -11,6 +11,7 @@
 # Gradients are accumulated up to the paper's batches. More in scripts/_sweep.sh.
 # shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_sweep.sh"
 . "$root/scripts/mae/_recipes.sh"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 ROOMS: list[tuple[str, ...]] = [
     (
         "util.interrupts",
+        "util.memory",
         "util.errors",
         "util.architectures",
         "util.pos_embed",

@@ -8,6 +8,7 @@ import atexit
 import math
 import multiprocessing
 import signal
+import warnings
 import weakref
 from itertools import islice
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, default_colla
 from util.data.samples import Sample, UnreadableData
 from util.errors import MORE_SHARED_MEMORY, UserError, worker_failure
 from util.parallel import watchdog
+from util.parallel.cores import note_many_workers
 from util.parallel.distributed import get_rank, get_world_size
 
 
@@ -128,7 +130,10 @@ def collate(samples: list) -> Sample:
 
 
 def loader_options(seed: int, num_workers: int, pin_mem: bool, persistent: bool = True) -> dict:
-    """Return the arguments that every DataLoader gets. `persistent` workers outlive an epoch."""
+    """Return the arguments that every DataLoader gets. `persistent` workers outlive an epoch. Prints a note if there
+    are more workers than cores, instead of torch's warning."""
+    note_many_workers(num_workers)
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     return dict(
         num_workers=num_workers,
         pin_memory=pin_mem and torch.cuda.is_available(),

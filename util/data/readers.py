@@ -28,6 +28,7 @@ from util.data.shards import Shards, find_shards
 from util.data.sources import Arrays, Files
 from util.errors import UserError
 from util.parallel.distributed import main_process_first
+from util.parser import closest, did_you_mean
 
 
 def need_path(args) -> Path:
@@ -203,5 +204,6 @@ def read_images(args, train: bool, classes: list[str] | None = None):
         raise UserError(
             f"--dataset {args.dataset!r} is not known: it must be one of {', '.join(READERS)}, "
             f"or a name of timm's data-set factory ({', '.join(f'{name}/...' for name in FACTORY)})"
+            f"{did_you_mean(closest(args.dataset, READERS))}"
         )
     return open_from_factory(args, prefix, train)

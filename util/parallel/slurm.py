@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from util.errors import RunFailed, UserError, user_errors
+from util.memory import flags_in_use
 from util.parallel import signals
 
 WARNING_SECONDS = 120  # before the time limit: enough to finish a step and write a checkpoint
@@ -52,6 +53,7 @@ class Trainer:
         print(f"process {job.global_rank} of {job.num_tasks} on {job.hostname}")
         if os.environ["WORLD_SIZE"] == "1":
             del os.environ["RANK"], os.environ["WORLD_SIZE"]
+        flags_in_use.update(vars(self.args))
         with user_errors(sys.argv[0]):
             self.main(self.args)
             if signals.stopped_by not in (None, "SIGINT") and job.global_rank == 0:  # Ctrl-C is meant to end it

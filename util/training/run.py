@@ -25,7 +25,9 @@ from util.data.loader import Loader, next_batch
 from util.data.samples import Sample
 from util.errors import RunFailed, UserError
 from util.lr_sched import adjust_learning_rate
+from util.memory import flags_in_use
 from util.parallel import signals, watchdog
+from util.parallel.cores import default_workers
 from util.parallel.distributed import (
     all_reduce_sum,
     check_same_flags,
@@ -51,12 +53,15 @@ from util.training.stepping import Stepper
 
 
 def start(args) -> torch.device:
-    """Join the process group, choose the device, seed the random numbers, check the output folder. Settles --log_dir
-    and the launcher's flags (rank, gpu, world_size, distributed). Raises UserError if the ranks have different flags,
-    or if the folder cannot be used."""
+    """Join the process group, choose the device, seed the random numbers, check the output folder. Settles --log_dir,
+    --num_workers and the launcher's flags (rank, gpu, world_size, distributed). Raises UserError if the ranks have
+    different flags, or if the folder cannot be used."""
     args.log_dir = args.output_dir if args.log_dir is None else args.log_dir
     device = init_distributed_mode(args)
     check_same_flags(args)
+    if args.num_workers is None:  # after the comparison, since the nodes may have different numbers of cores
+        args.num_workers = default_workers(args.dataset)
+    flags_in_use.update(vars(args))
     check_output_dir(args)
     random.seed(args.seed + get_rank())
     torch.manual_seed(args.seed + get_rank())
