@@ -163,7 +163,7 @@ def test_quickstart_table(tmp_path, image_folder, monkeypatch, capsys):
         calls.append(name)
         if name in ("main_pretrain", "visualize"):
             return
-        base = values["pretrained" if args.finetune else "untrained"]
+        base = values["untrained" if args.finetune in ("", "random") else "pretrained"]
         metrics = {"main_linprobe": {"test_acc1": base + 30}, "knn": {"knn1_acc1": base + 10, "knn20_acc1": base + 5}}
         if name == "fewshot":
             metrics[name] = {f"fewshot{k}_acc1": base + k for k in args.shots}
