@@ -22,6 +22,9 @@ class Gpu:
         return {"gpu_mem": self.memory, **{name: float(f"{value:.2g}") for name, value in rates.items()}}
 
 
+# `source` names the document that states a number; the documents themselves were not at hand. The rates of A100, H100,
+# H200, B200 and L40S were compared with published tables that quote them. Those of V100, A6000 and 4090, and the memory
+# of B200 (tables say 180 or 192 GB), were not compared with anything.
 # PCIe 4.0 x16 has 32 GB/s in one direction; NVLink is stated for both directions together.
 _A100 = "NVIDIA A100 data sheet (SXM)"
 _ADA = "NVIDIA Ada GPU architecture white paper, appendix A"
