@@ -33,6 +33,7 @@ class Reporter:
         self.board = Board(None)  # replaced by a board with a folder when training begins
         self.clock, self.waited, self.progress = Clock(), 0.0, None
         self.unreadable = 0  # unreadable images since the last reading
+        self.terms: list[str] = []  # names of the terms of the loss
         self.last_means: dict[str, float] = {}  # means of the last finished epoch
 
     # Every step: nothing here waits for the device ------------------------------------------------------------------
@@ -50,6 +51,7 @@ class Reporter:
 
     def add_losses(self, step: int, losses: dict[str, torch.Tensor], batch: MicroBatch) -> None:
         """Add the losses of one micro-batch: the total, named "loss", and its terms."""
+        self.terms = [name for name in losses if name != "loss"]
         self.meter.add(losses, len(batch.samples.target))
         self.non_finite.add(step, losses)
         self.spikes.add(step, losses["loss"], batch.samples.index)
@@ -124,7 +126,7 @@ class Reporter:
         if self.writes and is_main_process():
             counts = {"epoch": run.epoch, "step": run.step, "seconds": seconds, "bad_images": int(bad)}
             self.log.append(log_line({**stats, **row, **counts}))
-        print(in_lines(f"epoch {_number(run)}:", [*_shown(means, row), *_counted(bad), f"{seconds:.1f} s"]))
+        print(in_lines(f"epoch {_number(run)}:", [*_shown(means, self.terms, row), *_counted(bad), f"{seconds:.1f} s"]))
         slow = slow_reader(gather_objects(self.waited), seconds)
         if slow:
             print(f"note: {slow}")
@@ -137,10 +139,11 @@ def _number(run) -> str:
     return f"{run.epoch + 1}/{ceil(run.args.epochs)}"
 
 
-def _shown(means: dict[str, float], row: dict[str, float]) -> list[str]:
-    """Return the numbers of an epoch for the terminal. A loss of one term is shown once."""
-    terms = {name: value for name, value in means.items() if value != means["loss"]}
-    return [f"{name} {value:.4g}" for name, value in {"loss": means["loss"], **terms, **row}.items()]
+def _shown(means: dict[str, float], terms: list[str], row: dict[str, float]) -> list[str]:
+    """Return the numbers of an epoch for the terminal, the loss first. A loss of one of the `terms` is shown once."""
+    hidden = terms if len(terms) == 1 else ()
+    others = {name: value for name, value in means.items() if name not in hidden}
+    return [f"{name} {value:.4g}" for name, value in {"loss": means["loss"], **others, **row}.items()]
 
 
 def _speeds(loss: float, lr: float, rates: dict[str, float]) -> list[str]:
