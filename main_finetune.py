@@ -179,38 +179,42 @@ def settle_loss(args, weights: Weights) -> None:
         args.multilabel_loss = stored
 
 
-def read_weights_and_images(args, resume: Path | None):
-    """Read the initial weights and the images of both splits; settle the model's flags, `--aug` and `--nb_classes`.
-
-    Returns the weights (None: random ones, or those of the checkpoint to resume), the training images (None with
-    `--eval`) and the validation images. Raises UserError for mistakes in flags and files.
-    """
+def read_starting_weights(args, resume: Path | None) -> tuple[Weights | None, Weights | None]:
+    """Read the initial weights, and settle the flags of model and augmentation and the meaning of the outputs. Returns
+    the weights to start from or to evaluate (None: random ones) and those of the checkpoint to resume; at least one of
+    the two is None."""
     resumed = settle_from_checkpoint(args, resume) if resume is not None and not args.eval else None
     source = str(resume) if args.eval and resume else args.finetune
     weights = settle_model(args, source if args.eval or resume is None else "")
     settle_preset(args)
+    settle_units(args, weights if args.eval else resumed)
+    if args.eval:
+        settle_loss(args, weights)
     check_channels(args.in_chans)
     args.aug = args.aug or arguments.default_crop(args.dataset)
     arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval)
-    settle_units(args, weights if args.eval else resumed)
-    if args.eval and weights:
-        settle_loss(args, weights)
-    vocabulary = weights.classes if args.eval and weights else []
+    return weights, resumed
+
+
+def read_splits(args, evaluated: Weights | None, stored: Weights | None):
+    """Read the training images (None with `--eval`) and the validation images; settle the flags that depend on them.
+    `evaluated` are the weights of `--eval`, `stored` those whose flags describe the images. Raises UserError for
+    mistakes in flags and files."""
+    vocabulary = evaluated.classes if evaluated else []
     images = None if args.eval else read_labelled(args, True)
     held_out = read_labelled(args, False, vocabulary or None)
     if vocabulary and args.targets == "multilabel" and held_out.classes != vocabulary:
-        raise UserError(f"--label_vocab {args.label_vocab} is not the vocabulary of {weights.path}: leave it out")
+        raise UserError(f"--label_vocab {args.label_vocab} is not the vocabulary of {evaluated.path}: leave it out")
     if args.check_leak:
         check_leak(images, held_out)
     args.nb_classes = count_classes(args, images, held_out)
-    stored = resumed or weights
     settle_pixel_range(args, images or held_out, lambda: stored.args if stored else {})
     scores = SCORES[args.targets]
     classes = args.nb_classes if args.targets == "single" else None
     settle_best_metric(args, scores.metrics, scores.headline, classes)
     for split, listed in (("training", images), ("evaluation", held_out)):
         note_imbalance(listed, split)
-    return weights, images, held_out
+    return images, held_out
 
 
 def training_loader(args, images):
@@ -259,7 +263,8 @@ def main(args) -> dict[str, float]:
     check(args)
     device = start(args)
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
-    weights, images, held_out = read_weights_and_images(args, resume)
+    weights, resumed = read_starting_weights(args, resume)
+    images, held_out = read_splits(args, weights if args.eval else None, resumed or weights)
     if not args.eval:
         noisy = with_noise(images, args)
         loader, weights_of_classes = training_loader(args, noisy), class_weights(args, noisy)

@@ -110,7 +110,7 @@ with user_errors("command.py"):
 @pytest.mark.parametrize(
     "module,function,flags",
     [
-        ("main_finetune", "read_weights_and_images", f"{RUN} --model vit_micro_patch4".split("--decoder")[0]),
+        ("main_finetune", "read_splits", f"{RUN} --model vit_micro_patch4".split("--decoder")[0]),
         ("tools.knn", "judging.labelled_splits", "random --dataset digits --model vit_micro_patch4 --input_size 16"),
     ],
 )
