@@ -14,6 +14,7 @@ ROOMS: list[tuple[str, ...]] = [
     (
         "util.interrupts",
         "util.memory",
+        "util.notes",
         "util.errors",
         "util.architectures",
         "util.pos_embed",

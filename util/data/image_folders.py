@@ -12,6 +12,7 @@ from util.data.images import printable
 from util.data.leftovers import Skipped, is_leftover
 from util.data.sources import Files
 from util.errors import MissingSplit, UserError
+from util.notes import note_once
 
 # Names of the splits' folders, in any case. The first that exists is read; test images serve where nothing else does.
 _TRAIN = ("train", "training")
@@ -109,7 +110,8 @@ def unlabelled_folder(folder: Path, flag: str = "--data_path") -> Files:
 
 
 def find_split(root: Path, train: bool) -> Path | None:
-    """Return the folder of a split, None if there is none. A note is printed for other names than train and val."""
+    """Return the folder of a split, None if there is none. A note is printed, once, for other names than train and
+    val."""
     names = _TRAIN if train else _EVALUATION
     if (root / names[0]).is_dir():
         return root / names[0]
@@ -118,7 +120,7 @@ def find_split(root: Path, train: bool) -> Path | None:
     found = next((folders[name] for name in names if name in folders), None)
     if found is None:
         return None
-    print(f"note: the {'training' if train else 'evaluation'} images are those of {printable(str(root / found))}")
+    note_once(f"the {'training' if train else 'evaluation'} images are those of {printable(str(root / found))}")
     return root / found
 
 

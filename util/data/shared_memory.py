@@ -1,10 +1,10 @@
 """The shared memory by which data workers pass batches on: /dev/shm, of which containers have 64 MB by default."""
 
-import functools
 import os
 from math import prod
 
 from util.errors import MORE_SHARED_MEMORY, UserError
+from util.notes import note_once
 
 FOLDER = "/dev/shm"
 _AHEAD = 2  # batches that each worker of a DataLoader prepares ahead, its `prefetch_factor`
@@ -26,8 +26,8 @@ def check_shared_memory(workers: int, batch_size: int, channels: int, size: int 
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # of torchrun, on this node
     needed = batch * workers * _AHEAD * processes
     if needed > free:
-        _note(
-            f"note: the batches that --num_workers {workers} prepare take up to {_megabytes(needed)} of {FOLDER}, "
+        note_once(
+            f"the batches that --num_workers {workers} prepare take up to {_megabytes(needed)} of {FOLDER}, "
             f"which has {_megabytes(free)} free: if a worker fails, {MORE_SHARED_MEMORY}"
         )
 
@@ -43,8 +43,3 @@ def _free_bytes() -> int | None:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB" if size < 1e7 else f"{size / 1e6:,.0f} MB"
-
-
-@functools.cache
-def _note(text: str) -> None:
-    print(text)

@@ -1,9 +1,10 @@
 """The CPU cores that this process may use, and the number of data workers that follows from them."""
 
-import functools
 import math
 import os
 from pathlib import Path
+
+from util.notes import note_once
 
 MOST_WORKERS = 10  # the official MAE's --num_workers
 _CGROUP = Path("/sys/fs/cgroup")  # inside a container, its own group
@@ -43,13 +44,12 @@ def default_workers(dataset: str) -> int:
     return max(1, min(MOST_WORKERS, available_cores() // processes_here()))
 
 
-@functools.cache
 def note_many_workers(workers: int) -> None:
     """Print a note, once, if the data workers of all processes of this node are more than its cores."""
     cores, processes = available_cores(), processes_here()
     if workers and workers * processes > cores:
         each = f" for each of {processes} processes" if processes > 1 else ""
-        print(
-            f"note: --num_workers {workers}{each} is more than the {cores} core(s) that this run may use: more workers "
+        note_once(
+            f"--num_workers {workers}{each} is more than the {cores} core(s) that this run may use: more workers "
             f"need more memory and read no faster; give --num_workers {max(1, cores // processes)}"
         )

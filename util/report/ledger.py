@@ -8,7 +8,6 @@ too.
 import argparse
 import datetime
 import fcntl
-import functools
 import hashlib
 import json
 import math
@@ -27,6 +26,7 @@ import torch
 from util.checkpoint.files import LEDGER
 from util.checkpoint.same_run import plain
 from util.errors import UserError
+from util.notes import note_once
 from util.parallel.distributed import find_difference, gather_objects, get_world_size, is_main_process
 
 NO_METRICS = ("epoch", "step", "seconds", "bad_images")  # entries of a line of log.txt that are not metrics
@@ -60,9 +60,8 @@ def _why_no_revision(message: str, folder: Path) -> str:
     return f"git fails in {folder}: {(message.strip().splitlines() or ['without a message'])[0]}"
 
 
-@functools.cache
 def _note_no_revision(reason: str) -> None:
-    print(f"note: the records of this run lack the revision of the code, because {reason}")
+    note_once(f"the records of this run lack the revision of the code, because {reason}")
 
 
 # The file -------------------------------------------------------------------------------------------------------------

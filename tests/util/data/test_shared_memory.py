@@ -17,6 +17,7 @@ from util.data.loader import Loader
 from util.data.samples import Sample
 from util.data.shared_memory import check_shared_memory
 from util.errors import RunFailed, UserError, user_errors, worker_failure
+from util.notes import note_once
 
 HELP = ("--num_workers 0", "--shm-size", "--ipc=host")
 
@@ -24,7 +25,7 @@ HELP = ("--num_workers 0", "--shm-size", "--ipc=host")
 @pytest.fixture
 def free(monkeypatch):
     """A function that sets the size of the free shared memory."""
-    shared_memory._note.cache_clear()
+    note_once.cache_clear()
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
     def set_free(size):

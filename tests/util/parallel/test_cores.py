@@ -6,6 +6,7 @@ import warnings
 import pytest
 
 import main_finetune
+from util.notes import note_once
 from util.parallel import cores
 
 
@@ -23,7 +24,7 @@ def machine(monkeypatch, tmp_path):
         for name, text in dict(files).items():
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(text)
-        cores.note_many_workers.cache_clear()
+        note_once.cache_clear()
 
     return describe
 

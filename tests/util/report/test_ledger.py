@@ -17,6 +17,7 @@ from evaluation import runs
 from tools import collect
 from util.data.readers import read_images
 from util.errors import UserError
+from util.notes import note_once
 from util.report import ledger
 
 TINY = f"{DIGITS} --num_workers 0 --epochs 1 --warmup_epochs 0"
@@ -378,7 +379,7 @@ def test_ranks_with_other_data_or_code(image_folder, tmp_path, monkeypatch):
     ],
 )
 def test_a_missing_revision_is_explained_once(tmp_path, monkeypatch, capsys, script, words):
-    ledger._note_no_revision.cache_clear()
+    note_once.cache_clear()
     if script:
         (tmp_path / "git").write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "git").chmod(0o755)
