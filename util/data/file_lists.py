@@ -1,6 +1,7 @@
 """Paths of images below folders, and what readers of folders and of list files share. No image is opened here."""
 
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -23,19 +24,17 @@ def images_below(folder: Path, skipped: Skipped | None = None) -> list[str]:
     paths, ancestors = [], {str(folder): [os.path.realpath(folder)]}
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         chain = ancestors.pop(parent)  # real paths of the folders from the top to this one
-        skipped.leftovers += filter(is_leftover, [*folders, *files])
-        files = [name for name in files if not is_leftover(name)]
+        left = set(filter(is_leftover, [*folders, *files]))
+        skipped.leftovers += left
+        folders[:] = [name for name in folders if name not in left]
         for name in list(folders):
-            if is_leftover(name):
-                folders.remove(name)
-                continue
             subfolder = os.path.join(parent, name)
             real = os.path.realpath(subfolder)
             if any(is_below(ancestor, real) for ancestor in chain):
                 folders.remove(name)
             else:
                 ancestors[subfolder] = [*chain, real]
-        for name in files:
+        for name in filter(lambda name: name not in left, files) if left else files:
             lower = name.lower()
             if lower.endswith(IMG_EXTENSIONS):
                 paths.append(os.path.join(parent, name))
@@ -97,6 +96,17 @@ def sorted_labels(names) -> list[str]:
         return (0, int(label), label) if is_number else (1, 0, label)
 
     return sorted(set(names), key=key)
+
+
+def class_indices(labels: Iterable[str], classes: Sequence[str], path: str | Path, source: str) -> list[int]:
+    """Return the index of each label of the list `path` among `classes`. Raises UserError for a label that is not
+    there; the message says that it is not `source`."""
+    index = {name: i for i, name in enumerate(classes)}
+    labels = list(labels)
+    unknown = next((label for label in labels if label not in index), None)
+    if unknown is not None:
+        raise UserError(f"the list file {path} has the label {unknown!r}, which is not {source}")
+    return [index[label] for label in labels]
 
 
 def is_below(path: str, folder: str) -> bool:

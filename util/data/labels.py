@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from util.data.file_lists import read_lines, sorted_labels
+from util.data.file_lists import class_indices, read_lines, sorted_labels
 from util.data.list_flags import open_list
 from util.data.list_labels import label_sets, numbers
 from util.data.readers import need_path, read_images
@@ -62,13 +62,7 @@ def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
     if args.targets == "single":
         return read_images(args, train, vocabulary)
     if args.targets == "regression":
-        images = _read_numbers(args, train)
-        if vocabulary and len(vocabulary) > 1 and list(images.classes) != list(vocabulary):
-            raise UserError(
-                f"the checkpoint predicts {' '.join(vocabulary)}, but the columns here are {' '.join(images.classes)}: "
-                f"give --label_column {' '.join(vocabulary)}"
-            )
-        return images
+        return _read_numbers(args, train, vocabulary)
     path = args.train_list if train else args.val_list
     images, names, columns = _read_label_sets(args, path)
     source = f"--label_vocab {args.label_vocab}" if args.label_vocab else "the checkpoint's vocabulary"
@@ -78,17 +72,21 @@ def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
         source = args.train_list
         known = names if train else _read_label_sets(args, args.train_list, announce=False)[1]
         vocabulary = columns or sorted_labels(label for labels in known for label in labels)
-    index = {label: i for i, label in enumerate(vocabulary)}
-    unknown = next((label for labels in names for label in labels if label not in index), None)
-    if unknown is not None:
-        raise UserError(f"the list file {path} has the label {unknown!r}, which is not in {source}")
+    flat = [label for labels in names for label in labels]
+    index = dict(zip(flat, class_indices(flat, vocabulary, path, f"in {source}")))
     return LabelSets(images, [tuple(sorted(index[label] for label in labels)) for labels in names], vocabulary)
 
 
-def _read_numbers(args, train: bool) -> Numbers:
+def _read_numbers(args, train: bool, columns: list[str] | None) -> Numbers:
     """Return the images and numbers of one split. The training split settles `--targets regression`'s mean and standard
-    deviation, unless a checkpoint has (`settle_units`)."""
+    deviation, unless a checkpoint has (`settle_units`). Raises UserError for others than the `columns` of a checkpoint.
+    """
     listed = open_list(args, args.train_list if train else args.val_list, need_path(args))
+    if columns and len(columns) > 1 and listed.columns != columns:
+        raise UserError(
+            f"the checkpoint predicts {' '.join(columns)}, but the columns here are {' '.join(listed.columns)}: give "
+            f"--label_column {' '.join(columns)}"
+        )
     rows, values = numbers(listed)
     if train and not hasattr(args, "target_mean"):
         mean, std = np.mean(values, axis=0), np.std(values, axis=0)

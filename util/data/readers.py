@@ -11,6 +11,7 @@ from util.data import fine_grained
 from util.data.factory import FACTORY, open_from_factory
 from util.data.file_lists import (
     check_below,
+    class_indices,
     class_names,
     read_lines,
 )
@@ -64,11 +65,8 @@ def _listed_classes(args, folder: Path, classes: list[str], source: str) -> File
     labels = class_labels(listed)[0]
     if labels is None:
         raise UserError(f"the list file {args.val_list} has no labels: the names of the class folders are needed")
-    index = {name: i for i, name in enumerate(classes)}
-    unknown = next((label for label in labels if label not in index), None)
-    if unknown is not None:
-        raise UserError(f"the list file {args.val_list} has the label {unknown!r}, which is not a class {source}")
-    return Files(listed.paths, [index[label] for label in labels], classes, os.path.realpath(folder))
+    targets = class_indices(labels, classes, args.val_list, f"a class {source}")
+    return Files(listed.paths, targets, classes, os.path.realpath(folder))
 
 
 def _folder(args, train: bool, _classes) -> Files:
@@ -76,10 +74,9 @@ def _folder(args, train: bool, _classes) -> Files:
     if given:
         return unlabelled_folder(given, "--eval_path")
     root = need_path(args)
-    folder = find_split(root, train)
-    if folder is None and not train:
-        split_folder(root, False)  # raises
-    return unlabelled_folder(folder or root)  # without splits: images at any depth
+    if not train:
+        return unlabelled_folder(split_folder(root, False))
+    return unlabelled_folder(find_split(root, True) or root)  # without splits: images at any depth
 
 
 def _filelist(args, train: bool, vocabulary: list[str] | None) -> Files:
@@ -90,15 +87,12 @@ def _filelist(args, train: bool, vocabulary: list[str] | None) -> Files:
     within = "" if args.allow_outside else os.path.realpath(root)
     if labels is None:
         return Files(listed.paths, [-1] * len(listed.paths), None, within)
+    source = f"in {args.train_list}"
     if not train and vocabulary is not None:
-        classes = vocabulary
+        classes, source = vocabulary, "a class of the checkpoint"
     elif not train:
         classes = _classes_of_list(args, open_list(args, args.train_list, root, announce=False))[1]
-    index = {label: i for i, label in enumerate(classes)}
-    unknown = next((label for label in labels if label not in index), None)
-    if unknown is not None:
-        raise UserError(f"the list file {args.val_list} has the label {unknown!r}, which is not in {args.train_list}")
-    return Files(listed.paths, [index[label] for label in labels], classes, within)
+    return Files(listed.paths, class_indices(labels, classes, path, source), classes, within)
 
 
 def _classes_of_list(args, listed) -> tuple[list[str] | None, list[str]]:
