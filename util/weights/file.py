@@ -12,7 +12,7 @@ from torch import Tensor
 from util.errors import UserError
 from util.weights.checksum import damage
 from util.weights.hf_folder import folder_weights
-from util.weights.metadata import SAFE_GLOBALS, plain
+from util.weights.metadata import SAFE_GLOBALS, without_stand_ins
 
 
 def read_file(path) -> dict:
@@ -32,7 +32,7 @@ def read_file(path) -> dict:
             return load_file(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about odd pickles before it refuses them
-            content = plain(torch.load(path, map_location="cpu", weights_only=True))
+            content = without_stand_ins(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file can raise any error, even a KeyError inside the unpickler
         raise UserError(_unreadable(path, head, str(error))) from error
     if not isinstance(content, dict):

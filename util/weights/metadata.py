@@ -153,9 +153,9 @@ SAFE_GLOBALS = [
 ]
 
 
-def plain(value, seen: dict | None = None):
-    """Return `value` with arrays of numpy as tensors, at any depth. Containers are changed in place; one that occurs
-    several times, as in a file made to exhaust readers, is visited once."""
+def without_stand_ins(value, seen: dict | None = None):
+    """Return `value` without stand-ins, at any depth: arrays of numpy as tensors. Containers are changed in place; one
+    that occurs several times, as in a file made to exhaust readers, is visited once."""
     seen = {} if seen is None else seen
     if id(value) in seen:
         return seen[id(value)][1]
@@ -166,10 +166,10 @@ def plain(value, seen: dict | None = None):
     if isinstance(value, (dict, list)):
         seen[id(value)] = value, value  # the reference keeps the id unique
         for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            value[key] = plain(item, seen)
+            value[key] = without_stand_ins(item, seen)
     elif type(value) is tuple:
-        seen[id(value)] = value, tuple(plain(item, seen) for item in value)
+        seen[id(value)] = value, tuple(without_stand_ins(item, seen) for item in value)
         return seen[id(value)][1]
     elif isinstance(value, argparse.Namespace):
-        plain(vars(value), seen)
+        without_stand_ins(vars(value), seen)
     return value
