@@ -4,14 +4,13 @@ import importlib
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from helpers.exports import FLAGS, exported, saved, saved_classifier, scrambled
 from helpers.launch import scalars
 from PIL import Image
-from safetensors import safe_open
 from torch import nn
 
 import models_mae
@@ -29,24 +28,6 @@ from util.weights.load import load_into, read_weights
 
 # Float32 sums in another order through four blocks and a norm, on outputs of about 1: usually 1e-6.
 CLOSE = dict(rtol=1e-5, atol=1e-5)
-FLAGS = {"model": "vit_micro_patch4", "input_size": 16, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
-
-
-def scrambled(model):
-    """Randomise all values but fixed positions, so that a swapped or missing tensor shows."""
-    for name, parameter in model.named_parameters():
-        if not (name.endswith("pos_embed") and isinstance(model, models_mae.MaskedAutoencoderViT)):
-            nn.init.normal_(parameter, std=0.1)
-    return model.eval()
-
-
-def saved(path, network, **flags):
-    torch.save({"model": network.state_dict(), "args": {**FLAGS, **flags}}, path)
-    return path
-
-
-def as_flag(size):
-    return size if isinstance(size, int) else list(size)
 
 
 @pytest.fixture
@@ -57,18 +38,7 @@ def mae(tmp_path):
 
 @pytest.fixture
 def classifier(tmp_path):
-    def make(global_pool, **config):
-        config = {"img_size": 16, "num_classes": 7, **config}
-        model = scrambled(models_vit.vit_micro_patch4(**config, global_pool=global_pool))
-        return model, saved(tmp_path / "classifier.pth", model, input_size=as_flag(config["img_size"]))
-
-    return make
-
-
-def exported(checkpoint, to, out, *flags):
-    options = [str(checkpoint), "--to", to, "--out", str(out), *map(str, flags)]
-    assert export.main(export.get_args_parser().parse_args(options)) < 1e-5  # runs the tool's own check
-    return out
+    return partial(saved_classifier, tmp_path / "classifier.pth")
 
 
 def refused(*flags):
@@ -220,67 +190,6 @@ def test_classifier_to_hugging_face(classifier, tmp_path, capsys):
     assert not (tmp_path / "pooled").exists()
 
 
-# --- names of classes
-
-NAMES = ["cat", "dog, or wolf", "höhe", "1", "e", "f", "g"]
-
-
-def with_names(path, names):
-    state = torch.load(path, weights_only=True)
-    torch.save({**state, "classes": names}, path)
-    return path
-
-
-def stored_names(to, out):
-    """Return the names in an exported file, read with the other library."""
-    if to == "hf-vit":
-        config = pytest.importorskip("transformers").AutoConfig.from_pretrained(out)
-        assert config.label2id == {name: i for i, name in config.id2label.items()}
-        return [config.id2label[i] for i in range(len(config.id2label))]
-    if to == "onnx":
-        session = pytest.importorskip("onnxruntime").InferenceSession(str(out), providers=["CPUExecutionProvider"])
-        return json.loads(session.get_modelmeta().custom_metadata_map["label_names"])
-    if to == "torch-export":
-        extra = {"flags.json": ""}
-        torch.export.load(out, extra_files=extra)
-        return json.loads(extra["flags.json"])["label_names"]
-    with safe_open(out, framework="pt") as file:
-        return json.loads(file.metadata()["label_names"])
-
-
-@pytest.mark.parametrize("to", ["timm", "safetensors", "hf-vit", "onnx", "torch-export"])
-def test_names_of_classes_are_exported(classifier, tmp_path, to):
-    for package in {"hf-vit": ["transformers"], "onnx": ["onnx", "onnxscript", "onnxruntime"]}.get(to, []):
-        pytest.importorskip(package)
-    _, path = classifier(False)
-    suffix = export.SUFFIXES.get(to, "")
-    out = exported(with_names(path, NAMES), to, tmp_path / f"cls{suffix}")
-    assert stored_names(to, out) == NAMES
-    assert json.loads(Path(f"{out}.json").read_text())["told"]["label_names"] == NAMES
-    if to not in ("onnx", "torch-export"):
-        again = read_weights(out)
-        assert again.classes == NAMES and "label_names" not in again.args
-
-
-def test_unknown_names_of_classes(classifier, tmp_path, capsys):
-    """A checkpoint without names, or with another number of them: a note. An encoder has no classes."""
-    _, path = classifier(False)
-    for i, names in enumerate(([], ["a", "b"])):
-        out = exported(with_names(path, names), "timm", tmp_path / f"{i}.safetensors")
-        with safe_open(out, framework="pt") as file:
-            assert "label_names" not in file.metadata()
-        assert f"note: {path} has {'2 names for' if names else 'no names of'} its 7 classes" in capsys.readouterr().out
-    exported(path, "timm", tmp_path / "encoder.safetensors", "--encoder_only")
-    assert "note:" not in capsys.readouterr().out
-
-
-def test_placeholders_of_hugging_face_are_no_names(classifier, tmp_path):
-    pytest.importorskip("transformers")
-    _, path = classifier(False)
-    out = exported(path, "hf-vit", tmp_path / "folder")
-    assert stored_names("hf-vit", out)[2] == "LABEL_2" and read_weights(out).classes == []
-
-
 def test_autoencoder_to_hugging_face_and_back(mae, tmp_path, capsys):
     """The same loss and prediction at the same noise, and every tensor comes back bit for bit."""
     pytest.importorskip("transformers")
@@ -319,17 +228,6 @@ def test_heads_of_a_folder_are_checked(mae, tmp_path):
     (out / "model.safetensors").rename(out / "model-00001-of-00002.safetensors")
     with pytest.raises(UserError, match="in one file"):
         read_weights(out)
-
-
-def test_exports_of_one_name_have_a_json_each(classifier, tmp_path):
-    _, path = classifier(True)
-    for to in ("timm", "torch-export"):
-        exported(path, to, tmp_path / f"cls{export.SUFFIXES[to]}")
-    announced = [
-        json.loads((tmp_path / f"cls{export.SUFFIXES[to]}.json").read_text()) for to in ("timm", "torch-export")
-    ]
-    assert [content["to"] for content in announced] == ["timm", "torch-export"]
-    assert announced[1]["outputs"] == "model(imgs) gives logits" and not (tmp_path / "cls.json").exists()
 
 
 # --- programs
