@@ -22,7 +22,7 @@ from util.data.label_flags import add_imbalance_arguments, add_label_arguments, 
 from util.data.labels import class_weights, known_labels, note_imbalance, read_labelled, settle_units, with_noise
 from util.data.leak import check_leak
 from util.data.pixel_range import settle_pixel_range
-from util.data.presets import add_preset_arguments, mixes, settle_preset
+from util.data.presets import add_preset_arguments, default_crop, mixes, settle_preset
 from util.data.sample_rng import seeded
 from util.data.transforms import check_channels
 from util.datasets import build_transform
@@ -191,7 +191,7 @@ def read_starting_weights(args, resume: Path | None) -> tuple[Weights | None, We
     if args.eval:
         settle_loss(args, weights)
     check_channels(args.in_chans)
-    args.aug = args.aug or arguments.default_crop(args.dataset)
+    args.aug = args.aug or default_crop(args.dataset)
     arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval)
     return weights, resumed
 

@@ -28,7 +28,7 @@ from util.data.label_flags import add_imbalance_arguments, check_imbalance
 from util.data.labels import class_weights, known_labels, note_imbalance
 from util.data.leak import check_leak
 from util.data.pixel_range import settle_pixel_range
-from util.data.presets import MIRRORED
+from util.data.presets import MIRRORED, default_crop
 from util.data.readers import read_images
 from util.data.sample_rng import seeded
 from util.data.transforms import check_channels, probe_transform
@@ -183,7 +183,7 @@ def read_weights_and_images(args, resume: Path | None):
     files."""
     weights = settle_model(args, str(resume) if args.eval and resume else args.finetune)
     check_channels(args.in_chans)
-    args.aug = args.aug or ("none" if args.dataset in MIRRORED else arguments.default_crop(args.dataset))
+    args.aug = args.aug or ("none" if args.dataset in MIRRORED else default_crop(args.dataset))
     arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval and not args.cache_features)
     known = weights.classes if args.eval and weights else []
     images = None if args.eval else read_images(args, train=True)

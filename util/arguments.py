@@ -241,8 +241,8 @@ def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False
     memory = ", ".join(["--accum_iter", *["--grad_checkpoint"] * trains_blocks, *["then --fsdp"] * cached])
     group = parser.add_argument_group(
         "speed and memory",
-        f"These flags change results only by rounding{pixels}. On a laptop: the defaults{laptop}. On one GPU: {gpu}as "
-        f"many --num_workers as cores to read files, --compile for runs of more than an hour. On one node: torchrun or "
+        f"These flags change results only by rounding{pixels}. On a laptop: the defaults{laptop}. On one GPU: {gpu}"
+        f"--compile for runs of more than an hour. On one node: torchrun or "
         f"scripts/, one process per GPU; {memory} if memory is short. On a cluster: scripts/mae/slurm.sh, or torchrun "
         f"--max_restarts 3, with --resume auto.",
     )
@@ -394,9 +394,3 @@ def _check_finite(args) -> None:
 def compact_size(size: list[int]) -> int | list[int]:
     """Return the image size [side] or [H, W] as flags and checkpoints store it: an int, or [H, W] where they differ."""
     return size[0] if len(size) == 1 or size[0] == size[1] else list(size)
-
-
-def default_crop(dataset: str) -> str:
-    """Return the default of `--aug` for fine-tuning and probing: "rrc" (random resized crop), or "crop" (pad and crop)
-    for the small images of CIFAR and the digits."""
-    return "crop" if dataset in ("cifar10", "cifar100", "digits") else "rrc"

@@ -50,6 +50,12 @@ def add_preset_arguments(group) -> None:
     rare(group.add_argument("--hflip", type=float, help="probability that an image is mirrored; 0.5, for digits 0"))
 
 
+def default_crop(dataset: str) -> str:
+    """Return the default of `--aug` for fine-tuning and probing: "rrc" (random resized crop), or "crop" (pad and crop)
+    for the small images of CIFAR and the digits."""
+    return "crop" if dataset in ("cifar10", "cifar100", "digits") else "rrc"
+
+
 def preset_of(args) -> str:
     """Return the preset of the flags."""
     if args.aug_preset not in (None, "auto"):  # None: in checkpoints before `auto`
