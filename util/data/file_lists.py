@@ -24,9 +24,9 @@ def images_below(folder: Path, skipped: Skipped | None = None) -> list[str]:
     paths, ancestors = [], {str(folder): [os.path.realpath(folder)]}
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         chain = ancestors.pop(parent)  # real paths of the folders from the top to this one
-        left = set(filter(is_leftover, [*folders, *files]))
+        left = dict.fromkeys(filter(is_leftover, [*folders, *files]))  # in order, and quick to search
         skipped.leftovers += left
-        folders[:] = [name for name in folders if name not in left]
+        folders[:], files = ([name for name in names if name not in left] for names in (folders, files))
         for name in list(folders):
             subfolder = os.path.join(parent, name)
             real = os.path.realpath(subfolder)
@@ -34,7 +34,7 @@ def images_below(folder: Path, skipped: Skipped | None = None) -> list[str]:
                 folders.remove(name)
             else:
                 ancestors[subfolder] = [*chain, real]
-        for name in filter(lambda name: name not in left, files) if left else files:
+        for name in files:
             lower = name.lower()
             if lower.endswith(IMG_EXTENSIONS):
                 paths.append(os.path.join(parent, name))
