@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 
 from evaluation.publish import Destination, publish, write_confusion, write_scores
-from evaluation.scores import LOWER, TopK
+from evaluation.scores import TopK
 from util.compute.precision import autocast, choose_amp_dtype
 from util.parallel.distributed import is_main_process, shut_down, sync_buffers
 from util.report.ledger import Record
+from util.training.announcements import NO_SUMMARY, Summary, closing, opening
+from util.training.best_metric import LOWER
 from util.training.finished import end_again
 from util.training.run import Run
 
@@ -60,12 +62,20 @@ def evaluate(loader, model, device, amp_dtype=torch.float32, score_type=TopK) ->
 
 
 def evaluate_once(
-    args, model, loader, device, record: Record, score_type=TopK, names: list[str] | None = None
+    args,
+    model,
+    loader,
+    device,
+    record: Record,
+    score_type=TopK,
+    names: list[str] | None = None,
+    summary: Summary = NO_SUMMARY,
 ) -> dict[str, float]:
     """Run `--eval`: evaluate once, and publish the scores on the terminal, in eval.json (with details by class),
     eval_confusion.png, TensorBoard (in tensorboard-eval/ below --log_dir) and the ledger, results.jsonl. Return them.
-    Leaves the process group. `names` are those of the classes."""
+    Leaves the process group. `names` are those of the classes; `summary` is what is printed about the evaluation."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
+    print(opening(args, summary, device, dtype))
     scores = score(loader, model, device, dtype, score_type)
     stats = scores.read()
     print_scores(scores, stats, len(loader.dataset))
@@ -82,6 +92,7 @@ def evaluate_once(
     publish(
         record, metrics, len(loader.dataset), (device, dtype), to, scalars=scalars, pictures=pictures, details=details
     )
+    print(closing(args.output_dir, summary.next_commands(str(args.resume or args.finetune))))
     shut_down()
     return stats
 

@@ -19,6 +19,7 @@ from engine_finetune import evaluate_once, train
 from evaluation.cached_probe import probe_head, run_cached
 from evaluation.encoder import build_encoder, count_classes, settle_model
 from evaluation.scores import TopK
+from evaluation.summaries import probe_summary
 from models_vit import AttentivePool
 from util import arguments
 from util.checkpoint.resume import find_resume, stored_flags
@@ -215,13 +216,12 @@ def main(args) -> dict:
     weights, images, held_out = read_weights_and_images(args, resume)
     with seeded(args.seed):
         model = build_encoder(args, None if args.eval else weights, args.nb_classes)
-    if weights is None and resume is None:
-        print("no --finetune: the encoder is random")
     test_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
     command = "main_linprobe" + " --eval" * args.eval
+    summary = probe_summary(args, model, weights, images, held_out)
     if args.cache_features:  # --lr is settled later, when the number of readable images is known
         record = Record(command, args, weights, train=images, test=held_out)
-        return run_cached(args, model, images, test_loader, device, record)
+        return run_cached(args, model, images, test_loader, device, record, summary)
     if not args.eval:
         loader = training_loader(args, images)
         settle_schedule(args, len(loader))
@@ -231,11 +231,12 @@ def main(args) -> dict:
     probe = Probe(model, attentive=args.head == "attentive").to(device)
     if args.eval:
         load_probe(probe, resume or Path(args.finetune), "--resume" if resume else "--finetune")
-        return evaluate_once(args, probe, test_loader, device, record, names=getattr(held_out, "classes", None))
+        names = getattr(held_out, "classes", None)
+        return evaluate_once(args, probe, test_loader, device, record, names=names, summary=summary)
     optimizer_type = torch.optim.AdamW if args.head == "attentive" else LARS
     optimizer = optimizer_type(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     names = getattr(images, "classes", None)
-    run = Run(args, device, loader, model, optimizer, probe, resume, record, classes=names)
+    run = Run(args, device, loader, model, optimizer, probe, resume, record, names, summary)
     criterion = build_criterion(False, "single", 0.0, weights=class_weights(args, images)).to(device)
     return train(args, run, test_loader, criterion)
 

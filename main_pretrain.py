@@ -13,6 +13,7 @@ from timm.optim import param_groups_weight_decay
 import models_mae
 from engine_pretrain import train
 from evaluation.monitor import Monitor
+from evaluation.summaries import pretraining_summary
 from methods import METHODS, Method, Pretrainer, add_method_arguments, enabled_methods
 from util import arguments
 from util.checkpoint.resume import find_resume, stored_flags
@@ -309,7 +310,8 @@ def main(args) -> None:
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     pretrainer.attach(optimizer)
     record = Record("main_pretrain", args, weights, train=images, test=held_out if args.knn_freq else None)
-    run = Run(args, device, loader, model, optimizer, pretrainer, resume, record)
+    summary = pretraining_summary(args, model, chosen, images, held_out)
+    run = Run(args, device, loader, model, optimizer, pretrainer, resume, record, summary=summary)
     if run.resumed_at_end:
         end_again(run, list(encoders(run)), partial(write_results, run))
         return

@@ -23,6 +23,7 @@ from util.lr_sched import adjust_learning_rate
 from util.parallel.distributed import barrier, from_main_process, is_main_process, shut_down
 from util.report.ledger import Record
 from util.report.log import log_line
+from util.training.announcements import Summary, closing, opening
 from util.training.losses import build_criterion
 
 CLASSIFIER = "probe.pth"  # the encoder with the chosen head of --cache_features, for --eval and tools/
@@ -152,8 +153,9 @@ def probe_cached(model, train_loader, test_loader, args, device) -> dict:
     return {**scores, "train_images": len(rest), "test_images": len(test[1])}
 
 
-def run_cached(args, model, images, test_loader, device, record: Record) -> dict:
-    """Probe with `--cache_features`, write the results, and return them."""
+def run_cached(args, model, images, test_loader, device, record: Record, summary: Summary) -> dict:
+    """Probe with `--cache_features`, write the results, and return them; `summary` is what is printed about it."""
+    print(opening(args, summary, device, choose_amp_dtype(args.amp_dtype, device)))
     transform = build_transform(False, args)
     train_loader = build_loader(images, transform, args, args.batch_size, train=False)
     result = probe_cached(model, train_loader, test_loader, args, device)
@@ -168,6 +170,7 @@ def run_cached(args, model, images, test_loader, device, record: Record) -> dict
     to = Destination(Path(args.output_dir) / "probe.json" if args.output_dir else None, args.log_dir, args.output_dir)
     hardware = device, choose_amp_dtype(args.amp_dtype, device)
     publish(record, result, images_seen, hardware, to, attempt=saver.insist)
+    print(closing(args.output_dir, summary.next_commands(str(Path(args.output_dir) / CLASSIFIER))))
     shut_down()
     return result
 

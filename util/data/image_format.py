@@ -36,6 +36,13 @@ def mean_std(
     return tuple(mean), tuple(std)
 
 
+def mean_std_source(dataset: str, mean: Sequence[float] | None) -> str:
+    """Return where the values of `mean_std` come from, for a reader."""
+    if mean is not None:
+        return "--mean, --std"
+    return f"training set of {dataset}" if dataset in MEAN_STD else "ImageNet's; --mean and --std change them"
+
+
 def image_shape(size: int | Sequence[int]) -> tuple[int, int]:
     """Return (H, W) of a settled `--input_size`: one number, or two."""
     return (size, size) if isinstance(size, int) else (size[0], size[-1])

@@ -81,9 +81,3 @@ def settle_preset(args, stored: Mapping[str, Any] = {}) -> None:
         values = OFFICIAL | {name: stored[name] for name in OFFICIAL if name in stored}
     for name in not_given:
         setattr(args, name, values[name])
-    if not_given and not stored and not args.eval:
-        print(f"augmentation ({preset}): " + "  ".join(f"{name} {_shown(getattr(args, name))}" for name in OFFICIAL))
-
-
-def _shown(value) -> str:
-    return "none" if value is None else str(value)

@@ -153,14 +153,18 @@ def _is_line(row: dict) -> bool:
 
 def hardware(device: torch.device, dtype: torch.dtype | None) -> dict:
     """Return the device, the number of processes, and what else affects numbers and speed."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
-        "device": name,
+        "device": device_name(device),
         "processes": get_world_size(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "amp_dtype": str(dtype).split(".")[-1] if dtype else None,
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU or the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
 def _processor() -> str:

@@ -69,6 +69,12 @@ class Progress:
             width = len(str(self.total))
             print(f"{self.header}  {self.position:{width}d}/{self.total}  {text}", flush=True)
 
+    def note(self, text: str) -> None:
+        """Print a line of its own."""
+        if self.bar is not None:
+            self.bar.clear()
+        print(text, flush=True)
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()

@@ -44,6 +44,7 @@ from util.report.ledger import Record, revision
 from util.report.log import trim_log
 from util.report.tensorboard import Board
 from util.training import run_state
+from util.training.announcements import NO_SUMMARY, Summary, end_block, start_block
 from util.training.batches import MicroBatch, accumulation_window
 from util.training.checkpointing import Checkpointer
 from util.training.meters import EpochMeter
@@ -85,7 +86,8 @@ class Run:
 
     `epoch` and `position` are those of the next micro-batch; `step` counts optimizer steps, skipped ones included.
     `classes` are the
-    names of a classifier's outputs. Call `begin` before training, `close` at the end.
+    names of a classifier's outputs, `summary` what the texts at start and end say besides. Call `begin` before
+    training, `close` at the end.
     """
 
     def __init__(
@@ -99,8 +101,10 @@ class Run:
         resume: Path | None = None,
         record: Record | None = None,
         classes: list[str] | None = None,
+        summary: Summary = NO_SUMMARY,
     ):
         self.args, self.device, self.loader, self.classes = args, device, loader, classes
+        self.summary = summary
         self.saved_model, self.train_module, self.optimizer = saved_model, train_module or saved_model, optimizer
         self.methods = getattr(self.train_module, "methods", nn.ModuleDict())
         self.sharded = getattr(args, "fsdp", False)
@@ -144,10 +148,9 @@ class Run:
         watchdog.progress(self.step)
 
     def _describe(self) -> None:
-        """Print the model's size, and write the flags to args.json and TensorBoard."""
+        """Print what is trained and how, and write the flags to args.json and TensorBoard."""
         args = self.args
-        millions = sum(p.numel() for p in self.saved_model.parameters()) / 1e6
-        print(f"{args.model}: {millions:.1f} M parameters on {self.device}, {str(self.amp_dtype).split('.')[-1]}")
+        print(start_block(self, self.summary), flush=True)
         flags = {**vars(args), "revision": revision(), "torch": torch.__version__}
         self.board.flags(flags)
         if args.output_dir and is_main_process():
@@ -300,12 +303,14 @@ class Run:
             self.checkpoints.saver.insist(LEDGER, lambda: self.record.finish(*line))
 
     def close(self) -> None:
-        """End the run: report an early stop, close the event file, restore the signal handlers, leave the process
+        """End the run: print how it ended, close the event file, restore the signal handlers, leave the process
         group."""
         signals.stopped_by = self.stop_request.received if self.stopped else None
         if self.stopped:
             position = f"epoch {self.epoch}, batch {self.position}"
             print(f"stopped by {self.stop_request.received} at {position}; --resume auto continues exactly there")
+        elif not self.resumed_at_end:
+            print(end_block(self, self.summary), flush=True)
         self.board.close()
         self.stop_request.close()
         shut_down()
