@@ -134,8 +134,8 @@ def train_and_choose(train, test, rest, held, args, device) -> tuple[nn.Sequenti
         print(f"blr {blr:g}: {value:.2f} % on {len(held)} held-out training images")
     if len(held_acc1) > 1 and best in (0, len(held_acc1) - 1):
         print(f"note: the best rate, {args.probe_blrs[best]:g}, is at the end of --probe_blrs; try a wider list")
-    scores = {f"test_{name}": value for name, value in scores.items()}
-    scores |= {"holdout_acc1": held_acc1[best], "blr": args.probe_blrs[best]}
+    scores = {f"eval/{name}": value for name, value in scores.items()}
+    scores |= {"eval/holdout_acc1": held_acc1[best], "train/blr": args.probe_blrs[best]}
     return head.to(device), scores
 
 
@@ -150,7 +150,7 @@ def probe_cached(model, train_loader, test_loader, args, device) -> dict:
     if not len(test[1]):
         raise UserError(f"none of the {len(test_loader.dataset)} test images could be read; their names are above")
     model.head, scores = train_and_choose(train, test, rest, held, args, device)
-    return {**scores, "train_images": len(rest), "test_images": len(test[1])}
+    return {**scores, "data/train_images": len(rest), "data/test_images": len(test[1])}
 
 
 def run_cached(args, model, images, test_loader, device, record: Record, summary: Summary) -> dict:
@@ -160,9 +160,8 @@ def run_cached(args, model, images, test_loader, device, record: Record, summary
     train_loader = build_loader(images, transform, args, args.batch_size, train=False)
     result = probe_cached(model, train_loader, test_loader, args, device)
     make_output_dir(args.output_dir, args.log_dir, args.overwrite)
-    print(
-        f"linear probe: top-1 {result['test_acc1']:.2f} %  top-5 {result['test_acc5']:.2f} %  (blr {result['blr']:g})"
-    )
+    top1, top5, blr = (result[name] for name in ("eval/acc1", "eval/acc5", "train/blr"))
+    print(f"linear probe: top-1 {top1:.2f} %  top-5 {top5:.2f} %  (blr {blr:g})")
     saver = Saver(args.output_dir or ".", args.save_patience)
     images_seen = len(train_loader.dataset) + len(test_loader.dataset)
     if args.output_dir and is_main_process():

@@ -98,18 +98,17 @@ class Judged:
         pictures: Mapping[str, torch.Tensor] = {},
         **content,
     ) -> None:
-        """Publish `metrics` and `pictures` by name, see `evaluation.publish`, into the folder of `--out`; without --out
-        nothing. `name` (the command's by default) is that of the TensorBoard folder."""
+        """Publish `metrics` (as `eval/<name>`) and `pictures` by name, see `evaluation.publish`, into the folder of
+        `--out`; without --out nothing. `name` (the command's by default) is that of the TensorBoard folder."""
         if not self.args.out:
             return
         folder, command = Path(self.args.out).parent, record.command
         publish(
             record,
-            metrics,
+            {f"eval/{metric}": value for metric, value in metrics.items()},
             images_seen,
             (self.device, self.dtype),
             Destination(json, folder / f"tensorboard-{name or command}", folder),
-            scalars={f"{command}/{metric}": value for metric, value in metrics.items()},
             pictures={f"{command}/{title}": picture for title, picture in pictures.items()},
             **content,
         )

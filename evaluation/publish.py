@@ -33,7 +33,6 @@ def publish(
     hardware: tuple[torch.device, torch.dtype],
     to: Destination,
     *,
-    scalars: Mapping[str, float] = {},
     pictures: Mapping[str, torch.Tensor] = {},
     attempt: Callable[[str, Callable[[], object]], None] = _write_once,
     **content,
@@ -41,7 +40,7 @@ def publish(
     """Write the `metrics` of one checkpoint. `record` describes the evaluation, which passed `images_seen` images
     through the network; `hardware` is (device, type of matrix products).
 
-    JSON: the flags, `metrics` as `result`, and `content`. TensorBoard: `scalars` and `pictures` (3, H, W) in [0, 1] by
+    JSON: the flags, `metrics` as `result`, and `content`. TensorBoard: `metrics` and `pictures` (3, H, W) in [0, 1] by
     tag, at the checkpoint's epoch, so that the checkpoints of one run form a curve; flags and metrics as hparams. Files
     are written by `attempt(name, write)`, which may call `write` again after a failure. Only the main process writes.
     Raises UserError if a file cannot be written.
@@ -50,7 +49,7 @@ def publish(
         attempt(Path(to.json).name, lambda: write_json(to.json, record.args, result=metrics, **content))
     epoch = (record.source or {}).get("epoch") or 0
     board = Board(str(to.board) if to.board else None)
-    board.scalars(scalars, epoch + 1)
+    board.scalars(metrics, epoch + 1)
     for tag, picture in pictures.items():
         board.image(tag, picture, epoch + 1)
     board.hparams(vars(record.args), metrics)
@@ -67,11 +66,11 @@ def write_scores(
     folder: str | Path,
     attempt: Callable[[str, Callable[[], object]], None] = _write_once,
 ) -> None:
-    """Write scores.json into `folder`, if one is given: the flags, `metrics` as `result`, and the `details` of the
-    `scores` by class name. Files are written as by `publish`."""
+    """Write scores.json into `folder`, if one is given: the flags, the `metrics` of the `scores` as `result`, and the
+    `details` of the `scores` by class name. Files are written as by `publish`."""
     if folder:
-        details = scores.details(names)
-        attempt(SCORES, lambda: write_json(Path(folder) / SCORES, args, result=metrics, details=details))
+        result, details = {f"eval/{name}": value for name, value in metrics.items()}, scores.details(names)
+        attempt(SCORES, lambda: write_json(Path(folder) / SCORES, args, result=result, details=details))
 
 
 def write_confusion(

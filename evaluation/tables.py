@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from evaluation.runs import Run, canonical, check_alike, check_names, once_each, shown_value
 from util.errors import UserError
+from util.report.names import present_name
 
 USUAL = re.compile(r"acc\d|top1|ratio|mAP")  # metrics of a table by default
 
@@ -72,15 +73,16 @@ def _rank(value, index: int) -> tuple:
 
 
 def _columns(runs: list[Run], metrics) -> list[tuple[str, str]]:
-    """Return (kind, metric) for each of `metrics`, which are METRIC or KIND:METRIC; by default the accuracies."""
+    """Return (kind, metric) for each of `metrics`, which are METRIC or KIND:METRIC, also with a name of an earlier
+    revision or without `eval/`; by default the accuracies."""
     known = list(dict.fromkeys((run.kind, name) for run in runs for name in run.row["metrics"]))
     if not metrics:  # without best_*: it was selected on the test set
         metrics = [name for name in dict.fromkeys(name for _, name in known) if USUAL.search(name)]
-        metrics = [name for name in metrics if not name.startswith("best_")]
+        metrics = [name for name in metrics if not name.startswith("eval/best_")]
     chosen = []
     for metric in metrics:
         kind, _, name = metric.rpartition(":")
-        matches = [column for column in known if column[1] == name and kind in ("", column[0])]
+        matches = [column for column in known if column[1] == present_name(name) and kind in ("", column[0])]
         if not matches:
             names = ", ".join(sorted({f"{kind}:{name}" for kind, name in known}))
             raise UserError(f"--metric {metric} is in none of these {len(runs)} runs; they have {names or 'none'}")

@@ -129,7 +129,7 @@ class Method(nn.Module):
 
     # Training
 
-    loss_name = "reconstruction"  # name of `patch_loss` in the log
+    loss_name = "pixels"  # name of `patch_loss` in the log
     # True if `patch_loss` or `terms` also reads predictions of visible patches, which are not computed otherwise.
     needs_all_patches = False
 
@@ -171,8 +171,9 @@ class Method(nn.Module):
         self, model: MaskedAutoencoderViT, imgs: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor | None:
         """Return the scores (N, L) of preview images, as `scores` does. TensorBoard's reconstructions,
-        `fixed_images_loss` and tools/visualize.py show these masks. Called on the main process only, without a graph,
-        in eval mode. Override it if `scores` changes the method: a preview must not change the run. Slot "mask"."""
+        `eval/fixed_images_loss` and tools/visualize.py show these masks. Called on the main process only, without a
+        graph, in eval mode. Override it if `scores` changes the method: a preview must not change the run. Slot
+        "mask"."""
         return self.scores(model, imgs, noise)
 
     def pictures(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, shown: torch.Tensor) -> dict[str, torch.Tensor]:

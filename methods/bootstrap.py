@@ -136,7 +136,7 @@ class Bootstrap(Method):
 
     @property
     def loss_name(self) -> str:
-        return "features" if self.ready else "reconstruction"
+        return "features" if self.ready else "pixels"
 
     def prediction_head(self) -> nn.Module:
         return self.head

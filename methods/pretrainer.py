@@ -54,7 +54,7 @@ class Pretrainer(nn.Module):
         methods = self.methods.values()
         replaced = [(method.loss_name, method.patch_loss(self.model, imgs, out)) for method in methods]
         parts = [(name, loss) for name, loss in replaced if loss is not None]
-        parts = parts or [("reconstruction", self.model.reconstruction_loss(out))]
+        parts = parts or [("pixels", self.model.reconstruction_loss(out))]
         parts += [item for method in methods for item in method.terms(self.model, imgs, out).items()]
         return _by_name(parts)
 

@@ -28,11 +28,11 @@ PUBLISHED = Path(__file__).with_name("published.json")
 READERS = {"imagefolder", "folder", "filelist", "wds"}  # formats, which do not identify the images
 PREFIXES = ("", "pretrain.", "finetune.")
 NAMES = {
-    "finetune:test_acc1": "fine-tuned",
-    "finetune_small:test_acc1": "fine-tuned, small augmentation",
-    "probe:test_acc1": "linear probe",
-    "linear:test_acc1": "linear probe",
-    "fewshot:fewshot10_acc1": "10 images a class",
+    "finetune:eval/acc1": "fine-tuned",
+    "finetune_small:eval/acc1": "fine-tuned, small augmentation",
+    "probe:eval/acc1": "linear probe",
+    "linear:eval/acc1": "linear probe",
+    "fewshot:eval/fewshot10_acc1": "10 images a class",
 }
 
 

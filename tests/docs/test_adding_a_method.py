@@ -48,7 +48,7 @@ def test_the_examples_of_hooks_train(monkeypatch):
     visible = contrast.gather(1, out.ids_keep)
     assert visible.max(dim=1).values.le(contrast.gather(1, out.ids_removed).min(dim=1).values + 1e-3).all()
     removed = out.patches.gather(1, out.ids_predicted[..., None].expand_as(out.pred))
-    torch.testing.assert_close(losses, {"reconstruction": (out.pred - removed).abs().mean()})
+    torch.testing.assert_close(losses, {"pixels": (out.pred - removed).abs().mean()})
 
     average = pretrainer.methods["average"].teacher.network.patch_embed.proj.weight
     before = average.clone()

@@ -340,10 +340,10 @@ def test_the_result_of_the_check_is_recorded(mae, tmp_path):
         exported(mae[1], to, tmp_path / "new" / name)
         row = ledger.read(tmp_path / "new" / "results.jsonl")[-1]
         assert row["command"] == "export" and row["flags"]["to"] == to and row["flags"]["model"] == "vit_micro_patch4"
-        assert 0 <= row["metrics"]["largest_difference"] < 1e-5 and row["images_seen"] == 2
+        assert 0 <= row["metrics"]["eval/largest_difference"] < 1e-5 and row["images_seen"] == 2
         content = json.loads((tmp_path / "new" / beside).read_text())
         assert content["result"] == row["metrics"] and content["told"]["mean"] == FLAGS["mean"]
-        assert scalars(tmp_path / "new" / "tensorboard-export", "export/largest_difference")
+        assert scalars(tmp_path / "new" / "tensorboard-export", "eval/largest_difference")
     assert not (tmp_path / "new" / "v-1.0" / "results.jsonl").exists()
 
 

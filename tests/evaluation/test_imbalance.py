@@ -121,13 +121,14 @@ def test_notes_and_files(uneven, tmp_path, capsys):
     assert "note: 90.9 % of the 33 training images are of the class 'dark'" in text
     assert "note: 90.9 % of the 33 evaluation images" in text and "a top-1 of 90.9 %" in text and "AUC " in text
     written = json.loads((out / "scores.json").read_text())
-    assert written["result"] == stats and written["details"]["images"] == {"bright": 3, "dark": 30}
+    published = {f"eval/{name}": value for name, value in stats.items()}
+    assert written["result"] == published and written["details"]["images"] == {"bright": 3, "dark": 30}
     matrix = written["details"]["confusion_matrix"]
     assert written["details"]["recall"]["dark"] == pytest.approx(100 * matrix["dark"][1] / 30)
     assert Image.open(out / "confusion.png").mode == "RGB"
     events = EventAccumulator(str(out), size_guidance={"images": 0})
     events.Reload()
-    assert "confusion_matrix" in events.Tags()["images"] and "test_balanced_acc" in events.Tags()["scalars"]
+    assert "confusion_matrix" in events.Tags()["images"] and "eval/balanced_acc" in events.Tags()["scalars"]
     flags = f"{SMALL} --data_path {uneven} --eval --finetune {out / 'checkpoint-best.pth'} --batch_size 8"
     again = main_finetune.main(parse(main_finetune, f"{flags} --output_dir {tmp_path / 'eval'}"))
     judged = json.loads((tmp_path / "eval" / "eval.json").read_text())
@@ -140,7 +141,7 @@ def test_notes_and_files(uneven, tmp_path, capsys):
     main_finetune.main(
         parse(main_finetune, f"{TRAIN} --data_path {uneven} --output_dir {out} --overwrite --max_steps 1")
     )
-    assert json.loads((out / "scores.json").read_text())["result"] != stats
+    assert json.loads((out / "scores.json").read_text())["result"] != published
 
 
 def test_one_class(tmp_path, capsys):
@@ -155,7 +156,7 @@ def test_one_class(tmp_path, capsys):
 def test_probes_and_tools_note_it(uneven, tmp_path, capsys):
     flags = f"{SMALL} --data_path {uneven} --cache_features --epochs 1 --output_dir {tmp_path} --batch_size 8"
     result = main_linprobe.main(parse(main_linprobe, flags))
-    assert 0 <= result["test_balanced_acc"] <= 100 and 0 <= result["test_auc"] <= 100
+    assert 0 <= result["eval/balanced_acc"] <= 100 and 0 <= result["eval/auc"] <= 100
     assert "note: 90.9 % of the 33 test images" in capsys.readouterr().out
     knn.main(
         parse(
@@ -188,14 +189,15 @@ def test_best_metric(main, uneven, tmp_path):
     flags = f"{TRAIN} --epochs 3 --data_path {uneven} --output_dir {tmp_path}"
     main.main(parse(main, f"{flags} --best_metric loss"))
     log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
-    losses = [row["test_loss"] for row in log]
-    assert [row["best_loss"] for row in log] == [min(losses[: i + 1]) for i in range(3)] and "best_acc1" not in log[0]
+    losses = [row["eval/loss"] for row in log]
+    assert [row["eval/best_loss"] for row in log] == [min(losses[: i + 1]) for i in range(3)]
+    assert "eval/best_acc1" not in log[0]
     best = checkpoint(tmp_path, "checkpoint-best.pth")
     assert best["epoch"] == int(np.argmin(losses)) and best["args"]["best_metric"] == "loss"
     # Resumed with another metric, the best loss is not compared with an accuracy.
     main.main(parse(main, f"{flags} --epochs 4 --resume auto"))
     last = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
-    assert last["best_acc1"] == last["test_acc1"] and checkpoint(tmp_path, "checkpoint-best.pth")["epoch"] == 3
+    assert last["eval/best_acc1"] == last["eval/acc1"] and checkpoint(tmp_path, "checkpoint-best.pth")["epoch"] == 3
 
 
 @pytest.mark.parametrize(

@@ -159,19 +159,20 @@ def test_a_checkpoint_judged_in_every_way(pretrained, tmp_path):
     few = run(fewshot, file, *DATA.split(), "--shots", 1, 5, "--draws", 3, "--out", tmp_path / "fewshot.json")
     first, rows = ledger.read(pretrained / "results.jsonl"), ledger.read(tmp_path / "results.jsonl")
     assert [row["command"] for row in first + rows] == ["main_pretrain", "knn", "fewshot"]
-    assert [row["metrics"] for row in rows] == [found, few]
+    published = [{f"eval/{name}": value for name, value in result.items()} for result in (found, few)]
+    assert [row["metrics"] for row in rows] == published
     assert all(row["source"]["flags"] == first[0]["flags"] for row in rows)
     assert all(row["images_seen"] == 1797 and row["data"]["test"]["images"] == 360 for row in rows)
-    for name, result in (("knn", found), ("fewshot", few)):
+    for name, result in zip(("knn", "fewshot"), published):
         assert json.loads((tmp_path / f"{name}.json").read_text())["result"] == result
     content = json.loads((tmp_path / "fewshot.json").read_text())
     assert content["pool"] == "avg" and content["model"] == "vit_micro_patch4" and content["input_size"] == 16
     assert np.mean(content["draws_acc1"]["5"]) == pytest.approx(few["fewshot5_acc1"])
     # Five labels a class are better than one; both are above chance (10 %).
     assert few["fewshot5_acc1"] > few["fewshot1_acc1"] > 10
-    ((x, value),) = scalars(tmp_path / "tensorboard-fewshot", "fewshot/fewshot5_acc1")
+    ((x, value),) = scalars(tmp_path / "tensorboard-fewshot", "eval/fewshot5_acc1")
     assert x == 1000 and value == pytest.approx(few["fewshot5_acc1"])  # after epoch 0
-    flags = [str(pretrained), str(tmp_path), "--by", "mask_ratio", "--metric", "knn5_acc1", "fewshot5_acc1"]
+    flags = [str(pretrained), str(tmp_path), "--by", "mask_ratio", "--metric", "eval/knn5_acc1", "fewshot5_acc1"]
     table = collect.main(collect.get_args_parser().parse_args(flags))
     ((values, cells),) = table.rows
     assert values == (0.5,) and [cell.mean for cell in cells.values()] == [found["knn5_acc1"], few["fewshot5_acc1"]]
@@ -234,7 +235,7 @@ def test_tsne_side_by_side(pretrained, tmp_path, capsys):
     rows = {row["flags"]["checkpoint"]: row for row in ledger.read(out.parent / "results.jsonl")}
     for result in results:
         row = rows[result["checkpoint"]]
-        assert row["metrics"] == {name: result[name] for name in ("intra", "inter", "ratio")}
+        assert row["metrics"] == {f"eval/{name}": result[name] for name in ("intra", "inter", "ratio")}
         # Random: like the other model.
         assert row["flags"]["model"] == "vit_micro_patch4" and row["flags"]["input_size"] == 16
         assert row["data"]["test"]["images"] == 120

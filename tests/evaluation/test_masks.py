@@ -82,13 +82,13 @@ def monitor(image_folder, method=None):
 def test_previews_show_the_mask_of_the_method(image_folder):
     """The picture and the loss are those of its masks, in training mode before and after."""
     watch, drawn = monitor(image_folder, UpperHalf)
-    loss = watch.after_epoch(0)["fixed_images_loss"]
+    loss = watch.after_epoch(0)["eval/fixed_images_loss"]
     assert removed_upper_half(drawn[0], 8) and watch.pretrainer.training and watch.pretrainer.methods.training
     imgs, noise = watch.fixed
     upper = (torch.arange(16) < 8).float().expand(len(imgs), 16)
     assert loss == pytest.approx(watch.pretrainer.model(imgs, 0.5, upper)[0].item(), rel=1e-6)  # sums of other order
     plain, _ = monitor(image_folder)
-    at_random = plain.after_epoch(0)["fixed_images_loss"]
+    at_random = plain.after_epoch(0)["eval/fixed_images_loss"]
     assert at_random == plain.pretrainer.model(imgs, 0.5, noise)[0].item() != loss
 
 
@@ -104,7 +104,7 @@ def test_previews_of_mlo_mae(image_folder, mlo, tmp_path):
     imgs, noise = Monitor(args, run, Pretrainer(model), None, held_out).fixed
     scores = method_scores(weights, MLOMAE, model, imgs, noise)
     expected = model(imgs, 0.75, scores)[0].item()
-    assert log_rows(mlo)[-1]["fixed_images_loss"] == pytest.approx(expected, rel=1e-6)  # log.txt has seven digits
+    assert log_rows(mlo)[-1]["eval/fixed_images_loss"] == pytest.approx(expected, rel=1e-6)  # log.txt has seven digits
     assert expected != pytest.approx(model(imgs, 0.75, noise)[0].item(), rel=1e-3)
     pretrain(f"{MLO} --data_path {image_folder} --output_dir {tmp_path} --epochs 2 --save_freq 1")
     again = checkpoint(tmp_path, "checkpoint-1.pth")

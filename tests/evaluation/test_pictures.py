@@ -173,11 +173,11 @@ def test_checkpoints_side_by_side(planted):
         row = ledger.read(folder / "results.jsonl")[i]
         assert row["command"] == "attention" and row["flags"]["checkpoint"] == str(folder / name)
         assert row["data"]["shown"]["images"] == row["images_seen"] == 4 and row["source"]["sha256"]
-        assert row["metrics"]["attended_share"] == pytest.approx(maps["attended"].mean().item())
-        heads = [row["metrics"][f"attended_share_head{j}"] for j in range(4)]
-        assert np.mean(heads) == pytest.approx(row["metrics"]["attended_share"])
-        ((x, value),) = scalars(folder / f"tensorboard-attention-{i}", "attention/attended_share")
-        assert x == 1000 and value == pytest.approx(row["metrics"]["attended_share"])
+        assert row["metrics"]["eval/attended_share"] == pytest.approx(maps["attended"].mean().item())
+        heads = [row["metrics"][f"eval/attended_share_head{j}"] for j in range(4)]
+        assert np.mean(heads) == pytest.approx(row["metrics"]["eval/attended_share"])
+        ((x, value),) = scalars(folder / f"tensorboard-attention-{i}", "eval/attended_share")
+        assert x == 1000 and value == pytest.approx(row["metrics"]["eval/attended_share"])
     random = drawn(folder, "--show", "attention", checkpoints=("random", "encoder.pth"))[0]
     assert random["attention"].shape == (4, 4, 8, 8)  # of the other model
     drawn(folder, "--show", "attention", "--global_pool", checkpoints=("encoder.pth",))
@@ -267,10 +267,10 @@ def test_feature_viz(tmp_path, capsys):
     assert torch.equal(images, again)
     assert np.array_equal(np.load(tmp_path / "f.npz")["images"], images.numpy())
     row = ledger.read(tmp_path / "results.jsonl")[0]
-    assert row["command"] == "feature_viz" and row["metrics"]["excited_share"] == 1
-    assert row["metrics"]["block3_excited"] == pytest.approx(values[3, 1].mean().item())
+    assert row["command"] == "feature_viz" and row["metrics"]["eval/excited_share"] == 1
+    assert row["metrics"]["eval/block3_excited"] == pytest.approx(values[3, 1].mean().item())
     assert json.loads((tmp_path / "f.json").read_text())["result"] == row["metrics"]
-    (_, value), *_ = scalars(tmp_path / "tensorboard-feature_viz", "feature_viz/block0_grey")
+    (_, value), *_ = scalars(tmp_path / "tensorboard-feature_viz", "eval/block0_grey")
     assert value == pytest.approx(values[0, 0].mean().item())
     assert Image.open(tmp_path / "f.png").width == ROW_LABEL + 3 * (96 + 4) + 4
     model = attends_to_brightness()

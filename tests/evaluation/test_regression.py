@@ -97,7 +97,7 @@ def test_a_run_and_its_evaluation(lists, tmp_path, capsys):
         0, correction=0
     ).tolist() == pytest.approx([1, 1])
     log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
-    assert log[-1]["best_r2"] == max(row["test_r2"] for row in log)
+    assert log[-1]["eval/best_r2"] == max(row["eval/r2"] for row in log)
     again = parse(lists, f"{flags} --eval --resume {tmp_path / 'checkpoint-11.pth'} --output_dir {tmp_path / 'eval'}")
     again.train_list = ""
     assert main_finetune.main(again) == pytest.approx(stats, rel=1e-6)

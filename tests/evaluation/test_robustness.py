@@ -124,9 +124,9 @@ def test_a_perfect_classifier_and_its_subsets(toy, tmp_path):
     result = run(toy / "out" / "checkpoint-best.pth", "--folders", *folders, "--all_classes")
     assert result == {"all_acc1": 100, "some_acc1": 100, "numbers_acc1": 100, "wrong_acc1": 0}
     (row,) = ledger.read(tmp_path / "out" / "results.jsonl")
-    assert row["command"] == "robustness" and row["metrics"]["some_acc1"] == 100
+    assert row["command"] == "robustness" and row["metrics"]["eval/some_acc1"] == 100
     assert row["images_seen"] == 3 * (4 + 2 + 4 + 1) and row["data"]["some"]["images"] == 6
-    assert scalars(tmp_path / "out" / "tensorboard-robustness", "robustness/all_acc1")[0][1] == 100
+    assert scalars(tmp_path / "out" / "tensorboard-robustness", "eval/all_acc1")[0][1] == 100
 
 
 def test_restricted_to_the_classes_of_the_folder(toy, tmp_path):
@@ -183,7 +183,8 @@ def test_corrupt_a_data_set(toy, tmp_path, capsys):
     flags = [toy / "out" / "checkpoint-best.pth", "--data_path", toy / "data", "--corrupt", "--images", 12]
     result = run(*flags, "--out", out, "--picture", tmp_path / "c" / "picture.png")
     content = json.loads(out.read_text())
-    assert content["result"] == result and result["clean_error"] == 0
+    published = {f"eval/{name}": value for name, value in result.items()}
+    assert content["result"] == published and result["clean_error"] == 0
     assert list(content["errors"]["imagefolder"]) == list(NAMES)
     table = np.array(list(content["errors"]["imagefolder"].values()))
     assert table.shape == (15, 5) and result["corrupted_error"] == pytest.approx(table.mean())
@@ -191,7 +192,7 @@ def test_corrupt_a_data_set(toy, tmp_path, capsys):
     width, height = Image.open(tmp_path / "c" / "picture.png").size
     assert height > width > 1000
     (row,) = ledger.read(out.parent / "results.jsonl")
-    assert row["metrics"] == result and row["images_seen"] == 12 * (1 + 75)
+    assert row["metrics"] == published and row["images_seen"] == 12 * (1 + 75)
     assert "frost (synthetic)" in capsys.readouterr().out
     some = run(*flags, "--corruptions", "fog", "contrast")
     assert {name: result[name] for name in some if name != "corrupted_error"} == {

@@ -115,7 +115,7 @@ def test_a_moment_of_the_optimizer(image_folder, tmp_path, monkeypatch):
 
 def test_fine_tuning(image_folder, tmp_path, monkeypatch):
     after_step(monkeypatch, 7, lambda run: poison(run.saved_model.head.weight))
-    with pytest.raises(RunFailed, match=r"loss became non-finite at step 7 .*weight head.weight"):
+    with pytest.raises(RunFailed, match=r"train/classification became non-finite at step 7 .*weight head.weight"):
         finetune(f"{CLASSIFIER} --data_path {image_folder} --output_dir {tmp_path} --print_freq 1")
     assert checkpoint(tmp_path, "checkpoint-0.pth")["epoch"] == 0
 
@@ -123,7 +123,7 @@ def test_fine_tuning(image_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("weight", "reconstruction became non-finite at step 3 (epoch 0); weight model.decoder_pred.bias on rank 1"),
+        ("weight", "train/pixels became non-finite at step 3 (epoch 0); weight model.decoder_pred.bias on rank 1"),
         ("gradient", "gradient became non-finite at step 3"),
         ("teacher", "non-finite at step 3"),
     ],

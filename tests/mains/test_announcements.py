@@ -194,12 +194,12 @@ def test_commands_are_quoted_and_have_the_data_flags(monkeypatch, tmp_path):
 def test_best_of_a_log():
     """Losses and errors are best where they are lowest; a value that is missing or not finite is skipped."""
     log = [
-        {"epoch": 0, "train_loss": 3.0, "test_loss": 0.5, "test_acc1": 10.0, "test_rmse": 2.0, "test_skipped": 0},
-        {"epoch": 1, "train_loss": 2.0, "test_loss": 0.4, "test_acc1": 30.0, "test_rmse": 1.0},
-        {"epoch": 2, "train_loss": 1.0, "test_loss": 0.6, "test_acc1": 20.0, "test_rmse": 3.0, "best_acc1": 30.0},
-        {"epoch": 3, "train_loss": 0.9, "train_lr": 0.1, "test_loss": None, "test_acc1": 20.0, "test_rmse": 3.0},
+        {"epoch": 0, "train/loss": 3.0, "eval/loss": 0.5, "eval/acc1": 10.0, "eval/rmse": 2.0, "eval/skipped": 0},
+        {"epoch": 1, "train/loss": 2.0, "eval/loss": 0.4, "eval/acc1": 30.0, "eval/rmse": 1.0},
+        {"epoch": 2, "train/loss": 1.0, "eval/loss": 0.6, "eval/acc1": 20.0, "eval/rmse": 3.0, "eval/best_acc1": 30.0},
+        {"epoch": 3, "train/loss": 0.9, "train/lr": 0.1, "eval/loss": None, "eval/acc1": 20.0, "eval/rmse": 3.0},
     ]
     (_, last), (_, best) = result_rows(log)
-    assert " ".join(last) == "train_loss 0.9, test_acc1 20, test_rmse 3"
-    assert " ".join(best) == "test_loss 0.4 (epoch 2), test_acc1 30 (epoch 2), test_rmse 1 (epoch 2)"
+    assert " ".join(last) == "train/loss 0.9, eval/acc1 20, eval/rmse 3"
+    assert " ".join(best) == "eval/loss 0.4 (epoch 2), eval/acc1 30 (epoch 2), eval/rmse 1 (epoch 2)"
     assert result_rows([]) == [] and result_rows(log[:1])[1][1] == []

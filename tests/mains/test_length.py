@@ -67,7 +67,7 @@ def test_schedule_ends_with_the_run(task, length, steps, image_folder, tmp_path)
     entered = json.loads((tmp_path / "results.jsonl").read_text())
     assert entered["images_seen"] == 16 * steps
     if task == "finetune":
-        assert "test_acc1" in entered["metrics"]
+        assert "eval/acc1" in entered["metrics"]
 
 
 @pytest.mark.parametrize(

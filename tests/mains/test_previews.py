@@ -46,7 +46,10 @@ def test_same_on_one_and_three_processes(image_folder, tmp_path):
     for processes in (1, 3):
         ranks("main_pretrain", f"{flags} --batch_size {12 // processes} --output_dir {tmp_path}/{processes}", processes)
     one, three = (log_rows(tmp_path / str(processes))[-1] for processes in (1, 3))
-    assert one["fixed_images_loss"] == three["fixed_images_loss"] and one["knn_top1"] == three["knn_top1"]
+    assert (
+        one["eval/fixed_images_loss"] == three["eval/fixed_images_loss"]
+        and one["eval/knn20_acc1"] == three["eval/knn20_acc1"]
+    )
     (drawn,) = pictures(tmp_path / "1")
     assert pictures(tmp_path / "3") == [drawn]
 
@@ -63,7 +66,7 @@ def test_one_image_for_the_knn_of_two_processes(image_folder, tmp_path, is_reada
     flags += f" --knn_images 1 --num_workers 0 --device cpu --output_dir {tmp_path}/run"
     output = ranks("main_pretrain", flags, 2)
     row = log_rows(tmp_path / "run")[-1]
-    assert ("knn_top1" in row) is is_readable
+    assert ("eval/knn20_acc1" in row) is is_readable
     assert ("none of the --knn_images of a split could be read" in output) is not is_readable
 
 
@@ -150,7 +153,7 @@ def after_epoch(image_folder, one_rank, monkeypatch):
         run = SimpleNamespace(device=CPU, ended=True, amp_dtype=gathered or torch.float32, board=board)
         row = Monitor(args, run, pretrainer, images, held_out).after_epoch(0)
         assert not torch.is_autocast_enabled("cpu")
-        return row["fixed_images_loss"], row["knn_top1"], *drawn
+        return row["eval/fixed_images_loss"], row["eval/knn20_acc1"], *drawn
 
     gathered = None
     monkeypatch.setattr(fsdp, "MixedPrecisionPolicy", policy)

@@ -17,7 +17,7 @@ def test_non_finite_on_one_rank_stops_both(image_folder, tmp_path):
     flags = f"nan {FLAGS} --data_path {image_folder} --output_dir {tmp_path}"
     lines = rank_lines(ranks("helpers.rank_script", flags, 2))
     assert len(lines) == 2
-    assert all("reconstruction became non-finite at step 1" in line for line in lines)
+    assert all("train/pixels became non-finite at step 1" in line for line in lines)
     assert not list(tmp_path.glob("*.pth"))
     events = EventAccumulator(str(tmp_path))
     events.Reload()

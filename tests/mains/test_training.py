@@ -120,7 +120,7 @@ def test_non_finite_loss_stops_before_the_update(plain_run, tmp_path, monkeypatc
 
     monkeypatch.setattr(MaskedAutoencoderViT, "reconstruction_loss", reconstruction_loss)
     flags = flags.replace("--print_freq 1", "--print_freq 100").replace("--num_workers 0", "--num_workers 1")
-    with pytest.raises(RunFailed, match=r"reconstruction became non-finite at step 4 \(epoch 1\)"):
+    with pytest.raises(RunFailed, match=r"train/pixels became non-finite at step 4 \(epoch 1\)"):
         pretrain(f"{flags} --batch_size 32 --save_freq 1 --output_dir {tmp_path}")
     assert len(seen) == 6  # one more step was computed, which changed nothing:
     assert same_tensors(seen[4], seen[5])
@@ -159,7 +159,7 @@ def test_skipped_steps_are_counted(image_folder, tmp_path):
     """fp16: whether or not the first losses overflow at the initial scale, the logged norm is always finite."""
     pretrain(f"{BASE} --data_path {image_folder} --batch_size 32 --amp_dtype fp16 --output_dir {tmp_path}")
     rows = log_rows(tmp_path)
-    assert all(math.isfinite(row["train_grad_norm"]) and 0 <= row["train_skipped_steps"] <= 1 for row in rows)
+    assert all(math.isfinite(row["train/grad_norm"]) and 0 <= row["train/skipped_steps"] <= 1 for row in rows)
 
 
 def test_clip_grad():
@@ -174,7 +174,7 @@ def test_clip_grad():
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_low_precision_trains(image_folder, tmp_path, dtype):
     pretrain(f"{BASE} --data_path {image_folder} --batch_size 32 --amp_dtype {dtype} --output_dir {tmp_path}")
-    losses = [row["train_loss"] for row in log_rows(tmp_path)]
+    losses = [row["train/loss"] for row in log_rows(tmp_path)]
     assert losses[1] < losses[0] < 5
 
 
@@ -212,7 +212,7 @@ def test_evaluation_every_second_epoch(image_folder, tmp_path):
     finetune(f"{flags} --output_dir {tmp_path}/every")
     finetune(f"{flags} --eval_freq 2 --output_dir {tmp_path}/second")
     rows = log_rows(tmp_path / "second")
-    assert ["test_acc1" in row for row in rows] == [False, True, False, True, True]
+    assert ["eval/acc1" in row for row in rows] == [False, True, False, True, True]
     every, second = (checkpoint(tmp_path / name, "checkpoint-4.pth")["model"] for name in ("every", "second"))
     assert same_tensors(every, second)
 
@@ -228,7 +228,7 @@ def test_unreadable_images_are_counted_and_limited(tmp_path, image_folder):
         pretrain(f"{flags} --output_dir {tmp_path}/strict")
     pretrain(f"{flags} --output_dir {tmp_path}/lenient --max_bad_fraction 0.1")
     # A replacement can be the broken image again with probability 1/96: usually 1 per epoch, hardly ever more.
-    assert all(1 <= row["bad_images"] <= 3 for row in log_rows(tmp_path / "lenient"))
+    assert all(1 <= row["data/bad_images"] <= 3 for row in log_rows(tmp_path / "lenient"))
 
 
 def test_log_and_tensorboard(image_folder, tmp_path):
@@ -241,12 +241,12 @@ def test_log_and_tensorboard(image_folder, tmp_path):
     tags = events.Tags()
     assert {
         "train/loss",
-        "train/reconstruction",
+        "train/pixels",
         "train/lr",
         "train/grad_norm",
         "speed/images_per_s",
         "speed/data_wait_percent",
-        "knn_top1",
+        "eval/knn20_acc1",
     } <= set(tags["scalars"])
     assert [x for x, _ in scalars(tmp_path, "train/loss")] == [333, 666, 1000, 1333, 1666, 2000]
     assert len(events.Images("reconstruction")) == 2
@@ -254,8 +254,8 @@ def test_log_and_tensorboard(image_folder, tmp_path):
     assert "_hparams_/session_start_info" in events.summary_metadata
     rows = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1]
-    assert {"train_loss", "train_lr", "epoch", "knn_top1"} <= set(rows[0])
-    assert rows[1]["knn_top1"] > 60  # four colours: chance is 25
+    assert {"train/loss", "train/lr", "epoch", "eval/knn20_acc1"} <= set(rows[0])
+    assert rows[1]["eval/knn20_acc1"] > 60  # four colours: chance is 25
 
 
 def test_means_are_over_the_steps_that_have_a_value():
@@ -301,13 +301,13 @@ def test_linear_probe_on_images_and_on_cached_features(image_folder, tmp_path):
     parser = main_linprobe.get_args_parser()
     cached = main_linprobe.main(parser.parse_args(f"{flags} --cache_features --output_dir {tmp_path}/c".split()))
     assert cached["train_images"] == 88 and cached["test_images"] == 20  # 2 of each class held out
-    assert cached["test_acc1"] > 70  # any features separate the colours
+    assert cached["eval/acc1"] > 70  # any features separate the colours
     assert cached["blr"] in parser.get_default("probe_blrs")
     stored = json.loads((tmp_path / "c" / "probe.json").read_text())
     assert stored["result"] == cached
     seen = main_linprobe.main(parser.parse_args(f"{flags} --eval --resume {tmp_path}/c/probe.pth".split()))
     assert seen == main_linprobe.main(parser.parse_args(f"{flags} --eval --finetune {tmp_path}/c/probe.pth".split()))
-    assert (seen["acc1"], seen["acc5"]) == pytest.approx((cached["test_acc1"], cached["test_acc5"]))
+    assert (seen["acc1"], seen["acc5"]) == pytest.approx((cached["eval/acc1"], cached["eval/acc5"]))
     weights = read_weights(f"{tmp_path}/c/probe.pth")  # as tools/robustness.py reads it
     assert weights.classes == [f"class{i}" for i in range(4)]
     assert load_encoder(weights, {})[0].head.weight.shape == (4, 128)

@@ -16,7 +16,7 @@ from models_mae import build_model
 def test_pictures_end_with_the_pixels(image_folder, tmp_path, capsys):
     flags = f"{BASE.replace('--vis_freq 0', '--vis_freq 1')} --data_path {image_folder} --epochs 3 --batch_size 32"
     pretrain(f"{flags} --mae_k 2 --output_dir {tmp_path}")
-    assert ["fixed_images_loss" in row for row in log_rows(tmp_path)] == [True, True, False]
+    assert ["eval/fixed_images_loss" in row for row in log_rows(tmp_path)] == [True, True, False]
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert len(events.Images("reconstruction")) == 2

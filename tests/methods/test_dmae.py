@@ -31,8 +31,8 @@ def test_teacher_is_checked_and_not_stored(image_folder, tmp_path, teacher, caps
     loss, nothing = (float(number) for number in result[0])
     rows = log_rows(teacher.parent)
     # Colour and noise: the teacher is better than predicting the mean, and close to the loss in its log.
-    assert loss < 0.9 * nothing and loss == pytest.approx(rows[-1]["train_reconstruction"], rel=0.25)
-    assert {"train_distillation_2", "train_distillation_4"} <= log_rows(tmp_path)[0].keys()
+    assert loss < 0.9 * nothing and loss == pytest.approx(rows[-1]["train/pixels"], rel=0.25)
+    assert {"train/distillation_2", "train/distillation_4"} <= log_rows(tmp_path)[0].keys()
     state = checkpoint(tmp_path, "checkpoint-1.pth")["methods"]
     assert {name.split(".")[1] for name in state} == {"projections", "_extra_state"}
     assert len(state["dmae._extra_state"]["sha256"]) == 64

@@ -122,8 +122,8 @@ def test_pretrainer_without_methods_is_a_bare_mae():
     losses, out = Pretrainer(model).forward_with_output(imgs, mask_ratio=0.5, noise=noise)
     expected = model(imgs, 0.5, noise)
     assert torch.equal(out.mask, expected[2])
-    assert list(losses) == ["reconstruction"]
-    assert torch.allclose(losses["reconstruction"], expected[0], rtol=1e-6)  # summed in another order
+    assert list(losses) == ["pixels"]
+    assert torch.allclose(losses["pixels"], expected[0], rtol=1e-6)  # summed in another order
     removed = model.choose_visible(noise, 0.5)[2].argsort(dim=1)[:, 8:]
     assert torch.allclose(out.pred, gather_tokens(expected[1], removed), atol=1e-6)
 
@@ -136,7 +136,7 @@ def test_terms_of_the_loss():
     out = model.forward_pretrain(imgs, 0.5, noise, (1,))
     reconstruction = ((out.pred - 1) ** 2).mean(-1).mean()
     penalty = 0.5 * out.blocks[1].square().mean()
-    assert losses == {"reconstruction": reconstruction, "penalty": penalty}
+    assert losses == {"pixels": reconstruction, "penalty": penalty}
     assert all(loss.requires_grad for loss in losses.values())
 
 
@@ -171,14 +171,14 @@ def test_a_method_through_the_main(image_folder, tmp_path, monkeypatch):
     state = checkpoint(tmp_path, "checkpoint-1.pth")
     assert state["methods"]["smooth.average"] == 6 and state["methods"]["smooth.scale"] != 1
     assert not any("smooth" in key for key in state["model"])
-    assert log_rows(tmp_path)[1]["train_penalty"] > 0 and len(scalars(tmp_path, "train/penalty")) == 6
+    assert log_rows(tmp_path)[1]["train/penalty"] > 0 and len(scalars(tmp_path, "train/penalty")) == 6
     (tmp_path / "checkpoint-1.pth").unlink()
     main_pretrain.main(parser.parse_args([*flags.split(), "--resume", "auto"]))
     again = checkpoint(tmp_path, "checkpoint-1.pth")
     assert all(torch.equal(again["methods"][key], value) for key, value in state["methods"].items())
 
 
-@pytest.mark.parametrize("name", ["reconstruction", "loss"])
+@pytest.mark.parametrize("name", ["pixels", "loss"])
 def test_names_of_terms_are_unique(name):
     """A term under the name of another one, or under one of the log's own, would replace it without a word."""
     model = build_model("mae_vit_micro_patch4", img_size=16)

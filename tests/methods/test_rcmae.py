@@ -56,7 +56,7 @@ def test_rc_mae_whole_run(golden):
             optimizer.zero_grad()
             pretrainer.after_update(imgs, epoch * e2e["iters"] + i, torch.tensor(1.0))
             totals.append(loss.detach())
-            reconstructions.append(losses["reconstruction"].detach())
+            reconstructions.append(losses["pixels"].detach())
     # Six steps of Adam amplify the rounding of the first: measured 1e-12.
     close(torch.stack(totals), ref["e2e/globalidx/loss_total"].flatten(), 1e-8)
     close(torch.stack(reconstructions), ref["e2e/globalidx/loss_student"].flatten(), 1e-8)
@@ -69,7 +69,7 @@ def test_momentum_follows_the_position_in_the_run(image_folder, tmp_path):
     """Continued with twice the batch, or started later: the momentum goes from the base to 1 over the whole run."""
 
     def momenta(folder):
-        return [row["train_teacher_momentum"] for row in log_rows(tmp_path / folder)]
+        return [row["train/teacher_momentum"] for row in log_rows(tmp_path / folder)]
 
     flags = f"{BASE} --data_path {image_folder} --rc_mae --rc_momentum 0.9 --save_freq 1"
     pretrain(f"{flags} --epochs 4 --batch_size 16 --output_dir {tmp_path}/whole")
@@ -118,14 +118,14 @@ def test_output_of_rc_mae(image_folder, tmp_path, capsys):
     pretrain(f"{flags} --log_grad_cosine 2 --mae_k 1 --output_dir {tmp_path}")
     for name in ("consistency", "teacher_momentum", "feature_stage", "target_age_epochs"):
         assert len(scalars(tmp_path, f"train/{name}")) == 6, name
-    assert [x for x, _ in scalars(tmp_path, "train/reconstruction")] == [333, 666, 1000]
+    assert [x for x, _ in scalars(tmp_path, "train/pixels")] == [333, 666, 1000]
     assert [x for x, _ in scalars(tmp_path, "train/features")] == [1333, 1666, 2000]
     cosines = scalars(tmp_path, "train/grad_cosine")
     # Every second step except the first, whose learning rate is 0, so that the teacher still equals the student.
     assert [x for x, _ in cosines] == [1000, 1666] and all(-1 <= value <= 1 for _, value in cosines)
     assert [x for x, _ in scalars(tmp_path, "train/target_std")] == [1333]  # the first step of the feature epoch
     row = log_rows(tmp_path)[1]
-    assert {"train_features", "train_consistency", "train_target_rank", "train_grad_cosine"} <= row.keys()
+    assert {"train/features", "train/consistency", "train/target_rank", "train/grad_cosine"} <= row.keys()
 
     path = tmp_path / "checkpoint-1.pth"
     state = checkpoint(tmp_path, "checkpoint-1.pth")

@@ -30,7 +30,7 @@ def test_every_legal_combination(names, pixels, teacher):
     for epoch in (0, 1):
         pretrainer.before_epoch(epoch)
         gradients = stepped(pretrainer, 2)
-        first = "features" if epoch and names[0] else "reconstruction"
+        first = "features" if epoch and names[0] else "pixels"
         losses = pretrainer(torch.randn(4, 3, 16, 16), 0.75, torch.rand(4, 16))
         assert list(losses) == [first] + [expected[name] for name in names if name in expected]
         trained = {name for name, p in pretrainer.named_parameters() if p.requires_grad}
@@ -245,7 +245,7 @@ def test_resume(flags, step, image_folder, tmp_path, teacher, monkeypatch):
     for key in ("model", "model_ema", "optimizer", "methods", "step", "rng"):
         assert same_tensors(ours.get(key), theirs.get(key)), key
     assert log_rows(tmp_path / "parts") == log_rows(tmp_path / "whole")
-    for name in log_rows(tmp_path / "whole")[-1].keys() & {"train_features", "train_consistency", "train_grad_cosine"}:
+    for name in log_rows(tmp_path / "whole")[-1].keys() & {"train/features", "train/consistency", "train/grad_cosine"}:
         series = name.replace("train_", "train/")
         assert scalars(tmp_path / "parts", series) == scalars(tmp_path / "whole", series)
 

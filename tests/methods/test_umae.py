@@ -59,7 +59,7 @@ def test_the_term_of_the_loss():
     """Lambda times the loss of the mean visible patch tokens, without [cls]; its gradient reaches the encoder alone."""
     pretrainer, _ = made("--u_mae --u_mae_lambda 0.5")
     losses, out = pretrainer.forward_with_output(torch.randn(4, 3, 16, 16), 0.75, torch.rand(4, 16))
-    assert list(losses) == ["reconstruction", "uniformity"]
+    assert list(losses) == ["pixels", "uniformity"]
     torch.testing.assert_close(losses["uniformity"], 0.5 * over_all_pairs(out.latent[:, 1:].mean(dim=1)))
     losses["uniformity"].backward()
     assert pretrainer.model.patch_embed.proj.weight.grad.abs().max() > 0
@@ -72,7 +72,7 @@ def test_plain_mae_stays_as_it_is():
     (plain, args), (with_it, _) = made(""), made("--u_mae")
     assert not args.u_mae and not len(plain.methods)
     losses, theirs = (pretrainer(imgs, 0.75, noise) for pretrainer in (plain, with_it))
-    assert list(losses) == ["reconstruction"] and torch.equal(losses["reconstruction"], theirs["reconstruction"])
+    assert list(losses) == ["pixels"] and torch.equal(losses["pixels"], theirs["pixels"])
     assert same_tensors(plain.state_dict(), with_it.state_dict())
 
 
@@ -121,7 +121,7 @@ def test_two_processes(flags, image_folder, tmp_path):
     one = flags.replace("--fsdp", "")
     pretrain(run(image_folder, f"{one} --batch_size 16 --output_dir {tmp_path}/one"))
     ranks("main_pretrain", run(image_folder, f"{flags} --batch_size 8 --output_dir {tmp_path}/two"), 2)
-    for name in ("uniformity", "reconstruction", "grad_norm"):
+    for name in ("uniformity", "pixels", "grad_norm"):
         ours, theirs = scalars(tmp_path / "two", f"train/{name}"), scalars(tmp_path / "one", f"train/{name}")
         assert [x for x, _ in ours] == [x for x, _ in theirs] and len(ours) >= 6
         assert [y for _, y in ours] == pytest.approx([y for _, y in theirs], rel=1e-3), name
@@ -156,4 +156,4 @@ def test_plain_run_continued_with_it(image_folder, tmp_path, capsys):
     pretrain(f"{common} --epochs 2")
     pretrain(f"{common} --epochs 3 --u_mae --resume auto")
     assert "note: --u_mae was False when checkpoint-1.pth was written, now it is True" in capsys.readouterr().out
-    assert [("train_uniformity" in row) for row in log_rows(tmp_path)] == [False, False, True]
+    assert [("train/uniformity" in row) for row in log_rows(tmp_path)] == [False, False, True]

@@ -28,7 +28,7 @@ def pretrain(folder, flags):
 
 
 def losses(folder):
-    return [json.loads(line)["train_loss"] for line in (folder / "log.txt").read_text().splitlines()]
+    return [json.loads(line)["train/loss"] for line in (folder / "log.txt").read_text().splitlines()]
 
 
 def gradients(model, imgs, noise):

@@ -76,10 +76,10 @@ def test_predictions_are_those_of_the_evaluation(run, image_folder, predicted):
     assert list(rows[0]) == ["image", *pairs, "error"]  # four classes, fewer than --topk
     accuracy = 100 * np.mean([row["label_1"] == row["image"].split("/")[0] for row in rows])
     result = json.loads((run / "eval" / "eval.json").read_text())["result"]
-    assert accuracy == pytest.approx(result["test_acc1"], abs=1e-9) and 30 < accuracy < 100
+    assert accuracy == pytest.approx(result["eval/acc1"], abs=1e-9) and 30 < accuracy < 100
     likelihood = [dict(zip((row[f"label_{k}"] for k in range(1, 5)), range(1, 5))) for row in rows]
     own = [float(row[f"probability_{at[row['image'].split('/')[0]]}"]) for row, at in zip(rows, likelihood)]
-    assert -np.log(own).mean() == pytest.approx(result["test_loss"], rel=1e-4)  # six digits are written
+    assert -np.log(own).mean() == pytest.approx(result["eval/loss"], rel=1e-4)  # six digits are written
     split = predicted("--data_path", image_folder)
     assert [row | {"image": row["image"].removeprefix("val/")} for row in split] == rows
     assert len(predicted("--data_path", image_folder, "--split", "train")) == 96
@@ -129,7 +129,7 @@ def test_a_probe(pretrained, image_folder, tmp_path):
     result = main_linprobe.main(main_linprobe.get_args_parser().parse_args(flags.split()))
     call("--data", image_folder / "val", checkpoint=tmp_path / "probe.pth", out=tmp_path / "p.csv")
     hits = [row["label_1"] == row["image"].split("/")[0] for row in table(tmp_path / "p.csv")]
-    assert 100 * np.mean(hits) == pytest.approx(result["test_acc1"], abs=1e-4)  # a float32
+    assert 100 * np.mean(hits) == pytest.approx(result["eval/acc1"], abs=1e-4)  # a float32
 
 
 def test_classes(run, image_folder, tmp_path):

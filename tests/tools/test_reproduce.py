@@ -57,7 +57,7 @@ def write(folder, accuracy=50.0, seed=0, pretrained=(), images=100000, revision=
         "flags": AS_PUBLISHED | flags | {"seed": seed},
         "data": {"train": {"images": images, "sha256": "d"}},
         "hardware": {"amp_dtype": "bfloat16"},
-        "metrics": {"test_acc1": accuracy},
+        "metrics": {"eval/acc1": accuracy},
         "source": source,
     }
     ledger.append(folder, row)
@@ -79,7 +79,7 @@ def test_mean_deviation_and_published(tmp_path, capsys):
         write(tmp_path / f"finetune-mask75-seed{seed}", accuracy, seed)
         write(tmp_path / f"finetune_small-mask75-seed{seed}", accuracy - 10, seed, aug_preset="small")
     rows = table(tmp_path)
-    full, small = rows["mask75", "finetune:test_acc1"], rows["mask75", "finetune_small:test_acc1"]
+    full, small = rows["mask75", "finetune:eval/acc1"], rows["mask75", "finetune_small:eval/acc1"]
     assert (full.cell.mean, full.cell.deviation, full.cell.n) == (72.0, 2.0, 3) and full.published["value"] == 72.58
     assert (small.cell.mean, small.published["value"]) == (62.0, 66.76) and full.differs == small.differs == []
     line = "| mask75 | fine-tuned | 72.00 ± 2.00 (n = 3) | 72.58 | Table 1 |  |"
@@ -88,7 +88,7 @@ def test_mean_deviation_and_published(tmp_path, capsys):
         first = next(csv.DictReader(file))
     assert first == {
         "run": "mask75",
-        "metric": "finetune:test_acc1",
+        "metric": "finetune:eval/acc1",
         "mean": "72.0",
         "deviation": "2.0",
         "n": "3",
@@ -111,7 +111,7 @@ def test_what_differs_is_named(tmp_path):
         images=50000,
         epochs=5,
     )
-    assert table(tmp_path)["mask75", "finetune:test_acc1"].differs == [
+    assert table(tmp_path)["mask75", "finetune:eval/acc1"].differs == [
         "model vit_micro, not vit_base",
         "patch_size 4, not 8",
         "images.train 50000, not 100000",
@@ -129,8 +129,8 @@ def test_a_reader_of_folders_does_not_name_its_set(tmp_path):
     write(tmp_path / "finetune-mask75-seed0", dataset="imagefolder")
     write(tmp_path / "finetune-depth1-seed0", dataset="cifar100", pretrained={"decoder_depth": 1})
     rows = table(tmp_path, runs=["mask75", "depth1"])
-    assert rows["mask75", "finetune:test_acc1"].differs == ["one seed"]
-    assert rows["depth1", "finetune:test_acc1"].differs == ["dataset cifar100, not tiny_imagenet", "one seed"]
+    assert rows["mask75", "finetune:eval/acc1"].differs == ["one seed"]
+    assert rows["depth1", "finetune:eval/acc1"].differs == ["dataset cifar100, not tiny_imagenet", "one seed"]
 
 
 def test_a_run_of_its_own_setting(tmp_path):
@@ -140,9 +140,9 @@ def test_a_run_of_its_own_setting(tmp_path):
     write(tmp_path / "finetune-mask75-seed0", pretrained={"mask_ratio": 0.5})
     write(tmp_path / "finetune-scratch-seed0", pretrained=None)
     rows = table(tmp_path, runs=["mask50", "mask75", "scratch"])
-    assert rows["mask50", "finetune:test_acc1"].differs == ["one seed"]
-    assert rows["mask75", "finetune:test_acc1"].differs == ["pretrain.mask_ratio 0.5, not 0.75", "one seed"]
-    assert rows["scratch", "finetune:test_acc1"].differs == ["patch_size 8, not 16", "one seed"]
+    assert rows["mask50", "finetune:eval/acc1"].differs == ["one seed"]
+    assert rows["mask75", "finetune:eval/acc1"].differs == ["pretrain.mask_ratio 0.5, not 0.75", "one seed"]
+    assert rows["scratch", "finetune:eval/acc1"].differs == ["patch_size 8, not 16", "one seed"]
 
 
 def test_what_is_missing_and_what_has_no_number(tmp_path, capsys):
@@ -150,11 +150,11 @@ def test_what_is_missing_and_what_has_no_number(tmp_path, capsys):
     write(tmp_path / "finetune-dmae90-seed0", pretrained={"mask_ratio": 0.9})
     rows = table(tmp_path, runs=["mask75", "mask90", "dmae75", "dmae90"])
     assert list(rows) == [
-        ("mask75", "finetune:test_acc1"),
-        ("mask75", "finetune_small:test_acc1"),
-        ("mask90", "finetune:test_acc1"),
-        ("dmae75", "finetune:test_acc1"),
-        ("dmae90", "finetune:test_acc1"),
+        ("mask75", "finetune:eval/acc1"),
+        ("mask75", "finetune_small:eval/acc1"),
+        ("mask90", "finetune:eval/acc1"),
+        ("dmae75", "finetune:eval/acc1"),
+        ("dmae90", "finetune:eval/acc1"),
     ]
     output = capsys.readouterr().out
     assert "| mask75 | fine-tuned | missing | 72.58 | Table 1 |  |" in output
@@ -171,7 +171,7 @@ def test_code_that_changed_between_seeds(tmp_path):
     """Such seeds are averaged with a note; seeds that differ in a flag are not averaged."""
     for seed in (0, 1):
         write(tmp_path / f"finetune-mask75-seed{seed}", 70.0, seed, revision=f"r{seed}")
-    assert table(tmp_path)["mask75", "finetune:test_acc1"].differs == ["2 revisions of the code"]
+    assert table(tmp_path)["mask75", "finetune:eval/acc1"].differs == ["2 revisions of the code"]
     write(tmp_path / "finetune-mask75-seed2", 70.0, 2, epochs=7)
     with pytest.raises(UserError, match="differ in epochs"):
         table(tmp_path)
@@ -179,7 +179,7 @@ def test_code_that_changed_between_seeds(tmp_path):
 
 def test_a_star_is_the_same_on_both_sides(tmp_path):
     rows = table(tmp_path, "maws", ["random-wsp4", "mae0.5-wsp4"])
-    assert rows["mae0.5-wsp4", "linear:test_acc1"].published["above"] == ["random-wsp4", "mae0.1-wsp4"]
+    assert rows["mae0.5-wsp4", "linear:eval/acc1"].published["above"] == ["random-wsp4", "mae0.1-wsp4"]
 
 
 @pytest.mark.parametrize(

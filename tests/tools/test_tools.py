@@ -83,7 +83,9 @@ def test_knn_tool(run, image_folder, tmp_path):
         results.append(knn.main(knn.get_args_parser().parse_args([*flags, *out])))
     assert results[0] == results[1]
     assert results[0]["knn1_acc1"] > 60
-    assert json.loads((tmp_path / "knn.json").read_text())["result"] == results[0]
+    assert json.loads((tmp_path / "knn.json").read_text())["result"] == {
+        f"eval/{name}": value for name, value in results[0].items()
+    }
 
 
 def test_knn_accuracy_by_hand():
@@ -164,7 +166,7 @@ def test_quickstart_table(tmp_path, image_folder, monkeypatch, capsys):
         if name in ("main_pretrain", "visualize"):
             return
         base = values["untrained" if args.finetune in ("", "random") else "pretrained"]
-        metrics = {"main_linprobe": {"test_acc1": base + 30}, "knn": {"knn1_acc1": base + 10, "knn20_acc1": base + 5}}
+        metrics = {"main_linprobe": {"eval/acc1": base + 30}, "knn": {"knn1_acc1": base + 10, "knn20_acc1": base + 5}}
         if name == "fewshot":
             metrics[name] = {f"fewshot{k}_acc1": base + k for k in args.shots}
             metrics[name] |= {f"fewshot{k}_interval95": k / 8 for k in args.shots}

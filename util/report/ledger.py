@@ -28,8 +28,9 @@ from util.checkpoint.same_run import plain
 from util.errors import UserError
 from util.notes import note_once
 from util.parallel.distributed import find_difference, gather_objects, get_world_size, is_main_process
+from util.report.names import renamed
 
-NO_METRICS = ("epoch", "step", "seconds", "bad_images")  # entries of a line of log.txt that are not metrics
+NO_METRICS = ("epoch", "step", "seconds", "data/bad_images")  # entries of a line of log.txt that are not metrics
 
 
 def revision() -> str:
@@ -119,7 +120,8 @@ def write_json(path: str | Path, args, **content) -> None:
 
 
 def read(path: str | Path) -> list[dict]:
-    """Return the lines of a ledger, oldest first; [] if there is no file. Damaged lines are reported and left out."""
+    """Return the lines of a ledger, oldest first, with the present names of metrics; [] if there is no file. Damaged
+    lines are reported and left out."""
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
@@ -131,7 +133,7 @@ def read(path: str | Path) -> list[dict]:
         except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict) and _is_line(row):
-            rows.append(row)
+            rows.append({**row, "metrics": renamed(row["metrics"], row["command"].startswith("main_"))})
         elif line.strip():
             print(f"note: line {number} of {path} is damaged and is left out", file=sys.stderr)
     return rows
@@ -198,14 +200,15 @@ def _namer(images, root: str) -> Callable[[int], str] | None:
 
 
 def metrics_of(log: str, epoch: float = math.inf) -> dict | None:
-    """Return the metrics of the last line of a log.txt (given as text) up to `epoch`; None if there is none."""
+    """Return the metrics of the last line of a log.txt (given as text) up to `epoch`, under their present names; None
+    if there is none."""
     for line in reversed(log.splitlines()):
         try:
             row = json.loads(line)
         except ValueError:
             continue  # cut off by a crash
         if row.get("epoch", 0) <= epoch:
-            return {name: value for name, value in row.items() if name not in NO_METRICS}
+            return {name: value for name, value in renamed(row).items() if name not in NO_METRICS}
     return None
 
 

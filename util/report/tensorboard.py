@@ -106,14 +106,13 @@ class Board:
             self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{rows}")
 
     def hparams(self, args: dict, metrics: dict[str, float]) -> None:
-        """Write flags and final metrics for the HPARAMS tab into the run's event file."""
+        """Write `args` for the HPARAMS tab into the run's event file. The tab shows the last point of the curve of each
+        of the `metrics`."""
         if self.writer is None:
             return
         simple = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in args.items()}
-        for summary in hparams(simple, {f"final/{name}": value for name, value in metrics.items()}):
+        for summary in hparams(simple, dict(metrics)):
             self.writer.file_writer.add_summary(summary)
-        for name, value in metrics.items():
-            self.writer.add_scalar(f"final/{name}", value)
 
     def flush(self) -> None:
         if self.writer is not None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from util.checkpoint.files import CONFUSION, LEDGER, SCORES, list_checkpoints
 from util.parallel.distributed import get_world_size
 from util.report.blocks import Row, block, counted, row
-from util.report.ledger import NO_METRICS
 from util.report.log import duration
+from util.report.names import renamed
 from util.report.start_rows import device_row, output_row
 from util.training.best_metric import LOWER
 
@@ -99,7 +99,7 @@ def _log_rows(path: Path) -> list[dict]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            rows.append(json.loads(line))
+            rows.append(renamed(json.loads(line)))
         except ValueError:
             continue  # cut off by a crash
     return rows
@@ -110,15 +110,15 @@ def result_rows(log: list[dict]) -> list[Row]:
     log.txt. Of training only the loss is shown."""
     if not log:
         return []
-    shown = [name for name in log[-1] if name not in NO_METRICS and _is_shown(name)]
+    shown = [name for name in log[-1] if _is_shown(name)]
     last = [f"{name} {log[-1][name]:.4g}" for name in shown if _is_number(log[-1][name])]
-    best = [_best(name, log) for name in shown if "loss" not in name or "train" not in name]
+    best = [_best(name, log) for name in shown if not name.startswith("train/")]
     return [row("last epoch", *last), row("best", *best)]
 
 
 def _is_shown(name: str) -> bool:
-    own, loss = not name.startswith(("train", "best", "eval/best")), name in ("train_loss", "train/loss")
-    return loss or (own and not name.endswith("skipped"))
+    evaluated = name.startswith("eval/") and not name.startswith("eval/best") and name != "eval/skipped"
+    return evaluated or name == "train/loss"
 
 
 def _is_number(value) -> bool:

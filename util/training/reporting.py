@@ -135,10 +135,10 @@ class Reporter:
         means = self.meter.means()
         seconds, bad = means.pop("seconds"), self.meter.epoch.get("bad_images", [0.0])[0]
         means.pop("bad_images", None)
-        stats = {f"train_{name}": value for name, value in {**means, "lr": run.lr}.items()}
+        stats = {f"train/{name}": value for name, value in {**means, "lr": run.lr}.items()}
         self.last_means = stats
         if self.writes and is_main_process():
-            counts = {"epoch": run.epoch, "step": run.step, "seconds": seconds, "bad_images": int(bad)}
+            counts = {"epoch": run.epoch, "step": run.step, "seconds": seconds, "data/bad_images": int(bad)}
             self.log.append(log_line({**stats, **row, **counts}))
         print(in_lines(f"epoch {_number(run)}:", [*_shown(means, self.terms, row), *_counted(bad), f"{seconds:.1f} s"]))
         slow = slow_reader(gather_objects(self.waited), seconds)

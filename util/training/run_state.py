@@ -11,6 +11,7 @@ from util.checkpoint.save import Retention, save_checkpoint, save_folder
 from util.data.sample_rng import get_rng_state, set_rng_state
 from util.errors import UserError
 from util.parallel.distributed import gather_to_main, get_rank, get_world_size
+from util.report.names import OLD_TERMS
 from util.training.meters import EpochMeter
 from util.weights.file import read_file
 
@@ -79,7 +80,8 @@ def resume(run, path: Path) -> None:
     run.record.load_state(state.get("origin"), flags_of(state))
     data = state.get("data") or {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}}
     _restore_position(run, data)
-    run.reporter.meter = EpochMeter(run.device, data["meter"])
+    meter = {OLD_TERMS.get(name, name): pair for name, pair in data["meter"].items()}
+    run.reporter.meter = EpochMeter(run.device, meter)
     if flags_of(state).get("best_metric") == getattr(run.args, "best_metric", None):  # else it is of another metric
         run.checkpoints.best = data.get("best") if "best_metric" in flags_of(state) else data.get("best") or None
     rng = state.get("rng", [])

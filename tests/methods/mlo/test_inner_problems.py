@@ -119,4 +119,4 @@ def test_low_precision(image_folder, tmp_path, dtype):
     flags = MLO.replace("--amp_dtype fp32", f"--amp_dtype {dtype}")
     pretrain(f"{flags} --data_path {image_folder} --output_dir {tmp_path} --epochs 2")
     row = log_rows(tmp_path)[-1]
-    assert row["train_mask_skipped"] == 0 and row["train_hypergrad_norm"] > 0 and np.isfinite(row["train_stage3_loss"])
+    assert row["train/mask_skipped"] == 0 and row["train/hypergrad_norm"] > 0 and np.isfinite(row["train/stage3_loss"])

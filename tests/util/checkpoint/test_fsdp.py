@@ -80,7 +80,7 @@ def test_as_on_one_process(folders):
         tensors = {name: value for name, value in one[part].items() if isinstance(value, torch.Tensor)}
         assert list(one[part]) == list(many[part])
         assert largest_difference(tensors, many[part]) < 2e-4
-    accuracies = [log_rows(folders / run)[-1]["knn_top1"] for run in ("1", "2")]
+    accuracies = [log_rows(folders / run)[-1]["eval/knn20_acc1"] for run in ("1", "2")]
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.6)  # the predictions of two of 360 digits may change
     for name in ("target_std", "target_rank"):
         ((_, first),), ((_, second),) = (scalars(folders / run, f"train/{name}") for run in ("1", "2"))

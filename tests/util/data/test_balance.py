@@ -152,7 +152,7 @@ def test_a_balanced_run_on_two_ranks_and_resumed(uneven, tmp_path):
     ranks("main_finetune", f"{SMALL} {flags} --batch_size 4 --output_dir {tmp_path / 'two'}", 2)
 
     def losses(name):
-        return [json.loads(line)["train_loss"] for line in (tmp_path / name / "log.txt").read_text().splitlines()]
+        return [json.loads(line)["train/loss"] for line in (tmp_path / name / "log.txt").read_text().splitlines()]
 
     expected = losses("one")
     assert losses("two") == pytest.approx(expected, rel=1e-5)  # float32 sums in another order

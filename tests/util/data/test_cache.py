@@ -349,7 +349,7 @@ def test_two_processes_share_one_cache(image_folder, tmp_path):
     ranks("main_pretrain", f"{common} --output_dir {tmp_path}/one", 1)
     one, two = (checkpoint(tmp_path / name, "checkpoint-1.pth")["model"] for name in ("one", "two"))
     assert max((one[key] - two[key]).abs().max() for key in one) < 5e-4  # half a step of AdamW at 1e-3
-    losses = [[row["train_loss"] for row in log_rows(tmp_path / name)] for name in ("one", "two")]
+    losses = [[row["train/loss"] for row in log_rows(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert set(Path(util.data.cache._shared_folder()).glob("images-*")) == before
 

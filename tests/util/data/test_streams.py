@@ -355,7 +355,7 @@ def test_killed_and_resumed(tmp_path, number, place):
     for key in ("model", "optimizer", "step", "rng"):
         assert same_tensors(ours[key], theirs[key]), key
     assert log_rows(tmp_path / "run") == log_rows(tmp_path / "whole")
-    assert log_rows(tmp_path / "run")[-1]["bad_images"] == 0
+    assert log_rows(tmp_path / "run")[-1]["data/bad_images"] == 0
 
 
 def test_changed_workers_are_reported(tmp_path, monkeypatch, capsys):

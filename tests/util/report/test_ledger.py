@@ -41,7 +41,7 @@ def write(
         "data": {"test": {"images": 4, "sha256": data}},
         "hardware": {"amp_dtype": "bfloat16"},
         "source": source,
-        "metrics": metrics or {"test_acc1": 50.0},
+        "metrics": metrics or {"eval/acc1": 50.0},
     }
     ledger.append(folder, row)
     return row
@@ -140,7 +140,7 @@ def test_the_line_of_a_pretraining(pretrained):
     (row,) = ledger.read(pretrained / "results.jsonl")
     log = json.loads((pretrained / "log.txt").read_text())
     assert row["command"] == "main_pretrain" and row["source"] is None
-    assert row["metrics"]["train_loss"] == log["train_loss"] and "epoch" not in row["metrics"]
+    assert row["metrics"]["train/loss"] == log["train/loss"] and "epoch" not in row["metrics"]
     assert row["images_seen"] == 1437 // 64 * 64  # an incomplete batch is dropped
     assert row["data"]["train"]["images"] == 1437 and row["seconds"] > log["seconds"]
     assert row["flags"]["rc_mae"] is True and row["flags"]["rc_momentum"] == 0.996
@@ -186,10 +186,10 @@ def test_finetuning_and_its_evaluation(pretrained, tmp_path):
     run(main_finetune, f"{flags} --eval --resume auto --output_dir {tmp_path}")
     trained, judged = ledger.read(tmp_path / "results.jsonl")
     assert (trained["command"], judged["command"]) == ("main_finetune", "main_finetune --eval")
-    assert judged["metrics"]["test_acc1"] == pytest.approx(trained["metrics"]["test_acc1"])
+    assert judged["metrics"]["eval/acc1"] == pytest.approx(trained["metrics"]["eval/acc1"])
     assert json.loads((tmp_path / "eval.json").read_text())["result"] == judged["metrics"]
     ((x, value),) = scalars(tmp_path / "tensorboard-eval", "eval/acc1")
-    assert x == 1000 and value == pytest.approx(judged["metrics"]["test_acc1"])  # after epoch 0
+    assert x == 1000 and value == pytest.approx(judged["metrics"]["eval/acc1"])  # after epoch 0
     assert trained["source"]["flags"]["mask_ratio"] == 0.75
     assert judged["source"]["flags"]["layer_decay"] == 0.75 and judged["source"]["source"] == trained["source"]
     result = {one.row["command"]: one for one in runs.read_runs([str(tmp_path)])}
@@ -207,7 +207,7 @@ def test_mean_and_deviation(tmp_path, capsys):
         for seed, value in enumerate(accuracies):
             folder = tmp_path / f"probe-m{ratio}-seed{seed}"
             source = pretraining(ratio, seed, init=f"/somewhere/seed{seed}/a.pth")
-            write(folder, seed=seed, metrics={"test_acc1": value}, source=source, finetune=source["path"])
+            write(folder, seed=seed, metrics={"eval/acc1": value}, source=source, finetune=source["path"])
     assert cells(tmp_path, "--by", "mask_ratio") == {(0.5,): (61.0, None, 1), (0.9,): (54.0, 4.0, 3)}
     assert "| 0.9 | 3 | 54.00 ± 4.00 |" in capsys.readouterr().out
     assert list(cells(tmp_path, "--by", "pretrain.mask_ratio,method")) == [(0.5, "mae"), (0.9, "mae")]
@@ -217,11 +217,11 @@ def test_mean_and_deviation(tmp_path, capsys):
 def test_a_run_counts_once(tmp_path, capsys):
     """A run that was resumed, given twice, or copied counts with its latest line."""
     for seed in (0, 1):
-        write(tmp_path / f"a-seed{seed}", seed=seed, metrics={"test_acc1": 10.0})
-        write(tmp_path / f"a-seed{seed}", seed=seed, metrics={"test_acc1": 50.0 + seed}, blr=0.2)
+        write(tmp_path / f"a-seed{seed}", seed=seed, metrics={"eval/acc1": 10.0})
+        write(tmp_path / f"a-seed{seed}", seed=seed, metrics={"eval/acc1": 50.0 + seed}, blr=0.2)
     assert cells(tmp_path, tmp_path / "a-seed0") == {("a",): (50.5, statistics.stdev([50, 51]), 2)}
     assert capsys.readouterr().err == ""
-    write(tmp_path / "b" / "a-seed1", seed=1, metrics={"test_acc1": 51.0}, blr=0.2)
+    write(tmp_path / "b" / "a-seed1", seed=1, metrics={"eval/acc1": 51.0}, blr=0.2)
     assert cells(tmp_path)["a",][2] == 2
     assert "have the same flags and seeds" in capsys.readouterr().err
 
@@ -231,7 +231,7 @@ def test_judging_the_same_checkpoint_again(tmp_path):
     for value, seed, k in ((1.0, 0, [5]), (2.0, 0, [5]), (4.0, 1, [5]), (8.0, 0, [20])):
         write(tmp_path, "knn", metrics={"acc1": value}, source=pretraining(seed=seed), k=k)
     result = runs.read_runs([str(tmp_path)])
-    assert sorted(one.row["metrics"]["acc1"] for one in result) == [2.0, 4.0, 8.0]
+    assert sorted(one.row["metrics"]["eval/acc1"] for one in result) == [2.0, 4.0, 8.0]
 
 
 @pytest.mark.parametrize(
@@ -282,30 +282,30 @@ def test_what_may_differ(tmp_path):
 def test_one_row_from_several_folders(tmp_path, capsys):
     """Folders named by evaluation and encoder: one row for each encoder, one column for each evaluation."""
     for seed in (0, 1):
-        write(tmp_path / f"probe-mae-seed{seed}", seed=seed, metrics={"test_acc1": 40.0 + seed, "train_loss": 1.0})
+        write(tmp_path / f"probe-mae-seed{seed}", seed=seed, metrics={"eval/acc1": 40.0 + seed, "train/loss": 1.0})
         write(tmp_path / f"probe-mae-seed{seed}", "knn", seed=seed, metrics={"knn20_acc1": 30.0})
-        metrics = {"test_acc1": 60.0, "best_acc1": 65.0}
+        metrics = {"eval/acc1": 60.0, "eval/best_acc1": 65.0}
         write(tmp_path / f"finetune-mae-seed{seed}", "main_finetune", seed=seed, metrics=metrics)
-    write(tmp_path / "finetune_small-mae-seed0", "main_finetune", seed=0, metrics={"test_acc1": 70.0})
+    write(tmp_path / "finetune_small-mae-seed0", "main_finetune", seed=0, metrics={"eval/acc1": 70.0})
     strip = "--strip probe- finetune- finetune_small-".split()
     collect.main(collect.get_args_parser().parse_args([str(tmp_path), *strip]))
     out = capsys.readouterr().out.splitlines()
     row = dict(zip(out[0].split(" | "), out[2].split(" | ")))
-    assert row["probe test_acc1"] == "40.50 ± 0.71" and row["finetune test_acc1"] == "60.00 ± 0.00"
-    assert row["finetune_small test_acc1"] == "70.00 (n = 1)" and not any("best" in title for title in row)
+    assert row["probe eval/acc1"] == "40.50 ± 0.71" and row["finetune eval/acc1"] == "60.00 ± 0.00"
+    assert row["finetune_small eval/acc1"] == "70.00 (n = 1)" and not any("best" in title for title in row)
     alone = ["--metric", "main_finetune:test_acc1", "--where", "run=finetune-mae"]
     assert cells(tmp_path, *alone) == {("finetune-mae",): (60.0, 0.0, 2)}
 
 
 def test_other_forms(tmp_path):
     for ratio, value in ((0.5, 50.0), (0.75, 60.25), (0.9, 55.0)):
-        write(tmp_path / f"r{ratio}", metrics={"test_acc1": value}, mask_ratio=ratio, model="a_b")
-    write(tmp_path / "r0.9-seed1", seed=1, metrics={"test_acc1": 56.0}, mask_ratio=0.9, model="a_b")
+        write(tmp_path / f"r{ratio}", metrics={"eval/acc1": value}, mask_ratio=ratio, model="a_b")
+    write(tmp_path / "r0.9-seed1", seed=1, metrics={"eval/acc1": 56.0}, mask_ratio=0.9, model="a_b")
     flags = [tmp_path, "--by", "model,mask_ratio", "--out"]
     cells(*flags, tmp_path / "t.csv", "--format", "csv")
     rows = list(csv.DictReader((tmp_path / "t.csv").open()))
-    assert [float(row["test_acc1 mean"]) for row in rows] == [50.0, 60.25, 55.5]
-    assert float(rows[2]["test_acc1 deviation"]) == pytest.approx(0.5**0.5) and rows[0]["test_acc1 deviation"] == ""
+    assert [float(row["eval/acc1 mean"]) for row in rows] == [50.0, 60.25, 55.5]
+    assert float(rows[2]["eval/acc1 deviation"]) == pytest.approx(0.5**0.5) and rows[0]["eval/acc1 deviation"] == ""
     cells(*flags, tmp_path / "t.tex", "--format", "latex", "--digits", 1)
     assert r"a\_b & 0.9 & 2 & 55.5 $\pm$ 0.7 \\" in (tmp_path / "t.tex").read_text()
     cells(*flags, tmp_path / "t.md", "--plot", tmp_path / "c.png", "--x", "mask_ratio")
@@ -316,7 +316,7 @@ def test_other_forms(tmp_path):
     ("flags", "message"),
     [
         ("--by mask_ration", "mask_ration is no flag of any of these 1 runs; similar flags: mask_ratio"),
-        ("--metric acc", "--metric acc is in none of these 1 runs; they have main_linprobe:test_acc1"),
+        ("--metric acc", "--metric acc is in none of these 1 runs; they have main_linprobe:eval/acc1"),
         ("--where mask_ratio", "must be flag=value"),
         ("--where mask_ratio=0.5", "holds for no run; mask_ratio is 0.75"),
         ("--plot {tmp}/a.png --x blr", "--x blr must be one of --by run"),
@@ -334,8 +334,8 @@ def test_mistakes(tmp_path, flags, message):
 
 
 def test_a_number_that_is_none(tmp_path):
-    write(tmp_path / "a", metrics={"test_acc1": float("nan")})
-    with pytest.raises(UserError, match=r"test_acc1 of .* is None, not a finite number"):
+    write(tmp_path / "a", metrics={"eval/acc1": float("nan")})
+    with pytest.raises(UserError, match=r"eval/acc1 of .* is None, not a finite number"):
         cells(tmp_path)
 
 

@@ -52,13 +52,13 @@ def test_a_run_counts_to_its_end(main, flags, tmp_path, capsys):
     ]
     assert progress[-1].endswith("left 0:00:00") and max(map(len, progress)) <= 80
     (ended,) = [line for line in lines if line.startswith("epoch 3/3:")]
-    assert len(re.findall(r"\bloss ", ended)) == 1 and "reconstruction" not in ended  # the same number as the loss
+    assert len(re.findall(r" loss ", ended)) == 1 and "pixels" not in ended  # the same number as the loss
 
 
 def test_only_the_single_term_of_a_loss_is_hidden():
     """A gradient norm that happens to equal the loss, 0 for one class, is still shown."""
-    means = {"loss": 0.0, "grad_norm": 0.0, "reconstruction": 0.0}
-    assert _shown(means, ["reconstruction"], {}) == ["loss 0", "grad_norm 0"]
-    assert _shown(means, [], {"test_acc1": 100.0}) == ["loss 0", "grad_norm 0", "reconstruction 0", "test_acc1 100"]
-    two = {"loss": 1.0, "reconstruction": 1.0, "consistency": 0.0}
-    assert _shown(two, ["reconstruction", "consistency"], {}) == ["loss 1", "reconstruction 1", "consistency 0"]
+    means = {"loss": 0.0, "grad_norm": 0.0, "pixels": 0.0}
+    assert _shown(means, ["pixels"], {}) == ["loss 0", "grad_norm 0"]
+    assert _shown(means, [], {"eval/acc1": 100.0}) == ["loss 0", "grad_norm 0", "pixels 0", "eval/acc1 100"]
+    two = {"loss": 1.0, "pixels": 1.0, "consistency": 0.0}
+    assert _shown(two, ["pixels", "consistency"], {}) == ["loss 1", "pixels 1", "consistency 0"]
