@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from util.arguments import add_data_arguments, check_numbers
+from util.arguments import add_data_arguments, add_verbose_argument, check_numbers
 from util.errors import UserError
 from util.parser import Parser
 
@@ -39,6 +39,7 @@ def add_checkpoint_flags(parser: Parser, several: bool = False, what: str = ANY_
         metavar="CHECKPOINT",
         help="alias of CHECKPOINT, as in the mains",
     )
+    add_verbose_argument(group)
 
 
 def checkpoints_of(args: argparse.Namespace) -> list[str]:

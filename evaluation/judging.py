@@ -141,7 +141,7 @@ def open_encoder(args, checkpoint: str, like: Judged | None = None) -> Judged:
     weights = read_checkpoint(checkpoint, args.checkpoint_key)
     config, images = _resolve(args, weights, like)
     with seeded(args.seed):  # as in main_linprobe: the same random encoder
-        model = build_vit(config, False, weights)
+        model = build_vit(config, False, weights, verbose=getattr(args, "verbose", False))
     device = choose_device(args.device)
     dtype = choose_amp_dtype(args.amp_dtype, device)
     resolved = _recorded(config, images)
