@@ -14,7 +14,7 @@ from util.data.sources import Subset
 from util.data.transforms import eval_transform
 from util.parallel.distributed import barrier, from_main_process, is_main_process
 from util.parallel.fsdp import whole
-from util.report.pictures import denormalized, fixed_noise, grid, reconstruct
+from util.report.pictures import CAPTION, NORM_PIX, denormalized, fixed_noise, reconstruct, reconstruction_sheet
 from util.training.run import Run
 
 
@@ -72,7 +72,8 @@ class Monitor:
         (imgs, noise), ratio = self.fixed, self.args.mask_ratio
         scores = self.pretrainer.preview_scores(imgs, noise)
         pictures = reconstruct(self.pretrainer.model, imgs, ratio, scores, self.mean, self.std)
-        self.run.board.image("reconstruction", grid(pictures.cpu()), epoch)
+        caption = f"{ratio:.0%} removed; {CAPTION}{NORM_PIX * self.pretrainer.model.norm_pix_loss}"
+        self.run.board.image("reconstruction", reconstruction_sheet([pictures], caption=caption).tensor(), epoch)
         pixels = denormalized(imgs, self.mean, self.std)
         for name, picture in self.pretrainer.pictures(imgs, pixels).items():
             self.run.board.image(name, picture.cpu(), epoch)

@@ -10,6 +10,7 @@ from evaluation.runs import Run, canonical, check_alike, check_names, once_each,
 from util.errors import UserError
 from util.report.names import present_name
 
+DEVIATION = "sample standard deviation over seeds"
 USUAL = re.compile(r"acc\d|top1|ratio|mAP")  # metrics of a table by default
 
 
@@ -34,6 +35,9 @@ class Table:
         names = [metric for _, metric in self.columns]
         alone = len(names) == len(set(names))
         return [metric if alone else f"{kind} {metric}" for kind, metric in self.columns]
+
+    def has_deviations(self) -> bool:
+        return any(cell.deviation is not None for _, cells in self.rows for cell in cells.values())
 
     def count(self, cells) -> int:
         return max(cell.n for cell in cells.values())
@@ -126,7 +130,8 @@ def markdown(table: Table, digits: int = 2) -> str:
     """Return the table in Markdown."""
     head = [*table.by, "n", *table.titles()]
     lines = [head, ["---"] * len(head), *_text(table, digits, "±")]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    text = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return text + f"\n\n±: {DEVIATION}; n: their number" * table.has_deviations()
 
 
 def latex(table: Table, digits: int = 2) -> str:
@@ -141,7 +146,9 @@ def latex(table: Table, digits: int = 2) -> str:
     body = [escaped(line).replace("±", r"$\pm$") for line in _text(table, digits, "±")]
     columns = "l" * len(table.by) + "r" * (len(head) - len(table.by))
     begin = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", escaped(head), r"\midrule"]
-    return "\n".join([*begin, *body, r"\bottomrule", r"\end{tabular}"])
+    note = rf"\multicolumn{{{len(head)}}}{{l}}{{\footnotesize $\pm$: {DEVIATION}; n: their number}} \\"
+    notes = [note] if table.has_deviations() else []
+    return "\n".join([*begin, *body, r"\bottomrule", *notes, r"\end{tabular}"])
 
 
 def comma_separated(table: Table) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.runs import Run, read_runs, shown_value
-from evaluation.tables import Cell, make_table
+from evaluation.tables import DEVIATION, Cell, make_table
 from util.architectures import own_config
 from util.checkpoint.files import LEDGER
 from util.errors import UserError, user_errors
@@ -173,7 +173,9 @@ def markdown(paper: dict, rows: list[Row]) -> str:
         name = NAMES.get(row.metric, row.metric)
         lines.append([row.run, name, _shown_cell(row.cell), _shown_number(row.published), where, differs])
     table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-    return f"# {paper['title']}\n\n{paper['note']} Accuracies in percent.\n\n{table}"
+    deviations = any(row.cell and row.cell.deviation is not None for row in rows)
+    sign = f" ±: {DEVIATION}, n: their number." * deviations
+    return f"# {paper['title']}\n\n{paper['note']} Accuracies in percent.{sign}\n\n{table}"
 
 
 def comma_separated(rows: list[Row]) -> str:

@@ -203,6 +203,16 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
         help="use only deterministic algorithms, which are slower on GPUs: two runs with the same flags, hardware and "
         "software versions are then bit-identical",
     )
+    add_verbose_argument(group)
+
+
+def add_verbose_argument(group) -> None:
+    """Add `--verbose`, for commands that load weights; `util.weights.report.LoadReport.shown` takes its value."""
+    group.add_argument(
+        "--verbose",
+        action="store_true",
+        help="list the tensors of a checkpoint that are loaded, missing or not used; without it one line counts them",
+    )
 
 
 def _add_checkpoint_arguments(group, save_freq: int, keep: int) -> None:

@@ -21,7 +21,7 @@ _MODEL_FLAGS += ("head",)
 FREE_FLAGS = {"resume", "overwrite", "output_dir", "log_dir", "num_workers", "pin_mem", "device", "data_path", "rank"}
 FREE_FLAGS |= {"gpu", "local_rank", "world_size", "distributed", "dist_url", "dist_backend", "timeout_s"}
 FREE_FLAGS |= {"print_freq", "save_freq", "save_steps", "keep", "vis_freq", "knn_freq", "eval_freq", "start_epoch"}
-FREE_FLAGS |= {"finetune", "allow_outside", "save_patience", "spike_factor", "check_leak"}
+FREE_FLAGS |= {"finetune", "allow_outside", "save_patience", "spike_factor", "check_leak", "verbose"}
 
 
 def plain(value):

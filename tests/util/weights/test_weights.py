@@ -107,6 +107,22 @@ def test_safetensors_by_content_and_metadata(tmp_path):
 # --- loading
 
 
+def test_one_line_unless_verbose():
+    """The line counts what was loaded and what was not, and names what must not be silent: missing tensors,
+    interpolated positions, a skipped head, notes."""
+    full = load_into(mae(), weights_of(mae()))
+    assert full.shown(True) == str(full)
+    assert full.shown(False) == f"file.pth: test, {len(mae().state_dict())} tensors loaded"
+    weights = weights_of(mae())
+    weights.dropped.append("stray")
+    model = vit(img_size=(8, 24), num_classes=7, global_pool=True)
+    line = load_into(model, weights).shown(False)
+    assert "\n" not in line and "pos_embed interpolated 4x4 -> 2x6" in line
+    assert "missing in the file, kept at their initial value: fc_norm (2 tensors), head (2 tensors)" in line
+    assert "not used (decoder, not needed)" in line and "1 not used (not part of a ViT" in line
+    assert "stray" not in line and line.endswith("(--verbose names them)")
+
+
 def test_mae_into_mae(tmp_path):
     source, model = mae(), mae()
     report = load_into(model, weights_of(source))
