@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from evaluation.publish import Destination, publish, write_confusion, write_scores
+from evaluation.runs import columns, hparams_of
 from evaluation.scores import TopK
 from util.compute.precision import autocast, choose_amp_dtype
-from util.parallel.distributed import is_main_process, shut_down, sync_buffers
+from util.parallel.distributed import shut_down, sync_buffers
 from util.report.ledger import Record
 from util.training.announcements import NO_SUMMARY, Summary, closing, opening
 from util.training.best_metric import LOWER
@@ -127,7 +128,7 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK)
     """
     stats = {}
     if run.resumed_at_end:
-        end_again(run, [], lambda metrics: run.board.hparams(vars(run.record.args), metrics))
+        end_again(run, [], lambda: run.board.hparams(hparams_of(run.record), columns()))
         return stats
     run.begin()
     while not run.ended and not run.stopped:  # ended: all steps are done; stopped: by a signal
@@ -145,8 +146,7 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK)
         run.finish_epoch(row)  # logs the epoch; writes a checkpoint every --save_freq epochs
     if not run.stopped:
         write_last(run, scores, stats)
-    if not run.stopped and is_main_process():
-        run.board.hparams(vars(args), {**run.reporter.last_means, **row})
+        run.board.hparams(hparams_of(run.record), columns())
     run.append_to_ledger()  # its line in results.jsonl, unless a signal stopped it
     run.close()
     return stats

@@ -13,6 +13,7 @@ from timm.optim import param_groups_weight_decay
 import models_mae
 from engine_pretrain import train
 from evaluation.monitor import Monitor
+from evaluation.runs import columns, hparams_of
 from evaluation.summaries import pretraining_summary
 from methods import METHODS, Method, Pretrainer, add_method_arguments, enabled_methods
 from util import arguments
@@ -272,9 +273,9 @@ def encoders(run: Run) -> dict[Path, torch.nn.Module]:
     return {folder / f"encoder{key.removeprefix('model')}.safetensors": model for key, model in models.items()}
 
 
-def write_results(run: Run, metrics: dict[str, float]) -> None:
-    """Write the results of a finished run, except its line in the ledger: encoders as safetensors, and flags and
-    metrics for TensorBoard."""
+def write_results(run: Run) -> None:
+    """Write the results of a finished run, except its line in the ledger: encoders as safetensors, and flags for
+    TensorBoard's HPARAMS tab."""
     args = run.record.args
     origin = {"epoch": run.epoch if run.position else run.epoch - 1, **run.record.state(run.images_seen())}
     flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
@@ -282,7 +283,7 @@ def write_results(run: Run, metrics: dict[str, float]) -> None:
     for path, model in encoders(run).items():
         state = gathered(encoder_state(model.state_dict()))
         run.checkpoints.saver.insist(path.name, partial(save_encoder, state, path, metadata))
-    run.board.hparams(vars(args), metrics)
+    run.board.hparams(hparams_of(run.record), columns())
 
 
 def main(args) -> None:
@@ -313,12 +314,12 @@ def main(args) -> None:
     summary = pretraining_summary(args, model, chosen, images, held_out)
     run = Run(args, device, loader, model, optimizer, pretrainer, resume, record, summary=summary)
     if run.resumed_at_end:
-        end_again(run, list(encoders(run)), partial(write_results, run))
+        end_again(run, list(encoders(run)), lambda: write_results(run))
         return
     run.begin()
-    row = train(pretrainer, run, args, Monitor(args, run, pretrainer, images, held_out))
+    train(pretrainer, run, args, Monitor(args, run, pretrainer, images, held_out))
     if not run.stopped and args.output_dir:
-        write_results(run, {**run.reporter.last_means, **row})
+        write_results(run)
     run.append_to_ledger()
     run.close()
 

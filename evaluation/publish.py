@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from evaluation.confusion import save_picture
+from evaluation.runs import columns, hparams_of
 from util.checkpoint.files import CONFUSION, LEDGER, SCORES
 from util.parallel.distributed import is_main_process
 from util.report.ledger import Record, write_json
@@ -41,7 +42,7 @@ def publish(
     through the network; `hardware` is (device, type of matrix products).
 
     JSON: the flags, `metrics` as `result`, and `content`. TensorBoard: `metrics` and `pictures` (3, H, W) in [0, 1] by
-    tag, at the checkpoint's epoch, so that the checkpoints of one run form a curve; flags and metrics as hparams. Files
+    tag, at the checkpoint's epoch, so that the checkpoints of one run form a curve; flags as hparams. Files
     are written by `attempt(name, write)`, which may call `write` again after a failure. Only the main process writes.
     Raises UserError if a file cannot be written.
     """
@@ -52,7 +53,7 @@ def publish(
     board.scalars(metrics, epoch + 1)
     for tag, picture in pictures.items():
         board.image(tag, picture, epoch + 1)
-    board.hparams(vars(record.args), metrics)
+    board.hparams(hparams_of(record), columns())
     board.close()
     if to.ledger:
         attempt(LEDGER, lambda: record.enter(to.ledger, metrics, images_seen, *hardware))

@@ -150,8 +150,11 @@ class Method(nn.Module):
     def first_batch(self, model: MaskedAutoencoderViT, imgs: torch.Tensor) -> None:
         """Called once per process, before the first forward pass, for example to check a teacher."""
 
-    def before_epoch(self, model: MaskedAutoencoderViT, epoch: int) -> None:
-        """Called once at the start of every epoch; not again when a run is resumed inside the epoch."""
+    def before_epoch(self, model: MaskedAutoencoderViT, epoch: int) -> str | None:
+        """Called once at the start of every epoch (from 0); not again when a run is resumed inside the epoch.
+
+        Return a sentence if something changes now that explains a jump in a curve, such as another target. It is
+        printed, and shown in TensorBoard's TEXT tab at this step."""
 
     # Reporting
 

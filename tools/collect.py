@@ -107,6 +107,9 @@ def main(args) -> Table:
     check_names(runs, args.allow_differing)
     table = make_table(runs, by, args.metric, args.allow_differing, args.allow_revisions)
     text = comma_separated(table) if args.format == "csv" else FORMATS[args.format](table, args.digits)
+    if args.format == "csv":
+        for note in table.notes:
+            print(f"note: {note}", file=sys.stderr)
     if args.out:
         Path(args.out).write_text(text + "\n", encoding="utf-8")
     else:

@@ -20,7 +20,7 @@ def test_pictures_end_with_the_pixels(image_folder, tmp_path, capsys):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert len(events.Images("reconstruction")) == 2
-    assert "epoch 2: the target is features from now on" in capsys.readouterr().out
+    assert "note: after 2 epochs the target changes from pixels to features" in capsys.readouterr().out
 
 
 def test_when_the_target_is_copied():

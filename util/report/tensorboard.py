@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from tensorboard.compat.proto import event_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import FileWriter, SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -19,6 +20,49 @@ from util.checkpoint.retry import GrowingFile
 from util.parallel.distributed import is_main_process
 
 _event_files = itertools.count()
+
+HOW_TO_READ = """
+The x axis (step) of all tabs is epoch \u00d7 1000, so that runs with different batch sizes are aligned.
+
+- `train/loss` is the sum that is minimised. The losses of `train/` beside it are its parts, weighted: `pixels` is MAE's
+  loss, `features` that of a feature target; `classification`, `multilabel` and `regression` are those of labels. Losses
+  of different kinds cannot be compared: the text `changes` says where a run switches from one to another.
+- `train/lr` is the learning rate, `train/grad_norm` the norm of the gradient. Other names of `train/` belong to the
+  method (docs/methods). A point is the mean since the point before; log.txt has the means of whole epochs.
+- `eval/` is measured on held-out images: `acc1` and `acc5` are accuracies in percent, `knn20_acc1` that of the 20
+  nearest neighbours of frozen features, `fixed_images_loss` the pixel loss of the pictures in the IMAGES tab.
+  `best_acc1` is that of the best epoch so far, which was chosen on these same images. `--eval` and the commands in
+  tools/ write one point, at the epoch of the checkpoint.
+- `speed/` is the speed: images a second, and the share of time in which training waits for images.
+- `data/` counts images, for example those that cannot be read.
+- The tab CUSTOM SCALARS shows loss, accuracy, learning rate and speed side by side. HPARAMS shows the flags of a run
+  and the last point of each of its curves.
+"""
+
+LAYOUT = {
+    "overview": {
+        "loss": ["Multiline", [r"^(train|eval)/loss$"]],
+        "accuracy on held-out images": ["Multiline", [r"^eval/(acc1|mAP|r2|knn\d+_acc1)$"]],
+        "learning rate": ["Multiline", [r"^train/lr$"]],
+        "images a second": ["Multiline", [r"^speed/images_per_s$"]],
+    }
+}
+
+# The HPARAMS tab shows five flags and five metrics; the others can be ticked.
+SHOWN_FLAGS = {"method", "lr", "mask_ratio", "model", "seed"}
+METRICS = [
+    "eval/acc1",
+    "eval/best_acc1",
+    "eval/knn20_acc1",
+    "eval/loss",
+    "train/loss",
+    "eval/acc5",
+    "eval/balanced_acc",
+]
+METRICS += ["eval/auc", "eval/mAP", "eval/precision1", "eval/r2", "eval/mae", "eval/rmse", "eval/holdout_acc1"]
+METRICS += ["eval/fixed_images_loss", *(f"eval/knn{k}_acc1" for k in (1, 5, 10))]
+METRICS += [*(f"eval/fewshot{k}_acc1" for k in (1, 2, 5, 10)), "eval/ratio", "eval/clean_error", "eval/corrupted_error"]
+METRICS += ["train/pixels", "train/features", "train/grad_norm", "speed/images_per_s"]
 
 
 class EventFile:
@@ -94,6 +138,16 @@ class Board:
         if self.writer is not None:
             self.writer.add_histogram(name, values.detach().float().cpu(), int(epoch * 1000))
 
+    def text(self, name: str, text: str, epoch: float) -> None:
+        if self.writer is not None:
+            self.writer.add_text(name, text, int(epoch * 1000))
+
+    def explain(self) -> None:
+        """Add the page `HOW_TO_READ` to the TEXT tab, and the layout of the CUSTOM SCALARS tab."""
+        if self.writer is not None:
+            self.writer.add_text("how to read these", HOW_TO_READ)
+            self.writer.add_custom_scalars(LAYOUT)
+
     def flags(self, args: dict) -> None:
         """Add a table of the flags to the TEXT tab."""
         if self.writer is not None:
@@ -105,13 +159,20 @@ class Board:
             rows = "\n".join(f"| {name} | <code>{value}</code> |" for name, value in sorted(escaped.items()))
             self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{rows}")
 
-    def hparams(self, args: dict, metrics: dict[str, float]) -> None:
-        """Write `args` for the HPARAMS tab into the run's event file. The tab shows the last point of the curve of each
-        of the `metrics`."""
+    def hparams(self, values: dict, columns: dict[str, type]) -> None:
+        """Write the `values` of a run for the HPARAMS tab, which shows them beside the last points of the curves
+        `METRICS`. `columns` are the names that any run may have, float or str: the tab takes them from one run only."""
         if self.writer is None:
             return
-        simple = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in args.items()}
-        for summary in hparams(simple, dict(metrics)):
+        names = {name: kind() for name, kind in columns.items()}
+        experiment, *_ = hparams(names, dict.fromkeys(METRICS))
+        data = experiment.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(data.content)
+        for info in content.experiment.hparam_infos:  # sorted by this, then by name; the first five are shown
+            info.differs = info.name in SHOWN_FLAGS
+        data.content = content.SerializeToString()
+        simple = {k: float(v) if columns[k] is float else str(v) for k, v in values.items()}
+        for summary in (experiment, *hparams(simple, {})[1:]):
             self.writer.file_writer.add_summary(summary)
 
     def flush(self) -> None:

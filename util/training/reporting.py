@@ -37,7 +37,6 @@ class Reporter:
         self.announced = False  # the expected duration
         self.unreadable = 0  # unreadable images since the last reading
         self.terms: list[str] = []  # names of the terms of the loss
-        self.last_means: dict[str, float] = {}  # means of the last finished epoch
 
     # Every step: nothing here waits for the device ------------------------------------------------------------------
 
@@ -136,7 +135,6 @@ class Reporter:
         seconds, bad = means.pop("seconds"), self.meter.epoch.get("bad_images", [0.0])[0]
         means.pop("bad_images", None)
         stats = {f"train/{name}": value for name, value in {**means, "lr": run.lr}.items()}
-        self.last_means = stats
         if self.writes and is_main_process():
             counts = {"epoch": run.epoch, "step": run.step, "seconds": seconds, "data/bad_images": int(bad)}
             self.log.append(log_line({**stats, **row, **counts}))

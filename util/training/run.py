@@ -144,6 +144,7 @@ class Run:
             abandon_later(args.output_dir, resume)
         purge_step = None if resume is None else int(self.fractional_epoch() * 1000) + 1
         self.reporter.board = Board(args.log_dir, purge_step=purge_step)
+        self.board.explain()
         self._describe()
         watchdog.progress(self.step)
 
@@ -240,6 +241,11 @@ class Run:
         """Add values of this step, by name, to the means that are logged next; all ranks must give the same names
         (None: no value on this rank)."""
         self.reporter.meter.add(values)
+
+    def note_change(self, text: str) -> None:
+        """Print what changes in training from here on, and show it at this step in TensorBoard's TEXT tab."""
+        print(f"note: {text}")
+        self.board.text("changes", text, self.fractional_epoch())
 
     def finish_step(self) -> None:
         """Count the step. Log every --print_freq steps, save every --save_steps steps, save and stop after a signal."""

@@ -297,6 +297,47 @@ def test_one_row_from_several_folders(tmp_path, capsys):
     assert cells(tmp_path, *alone) == {("finetune-mae",): (60.0, 0.0, 2)}
 
 
+def test_last_epoch_beside_the_evaluated_one(tmp_path, capsys):
+    """The numbers of a training and of --eval are of different epochs: the table says of which."""
+    for seed, best in ((0, 3), (1, 6)):
+        folder = tmp_path / f"a-seed{seed}"
+        write(folder, "main_finetune", seed=seed, metrics={"eval/acc1": 50.0, "eval/best_acc1": 55.0})
+        source = {"path": f"{folder}/checkpoint-best.pth", "sha256": "x", "epoch": best, "flags": {"seed": seed}}
+        write(folder, "main_finetune --eval", seed=seed, metrics={"eval/acc1": 55.0}, source=source)
+
+    def text(*flags):
+        given = [str(tmp_path), "--allow_differing", "finetune.epoch", *flags]
+        collect.main(collect.get_args_parser().parse_args(given))
+        return capsys.readouterr()
+
+    note = (
+        "main_finetune: after the last epoch. main_finetune --eval: of the evaluated checkpoint (checkpoint-best.pth "
+        "after 4 to 7 epochs). checkpoint-best.pth is of the best epoch on the evaluation images."
+    )
+    assert text().out.endswith(f"| a | 2 | 50.00 ± 0.00 | 55.00 ± 0.00 |\n\n{note}\n")
+    assert text("--format", "latex").out.startswith(f"% {note}\n")
+    csv_text = text("--format", "csv")
+    assert csv_text.err == f"note: {note}\n" and "checkpoint" not in csv_text.out
+    assert "epoch" not in text("--metric", "main_finetune:acc1").out
+
+
+def test_names_of_earlier_revisions(tmp_path, capsys):
+    """Ledgers with old and new names make one table, and a metric is found under its old name, its new one, and without
+    the group. Names of tools began with that of a folder, which may be `test`."""
+    write(tmp_path / "a-seed0", metrics={"test_acc1": 40.0, "train_reconstruction": 1.0, "knn_top1": 20.0})
+    write(tmp_path / "a-seed1", seed=1, metrics={"eval/acc1": 42.0, "train/pixels": 3.0, "eval/knn20_acc1": 30.0})
+    write(tmp_path / "tools", "robustness", metrics={"test_acc1": 5.0})
+    for names, mean in (
+        (("test_acc1", "eval/acc1", "acc1", "main_linprobe:test_acc1", "final/acc1"), 41.0),
+        (("train_reconstruction", "train/pixels"), 2.0),
+        (("knn_top1", "knn20_acc1", "eval/knn20_acc1"), 25.0),
+    ):
+        for name in names:
+            ((value, _, n),) = cells(tmp_path, "--metric", name).values()
+            assert (value, n) == (mean, 2), name
+    assert cells(tmp_path, "--metric", "eval/test_acc1") == {("tools",): (5.0, None, 1)}
+
+
 def test_other_forms(tmp_path):
     for ratio, value in ((0.5, 50.0), (0.75, 60.25), (0.9, 55.0)):
         write(tmp_path / f"r{ratio}", metrics={"eval/acc1": value}, mask_ratio=ratio, model="a_b")
