@@ -129,7 +129,7 @@ def markdown(table: Table, digits: int = 2) -> str:
     head = [*table.by, "n", *table.titles()]
     lines = [head, ["---"] * len(head), *_text(table, digits, "±")]
     text = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
-    return text + f"\n\n±: {DEVIATION}; n: their number" * table.has_deviations()
+    return text + f"\n\n±: {DEVIATION}; n: number of seeds" * table.has_deviations()
 
 
 def latex(table: Table, digits: int = 2) -> str:
@@ -144,7 +144,7 @@ def latex(table: Table, digits: int = 2) -> str:
     body = [escaped(line).replace("±", r"$\pm$") for line in _text(table, digits, "±")]
     columns = "l" * len(table.by) + "r" * (len(head) - len(table.by))
     begin = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", escaped(head), r"\midrule"]
-    note = rf"\multicolumn{{{len(head)}}}{{l}}{{\footnotesize $\pm$: {DEVIATION}; n: their number}} \\"
+    note = rf"\multicolumn{{{len(head)}}}{{l}}{{\footnotesize $\pm$: {DEVIATION}; n: number of seeds}} \\"
     notes = [note] if table.has_deviations() else []
     return "\n".join([*begin, *body, r"\bottomrule", *notes, r"\end{tabular}"])
 

@@ -325,12 +325,8 @@ def test_feature_viz(tmp_path, capsys, drawn_sheets):
     visualised(tmp_path, tmp_path / "red.pth", "--blocks", "3", "--channels", "7", "8")  # channel 8 is constant
     assert "; 1 of 2 no more than by grey" in capsys.readouterr().out
     drawn_sheets.clear()
-    options = [
-        str(tmp_path / "a.pth"),
-        *"--count 1 --blocks 3 --steps 2 --device cpu --out".split(),
-        str(tmp_path / "b.svg"),
-    ]
-    two = feature_viz.main(feature_viz.get_args_parser().parse_args([str(tmp_path / "red.pth"), *options]))
+    flags = f"{tmp_path}/red.pth {tmp_path}/a.pth --count 1 --blocks 3 --steps 2 --device cpu --out {tmp_path}/b.svg"
+    two = feature_viz.main(feature_viz.get_args_parser().parse_args(flags.split()))
     labels = [f"{tmp_path.name}/{name} block 3" for name in ("red", "a")]
     assert all(label.replace(" ", "") in "".join(drawn_sheets[0].words()).replace(" ", "") for label in labels)
     assert np.array_equal(np.load(tmp_path / "b.npz")["images_1"], two[1][0].numpy())

@@ -1,6 +1,7 @@
 """Sheets of tiles: where titles, labels, notes and the colour bar stand, and the files that they are written to."""
 
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_sizes_of_tiles():
     """Small images are enlarged by a whole factor, pixel by pixel; `side` is exact, also for images of other sizes."""
     board = torch.rand(1, 3, 4, 8)
     sheet = draw_sheet([Row(board)], ["a"])
-    left, top = at(sheet)["a"]
+    left, _ = at(sheet)["a"]
     tile = sheet.tensor()[:, -SIDE // 2 - 2 * GAP - GAP // 2 : -2 * GAP - GAP // 2, int(left) : int(left) + SIDE]
     assert (tile - board[0].repeat_interleave(12, 1).repeat_interleave(12, 2)).abs().max() < 0.01
     for side, usual in ((200, 96), (40, 96), (None, 300)):
@@ -84,7 +85,7 @@ def test_colours_and_markers_differ():
     """As pairs for every class of a legend, and both between neighbours."""
     pairs = [(style(i)["color"], style(i)["marker"]) for i in range(60)]
     assert len(set(pairs)) == 60
-    assert all(one[0] != other[0] and one[1] != other[1] for one, other in zip(pairs, pairs[1:]))
+    assert all(one[0] != other[0] and one[1] != other[1] for one, other in pairwise(pairs))
     assert len(set(COLOURS)) == len(COLOURS) and len(set(MARKERS)) == len(MARKERS)
 
 
