@@ -148,7 +148,7 @@ def _text(table: Table, digits: int, sign: str) -> list[list[str]]:
 
 def _notes(table: Table) -> list[str]:
     """Return the notes below a table."""
-    return [*([f"±: {DEVIATION}; n: their number"] if table.has_deviations() else []), *table.notes]
+    return [*([f"±: {DEVIATION}; n: number of seeds"] if table.has_deviations() else []), *table.notes]
 
 
 def markdown(table: Table, digits: int = 2) -> str:
@@ -177,7 +177,7 @@ def latex(table: Table, digits: int = 2) -> str:
         escaped(head),
         r"\midrule",
     ]
-    note = rf"\multicolumn{{{len(head)}}}{{l}}{{\footnotesize $\pm$: {DEVIATION}; n: their number}} \\"
+    note = rf"\multicolumn{{{len(head)}}}{{l}}{{\footnotesize $\pm$: {DEVIATION}; n: number of seeds}} \\"
     notes = [note] if table.has_deviations() else []
     return "\n".join([*begin, *body, r"\bottomrule", *notes, r"\end{tabular}"])
 

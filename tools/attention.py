@@ -150,7 +150,8 @@ def caption(args, objective: str) -> str:
     """Return the caption of the picture."""
     parts = []
     if "attention" in args.show:
-        block = f"block {args.block}" if args.block >= 0 else f"block {args.block} (from the end)"
+        block = f"block {args.block}" + " (counted from the end)" * (args.block < 0)
+        block = "the last block" if args.block == -1 else block
         parts.append(f"Attention of [cls] to the patches in {block}: mean of its heads{', and each head' * args.heads}")
     if "gradcam" in args.show:
         target = "the predicted class" if args.class_index is None else f"class {args.class_index}"

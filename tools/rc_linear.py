@@ -124,8 +124,8 @@ def draw(traces: dict[str, Trace], args) -> Figure:
     )
     right.set(
         xlabel="cosine of the current and the last input",
-        ylabel="share of the last gradient in it",
-        title="the last step is reversed in proportion to the squared cosine",
+        ylabel="share of the last gradient\nin the consistency gradient",
+        title="how much of the last step is reversed",
     )
     right.legend(fontsize="small", **BELOW)
     return figure

@@ -174,7 +174,7 @@ def markdown(paper: dict, rows: list[Row]) -> str:
         lines.append([row.run, name, _shown_cell(row.cell), _shown_number(row.published), where, differs])
     table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
     deviations = any(row.cell and row.cell.deviation is not None for row in rows)
-    sign = f" ±: {DEVIATION}, n: their number." * deviations
+    sign = f" ±: {DEVIATION}, n: number of seeds." * deviations
     return f"# {paper['title']}\n\n{paper['note']} Accuracies in percent.{sign}\n\n{table}"
 
 

@@ -26,6 +26,11 @@ from util.errors import UserError, user_errors
 from util.report.curves import style
 from util.report.sheet import save_figure
 
+CAPTION = (
+    "one point for each test image; t-SNE's axes have no unit\n"
+    "intra / inter: mean cosine similarity of the features of two images of one class,\n"
+    "divided by that of two images of different classes"
+)
 MOST_NAMED = 60  # classes with a colour, a marker and a line in the legend
 PCA_DIMENSIONS = 50  # to which features are reduced first, as van der Maaten and Hinton 2008 do (Section 4.2)
 
@@ -107,7 +112,7 @@ def draw(points: list, labels: list, titles: list[str], classes: list[str], path
     legend beside the squares; of more, the colour is the number of the class."""
     columns = -(-len(classes) // 20)
     named = len(classes) <= MOST_NAMED
-    size = 4 * len(points) + (1.6 * columns if named else 1), 4.4
+    size = 4 * len(points) + (1.6 * columns if named else 1), 5.1
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(points), squeeze=False)[0]
     for axis, embedded, label, title in zip(axes, points, labels, titles):
@@ -123,6 +128,7 @@ def draw(points: list, labels: list, titles: list[str], classes: list[str], path
         figure.legend(*handles, loc="outside right center", title="class", **options)
     else:
         figure.colorbar(shown, ax=axes, label=f"number of the class, of {len(classes)}")
+    figure.supxlabel(CAPTION, fontsize="small")
     save_figure(figure, path)
 
 

@@ -300,7 +300,7 @@ class MLOMAE(Method):
     @torch.no_grad()
     def pictures(self, model, imgs, shown):
         tiles = mask_tiles(shown, self.logits(model, imgs), self.ratio, model)
-        return {"masks": mask_sheet([tiles], caption=f"{self.ratio:.0%} removed").tensor()}
+        return {"masks": mask_sheet([tiles], caption=f"{self.ratio:.0%} of the patches removed, grey").tensor()}
 
     @torch.no_grad()
     def distributions(self, model, imgs):

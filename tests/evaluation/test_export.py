@@ -286,7 +286,7 @@ def test_a_file_of_timm_without_metadata(tmp_path, capsys):
     assert "vit_tiny_patch16_224" in printed and "interpolated" not in printed
     torch.testing.assert_close(printed_model(printed)(imgs), theirs(imgs), **CLOSE)
     exported(tmp_path / "timm.pth", "timm", out, "--overwrite", "--input_size", "64")
-    assert "interpolated: pos_embed, 3x3 -> 4x4" in capsys.readouterr().out
+    assert "pos_embed interpolated 3x3 -> 4x4" in capsys.readouterr().out
 
 
 def test_an_autoencoder_without_metadata(mae, tmp_path):

@@ -257,7 +257,7 @@ def test_tsne_side_by_side(pretrained, tmp_path, capsys):
         (knn, "random --batch_size 0", "--batch_size 0 must be positive"),
         (knn, "random --out {run}/checkpoint-0.pth/a.json", "cannot be written"),
         (tsne, "--out a.png", "give a CHECKPOINT, or several"),
-        (tsne, "random --out a.json", "--out a.json must be a .png file"),
+        (tsne, "random --out a.json", "--out a.json must be a .png, .pdf or .svg file"),
         (tsne, "random --titles a b --out a.png", "--titles has 2 for 1 checkpoints"),
         (tsne, "random --perplexity 1 --out a.png", "--perplexity 1.0 must be a number above 1"),
         (tsne, "{run}/checkpoint-0.pth --images 20 --out {tmp}/a.png", "--perplexity 30 must be below the number"),

@@ -19,7 +19,7 @@ from methods.mlo.method import MLOMAE
 from tools import visualize
 from util.data.readers import read_images
 from util.errors import UserError
-from util.report.pictures import denormalized, fixed_noise, grid
+from util.report.pictures import denormalized, fixed_noise
 from util.weights.load import read_weights
 
 
@@ -55,11 +55,17 @@ def mlo(image_folder, tmp_path_factory):
     return folder
 
 
+def corner(row: int, column: int, columns: int = 3) -> tuple[int, int]:
+    """Return the upper left pixel of a tile of 96 pixels below one line of titles, in a sheet of `columns` for an
+    image."""
+    return 15 + 4 + 4 + 100 * row, 4 + 100 * column + 12 * (column // columns)
+
+
 def removed_upper_half(picture: torch.Tensor, count: int) -> bool:
-    """Return whether the second column of a `grid` of 16 x 16 images with half of the patches removed, enlarged to 96,
+    """Return whether the second column of a sheet of 16 x 16 images with half of the patches removed, enlarged to 96,
     is grey in the upper half and in no lower half as a whole."""
     for i in range(count):
-        top, left = 4 + 100 * (i // 2), 4 + 300 * (i % 2) + 100
+        top, left = corner(i // 2, 3 * (i % 2) + 1)
         tile = picture[:, top : top + 96, left : left + 96]
         if (tile[:, :48] - 0.5).abs().max() > 1e-2 or (tile[:, 48:] - 0.5).abs().max() < 0.05:
             return False
@@ -125,9 +131,9 @@ def test_visualize_a_new_method(image_folder, tmp_path, upper, capsys):
     pretrain(f"{flags} --upper --mask_ratio 0.5")
     command = f"{tmp_path}/checkpoint-0.pth --data {image_folder}/val --count 4 --out {tmp_path}"
     draw(f"{command}/method.png")
-    assert "checkpoint-0.pth, 50% removed by the mask of --upper; columns" in capsys.readouterr().out
+    assert "checkpoint-0.pth, 50% removed by the mask of --upper; removed patches" in capsys.readouterr().out
     draw(f"{command}/random.png --random_mask")
-    assert "50% removed at random, not by the mask of --upper; columns" in capsys.readouterr().out
+    assert "50% removed at random, not by the mask of --upper; removed patches" in capsys.readouterr().out
     pictures = [
         torch.from_numpy(np.array(Image.open(tmp_path / f"{name}.png"))).permute(2, 0, 1) / 255
         for name in ("method", "random")
@@ -149,9 +155,10 @@ def test_visualize_mlo_mae(image_folder, mlo, tmp_path, capsys):
     mask = judged.model.choose_visible(scores, 0.75)[1].view(2, 1, 4, 4)
     mask = mask.repeat_interleave(4, 2).repeat_interleave(4, 3)
     images = denormalized(sample.imgs, sample.mean, sample.std)
-    expected = grid((images * (1 - mask) + 0.5 * mask)[:, None], per_row=1)[:, 4:100, 4:100]
+    expected = (images * (1 - mask) + 0.5 * mask)[0].repeat_interleave(6, 1).repeat_interleave(6, 2)
     drawn = torch.from_numpy(np.array(Image.open(out))).permute(2, 0, 1) / 255
-    assert (drawn[:, 4:100, 104:200] - expected).abs().max() < 0.01  # 8 bits
+    top, left = corner(0, 1)
+    assert (drawn[:, top : top + 96, left : left + 96] - expected).abs().max() < 0.01  # 8 bits
     assert not torch.equal(mask, judged.model.choose_visible(noise, 0.75)[1].view(2, 1, 4, 4))
 
 

@@ -16,7 +16,8 @@ from evaluation.saliency import attended_share, cls_attention, grad_cam
 from tools import attention, feature_viz
 from util.errors import UserError
 from util.report import ledger
-from util.report.pictures import ROW_LABEL, overlay
+from util.report.pictures import overlay, shown_range
+from util.report.sheet import Sheet
 
 EXACT = dict(rtol=1e-5, atol=1e-6)  # float32, the same sums in another order
 
@@ -127,6 +128,26 @@ def planted(tmp_path):
     return tmp_path, patches
 
 
+@pytest.fixture
+def drawn_sheets(monkeypatch):
+    """The sheets that are drawn, in their order; `saved` those that are written to a file."""
+    sheets, init, save = [], Sheet.__init__, Sheet.save
+
+    def keep(self, *args):
+        init(self, *args)
+        self.saved = False
+        self.words = lambda: [words for _, _, words in self.texts]
+        sheets.append(self)
+
+    def write(self, path):
+        self.saved = True
+        save(self, path)
+
+    monkeypatch.setattr(Sheet, "__init__", keep)
+    monkeypatch.setattr(Sheet, "save", write)
+    return sheets
+
+
 def drawn(folder, *flags, checkpoints=("bright.pth",)):
     options = [name if name == "random" else str(folder / name) for name in checkpoints] + [
         "--data",
@@ -157,8 +178,9 @@ def test_a_planted_patch_has_the_most_attention(planted, capsys):
     assert over.flatten(1).argmax(dim=1).tolist() == patches
 
 
-def test_checkpoints_side_by_side(planted):
-    """Each checkpoint has its own image size; heads add columns; without a classifier the feature is explained."""
+def test_checkpoints_as_rows(planted, drawn_sheets):
+    """A row for each checkpoint, which has its own image size; heads add columns; without a classifier the feature is
+    explained."""
     folder, _ = planted
     mae = {"model": "vit_micro_patch4", "input_size": 32}
     encoder = models_vit.vit_micro_patch4(img_size=32, num_classes=0)
@@ -167,8 +189,11 @@ def test_checkpoints_side_by_side(planted):
     result = drawn(folder, "--heads", checkpoints=both)
     assert result[0]["gradcam"].shape == (4, 4, 4) and result[1]["gradcam"].shape == (4, 8, 8)
     assert json.loads((folder / "a.json").read_text())["objective"] == "feature"
-    width = Image.open(folder / "a.png").width
-    assert width == (1 + 2 * (1 + 4 + 1)) * (96 + 4) + 4
+    texts = drawn_sheets[0].words()
+    assert texts[:7] == ["image", "attention", "head 0", "head 1", "head 2", "head 3", "Grad-CAM"]
+    labels = [f"{folder.name}/{name}" for name in ("bright", "encoder")]
+    assert [("".join(texts)).count(label) for label in labels] == [4, 4]  # a row of each for each image
+    assert shown_range(result[1]["gradcam"][3]) in texts
     for i, (maps, name) in enumerate(zip(result, both)):
         row = ledger.read(folder / "results.jsonl")[i]
         assert row["command"] == "attention" and row["flags"]["checkpoint"] == str(folder / name)
@@ -181,7 +206,7 @@ def test_checkpoints_side_by_side(planted):
     random = drawn(folder, "--show", "attention", checkpoints=("random", "encoder.pth"))[0]
     assert random["attention"].shape == (4, 4, 8, 8)  # of the other model
     drawn(folder, "--show", "attention", "--global_pool", checkpoints=("encoder.pth",))
-    assert Image.open(folder / "a.png").width == 2 * 2 * (96 + 4) + 4
+    assert drawn_sheets[-1].words()[:4] == ["image", "attention"] * 2  # two images in a row
     for flags, right in (
         ("--objective class", "encoder.pth has no classifier for Grad-CAM"),
         ("--class_index 1", "encoder.pth has no classifier"),
@@ -189,12 +214,24 @@ def test_checkpoints_side_by_side(planted):
         ("--block 4", "4 blocks, from 0 to 3"),
         ("--count 0", "--count 0"),
         ("--count 1 --objective feature", "at least two"),
-        ("--out x.jpg", "--out x.jpg must be a .png"),
+        ("--out x.jpg", "--out x.jpg must be a .png, .pdf or .svg file"),
+        ("--tile_size 8", "--tile_size 8 must lie between 32 and 2048 pixels"),
     ):
         with pytest.raises(UserError, match=right):
             drawn(folder, *flags.split(), checkpoints=both)
     with pytest.raises(UserError, match="has 2 classes"):
         drawn(folder, "--class_index", "2")
+
+
+def test_an_empty_map_is_pale_and_says_why(planted, drawn_sheets):
+    """Where no patch raises the score, Grad-CAM is 0 everywhere: class 0 does not read what class 1 reads."""
+    folder, _ = planted
+    (result,) = drawn(folder, "--class_index", "0", "--show", "gradcam")
+    assert not result["gradcam"].any()
+    assert "".join(drawn_sheets[0].words()).count("no positivegradient") == 4  # wrapped, below each tile
+    colours = torch.rand(2, 3, 8, 8)
+    pale, coloured = overlay(colours, torch.stack([torch.full((4, 4), 0.3), torch.rand(4, 4)]))
+    assert pale.min() >= 0.7 and torch.equal(pale[0], pale[1]) and coloured.min() < 0.6
 
 
 # --- images that maximise a channel
@@ -254,16 +291,20 @@ def visualised(folder, checkpoint, *flags):
     return feature_viz.main(feature_viz.get_args_parser().parse_args(options))
 
 
-def test_feature_viz(tmp_path, capsys):
+def test_feature_viz(tmp_path, capsys, drawn_sheets):
     """Every channel at every depth is larger than for grey, reproducibly; pixels of channels that read one colour take
     that colour."""
     args = {"model": "vit_micro_patch4", "input_size": 16, "mean": [0.5] * 3, "std": [0.2] * 3}
     untrained = models_mae.mae_vit_micro_patch4(img_size=16)
     torch.save({"model": untrained.state_dict(), "args": args}, tmp_path / "a.pth")
     flags = "--count 3 --layer block --jitter 0".split()  # to an untrained encoder a shifted patch is another patch
-    images, values = visualised(tmp_path, tmp_path / "a.pth", *flags)
+    ((images, values),) = visualised(tmp_path, tmp_path / "a.pth", *flags)
     assert images.shape == (4, 3, 3, 16, 16) and (values[:, 1] > values[:, 0]).all()
-    again, _ = visualised(tmp_path, tmp_path / "a.pth", *flags)
+    (texts,) = (sheet.words() for sheet in drawn_sheets if sheet.saved)
+    assert texts[:3] == ["channel 0", "channel 64", "channel 127"] and "block 3" in texts
+    before, after = values[0, :, 0].tolist()
+    assert f"{before:.2g} to {after:.2g}" in texts
+    ((again, _),) = visualised(tmp_path, tmp_path / "a.pth", *flags)
     assert torch.equal(images, again)
     assert np.array_equal(np.load(tmp_path / "f.npz")["images"], images.numpy())
     row = ledger.read(tmp_path / "results.jsonl")[0]
@@ -272,7 +313,6 @@ def test_feature_viz(tmp_path, capsys):
     assert json.loads((tmp_path / "f.json").read_text())["result"] == row["metrics"]
     (_, value), *_ = scalars(tmp_path / "tensorboard-feature_viz", "eval/block0_grey")
     assert value == pytest.approx(values[0, 0].mean().item())
-    assert Image.open(tmp_path / "f.png").width == ROW_LABEL + 3 * (96 + 4) + 4
     model = attends_to_brightness()
     with torch.no_grad():  # coordinate 0: red less blue; two channels of the last MLP that read it, or its negative
         model.patch_embed.proj.weight[0, 2] *= -1
@@ -280,10 +320,17 @@ def test_feature_viz(tmp_path, capsys):
         model.blocks[-1].mlp.fc1.weight[7, 0], model.blocks[-1].mlp.fc1.weight[9, 0] = 1.0, -1.0
     torch.save({"model": model.state_dict(), "args": args}, tmp_path / "red.pth")
     flags = "--blocks 3 --channels 7 9 --steps 128 --lr 0.1".split()
-    ((red, blue),) = visualised(tmp_path, tmp_path / "red.pth", *flags)[0]
+    ((((red, blue),), _),) = visualised(tmp_path, tmp_path / "red.pth", *flags)
     assert red[0].min() > 0.9 and red[2].max() < 0.1 and blue[0].max() < 0.1 and blue[2].min() > 0.9
     visualised(tmp_path, tmp_path / "red.pth", "--blocks", "3", "--channels", "7", "8")  # channel 8 is constant
     assert "; 1 of 2 no more than by grey" in capsys.readouterr().out
+    drawn_sheets.clear()
+    flags = f"{tmp_path}/red.pth {tmp_path}/a.pth --count 1 --blocks 3 --steps 2 --device cpu --out {tmp_path}/b.svg"
+    two = feature_viz.main(feature_viz.get_args_parser().parse_args(flags.split()))
+    labels = [f"{tmp_path.name}/{name} block 3" for name in ("red", "a")]
+    assert all(label.replace(" ", "") in "".join(drawn_sheets[0].words()).replace(" ", "") for label in labels)
+    assert np.array_equal(np.load(tmp_path / "b.npz")["images_1"], two[1][0].numpy())
+    assert {"b_0.json", "b_1.json"} <= {path.name for path in tmp_path.iterdir()}
     for flags, right in (
         ("--blocks 4", "--blocks 4: the encoder has 4"),
         ("--channels 512", "--channels 512: the encoder has 512 .mlp."),
@@ -291,7 +338,7 @@ def test_feature_viz(tmp_path, capsys):
         ("--steps 0", "--steps 0"),
         ("--lr nan", "--lr nan"),
         ("--tv -1", "--tv"),
-        ("--out a.jpg", "must be a .png"),
+        ("--out a.jpg", "--out a.jpg must be a .png, .pdf or .svg file"),
     ):
         with pytest.raises(UserError, match=right):
             visualised(tmp_path, tmp_path / "a.pth", *flags.split())

@@ -271,7 +271,7 @@ def test_a_probe_stores_its_classes(toy, tmp_path):
         ("{best} --folders {val} --images 0", "--images 0 must be positive"),
         ("{best} --folders {val} --frost {val}", "--frost is for --corrupt"),
         ("{best} --folders {val} --picture a.png", "--picture is for --corrupt"),
-        ("{best} --folders {val} --corrupt --picture a.json", "--picture a.json must be a .png file"),
+        ("{best} --folders {val} --corrupt --picture a.json", "--picture a.json must be a .png, .pdf or .svg file"),
         ("{best} --folders {val} --out a.png", "--out a.png must be a .json file"),
         ("{best} --corrupt --dataset digits", "--dataset digits has the class '[0-9]'"),
         ("{best} --corrupt --dataset folder --data_path {data}", "has no labels"),

@@ -84,6 +84,7 @@ def test_mean_deviation_and_published(tmp_path, capsys):
     assert (small.cell.mean, small.published["value"]) == (62.0, 66.76) and full.differs == small.differs == []
     line = "| mask75 | fine-tuned | 72.00 ± 2.00 (n = 3) | 72.58 | Table 1 |  |"
     assert line in capsys.readouterr().out and line in (tmp_path / "reproduced.md").read_text()
+    assert "±: sample standard deviation over seeds" in (tmp_path / "reproduced.md").read_text()
     with open(tmp_path / "reproduced.csv") as file:
         first = next(csv.DictReader(file))
     assert first == {

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -124,7 +125,7 @@ class _Layout:
 
     def column(self, number: int) -> int:
         """Return the left edge of the tiles of a column; the columns of one image stand together."""
-        return self.left + GAP + number * (self.width + GAP) + number // self.columns * 3 * GAP
+        return self.left + GAP + number * (self.pitch + GAP) + number // self.columns * 3 * GAP
 
     def write(self, left: float, top: float, lines: list[str]) -> None:
         self.texts += [(left, top + self.line * i, words) for i, words in enumerate(lines)]
@@ -136,7 +137,9 @@ class _Layout:
         self.left = int(widest) + 3 * GAP if widest else 0
 
     def title_row(self, titles: Sequence[str]) -> None:
-        wrapped = [wrap(title, self.width, self.font) for title in titles]
+        words = (word for title in titles for word in title.split())
+        self.pitch = max(self.width, *(ceil(self.font.getlength(word)) for word in words))  # a word is not split
+        wrapped = [wrap(title, self.pitch, self.font) for title in titles]
         most = max(map(len, wrapped))
         for number, lines in enumerate(wrapped):
             self.write(self.column(number), 2 + self.line * (most - len(lines)), lines)  # aligned at the bottom
@@ -146,7 +149,7 @@ class _Layout:
         self.top += GAP + 3 * GAP * row.opens_group
         lines = self.labels[row.label]
         self.write(GAP, self.top + (self.height - self.line * len(lines)) // 2, lines)
-        notes = [wrap(note, self.width, self.font) for note in row.notes]
+        notes = [wrap(note, self.pitch, self.font) for note in row.notes]
         for number, image in enumerate(images):
             self.images.append((self.column(number), self.top, image))
         for number, lines in enumerate(notes):
@@ -168,7 +171,7 @@ class _Layout:
 
     def footer(self, caption: str, bar: Bar | None, columns: int) -> Sheet:
         """Place the colour bar and the caption; return the sheet."""
-        width = max(NARROWEST, self.column(columns - 1) + self.width + GAP)
+        width = max(NARROWEST, self.column(columns - 1) + self.pitch + GAP)
         self.top += 2 * GAP
         if bar:
             self.paragraph(bar.label, width)

@@ -209,7 +209,12 @@ def test_mean_and_deviation(tmp_path, capsys):
             source = pretraining(ratio, seed, init=f"/somewhere/seed{seed}/a.pth")
             write(folder, seed=seed, metrics={"eval/acc1": value}, source=source, finetune=source["path"])
     assert cells(tmp_path, "--by", "mask_ratio") == {(0.5,): (61.0, None, 1), (0.9,): (54.0, 4.0, 3)}
-    assert "| 0.9 | 3 | 54.00 ± 4.00 |" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "| 0.9 | 3 | 54.00 ± 4.00 |" in table and table.endswith(
+        "\n\n±: sample standard deviation over seeds; n: number of seeds\n"
+    )
+    cells(tmp_path, "--by", "mask_ratio", "--where", "mask_ratio=0.5")
+    assert "±" not in capsys.readouterr().out  # one seed
     assert list(cells(tmp_path, "--by", "pretrain.mask_ratio,method")) == [(0.5, "mae"), (0.9, "mae")]
     assert cells(tmp_path, "--by", "run", "--where", "mask_ratio=0.90") == {("probe-m0.9",): (54.0, 4.0, 3)}
 
@@ -349,7 +354,11 @@ def test_other_forms(tmp_path):
     assert float(rows[2]["eval/acc1 deviation"]) == pytest.approx(0.5**0.5) and rows[0]["eval/acc1 deviation"] == ""
     cells(*flags, tmp_path / "t.tex", "--format", "latex", "--digits", 1)
     assert r"a\_b & 0.9 & 2 & 55.5 $\pm$ 0.7 \\" in (tmp_path / "t.tex").read_text()
-    cells(*flags, tmp_path / "t.md", "--plot", tmp_path / "c.png", "--x", "mask_ratio")
+    assert r"$\pm$: sample standard deviation over seeds" in (tmp_path / "t.tex").read_text().splitlines()[-2]
+    for ending, first in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
+        cells(*flags, tmp_path / "t.md", "--plot", tmp_path / f"c.{ending}", "--x", "mask_ratio")
+        assert (tmp_path / f"c.{ending}").read_bytes().startswith(first)
+    assert b"<!-- bars: sample standard deviation over seeds -->" in (tmp_path / "c.svg").read_bytes()
     assert Image.open(tmp_path / "c.png").size == (900, 600)
 
 
@@ -362,6 +371,7 @@ def test_other_forms(tmp_path):
         ("--where mask_ratio=0.5", "holds for no run; mask_ratio is 0.75"),
         ("--plot {tmp}/a.png --x blr", "--x blr must be one of --by run"),
         ("--plot {tmp}/a.png", "--x run is a number in none of these rows"),
+        ("--plot {tmp}/a.jpg --by blr", "a.jpg must be a .png, .pdf or .svg file"),
         ("--plot /nowhere/a.png --by blr", "--plot /nowhere/a.png must be in a folder that exists"),
         ("--allow_differing blrr", "blrr is no flag"),
     ],
