@@ -146,17 +146,13 @@ def _text(table: Table, digits: int, sign: str) -> list[list[str]]:
     return lines
 
 
-def _notes(table: Table) -> list[str]:
-    """Return the notes below a table."""
-    return [*([f"±: {DEVIATION}; n: number of seeds"] if table.has_deviations() else []), *table.notes]
-
-
 def markdown(table: Table, digits: int = 2) -> str:
     """Return the table and its notes in Markdown."""
     head = [*table.by, "n", *table.titles()]
     lines = [head, ["---"] * len(head), *_text(table, digits, "±")]
     lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
-    return "\n".join(lines + [f"\n{note}" for note in _notes(table)])
+    deviation = [f"±: {DEVIATION}; n: number of seeds"] if table.has_deviations() else []
+    return "\n".join(lines + [f"\n{note}" for note in deviation + table.notes])
 
 
 def latex(table: Table, digits: int = 2) -> str:
