@@ -64,7 +64,7 @@ def test_visualize(run, image_folder, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "50% removed" in output and "de-normalised" in output  # --norm_pix_loss is read from the checkpoint
     width, height = Image.open(out).size
-    assert width == 6 * (16 * 6 + 4) + 4 and height > 2 * (16 * 6 + 4)
+    assert width == 6 * (16 * 6 + 4) + 4 + 12 and height > 2 * (16 * 6 + 4)  # and a space between two images
 
 
 def test_visualize_without_a_decoder(run, image_folder, tmp_path):

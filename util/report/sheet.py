@@ -1,6 +1,7 @@
 """Sheets of image tiles with text: titles of columns, labels of rows, notes below tiles, a colour bar, a caption."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -86,7 +87,8 @@ def save_figure(figure, path: str | Path, dpi: int = 150) -> None:
 
     ending = Path(path).suffix.lower()
     metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(ending)
-    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "fixed"}):
+    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "fixed"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks
         figure.savefig(path, dpi=dpi, metadata=metadata)
 
 
@@ -121,7 +123,7 @@ class _Layout:
         # Letters grow with the tiles, so that they can be read where a large picture is shown reduced.
         self.height, self.width, self.letters, self.columns = height, width, letters, columns
         self.font, self.line, self.left, self.top = _font(letters), letters + letters // 4, 0, 0
-        self.images, self.texts = [], []
+        self.pitch, self.labels, self.images, self.texts = width, {}, [], []
 
     def column(self, number: int) -> int:
         """Return the left edge of the tiles of a column; the columns of one image stand together."""
@@ -191,10 +193,14 @@ def heat_map(values: torch.Tensor) -> torch.Tensor:
 
 
 def wrap(text: str, width: float, font) -> list[str]:
-    """Return the lines of a text that are at most `width` pixels wide; [] for an empty text. A line ends at a space or
-    after "/", "_" and "-", else within a word."""
+    """Return the lines of a text that are at most `width` pixels wide; [] for an empty text. A word that is wider is
+    split after "/", "_" and "-", else anywhere."""
     lines = [""]
-    for piece in re.split(r"(?<=[ /_])|(?<=\w-)", text):
+    pieces = []
+    for word in re.split(r"(?<= )", text):
+        fits = font.getlength(word.rstrip()) <= width
+        pieces += [word] if fits else re.split(r"(?<=[/_-])", word)
+    for piece in pieces:
         if font.getlength((lines[-1] + piece).rstrip()) > width:
             lines.append("")
         for letter in piece:
