@@ -92,7 +92,7 @@ def test_texts_and_layout(tmp_path):
     board.text("changes", "the target changes", 2.5)
     board.close()
     events = read(tmp_path)
-    (page,) = events.Tensors("how to read these/text_summary")
+    (page,) = events.Tensors("How to read these/text_summary")
     first = page.tensor_proto.string_val[0].decode().strip().splitlines()[0]
     assert "x axis" in first and "epoch \u00d7 1000" in first
     assert [event.step for event in events.Tensors("changes/text_summary")] == [2500]
