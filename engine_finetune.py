@@ -116,7 +116,7 @@ def write_last(run: Run, scores, stats: dict[str, float]) -> None:
     folder, attempt = run.args.output_dir, run.checkpoints.saver.insist
     write_scores(scores, run.args, stats, run.classes, folder, attempt)
     for name, picture in write_confusion(scores, run.classes, folder, attempt=attempt).items():
-        run.board.image(name, picture, run.fractional_epoch())
+        run.board.image(f"eval/{name}", picture, run.fractional_epoch())
 
 
 def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK) -> dict[str, float]:

@@ -41,16 +41,16 @@ def publish(
     """Write the `metrics` of one checkpoint. `record` describes the evaluation, which passed `images_seen` images
     through the network; `hardware` is (device, type of matrix products).
 
-    JSON: the flags, `metrics` as `result`, and `content`. TensorBoard: `metrics` and `pictures` (3, H, W) in [0, 1] by
-    tag, at the checkpoint's epoch, so that the checkpoints of one run form a curve; flags as hparams. Files
-    are written by `attempt(name, write)`, which may call `write` again after a failure. Only the main process writes.
-    Raises UserError if a file cannot be written.
+    JSON: the flags, `metrics` as `result`, and `content`. TensorBoard: the `metrics` of the group eval and
+    `pictures` (3, H, W) in [0, 1] by tag, at the checkpoint's epoch, so that the checkpoints of one run form a curve;
+    flags as hparams. Files are written by `attempt(name, write)`, which may call `write` again after a failure. Only
+    the main process writes. Raises UserError if a file cannot be written.
     """
     if to.json:
         attempt(Path(to.json).name, lambda: write_json(to.json, record.args, result=metrics, **content))
     epoch = (record.source or {}).get("epoch") or 0
     board = Board(str(to.board) if to.board else None)
-    board.scalars(metrics, epoch + 1)
+    board.scalars({name: value for name, value in metrics.items() if name.startswith("eval/")}, epoch + 1)
     for tag, picture in pictures.items():
         board.image(tag, picture, epoch + 1)
     board.hparams(hparams_of(record), columns())

@@ -21,7 +21,7 @@ IRRELEVANT |= {"init_from", "data", "seed", "checkpoint", "image_column", "label
 NOT_COMPARED = {"run", "images_seen", "seconds", "images.train", "images.test"}  # to group by, not to compare
 TRAINING = {"main_pretrain", "main_finetune", "main_linprobe"}  # one such run in a folder
 # Flags that users change, as columns of TensorBoard's HPARAMS tab; those of methods are added.
-USUAL_FLAGS = {"method": str, "lr": float, "mask_ratio": float, "model": str, "seed": float, "dataset": str}
+USUAL_FLAGS = {"method": str, "lr": float, "mask_ratio": float, "model": str, "seed": str, "dataset": str}
 USUAL_FLAGS |= {"data_path": str, "command": str, "epochs": float, "batch_size": float, "accum_iter": float}
 USUAL_FLAGS |= {"world_size": float, "weight_decay": float, "warmup_epochs": float, "aug": str, "mask_ratio_end": float}
 USUAL_FLAGS |= {"norm_pix_loss": str, "decoder": str, "layer_decay": float, "drop_path": float, "mixup": float}

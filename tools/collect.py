@@ -1,6 +1,6 @@
 """Tables and curves from the ledgers (`results.jsonl`) of finished runs: mean ± sample standard deviation over seeds.
 
-    python tools/collect.py OUT --by method,mask_ratio --metric test_acc1
+    python tools/collect.py OUT --by method,mask_ratio --metric eval/acc1
     python tools/collect.py OUT --by mask_ratio --plot curve.png
 
 Flags of the pretraining of an evaluated checkpoint are `pretrain.NAME`, of the run that it started from
@@ -65,7 +65,11 @@ def get_args_parser():
     parser.add_argument("folders", nargs="+", help=f"folders to search, with subfolders, for {LEDGER}")
     parser.add_argument("--by", default="run", metavar="FLAGS", help="flags to group rows by, separated by commas")
     parser.add_argument(
-        "--metric", nargs="+", default=[], metavar="METRIC", help="METRIC or KIND:METRIC; without it all accuracies"
+        "--metric",
+        nargs="+",
+        default=[],
+        metavar="METRIC",
+        help="METRIC or KIND:METRIC, such as eval/acc1; without it all accuracies",
     )
     parser.add_argument("--where", nargs="+", default=[], metavar="FLAG=VALUE", help="only the runs with these flags")
     parser.add_argument(

@@ -128,7 +128,7 @@ def test_notes_and_files(uneven, tmp_path, capsys):
     assert Image.open(out / "confusion.png").mode == "RGB"
     events = EventAccumulator(str(out), size_guidance={"images": 0})
     events.Reload()
-    assert "confusion_matrix" in events.Tags()["images"] and "eval/balanced_acc" in events.Tags()["scalars"]
+    assert "eval/confusion_matrix" in events.Tags()["images"] and "eval/balanced_acc" in events.Tags()["scalars"]
     flags = f"{SMALL} --data_path {uneven} --eval --finetune {out / 'checkpoint-best.pth'} --batch_size 8"
     again = main_finetune.main(parse(main_finetune, f"{flags} --output_dir {tmp_path / 'eval'}"))
     judged = json.loads((tmp_path / "eval" / "eval.json").read_text())

@@ -21,6 +21,10 @@ def test_pictures_end_with_the_pixels(image_folder, tmp_path, capsys):
     events.Reload()
     assert len(events.Images("reconstruction")) == 2
     assert "note: after 2 epochs the target changes from pixels to features" in capsys.readouterr().out
+    ((step, text),) = (
+        (event.step, event.tensor_proto.string_val[0]) for event in events.Tensors("changes/text_summary")
+    )
+    assert step == 2000 and b"train/features replaces train/pixels, and train/loss jumps" in text
 
 
 def test_when_the_target_is_copied():

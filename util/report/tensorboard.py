@@ -145,7 +145,7 @@ class Board:
     def explain(self) -> None:
         """Add the page `HOW_TO_READ` to the TEXT tab, and the layout of the CUSTOM SCALARS tab."""
         if self.writer is not None:
-            self.writer.add_text("how to read these", HOW_TO_READ)
+            self.writer.add_text("How to read these", HOW_TO_READ)  # a capital: sorted first, and so unfolded
             self.writer.add_custom_scalars(LAYOUT)
 
     def flags(self, args: dict) -> None:
