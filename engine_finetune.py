@@ -103,7 +103,7 @@ def save_best(run: Run, stats: dict[str, float], metric: str) -> dict[str, float
 def write_last(run: Run, scores, stats: dict[str, float]) -> None:
     """Write the last evaluation by class: scores.json, and the confusion matrix as a picture."""
     folder, attempt = run.args.output_dir, run.checkpoints.saver.insist
-    write_scores(scores, run.args, stats, run.classes, folder, attempt)
+    write_scores(scores, run.record.args, stats, run.classes, folder, attempt)
     for name, picture in write_confusion(scores, run.classes, folder, attempt=attempt).items():
         run.board.image(name, picture, run.fractional_epoch())
 
@@ -136,7 +136,7 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK)
     if not run.stopped:
         write_last(run, scores, stats)
     if not run.stopped and is_main_process():
-        run.board.hparams(vars(args), {**run.reporter.last_means, **stats})
+        run.board.hparams(vars(run.record.args), {**run.reporter.last_means, **stats})
     run.append_to_ledger()  # its line in results.jsonl, unless a signal stopped it
     run.close()
     return stats

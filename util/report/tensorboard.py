@@ -94,8 +94,8 @@ class Board:
         if self.writer is not None:
             self.writer.add_histogram(name, values.detach().float().cpu(), int(epoch * 1000))
 
-    def flags(self, args: dict) -> None:
-        """Add a table of the flags to the TEXT tab."""
+    def flags(self, args: dict, epoch: float = 0) -> None:
+        """Add a table of the flags, which hold from `epoch` on, to the TEXT tab."""
         if self.writer is not None:
             # Flags contain file names, in which markup, "|" and "`" would break the table, and so are escaped.
             escaped = {
@@ -103,7 +103,7 @@ class Board:
                 for name, value in args.items()
             }
             rows = "\n".join(f"| {name} | <code>{value}</code> |" for name, value in sorted(escaped.items()))
-            self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{rows}")
+            self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{rows}", int(epoch * 1000))
 
     def hparams(self, args: dict, metrics: dict[str, float]) -> None:
         """Write flags and final metrics for the HPARAMS tab into the run's event file."""
