@@ -275,7 +275,8 @@ def main(args) -> dict[str, float]:
     if weights is None and resume is None:
         print("no --finetune: training from scratch")
     val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
-    record = Record("main_finetune" + " --eval" * args.eval, args, weights, train=images, test=held_out)
+    recorded = arguments.flags_of_evaluation(args) if args.eval else args
+    record = Record("main_finetune" + " --eval" * args.eval, recorded, weights, train=images, test=held_out)
     scores = scores_of(args)
     if args.eval:
         return evaluate_once(args, model, val_loader, device, record, scores, getattr(held_out, "classes", None))

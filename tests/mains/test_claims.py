@@ -6,9 +6,12 @@ import shutil
 
 import pytest
 from helpers.inject import stop_at
-from helpers.launch import SMALL, checkpoint, log_rows
+from helpers.launch import SMALL, checkpoint, log_rows, scalars
 from safetensors import safe_open
+from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
+import engine_finetune
 import main_finetune
 import main_linprobe
 import main_pretrain
@@ -163,3 +166,150 @@ def test_runs_that_changed_on_the_way_are_not_averaged(run, tmp_path, image_fold
     assert [one.get("earlier") for one in found] == [[{"until_epoch": 1.0, "epochs": 1}], None]
     with pytest.raises(UserError, match=r"differ in earlier: \(until_epoch 1, epochs 1\) in .*, absent in"):
         runs.check_alike(found, "run", set(), True)
+
+
+# Folders --------------------------------------------------------------------------------------------------------------
+
+
+def test_files_that_are_later_than_the_resumed_checkpoint(run, monkeypatch, image_folder):
+    """After a resume from an earlier checkpoint, with other flags, no file of the abandoned epochs looks like one of
+    the run: best weights, scores, encoder, spikes. One that ends before its line gets a line of its own."""
+    name, common, folder = "finetune", run[1], run[2]
+    scores = iter([50.0, 90.0, 20.0])
+    monkeypatch.setattr(engine_finetune, "save_best", save_as_best(scores))
+    start(name, f"{common} --overwrite --epochs 2")
+    (folder / "spikes.jsonl").write_text("".join(json.dumps({"epoch": s // 6, "step": s}) + "\n" for s in (2, 5, 6, 9)))
+    assert checkpoint(folder, "checkpoint-best.pth")["epoch"] == 1 and written(folder / "scores.json")["epoch"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(util.report.ledger.Record, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            start(name, f"{common} --resume {folder}/checkpoint-0.pth --epochs 2 --weight_decay 0.3")
+    assert not (folder / "checkpoint-best.pth").exists()  # 20 is below 50, and the weights of 50 are lost
+    assert checkpoint(folder, "checkpoint-best.pth.abandoned")["args"]["weight_decay"] == 0.05
+    assert written(folder / "scores.json.abandoned")["weight_decay"] == 0.05
+    assert written(folder / "scores.json")["weight_decay"] == 0.3
+    assert [json.loads(line)["step"] for line in (folder / "spikes.jsonl").read_text().splitlines()] == [2, 5]
+    start(name, f"{common} --resume auto --epochs 2")
+    assert [row["flags"]["weight_decay"] for row in ledger.read(folder / "results.jsonl")] == [0.05, 0.3]
+
+
+def save_as_best(scores):
+    """Stand in for `engine_finetune.save_best`: the scores are those of an iterator."""
+
+    def save_best(run, *_):
+        run.checkpoints.save_best(run, next(scores))
+        return {}
+
+    return save_best
+
+
+def test_an_encoder_of_abandoned_epochs(run):
+    name, common, folder = run
+    start(name, f"{common} --resume auto --epochs 2")
+    with safe_open(folder / "encoder.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["origin"])["epoch"] == 1
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 2)
+        start(name, f"{common} --resume {folder}/checkpoint-0.pth --epochs 2 --weight_decay 0.3")
+    assert not (folder / "encoder.safetensors").exists() and (folder / "encoder.safetensors.abandoned").exists()
+
+
+def test_a_second_run_in_the_folder_of_a_first(finished, tmp_path, image_folder, capsys):
+    """--overwrite leaves nothing that looks like a file of the new run: evaluations, abandoned files, curves. JSON
+    files of tools, whose names are free, are named."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "finetune", folder)
+    common = f"--data_path {image_folder} --output_dir {folder}"
+    start("finetune", f"{common} --eval --resume auto")
+    for name in ("checkpoint-0.pth.abandoned", "knn.json"):
+        (folder / name).touch()
+    (folder / "tensorboard-knn").mkdir()
+    (folder / "tensorboard-knn" / "events.out.tfevents.1.x").touch()
+    before = {path for path in folder.rglob("*") if path.is_file()}
+    assert {folder / "eval.json", folder / "eval_confusion.png", folder / "checkpoint-best.pth"} < before
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 2)
+        start("finetune", f"{common} --overwrite --blr 0.5")
+    left = {path.name for path in folder.rglob("*") if path.is_file() and ".tfevents." not in path.name}
+    assert left == {"args.json", "checkpoint-0-2.pth", "knn.json"}
+    assert len(list(folder.rglob("*.tfevents.*"))) == 1
+    assert f"note: knn.json in {folder} stay" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_folder(run, finished):
+    """It does not continue the log of a run that is not its own."""
+    name, common, _ = run
+    with pytest.raises(UserError, match=r"--output_dir .*/run holds another run \(log.txt\) than --resume"):
+        start(name, f"{common} --epochs 2 --resume {finished}/pretrain/checkpoint-0.pth")
+
+
+def test_curves_of_another_run(run, tmp_path):
+    """A --log_dir of another run is refused; with --overwrite its points are hidden."""
+    name, common, _ = run
+    two = f"{common} --overwrite --epochs 2 --log_dir {tmp_path}/events"
+    start(name, two)
+    with pytest.raises(UserError, match=r"--log_dir .*/events holds the curves of another run"):
+        start(name, f"{common}-2 --log_dir {tmp_path}/events")
+    assert not (tmp_path / "run-2").exists()
+    start(name, two.replace("--epochs 2", "--epochs 1"))
+    assert [x for x, _ in scalars(tmp_path / "events", "train/loss")] == [1000]
+
+
+@pytest.mark.parametrize("kind", ["extended", "evaluated"])
+def test_flags_of_the_hparams_tab(kind, run, image_folder):
+    """Beside the last metrics it shows the flags that made them. (Of several in a folder, TensorBoard shows the
+    first.)"""
+    name, common, folder = run
+    if kind == "extended":
+        start(name, f"{common} --resume auto --epochs 2")
+        assert hparams(folder)["epochs"] == 2
+        return
+    for seed in (1, 2):
+        out = f"--data_path {image_folder} --output_dir {folder} --seed {seed}"
+        start("finetune", f"{out} --output_dir {folder}/{seed}")
+        start("finetune", f"{out} --eval --finetune {folder}/{seed}/checkpoint-0.pth")
+    assert hparams(folder / "tensorboard-eval")["seed"] == 2
+
+
+def hparams(folder) -> dict:
+    """Return the flags that TensorBoard's HPARAMS tab shows."""
+    events = plugin_event_accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    flags = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    return {name: value.number_value or value.string_value for name, value in flags.items()}
+
+
+# Evaluations ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", ["finetune", "linprobe"], indirect=True)
+def test_an_evaluation_beside_its_training(run):
+    """It changes no file of the training. Its files have no flags of training but those that made the checkpoint, and
+    name the checkpoint that was evaluated, whatever --resume auto means later."""
+    name, common, folder = run
+    kept = {path: path.read_bytes() for path in folder.iterdir() if path.name != "results.jsonl"}
+    start(name, f"{common} --eval --resume auto --epochs 77 --weight_decay 0.7")
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    trained, judged = ledger.read(folder / "results.jsonl")
+    result = written(folder / "eval.json")
+    for flags in (judged["flags"], result):
+        assert not {"epochs", "weight_decay", "lr", "blr", "aug", "save_freq"} & flags.keys()
+    assert judged["source"]["flags"] == trained["flags"]
+    source = judged["source"]
+    assert result["source"] == {name: source[name] for name in ("path", "sha256", "epoch")}
+    assert source["path"] == f"{folder}/checkpoint-0.pth" and result["revision"] == judged["revision"]
+
+
+def test_flags_of_cached_features(finished, tmp_path, image_folder):
+    """The files have no augmentation and no --blr, which it does not use; a given one is refused."""
+    common = f"{CLASSIFIER} --cache_features --data_path {image_folder} --output_dir {tmp_path / 'probe'}"
+    parse = main_linprobe.get_args_parser().parse_args
+    main_linprobe.main(parse(common.split()))
+    (line,), probe = ledger.read(tmp_path / "probe" / "results.jsonl"), written(tmp_path / "probe" / "probe.json")
+    stored = checkpoint(tmp_path / "probe", "probe.pth")["args"]
+    assert all((flags["aug"], flags["blr"]) == ("none", None) for flags in (line["flags"], probe, stored))
+    for flag in ("--blr 0.3", "--aug rrc", "--clip_grad 1"):
+        with pytest.raises(UserError, match=f"{flag.split()[0]} .*has no effect with --cache_features"):
+            main_linprobe.main(parse(f"{common} --overwrite {flag}".split()))

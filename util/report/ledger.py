@@ -271,8 +271,8 @@ class Record:
             "seconds": self.seconds_before + time.monotonic() - self.began,
             "data": self.data,
             "source": self.source,
-            **({"hardware": self.hardware} if self.hardware else {}),
-            **({"earlier": self.earlier} if self.earlier else {}),
+            "hardware": self.hardware,
+            "earlier": self.earlier,
         }
 
     def load_state(

@@ -18,6 +18,7 @@ from torch.utils.tensorboard.summary import hparams
 from util.checkpoint.retry import GrowingFile
 from util.parallel.distributed import is_main_process
 
+FLAGS = ".hparams"  # ending of the event file with the flags of the HPARAMS tab
 _event_files = itertools.count()
 
 
@@ -25,8 +26,8 @@ class EventFile:
     """A TensorBoard event file. When the disk is full, TensorBoard's writer thread ends in the middle of a record and
     writes no more; here whole records wait in memory until they can be written."""
 
-    def __init__(self, folder: str):
-        suffix = f"{socket.gethostname()}.{os.getpid()}.{next(_event_files)}"
+    def __init__(self, folder: str, ending: str = ""):
+        suffix = f"{socket.gethostname()}.{os.getpid()}.{next(_event_files)}{ending}"
         self.folder = folder
         self.file = GrowingFile(Path(folder) / f"events.out.tfevents.{int(time.time()):010d}.{suffix}")
         self.add_event(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
@@ -60,8 +61,8 @@ class Events(SummaryWriter):
 
 
 class _FileWriter(FileWriter):
-    def __init__(self, folder: str):
-        self.event_writer = EventFile(folder)  # in place of TensorBoard's
+    def __init__(self, folder: str, ending: str = ""):
+        self.event_writer = EventFile(folder, ending)  # in place of TensorBoard's
 
 
 class Board:
@@ -71,6 +72,7 @@ class Board:
 
     def __init__(self, log_dir: str | None, purge_step: int | None = None):
         self.writer = None
+        self.flags_file: _FileWriter | None = None
         self.last: dict[str, int] = {}
         if log_dir and is_main_process():
             os.makedirs(log_dir, exist_ok=True)
@@ -106,20 +108,32 @@ class Board:
             self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{rows}", int(epoch * 1000))
 
     def hparams(self, args: dict, metrics: dict[str, float]) -> None:
-        """Write flags and final metrics for the HPARAMS tab into the run's event file."""
+        """Write flags and final metrics for the HPARAMS tab, which then has no earlier ones."""
         if self.writer is None:
             return
         simple = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in args.items()}
+        self._begin_flags_file()
         for summary in hparams(simple, {f"final/{name}": value for name, value in metrics.items()}):
-            self.writer.file_writer.add_summary(summary)
+            self.flags_file.add_summary(summary)
         for name, value in metrics.items():
             self.writer.add_scalar(f"final/{name}", value)
+
+    def _begin_flags_file(self) -> None:
+        """Write flags for the HPARAMS tab into an event file of their own, in place of an earlier one: of several flags
+        in a folder TensorBoard shows the first ones, beside the last metrics."""
+        folder = self.writer.log_dir
+        for old in Path(folder).glob(f"*.tfevents.*{FLAGS}"):
+            old.unlink()
+        self.flags_file = _FileWriter(folder, FLAGS)
 
     def flush(self) -> None:
         if self.writer is not None:
             self.writer.flush()
+        if self.flags_file is not None:
+            self.flags_file.flush()
 
     def close(self) -> None:
         if self.writer is not None:
+            self.flush()
             self.writer.close()
             atexit.unregister(self.writer.close)

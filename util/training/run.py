@@ -115,6 +115,7 @@ class Run:
         self.total_steps, _ = run_length(len(loader), args.accum_iter, args.epochs, args.max_steps)
         self.epoch, self.position, self.window_start = args.start_epoch, 0, 0
         self.lr, self.save_due = 0.0, False
+        self.resumed_step = 0  # as the checkpoint counts it, whose batch flags may have been others
         self.images_before, self.batches_before = 0, self.batches_done()  # where this process begins
         if resume is not None:
             run_state.resume(self, resume)
@@ -141,9 +142,12 @@ class Run:
         self.stepper.prepare([self.train_module, *external] if args.compile else [], args.log_mfu, self.sharded)
         make_output_dir(args.output_dir, args.log_dir, args.overwrite)
         if resume is not None and args.output_dir:
-            trim_log(args.output_dir, self.epoch)
+            trim_log(self.reporter.log.path, "epoch", self.epoch)
+            trim_log(self.reporter.spike_log.path, "step", self.resumed_step)
             abandon_later(args.output_dir, resume)
-        purge_step = None if resume is None else int(self.fractional_epoch() * 1000) + 1
+        purge_step = 0 if args.overwrite else None  # of an overwritten run, in a --log_dir of its own
+        if resume is not None:
+            purge_step = int(self.fractional_epoch() * 1000) + 1
         self.reporter.board = Board(args.log_dir, purge_step=purge_step)
         self._describe()
         watchdog.progress(self.step)

@@ -76,6 +76,7 @@ def resume(run, path: Path) -> None:
     checkpoint of such a run."""
     state = _read(run, path)
     _load(run, path, state)
+    run.resumed_step = state.get("step", 0)
     data = state.get("data") or {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}}
     _restore_position(run, data)
     flags, until = flags_of(state), {"until_epoch": run.fractional_epoch(), "until_step": state.get("step")}
