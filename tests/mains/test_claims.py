@@ -18,8 +18,10 @@ import main_pretrain
 import util.report.ledger
 import util.training.run
 from evaluation import runs
+from tools import export
 from util.errors import UserError
 from util.report import ledger
+from util.weights.load import read_weights
 
 # 96 training images: six steps an epoch.
 BASE = "--batch_size 16 --epochs 1 --warmup_epochs 0 --num_workers 0 --device cpu --amp_dtype fp32"
@@ -279,6 +281,16 @@ def hparams(folder) -> dict:
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     flags = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     return {name: value.number_value or value.string_value for name, value in flags.items()}
+
+
+def test_an_export_of_an_earlier_epoch(run, tmp_path):
+    """It has the epoch of the checkpoint beside the --epochs of the run, and is read back with it."""
+    _, common, folder = run
+    start("pretrain", f"{common} --overwrite --epochs 2")
+    flags = f"{folder}/checkpoint-0.pth --to safetensors --out {tmp_path}/x.safetensors"
+    export.main(export.get_args_parser().parse_args(flags.split()))
+    weights = read_weights(f"{tmp_path}/x.safetensors")
+    assert weights.history["epoch"] == 0 and weights.args["epochs"] == 2
 
 
 # Evaluations ----------------------------------------------------------------------------------------------------------
