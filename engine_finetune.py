@@ -114,7 +114,8 @@ def save_best(run: Run, stats: dict[str, float], metric: str) -> dict[str, float
 def write_last(run: Run, scores, stats: dict[str, float]) -> None:
     """Write the last evaluation by class: scores.json, and the confusion matrix as a picture."""
     folder, attempt = run.args.output_dir, run.checkpoints.saver.insist
-    write_scores(scores, run.args, stats, run.classes, folder, attempt)
+    at = {"epoch": run.epoch if run.position else run.epoch - 1, "revision": run.record.revisions[-1]}
+    write_scores(scores, run.record.args, stats, run.classes, folder, attempt, **at)
     for name, picture in write_confusion(scores, run.classes, folder, attempt=attempt).items():
         run.board.image(f"eval/{name}", picture, run.fractional_epoch())
 

@@ -274,7 +274,8 @@ def main(args) -> dict[str, float]:
 
     model = build(args, weights).to(device)
     val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
-    record = Record("main_finetune" + " --eval" * args.eval, args, weights, train=images, test=held_out)
+    recorded = arguments.flags_of_evaluation(args) if args.eval else args
+    record = Record("main_finetune" + " --eval" * args.eval, recorded, weights, train=images, test=held_out)
     scores, summary = scores_of(args), finetuning_summary(args, model, weights or resumed, images, held_out)
     if args.eval:
         names = getattr(held_out, "classes", None)

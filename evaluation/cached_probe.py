@@ -21,7 +21,7 @@ from util.errors import UserError
 from util.lars import LARS
 from util.lr_sched import adjust_learning_rate
 from util.parallel.distributed import barrier, from_main_process, is_main_process, shut_down
-from util.report.ledger import Record
+from util.report.ledger import Record, hardware
 from util.report.log import log_line
 from util.training.announcements import Summary, closing, opening
 from util.training.losses import build_criterion
@@ -163,12 +163,13 @@ def run_cached(args, model, images, test_loader, device, record: Record, summary
     top1, top5, blr = (result[name] for name in ("eval/acc1", "eval/acc5", "train/blr"))
     print(f"linear probe: top-1 {top1:.2f} %  top-5 {top5:.2f} %  (blr {blr:g})")
     saver = Saver(args.output_dir or ".", args.save_patience)
+    device_and_dtype = device, choose_amp_dtype(args.amp_dtype, device)
+    record.hardware = hardware(*device_and_dtype)
     images_seen = len(train_loader.dataset) + len(test_loader.dataset)
     if args.output_dir and is_main_process():
         write_cached(args, model, result, record.state(images_seen), saver, getattr(images, "classes", None))
     to = Destination(Path(args.output_dir) / "probe.json" if args.output_dir else None, args.log_dir, args.output_dir)
-    hardware = device, choose_amp_dtype(args.amp_dtype, device)
-    publish(record, result, images_seen, hardware, to, attempt=saver.insist)
+    publish(record, result, images_seen, device_and_dtype, to, attempt=saver.insist)
     print(closing(args.output_dir, summary.next_commands(str(Path(args.output_dir) / CLASSIFIER))))
     shut_down()
     return result

@@ -107,9 +107,22 @@ def _own(row: dict) -> dict:
     if "mask_ratio" in flags:
         on = [method.name for method in METHODS if _enabled(method, flags)]
         flags["method"] = "+".join(on) or "mae"
+    changed = _changed_on_the_way(row.get("earlier") or [])
+    flags |= {"earlier": changed} if changed else {}
     known = ("revision", "images_seen", "seconds")
     counts = {f"images.{split}": (value or {}).get("images") for split, value in (row.get("data") or {}).items()}
     return flags | counts | {name: row[name] for name in known if row.get(name) is not None}
+
+
+def _changed_on_the_way(parts: list[dict]) -> list[dict]:
+    """Return what of the earlier `parts` of a resumed run (`util.report.ledger.Record`) may have changed its
+    results."""
+    changed = []
+    for part in parts:
+        relevant = {name: value for name, value in part.get("flags", {}).items() if name not in IRRELEVANT}
+        relevant |= {f"data.{split}": (value or {}).get("sha256") for split, value in part.get("data", {}).items()}
+        changed += [{"until_epoch": part.get("until_epoch"), **relevant}] if relevant else []
+    return changed
 
 
 def _enabled(method, flags: dict) -> bool:
@@ -242,8 +255,14 @@ def _is(value, wanted: str) -> bool:
         return shown_value(value).lower() == wanted.lower()
 
 
+def _shown_item(item) -> str:
+    if isinstance(item, dict):
+        return f"({', '.join(f'{name} {shown_value(value)}' for name, value in item.items())})"
+    return str(item)
+
+
 def shown_value(value) -> str:
     """Return a value as text for tables and messages."""
     if isinstance(value, list):
-        return " ".join(map(str, value))
+        return " ".join(map(_shown_item, value))
     return "none" if value in (None, "") else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,7 @@
 # shellcheck shell=bash disable=SC2154,SC2034,SC1091
 # Sourced by the sweeps of the papers. A sweep is a list of runs: each is pretrained, then fine-tuned, probed linearly and
-# by nearest neighbours. When the sweep is started again, finished runs are skipped and interrupted ones are resumed.
+# by nearest neighbours. When the sweep is started again, finished runs are skipped and interrupted ones are resumed; with
+# other flags it is refused, because the skipped runs do not have them.
 #
 #   OUT               output folder (first argument)
 #   --data DIR        the data set (see the sweep for its name and layout); not needed with --cpu_small
@@ -56,6 +57,13 @@ for name in $only; do
         exit 2
     fi
 done
+# Finished runs are skipped; with other flags, the table would show them as if they had these.
+flags_file="$out/$(basename "$(dirname "$(realpath "$0")")")-$(basename "$0" .sh).flags"
+flags_words=$(printf '%q ' "${SET:-}" "${cpu_small:+--cpu_small}" "${gpu_hour:+--gpu_hour}" "${extra[@]}")
+if [ -z "$list" ] && [ -s "$flags_file" ] && [ "$(cat "$flags_file")" != "$flags_words" ]; then
+    echo "error: $out holds runs of this sweep with other flags (see $flags_file): choose another folder" >&2
+    exit 2
+fi
 extra_finetunes=()  # names of further arrays of fine-tuning flags, for papers with several
 
 per_process() { # EFFECTIVE BATCH: print the --batch_size of each process
@@ -78,6 +86,7 @@ once() { # FILE COMMAND…: run the command, which writes the file last, unless 
     local file=$1
     shift
     [ ! -e "$file" ] || return 0
+    mkdir -p "$out" && echo "$flags_words" > "$flags_file"
     "$@"
     [ -e "$file" ] || { echo "stopped before $file was written: start the sweep again to resume" >&2; exit 1; }
 }

@@ -263,8 +263,7 @@ def plain_folder(bench: Bench, evaluation: Evaluation) -> dict:
 
 def foreign_images(bench: Bench, foreign: Evaluation, known: Evaluation) -> dict:
     """Detect the out-of-distribution images `foreign` among the images `known` of the same classes -> metrics."""
-    known = bench.some(only(known, foreign.output_indices))
-    (_, outside), (_, inside) = bench.predict(bench.some(foreign)), bench.predict(known)
+    (_, outside), (_, inside) = bench.predict(foreign), bench.predict(known)
     aupr = detection_aupr(inside, outside)
     chance = 100 * len(outside) / (len(inside) + len(outside))
     print(
@@ -358,7 +357,8 @@ def main(args) -> dict:
     plain, corrupted = open_sets(bench)
     foreign = []
     if args.foreign:
-        foreign = [open_foreign(args.foreign, bench.classes), open_folder(args.known, bench.classes)]
+        outside, inside = open_foreign(args.foreign, bench.classes), open_folder(args.known, bench.classes)
+        foreign = [bench.some(outside), bench.some(only(inside, outside.output_indices))]
     sets = {evaluation.name: evaluation.images for evaluation in plain.values()}
     sets |= {name: evaluation.images for name, evaluation in zip(("foreign", "known"), foreign)}
     record = bench.judged.record("robustness", **sets)

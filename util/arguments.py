@@ -1,6 +1,7 @@
 """The flags that the mains share, in titled groups, and the checks on their values. Names and defaults are the official
 MAE's wherever it has the flag."""
 
+import argparse
 import math
 
 from util.compute.kernels import ATTENTION
@@ -376,6 +377,21 @@ def check_values(args) -> None:
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of the --epochs {args.epochs} to train")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite contradict each other: give one of them")
+
+
+# Flags without effect on an evaluation, by group: optimization, partial fine-tuning, augmentation, labels, run, probe.
+_TRAINING_FLAGS = "epochs max_steps accum_iter weight_decay lr blr min_lr warmup_epochs clip_grad "
+_TRAINING_FLAGS += "trainable_blocks layer_decay aug_preset aa smoothing reprob drop_path mixup cutmix hflip aug "
+_TRAINING_FLAGS += "color_jitter remode recount resplit cutmix_minmax mixup_prob mixup_switch_prob mixup_mode "
+_TRAINING_FLAGS += "label_noise balanced_sampler class_weights save_freq save_steps keep save_patience start_epoch "
+_TRAINING_FLAGS += "print_freq spike_factor eval_freq best_metric overwrite cache_features probe_blrs probe_holdout"
+
+
+def flags_of_evaluation(args) -> argparse.Namespace:
+    """Return the flags without those that only training uses: an evaluation records the ones that made its checkpoint
+    instead (`source` in the ledger)."""
+    left_out = _TRAINING_FLAGS.split()
+    return argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in left_out})
 
 
 def check_draft(jpeg_draft: bool, crops: bool) -> None:

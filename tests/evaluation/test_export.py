@@ -344,6 +344,8 @@ def test_the_result_of_the_check_is_recorded(mae, tmp_path):
         content = json.loads((tmp_path / "new" / beside).read_text())
         assert content["result"] == row["metrics"] and content["told"]["mean"] == FLAGS["mean"]
         assert scalars(tmp_path / "new" / "tensorboard-export", "eval/largest_difference")
+        source = content["source"]
+        assert source == {name: row["source"][name] for name in ("path", "sha256", "epoch")} and source["sha256"]
     assert not (tmp_path / "new" / "v-1.0" / "results.jsonl").exists()
 
 

@@ -161,6 +161,20 @@ def test_out_of_distribution_images(toy, tmp_path):
     assert result["o_aupr"] > 100 * 10 / 22  # chance is the share of --ood images
 
 
+def test_recorded_images_of_a_detection(toy, tmp_path):
+    """The ledger has the images that were compared: those that --images drew, of the classes of the --ood folder."""
+    foreign = write(tmp_path / "o", {"red": (150, 120, 90), "blue": (140, 128, 160)}, count=5, noise=60)
+    common = (toy / "out" / "checkpoint-best.pth", "--ood", foreign, "--in_distribution", toy / "data" / "val")
+    run(*common, "--images", 8, "--out", tmp_path / "r.json")
+    run(*common, "--out", tmp_path / "r.json")
+    counts = [{name: split["images"] for name, split in row["data"].items()} for row in lines(tmp_path)]
+    assert counts == [{"foreign": 8, "known": 8}, {"foreign": 10, "known": 12}]
+
+
+def lines(folder) -> list[dict]:
+    return ledger.read(folder / "results.jsonl")
+
+
 def test_out_of_distribution_folders_of_other_names(toy, tmp_path, capsys):
     """--ood folders that have no names of classes are compared with all images of the data set."""
     best, known = toy / "out" / "checkpoint-best.pth", toy / "data" / "val"

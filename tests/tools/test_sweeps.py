@@ -89,6 +89,17 @@ def test_stopped_and_started_again(sweep, tmp_path):
     assert [call[0] for call in sweep("bootstrap_mae", *flags)[2]] == ["collect.py"]
 
 
+def test_started_again_with_other_flags(sweep, tmp_path):
+    """Finished runs would be skipped and stand in the table as if they had these flags. --only may differ."""
+    flags = ("bootstrap_mae", str(tmp_path / "out"), "--cpu_small")
+    assert sweep(*flags, "--only", "mae", "--mask_ratio", "0.5")[0] == 0
+    for other in ((), ("--mask_ratio", "0.6")):
+        code, output, calls = sweep(*flags, "--only", "mae", *other)
+        assert code == 2 and "holds runs of this sweep with other flags" in output and not calls
+    code, output, _ = sweep(*flags, "--only", "mae k10", "--mask_ratio", "0.5")
+    assert code == 0, output
+
+
 RUNS = {
     "bootstrap_mae": "mae scratch k1 k2 k4 k5 k10 k20 wse0 wse5 wse20 wse50 wse20-tau0.1 wse20-tau0.3",
     "rc_mae": "mae same different constant",

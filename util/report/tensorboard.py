@@ -19,6 +19,7 @@ from torch.utils.tensorboard.summary import hparams
 from util.checkpoint.retry import GrowingFile
 from util.parallel.distributed import is_main_process
 
+FLAGS = ".hparams"  # ending of the event file with the flags of the HPARAMS tab
 _event_files = itertools.count()
 
 HOW_TO_READ = """
@@ -69,8 +70,8 @@ class EventFile:
     """A TensorBoard event file. When the disk is full, TensorBoard's writer thread ends in the middle of a record and
     writes no more; here whole records wait in memory until they can be written."""
 
-    def __init__(self, folder: str):
-        suffix = f"{socket.gethostname()}.{os.getpid()}.{next(_event_files)}"
+    def __init__(self, folder: str, ending: str = ""):
+        suffix = f"{socket.gethostname()}.{os.getpid()}.{next(_event_files)}{ending}"
         self.folder = folder
         self.file = GrowingFile(Path(folder) / f"events.out.tfevents.{int(time.time()):010d}.{suffix}")
         self.add_event(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
@@ -104,8 +105,8 @@ class Events(SummaryWriter):
 
 
 class _FileWriter(FileWriter):
-    def __init__(self, folder: str):
-        self.event_writer = EventFile(folder)  # in place of TensorBoard's
+    def __init__(self, folder: str, ending: str = ""):
+        self.event_writer = EventFile(folder, ending)  # in place of TensorBoard's
 
 
 class Board:
@@ -115,6 +116,7 @@ class Board:
 
     def __init__(self, log_dir: str | None, purge_step: int | None = None):
         self.writer = None
+        self.flags_file: _FileWriter | None = None
         self.last: dict[str, int] = {}
         if log_dir and is_main_process():
             os.makedirs(log_dir, exist_ok=True)
@@ -148,8 +150,8 @@ class Board:
             self.writer.add_text("How to read these", HOW_TO_READ)  # a capital: sorted first, and so unfolded
             self.writer.add_custom_scalars(LAYOUT)
 
-    def flags(self, args: dict) -> None:
-        """Add a table of the flags to the TEXT tab."""
+    def flags(self, args: dict, epoch: float = 0) -> None:
+        """Add a table of the flags, which hold from `epoch` on, to the TEXT tab."""
         if self.writer is not None:
             # Flags contain file names, in which markup, "|" and "`" would break the table, and so are escaped.
             escaped = {
@@ -157,11 +159,12 @@ class Board:
                 for name, value in args.items()
             }
             rows = "\n".join(f"| {name} | <code>{value}</code> |" for name, value in sorted(escaped.items()))
-            self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{rows}")
+            self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{rows}", int(epoch * 1000))
 
     def hparams(self, values: dict, columns: dict[str, type]) -> None:
         """Write the `values` of a run for the HPARAMS tab, which shows them beside the last points of the curves
-        `METRICS`. `columns` are the names that any run may have, float or str: the tab takes them from one run only."""
+        `METRICS`; the tab then has no earlier ones. `columns` are the names that any run may have, float or str: the
+        tab takes them from one run only."""
         if self.writer is None:
             return
         names = {name: kind() for name, kind in columns.items()}
@@ -172,14 +175,26 @@ class Board:
             info.differs = info.name in SHOWN_FLAGS
         data.content = content.SerializeToString()
         simple = {k: float(v) if columns[k] is float else str(v) for k, v in values.items()}
+        self._begin_flags_file()
         for summary in (experiment, *hparams(simple, {})[1:]):
-            self.writer.file_writer.add_summary(summary)
+            self.flags_file.add_summary(summary)
+
+    def _begin_flags_file(self) -> None:
+        """Write flags for the HPARAMS tab into an event file of their own, in place of an earlier one: of several flags
+        in a folder TensorBoard shows the first ones, beside the last metrics."""
+        folder = self.writer.log_dir
+        for old in Path(folder).glob(f"*.tfevents.*{FLAGS}"):
+            old.unlink()
+        self.flags_file = _FileWriter(folder, FLAGS)
 
     def flush(self) -> None:
         if self.writer is not None:
             self.writer.flush()
+        if self.flags_file is not None:
+            self.flags_file.flush()
 
     def close(self) -> None:
         if self.writer is not None:
+            self.flush()
             self.writer.close()
             atexit.unregister(self.writer.close)

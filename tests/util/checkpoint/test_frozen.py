@@ -129,8 +129,10 @@ def test_it_resumes_with_the_same_numbers(thawed, capsys, written):
 
 def keys(value, path: str = "") -> set[str]:
     """Return the paths to all values of a checkpoint, with `*` for numbers and indices of lists. The names of flags,
-    metrics and files of a folder are not part of the format."""
-    if re.search(r"(^|\.)(args|data\.meter|source\.flags|checksums)$", path) or not isinstance(value, (dict, list)):
+    metrics, files of a folder, and what changed on a resume, are not part of the format."""
+    if re.search(r"(^|\.)(args|data\.meter|source\.flags|earlier|checksums)$", path) or not isinstance(
+        value, (dict, list)
+    ):
         return {path}
     items = value.items() if isinstance(value, dict) else ((0, item) for item in value)
     result = [keys(item, f"{path}.{'*' if isinstance(name, int) else name}".lstrip(".")) for name, item in items]

@@ -315,11 +315,12 @@ def test_last_epoch_beside_the_evaluated_one(tmp_path, capsys):
         collect.main(collect.get_args_parser().parse_args(given))
         return capsys.readouterr()
 
+    seeds = "±: sample standard deviation over seeds; n: number of seeds"
     note = (
         "main_finetune: after the last epoch. main_finetune --eval: of the evaluated checkpoint (checkpoint-best.pth "
         "after 4 to 7 epochs). checkpoint-best.pth is of the best epoch on the evaluation images."
     )
-    assert text().out.endswith(f"| a | 2 | 50.00 ± 0.00 | 55.00 ± 0.00 |\n\n{note}\n")
+    assert text().out.endswith(f"| a | 2 | 50.00 ± 0.00 | 55.00 ± 0.00 |\n\n{seeds}\n\n{note}\n")
     assert text("--format", "latex").out.startswith(f"% {note}\n")
     csv_text = text("--format", "csv")
     assert csv_text.err == f"note: {note}\n" and "checkpoint" not in csv_text.out
