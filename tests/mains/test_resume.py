@@ -166,6 +166,7 @@ def test_resuming_an_earlier_file_abandons_the_later_ones(tmp_path, image_folder
     assert {path.name for path in tmp_path.glob("*.abandoned")} == {
         "checkpoint-1.pth.abandoned",
         "checkpoint-2.pth.abandoned",
+        "encoder.safetensors.abandoned",
     }
     assert same_tensors(checkpoint(tmp_path, "checkpoint-2.pth")["model"], before["model"])
 
