@@ -26,7 +26,7 @@ FREE_FLAGS |= {"finetune", "allow_outside", "save_patience", "spike_factor", "ch
 # Flags that have an effect only where a run starts: a resumed run keeps those of its start.
 START_FLAGS = ("init_from", "finetune", "checkpoint_key", "start_epoch")
 # Flags that describe a process and its folders, not what it computes.
-_OF_THE_PROCESS = {"resume", "overwrite", "output_dir", "log_dir", "rank", "gpu", "local_rank", "dist_url"}
+_OF_THE_PROCESS = {"resume", "overwrite", "output_dir", "log_dir", "rank", "gpu", "local_rank", "dist_url", "verbose"}
 
 
 def plain(value):
