@@ -29,12 +29,12 @@ FAULTS = {
     "NaN in a weight": (
         "",
         lambda run: poison(last_parameter(run)),
-        "reconstruction became .* model.decoder_pred.bias",
+        "train/pixels became .* model.decoder_pred.bias",
     ),
     "Inf in a weight": (
         "",
         lambda run: poison(last_parameter(run), math.inf),
-        "reconstruction became .* non-finite, too",
+        "train/pixels became .* non-finite, too",
     ),
     "NaN in a gradient": ("", lambda run: last_parameter(run).register_hook(lambda g: g * math.nan), "gradient became"),
     "Inf in a gradient": ("", lambda run: last_parameter(run).register_hook(lambda g: g / 0), "gradient became"),

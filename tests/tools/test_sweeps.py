@@ -152,6 +152,24 @@ def test_every_command_is_legal(sweep, tmp_path, name, budget):
     assert tuned == expected | ({"same-ema", "different-ema", "constant-ema"} if name == "rc_mae" else set())
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_small_runs_are_compared_fairly(sweep, tmp_path, name):
+    """Every encoder, the untrained one too, is fine-tuned and probed with the same flags, for at least 500 steps: after
+    110 fine-tuning was behind the probe of every run. The table begins with fine-tuning."""
+    calls = sweep(name, str(tmp_path / "out"), "--cpu_small", GPUS="1")[2]
+    own = {"--finetune", "--output_dir", "--checkpoint_key"}
+    settings = {"main_finetune.py": set(), "main_linprobe.py": set()}
+    for main, *flags in calls:
+        if main in settings:
+            kept = [word for word, before in zip(flags, ["", *flags]) if own.isdisjoint((word, before))]
+            settings[main].add(tuple(kept))
+    assert all(len(each) == 1 for each in settings.values()), settings
+    args = main_finetune.get_args_parser().parse_args(list(settings["main_finetune.py"].pop()))
+    assert args.epochs * (1437 // args.batch_size) >= 500
+    table = calls[-1]
+    assert table[0] == "collect.py" and table[table.index("--metric") + 1] == "finetune:test_acc1"
+
+
 def test_an_hour_keeps_the_shares_of_the_paper(sweep, tmp_path):
     """Half as many epochs: half of K, of the epochs before the bootstrap and of the warm-up."""
     calls = sweep("bootstrap_mae", str(tmp_path / "out"), "--gpu_hour", "--data", str(tmp_path), GPUS="1")[2]
