@@ -35,7 +35,7 @@ GPUS = {
     "a100-80": Gpu(80, 312, 2039, 300, _A100),
     "h100": Gpu(80, 989, 3350, 450, "NVIDIA H100 data sheet (SXM): 1,979 TFLOP/s with sparsity"),
     "h200": Gpu(141, 989, 4800, 450, "NVIDIA H200 data sheet (SXM): 1,979 TFLOP/s with sparsity"),
-    "b200": Gpu(180, 2250, 8000, 900, "NVIDIA HGX and DGX B200 data sheets, for 8 GPUs: 36 PFLOP/s with sparsity, 1,440 GB"),
+    "b200": Gpu(180, 2250, 8000, 900, "NVIDIA HGX and DGX B200 data sheets: 36 PFLOP/s with sparsity, 1,440 GB for 8"),
     "l40s": Gpu(45, 362, 864, 32, "NVIDIA L40S data sheet: 733 TFLOP/s with sparsity, 48 GB less ECC; PCIe"),
     "a6000": Gpu(48, 154.8, 768, 32, "NVIDIA Ampere GA102 white paper: 309.7 TFLOP/s with sparsity; PCIe"),
     "4090": Gpu(24, 165.2, 1008, 32, f"{_ADA}: 330.3 TFLOP/s with sparsity; PCIe"),
