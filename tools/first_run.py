@@ -36,7 +36,7 @@ class Step:
 
 _DIGITS = "--dataset digits --model mae_vit_micro_patch4 --input_size 16 --aug none --mask_ratio 0.6 --norm_pix_loss"
 _RECIPE = f"{_DIGITS} --batch_size 32 --lr 1e-3 --epochs EPOCHS --warmup_epochs 2 --knn_freq 2 --print_freq 20"
-_METHODS = {"mae": "", "ema-mae": " --ema_mae --wse 5", "rc-mae": " --rc_mae"}
+_METHODS = {"mae": "", "ema-mae": " --ema_mae --wse 16", "rc-mae": " --rc_mae"}
 _TRANSFER = "--dataset digits --epochs TRANSFER --warmup_epochs 1 --batch_size 64 --lr 1e-3"
 _FEW = "--dataset digits --shots 1 10"
 
@@ -63,16 +63,17 @@ STEPS = (
     ),
     Step(
         "Look at the reconstructions",
-        "One row of images for each checkpoint. EMA-MAE is not among them: since its fifth epoch it predicts features.",
+        "One row of images for each checkpoint. EMA-MAE is not among them: after 16 epochs it predicts features.",
         ("python tools/visualize.py OUT/mae/LAST OUT/rc-mae/LAST --dataset digits --count 4 --out OUT/rows.png",),
         "![reconstructions of two checkpoints](first_run/rows.png)",
     ),
     Step(
         "Watch the curves",
-        "`tensorboard --logdir OUT` shows all runs together, now or while they train. Its TEXT tab explains the names; "
-        "the x axis is epoch * 1000.",
+        "`tensorboard --logdir OUT` shows all runs together, also while they train. CUSTOM SCALARS has the most important "
+        "curves side by side, HPARAMS the flags with the results; the TEXT tab explains the names. The x axis is epoch * "
+        "1000. The pictures show the end of this session, with the fine-tuning below.",
         (),
-        "![scalars of three methods](first_run/scalars.png)\n\n![flags and results](first_run/hparams.png)",
+        "![four curves of all runs](first_run/curves.png)\n\n![flags and results](first_run/hparams.png)",
     ),
     Step(
         "Fine-tune",
