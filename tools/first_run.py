@@ -69,9 +69,9 @@ STEPS = (
     ),
     Step(
         "Watch the curves",
-        "`tensorboard --logdir OUT` shows all runs together, also while they train. CUSTOM SCALARS has the most important "
-        "curves side by side, HPARAMS the flags with the results; the TEXT tab explains the names. The x axis is epoch * "
-        "1000. The pictures show the end of this session, with the fine-tuning below.",
+        "`tensorboard --logdir OUT` shows all runs together, also while they train. CUSTOM SCALARS has the most "
+        "important curves side by side, HPARAMS the flags with the results; the TEXT tab explains the names. The x axis "
+        "is epoch * 1000. The pictures show the end of this session, with the fine-tuning below.",
         (),
         "![four curves of all runs](first_run/curves.png)\n\n![flags and results](first_run/hparams.png)",
     ),
@@ -179,13 +179,13 @@ def page(sections: list[tuple[Step, list[tuple[str, str]]]]) -> str:
     """Return the page in Markdown from the steps with their (command, output)."""
     texts = [HEAD]
     for step, results in sections:
-        texts += [f"## {step.title}", step.text]
+        texts += [f"## {step.title}", textwrap.fill(step.text, 120)]
         if results:
             (command, output), *others = results
             texts.append(f"```\n{broken(command)}\n{shortened(output)}\n```")
             if others:
                 texts.append("```\n" + "\n".join(broken(command) for command, _ in others) + "\n```")
-        texts += [step.after] if step.after else []
+        texts += [step.after if step.after.startswith("!") else textwrap.fill(step.after, 120)] if step.after else []
     return "\n\n".join(texts) + "\n"
 
 
