@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from methods import METHODS
-from util.checkpoint.files import LEDGER
+from util.checkpoint.files import BEST, LEDGER
 from util.checkpoint.same_run import FREE_FLAGS, plain
 from util.errors import UserError
 from util.report import ledger
@@ -93,7 +93,9 @@ def _run(folder: Path, row: dict, strip) -> Run:
         role = "pretrain" if "mask_ratio" in source["flags"] or not source["flags"] else "finetune"
         count[role] += 1
         prefix = f"{role}{count[role] if count[role] > 1 else ''}."
-        own = _own(source) | {"epoch": source.get("epoch")}
+        # The best checkpoints of several seeds may be of different epochs and still belong into one row.
+        epoch = "best" if Path(source["path"]).name == BEST else source.get("epoch")
+        own = _own(source) | {"epoch": epoch}
         if not source["flags"]:  # a foreign file: only its content identifies it
             own["file"] = source.get("sha256") or source["path"]
         flags |= {prefix + name: value for name, value in own.items()}

@@ -70,8 +70,8 @@ STEPS = (
     Step(
         "Watch the curves",
         "`tensorboard --logdir OUT` shows all runs together, also while they train. CUSTOM SCALARS has the most "
-        "important curves side by side, HPARAMS the flags with the results; the TEXT tab explains the names. The x axis "
-        "is epoch * 1000. The pictures show the end of this session, with the fine-tuning below.",
+        "important curves side by side, HPARAMS the flags with the results; the TEXT tab explains the names. The x "
+        "axis is epoch * 1000. The pictures show the end of this session, with the fine-tuning below.",
         (),
         "![four curves of all runs](first_run/curves.png)\n\n![flags and results](first_run/hparams.png)",
     ),
