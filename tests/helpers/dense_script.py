@@ -22,6 +22,12 @@ def say(text):
     sys.stdout.flush()
 
 
+def rank_texts(output, ranks=2):
+    """What `say` printed on each rank, one line a rank."""
+    lines = dict(line.split(": ", 1) for line in output.splitlines() if line.startswith("rank "))
+    return [lines[f"rank {rank}"] for rank in range(ranks)]
+
+
 def start():
     distributed.init_distributed_mode(main_pretrain.get_args_parser().parse_args(["--device", "cpu"]))
 

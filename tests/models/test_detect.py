@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.dense_script import rank_texts
 from helpers.launch import ranks
 from helpers.tolerances import TOL32, close
 from torch import nn
@@ -212,6 +213,5 @@ def test_refusals(mistake):
 
 def test_two_ranks_train_with_a_static_graph():
     """One rank sees images with objects, the other images without any; the weights stay the same on both."""
-    lines = ranks("helpers.dense_script", "detect", 2).splitlines()
-    sums = [line.split(": ")[1] for line in lines if line.startswith("rank")]
-    assert len(sums) == 2 and sums[0] == sums[1]
+    first, second = rank_texts(ranks("helpers.dense_script", "detect", 2))
+    assert first == second

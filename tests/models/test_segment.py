@@ -1,11 +1,14 @@
 """Segmentation models: UPerNet against recorded numbers of transformers' BEiT, the linear head, losses, loading."""
 
+import json
 import re
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.dense_script import rank_texts, segment_problem
+from helpers.launch import ranks
 from helpers.tolerances import TOL32, close
 from torch import nn
 
@@ -249,3 +252,12 @@ def test_one_image_with_layer_norm_trains():
     model = build_model("vit_micro_patch4", 5, img_size=16, head_norm="layer").train()
     assert torch.isfinite(model(torch.randn(1, 3, 16, 16))).all()
     assert models_segment.HEADS == ["upernet", "linear"]
+
+
+def test_two_ranks_train_as_one():
+    """Gradients of two ranks with two images each are those of four images, although one has ignored pixels."""
+    model, imgs, labels = segment_problem()
+    sum(model(imgs, labels).values()).backward()
+    norms = [p.grad.norm().item() for p in model.parameters() if p.requires_grad]
+    for text in rank_texts(ranks("helpers.dense_script", "segment", 2)):
+        assert json.loads(text) == pytest.approx(norms, rel=1e-9)
