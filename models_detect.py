@@ -270,6 +270,6 @@ def build_model(name: str, classes: int, **options) -> Detector:
     without the background. `options` are arguments of `Detector` and of the encoder; None keeps the default. Raises
     UserError for an unknown name, detector, pyramid or norm, and for sizes that do not fit together."""
     for flag, known in (("detector", DETECTORS), ("pyramid", PYRAMIDS)):
-        if options.get(flag, known[0]) not in known:
+        if (options.get(flag) or known[0]) not in known:
             raise UserError(f"--{flag} {options[flag]!r} is not known; use {' or '.join(known)}")
     return build_grid(Detector, name, classes=classes + 1, **options)

@@ -175,6 +175,6 @@ def build_model(name: str, classes: int, **options) -> Segmenter:
     """Build a segmenter with the encoder called `name`, such as `vit_base_patch16`. `options` are arguments of
     `Segmenter` and of the encoder; None keeps the default. Raises UserError for an unknown name, head or norm, and for
     sizes that do not fit together."""
-    if options.get("head", HEADS[0]) not in HEADS:
+    if (options.get("head") or HEADS[0]) not in HEADS:
         raise UserError(f"--head {options['head']!r} is not known; use {' or '.join(HEADS)}")
     return build_grid(Segmenter, name, classes=classes, **options)
