@@ -11,17 +11,22 @@ from pathlib import Path
 import torch
 
 from evaluation.publish import Destination, publish, write_confusion, write_scores
-from evaluation.scores import LOWER, TopK
+from evaluation.runs import columns, hparams_of
+from evaluation.scores import TopK
 from util.compute.precision import autocast, choose_amp_dtype
-from util.parallel.distributed import is_main_process, shut_down, sync_buffers
+from util.parallel.distributed import shut_down, sync_buffers
 from util.report.ledger import Record
+from util.training.announcements import NO_SUMMARY, Summary, closing, opening
+from util.training.best_metric import LOWER
 from util.training.finished import end_again
+from util.training.losses import LOSS_NAMES
 from util.training.run import Run
 
 
 def train_one_epoch(run: Run, criterion, mixup_fn=None) -> None:
     """Train for the rest of the current epoch. `mixup_fn` turns (imgs, labels) into mixed images and soft targets."""
     run.train_module.train()
+    loss_name = LOSS_NAMES[getattr(run.args, "targets", "single")]
     for batch in run.batches():
         imgs = batch.samples.image.to(run.device, non_blocking=True)  # (N, C, H, W)
         targets = batch.samples.target.to(run.device, non_blocking=True)
@@ -29,7 +34,7 @@ def train_one_epoch(run: Run, criterion, mixup_fn=None) -> None:
             imgs, targets = mixup_fn(imgs, targets)
 
         with run.autocast(batch):
-            losses = {"loss": criterion(run.ddp_model(imgs), targets)}
+            losses = {loss_name: criterion(run.ddp_model(imgs), targets)}
         run.backward(losses, batch)  # adds the gradients of this micro-batch
         if batch.is_last_of_window:
             run.optimizer_step()  # sets the learning rate, clips; skips the step if a gradient is not finite
@@ -60,28 +65,34 @@ def evaluate(loader, model, device, amp_dtype=torch.float32, score_type=TopK) ->
 
 
 def evaluate_once(
-    args, model, loader, device, record: Record, score_type=TopK, names: list[str] | None = None
+    args,
+    model,
+    loader,
+    device,
+    record: Record,
+    score_type=TopK,
+    names: list[str] | None = None,
+    summary: Summary = NO_SUMMARY,
 ) -> dict[str, float]:
     """Run `--eval`: evaluate once, and publish the scores on the terminal, in eval.json (with details by class),
     eval_confusion.png, TensorBoard (in tensorboard-eval/ below --log_dir) and the ledger, results.jsonl. Return them.
-    Leaves the process group. `names` are those of the classes."""
+    Leaves the process group. `names` are those of the classes; `summary` is what is printed about the evaluation."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
+    print(opening(args, summary, device, dtype))
     scores = score(loader, model, device, dtype, score_type)
     stats = scores.read()
     print_scores(scores, stats, len(loader.dataset))
-    metrics = {f"test_{name}": value for name, value in stats.items()}
+    metrics = {f"eval/{name}": value for name, value in stats.items()}
     to = Destination(
         json=Path(args.output_dir) / "eval.json" if args.output_dir else None,
         board=Path(args.log_dir) / "tensorboard-eval" if args.log_dir else None,
         ledger=args.output_dir,
     )
-    scalars = {f"eval/{name}": value for name, value in stats.items()}
     details = scores.details(names)
     pictures = write_confusion(scores, names, args.output_dir, "eval_confusion.png")
     pictures = {f"eval/{name}": picture for name, picture in pictures.items()}
-    publish(
-        record, metrics, len(loader.dataset), (device, dtype), to, scalars=scalars, pictures=pictures, details=details
-    )
+    publish(record, metrics, len(loader.dataset), (device, dtype), to, pictures=pictures, details=details)
+    print(closing(args.output_dir, summary.next_commands(str(args.resume or args.finetune))))
     shut_down()
     return stats
 
@@ -97,15 +108,16 @@ def save_best(run: Run, stats: dict[str, float], metric: str) -> dict[str, float
     if stats.get(metric) is None:
         print(f"note: these evaluation images give no {metric}, so checkpoint-best.pth is not written")
     run.checkpoints.save_best(run, stats.get(metric), lower=metric in LOWER)
-    return {} if run.checkpoints.best is None else {f"best_{metric}": run.checkpoints.best}
+    return {} if run.checkpoints.best is None else {f"eval/best_{metric}": run.checkpoints.best}
 
 
 def write_last(run: Run, scores, stats: dict[str, float]) -> None:
     """Write the last evaluation by class: scores.json, and the confusion matrix as a picture."""
     folder, attempt = run.args.output_dir, run.checkpoints.saver.insist
-    write_scores(scores, run.args, stats, run.classes, folder, attempt)
+    at = {"epoch": run.epoch if run.position else run.epoch - 1, "revision": run.record.revisions[-1]}
+    write_scores(scores, run.record.args, stats, run.classes, folder, attempt, **at)
     for name, picture in write_confusion(scores, run.classes, folder, attempt=attempt).items():
-        run.board.image(name, picture, run.fractional_epoch())
+        run.board.image(f"eval/{name}", picture, run.fractional_epoch())
 
 
 def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK) -> dict[str, float]:
@@ -117,7 +129,7 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK)
     """
     stats = {}
     if run.resumed_at_end:
-        end_again(run, [], lambda metrics: run.board.hparams(vars(run.record.args), _final(metrics)))
+        end_again(run, [], lambda: run.board.hparams(hparams_of(run.record), columns()))
         return stats
     run.begin()
     while not run.ended and not run.stopped:  # ended: all steps are done; stopped: by a signal
@@ -130,19 +142,12 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK)
             scores = score(val_loader, run.train_module, run.device, run.amp_dtype, score_type)
             stats = scores.read()
             print_scores(scores, stats, len(val_loader.dataset))
-            row = {f"test_{name}": value for name, value in stats.items()}
+            row = {f"eval/{name}": value for name, value in stats.items()}
             row |= save_best(run, stats, args.best_metric or scores.headline)
         run.finish_epoch(row)  # logs the epoch; writes a checkpoint every --save_freq epochs
     if not run.stopped:
         write_last(run, scores, stats)
-    if not run.stopped and is_main_process():
-        run.board.hparams(vars(args), {**run.reporter.last_means, **stats})
+        run.board.hparams(hparams_of(run.record), columns())
     run.append_to_ledger()  # its line in results.jsonl, unless a signal stopped it
     run.close()
     return stats
-
-
-def _final(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the metrics of a log line under the names of TensorBoard's final metrics: without `test_`, and without
-    `best_*`."""
-    return {name.removeprefix("test_"): value for name, value in metrics.items() if not name.startswith("best_")}

@@ -23,23 +23,22 @@ def mask_ratio_at(step: int, steps: int, start: float, end: float | None) -> flo
     return start + (end - start) * min(1.0, step / max(1, steps - 1))
 
 
-def train(pretrainer: Pretrainer, run: Run, args, monitor) -> dict[str, float]:
-    """Train to the end of the run, or until a signal stops it. Return what `monitor` measured after the last epoch
-    (kNN accuracy, reconstruction loss of the preview images). main_pretrain.py begins and closes the run."""
-    row = {}
+def train(pretrainer: Pretrainer, run: Run, args, monitor) -> None:
+    """Train to the end of the run, or until a signal stops it. `monitor` measures between epochs (kNN accuracy,
+    reconstruction loss of the preview images). main_pretrain.py begins and closes the run."""
     while not run.ended and not run.stopped:  # ended: all steps are done; stopped: by a signal
         train_one_epoch(pretrainer, run, args)
         if not run.stopped:
             row = monitor.after_epoch(run.epoch)
             run.finish_epoch(row)  # logs the epoch; writes a checkpoint every --save_freq epochs
-    return row
 
 
 def train_one_epoch(pretrainer: Pretrainer, run: Run, args) -> None:
     """Train for the rest of the current epoch; a signal ends it early and sets `run.stopped`."""
     pretrainer.train()
     if run.position == 0:  # micro-batch of the epoch; a run that was resumed inside an epoch begins at another one
-        pretrainer.before_epoch(run.epoch)
+        for change in pretrainer.before_epoch(run.epoch):
+            run.note_change(change)
     patches = pretrainer.model.patch_embed.num_patches
     for batch in run.batches():
         imgs = batch.samples.image.to(run.device, non_blocking=True)  # (N, C, H, W)

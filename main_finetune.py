@@ -15,6 +15,7 @@ from engine_finetune import evaluate_once, train
 from evaluation.encoder import build_encoder, count_classes, settle_model
 from evaluation.regression import RegressionScores
 from evaluation.scores import MultiLabel, MultiLabelSigmoid, TopK
+from evaluation.summaries import finetuning_summary
 from util import arguments
 from util.checkpoint.resume import find_resume
 from util.data.build import build_loader
@@ -272,17 +273,16 @@ def main(args) -> dict[str, float]:
     args.freeze()
 
     model = build(args, weights).to(device)
-    if weights is None and resume is None:
-        print("no --finetune: training from scratch")
     val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
-    record = Record("main_finetune" + " --eval" * args.eval, args, weights, train=images, test=held_out)
-    scores = scores_of(args)
+    recorded = arguments.flags_of_evaluation(args) if args.eval else args
+    record = Record("main_finetune" + " --eval" * args.eval, recorded, weights, train=images, test=held_out)
+    scores, summary = scores_of(args), finetuning_summary(args, model, weights or resumed, images, held_out)
     if args.eval:
-        return evaluate_once(args, model, val_loader, device, record, scores, getattr(held_out, "classes", None))
+        names = getattr(held_out, "classes", None)
+        return evaluate_once(args, model, val_loader, device, record, scores, names, summary)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    names = getattr(images, "classes", None)
-    run = Run(args, device, loader, model, optimizer, resume=resume, record=record, classes=names)
+    run = Run(args, device, loader, model, optimizer, None, resume, record, getattr(images, "classes", None), summary)
     criterion = build_criterion(mixes(args), args.targets, args.smoothing, args.multilabel_loss, weights_of_classes)
     return train(args, run, val_loader, criterion.to(device), build_mixup(args), scores)
 

@@ -19,6 +19,7 @@ from engine_finetune import evaluate_once, train
 from evaluation.cached_probe import probe_head, run_cached
 from evaluation.encoder import build_encoder, count_classes, settle_model
 from evaluation.scores import TopK
+from evaluation.summaries import probe_summary
 from models_vit import AttentivePool
 from util import arguments
 from util.checkpoint.resume import find_resume, stored_flags
@@ -43,13 +44,15 @@ from util.training.run import Run, start
 from util.training.run_length import settle_schedule
 from util.weights.file import read_file
 
+LINEAR_BLR = 0.1  # the default of --blr with --head linear
+
 
 class ProbeParser(Parser):
     """The default of `--blr` depends on `--head`, which also selects the optimizer."""
 
     def parse_known_args(self, args=None, namespace=None):
         attentive = super().parse_known_args(args, namespace)[0].head == "attentive"
-        self.set_defaults(blr=1e-3 if attentive else 0.1)
+        self.set_defaults(blr=1e-3 if attentive else LINEAR_BLR)
         return super().parse_known_args(args, namespace)
 
 
@@ -112,11 +115,11 @@ def check(args) -> None:
         raise UserError("--resume has no effect with --cache_features, which takes minutes and always starts afresh")
     if args.check_leak and args.eval:
         raise UserError("--check_leak has no effect with --eval, which reads no training images")
-    if args.cache_features and (args.lr is not None or args.accum_iter > 1):
-        raise UserError("--lr and --accum_iter have no effect with --cache_features, which uses --probe_blrs")
     if args.head == "attentive" and (args.cache_features or args.global_pool):
         flag = "--cache_features" if args.cache_features else "--global_pool"
         raise UserError(f"{flag} has no effect with --head attentive, which pools the patches itself: leave it out")
+    if args.cache_features:
+        check_cached(args)
     if args.cache_features and (args.max_steps or not isinstance(args.epochs, int)):
         raise UserError("--cache_features trains its heads for whole --epochs: leave out --max_steps and fractions")
     arguments.check_speed_flags(args, not args.eval and not args.cache_features, "with --eval or --cache_features")
@@ -131,6 +134,20 @@ def check(args) -> None:
         raise UserError(f"--probe_holdout {args.probe_holdout} must lie between 0 and 1, both excluded")
     if min(args.probe_blrs) <= 0:
         raise UserError("--probe_blrs must be positive")
+
+
+def check_cached(args) -> None:
+    """Raise UserError for flags without effect on `--cache_features`."""
+    if args.lr is not None or args.accum_iter > 1:
+        raise UserError("--lr and --accum_iter have no effect with --cache_features, which uses --probe_blrs")
+    if args.blr not in (None, LINEAR_BLR):
+        raise UserError(f"--blr {args.blr} has no effect with --cache_features, which uses --probe_blrs")
+    if args.clip_grad is not None:
+        raise UserError(f"--clip_grad {args.clip_grad} has no effect with --cache_features")
+    if args.aug not in (None, "none"):
+        raise UserError(
+            f"--aug {args.aug} has no effect with --cache_features, which encodes images without augmentation"
+        )
 
 
 class Probe(nn.Module):
@@ -183,6 +200,8 @@ def read_weights_and_images(args, resume: Path | None):
     files."""
     weights = settle_model(args, str(resume) if args.eval and resume else args.finetune)
     check_channels(args.in_chans)
+    if args.cache_features:
+        args.aug, args.blr = "none", None  # neither is used
     args.aug = args.aug or ("none" if args.dataset in MIRRORED else default_crop(args.dataset))
     arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval and not args.cache_features)
     known = weights.classes if args.eval and weights else []
@@ -215,27 +234,28 @@ def main(args) -> dict:
     weights, images, held_out = read_weights_and_images(args, resume)
     with seeded(args.seed):
         model = build_encoder(args, None if args.eval else weights, args.nb_classes)
-    if weights is None and resume is None:
-        print("no --finetune: the encoder is random")
     test_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
     command = "main_linprobe" + " --eval" * args.eval
+    summary = probe_summary(args, model, weights, images, held_out)
     if args.cache_features:  # --lr is settled later, when the number of readable images is known
         record = Record(command, args, weights, train=images, test=held_out)
-        return run_cached(args, model, images, test_loader, device, record)
+        return run_cached(args, model, images, test_loader, device, record, summary)
     if not args.eval:
         loader = training_loader(args, images)
         settle_schedule(args, len(loader))
     args.freeze()
 
-    record = Record(command, args, weights, train=images, test=held_out)
+    recorded = arguments.flags_of_evaluation(args) if args.eval else args
+    record = Record(command, recorded, weights, train=images, test=held_out)
     probe = Probe(model, attentive=args.head == "attentive").to(device)
     if args.eval:
         load_probe(probe, resume or Path(args.finetune), "--resume" if resume else "--finetune")
-        return evaluate_once(args, probe, test_loader, device, record, names=getattr(held_out, "classes", None))
+        names = getattr(held_out, "classes", None)
+        return evaluate_once(args, probe, test_loader, device, record, names=names, summary=summary)
     optimizer_type = torch.optim.AdamW if args.head == "attentive" else LARS
     optimizer = optimizer_type(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     names = getattr(images, "classes", None)
-    run = Run(args, device, loader, model, optimizer, probe, resume, record, classes=names)
+    run = Run(args, device, loader, model, optimizer, probe, resume, record, names, summary)
     criterion = build_criterion(False, "single", 0.0, weights=class_weights(args, images)).to(device)
     return train(args, run, test_loader, criterion)
 

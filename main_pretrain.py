@@ -13,6 +13,8 @@ from timm.optim import param_groups_weight_decay
 import models_mae
 from engine_pretrain import train
 from evaluation.monitor import Monitor
+from evaluation.runs import columns, hparams_of
+from evaluation.summaries import pretraining_summary
 from methods import METHODS, Method, Pretrainer, add_method_arguments, enabled_methods
 from util import arguments
 from util.checkpoint.resume import find_resume, stored_flags
@@ -200,7 +202,7 @@ def read_starting_weights(args, model) -> tuple[Path | None, Weights | None]:
     resume = find_resume(args.resume, args.output_dir) if args.resume else None
     weights = read_weights(args.init_from) if args.init_from and resume is None else None
     if weights is not None:
-        print(load_into(model, weights))
+        print(load_into(model, weights).shown(args.verbose))
     return resume, weights
 
 
@@ -271,9 +273,9 @@ def encoders(run: Run) -> dict[Path, torch.nn.Module]:
     return {folder / f"encoder{key.removeprefix('model')}.safetensors": model for key, model in models.items()}
 
 
-def write_results(run: Run, metrics: dict[str, float]) -> None:
-    """Write the results of a finished run, except its line in the ledger: encoders as safetensors, and flags and
-    metrics for TensorBoard."""
+def write_results(run: Run) -> None:
+    """Write the results of a finished run, except its line in the ledger: encoders as safetensors, and flags for
+    TensorBoard's HPARAMS tab."""
     args = run.record.args
     origin = {"epoch": run.epoch if run.position else run.epoch - 1, **run.record.state(run.images_seen())}
     flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
@@ -281,7 +283,7 @@ def write_results(run: Run, metrics: dict[str, float]) -> None:
     for path, model in encoders(run).items():
         state = gathered(encoder_state(model.state_dict()))
         run.checkpoints.saver.insist(path.name, partial(save_encoder, state, path, metadata))
-    run.board.hparams(vars(args), metrics)
+    run.board.hparams(hparams_of(run.record), columns())
 
 
 def main(args) -> None:
@@ -309,14 +311,15 @@ def main(args) -> None:
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     pretrainer.attach(optimizer)
     record = Record("main_pretrain", args, weights, train=images, test=held_out if args.knn_freq else None)
-    run = Run(args, device, loader, model, optimizer, pretrainer, resume, record)
+    summary = pretraining_summary(args, model, chosen, images, held_out)
+    run = Run(args, device, loader, model, optimizer, pretrainer, resume, record, summary=summary)
     if run.resumed_at_end:
-        end_again(run, list(encoders(run)), partial(write_results, run))
+        end_again(run, list(encoders(run)), lambda: write_results(run))
         return
     run.begin()
-    row = train(pretrainer, run, args, Monitor(args, run, pretrainer, images, held_out))
+    train(pretrainer, run, args, Monitor(args, run, pretrainer, images, held_out))
     if not run.stopped and args.output_dir:
-        write_results(run, {**run.reporter.last_means, **row})
+        write_results(run)
     run.append_to_ledger()
     run.close()
 

@@ -20,6 +20,9 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from util.report.names import present_name, renamed
+
 SMALL = "--dataset digits --input_size 16 --num_workers 0 --device cpu --seed 3 --save_freq 1 --print_freq 1"
 # The digits have 1,437 training images: two epochs of five batches of 287 are ten steps.
 PRETRAIN = f"{SMALL} --model mae_vit_micro_patch4 --decoder_embed_dim 64 --decoder_depth 1 --decoder_num_heads 2"
@@ -55,7 +58,9 @@ RUNS = {
 }
 IGNORED_FLAGS = {"output_dir", "log_dir", "dmae_teacher", "finetune"}  # paths in the temporary folder
 IGNORED_FLAGS |= {"u_mae"}  # a flag that older checkouts do not have; it is off in all runs
-IGNORED_METRICS = ("seconds", "speed/", "final/", "_hparams_")  # prefixes of times, and of repeated metrics
+# Prefixes of times, and of metrics that repeat others and that older checkouts do not have, or newer ones.
+IGNORED_METRICS = ("seconds", "speed/", "final/", "_hparams_", "train/classification")
+IGNORED_SUMS = ("train/seconds", "train/classification")
 
 
 def run(checkout: Path, name: str, folder: Path) -> None:
@@ -76,15 +81,17 @@ def read_checkpoint(path: Path) -> dict:
     content = torch.load(path, weights_only=True)
     content.pop("origin", None)
     content["args"] = {flag: value for flag, value in content["args"].items() if flag not in IGNORED_FLAGS}
-    content.get("data", {}).get("meter", {}).pop("seconds", None)
+    data = content.get("data", {})
+    meter = renamed({f"train_{name}": pair for name, pair in data.get("meter", {}).items()})
+    data["meter"] = {name: pair for name, pair in meter.items() if name not in IGNORED_SUMS}
     for key in ("teacher", "sha256"):  # path and hash of DMAE's teacher: the file contains paths
         content.get("methods", {}).get("dmae._extra_state", {}).pop(key, None)
     return content
 
 
 def read_log(path: Path) -> list[dict]:
-    """Return the metrics of log.txt by epoch, without times."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    """Return the metrics of log.txt by epoch, under their present names, without times."""
+    lines = [renamed(json.loads(line)) for line in path.read_text().splitlines()]
     return [{name: value for name, value in line.items() if not name.startswith(IGNORED_METRICS)} for line in lines]
 
 
@@ -94,12 +101,17 @@ def read_tensorboard(folder: Path) -> dict:
     events.Reload()
     scalars = [tag for tag in events.Tags()["scalars"] if not tag.startswith(IGNORED_METRICS)]
     return {
-        "scalars": {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in scalars},
+        "scalars": {_present_tag(tag): [(event.step, event.value) for event in events.Scalars(tag)] for tag in scalars},
         "images": {
             tag: [(event.step, event.encoded_image_string) for event in events.Images(tag)]
             for tag in events.Tags()["images"]
         },
     }
+
+
+def _present_tag(tag: str) -> str:
+    """Return the present name of a scalar of an older checkout."""
+    return present_name(tag.replace("train/", "train_"))
 
 
 def read_results(folder: Path) -> dict:

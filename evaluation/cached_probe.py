@@ -21,8 +21,9 @@ from util.errors import UserError
 from util.lars import LARS
 from util.lr_sched import adjust_learning_rate
 from util.parallel.distributed import barrier, from_main_process, is_main_process, shut_down
-from util.report.ledger import Record
+from util.report.ledger import Record, hardware
 from util.report.log import log_line
+from util.training.announcements import Summary, closing, opening
 from util.training.losses import build_criterion
 
 CLASSIFIER = "probe.pth"  # the encoder with the chosen head of --cache_features, for --eval and tools/
@@ -133,8 +134,8 @@ def train_and_choose(train, test, rest, held, args, device) -> tuple[nn.Sequenti
         print(f"blr {blr:g}: {value:.2f} % on {len(held)} held-out training images")
     if len(held_acc1) > 1 and best in (0, len(held_acc1) - 1):
         print(f"note: the best rate, {args.probe_blrs[best]:g}, is at the end of --probe_blrs; try a wider list")
-    scores = {f"test_{name}": value for name, value in scores.items()}
-    scores |= {"holdout_acc1": held_acc1[best], "blr": args.probe_blrs[best]}
+    scores = {f"eval/{name}": value for name, value in scores.items()}
+    scores |= {"eval/holdout_acc1": held_acc1[best], "train/blr": args.probe_blrs[best]}
     return head.to(device), scores
 
 
@@ -149,25 +150,27 @@ def probe_cached(model, train_loader, test_loader, args, device) -> dict:
     if not len(test[1]):
         raise UserError(f"none of the {len(test_loader.dataset)} test images could be read; their names are above")
     model.head, scores = train_and_choose(train, test, rest, held, args, device)
-    return {**scores, "train_images": len(rest), "test_images": len(test[1])}
+    return {**scores, "data/train_images": len(rest), "data/test_images": len(test[1])}
 
 
-def run_cached(args, model, images, test_loader, device, record: Record) -> dict:
-    """Probe with `--cache_features`, write the results, and return them."""
+def run_cached(args, model, images, test_loader, device, record: Record, summary: Summary) -> dict:
+    """Probe with `--cache_features`, write the results, and return them; `summary` is what is printed about it."""
+    print(opening(args, summary, device, choose_amp_dtype(args.amp_dtype, device)))
     transform = build_transform(False, args)
     train_loader = build_loader(images, transform, args, args.batch_size, train=False)
     result = probe_cached(model, train_loader, test_loader, args, device)
     make_output_dir(args.output_dir, args.log_dir, args.overwrite)
-    print(
-        f"linear probe: top-1 {result['test_acc1']:.2f} %  top-5 {result['test_acc5']:.2f} %  (blr {result['blr']:g})"
-    )
+    top1, top5, blr = (result[name] for name in ("eval/acc1", "eval/acc5", "train/blr"))
+    print(f"linear probe: top-1 {top1:.2f} %  top-5 {top5:.2f} %  (blr {blr:g})")
     saver = Saver(args.output_dir or ".", args.save_patience)
+    device_and_dtype = device, choose_amp_dtype(args.amp_dtype, device)
+    record.hardware = hardware(*device_and_dtype)
     images_seen = len(train_loader.dataset) + len(test_loader.dataset)
     if args.output_dir and is_main_process():
         write_cached(args, model, result, record.state(images_seen), saver, getattr(images, "classes", None))
     to = Destination(Path(args.output_dir) / "probe.json" if args.output_dir else None, args.log_dir, args.output_dir)
-    hardware = device, choose_amp_dtype(args.amp_dtype, device)
-    publish(record, result, images_seen, hardware, to, attempt=saver.insist)
+    publish(record, result, images_seen, device_and_dtype, to, attempt=saver.insist)
+    print(closing(args.output_dir, summary.next_commands(str(Path(args.output_dir) / CLASSIFIER))))
     shut_down()
     return result
 

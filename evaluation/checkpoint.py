@@ -41,8 +41,9 @@ def read_checkpoint(checkpoint: str, key: str) -> Weights | None:
 
 
 def load_autoencoder(weights: Weights, given: Mapping[str, Any]) -> tuple[models_mae.MaskedAutoencoderViT, ModelConfig]:
-    """Build the whole autoencoder in `weights`, in eval mode; `given` are the model flags that were given. Raises
-    UserError for weights without a decoder, and if neither the file nor the flags determine the model."""
+    """Build the whole autoencoder in `weights`, in eval mode, and print what was loaded; `given` are the model flags
+    that were given. Raises UserError for weights without a decoder, and if neither the file nor the flags determine the
+    model."""
     if not weights.has_decoder:
         raise UserError(
             f"{weights.path} holds an encoder without a decoder ({weights.origin}), so there is nothing to reconstruct "
@@ -51,5 +52,5 @@ def load_autoencoder(weights: Weights, given: Mapping[str, Any]) -> tuple[models
     config = resolve_config(weights, given, inferred=AUTOENCODER)
     model = models_mae.build_model(config.autoencoder_name, **config.autoencoder_arguments())
     set_norm_eps(model, config.layer_norm_eps)
-    load_into(model, weights)
+    print(load_into(model, weights).shown(given.get("verbose", False)))
     return model.eval(), config

@@ -1,12 +1,15 @@
 """Flags that the tools share, and checks of their values."""
 
 import argparse
+import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from util.arguments import add_data_arguments, check_numbers
+from util.arguments import add_data_arguments, add_verbose_argument, check_numbers
 from util.errors import UserError
 from util.parser import Parser
+from util.report.sheet import PICTURES, SIDE
 
 
 def data_parser(description: str, usual: str = "--data_path PATH") -> Parser:
@@ -39,24 +42,37 @@ def add_checkpoint_flags(parser: Parser, several: bool = False, what: str = ANY_
         metavar="CHECKPOINT",
         help="alias of CHECKPOINT, as in the mains",
     )
+    add_verbose_argument(group)
 
 
-def checkpoints_of(args: argparse.Namespace) -> list[str]:
-    """Return the checkpoints that were given. Raises UserError if both aliases were used."""
+def checkpoints_of(args: argparse.Namespace, required: str = "") -> list[str]:
+    """Return the checkpoints that were given. Raises UserError if both aliases were used, and if there is none where
+    one is `required`, which completes the message "give a CHECKPOINT ..."."""
     given = [[names] if isinstance(names, str) else names for names in (args.checkpoint, args.finetune) if names]
     if len(given) > 1:
         one, other = (" ".join(names) for names in given)
         raise UserError(f"CHECKPOINT {one} and --finetune {other} are aliases; give one of them")
+    if required and not given:
+        raise UserError(f"give a CHECKPOINT {required}")
     return given[0] if given else []
 
 
 def checkpoint_of(args: argparse.Namespace, required: str = "(a file, a timm model, or random)") -> str:
     """Return the checkpoint that was given. Raises UserError if there is none; `required` completes its message "give a
     CHECKPOINT ..."."""
-    checkpoints = checkpoints_of(args)
-    if not checkpoints:
-        raise UserError(f"give a CHECKPOINT {required}")
-    return checkpoints[0]
+    return checkpoints_of(args, required)[0]
+
+
+def titles_of(checkpoints: Sequence[str]) -> list[str]:
+    """Return short titles of checkpoints: folder and name without its ending, and as many more folders as tell them
+    apart; a model of timm's and `random` keep their names."""
+    paths = [Path(name).with_suffix("") if os.path.exists(name) else Path(name) for name in checkpoints]
+    most = max((len(path.parts) for path in paths), default=0)
+    for parts in range(2, max(3, most + 1)):
+        titles = [str(Path(*path.parts[-parts:])) for path in paths]
+        if len(set(titles)) == len(set(checkpoints)):
+            break
+    return titles
 
 
 def add_model_flags(parser: Parser) -> None:
@@ -100,12 +116,13 @@ def settle_pool(args: argparse.Namespace, model, path: str) -> str:
 
 
 def add_picture_flags(parser: Parser, masked: bool = True) -> None:
-    """Add the flags of a tool that draws images into a PNG file: the images, the file and, if they are `masked`, the
-    mask ratio."""
+    """Add the flags of a tool that draws images: the images, the file, the size of a tile and, if they are `masked`,
+    the mask ratio."""
     parser.add_argument(
         "--data", default="", metavar="PATH", help="an image or a folder of images, instead of --dataset/--data_path"
     )
-    parser.add_argument("--out", required=True, help="PNG file to write")
+    add_out_flag(parser)
+    add_tile_flag(parser)
     if masked:
         parser.add_argument(
             "--mask_ratio",
@@ -115,14 +132,46 @@ def add_picture_flags(parser: Parser, masked: bool = True) -> None:
     parser.add_argument("--count", type=int, default=8, help="number of images, taken at equal distances from the set")
 
 
-def check_picture_flags(args: argparse.Namespace, stored_ratio: float) -> float:
-    """Return the mask ratio: that of --mask_ratio, else `stored_ratio`. Raises UserError for invalid values of
-    the flags of `add_picture_flags`."""
+def add_out_flag(parser: Parser, more: str = "") -> None:
+    """Add `--out` of a tool that draws; `more` completes its help. `check_picture` checks it."""
+    parser.add_argument("--out", required=True, help=f"picture to write: a .png, .pdf or .svg file{more}")
+
+
+def add_tile_flag(parser) -> None:
+    """Add `--tile_size` of a tool that draws images in a grid. `check_tile` checks it."""
+    parser.add_argument(
+        "--tile_size",
+        type=int,
+        metavar="PIXELS",
+        help="longer side of an image in the picture; without it its own size, and small images are enlarged by a "
+        f"whole factor, up to {SIDE}",
+    )
+
+
+def check_picture(args: argparse.Namespace, flag: str = "out") -> Path | None:
+    """Return the path of the picture that `--out`, or another `flag`, names, as `check_out`; None without it."""
+    return check_out(args, *PICTURES, flag=flag)
+
+
+def check_tile(args: argparse.Namespace) -> None:
+    """Raise UserError if tiles of `--tile_size` would be too small for a title, or too large for the memory."""
+    if args.tile_size is not None and not 32 <= args.tile_size <= 2048:
+        raise UserError(f"--tile_size {args.tile_size} must lie between 32 and 2048 pixels")
+
+
+def check_picture_flags(args: argparse.Namespace, stored_ratios: Mapping[str, float]) -> float:
+    """Return the mask ratio: that of --mask_ratio, else the stored one of all checkpoints, by path. Raises UserError
+    for invalid values of the flags of `add_picture_flags`, and if the stored ratios differ."""
     check_numbers(args)
-    ratio = args.mask_ratio if args.mask_ratio is not None else stored_ratio
+    ratios = {args.mask_ratio: ""} if args.mask_ratio is not None else {r: path for path, r in stored_ratios.items()}
+    if len(ratios) > 1:
+        (one, path), (other, second) = list(ratios.items())[:2]
+        raise UserError(f"{path} was trained with --mask_ratio {one}, {second} with {other}: give one --mask_ratio")
+    (ratio,) = ratios
     if not 0 < ratio < 1:
         raise UserError(f"--mask_ratio {ratio} must lie between 0 and 1, both excluded")
-    check_out(args, ".png")
+    check_tile(args)
+    check_picture(args)
     return ratio
 
 
@@ -133,7 +182,8 @@ def check_out(args: argparse.Namespace, *endings: str, flag: str = "out") -> Pat
         return None
     path = Path(getattr(args, flag))
     if endings and (path.suffix.lower() not in endings or path.is_dir()):
-        raise UserError(f"--{flag} {path} must be a {' or '.join(endings)} file")
+        names = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
+        raise UserError(f"--{flag} {path} must be a {names} file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -66,9 +66,10 @@ def draw(matrix: np.ndarray, names: list[str]) -> np.ndarray:
     points = max(3.0, min(9.0, 45 * inches / count))  # of a letter: a cell is about 60 points * inches / classes
     figure = Figure(figsize=(inches, inches), layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true class; shares of its images")
+    image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="percentage of the images of the true class", shrink=0.8)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     if count <= 200:
         labels = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
         axes.set_xticks(range(count), labels, rotation=90, fontsize=points, parse_math=False)

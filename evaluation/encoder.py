@@ -46,7 +46,8 @@ def load_encoder(
             f"{weights.path} has neither norm nor fc_norm, so its features are not defined: a whole ViT is needed"
         )
     weights = replace(weights, state=state)
-    model = build_vit(config, "fc_norm.weight" in state, weights, classes, ignore_head=not classes)
+    verbose = given.get("verbose", False)
+    model = build_vit(config, "fc_norm.weight" in state, weights, classes, ignore_head=not classes, verbose=verbose)
     return model.eval(), config
 
 
@@ -76,7 +77,8 @@ def _fold_head(weights: Weights) -> tuple[dict[str, torch.Tensor], int]:
 def build_encoder(args, weights: Weights | None, num_classes: int = 0, drop_path=0.0, ignore_head=True, like_mae=True):
     """Build the `VisionTransformer` of flags that `settle_model` has set; see `build_vit`."""
     config = resolve_config(None, vars(args), default=DEFAULT_ENCODER)
-    return build_vit(config, args.global_pool, weights, num_classes, drop_path, ignore_head, like_mae)
+    verbose = getattr(args, "verbose", False)
+    return build_vit(config, args.global_pool, weights, num_classes, drop_path, ignore_head, like_mae, verbose)
 
 
 def build_vit(
@@ -87,8 +89,9 @@ def build_vit(
     drop_path=0.0,
     ignore_head=True,
     like_mae=True,
+    verbose: bool = False,
 ) -> models_vit.VisionTransformer:
-    """Build a `VisionTransformer` and load `weights`, reporting what became of every tensor.
+    """Build a `VisionTransformer` and load `weights`, reporting what became of its tensors (`LoadReport.shown`).
 
     Without weights and with `like_mae` it starts as an untrained autoencoder of that name does (sine-cosine positions,
     Xavier), so that a random encoder differs from a pretrained one only in training; else as a fresh ViT. Raises
@@ -104,7 +107,7 @@ def build_vit(
     set_norm_eps(model, config.layer_norm_eps)
     if weights is not None:
         report = load_into(model, weights, ignore_head=ignore_head)
-        print(report)
+        print(report.shown(verbose))
         if not ignore_head and "head.weight" in report.missing:
             raise UserError(f"{weights.path} has no classifier for this model: {report.head or 'no head in the file'}")
     elif like_mae:

@@ -28,7 +28,7 @@ from util.errors import UserError
 from util.parallel.distributed import choose_device
 from util.parser import Parser
 from util.report.ledger import Record
-from util.weights.load import Weights
+from util.weights.load import Weights, read_weights
 from util.weights.model_config import DEFAULT_ENCODER, ModelConfig, resolve_config
 
 
@@ -98,18 +98,17 @@ class Judged:
         pictures: Mapping[str, torch.Tensor] = {},
         **content,
     ) -> None:
-        """Publish `metrics` and `pictures` by name, see `evaluation.publish`, into the folder of `--out`; without --out
-        nothing. `name` (the command's by default) is that of the TensorBoard folder."""
+        """Publish `metrics` (as `eval/<name>`) and `pictures` by name, see `evaluation.publish`, into the folder of
+        `--out`; without --out nothing. `name` (the command's by default) is that of the TensorBoard folder."""
         if not self.args.out:
             return
         folder, command = Path(self.args.out).parent, record.command
         publish(
             record,
-            metrics,
+            {f"eval/{metric}": value for metric, value in metrics.items()},
             images_seen,
             (self.device, self.dtype),
             Destination(json, folder / f"tensorboard-{name or command}", folder),
-            scalars={f"{command}/{metric}": value for metric, value in metrics.items()},
             pictures={f"{command}/{title}": picture for title, picture in pictures.items()},
             **content,
         )
@@ -141,7 +140,7 @@ def open_encoder(args, checkpoint: str, like: Judged | None = None) -> Judged:
     weights = read_checkpoint(checkpoint, args.checkpoint_key)
     config, images = _resolve(args, weights, like)
     with seeded(args.seed):  # as in main_linprobe: the same random encoder
-        model = build_vit(config, False, weights)
+        model = build_vit(config, False, weights, verbose=getattr(args, "verbose", False))
     device = choose_device(args.device)
     dtype = choose_amp_dtype(args.amp_dtype, device)
     resolved = _recorded(config, images)
@@ -173,6 +172,28 @@ def open_autoencoder(args, weights: Weights) -> Judged:
     images = image_options(args, config.in_chans, config.input_size, weights.args)
     resolved = _recorded(config, images) | {"model": config.autoencoder_name}
     return Judged(args, resolved, weights.path, weights, config, images, model, torch.device("cpu"), torch.float32)
+
+
+def open_autoencoders(args, required: str) -> tuple[list[Judged], float]:
+    """Open the whole autoencoders of the flags, to draw them under the same masks -> models, mask ratio. Raises
+    UserError as `load_autoencoder`, `check_picture_flags` and `check_same_images`; `required` says what is needed."""
+    weights = [read_weights(path, args.checkpoint_key) for path in command_line.checkpoints_of(args, required)]
+    ratio = command_line.check_picture_flags(args, {own.path: own.args.get("mask_ratio", 0.75) for own in weights})
+    opened = [open_autoencoder(args, own) for own in weights]
+    check_same_images(opened, lambda judged: (*judged.config.input_size, judged.config.in_chans))
+    return opened, ratio
+
+
+def check_same_images(opened: list[Judged], shape: Callable[[Judged], tuple]) -> None:
+    """Raise UserError if the images of two checkpoints differ in their `shape`, and so are no rows of one picture."""
+    for judged in opened[1:]:
+        if shape(judged) != shape(opened[0]):
+            one, other = (
+                f"{own.path} takes images of {own.config.input_size[0]}x{own.config.input_size[1]} pixels and "
+                f"{own.config.in_chans} channels"
+                for own in (opened[0], judged)
+            )
+            raise UserError(f"{one}, {other}: they do not fit into one picture; draw each by itself")
 
 
 def open_classifier(args, numbers: bool = False) -> Judged:

@@ -14,7 +14,7 @@ from util.data.sources import Subset
 from util.data.transforms import eval_transform
 from util.parallel.distributed import barrier, from_main_process, is_main_process
 from util.parallel.fsdp import whole
-from util.report.pictures import denormalized, fixed_noise, grid, reconstruct
+from util.report.pictures import CAPTION, NORM_PIX, denormalized, fixed_noise, reconstruct, reconstruction_sheet
 from util.training.run import Run
 
 
@@ -23,7 +23,8 @@ class Monitor:
     any number of processes. The masks are those of the method that decides them, or else random and fixed. Only the
     main process reads the preview images and draws the pictures."""
 
-    COUNT = 8
+    COUNT = 8  # preview images
+    NEIGHBOURS = 20  # of the kNN accuracy; tools/knn.py gives it the same name
 
     def __init__(self, args, run: Run, pretrainer: Pretrainer, images, held_out):
         self.args, self.run, self.pretrainer = args, run, pretrainer
@@ -60,7 +61,7 @@ class Monitor:
         knn_due = self.args.knn_freq and (last or (epoch + 1) % self.args.knn_freq == 0)
         with whole(self.pretrainer) if preview_due or knn_due else nullcontext():
             if preview_due and self.fixed and self.pretrainer.shows_pixels:
-                row["fixed_images_loss"] = self._preview(epoch + 1)
+                row["eval/fixed_images_loss"] = self._preview(epoch + 1)
             if knn_due:
                 row |= self._knn()
             barrier()
@@ -71,7 +72,8 @@ class Monitor:
         (imgs, noise), ratio = self.fixed, self.args.mask_ratio
         scores = self.pretrainer.preview_scores(imgs, noise)
         pictures = reconstruct(self.pretrainer.model, imgs, ratio, scores, self.mean, self.std)
-        self.run.board.image("reconstruction", grid(pictures.cpu()), epoch)
+        caption = f"{ratio:.0%} removed; {CAPTION}{NORM_PIX * self.pretrainer.model.norm_pix_loss}"
+        self.run.board.image("reconstruction", reconstruction_sheet([pictures], caption=caption).tensor(), epoch)
         pixels = denormalized(imgs, self.mean, self.std)
         for name, picture in self.pretrainer.pictures(imgs, pixels).items():
             self.run.board.image(name, picture.cpu(), epoch)
@@ -91,7 +93,8 @@ class Monitor:
         if not all(len(labels) for _, labels in splits):
             print("note: no kNN accuracy, because none of the --knn_images of a split could be read")
             return {}
-        return {"knn_top1": from_main_process(lambda: knn_accuracy(*splits[0], *splits[1]))}
+        k = self.NEIGHBOURS
+        return {f"eval/knn{k}_acc1": from_main_process(lambda: knn_accuracy(*splits[0], *splits[1], k=k))}
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from evaluation.confusion import save_picture
+from evaluation.runs import columns, hparams_of
 from util.checkpoint.files import CONFUSION, LEDGER, SCORES
 from util.parallel.distributed import is_main_process
 from util.report.ledger import Record, write_json
@@ -26,6 +27,11 @@ def _write_once(name: str, write: Callable[[], object]) -> None:
     write()
 
 
+def _identified(source: Mapping | None) -> dict | None:
+    """Return what identifies a checkpoint: its path may belong to another run later."""
+    return source and {name: source.get(name) for name in ("path", "sha256", "epoch")}
+
+
 def publish(
     record: Record,
     metrics: Mapping[str, float],
@@ -33,7 +39,6 @@ def publish(
     hardware: tuple[torch.device, torch.dtype],
     to: Destination,
     *,
-    scalars: Mapping[str, float] = {},
     pictures: Mapping[str, torch.Tensor] = {},
     attempt: Callable[[str, Callable[[], object]], None] = _write_once,
     **content,
@@ -41,19 +46,21 @@ def publish(
     """Write the `metrics` of one checkpoint. `record` describes the evaluation, which passed `images_seen` images
     through the network; `hardware` is (device, type of matrix products).
 
-    JSON: the flags, `metrics` as `result`, and `content`. TensorBoard: `scalars` and `pictures` (3, H, W) in [0, 1] by
-    tag, at the checkpoint's epoch, so that the checkpoints of one run form a curve; flags and metrics as hparams. Files
-    are written by `attempt(name, write)`, which may call `write` again after a failure. Only the main process writes.
-    Raises UserError if a file cannot be written.
+    JSON: the flags, `metrics` as `result`, the checkpoint as `source`, the revision of the code, and `content`.
+    TensorBoard: the `metrics` of the group eval and `pictures` (3, H, W) in [0, 1] by tag, at the checkpoint's epoch,
+    so that the checkpoints of one run form a curve; flags as hparams. Files are written by `attempt(name, write)`,
+    which may call `write` again after a failure. Only the main process writes. Raises UserError if a file cannot be
+    written.
     """
     if to.json:
+        content |= {"source": _identified(record.source), "revision": record.revisions[-1]}
         attempt(Path(to.json).name, lambda: write_json(to.json, record.args, result=metrics, **content))
     epoch = (record.source or {}).get("epoch") or 0
     board = Board(str(to.board) if to.board else None)
-    board.scalars(scalars, epoch + 1)
+    board.scalars({name: value for name, value in metrics.items() if name.startswith("eval/")}, epoch + 1)
     for tag, picture in pictures.items():
         board.image(tag, picture, epoch + 1)
-    board.hparams(vars(record.args), metrics)
+    board.hparams(hparams_of(record), columns())
     board.close()
     if to.ledger:
         attempt(LEDGER, lambda: record.enter(to.ledger, metrics, images_seen, *hardware))
@@ -66,12 +73,13 @@ def write_scores(
     names: list[str] | None,
     folder: str | Path,
     attempt: Callable[[str, Callable[[], object]], None] = _write_once,
+    **content,
 ) -> None:
-    """Write scores.json into `folder`, if one is given: the flags, `metrics` as `result`, and the `details` of the
-    `scores` by class name. Files are written as by `publish`."""
+    """Write scores.json into `folder`, if one is given: the flags, the `metrics` of the `scores` as `result`, the
+    `details` of the `scores` by class name, and `content`. Files are written as by `publish`."""
     if folder:
-        details = scores.details(names)
-        attempt(SCORES, lambda: write_json(Path(folder) / SCORES, args, result=metrics, details=details))
+        result, details = {f"eval/{name}": value for name, value in metrics.items()}, scores.details(names)
+        attempt(SCORES, lambda: write_json(Path(folder) / SCORES, args, result=result, details=details, **content))
 
 
 def write_confusion(

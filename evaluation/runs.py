@@ -10,16 +10,22 @@ from pathlib import Path
 
 from methods import METHODS
 from util.checkpoint.files import LEDGER
-from util.checkpoint.same_run import FREE_FLAGS
+from util.checkpoint.same_run import FREE_FLAGS, plain
 from util.errors import UserError
 from util.report import ledger
 
 # Flags that change results by rounding at most. The number of processes is not among them: it changes the batch.
 IRRELEVANT = FREE_FLAGS - {"world_size"} | {"out", "compile", "attention", "grad_checkpoint", "log_mfu", "no_pin_mem"}
 IRRELEVANT |= {"download", "train_list", "val_list", "max_bad_fraction", "dist_eval", "dist_on_itp", "resplit"}
-IRRELEVANT |= {"init_from", "data", "seed", "checkpoint", "image_column", "label_column", "label_sep"}
+IRRELEVANT |= {"init_from", "data", "seed", "checkpoint", "image_column", "label_column", "label_sep", "tile_size"}
 NOT_COMPARED = {"run", "images_seen", "seconds", "images.train", "images.test"}  # to group by, not to compare
 TRAINING = {"main_pretrain", "main_finetune", "main_linprobe"}  # one such run in a folder
+# Flags that users change, as columns of TensorBoard's HPARAMS tab; those of methods are added.
+USUAL_FLAGS = {"method": str, "lr": float, "mask_ratio": float, "model": str, "seed": str, "dataset": str}
+USUAL_FLAGS |= {"data_path": str, "command": str, "epochs": float, "batch_size": float, "accum_iter": float}
+USUAL_FLAGS |= {"world_size": float, "weight_decay": float, "warmup_epochs": float, "aug": str, "mask_ratio_end": float}
+USUAL_FLAGS |= {"norm_pix_loss": str, "decoder": str, "layer_decay": float, "drop_path": float, "mixup": float}
+USUAL_FLAGS |= {"smoothing": float, "global_pool": str, "targets": str, "checkpoint_key": str}
 
 
 @dataclass(eq=False)
@@ -101,9 +107,22 @@ def _own(row: dict) -> dict:
     if "mask_ratio" in flags:
         on = [method.name for method in METHODS if _enabled(method, flags)]
         flags["method"] = "+".join(on) or "mae"
+    changed = _changed_on_the_way(row.get("earlier") or [])
+    flags |= {"earlier": changed} if changed else {}
     known = ("revision", "images_seen", "seconds")
     counts = {f"images.{split}": (value or {}).get("images") for split, value in (row.get("data") or {}).items()}
     return flags | counts | {name: row[name] for name in known if row.get(name) is not None}
+
+
+def _changed_on_the_way(parts: list[dict]) -> list[dict]:
+    """Return what of the earlier `parts` of a resumed run (`util.report.ledger.Record`) may have changed its
+    results."""
+    changed = []
+    for part in parts:
+        relevant = {name: value for name, value in part.get("flags", {}).items() if name not in IRRELEVANT}
+        relevant |= {f"data.{split}": (value or {}).get("sha256") for split, value in part.get("data", {}).items()}
+        changed += [{"until_epoch": part.get("until_epoch"), **relevant}] if relevant else []
+    return changed
 
 
 def _enabled(method, flags: dict) -> bool:
@@ -111,6 +130,38 @@ def _enabled(method, flags: dict) -> bool:
         return bool(method.enabled(argparse.Namespace(**flags)))
     except AttributeError:  # a checkpoint that is older than this method
         return False
+
+
+# TensorBoard's HPARAMS tab --------------------------------------------------------------------------------------------
+
+
+def columns() -> dict[str, type]:
+    """Return the columns of the HPARAMS tab, {flag: float or str}: those of `USUAL_FLAGS` and of all methods. They are
+    the same for all commands, because TensorBoard takes the columns of all runs from the first one that it reads."""
+    options = {option.name: option for method in METHODS for option in (method.switch, *method.options)}
+    return USUAL_FLAGS | {name: _kind(option) for name, option in options.items()}
+
+
+def _kind(option) -> type:
+    own = option.type if option.default is None else type(option.default)
+    return float if own in (int, float) else str
+
+
+def hparams_of(record: ledger.Record) -> dict:
+    """Return what the HPARAMS tab shows of a run, by the names of `columns`, without flags that it does not have. What
+    a run has not itself is that of its pretraining. An evaluation has the flags of the training whose weights it
+    evaluates, but its own data, so that the two can be compared line by line."""
+    runs = [{"flags": {name: plain(value) for name, value in vars(record.args).items()}}]
+    source = record.source
+    while source:
+        runs.append(source)
+        source = source.get("source")
+    flags = [_own(run) for run in runs]
+    trained = flags if record.command in TRAINING or not any(flags[1:]) else flags[1:]
+    values = {name: next((each[name] for each in trained if name in each), None) for name in columns()}
+    values |= {name: flags[0].get(name) for name in ("dataset", "data_path")} | {"command": record.command}
+    kinds = {name: (int, float) if kind is float else object for name, kind in columns().items()}  # checkpoints may err
+    return {name: value for name, value in values.items() if value not in (None, "") and isinstance(value, kinds[name])}
 
 
 # Comparing ------------------------------------------------------------------------------------------------------------
@@ -204,8 +255,14 @@ def _is(value, wanted: str) -> bool:
         return shown_value(value).lower() == wanted.lower()
 
 
+def _shown_item(item) -> str:
+    if isinstance(item, dict):
+        return f"({', '.join(f'{name} {shown_value(value)}' for name, value in item.items())})"
+    return str(item)
+
+
 def shown_value(value) -> str:
     """Return a value as text for tables and messages."""
     if isinstance(value, list):
-        return " ".join(map(str, value))
+        return " ".join(map(_shown_item, value))
     return "none" if value in (None, "") else f"{value:g}" if isinstance(value, float) else str(value)

@@ -10,8 +10,6 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from evaluation.confusion import Confusion, draw
 from util.parallel.distributed import all_reduce_sum, gather_objects, get_rank, get_world_size
 
-LOWER = {"loss", "mae", "rmse"}  # metrics of which a lower value is better
-
 
 class TopK:
     """Top-1 and top-5 accuracy, balanced accuracy (the mean over classes of the share of their images that are correct)

@@ -4,11 +4,14 @@ import csv
 import io
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from evaluation.runs import Run, canonical, check_alike, check_names, once_each, shown_value
 from util.errors import UserError
+from util.report.names import present_name
 
+DEVIATION = "sample standard deviation over seeds"
 USUAL = re.compile(r"acc\d|top1|ratio|mAP")  # metrics of a table by default
 
 
@@ -23,16 +26,20 @@ class Cell:
 
 @dataclass
 class Table:
-    """`rows` holds (values of `by`, {column: cell}); a column is (kind of run, metric)."""
+    """`rows` holds (values of `by`, {column: cell}); a column is (kind of run, metric). `notes` are sentences below."""
 
     by: list[str]
     columns: list[tuple[str, str]]
     rows: list[tuple[tuple, dict[tuple[str, str], Cell]]]
+    notes: list[str] = field(default_factory=list)
 
     def titles(self) -> list[str]:
         names = [metric for _, metric in self.columns]
         alone = len(names) == len(set(names))
         return [metric if alone else f"{kind} {metric}" for kind, metric in self.columns]
+
+    def has_deviations(self) -> bool:
+        return any(cell.deviation is not None for _, cells in self.rows for cell in cells.values())
 
     def count(self, cells) -> int:
         return max(cell.n for cell in cells.values())
@@ -62,7 +69,7 @@ def make_table(runs: list[Run], by: list[str], metrics: list[str] = (), free=(),
             rows.append((values, cells))
     index = {value: i for i, value in enumerate(dict.fromkeys(shown_value(v) for values, _ in rows for v in values))}
     rows.sort(key=lambda row: [_rank(value, index[shown_value(value)]) for value in row[0]])
-    return Table(list(by), columns, rows)
+    return Table(list(by), columns, rows, _notes(runs, columns))
 
 
 def _rank(value, index: int) -> tuple:
@@ -72,15 +79,16 @@ def _rank(value, index: int) -> tuple:
 
 
 def _columns(runs: list[Run], metrics) -> list[tuple[str, str]]:
-    """Return (kind, metric) for each of `metrics`, which are METRIC or KIND:METRIC; by default the accuracies."""
+    """Return (kind, metric) for each of `metrics`, which are METRIC or KIND:METRIC, also with a name of an earlier
+    revision or without `eval/`; by default the accuracies."""
     known = list(dict.fromkeys((run.kind, name) for run in runs for name in run.row["metrics"]))
     if not metrics:  # without best_*: it was selected on the test set
         metrics = [name for name in dict.fromkeys(name for _, name in known) if USUAL.search(name)]
-        metrics = [name for name in metrics if not name.startswith("best_")]
+        metrics = [name for name in metrics if not name.startswith("eval/best_")]
     chosen = []
     for metric in metrics:
         kind, _, name = metric.rpartition(":")
-        matches = [column for column in known if column[1] == name and kind in ("", column[0])]
+        matches = [column for column in known if column[1] == present_name(name) and kind in ("", column[0])]
         if not matches:
             names = ", ".join(sorted({f"{kind}:{name}" for kind, name in known}))
             raise UserError(f"--metric {metric} is in none of these {len(runs)} runs; they have {names or 'none'}")
@@ -89,6 +97,24 @@ def _columns(runs: list[Run], metrics) -> list[tuple[str, str]]:
         names = ", ".join(sorted({name for _, name in known}))
         raise UserError(f"none of these {len(runs)} runs has an accuracy: choose a --metric of {names or 'none'}")
     return list(dict.fromkeys(chosen))
+
+
+def _notes(runs: list[Run], columns: list[tuple[str, str]]) -> list[str]:
+    """Return a sentence on the epoch of the numbers if trainings stand beside evaluations of their checkpoints."""
+    shown = [run for run in runs if any(run.kind == kind and name in run.row["metrics"] for kind, name in columns)]
+    judged = [run for run in shown if run.row["command"].endswith(" --eval") and run.row.get("source")]
+    commands = {run.row["command"].removesuffix(" --eval") for run in judged}
+    trained = dict.fromkeys(run.kind for run in shown if run.row["command"] in commands)
+    if not trained:
+        return []
+    sources = [run.row["source"] for run in judged]
+    files = ", ".join(sorted({Path(source["path"]).name for source in sources}))
+    epochs = sorted({source["epoch"] + 1 for source in sources if isinstance(source.get("epoch"), int)})
+    after = f" after {' to '.join(map(str, dict.fromkeys((epochs[0], epochs[-1]))))} epochs" if epochs else ""
+    return [
+        f"{', '.join(trained)}: after the last epoch. {', '.join(dict.fromkeys(run.kind for run in judged))}: of the "
+        f"evaluated checkpoint ({files}{after}). checkpoint-best.pth is of the best epoch on the evaluation images."
+    ]
 
 
 def _cell(runs: list[Run], metric: str) -> Cell:
@@ -121,14 +147,16 @@ def _text(table: Table, digits: int, sign: str) -> list[list[str]]:
 
 
 def markdown(table: Table, digits: int = 2) -> str:
-    """Return the table in Markdown."""
+    """Return the table and its notes in Markdown."""
     head = [*table.by, "n", *table.titles()]
     lines = [head, ["---"] * len(head), *_text(table, digits, "±")]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
+    deviation = [f"±: {DEVIATION}; n: number of seeds"] if table.has_deviations() else []
+    return "\n".join(lines + [f"\n{note}" for note in deviation + table.notes])
 
 
 def latex(table: Table, digits: int = 2) -> str:
-    """Return the table as a LaTeX `tabular` with the rules of booktabs."""
+    """Return the table as a LaTeX `tabular` with the rules of booktabs; its notes are comments."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     special |= {char: f"\\{char}" for char in "_%&#{}$"}
 
@@ -138,8 +166,16 @@ def latex(table: Table, digits: int = 2) -> str:
     head = [*table.by, "n", *table.titles()]
     body = [escaped(line).replace("±", r"$\pm$") for line in _text(table, digits, "±")]
     columns = "l" * len(table.by) + "r" * (len(head) - len(table.by))
-    begin = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", escaped(head), r"\midrule"]
-    return "\n".join([*begin, *body, r"\bottomrule", r"\end{tabular}"])
+    begin = [
+        *(f"% {note}" for note in table.notes),
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        escaped(head),
+        r"\midrule",
+    ]
+    note = rf"\multicolumn{{{len(head)}}}{{l}}{{\footnotesize $\pm$: {DEVIATION}; n: number of seeds}} \\"
+    notes = [note] if table.has_deviations() else []
+    return "\n".join([*begin, *body, r"\bottomrule", *notes, r"\end{tabular}"])
 
 
 def comma_separated(table: Table) -> str:

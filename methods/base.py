@@ -129,7 +129,7 @@ class Method(nn.Module):
 
     # Training
 
-    loss_name = "reconstruction"  # name of `patch_loss` in the log
+    loss_name = "pixels"  # name of `patch_loss` in the log
     # True if `patch_loss` or `terms` also reads predictions of visible patches, which are not computed otherwise.
     needs_all_patches = False
 
@@ -150,8 +150,11 @@ class Method(nn.Module):
     def first_batch(self, model: MaskedAutoencoderViT, imgs: torch.Tensor) -> None:
         """Called once per process, before the first forward pass, for example to check a teacher."""
 
-    def before_epoch(self, model: MaskedAutoencoderViT, epoch: int) -> None:
-        """Called once at the start of every epoch; not again when a run is resumed inside the epoch."""
+    def before_epoch(self, model: MaskedAutoencoderViT, epoch: int) -> str | None:
+        """Called once at the start of every epoch (from 0); not again when a run is resumed inside the epoch.
+
+        Return a sentence if something changes now that explains a jump in a curve, such as another target. It is
+        printed, and shown in TensorBoard's TEXT tab at this step."""
 
     # Reporting
 
@@ -171,8 +174,9 @@ class Method(nn.Module):
         self, model: MaskedAutoencoderViT, imgs: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor | None:
         """Return the scores (N, L) of preview images, as `scores` does. TensorBoard's reconstructions,
-        `fixed_images_loss` and tools/visualize.py show these masks. Called on the main process only, without a graph,
-        in eval mode. Override it if `scores` changes the method: a preview must not change the run. Slot "mask"."""
+        `eval/fixed_images_loss` and tools/visualize.py show these masks. Called on the main process only, without a
+        graph, in eval mode. Override it if `scores` changes the method: a preview must not change the run. Slot
+        "mask"."""
         return self.scores(model, imgs, noise)
 
     def pictures(self, model: MaskedAutoencoderViT, imgs: torch.Tensor, shown: torch.Tensor) -> dict[str, torch.Tensor]:

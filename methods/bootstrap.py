@@ -136,7 +136,7 @@ class Bootstrap(Method):
 
     @property
     def loss_name(self) -> str:
-        return "features" if self.ready else "reconstruction"
+        return "features" if self.ready else "pixels"
 
     def prediction_head(self) -> nn.Module:
         return self.head
@@ -149,14 +149,18 @@ class Bootstrap(Method):
             target = normalized(target) if self.normalize else target
         return feature_loss(out, target) + zero_term(model.decoder_pred)
 
-    def copy_student(self, model: MaskedAutoencoderViT, epoch: int) -> None:
-        if not self.ready:
-            print(
-                f"epoch {epoch}: the target is features from now on; the pixel head is no longer trained; "
-                "reconstructions are no longer drawn"
-            )
+    def copy_student(self, model: MaskedAutoencoderViT, epoch: int) -> str | None:
+        """Make the target a copy of the student; return what changes if it is the first one."""
+        first = not self.ready
         copy_weights(self.target.network, model)
         self.ready, self.age = True, 0.0
+        if not first:
+            return None
+        jump = ", and train/loss jumps, because it is another loss from here on" if epoch else ""
+        return (
+            f"after {epoch} epochs the target changes from pixels to features: train/features replaces "
+            f"train/pixels{jump}; the pixel head is no longer trained, and reconstructions are no longer drawn"
+        )
 
     def after_update(self, model, imgs, step, applied) -> None:
         self.age += 1 / self.epoch_steps
@@ -220,9 +224,10 @@ class MAEK(Bootstrap):
         super().__init__(args, model)
         self.every = args.mae_k
 
-    def before_epoch(self, model: MaskedAutoencoderViT, epoch: int) -> None:
+    def before_epoch(self, model: MaskedAutoencoderViT, epoch: int) -> str | None:
         if copied_at(epoch, self.every, first_copy=not self.ready):
-            self.copy_student(model, epoch)
+            return self.copy_student(model, epoch)
+        return None
 
 
 class EMAMAE(Bootstrap):
@@ -268,11 +273,12 @@ class EMAMAE(Bootstrap):
         super().__init__(args, model)
         self.warmup, self.tau, self.per_step = args.wse, args.tau, args.ema_update == "step"
 
-    def before_epoch(self, model: MaskedAutoencoderViT, epoch: int) -> None:
+    def before_epoch(self, model: MaskedAutoencoderViT, epoch: int) -> str | None:
         if not self.ready and epoch >= self.warmup:
-            self.copy_student(model, epoch)
-        elif self.ready and not self.per_step:
+            return self.copy_student(model, epoch)
+        if self.ready and not self.per_step:
             self._update_target(model, 1.0)
+        return None
 
     def after_update(self, model, imgs, step, applied) -> None:
         super().after_update(model, imgs, step, applied)

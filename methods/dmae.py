@@ -122,7 +122,7 @@ def load_teacher(args) -> tuple[MaskedAutoencoderViT, Weights]:
     arguments = config.autoencoder_arguments() | {"decoder": "self"}
     teacher = models_mae.build_model(config.autoencoder_name, **arguments)
     report = load_into(teacher, weights, model_flag="--dmae_teacher_model")
-    print(f"teacher {config.autoencoder_name}: {report}")
+    print(f"teacher {config.autoencoder_name}: {report.shown(getattr(args, 'verbose', False))}")
     return teacher, weights
 
 

@@ -54,7 +54,7 @@ class Pretrainer(nn.Module):
         methods = self.methods.values()
         replaced = [(method.loss_name, method.patch_loss(self.model, imgs, out)) for method in methods]
         parts = [(name, loss) for name, loss in replaced if loss is not None]
-        parts = parts or [("reconstruction", self.model.reconstruction_loss(out))]
+        parts = parts or [("pixels", self.model.reconstruction_loss(out))]
         parts += [item for method in methods for item in method.terms(self.model, imgs, out).items()]
         return _by_name(parts)
 
@@ -69,9 +69,10 @@ class Pretrainer(nn.Module):
         for method in self.methods.values():
             method.attach(optimizer)
 
-    def before_epoch(self, epoch: int) -> None:
-        for method in self.methods.values():
-            method.before_epoch(self.model, epoch)
+    def before_epoch(self, epoch: int) -> list[str]:
+        """Call `before_epoch` of all methods; return their sentences about what changes."""
+        sentences = [method.before_epoch(self.model, epoch) for method in self.methods.values()]
+        return [sentence for sentence in sentences if sentence]
 
     def after_update(self, imgs, step: int, applied: torch.Tensor) -> None:
         for method in self.methods.values():

@@ -1,6 +1,7 @@
 """Selection of the methods that the flags turn on, and the check that they can be combined."""
 
 import argparse
+from collections.abc import Iterable
 
 from methods.base import Method
 from util.errors import UserError
@@ -16,6 +17,18 @@ def add_method_arguments(parser: argparse.ArgumentParser, known: list[type[Metho
             if option.name not in added:
                 option.add_to(group)
                 added.add(option.name)
+
+
+def settings(args: argparse.Namespace, chosen: Iterable[type[Method]]) -> list[str]:
+    """Return the flags of the methods `chosen` with their values, each once: those that `--help` shows, and the others
+    where they are not at their defaults."""
+    shown = {}
+    for method in chosen:
+        for option in (method.switch, *method.options):
+            value = getattr(args, option.name)
+            if value not in (None, False) and not (option.rare and value == option.default):
+                shown[option.name] = f"--{option.name}" if value is True else f"--{option.name} {value}"
+    return list(shown.values())
 
 
 def enabled_methods(args: argparse.Namespace, known: list[type[Method]]) -> list[type[Method]]:

@@ -40,6 +40,7 @@ first=${SEEDS%% *}
     random "$out"/{mae,emamae,rcmae}-seed"$first/checkpoint-8.pth" --titles random MAE EMA-MAE RC-MAE
 # The seed draws the test images of t-SNE and of the corruptions, hence --allow_differing.
 "$python" "$root/tools/collect.py" "$out"/{linear,fewshot,tsne,robustness}-*-seed* --by run \
-    --strip linear- fewshot- tsne- robustness- --metric linear:test_acc1 fewshot1_acc1 fewshot2_acc1 fewshot5_acc1 \
-    fewshot10_acc1 ratio clean_error corrupted_error --allow_differing data.test data.imagefolder --out "$out/representation.md"
+    --strip linear- fewshot- tsne- robustness- --metric linear:eval/acc1 eval/fewshot1_acc1 eval/fewshot2_acc1 \
+    eval/fewshot5_acc1 eval/fewshot10_acc1 eval/ratio eval/clean_error eval/corrupted_error \
+    --allow_differing data.test data.imagefolder --out "$out/representation.md"
 cat "$out/representation.md"

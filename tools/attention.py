@@ -1,4 +1,4 @@
-"""Attention of [cls] to the patches and Grad-CAM, drawn over images, for one or several checkpoints side by side.
+"""Attention of [cls] to the patches and Grad-CAM, drawn over images, for one checkpoint, or several as rows.
 
 python tools/attention.py mae/checkpoint-799.pth mlo/checkpoint-199.pth --data DIR --out attention.png
 python tools/attention.py finetuned/checkpoint-99.pth --data DIR --out cam.png --show gradcam --class_index 3
@@ -9,13 +9,12 @@ written beside the picture (.npz), with the flags and shares (.json); the ledger
 
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
-from PIL import Image
-from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from evaluation import command_line, judging
 from evaluation.encoder import select_feature
@@ -23,9 +22,11 @@ from evaluation.image_options import sample_images
 from evaluation.publish import write_comparison
 from evaluation.saliency import attended_share, block_at, cls_attention, grad_cam
 from util.errors import UserError, user_errors
-from util.report.pictures import captioned, denormalized, grid, labelled, overlay, rgb
+from util.report.pictures import denormalized, overlay, rgb, rows_of_images, shown_range
+from util.report.sheet import Bar, Sheet, draw_sheet
 
 MAPS = ["attention", "gradcam"]
+NO_GRADIENT = "no positive gradient"
 OBJECTIVES = {
     "class": "the score of a class",
     "feature": "the distance of the image's feature from the mean of the images shown",
@@ -62,7 +63,6 @@ class Subject:
 
     def __init__(self, judged: judging.Judged):
         self.model, args, self.path = judged.model.requires_grad_(False), judged.args, judged.path
-        self.title = str(Path(*Path(self.path).with_suffix("").parts[-2:]))
         block_at(self.model, args.block)
         self.pool = command_line.settle_pool(args, self.model, self.path)
         sample = sample_images(args, judged.images, self.model)
@@ -132,25 +132,32 @@ def settle_objective(args, subjects: list[Subject]) -> str:
     return objective
 
 
-def columns_of(maps: dict, heads: bool, checkpoint: str = "") -> list[tuple[str, torch.Tensor]]:
-    """Return the maps (N, rows, columns) to draw, each with its title, which begins with the `checkpoint` if given."""
-    columns = []
+def columns_of(maps: dict, heads: bool) -> dict[str, torch.Tensor]:
+    """Return the maps (N, rows, columns) to draw, by title."""
+    columns = {}
     if "attention" in maps:
-        columns.append(("attention", maps["attention"].mean(dim=1)))
-        columns += [(f"head {i}", head) for i, head in enumerate(maps["attention"].unbind(dim=1)) if heads]
-    columns += [("Grad-CAM", maps["gradcam"])] if "gradcam" in maps else []
-    return [(f"{checkpoint}: {title}" if checkpoint else title, values) for title, values in columns]
+        columns["attention"] = maps["attention"].mean(dim=1)
+        columns |= {f"head {i}": head for i, head in enumerate(maps["attention"].unbind(dim=1)) if heads}
+    return columns | ({"Grad-CAM": maps["gradcam"]} if "gradcam" in maps else {})
+
+
+def note_of(title: str, values: torch.Tensor) -> str:
+    """Return the note below a map (rows, columns): its range, or why it is empty."""
+    return NO_GRADIENT if title == "Grad-CAM" and not values.any() else shown_range(values)
 
 
 def caption(args, objective: str) -> str:
     """Return the caption of the picture."""
     parts = []
     if "attention" in args.show:
-        parts.append(f"Attention of [cls] in block {args.block}: mean of its heads{', and each head' * args.heads}")
+        block = f"block {args.block}" + " (counted from the end)" * (args.block < 0)
+        block = "the last block" if args.block == -1 else block
+        parts.append(f"Attention of [cls] to the patches in {block}: mean of its heads{', and each head' * args.heads}")
     if "gradcam" in args.show:
-        target = f"class {args.class_index}" if args.class_index is not None else "the predicted class"
-        parts.append(f"Grad-CAM: of {target if objective == 'class' else OBJECTIVES[objective]}")
-    return f"{'. '.join(parts)}. Each map from its lowest value (dark) to its highest (bright)."
+        target = "the predicted class" if args.class_index is None else f"class {args.class_index}"
+        target = f"the score of {target}" if objective == "class" else OBJECTIVES[objective]
+        parts.append(f"Grad-CAM: patches that raise {target}; a pale tile ({NO_GRADIENT}): no patch does")
+    return f"{'. '.join(parts)}."
 
 
 def metrics_of(maps: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -168,32 +175,45 @@ def row_of(subject: Subject, maps: dict[str, torch.Tensor]) -> dict:
     return row | ({"attended_share": maps["attended"].mean(dim=0).tolist()} if "attended" in maps else {})
 
 
-def drawing(colours: torch.Tensor, columns: list[tuple[str, torch.Tensor]]) -> Image.Image:
-    """Draw images (N, 3, H, W) and the maps of `columns_of` over them, side by side."""
-    pictures = torch.stack([colours, *(overlay(colours, values) for _, values in columns)], dim=1)
-    per_row = 2 if pictures.shape[1] <= 4 and len(colours) > 1 else 1
-    return labelled(to_pil_image(grid(pictures, per_row)), ["image", *(title for title, _ in columns)] * per_row)
+def drawing(subjects: list[Subject], columns: list[dict[str, torch.Tensor]], text: str = "", side=None) -> Sheet:
+    """Draw the images of each checkpoint and its maps of `columns_of` over them, one checkpoint below the other. A map
+    that a checkpoint lacks, as it has fewer heads, stays white."""
+    titles = list(max(columns, key=len))
+    pictures, notes = [], []
+    for subject, own in zip(subjects, columns):
+        white = torch.ones_like(subject.colours)
+        over = [overlay(subject.colours, own[title]) if title in own else white for title in titles]
+        pictures.append(torch.stack([subject.colours, *over], dim=1))
+        ranges = [[note_of(title, v) for v in own[title]] if title in own else [""] * len(white) for title in titles]
+        notes.append([["", *image] for image in zip(*ranges)])
+    per_row = 2 if len(titles) < 4 and len(pictures[0]) > 1 else 1
+    labels = command_line.titles_of([subject.path for subject in subjects]) if len(subjects) > 1 else [""]
+    rows = rows_of_images(pictures, labels, notes, per_row)
+    bar = Bar("lowest", "highest value of the map", "each map is scaled to its own range, which is below it")
+    return draw_sheet(rows, ["image", *titles], text, bar, side, per_row)
 
 
 @torch.no_grad()
 def main(args) -> list[dict[str, torch.Tensor]]:
     """Draw and return the maps of each checkpoint, as `Subject.maps` does."""
-    out = command_line.check_out(args, ".png")
-    subjects = [Subject(judged) for judged in judging.open_each(args, judging.open_trained)]
+    out = command_line.check_picture(args)
+    command_line.check_tile(args)
+    opened = judging.open_each(args, judging.open_trained)
+    judging.check_same_images(opened, lambda judged: (Fraction(*judged.config.input_size),))
+    subjects = [Subject(judged) for judged in opened]
     objective = settle_objective(args, subjects) if "gradcam" in args.show else ""
     records = [subject.judged.record("attention", shown=subject.subset) for subject in subjects]
     maps = [subject.maps(args, objective) for subject in subjects]
-    titles = [subject.title if len(subjects) > 1 else "" for subject in subjects]
-    columns = [columns_of(own, args.heads, title) for own, title in zip(maps, titles)]
+    columns = [columns_of(own, args.heads) for own in maps]
     text = caption(args, objective)
-    captioned(drawing(subjects[0].colours, [column for own in columns for column in own]), text).save(out)
+    drawing(subjects, columns, text, args.tile_size).save(out)
     arrays = {f"{name}_{i}": values.numpy() for i, own in enumerate(maps) for name, values in own.items()}
     np.savez(out.with_suffix(".npz"), **arrays)
     rows = [row_of(subject, own) for subject, own in zip(subjects, maps)]
     write_comparison(out, args, rows, objective=objective, caption=text)
     print(f"{out}: {text}")
     for i, (subject, record, own) in enumerate(zip(subjects, records, maps)):
-        pictures = {"maps": to_tensor(drawing(subject.colours, columns[i]))}
+        pictures = {"maps": drawing([subject], [columns[i]], text).tensor()}
         images_seen = len(subject.subset)
         subject.judged.publish(record, metrics_of(own), images_seen, name=f"attention-{i}", pictures=pictures)
         if "attended" in own:

@@ -1,6 +1,6 @@
 """Tables and curves from the ledgers (`results.jsonl`) of finished runs: mean ± sample standard deviation over seeds.
 
-    python tools/collect.py OUT --by method,mask_ratio --metric test_acc1
+    python tools/collect.py OUT --by method,mask_ratio --metric eval/acc1
     python tools/collect.py OUT --by mask_ratio --plot curve.png
 
 Flags of the pretraining of an evaluated checkpoint are `pretrain.NAME`, of the run that it started from
@@ -14,21 +14,21 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from matplotlib.figure import Figure
+
+from evaluation import command_line
 from evaluation.runs import check_names, choose, read_runs, shown_value
-from evaluation.tables import Table, comma_separated, latex, make_table, markdown
+from evaluation.tables import DEVIATION, Table, comma_separated, latex, make_table, markdown
 from util.checkpoint.files import LEDGER
 from util.errors import UserError, user_errors
 from util.parser import Parser
+from util.report.curves import style
+from util.report.sheet import save_figure
 
 
 def plot(table: Table, x: str, path: Path) -> None:
     """Draw a curve over `x` for each value of the other flags and each metric, with standard deviations as bars. Raises
     UserError if `x` is never a number."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     index = table.by.index(x)
     curves: dict[str, list] = {}
     for values, cells in table.rows:
@@ -40,17 +40,21 @@ def plot(table: Table, x: str, path: Path) -> None:
                 curves.setdefault(", ".join(filter(None, [title, rest])), []).append((values[index], cells[column]))
     if not curves:
         raise UserError(f"--x {x} is a number in none of these rows: there is nothing to draw")
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for title, points in curves.items():
+    below = -(-len(curves) // 2) if len(curves) > 1 else 0  # lines of the legend
+    figure = Figure(figsize=(6, 4 + 0.2 * below), layout="constrained")
+    axes = figure.subplots()
+    for number, (title, points) in enumerate(curves.items()):
         bars = [cell.deviation or 0 for _, cell in points]
-        axes.errorbar(*zip(*[(at, cell.mean) for at, cell in points]), yerr=bars, marker="o", capsize=3, label=title)
+        means = [(at, cell.mean) for at, cell in points]
+        axes.errorbar(*zip(*means), yerr=bars, capsize=3, label=title, **style(number))
     axes.set_xlabel(x)
     axes.set_ylabel(", ".join(dict.fromkeys(metric for _, metric in table.columns)))
     axes.grid(alpha=0.3)
-    if len(curves) > 1:
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    if any(cell.deviation is not None for points in curves.values() for _, cell in points):
+        axes.set_title(f"bars: {DEVIATION}", fontsize="small", loc="left")
+    if below:
+        figure.legend(fontsize="small", loc="outside lower center", ncols=2, frameon=False)
+    save_figure(figure, path)
 
 
 FORMATS = {"md": markdown, "latex": latex}
@@ -61,7 +65,11 @@ def get_args_parser():
     parser.add_argument("folders", nargs="+", help=f"folders to search, with subfolders, for {LEDGER}")
     parser.add_argument("--by", default="run", metavar="FLAGS", help="flags to group rows by, separated by commas")
     parser.add_argument(
-        "--metric", nargs="+", default=[], metavar="METRIC", help="METRIC or KIND:METRIC; without it all accuracies"
+        "--metric",
+        nargs="+",
+        default=[],
+        metavar="METRIC",
+        help="METRIC or KIND:METRIC, such as eval/acc1; without it all accuracies",
     )
     parser.add_argument("--where", nargs="+", default=[], metavar="FLAG=VALUE", help="only the runs with these flags")
     parser.add_argument(
@@ -78,7 +86,9 @@ def get_args_parser():
     parser.add_argument("--format", choices=["md", "csv", "latex"], default="md", help="format of the table")
     parser.add_argument("--digits", type=int, default=2, help="decimals; csv has full precision")
     parser.add_argument("--out", default="", metavar="FILE", help="write the table to this file instead of printing it")
-    parser.add_argument("--plot", default="", metavar="PNG", help="draw the metrics over --x into this file")
+    parser.add_argument(
+        "--plot", default="", metavar="FILE", help="draw the metrics over --x into this .png, .pdf or .svg file"
+    )
     parser.add_argument(
         "--x", default="", metavar="FLAG", help="flag of --by on the horizontal axis; without it the last one"
     )
@@ -94,12 +104,16 @@ def main(args) -> Table:
     for flag in ("out", "plot"):
         if getattr(args, flag) and not Path(getattr(args, flag)).resolve().parent.is_dir():
             raise UserError(f"--{flag} {getattr(args, flag)} must be in a folder that exists")
+    command_line.check_picture(args, "plot")
     if args.digits < 0:
         raise UserError(f"--digits {args.digits} must not be negative")
     runs = choose(read_runs(args.folders, args.strip), args.where)
     check_names(runs, args.allow_differing)
     table = make_table(runs, by, args.metric, args.allow_differing, args.allow_revisions)
     text = comma_separated(table) if args.format == "csv" else FORMATS[args.format](table, args.digits)
+    if args.format == "csv":
+        for note in table.notes:
+            print(f"note: {note}", file=sys.stderr)
     if args.out:
         Path(args.out).write_text(text + "\n", encoding="utf-8")
     else:

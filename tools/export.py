@@ -88,6 +88,8 @@ def flags_of(judged: judging.Judged, pool: str | None) -> dict:
     flags |= {name: resolved[name] for name in ("patch_size", "in_chans")}
     flags |= dict(zip(("mean", "std"), judged.images.mean_std))
     flags |= {name: resolved[name] for name in ("model", "input_size")}
+    epoch = judged.weights.history.get("epoch")  # the last one that was trained, which may be before --epochs
+    flags |= {"origin": {"epoch": epoch}} if epoch is not None else {}
     if pool:
         flags |= dict(global_pool=pool == "avg", nb_classes=judged.model.num_classes)
     return flags | (class_names(judged) if pool and judged.model.num_classes else {})

@@ -1,32 +1,37 @@
 """Images that maximally activate an encoder's channels, by gradient ascent, a row for each block (after Ghiasi et al.
-2022).
+2022), of one checkpoint, or of several below each other.
 
 python tools/feature_viz.py output_dir/checkpoint-799.pth --out channels.png
 python tools/feature_viz.py output_dir/checkpoint-799.pth --out channels.png --blocks 0 5 11 --channels 3 140
+python tools/feature_viz.py mae/checkpoint-799.pth mlo/checkpoint-199.pth --out both.pdf
 
 The images and the activations of their channels before and after the ascent are written beside the picture (.npz); the
 numbers also into a JSON file, TensorBoard and the ledger.
 """
 
 import sys
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
-from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from evaluation import command_line, judging
 from evaluation.feature_viz import LAYERS, FourierImages, channel_activation, excite
 from util.errors import UserError, user_errors
 from util.parser import Parser
-from util.report.pictures import captioned, grid, labelled, rgb
+from util.report.ledger import Record
+from util.report.pictures import rgb
+from util.report.sheet import Row, Sheet, draw_sheet
 
 
 def get_args_parser():
     parser = Parser("Draw images that maximally activate single channels of an encoder, at several depths.")
-    command_line.add_checkpoint_flags(parser)
-    parser.add_argument("--out", required=True, help="PNG file to write")
+    command_line.add_checkpoint_flags(parser, several=True)
+    command_line.add_out_flag(parser)
+    command_line.add_tile_flag(parser)
     parser.add_argument("--blocks", type=int, nargs="+", help="blocks, from 0; without it four, evenly spaced")
     parser.add_argument("--layer", choices=LAYERS, default="mlp", help="mlp: inside the MLP; block: its output")
     parser.add_argument("--channels", type=int, nargs="+", help="channels; without it --count of them, evenly spaced")
@@ -59,6 +64,7 @@ def check_values(args) -> None:
     for name in ("count", "steps", "lr"):
         if not 0 < getattr(args, name) < float("inf"):
             raise UserError(f"--{name} {getattr(args, name)} must be positive")
+    command_line.check_tile(args)
     if not 0 <= args.tv < float("inf") or (args.jitter or 0) < 0:
         raise UserError("--tv and --jitter must not be negative")
 
@@ -100,7 +106,10 @@ def ascend(judged: judging.Judged, blocks: list[int], channels: list[int]) -> tu
         activations.append(values.cpu())
         lost = int((values[1] <= values[0]).sum())
         hint = f"; {lost} of {len(channels)} no more than by grey: try --jitter 0, more --steps" if lost else ""
-        print(f"block {block}: mean activation {values[0].mean():.3g} -> {values[1].mean():.3g}{hint}", flush=True)
+        print(
+            f"{judged.path}, block {block}: mean activation {values[0].mean():.3g} -> {values[1].mean():.3g}{hint}",
+            flush=True,
+        )
     return torch.stack(images), torch.stack(activations)
 
 
@@ -113,28 +122,83 @@ def metrics_of(blocks: list[int], activations: torch.Tensor) -> dict[str, float]
     return metrics
 
 
-def main(args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw and return the images and activations of `ascend`."""
+@dataclass
+class Excited:
+    """The result of `ascend` for one checkpoint."""
+
+    judged: judging.Judged
+    images: torch.Tensor  # (blocks, channels, C, H, W), in [0, 1]
+    activations: torch.Tensor  # (blocks, 2, channels): for grey, and for the images
+
+
+def drawing(results: list[Excited], labels, blocks: list[int], channels: list[int], side=None) -> Sheet:
+    """Draw the images of each checkpoint, whose rows begin with its label."""
+    rows = []
+    for own, label in zip(results, labels):
+        for i, block in enumerate(blocks):
+            notes = [f"{before:.2g} to {after:.2g}" for before, after in own.activations[i].T.tolist()]
+            opens = i == 0 and len(rows) > 0
+            rows.append(Row(rgb(own.images[i]), f"{label} block {block}".strip(), notes, opens))
+    return draw_sheet(rows, [f"channel {i}" for i in channels], caption(own.judged.args.layer), None, side)
+
+
+def caption(layer: str) -> str:
+    where = "inside the MLP" if layer == "mlp" else "at the output of the block"
+    return (
+        f"Images that excite single channels {where}, by gradient ascent. Below each: the channel's mean activation "
+        "for a grey image, and for this one."
+    )
+
+
+def open_alike(args) -> tuple[list[judging.Judged], list[int], list[int]]:
+    """Open the checkpoints of the flags -> models, blocks and channels to draw. Raises UserError if one lacks them or
+    has images of another shape, and if without --blocks and --channels they would differ."""
+    command_line.checkpoints_of(args, "(a file, a timm model, or random)")
+    opened = judging.open_each(args, lambda args, path, like: judging.open_trained(args, path, like, head=False))
+    judging.check_same_images(opened, lambda judged: (Fraction(*judged.config.input_size),))
+    each = [chosen(args, judged.model) for judged in opened]
+    for judged, own in zip(opened, each):
+        if own != each[0]:
+            raise UserError(
+                f"{judged.path} has another depth or width than {opened[0].path}: give --blocks and --channels "
+                "that both have"
+            )
+    return opened, *each[0]
+
+
+def main(args) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Draw and return the images and activations of `ascend` for each checkpoint."""
     check_values(args)
-    out = command_line.check_out(args, ".png")
-    judged = judging.open_trained(args, command_line.checkpoint_of(args), head=False)
-    blocks, channels = chosen(args, judged.model)
-    record = judged.record("feature_viz")
-    images, activations = ascend(judged, blocks, channels)
-    where = "in the MLP" if args.layer == "mlp" else "behind the block"
-    text = f"images that excite single channels {where}, of blocks {' '.join(map(str, blocks))}"
-    picture = to_pil_image(grid(torch.stack([rgb(row) for row in images]), per_row=1))
-    picture = labelled(picture, [f"channel {i}" for i in channels], [f"block {i}" for i in blocks])
-    captioned(picture, text).save(out)
-    arrays = dict(images=images.numpy(), activations=activations.numpy(), blocks=blocks, channels=channels)
-    np.savez(out.with_suffix(".npz"), **arrays)
-    metrics = metrics_of(blocks, activations)
-    shown = dict(shown_blocks=blocks, shown_channels=channels, activations=activations.tolist())
-    images_seen = len(blocks) * len(channels) * (args.steps + 2)  # one more before and after the steps
-    pictures = {"images": to_tensor(picture)}
-    judged.publish(record, metrics, images_seen, json=out, pictures=pictures, caption=text, **shown)
-    print(f"{out}: {text}")
-    return images, activations
+    out = command_line.check_picture(args)
+    opened, blocks, channels = open_alike(args)
+    records = [judged.record("feature_viz") for judged in opened]
+    results = [Excited(judged, *ascend(judged, blocks, channels)) for judged in opened]
+    labels = command_line.titles_of([judged.path for judged in opened]) if len(opened) > 1 else [""]
+    drawing(results, labels, blocks, channels, args.tile_size).save(out)
+    arrays = {}
+    for i, (record, own) in enumerate(zip(records, results)):
+        number = f"_{i}" if len(results) > 1 else ""
+        arrays |= {f"images{number}": own.images.numpy(), f"activations{number}": own.activations.numpy()}
+        publish(record, own, blocks, channels, out.with_stem(out.stem + number), number)
+    np.savez(out.with_suffix(".npz"), **arrays, blocks=blocks, channels=channels)
+    print(f"{out}: {caption(args.layer)}")
+    return [(own.images, own.activations) for own in results]
+
+
+def publish(record: Record, own: Excited, blocks: list[int], channels: list[int], out: Path, number: str) -> None:
+    """Publish the result of one checkpoint; `number` tells it from others in the name of its TensorBoard folder."""
+    own.judged.publish(
+        record,
+        metrics_of(blocks, own.activations),
+        len(blocks) * len(channels) * (own.judged.args.steps + 2),  # one more before and after the steps
+        name=f"feature_viz{number.replace('_', '-')}",
+        json=out,
+        pictures={"images": drawing([own], [""], blocks, channels).tensor()},
+        caption=caption(own.judged.args.layer),
+        shown_blocks=blocks,
+        shown_channels=channels,
+        activations=own.activations.tolist(),
+    )
 
 
 if __name__ == "__main__":

@@ -122,12 +122,12 @@ def compare(out: Path, common: list[str], checkpoint: str, batch: int, images: i
 def table(results: dict[str, dict], shots: list[int]) -> str:
     """Return a Markdown table with a row for each measure and a column for each encoder, from {column: metrics of its
     ledger}. Measures without any value are left out."""
-    measures = [(f"few-shot, {k} label{'s' * (k > 1)} a class", f"fewshot{k}") for k in shots]
-    measures += [(f"{k}-NN, all labels", f"knn{k}") for k in SHOWN_NEIGHBOURS]
-    measures += [("linear probe, all labels", "test")]
+    measures = [(f"few-shot, {k} label{'s' * (k > 1)} a class", f"eval/fewshot{k}_") for k in shots]
+    measures += [(f"{k}-NN, all labels", f"eval/knn{k}_") for k in SHOWN_NEIGHBOURS]
+    measures += [("linear probe, all labels", "eval/")]
     rows = [["test accuracy in %", *results], ["---"] * (1 + len(results))]
     for title, name in measures:
-        if any(f"{name}_acc1" in metrics for metrics in results.values()):
+        if any(f"{name}acc1" in metrics for metrics in results.values()):
             rows.append([title, *(_cell(metrics, name) for metrics in results.values())])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows[1] = ["-" * width for width in widths]
@@ -135,7 +135,7 @@ def table(results: dict[str, dict], shots: list[int]) -> str:
 
 
 def _cell(metrics: dict, name: str) -> str:
-    value, half = metrics.get(f"{name}_acc1"), metrics.get(f"{name}_interval95")
+    value, half = metrics.get(f"{name}acc1"), metrics.get(f"{name}interval95")
     if value is None:
         return ""
     return f"{value:.2f}" + (f" ± {half:.2f}" if half else "")  # 0: each draw has all images

@@ -16,9 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from matplotlib.figure import Figure
 
+from evaluation import command_line
 from util.errors import UserError, user_errors
 from util.parser import Parser
+from util.report.curves import COLOURS, style
+from util.report.sheet import save_figure
 
+BELOW = dict(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)  # legends that cover nothing
 REGIMES = {
     "similar": "inputs around one direction",
     "random": "independent inputs",
@@ -92,28 +96,38 @@ def taken_back(cosine: float, width=64, lr=0.1, momentum=0.9, seed=0) -> float:
 
 def draw(traces: dict[str, Trace], args) -> Figure:
     """Draw the measured gradients and those of the proposition."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, trace in traces.items():
-        (line,) = left.plot(trace.predicted, label=f"{name}: {REGIMES[name]}")
-        left.plot(trace.measured, ".", color=line.get_color(), markersize=5)
+    for i, (name, trace) in enumerate(traces.items()):
+        left.plot(trace.predicted, color=style(i)["color"])
+        left.plot(trace.measured, linestyle="", markersize=4, label=f"{name}: {REGIMES[name]}", **style(i))
     left.set(
         xlabel="step",
         ylabel="consistency / reconstruction gradient (norm)",
-        title="measured (dots) and Proposition 4.1 (lines)",
+        title="measured (markers) and Proposition 4.1 (lines)",
     )
-    left.legend(fontsize="small")
+    left.legend(fontsize="small", **BELOW)
     cosines = torch.linspace(-1, 1, 41).tolist()
-    right.plot(cosines, [-args.lr * args.momentum * c**2 for c in cosines], label="-lr · momentum · cosine²")
     right.plot(
-        cosines, [taken_back(c, args.width, args.lr, args.momentum, args.seed) for c in cosines], ".", label="measured"
+        cosines,
+        [-args.lr * args.momentum * c**2 for c in cosines],
+        color=COLOURS[0],
+        label="-lr · momentum · cosine² (Proposition 4.1)",
+    )
+    right.plot(
+        cosines,
+        [taken_back(c, args.width, args.lr, args.momentum, args.seed) for c in cosines],
+        "s",
+        markersize=4,
+        color=COLOURS[1],
+        label="measured",
     )
     right.set(
         xlabel="cosine of the current and the last input",
-        ylabel="share of the last gradient in it",
-        title="the last step is reversed in proportion to the squared cosine",
+        ylabel="share of the last gradient\nin the consistency gradient",
+        title="how much of the last step is reversed",
     )
-    right.legend(fontsize="small")
+    right.legend(fontsize="small", **BELOW)
     return figure
 
 
@@ -125,9 +139,7 @@ def main(args) -> dict[str, Trace]:
         raise UserError(f"--steps {args.steps} must not exceed --width {args.width}, the number of orthogonal inputs")
     if not 0 <= args.momentum < 1 or not args.lr > 0 or not args.gamma >= 0:
         raise UserError("--momentum must lie in [0, 1), --lr be positive and --gamma not negative")
-    out = Path(args.out)
-    if out.suffix.lower() not in (".png", ".pdf", ".svg") or not out.parent.is_dir():
-        raise UserError(f"--out {out} must be a .png, .pdf or .svg file in a folder that exists")
+    out = command_line.check_picture(args)
     traces = {
         name: simulate(name, args.steps, args.width, args.lr, args.momentum, args.gamma, args.seed) for name in REGIMES
     }
@@ -136,8 +148,8 @@ def main(args) -> dict[str, Trace]:
         size = sum(trace.measured) / len(trace.measured)
         error = f"{trace.error:.1e}" if size > 1e-12 else "both vanish"
         print(f"{name:<12} {size:<52.3g} {error}")
-    draw(traces, args).savefig(args.out, dpi=120)
-    print(f"wrote {args.out}")
+    save_figure(draw(traces, args), out, dpi=120)
+    print(f"wrote {out}")
     return traces
 
 
@@ -149,7 +161,7 @@ def get_args_parser():
     parser.add_argument("--momentum", type=float, default=0.9, help="momentum of the teacher")
     parser.add_argument("--gamma", type=float, default=1.0, help="weight of the consistency loss")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and inputs")
-    parser.add_argument("--out", default="rc_linear.png", help="PNG file to write")
+    parser.add_argument("--out", default="rc_linear.png", help="picture to write: a .png, .pdf or .svg file")
     return parser
 
 

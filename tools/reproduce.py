@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.runs import Run, read_runs, shown_value
-from evaluation.tables import Cell, make_table
+from evaluation.tables import DEVIATION, Cell, make_table
 from util.architectures import own_config
 from util.checkpoint.files import LEDGER
 from util.errors import UserError, user_errors
@@ -28,11 +28,11 @@ PUBLISHED = Path(__file__).with_name("published.json")
 READERS = {"imagefolder", "folder", "filelist", "wds"}  # formats, which do not identify the images
 PREFIXES = ("", "pretrain.", "finetune.")
 NAMES = {
-    "finetune:test_acc1": "fine-tuned",
-    "finetune_small:test_acc1": "fine-tuned, small augmentation",
-    "probe:test_acc1": "linear probe",
-    "linear:test_acc1": "linear probe",
-    "fewshot:fewshot10_acc1": "10 images a class",
+    "finetune:eval/acc1": "fine-tuned",
+    "finetune_small:eval/acc1": "fine-tuned, small augmentation",
+    "probe:eval/acc1": "linear probe",
+    "linear:eval/acc1": "linear probe",
+    "fewshot:eval/fewshot10_acc1": "10 images a class",
 }
 
 
@@ -173,7 +173,9 @@ def markdown(paper: dict, rows: list[Row]) -> str:
         name = NAMES.get(row.metric, row.metric)
         lines.append([row.run, name, _shown_cell(row.cell), _shown_number(row.published), where, differs])
     table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-    return f"# {paper['title']}\n\n{paper['note']} Accuracies in percent.\n\n{table}"
+    deviations = any(row.cell and row.cell.deviation is not None for row in rows)
+    sign = f" ±: {DEVIATION}, n: number of seeds." * deviations
+    return f"# {paper['title']}\n\n{paper['note']} Accuracies in percent.{sign}\n\n{table}"
 
 
 def comma_separated(rows: list[Row]) -> str:

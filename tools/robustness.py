@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torchvision import transforms
+from torchvision.transforms.functional import to_tensor
 
 from evaluation import command_line, judging
 from evaluation.corruptions import NAMES, SEVERITIES, read_frost
@@ -41,6 +41,8 @@ from util.data.readers import read_images
 from util.data.sources import Subset
 from util.errors import UserError, user_errors
 from util.report.ledger import Record, describe_images
+from util.report.pictures import rgb
+from util.report.sheet import Row, draw_sheet
 
 
 def get_args_parser():
@@ -57,7 +59,10 @@ def get_args_parser():
     group.add_argument(
         "--frost", default="", metavar="DIR", help="photographs of frost, instead of a synthetic texture"
     )
-    group.add_argument("--picture", default="", help="PNG file to draw: two images under every corruption")
+    group.add_argument(
+        "--picture", default="", help="picture to write, two images under every corruption: a .png, .pdf or .svg file"
+    )
+    command_line.add_tile_flag(group)
     parser.add_argument("--out", default="", help="JSON file for the result; the ledger is in its folder")
     return parser
 
@@ -119,7 +124,10 @@ def check(args) -> Path | None:
         raise UserError(f"--seed {args.seed} must not be negative")
     if (args.frost or args.picture) and not args.corrupt:
         raise UserError(f"--{'frost' if args.frost else 'picture'} is for --corrupt")
-    command_line.check_out(args, ".png", flag="picture")
+    if args.tile_size and not args.picture:
+        raise UserError("--tile_size is for --picture")
+    command_line.check_tile(args)
+    command_line.check_picture(args, "picture")
     return command_line.check_out(args, ".json")
 
 
@@ -255,8 +263,7 @@ def plain_folder(bench: Bench, evaluation: Evaluation) -> dict:
 
 def foreign_images(bench: Bench, foreign: Evaluation, known: Evaluation) -> dict:
     """Detect the out-of-distribution images `foreign` among the images `known` of the same classes -> metrics."""
-    known = bench.some(only(known, foreign.output_indices))
-    (_, outside), (_, inside) = bench.predict(bench.some(foreign)), bench.predict(known)
+    (_, outside), (_, inside) = bench.predict(foreign), bench.predict(known)
     aupr = detection_aupr(inside, outside)
     chance = 100 * len(outside) / (len(inside) + len(outside))
     print(
@@ -287,29 +294,23 @@ def dataset_images(bench: Bench) -> Evaluation:
 # The picture ----------------------------------------------------------------------------------------------------------
 
 
-def draw(bench: Bench, evaluation: Evaluation, path: str, count: int = 2) -> None:
+def draw(bench: Bench, evaluation: Evaluation, path: Path, count: int = 2) -> None:
     """Draw a row for each corruption: `count` images clean, and at severity 1 to 5."""
-    args, shape = bench.args, bench.shape()
-    indices = np.linspace(0, len(evaluation.images) - 1, count + 2).astype(int)[1:-1]
-    columns = count * (1 + len(SEVERITIES))
-    figure = Figure(figsize=(0.9 * columns + 1.6, 0.9 * len(args.corruptions) + 0.4), layout="constrained")
-    axes = figure.subplots(len(args.corruptions), columns, squeeze=False)
-    for row, name in zip(axes, args.corruptions):
-        row[0].set_ylabel(name.replace("_", "\n"), rotation=0, ha="right", va="center", fontsize="small")
-        for i, index in enumerate(indices.tolist()):
-            clean = shape.to_size(shape.convert(evaluation.images.load(index)))
-            variants = [
-                Corrupted(evaluation.images, name, severity, shape, args.seed, bench.photographs).load(index)
-                for severity in SEVERITIES
-            ]
-            for axis, img in zip(row[i * (1 + len(SEVERITIES)) :], [clean, *variants]):
-                axis.imshow(img, cmap="gray", vmin=0, vmax=255)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    for i, axis in enumerate(axes[0]):
-        severity = i % (1 + len(SEVERITIES))
-        axis.set_title(f"severity {severity}" if severity else "clean", fontsize="small")
-    figure.savefig(path, dpi=110)
+    args, shape, rows = bench.args, bench.shape(), []
+    indices = np.linspace(0, len(evaluation.images) - 1, count + 2).astype(int)[1:-1].tolist()
+    for name in args.corruptions:
+        variants = [Corrupted(evaluation.images, name, s, shape, args.seed, bench.photographs) for s in SEVERITIES]
+        tiles = []
+        for index in indices:
+            tiles.append(to_tensor(shape.to_size(shape.convert(evaluation.images.load(index)))))
+            tiles += [to_tensor(variant.load(index)) for variant in variants]
+        synthetic = " (synthetic)" * (name == "frost" and not bench.photographs)
+        rows.append(Row(rgb(torch.stack(tiles)), name.replace("_", " ") + synthetic))
+    titles = ["clean", *(f"severity {severity}" for severity in SEVERITIES)]
+    caption = (
+        f"{count} images of {evaluation.name} under the corruptions of ImageNet-C, as the classifier receives them"
+    )
+    draw_sheet(rows, titles, caption, None, args.tile_size, per_row=count).save(path)
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -356,12 +357,13 @@ def main(args) -> dict:
     plain, corrupted = open_sets(bench)
     foreign = []
     if args.foreign:
-        foreign = [open_foreign(args.foreign, bench.classes), open_folder(args.known, bench.classes)]
+        outside, inside = open_foreign(args.foreign, bench.classes), open_folder(args.known, bench.classes)
+        foreign = [bench.some(outside), bench.some(only(inside, outside.output_indices))]
     sets = {evaluation.name: evaluation.images for evaluation in plain.values()}
     sets |= {name: evaluation.images for name, evaluation in zip(("foreign", "known"), foreign)}
     record = bench.judged.record("robustness", **sets)
     if args.picture:
-        draw(bench, next(iter(plain.values())), args.picture)
+        draw(bench, next(iter(plain.values())), Path(args.picture))
     result, errors = {}, {}
     for path, evaluation in plain.items():
         if args.corrupt:

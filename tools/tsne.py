@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
@@ -22,7 +23,15 @@ from evaluation.publish import write_comparison
 from util.data.readers import read_images
 from util.data.sources import Subset
 from util.errors import UserError, user_errors
+from util.report.curves import style
+from util.report.sheet import save_figure
 
+CAPTION = (
+    "one point for each test image; t-SNE's axes have no unit\n"
+    "intra / inter: mean cosine similarity of the features of two images of one class,\n"
+    "divided by that of two images of different classes"
+)
+MOST_NAMED = 60  # classes with a colour, a marker and a line in the legend
 PCA_DIMENSIONS = 50  # to which features are reduced first, as van der Maaten and Hinton 2008 do (Section 4.2)
 
 
@@ -37,11 +46,7 @@ def get_args_parser():
     parser.add_argument(
         "--titles", nargs="+", default=[], help="titles of the plots; without it the names of the checkpoints"
     )
-    parser.add_argument(
-        "--out",
-        required=True,
-        help="PNG file; the numbers are written beside it (.json) and into the ledger of its folder",
-    )
+    command_line.add_out_flag(parser, "; the numbers are written beside it (.json) and into the ledger of its folder")
     return parser
 
 
@@ -54,7 +59,7 @@ def check(args) -> Path:
         raise UserError(f"--images {args.images} must not be negative; 0 takes all")
     if not 1 < args.perplexity < float("inf"):
         raise UserError(f"--perplexity {args.perplexity} must be a number above 1")
-    return command_line.check_out(args, ".png")
+    return command_line.check_picture(args)
 
 
 def class_similarity(features: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -103,28 +108,28 @@ def embed(features: torch.Tensor, perplexity: float, seed: int):
 
 
 def draw(points: list, labels: list, titles: list[str], classes: list[str], path: Path) -> None:
-    """Draw a square of points (M, 2) for each title, coloured by label, with a legend for up to 20 classes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    size = (4 * len(points) + (1.2 if len(classes) <= 20 else 0), 4.4)
-    figure, axes = pyplot.subplots(1, len(points), figsize=size, squeeze=False, layout="constrained")
-    colours = pyplot.get_cmap("tab10" if len(classes) <= 10 else "tab20" if len(classes) <= 20 else "hsv", len(classes))
-    for axis, embedded, label, title in zip(axes[0], points, labels, titles):
-        axis.scatter(*embedded.T, c=label, cmap=colours, vmin=-0.5, vmax=len(classes) - 0.5, s=5, linewidths=0)
+    """Draw a square of points (M, 2) for each title. Up to `MOST_NAMED` classes have a colour and a marker each, and a
+    legend beside the squares; of more, the colour is the number of the class."""
+    columns = -(-len(classes) // 20)
+    named = len(classes) <= MOST_NAMED
+    size = 4 * len(points) + (1.6 * columns if named else 1), 5.1
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(points), squeeze=False)[0]
+    for axis, embedded, label, title in zip(axes, points, labels, titles):
         axis.set(title=title, xticks=[], yticks=[])
-    if len(classes) <= 20:
-        dots = [pyplot.Line2D([], [], marker="o", linestyle="", color=colours(i)) for i in range(len(classes))]
-        figure.legend(dots, classes, loc="outside right center", fontsize="small", frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def default_title(checkpoint: str) -> str:
-    path = Path(checkpoint)
-    return f"{path.resolve().parent.name}/{path.stem}" if path.is_file() else checkpoint
+        for number in range(len(classes)) if named else ():
+            chosen = embedded[label == number]
+            axis.scatter(*chosen.T, s=14, linewidths=0, alpha=0.8, label=classes[number], **style(number))
+        if not named:
+            shown = axis.scatter(*embedded.T, c=label, cmap="cividis", vmin=0, vmax=len(classes) - 1, s=8, linewidths=0)
+    if named:
+        handles = axes[0].get_legend_handles_labels()
+        options = dict(fontsize="small", frameon=False, ncols=columns, markerscale=1.5)
+        figure.legend(*handles, loc="outside right center", title="class", **options)
+    else:
+        figure.colorbar(shown, ax=axes, label=f"number of the class, of {len(classes)}")
+    figure.supxlabel(CAPTION, fontsize="small")
+    save_figure(figure, path)
 
 
 def judge(args, judged: judging.Judged, number: int) -> tuple:
@@ -132,7 +137,7 @@ def judge(args, judged: judging.Judged, number: int) -> tuple:
     images = chosen_images(args)
     record = judged.record("tsne", test=images)
     check_perplexity(args.perplexity, len(images))
-    features, labels = judged.features(images, f"images by {default_title(judged.path)}")
+    features, labels = judged.features(images, f"images by {command_line.titles_of([judged.path])[0]}")
     result = class_similarity(features, labels)
     points = embed(features, args.perplexity, args.seed)
     judged.publish(record, result, len(images), name=f"tsne-{number}")
@@ -147,7 +152,7 @@ def main(args) -> list[dict]:
     names = [judged.path for judged in opened]
     judgements = [judge(args, judged, i) for i, judged in enumerate(opened)]
     results = []
-    for name, title, (similarity, *_) in zip(names, args.titles or map(default_title, names), judgements):
+    for name, title, (similarity, *_) in zip(names, args.titles or command_line.titles_of(names), judgements):
         results.append({"checkpoint": name, "title": title, **similarity})
         print(f"{title}: " + "  ".join(f"{key} {value:.4f}" for key, value in similarity.items()))
     titles = [f"{result['title']}\nintra / inter {result['ratio']:.3f}" for result in results]

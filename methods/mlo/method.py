@@ -51,7 +51,7 @@ from methods.options import Option
 from models_encoder import scatter_tokens
 from models_mae import MaskedAutoencoderViT, MaskedOutput
 from util.compute.precision import autocast, choose_amp_dtype
-from util.report.pictures import mask_picture
+from util.report.pictures import mask_sheet, mask_tiles
 
 # Recorded steps of stage I -------------------------------------------------------------------------------------------
 
@@ -299,7 +299,8 @@ class MLOMAE(Method):
 
     @torch.no_grad()
     def pictures(self, model, imgs, shown):
-        return {"masks": mask_picture(shown, self.logits(model, imgs), self.ratio, model)}
+        tiles = mask_tiles(shown, self.logits(model, imgs), self.ratio, model)
+        return {"masks": mask_sheet([tiles], caption=f"{self.ratio:.0%} of the patches removed, grey").tensor()}
 
     @torch.no_grad()
     def distributions(self, model, imgs):

@@ -25,11 +25,11 @@ figures() { # BY X NAME: print a table, and draw three curves over X
     [ -z "$list" ] || return 0
     local kind metric
     "$python" "$root/tools/collect.py" "$out"/{finetune,linear,fewshot}-*-seed* --strip finetune- linear- fewshot- \
-        --by "$1" --metric finetune:test_acc1 linear:test_acc1 fewshot10_acc1 --out "$out/$3.md"
+        --by "$1" --metric finetune:eval/acc1 linear:eval/acc1 eval/fewshot10_acc1 --out "$out/$3.md"
     cat "$out/$3.md"
     for kind in finetune linear fewshot; do
-        metric=test_acc1
-        [ "$kind" != fewshot ] || metric=fewshot10_acc1
+        metric=eval/acc1
+        [ "$kind" != fewshot ] || metric=eval/fewshot10_acc1
         "$python" "$root/tools/collect.py" "$out/$kind"-*-seed* --strip "$kind-" --by "$1" --metric "$metric" \
             --plot "$out/$3-$kind.png" --x "$2" --out "$out/$3-$kind.md"
     done

@@ -65,7 +65,7 @@ def probe(folder: Path, checkpoint: Path, data: Path, seed: int) -> float:
         where = ("--data_path", data, "--output_dir", folder, "--overwrite", "--amp_dtype", "fp32")
         python("main_linprobe.py", "--model", MODEL, "--finetune", checkpoint, "--seed", seed, *where,
                "--cache_features", "--global_pool", "--num_workers", "0")  # fmt: skip
-    return json.loads((folder / "probe.json").read_text())["result"]["test_acc1"]
+    return json.loads((folder / "probe.json").read_text())["result"]["eval/acc1"]
 
 
 def images(data: Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:

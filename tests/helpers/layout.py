@@ -31,7 +31,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("util.data",),
     ("util.report",),
     ("util.training",),
-    ("util.arguments", "util.datasets", "util.misc"),
+    ("util.arguments", "util.datasets", "util.misc", "util.next_commands"),
     ("planning",),
     ("models_encoder", "models_mae", "models_vit"),
     ("methods",),

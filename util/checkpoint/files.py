@@ -9,6 +9,11 @@ from pathlib import Path
 
 LEDGER = "results.jsonl"  # results of the runs of a folder; see util/report/ledger.py
 SCORES = "scores.json"  # of a finished supervised run: its last evaluation, by class
+EVALUATION = ("eval.json", "eval_confusion.png")  # of --eval
+BEST = "checkpoint-best.pth"
+ENCODERS = "encoder*.safetensors"  # of a finished pretraining
+ABANDONED = ".abandoned"  # ending of files that are later than the checkpoint from which their run was resumed
+EVENTS = "events.out.tfevents.*"  # of TensorBoard
 CONFUSION = "confusion.png"  # the confusion matrix of that evaluation
 NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.(?:pth|dcp)")
 

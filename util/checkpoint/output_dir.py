@@ -4,7 +4,17 @@ import os
 from pathlib import Path
 
 from util.checkpoint.atomic import write_atomically
-from util.checkpoint.files import CONFUSION, LEDGER, SCORES, list_checkpoints
+from util.checkpoint.files import (
+    ABANDONED,
+    BEST,
+    CONFUSION,
+    ENCODERS,
+    EVALUATION,
+    EVENTS,
+    LEDGER,
+    SCORES,
+    list_checkpoints,
+)
 from util.checkpoint.save import remove_checkpoint
 from util.errors import UserError
 from util.parallel.distributed import is_main_process
@@ -14,12 +24,20 @@ def _files_of_a_run(folder: Path) -> list[Path]:
     """Return the files and sharded checkpoints of a run in `folder`, without its ledger; [] if there is no folder."""
     if not os.path.isdir(folder):  # Path.is_dir raises OSError for a name that is too long
         return []
-    names = ("log.txt", "args.json", "checkpoint-best.pth", "probe.json", "probe.pth", "spikes.jsonl")
+    names = ("log.txt", "args.json", BEST, "probe.json", "probe.pth", "spikes.jsonl")
     names += (SCORES, CONFUSION)
     paths = [folder / name for name in names]
-    paths += [*list_checkpoints(folder), *folder.glob("events.out.tfevents.*"), *folder.glob(".checkpoint-*.tmp")]
-    paths += folder.glob("encoder*.safetensors")
-    return [path for path in paths if path.is_file() or path.suffix == ".dcp" or path.name.endswith(".dcp.tmp")]
+    paths += [*list_checkpoints(folder), *folder.glob(EVENTS), *folder.glob(".checkpoint-*.tmp")]
+    paths += [*folder.glob(ENCODERS), *folder.glob(f"*{ABANDONED}")]
+    folders = (".dcp", ".dcp.tmp", f".dcp{ABANDONED}")
+    return [path for path in paths if path.is_file() or path.name.endswith(folders)]
+
+
+def _files_of_evaluations(folder: Path) -> list[Path]:
+    """Return what `--eval` and tools have written about the checkpoints in `folder`: the ledger, files under fixed
+    names, and TensorBoard's events, which a later evaluation would continue."""
+    paths = [folder / LEDGER, *(folder / name for name in EVALUATION), *folder.glob(f"tensorboard-*/{EVENTS}")]
+    return [path for path in paths if path.is_file()]
 
 
 def _check_folder(flag: str, folder: Path) -> None:
@@ -32,19 +50,36 @@ def _check_folder(flag: str, folder: Path) -> None:
 
 
 def check_output_dir(args) -> None:
-    """Raise UserError when `--output_dir` or `--log_dir` cannot be written, or when `--output_dir` contains another run
-    and neither `--resume` nor `--overwrite` is given."""
+    """Raise UserError when `--output_dir` or `--log_dir` cannot be written, or when one of them contains another run
+    and neither `--resume` (of a checkpoint in `--output_dir`) nor `--overwrite` is given."""
     for flag in ("output_dir", "log_dir"):
         if getattr(args, flag):
             _check_folder(flag, Path(getattr(args, flag)))
-    if not args.output_dir or getattr(args, "eval", False):
+    if getattr(args, "eval", False):
         return
     folder = Path(args.output_dir)
-    files = _files_of_a_run(folder)
+    files = _files_of_a_run(folder) if args.output_dir else []
     if files and not args.resume and not args.overwrite:
         raise UserError(
             f"--output_dir {folder} holds another run ({files[0].name}): choose another folder, "
             f"continue the run with --resume auto, or delete it with --overwrite"
+        )
+    resume = Path(args.resume)
+    if files and args.resume not in ("", "auto") and resume.exists() and resume.resolve().parent != folder.resolve():
+        raise UserError(
+            f"--output_dir {folder} holds another run ({files[0].name}) than --resume {resume}: choose another folder"
+        )
+    _check_log_dir(args, folder)
+
+
+def _check_log_dir(args, folder: Path) -> None:
+    """Raise UserError when a new run would draw its curves over those of another one in `--log_dir`."""
+    if not args.log_dir or args.resume or args.overwrite or (args.output_dir and Path(args.log_dir) == folder):
+        return
+    if os.path.isdir(args.log_dir) and any(Path(args.log_dir).glob(EVENTS)):
+        raise UserError(
+            f"--log_dir {args.log_dir} holds the curves of another run, over which those of this one would be drawn: "
+            f"choose another folder, or hide them with --overwrite"
         )
 
 
@@ -75,6 +110,8 @@ def make_output_dir(output_dir: str, log_dir: str, overwrite: bool) -> None:
 
 
 def _delete_run(folder: Path) -> None:
-    for path in _files_of_a_run(folder):
+    for path in [*_files_of_a_run(folder), *_files_of_evaluations(folder)]:
         remove_checkpoint(path)
-    (folder / LEDGER).unlink(missing_ok=True)
+    others = sorted(path.name for path in folder.glob("*.json"))
+    if others:
+        print(f"note: {', '.join(others)} in {folder} stay; they are not of this run")

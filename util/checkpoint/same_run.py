@@ -21,7 +21,12 @@ _MODEL_FLAGS += ("head",)
 FREE_FLAGS = {"resume", "overwrite", "output_dir", "log_dir", "num_workers", "pin_mem", "device", "data_path", "rank"}
 FREE_FLAGS |= {"gpu", "local_rank", "world_size", "distributed", "dist_url", "dist_backend", "timeout_s"}
 FREE_FLAGS |= {"print_freq", "save_freq", "save_steps", "keep", "vis_freq", "knn_freq", "eval_freq", "start_epoch"}
-FREE_FLAGS |= {"finetune", "allow_outside", "save_patience", "spike_factor", "check_leak"}
+FREE_FLAGS |= {"finetune", "allow_outside", "save_patience", "spike_factor", "check_leak", "verbose"}
+
+# Flags that have an effect only where a run starts: a resumed run keeps those of its start.
+START_FLAGS = ("init_from", "finetune", "checkpoint_key", "start_epoch")
+# Flags that describe a process and its folders, not what it computes.
+_OF_THE_PROCESS = {"resume", "overwrite", "output_dir", "log_dir", "rank", "gpu", "local_rank", "dist_url", "verbose"}
 
 
 def plain(value):
@@ -37,12 +42,33 @@ def _settled(flags: dict) -> dict:
     return {name: own.get(name) if value is None else value for name, value in flags.items()}
 
 
+def start_flags(stored: dict, args: dict) -> dict:
+    """Return the `START_FLAGS` that are stored in a checkpoint; print a note for each that was given with another
+    value, which has no effect."""
+    kept = {name: plain(stored[name]) for name in START_FLAGS if name in stored and name in args}
+    for name, value in kept.items():
+        given = plain(args[name])
+        if given not in (value, "", 0, "model"):  # the defaults
+            print(f"note: --{name} {given} has no effect on the resumed run, which has started with {value!r}")
+    return kept
+
+
+def earlier_flags(stored: dict, args: dict) -> dict:
+    """Return the flags `stored` in a checkpoint that differ from those with which its run continues."""
+    before, now = _settled(stored), _settled(args)
+    return {
+        name: plain(value)
+        for name, value in stored.items()
+        if name not in _OF_THE_PROCESS and (name not in now or plain(before[name]) != plain(now[name]))
+    }
+
+
 def check_same_run(path: Path, stored: dict, args: dict) -> None:
     """Raise UserError when a model flag differs from the checkpoint's; print a note for every other difference."""
     stored, args = _settled(stored), _settled(args)
     changed = {
         name: (plain(stored[name]), plain(args[name]))
-        for name in stored.keys() & args.keys() - FREE_FLAGS
+        for name in stored.keys() & args.keys() - FREE_FLAGS - set(START_FLAGS)
         if plain(stored[name]) != plain(args[name])
     }
     for name in _MODEL_FLAGS:

@@ -7,8 +7,20 @@ from pathlib import Path
 
 from util.checkpoint import retry
 from util.checkpoint.atomic import write_tensors
-from util.checkpoint.files import NAME, checkpoint_name, list_checkpoints, resume_position
+from util.checkpoint.files import (
+    ABANDONED,
+    BEST,
+    CONFUSION,
+    ENCODERS,
+    NAME,
+    SCORES,
+    checkpoint_name,
+    list_checkpoints,
+    resume_position,
+)
+from util.errors import UserError
 from util.parallel.distributed import is_main_process
+from util.weights.file import read_file
 
 
 @dataclass(frozen=True)
@@ -77,11 +89,23 @@ def remove_checkpoint(path: Path) -> None:
 
 def abandon_later(output_dir: str | Path, path: Path) -> None:
     """After a resume from an earlier checkpoint of a run, rename its later ones to `.abandoned`, so that `--resume
-    auto` and `--keep` do not count them."""
-    start = resume_position(path)
-    if not is_main_process() or start is None or path.resolve().parent != Path(output_dir).resolve():
+    auto` and `--keep` do not count them; also the best weights, if they are later, and the results of its end. Nothing
+    in the folder then claims to be of the run that continues."""
+    start, folder = resume_position(path), Path(output_dir)
+    if not is_main_process() or start is None or path.resolve().parent != folder.resolve():
         return
-    for later in list_checkpoints(output_dir):
-        if resume_position(later) > start:
-            print(f"{later.name} is later than the resumed checkpoint: renamed to {later.name}.abandoned")
-            later.rename(later.with_name(f"{later.name}.abandoned"))
+    later = [old for old in list_checkpoints(folder) if resume_position(old) > start]
+    results = [*folder.glob(ENCODERS), folder / SCORES, folder / CONFUSION] if later else []
+    best = [folder / BEST] if _epoch_of(folder / BEST) >= start[0] else []
+    for old in [*later, *best, *(result for result in results if result.is_file())]:
+        print(f"{old.name} is later than the resumed checkpoint: renamed to {old.name}{ABANDONED}")
+        old.rename(old.with_name(f"{old.name}{ABANDONED}"))
+
+
+def _epoch_of(path: Path) -> int:
+    """Return the epoch after which a file of weights was written; -1 if there is no such file, or it is damaged."""
+    try:
+        epoch = read_file(path).get("epoch") if path.is_file() else None
+    except UserError:
+        return -1
+    return epoch if isinstance(epoch, int) else -1

@@ -11,6 +11,7 @@ MEAN_STD = {
     "cifar100": ((0.50707, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615)),
     "tiny_imagenet": ((0.48024, 0.44807, 0.39755), (0.27699, 0.26906, 0.28208)),
     "digits": ((0.30543,) * 3, (0.37596,) * 3),
+    "scenes": ((0.45000, 0.41798, 0.36428), (0.33391, 0.26037, 0.27709)),
 }
 
 
@@ -34,6 +35,13 @@ def mean_std(
     if min(std) <= 0:
         raise UserError("--std must be positive")
     return tuple(mean), tuple(std)
+
+
+def mean_std_source(dataset: str, mean: Sequence[float] | None) -> str:
+    """Return where the values of `mean_std` come from, for a reader."""
+    if mean is not None:
+        return "--mean, --std"
+    return f"training set of {dataset}" if dataset in MEAN_STD else "ImageNet's; --mean and --std change them"
 
 
 def image_shape(size: int | Sequence[int]) -> tuple[int, int]:

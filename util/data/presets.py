@@ -19,7 +19,8 @@ PRESETS = {
     "tiny": OFFICIAL | dict(aa=None, reprob=0.0, smoothing=0.0, drop_path=0.0),
 }
 TINY = 32  # pixels; smaller inputs get `tiny`
-MIRRORED = {"digits": 0.0}  # data sets whose images mean something else when they are mirrored: their --hflip
+# Data sets whose images mean something else when they are mirrored: their --hflip.
+MIRRORED = {"digits": 0.0, "scenes": 0.0}
 
 
 def augment_policy(text: str) -> str | None:
@@ -81,9 +82,3 @@ def settle_preset(args, stored: Mapping[str, Any] = {}) -> None:
         values = OFFICIAL | {name: stored[name] for name in OFFICIAL if name in stored}
     for name in not_given:
         setattr(args, name, values[name])
-    if not_given and not stored and not args.eval:
-        print(f"augmentation ({preset}): " + "  ".join(f"{name} {_shown(getattr(args, name))}" for name in OFFICIAL))
-
-
-def _shown(value) -> str:
-    return "none" if value is None else str(value)

@@ -24,12 +24,13 @@ from pathlib import Path
 import torch
 
 from util.checkpoint.files import LEDGER
-from util.checkpoint.same_run import plain
+from util.checkpoint.same_run import earlier_flags, plain
 from util.errors import UserError
 from util.notes import note_once
 from util.parallel.distributed import find_difference, gather_objects, get_world_size, is_main_process
+from util.report.names import renamed
 
-NO_METRICS = ("epoch", "step", "seconds", "bad_images")  # entries of a line of log.txt that are not metrics
+NO_METRICS = ("epoch", "step", "seconds", "data/bad_images")  # entries of a line of log.txt that are not metrics
 
 
 def revision() -> str:
@@ -119,7 +120,8 @@ def write_json(path: str | Path, args, **content) -> None:
 
 
 def read(path: str | Path) -> list[dict]:
-    """Return the lines of a ledger, oldest first; [] if there is no file. Damaged lines are reported and left out."""
+    """Return the lines of a ledger, oldest first, with the present names of metrics; [] if there is no file. Damaged
+    lines are reported and left out."""
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
@@ -131,7 +133,7 @@ def read(path: str | Path) -> list[dict]:
         except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict) and _is_line(row):
-            rows.append(row)
+            rows.append({**row, "metrics": renamed(row["metrics"], row["command"].startswith("main_"))})
         elif line.strip():
             print(f"note: line {number} of {path} is damaged and is left out", file=sys.stderr)
     return rows
@@ -142,6 +144,13 @@ def _is_line(row: dict) -> bool:
     data, source = row.get("data") or {}, row.get("source") or {}
     splits = [split or {} for split in data.values()] if isinstance(data, dict) else []
     dicts = [row.get("flags"), row.get("metrics"), row.get("hardware") or {}, data, source, *splits]
+    parts = row.get("earlier") or []
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        return False
+    changes = [part.get(name) or {} for part in parts for name in ("flags", "data")]
+    dicts += changes + [
+        split or {} for change in changes[1::2] if isinstance(change, dict) for split in change.values()
+    ]
     texts = [row.get("command"), row.get("finished") or "", row.get("revision") or ""]
     if not all(isinstance(each, dict) for each in dicts) or not all(isinstance(text, str) for text in texts):
         return False
@@ -153,14 +162,18 @@ def _is_line(row: dict) -> bool:
 
 def hardware(device: torch.device, dtype: torch.dtype | None) -> dict:
     """Return the device, the number of processes, and what else affects numbers and speed."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
-        "device": name,
+        "device": device_name(device),
         "processes": get_world_size(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of torch's otherwise, which checkpoints must not contain
         "amp_dtype": str(dtype).split(".")[-1] if dtype else None,
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU or the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
 def _processor() -> str:
@@ -194,14 +207,15 @@ def _namer(images, root: str) -> Callable[[int], str] | None:
 
 
 def metrics_of(log: str, epoch: float = math.inf) -> dict | None:
-    """Return the metrics of the last line of a log.txt (given as text) up to `epoch`; None if there is none."""
+    """Return the metrics of the last line of a log.txt (given as text) up to `epoch`, under their present names; None
+    if there is none."""
     for line in reversed(log.splitlines()):
         try:
             row = json.loads(line)
         except ValueError:
             continue  # cut off by a crash
         if row.get("epoch", 0) <= epoch:
-            return {name: value for name, value in row.items() if name not in NO_METRICS}
+            return {name: value for name, value in renamed(row).items() if name not in NO_METRICS}
     return None
 
 
@@ -221,12 +235,19 @@ def source_of(weights) -> dict | None:
 class Record:
     """The record of a run: command, flags, revisions, time, data (`images`: splits by name) and the `weights` it starts
     from. `state` goes into checkpoints, so that a resumed run has one record. Raises UserError if ranks have different
-    images or code."""
+    images or code.
+
+    `earlier` lists the parts of a resumed run that were made in another way than the part that follows, the first one
+    first: {"until_epoch", "until_step"} and those of "flags", "revision", "data" and "hardware" that differ, with the
+    values that made the part; of the flags only those that differ.
+    """
 
     def __init__(self, command: str, args, weights=None, **images):
         self.command, self.args, self.began, self.seconds_before = command, args, time.monotonic(), 0.0
         self.revisions, self.source, self.data = [revision()], None, {}
         self.stored, self.stored_flags, self._restored = {}, {}, False  # from the checkpoint of a resumed run
+        self.hardware: dict | None = None  # of this process, once it is known
+        self.earlier: list[dict] = []
         if is_main_process():
             self.source = source_of(weights)
         given = {name: split for name, split in images.items() if split is not None}
@@ -257,16 +278,52 @@ class Record:
             "seconds": self.seconds_before + time.monotonic() - self.began,
             "data": self.data,
             "source": self.source,
+            "hardware": self.hardware,
+            "earlier": self.earlier,
         }
 
-    def load_state(self, state: dict | None, flags: dict | None = None) -> None:
+    def load_state(
+        self, state: dict | None, flags: dict | None = None, kept: dict | None = None, position: dict | None = None
+    ) -> None:
         """Continue the record of the run that wrote `state` and `flags` into its checkpoint (None: a checkpoint without
-        them)."""
+        them). `kept` are flags whose values here become those of the checkpoint; `position` is where the part that
+        wrote it ends."""
         self.stored, self.stored_flags = state or {}, flags or {}
-        earlier = self.stored.get("revision", "").split(", ") if self.stored.get("revision") else []
-        self.revisions = earlier + [name for name in self.revisions if name not in earlier]
+        if kept:
+            self.args = argparse.Namespace(**{**vars(self.args), **kept})
+        self._add_earlier(position or {})
+        before = [name for name in self._stored_revisions() if name != self.revisions[-1]]
+        self.revisions = before + self.revisions[-1:]  # that of this process is always the last one
         self.seconds_before = self.stored.get("seconds", 0.0)
         self.source = self.stored.get("source", self.source)
+
+    def _stored_revisions(self) -> list[str]:
+        return list(filter(None, self.stored.get("revision", "").split(", ")))
+
+    def _add_earlier(self, position: dict) -> None:
+        """Add the part that wrote the checkpoint to `earlier`, if it differs from this one in anything it records."""
+        self.earlier = list(self.stored.get("earlier", []))
+        flags = earlier_flags(self.stored_flags, vars(self.args))
+        revision, hardware = self._stored_revisions()[-1:], self.stored.get("hardware")
+        images = {
+            split: value
+            for split, value in (self.stored.get("data") or {}).items()
+            if split in self.data and value != self.data[split]
+        }
+        differs = {"flags": flags} if flags else {}
+        differs |= {"revision": revision[0]} if revision and revision[0] != self.revisions[-1] else {}
+        differs |= {"data": images} if images else {}
+        differs |= {"hardware": hardware} if hardware and hardware != self.hardware else {}
+        if images:
+            print(f"note: the {' and '.join(images)} images are not those of the checkpoint (names, labels or number)")
+        if differs:
+            self.earlier.append({**position, **differs})
+
+    def flags_json(self) -> dict:
+        """Return the content of args.json: flags, revision of the code, version of torch, and the earlier parts of a
+        resumed run, if they differ."""
+        earlier = {"earlier": self.earlier} if self.earlier else {}
+        return {**vars(self.args), "revision": revision(), "torch": torch.__version__, **earlier}
 
     def restore(self) -> None:
         """Report from now on exactly the record of the checkpoint, its flags included: this process adds nothing to the
@@ -277,9 +334,12 @@ class Record:
             vars(self.args).update(self.stored_flags)
 
     def is_entered(self, folder) -> bool:
-        """Return whether the ledger of `folder` has a line of this command for a run at least as long as the
-        checkpoint's. (A run that is extended has one line for each of its ends.)"""
-        lengths = [row.get("images_seen") for row in read(Path(folder) / LEDGER) if row["command"] == self.command]
+        """Return whether the ledger of `folder` has a line of this command with the checkpoint's flags, for a run at
+        least as long as the checkpoint's. (A run that is extended has one line for each of its ends; one that is
+        resumed from an earlier checkpoint with other flags, too.)"""
+        flags = strict({name: plain(value) for name, value in self.stored_flags.items()})
+        rows = [row for row in read(Path(folder) / LEDGER) if row["command"] == self.command]
+        lengths = [row.get("images_seen") for row in rows if not flags or row["flags"] == flags]
         return any(isinstance(seen, int) and seen >= self.stored.get("images_seen", 0) for seen in lengths)
 
     def finish(self, folder, images_seen: int, device: torch.device, dtype=None) -> None:
@@ -298,7 +358,7 @@ class Record:
             "seed": getattr(self.args, "seed", None),
             **self.state(images_seen),
             "flags": {name: plain(value) for name, value in vars(self.args).items()},
-            "hardware": hardware(device, dtype),
+            "hardware": self.stored.get("hardware") if self._restored else hardware(device, dtype),
             "metrics": metrics,
         }
         append(folder, row)

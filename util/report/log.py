@@ -69,6 +69,12 @@ class Progress:
             width = len(str(self.total))
             print(f"{self.header}  {self.position:{width}d}/{self.total}  {text}", flush=True)
 
+    def note(self, text: str) -> None:
+        """Print a line of its own."""
+        if self.bar is not None:
+            self.bar.clear()
+        print(text, flush=True)
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
@@ -106,15 +112,15 @@ def log_line(row: dict) -> bytes:
     return json.dumps(row).encode() + b"\n"
 
 
-def trim_log(output_dir: str, epoch: int) -> None:
-    """Remove the lines of `epoch` and later, which a resumed run writes again."""
-    path = Path(output_dir) / "log.txt"
+def trim_log(path: Path, name: str, first: int) -> None:
+    """Remove the lines of a log file whose entry `name` (epoch or step) is `first` or later, which a resumed run writes
+    again. Main process only."""
     if not is_main_process() or not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line).get("epoch", -1) < epoch:
+            if json.loads(line).get(name, -1) < first:
                 kept.append(line)
         except json.JSONDecodeError:
             continue  # a line that a crash cut off

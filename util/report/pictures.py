@@ -1,17 +1,15 @@
 """Pictures of masks, reconstructions and saliency maps."""
 
-import textwrap
-
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from torchvision.utils import make_grid
 
-from util.compute.precision import widened
 from util.data.sample_rng import sample_noise
+from util.report.sheet import Bar, Row, Sheet, draw_sheet, heat_map
 
-LINE, ROW_LABEL = 15, 56  # pixels: height of a line of text, width of the labels before rows
-CAPTION = "columns: original, masked, reconstruction with the visible patches pasted"
+COLUMNS = ["original", "masked", "reconstruction"]
+MASK_COLUMNS = ["image", "learned mask", "random mask", "probability of removal"]
+CAPTION = "removed patches are grey; visible patches are pasted into the reconstruction"
+NORM_PIX = "; patches de-normalised with the original's mean and standard deviation"
 
 
 def denormalized(imgs, mean, std) -> torch.Tensor:
@@ -43,31 +41,15 @@ def reconstruct(model, imgs, mask_ratio: float, noise, mean, std) -> torch.Tenso
     return denormalized(pictures, mean, std)
 
 
-def grid(pictures: torch.Tensor, per_row: int = 2, scale_to: int = 96) -> torch.Tensor:
-    """Arrange (N, 3, C, H, W) as one RGB picture (3, height, width) with `per_row` triples side by side; small images
-    are enlarged."""
-    columns, _, height, width = pictures.shape[1:]
-    flat = pictures.flatten(0, 1)
-    flat = rgb(flat)
-    factor = max(1, scale_to // max(height, width))
-    flat = flat.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
-    return make_grid(flat, nrow=columns * per_row, padding=4, pad_value=1.0)
-
-
-def heat_map(values: torch.Tensor) -> torch.Tensor:
-    """Return values (N, H, W) in [0, 1] as colours (N, 3, H, W), from dark (0) to bright (1)."""
-    from matplotlib import colormaps
-
-    return torch.from_numpy(colormaps["inferno"](widened(values).cpu().numpy())[..., :3]).permute(0, 3, 1, 2).float()
-
-
 def overlay(colours: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     """Blend RGB images (N, 3, H, W) in [0, 1] with maps (N, rows, columns), each scaled from its lowest value (dark) to
-    its highest (bright); a constant map is dark."""
+    its highest (bright). An image whose map is constant is pale grey, for there is nothing to compare."""
     low, high = (limit(maps.flatten(1), dim=1)[:, None, None] for limit in (torch.amin, torch.amax))
     scaled = ((maps - low) / (high - low).clamp_min(1e-12)).float()[:, None]
     smooth = F.interpolate(scaled, size=colours.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-    return 0.4 * colours + 0.6 * heat_map(smooth)
+    blended = 0.4 * colours + 0.6 * heat_map(smooth)
+    pale = (0.7 + 0.3 * colours.mean(dim=1, keepdim=True)).expand_as(colours)
+    return torch.where((high > low)[..., None], blended, pale)
 
 
 def rgb(imgs: torch.Tensor) -> torch.Tensor:
@@ -75,68 +57,64 @@ def rgb(imgs: torch.Tensor) -> torch.Tensor:
     return imgs[:, :3] if imgs.shape[1] >= 3 else imgs[:, :1].expand(-1, 3, -1, -1)
 
 
-def mask_picture(shown, scores, mask_ratio: float, model, per_row: int = 2) -> torch.Tensor:
-    """Draw masks by score: images (N, C, H, W) in [0, 1] and scores (N, L) -> one picture (3, height, width).
+def rows_of_images(pictures: list[torch.Tensor], labels=("",), notes=None, per_row: int = 2) -> list[Row]:
+    """Arrange pictures (N, columns, C, H, W), one tensor for each label, as rows of `per_row` images with their columns
+    side by side. Rows of the same images follow each other, one for each label. `notes` has, for each label and image,
+    a note for each column."""
+    rows = []
+    for first in range(0, len(pictures[0]), per_row):
+        for number, (own, label) in enumerate(zip(pictures, labels)):
+            below = [note for image in notes[number][first : first + per_row] for note in image] if notes else []
+            opens = len(labels) > 1 and number == 0 and first > 0
+            rows.append(Row(rgb(own[first : first + per_row].flatten(0, 1)), label, below, opens))
+    return rows
 
-    The columns are the image, its visible part under the scores' mask (the highest scores are removed), its visible
-    part under a random mask, and the scores as a heat map from the image's lowest (dark) to its highest (bright).
+
+def reconstruction_sheet(pictures: list[torch.Tensor], labels=("",), caption: str = CAPTION, side=None) -> Sheet:
+    """Draw pictures of `reconstruct`, one tensor for each of several models, with their labels."""
+    per_row = 2 if len(pictures[0]) > 1 else 1
+    rows = rows_of_images([own.cpu() for own in pictures], labels, None, per_row)
+    return draw_sheet(rows, COLUMNS, caption, None, side, per_row)
+
+
+def mask_tiles(shown, logits, mask_ratio: float, model) -> tuple[torch.Tensor, list[list[str]]]:
+    """Draw masks by logits of removal: images (N, C, H, W) in [0, 1] and logits (N, L) -> tiles (N, 4, 3, H, W), and
+    their notes: the range of the probabilities.
+
+    The columns are the image, its visible part under the logits' mask (the highest are removed), its visible part under
+    a random mask, and the probabilities as a heat map from the image's lowest (dark) to its highest (bright).
     """
     noise = fixed_noise(model, len(shown), 0, shown.device)
-    masks = [model.choose_visible(values, mask_ratio)[1] for values in (scores, noise)]
+    masks = [model.choose_visible(values, mask_ratio)[1] for values in (logits, noise)]
     size = model.patch_embed.patch_size
     rows, columns = model.patch_embed.grid_size
 
     def pixels(values):  # (N, L) -> (N, 1, H, W)
         return values.view(-1, rows, columns).repeat_interleave(size[0], 1).repeat_interleave(size[1], 2)[:, None]
 
-    low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
-    heat = heat_map(pixels((scores - low) / (high - low).clamp_min(1e-12))[:, 0])
+    probabilities = logits.float().sigmoid()
+    low, high = probabilities.amin(1, keepdim=True), probabilities.amax(1, keepdim=True)
+    heat = heat_map(pixels((probabilities - low) / (high - low).clamp_min(1e-12))[:, 0])
     colours = rgb(shown).cpu()
     visible = [colours * (1 - mask) + 0.5 * mask for mask in (pixels(m).cpu() for m in masks)]
-    return grid(torch.stack([colours, *visible, heat], dim=1), per_row)
+    notes = [["", "", "", shown_range(values)] for values in probabilities.cpu()]
+    return torch.stack([colours, *visible, heat], dim=1), notes
 
 
-def labelled(picture: Image.Image, columns: list[str], rows: list[str] = ()) -> Image.Image:
-    """Add wrapped titles above the columns of a picture from `grid`, and titles before its `rows`."""
-    width = (picture.width - 4) // len(columns)
-    titles = [
-        textwrap.wrap(title.replace("/", "/ "), max(4, width // 7)) for title in columns
-    ]  # pixels of a wide letter
-    lines = max(map(len, titles))
-    left, top = (ROW_LABEL if rows else 0), LINE * lines + 4
-    whole = Image.new("RGB", (left + picture.width, top + picture.height), "white")
-    whole.paste(picture, (left, top))
-    draw = ImageDraw.Draw(whole)
-    for i, title in enumerate(titles):
-        for row, line in enumerate(title, lines - len(title)):  # aligned at the bottom
-            draw.text((left + 4 + i * width, 2 + LINE * row), line, fill="black", font=_font())
-    for i, title in enumerate(rows):
-        draw.text(
-            (4, top + (i + 0.5) * (picture.height - 4) / len(rows) - LINE // 2), title, fill="black", font=_font()
-        )
-    return whole
+def mask_sheet(tiles: list, labels=("",), caption: str = "", side=None) -> Sheet:
+    """Draw what `mask_tiles` returns, for each of several models, with their labels."""
+    pictures, notes = zip(*tiles)
+    per_row = 2 if len(pictures[0]) > 1 else 1
+    rows = rows_of_images(pictures, labels, notes, per_row)
+    bar = Bar("lowest", "highest of the image", "probability of removal; its range in the image is below each map")
+    return draw_sheet(rows, MASK_COLUMNS, caption, bar, side, per_row)
 
 
-def captioned(picture: Image.Image, caption: str) -> Image.Image:
-    """Add a caption below the picture, wrapped to its width."""
-    draw = ImageDraw.Draw(picture)
-    words, lines = caption.split(" "), [""]
-    for word in words:
-        longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer, font=_font()) <= picture.width - 8 or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    whole = Image.new("RGB", (picture.width, picture.height + LINE * len(lines) + 6), "white")
-    whole.paste(picture)
-    draw = ImageDraw.Draw(whole)
-    for i, line in enumerate(lines):
-        draw.text((4, picture.height + 2 + LINE * i), line, fill="black", font=_font())
-    return whole
-
-
-def _font():
-    return ImageFont.load_default(12)  # with a smaller size, words are not separated
+def shown_range(values: torch.Tensor) -> str:
+    """Return the lowest and the highest value as text, with the digits that tell them apart."""
+    low, high = values.min().item(), values.max().item()
+    digits = next((n for n in range(2, 6) if f"{low:.{n}g}" != f"{high:.{n}g}"), 2)
+    return f"{low:.{digits}g} to {high:.{digits}g}" if low < high else f"{low:.{digits}g} everywhere"
 
 
 def fixed_noise(model, count: int, seed: int, device) -> torch.Tensor:

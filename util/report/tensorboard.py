@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from tensorboard.compat.proto import event_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import FileWriter, SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -18,15 +19,59 @@ from torch.utils.tensorboard.summary import hparams
 from util.checkpoint.retry import GrowingFile
 from util.parallel.distributed import is_main_process
 
+FLAGS = ".hparams"  # ending of the event file with the flags of the HPARAMS tab
 _event_files = itertools.count()
+
+HOW_TO_READ = """
+The x axis (step) of all tabs is epoch \u00d7 1000, so that runs with different batch sizes are aligned.
+
+- `train/loss` is the sum that is minimised. The losses of `train/` beside it are its parts, weighted: `pixels` is MAE's
+  loss, `features` that of a feature target; `classification`, `multilabel` and `regression` are those of labels. Losses
+  of different kinds cannot be compared: the text `changes` says where a run switches from one to another.
+- `train/lr` is the learning rate, `train/grad_norm` the norm of the gradient. Other names of `train/` belong to the
+  method (docs/methods). A point is the mean since the point before; log.txt has the means of whole epochs.
+- `eval/` is measured on held-out images: `acc1` and `acc5` are accuracies in percent, `knn20_acc1` that of the 20
+  nearest neighbours of frozen features, `fixed_images_loss` the pixel loss of the pictures in the IMAGES tab.
+  `best_acc1` is that of the best epoch so far, which was chosen on these same images. `--eval` and the commands in
+  tools/ write one point, at the epoch of the checkpoint.
+- `speed/` is the speed: images a second, and the share of time in which training waits for images.
+- `data/` counts images, for example those that cannot be read.
+- The tab CUSTOM SCALARS shows loss, accuracy, learning rate and speed side by side. HPARAMS shows the flags of a run
+  and the last point of each of its curves.
+"""
+
+LAYOUT = {
+    "overview": {
+        "loss": ["Multiline", [r"^(train|eval)/loss$"]],
+        "accuracy on held-out images": ["Multiline", [r"^eval/(acc1|mAP|r2|knn\d+_acc1)$"]],
+        "learning rate": ["Multiline", [r"^train/lr$"]],
+        "images a second": ["Multiline", [r"^speed/images_per_s$"]],
+    }
+}
+
+# The HPARAMS tab shows five flags and five metrics; the others can be ticked.
+SHOWN_FLAGS = {"method", "lr", "mask_ratio", "model", "seed"}
+METRICS = [
+    "eval/acc1",
+    "eval/best_acc1",
+    "eval/knn20_acc1",
+    "eval/loss",
+    "train/loss",
+    "eval/acc5",
+    "eval/balanced_acc",
+]
+METRICS += ["eval/auc", "eval/mAP", "eval/precision1", "eval/r2", "eval/mae", "eval/rmse", "eval/holdout_acc1"]
+METRICS += ["eval/fixed_images_loss", *(f"eval/knn{k}_acc1" for k in (1, 5, 10))]
+METRICS += [*(f"eval/fewshot{k}_acc1" for k in (1, 2, 5, 10)), "eval/ratio", "eval/clean_error", "eval/corrupted_error"]
+METRICS += ["train/pixels", "train/features", "train/grad_norm", "speed/images_per_s"]
 
 
 class EventFile:
     """A TensorBoard event file. When the disk is full, TensorBoard's writer thread ends in the middle of a record and
     writes no more; here whole records wait in memory until they can be written."""
 
-    def __init__(self, folder: str):
-        suffix = f"{socket.gethostname()}.{os.getpid()}.{next(_event_files)}"
+    def __init__(self, folder: str, ending: str = ""):
+        suffix = f"{socket.gethostname()}.{os.getpid()}.{next(_event_files)}{ending}"
         self.folder = folder
         self.file = GrowingFile(Path(folder) / f"events.out.tfevents.{int(time.time()):010d}.{suffix}")
         self.add_event(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
@@ -60,8 +105,8 @@ class Events(SummaryWriter):
 
 
 class _FileWriter(FileWriter):
-    def __init__(self, folder: str):
-        self.event_writer = EventFile(folder)  # in place of TensorBoard's
+    def __init__(self, folder: str, ending: str = ""):
+        self.event_writer = EventFile(folder, ending)  # in place of TensorBoard's
 
 
 class Board:
@@ -71,6 +116,7 @@ class Board:
 
     def __init__(self, log_dir: str | None, purge_step: int | None = None):
         self.writer = None
+        self.flags_file: _FileWriter | None = None
         self.last: dict[str, int] = {}
         if log_dir and is_main_process():
             os.makedirs(log_dir, exist_ok=True)
@@ -94,8 +140,18 @@ class Board:
         if self.writer is not None:
             self.writer.add_histogram(name, values.detach().float().cpu(), int(epoch * 1000))
 
-    def flags(self, args: dict) -> None:
-        """Add a table of the flags to the TEXT tab."""
+    def text(self, name: str, text: str, epoch: float) -> None:
+        if self.writer is not None:
+            self.writer.add_text(name, text, int(epoch * 1000))
+
+    def explain(self) -> None:
+        """Add the page `HOW_TO_READ` to the TEXT tab, and the layout of the CUSTOM SCALARS tab."""
+        if self.writer is not None:
+            self.writer.add_text("How to read these", HOW_TO_READ)  # a capital: sorted first, and so unfolded
+            self.writer.add_custom_scalars(LAYOUT)
+
+    def flags(self, args: dict, epoch: float = 0) -> None:
+        """Add a table of the flags, which hold from `epoch` on, to the TEXT tab."""
         if self.writer is not None:
             # Flags contain file names, in which markup, "|" and "`" would break the table, and so are escaped.
             escaped = {
@@ -103,23 +159,42 @@ class Board:
                 for name, value in args.items()
             }
             rows = "\n".join(f"| {name} | <code>{value}</code> |" for name, value in sorted(escaped.items()))
-            self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{rows}")
+            self.writer.add_text("flags", f"| flag | value |\n|---|---|\n{rows}", int(epoch * 1000))
 
-    def hparams(self, args: dict, metrics: dict[str, float]) -> None:
-        """Write flags and final metrics for the HPARAMS tab into the run's event file."""
+    def hparams(self, values: dict, columns: dict[str, type]) -> None:
+        """Write the `values` of a run for the HPARAMS tab, which shows them beside the last points of the curves
+        `METRICS`; the tab then has no earlier ones. `columns` are the names that any run may have, float or str: the
+        tab takes them from one run only."""
         if self.writer is None:
             return
-        simple = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in args.items()}
-        for summary in hparams(simple, {f"final/{name}": value for name, value in metrics.items()}):
-            self.writer.file_writer.add_summary(summary)
-        for name, value in metrics.items():
-            self.writer.add_scalar(f"final/{name}", value)
+        names = {name: kind() for name, kind in columns.items()}
+        experiment, *_ = hparams(names, dict.fromkeys(METRICS))
+        data = experiment.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(data.content)
+        for info in content.experiment.hparam_infos:  # sorted by this, then by name; the first five are shown
+            info.differs = info.name in SHOWN_FLAGS
+        data.content = content.SerializeToString()
+        simple = {k: float(v) if columns[k] is float else str(v) for k, v in values.items()}
+        self._begin_flags_file()
+        for summary in (experiment, *hparams(simple, {})[1:]):
+            self.flags_file.add_summary(summary)
+
+    def _begin_flags_file(self) -> None:
+        """Write flags for the HPARAMS tab into an event file of their own, in place of an earlier one: of several flags
+        in a folder TensorBoard shows the first ones, beside the last metrics."""
+        folder = self.writer.log_dir
+        for old in Path(folder).glob(f"*.tfevents.*{FLAGS}"):
+            old.unlink()
+        self.flags_file = _FileWriter(folder, FLAGS)
 
     def flush(self) -> None:
         if self.writer is not None:
             self.writer.flush()
+        if self.flags_file is not None:
+            self.flags_file.flush()
 
     def close(self) -> None:
         if self.writer is not None:
+            self.flush()
             self.writer.close()
             atexit.unregister(self.writer.close)

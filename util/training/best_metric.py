@@ -2,6 +2,8 @@
 
 from util.errors import UserError
 
+LOWER = {"loss", "mae", "rmse"}  # metrics of which a lower value is better
+
 
 def add_best_metric(group, all_targets: bool) -> None:
     """Add the flag; `all_targets`: whether the command also trains on other targets than classes."""

@@ -15,9 +15,9 @@ from util.report.ledger import metrics_of
 from util.report.tensorboard import Board
 
 
-def end_again(run, files: list[Path], write: Callable[[dict[str, float]], None]) -> None:
+def end_again(run, files: list[Path], write: Callable[[], None]) -> None:
     """End `run` (`util.training.run.Run`), which was resumed at its end. `files` are its results besides the ledger's
-    line; `write(metrics)` writes them. All ranks must call it."""
+    line; `write()` writes them. All ranks must call it."""
     metrics, names = from_main_process(lambda: _unwritten(run, files))
     done = run.epoch + run.position / len(run.loader)
     state = (
@@ -28,7 +28,7 @@ def end_again(run, files: list[Path], write: Callable[[dict[str, float]], None])
         run.record.restore()
         make_output_dir(run.args.output_dir, run.args.log_dir, run.args.overwrite)
         run.reporter.board = Board(run.args.log_dir)
-        write(metrics)
+        write()
     if LEDGER in names:
         dtype = choose_amp_dtype(getattr(run.record.args, "amp_dtype", "auto"), run.device)
         line = run.args.output_dir, metrics, run.images_seen(), run.device, dtype

@@ -63,6 +63,10 @@ class WeightedCrossEntropy(nn.Module):
         return (losses * self.weights[targets]).mean()
 
 
+# Names of the loss in the log by `--targets`: their values cannot be compared.
+LOSS_NAMES = {"single": "classification", "multilabel": "multilabel", "regression": "regression"}
+
+
 def build_criterion(
     mixing: bool,
     targets: str,

@@ -47,11 +47,11 @@ class NonFiniteDetector:
         step = min(firsts.values(), default=torch.inf)
         if step == torch.inf:
             return
-        terms = [name for name in names if firsts[name] == step and name not in ("loss", "gradient")]
-        culprits = terms or [name for name in ("loss", "gradient") if firsts.get(name) == step][:1]
+        terms = [f"train/{name}" for name in names if firsts[name] == step and name not in ("loss", "gradient")]
+        total = "train/loss" if firsts.get("loss") == step else "gradient"
         where = broken_state({"weight": module.state_dict()})
         raise RunFailed(
-            f"{' and '.join(culprits)} became non-finite at step {int(step)} (epoch {epoch}); "
+            f"{' and '.join(terms) or total} became non-finite at step {int(step)} (epoch {epoch}); "
             + (f"{where} is non-finite, too; " if where else "")
             + "the weights were not changed by it and the last checkpoint is good: try --clip_grad 1, a lower --blr or "
             "--amp_dtype fp32"

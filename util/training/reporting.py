@@ -1,6 +1,7 @@
 """Reports of a training run: progress on the terminal, TensorBoard, `log.txt`, `spikes.jsonl`; and the checks that end
 a run: non-finite losses, too many unreadable images, fp16 overflows."""
 
+from datetime import datetime, timedelta
 from math import ceil
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from util.data.samples import Sample
 from util.errors import UserError
 from util.parallel.distributed import gather_objects, get_world_size, is_main_process
 from util.parallel.watchdog import slow_reader
-from util.report.log import Clock, Progress, in_lines, log_line
+from util.report.blocks import block, row
+from util.report.log import Clock, Progress, duration, in_lines, log_line
 from util.report.tensorboard import Board
 from util.training.batches import MicroBatch
 from util.training.meters import EpochMeter
@@ -32,9 +34,9 @@ class Reporter:
         self.logs, self.writes = [self.log, self.spike_log], bool(output_dir)
         self.board = Board(None)  # replaced by a board with a folder when training begins
         self.clock, self.waited, self.progress = Clock(), 0.0, None
+        self.announced = False  # the expected duration
         self.unreadable = 0  # unreadable images since the last reading
         self.terms: list[str] = []  # names of the terms of the loss
-        self.last_means: dict[str, float] = {}  # means of the last finished epoch
 
     # Every step: nothing here waits for the device ------------------------------------------------------------------
 
@@ -79,8 +81,9 @@ class Reporter:
         self._check_unreadable(run)
         bad = values.pop("bad_images")
         rates = self._rates(run)
-        per_batch = self.meter.epoch["seconds"][0] / max(1, run.position)
-        self.progress.show(_speeds(values["loss"], run.lr, rates), per_batch * run.batches_left())
+        seconds_left = self.meter.epoch["seconds"][0] / max(1, run.position) * run.batches_left()
+        self._announce_duration(seconds_left, run.batches_left())
+        self.progress.show(_speeds(values["loss"], run.lr, rates), seconds_left)
         if self.device.type == "cuda":
             rates["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         points = {f"train/{name}": value for name, value in values.items()}
@@ -88,6 +91,16 @@ class Reporter:
         if bad:
             points["data/bad_images"] = bad
         self.board.scalars(points, run.fractional_epoch())
+
+    def _announce_duration(self, seconds: float, batches: int) -> None:
+        """Print the expected duration of the rest of the run, once."""
+        if self.announced or not batches:
+            return
+        self.announced = True
+        end = (datetime.now() + timedelta(seconds=seconds)).strftime("%a %H:%M")
+        self.progress.note(
+            block([row("duration", f"about {duration(seconds)} without evaluation, until {end}")]) + "\n"
+        )
 
     def _rates(self, run) -> dict[str, float]:
         """Return the speeds since the last reading, and add the elapsed time to the epoch's total."""
@@ -121,10 +134,9 @@ class Reporter:
         means = self.meter.means()
         seconds, bad = means.pop("seconds"), self.meter.epoch.get("bad_images", [0.0])[0]
         means.pop("bad_images", None)
-        stats = {f"train_{name}": value for name, value in {**means, "lr": run.lr}.items()}
-        self.last_means = stats
+        stats = {f"train/{name}": value for name, value in {**means, "lr": run.lr}.items()}
         if self.writes and is_main_process():
-            counts = {"epoch": run.epoch, "step": run.step, "seconds": seconds, "bad_images": int(bad)}
+            counts = {"epoch": run.epoch, "step": run.step, "seconds": seconds, "data/bad_images": int(bad)}
             self.log.append(log_line({**stats, **row, **counts}))
         print(in_lines(f"epoch {_number(run)}:", [*_shown(means, self.terms, row), *_counted(bad), f"{seconds:.1f} s"]))
         slow = slow_reader(gather_objects(self.waited), seconds)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from util.checkpoint.atomic import write_atomically
 from util.checkpoint.files import LEDGER
 from util.checkpoint.output_dir import check_output_dir, make_output_dir
 from util.checkpoint.save import abandon_later
@@ -40,10 +41,11 @@ from util.parallel.distributed import (
 )
 from util.parallel.fsdp import whole
 from util.parallel.signals import StopRequest
-from util.report.ledger import Record, revision
+from util.report.ledger import Record, hardware
 from util.report.log import trim_log
 from util.report.tensorboard import Board
 from util.training import run_state
+from util.training.announcements import NO_SUMMARY, Summary, end_block, start_block
 from util.training.batches import MicroBatch, accumulation_window
 from util.training.checkpointing import Checkpointer
 from util.training.meters import EpochMeter
@@ -85,7 +87,8 @@ class Run:
 
     `epoch` and `position` are those of the next micro-batch; `step` counts optimizer steps, skipped ones included.
     `classes` are the
-    names of a classifier's outputs. Call `begin` before training, `close` at the end.
+    names of a classifier's outputs, `summary` what the texts at start and end say besides. Call `begin` before
+    training, `close` at the end.
     """
 
     def __init__(
@@ -99,22 +102,29 @@ class Run:
         resume: Path | None = None,
         record: Record | None = None,
         classes: list[str] | None = None,
+        summary: Summary = NO_SUMMARY,
     ):
         self.args, self.device, self.loader, self.classes = args, device, loader, classes
+        self.summary = summary
         self.saved_model, self.train_module, self.optimizer = saved_model, train_module or saved_model, optimizer
         self.methods = getattr(self.train_module, "methods", nn.ModuleDict())
         self.sharded = getattr(args, "fsdp", False)
         self.record, self.resumed_from = record or Record("", args), resume
         self.stepper = Stepper(device, args.amp_dtype, self.train_module, optimizer, args.accum_iter, args.clip_grad)
         self.reporter = Reporter(args.output_dir, device, self.stepper.scaler, args.spike_factor)
+        self.record.hardware = hardware(device, self.amp_dtype)
         self.checkpoints = Checkpointer(args.output_dir, args.save_patience, self.reporter.logs)
         self.stop_request, self.stopped = StopRequest(), False  # `stopped`: a signal ends the run early
         self.steps_per_epoch = ceil(len(loader) / args.accum_iter)
         self.total_steps, _ = run_length(len(loader), args.accum_iter, args.epochs, args.max_steps)
         self.epoch, self.position, self.window_start = args.start_epoch, 0, 0
         self.lr, self.save_due = 0.0, False
+        self.resumed_step = 0  # as the checkpoint counts it, whose batch flags may have been others
+        self.images_before, self.batches_before = 0, self.batches_done()  # where this process begins
         if resume is not None:
             run_state.resume(self, resume)
+            self.batches_before = self.batches_done()
+            self.images_before = self.record.stored.get("images_seen", self._images(self.batches_before))
         # Computed from the position, not read from the file: correct with --start_epoch and other batch flags, too.
         self.step = self.epoch * self.steps_per_epoch + self.position // args.accum_iter
         self.check_ranks_in_sync()
@@ -136,22 +146,26 @@ class Run:
         self.stepper.prepare([self.train_module, *external] if args.compile else [], args.log_mfu, self.sharded)
         make_output_dir(args.output_dir, args.log_dir, args.overwrite)
         if resume is not None and args.output_dir:
-            trim_log(args.output_dir, self.epoch)
+            trim_log(self.reporter.log.path, "epoch", self.epoch)
+            trim_log(self.reporter.spike_log.path, "step", self.resumed_step)
             abandon_later(args.output_dir, resume)
-        purge_step = None if resume is None else int(self.fractional_epoch() * 1000) + 1
+        purge_step = 0 if args.overwrite else None  # of an overwritten run, in a --log_dir of its own
+        if resume is not None:
+            purge_step = int(self.fractional_epoch() * 1000) + 1
         self.reporter.board = Board(args.log_dir, purge_step=purge_step)
+        self.board.explain()
         self._describe()
         watchdog.progress(self.step)
 
     def _describe(self) -> None:
-        """Print the model's size, and write the flags to args.json and TensorBoard."""
+        """Print what is trained and how, and write the flags to args.json and TensorBoard."""
         args = self.args
-        millions = sum(p.numel() for p in self.saved_model.parameters()) / 1e6
-        print(f"{args.model}: {millions:.1f} M parameters on {self.device}, {str(self.amp_dtype).split('.')[-1]}")
-        flags = {**vars(args), "revision": revision(), "torch": torch.__version__}
-        self.board.flags(flags)
+        print(start_block(self, self.summary), flush=True)
+        flags = self.record.flags_json()
+        self.board.flags(flags, self.fractional_epoch())
         if args.output_dir and is_main_process():
-            (Path(args.output_dir) / "args.json").write_text(json.dumps(flags, indent=2, default=str) + "\n")
+            text = json.dumps(flags, indent=2, default=str) + "\n"
+            write_atomically(Path(args.output_dir) / "args.json", lambda file: file.write(text.encode()))
 
     # Position -------------------------------------------------------------------------------------------------------
 
@@ -176,9 +190,17 @@ class Run:
         """Return epoch and position as one number, the x axis of TensorBoard."""
         return self.epoch + self.position / len(self.loader)
 
-    def images_seen(self) -> int:
-        batches = self.epoch * len(self.loader) + self.position
+    def batches_done(self) -> int:
+        """Return the number of micro-batches before the position, `--start_epoch` included."""
+        return self.epoch * len(self.loader) + self.position
+
+    def _images(self, batches: int) -> int:
         return batches * self.args.batch_size * get_world_size()
+
+    def images_seen(self) -> int:
+        """Return the number of images that the run was trained on, with repetitions; without the epochs that
+        `--start_epoch` skipped, and with earlier batch sizes of a resumed run."""
+        return self.images_before + self._images(self.batches_done() - self.batches_before)
 
     # One step, in the order of the calls ----------------------------------------------------------------------------
 
@@ -237,6 +259,11 @@ class Run:
         """Add values of this step, by name, to the means that are logged next; all ranks must give the same names
         (None: no value on this rank)."""
         self.reporter.meter.add(values)
+
+    def note_change(self, text: str) -> None:
+        """Print what changes in training from here on, and show it at this step in TensorBoard's TEXT tab."""
+        print(f"note: {text}")
+        self.board.text("changes", text, self.fractional_epoch())
 
     def finish_step(self) -> None:
         """Count the step. Log every --print_freq steps, save every --save_steps steps, save and stop after a signal."""
@@ -300,12 +327,14 @@ class Run:
             self.checkpoints.saver.insist(LEDGER, lambda: self.record.finish(*line))
 
     def close(self) -> None:
-        """End the run: report an early stop, close the event file, restore the signal handlers, leave the process
+        """End the run: print how it ended, close the event file, restore the signal handlers, leave the process
         group."""
         signals.stopped_by = self.stop_request.received if self.stopped else None
         if self.stopped:
             position = f"epoch {self.epoch}, batch {self.position}"
             print(f"stopped by {self.stop_request.received} at {position}; --resume auto continues exactly there")
+        elif not self.resumed_at_end:
+            print(end_block(self, self.summary), flush=True)
         self.board.close()
         self.stop_request.close()
         shut_down()

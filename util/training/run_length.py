@@ -27,10 +27,8 @@ def settle_schedule(args, batches: int) -> int:
     steps, args.epochs = run_length(batches, args.accum_iter, args.epochs, args.max_steps)
     if args.start_epoch >= args.epochs and not args.resume:
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of the {args.epochs:g} epochs to train")
-    effective = args.batch_size * args.accum_iter * get_world_size()
     if args.lr is None:
-        args.lr = args.blr * effective / 256
-    print(f"learning rate {args.lr:.3g} (base {args.lr * 256 / effective:.3g}), effective batch {effective}")
+        args.lr = args.blr * args.batch_size * args.accum_iter * get_world_size() / 256
     if args.warmup_epochs >= args.epochs:
         print(f"note: --warmup_epochs {args.warmup_epochs} fills all {args.epochs:g} epochs: the rate never peaks")
     return steps

@@ -6,11 +6,12 @@ from pathlib import Path
 from textwrap import shorten
 
 from util.checkpoint import sharded
-from util.checkpoint.same_run import check_same_run, flags_of, plain
+from util.checkpoint.same_run import check_same_run, flags_of, plain, start_flags
 from util.checkpoint.save import Retention, save_checkpoint, save_folder
 from util.data.sample_rng import get_rng_state, set_rng_state
 from util.errors import UserError
 from util.parallel.distributed import gather_to_main, get_rank, get_world_size
+from util.report.names import OLD_TERMS
 from util.training.meters import EpochMeter
 from util.weights.file import read_file
 
@@ -36,7 +37,7 @@ def _rest(run) -> dict:
         "epoch": run.epoch if run.position else run.epoch - 1,
         "step": run.step,
         "scaler": run.stepper.scaler.state_dict(),
-        "args": {name: plain(value) for name, value in vars(run.args).items()},
+        "args": {name: plain(value) for name, value in vars(run.record.args).items()},
         **({"methods_by_rank": by_rank} if any(by_rank) else {}),
         **({"classes": list(run.classes)} if run.classes else {}),
         "rng": gather_to_main(get_rng_state(run.device)),
@@ -76,10 +77,13 @@ def resume(run, path: Path) -> None:
     checkpoint of such a run."""
     state = _read(run, path)
     _load(run, path, state)
-    run.record.load_state(state.get("origin"), flags_of(state))
+    run.resumed_step = state.get("step", 0)
     data = state.get("data") or {"epoch": state["epoch"] + 1, "samples": 0, "meter": {}}
     _restore_position(run, data)
-    run.reporter.meter = EpochMeter(run.device, data["meter"])
+    flags, until = flags_of(state), {"until_epoch": run.fractional_epoch(), "until_step": state.get("step")}
+    run.record.load_state(state.get("origin"), flags, start_flags(flags, vars(run.args)), until)
+    meter = {OLD_TERMS.get(name, name): pair for name, pair in data["meter"].items()}
+    run.reporter.meter = EpochMeter(run.device, meter)
     if flags_of(state).get("best_metric") == getattr(run.args, "best_metric", None):  # else it is of another metric
         run.checkpoints.best = data.get("best") if "best_metric" in flags_of(state) else data.get("best") or None
     rng = state.get("rng", [])

@@ -220,7 +220,7 @@ def _stored_args(raw: dict, path: str) -> dict:
 def _history(raw: dict, args: dict) -> dict:
     """Return the provenance that our runs write beside the weights; in a safetensors file it is in the metadata."""
     origin = args.pop("origin", None) or raw.get("origin")
-    known = ("epoch", "revision", "images_seen", "seconds", "data", "source")
+    known = ("epoch", "revision", "images_seen", "seconds", "data", "source", "hardware", "earlier")
     stored = {name: origin[name] for name in known if name in origin} if isinstance(origin, dict) else {}
     return {"epoch": raw.get("epoch"), **stored}
 

@@ -24,6 +24,25 @@ class LoadReport:
     reasons: dict[str, list[str]] = field(default_factory=dict)  # {reason: names} of `unexpected`
     note: str = ""
 
+    def shown(self, verbose: bool) -> str:
+        """Return the report in full if `verbose`, else in one line. That line names each tensor that is missing, says
+        whether positions were interpolated or a head skipped, and counts the other tensors."""
+        return str(self) if verbose else self._line()
+
+    def _line(self) -> str:
+        loaded = len(self.taken) + len(self.interpolated)
+        parts = [f"{self.path}: {self.origin}, {loaded} tensors loaded"]
+        if self.interpolated:
+            parts.append(f"{' and '.join(self.interpolated)} interpolated {self.grids}")
+        if self.missing:
+            parts.append(f"missing in the file, kept at their initial value: {summary(self.missing)}")
+        parts += [f"{len(names)} not used ({reason})" for reason, names in self.reasons.items()]
+        if self.skipped:
+            parts.append(f"skipped: {self.head}")
+        if self.note:
+            parts.append(f"note: {self.note}")
+        return "; ".join(parts) + " (--verbose names them)" * bool(self.reasons)
+
     def __str__(self):
         lines = [f"{self.path}: {self.origin}", f"taken: {summary(self.taken)}"]
         if self.interpolated:

@@ -1,0 +1,99 @@
+"""What each main script tells about its run at the start, and the commands that it proposes at the end."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+
+from methods import Method
+from methods.selection import settings
+from models_mae import visible_patches
+from util.data.presets import OFFICIAL, preset_of
+from util.next_commands import command, data_words, tensorboard
+from util.report.blocks import Row, row
+from util.report.start_rows import data_rows, model_row
+from util.training.announcements import Summary
+
+
+def pretraining_summary(args, model, chosen: Sequence[type[Method]], images, held_out) -> Summary:
+    """Return what main_pretrain.py tells about the images, the autoencoder `model` and the enabled methods."""
+    classes = getattr(images, "classes", None)
+    ratios = [ratio for ratio in (args.mask_ratio, args.mask_ratio_end) if ratio is not None]
+    visible = " to ".join(str(visible_patches(model.patch_embed.num_patches, ratio)) for ratio in ratios)
+    names = " + ".join(method.title.partition(" (")[0] for method in chosen) or "MAE"
+    target = "normalised pixels" if args.norm_pix_loss else "pixels"
+    mask = f"mask ratio {' to '.join(f'{ratio:g}' for ratio in ratios)}"
+    rows = (
+        *data_rows(args, images, held_out, classes),
+        model_row(args, model, f"{visible} visible"),
+        row("method", names, mask, target, *settings(args, chosen)),
+    )
+    return Summary(rows, partial(_after_pretraining, args, classes is not None))
+
+
+def _after_pretraining(args, labelled: bool, weights: str) -> list[str]:
+    """Return commands for transfer if the images are `labelled`, else for pictures and an export."""
+    folder, data = os.path.normpath(args.output_dir), data_words(args)
+    if labelled:
+        probe = ["--global_pool", "--cache_features", "--output_dir", f"{folder}-probe"]
+        first = command("main_finetune.py", "--finetune", weights, *data, "--output_dir", f"{folder}-finetune")
+        second = command("main_linprobe.py", "--finetune", weights, *data, *probe)
+    else:
+        picture, encoder = (os.path.join(folder, name) for name in ("reconstructions.png", "encoder-timm.safetensors"))
+        first = command("tools/visualize.py", weights, *data, "--out", picture)
+        second = command("tools/export.py", weights, "--to", "timm", "--out", encoder)
+    return [first, second, tensorboard(folder)]
+
+
+def finetuning_summary(args, model, weights, images, held_out) -> Summary:
+    """Return what main_finetune.py tells about the images and the classifier `model`, which starts from `weights`
+    (None: random ones)."""
+    feature = "mean of the patches" if args.global_pool else "[cls] token"
+    rows = (
+        *data_rows(args, images, held_out, getattr(held_out, "classes", None)),
+        model_row(args, model, feature),
+        _weights_row(args, weights),
+        *([] if args.eval else _finetuning_rows(args)),
+    )
+    return Summary(rows, partial(_after_supervised, "main_finetune.py", args))
+
+
+def _finetuning_rows(args) -> list[Row]:
+    shown = (f"{name} {'none' if getattr(args, name) is None else getattr(args, name)}" for name in ("aug", *OFFICIAL))
+    preset = None if args.resume else f"preset {preset_of(args)}"  # a resumed run keeps the values of its checkpoint
+    return [
+        row("fine-tuning", f"targets {args.targets}", f"layer decay {args.layer_decay:g}"),
+        row("augmentation", preset, *shown),
+    ]
+
+
+def probe_summary(args, model, weights, images, held_out) -> Summary:
+    """Return what main_linprobe.py tells about the images and the frozen encoder `model` with the weights `weights`
+    (None: random ones)."""
+    feature = "mean of the patches" if args.global_pool else "[cls] token"
+    cached = "on cached features" if args.cache_features else f"augmentation {args.aug}"
+    rows = (
+        *data_rows(args, images, held_out, getattr(held_out, "classes", None)),
+        model_row(args, model, "frozen"),
+        _weights_row(args, weights),
+        row("head", args.head, feature if args.head == "linear" else None, cached),
+    )
+    return Summary(rows, partial(_after_supervised, "main_linprobe.py", args))
+
+
+def _weights_row(args, weights) -> Row:
+    scratch = ": training from scratch" if hasattr(args, "layer_decay") else ""
+    stored = weights.path if weights else f"random (no --finetune{scratch})"
+    return row("weights", stored, f"key {args.checkpoint_key}" if weights and args.checkpoint_key != "model" else None)
+
+
+def _after_supervised(script: str, args, weights: str) -> list[str]:
+    """Return commands that evaluate the best weights, predict, and show the curves."""
+    folder, data = os.path.normpath(args.output_dir), data_words(args)
+    predict = command("tools/predict.py", weights, *data, "--out", os.path.join(folder, "predictions.csv"))
+    if args.eval:
+        return [predict, command("tools/collect.py", folder), tensorboard(folder)]
+    feature = ["--global_pool"] if script == "main_linprobe.py" and args.global_pool else []
+    feature += ["--head", "attentive"] if getattr(args, "head", "") == "attentive" else []
+    labels = data_words(args, labels=hasattr(args, "targets"))
+    evaluate = ["--eval", "--finetune", weights, *feature, *labels, "--output_dir", folder]
+    return [command(script, *evaluate), predict, tensorboard(folder)]

@@ -1,0 +1,205 @@
+"""What the mains print at the start and at the end: the facts of the run, and commands that work as they are."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from helpers.launch import ranks
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+from util import next_commands
+from util.training.announcements import result_rows
+
+DATA = "--dataset digits --num_workers 0 --device cpu --amp_dtype fp32"
+PRETRAIN = f"{DATA} --model mae_vit_micro_patch4 --input_size 16 --batch_size 240 --warmup_epochs 1 --blr 0.01"
+
+
+def run(main, words: str, capsys) -> tuple[dict[str, str], dict[str, str], str]:
+    """Run a main; return the rows of its first and of its last block by title, and the whole text."""
+    main.main(main.get_args_parser().parse_args(shlex.split(words)))
+    text = capsys.readouterr().out
+    last = (re.search(r"^finished ", text, re.M) or re.search(r"^files ", text, re.M)).start()
+    start = rows_of(text[text.index("\ndata  ") : last])
+    return start, rows_of(text[last:]), text
+
+
+def rows_of(text: str) -> dict[str, str]:
+    """Return the rows of the block at the start of `text` by title; the lines of a row are joined by newlines."""
+    rows, title = {}, ""
+    for line in text.strip("\n").splitlines():
+        if len(line) > 15 and line[14] == " " and line[15] != " ":
+            title = line[:14].strip() or title
+            rows[title] = "\n".join(filter(None, [rows.get(title), line[15:]]))
+        else:
+            break
+    return rows
+
+
+def run_next(command: str, *more: str):
+    """Run a proposed command in this process."""
+    words = shlex.split(command)
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    name = ".".join(Path(words[at]).with_suffix("").parts[-2:] if "tools" in words[at] else [Path(words[at]).stem])
+    module = importlib.import_module(name)
+    return module.main(module.get_args_parser().parse_args([*words[at + 1 :], *more]))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("announced") / "mae"
+    words = f"{PRETRAIN} --epochs 1 --warmup_epochs 0 --vis_freq 0 --output_dir {folder}"
+    main_pretrain.main(main_pretrain.get_args_parser().parse_args(words.split()))
+    return folder / "checkpoint-0.pth"
+
+
+def test_pretraining(tmp_path, capsys):
+    out = tmp_path / "a b"  # quoted in the commands
+    flags = f"--epochs 2 --accum_iter 2 --rc_mae --rc_gamma 0.5 --norm_pix_loss --knn_freq 1 --output_dir '{out}'"
+    start, end, text = run(main_pretrain, f"{PRETRAIN} {flags} --print_freq 1", capsys)
+    block = text[: text.index("epoch 1/2")]
+    assert max(map(len, block.splitlines())) <= 80 or len(str(out)) > 60
+    assert start["data"] == "digits, 1,437 training images, 360 evaluation images, 10 classes"
+    assert start["pixels"] == "mean 0.305, standard deviation 0.376 (training set of digits)"
+    assert start["model"].startswith("mae_vit_micro_patch4, 1.04 M parameters, 16 x 16 px,")
+    assert start["model"].endswith("16 patches of 4 x 4, 4 visible")
+    method = start["method"].replace("\n", " ")
+    assert method.startswith("RC-MAE, mask ratio 0.75, normalised pixels, --rc_mae, --rc_gamma 0.5, --rc_")
+    assert start["batch"] == "480 images = 240 per process x 2 accumulated"
+    assert start["steps"] == "3 per epoch, 6 steps in 2 epochs"
+    rate = "0.0187 (base 0.01), 1 epoch of warm-up, cosine to 0, weight decay 0.05"  # 0.01 * 480 / 256
+    assert start["learning rate"].replace("\n", " ") == rate
+    assert start["device"].startswith("cpu (") and "float32, 1 process" in start["device"].replace("\n", " ")
+    assert start["output"] == str(out)
+    assert re.fullmatch(r"about 0:\d\d:\d\d without evaluation, until \w{3} \d\d:\d\d", start["duration"])
+
+    assert end["finished"].startswith("2 epochs, 6 steps, 2,400 images seen, in 0:0")
+    assert re.search(r"loss [\d.]+", end["last epoch"]) and "knn" in end["last epoch"]
+    assert re.search(r"knn\w* [\d.]+ \(epoch [12]\)", end["best"])
+    listed = [line.split()[0] for line in end["files"].splitlines()[1:]]
+    expected = ["checkpoint-1.pth", "encoder.safetensors", "encoder_ema.safetensors", "log.txt", "results.jsonl"]
+    assert listed == [*expected, "events.out.*"]
+    assert end["files"].splitlines()[0] == f"in {out}" and "1 earlier" in end["files"]
+
+    finetune, probe, board = end["next"].splitlines()
+    assert shlex.split(board)[-2:] == ["--logdir", str(out)]
+    stats = run_next(finetune, *"--epochs 1 --warmup_epochs 0 --num_workers 0 --batch_size 128".split())
+    assert 0 <= stats["acc1"] <= 100 and Path(f"{out}-finetune/checkpoint-best.pth").is_file()
+    run_next(probe, "--epochs", "2")
+    assert Path(f"{out}-probe/probe.pth").is_file()
+
+
+def test_pretraining_without_labels(image_folder, tmp_path, capsys):
+    """Nothing can be fine-tuned: the next commands draw and export."""
+    words = (
+        f"--dataset folder --data_path {image_folder} --model mae_vit_micro_patch4 --input_size 16 --mean 0.5 0.5 0.5"
+    )
+    words += " --std 0.2 0.2 0.3 --mask_ratio 0.5 --mask_ratio_end 0.75 --vis_freq 0 --num_workers 0 --device cpu"
+    start, end, _ = run(main_pretrain, f"{words} --epochs 1 --batch_size 8 --output_dir {tmp_path}", capsys)
+    assert "classes" not in start["data"] and f"folder in {image_folder}" in start["data"]
+    assert start["pixels"] == "mean 0.5, standard deviation 0.2 0.2 0.3 (--mean, --std)"
+    assert "8 to 4 visible" in start["model"] and start["method"] == "MAE, mask ratio 0.5 to 0.75, pixels"
+    picture, export, _ = end["next"].splitlines()
+    run_next(picture)
+    run_next(export)
+    assert {"reconstructions.png", "encoder-timm.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_fine_tuning_and_its_evaluation(pretrained, tmp_path, capsys):
+    words = f"{DATA} --finetune {pretrained} --epochs 2 --warmup_epochs 0 --batch_size 240 --output_dir {tmp_path}"
+    start, end, text = run(main_finetune, words, capsys)
+    assert start["model"].endswith("mean of the patches") and start["weights"] == str(pretrained)
+    assert start["fine-tuning"] == "targets single, layer decay 0.75"
+    assert start["augmentation"].startswith("preset tiny, aug crop, aa none, reprob 0.0")
+    assert "acc1" in end["last epoch"] and re.search(r"acc1 [\d.]+ \(epoch [12]\)", end["best"])
+    evaluate, predict, _ = end["next"].splitlines()
+    stats = run_next(evaluate)
+    text = capsys.readouterr().out
+    best = float(re.search(r"acc1 ([\d.]+) \(epoch", end["best"])[1])
+    assert stats["acc1"] == pytest.approx(best, abs=0.005)  # printed with four digits
+    evaluated = rows_of(text[text.index("\ndata  ") :])
+    assert evaluated["data"] == "digits, 360 evaluation images, 10 classes"
+    assert evaluated["weights"] == str(tmp_path / "checkpoint-best.pth") and "batch" not in evaluated
+    assert "eval.json" in text and "tools/predict.py" in text
+    run_next(predict, "--num_workers", "0")
+    assert (tmp_path / "predictions.csv").is_file()
+
+
+def test_a_resumed_run_says_what_is_done(tmp_path, capsys):
+    words = (
+        f"{DATA} --model vit_micro_patch4 --input_size 16 --batch_size 718 --warmup_epochs 0 --output_dir {tmp_path}"
+    )
+    start, _, _ = run(main_finetune, f"{words} --epochs 1", capsys)
+    assert start["weights"] == "random (no --finetune: training from scratch)"
+    start, end, _ = run(main_finetune, f"{words} --epochs 2 --resume auto", capsys)
+    assert start["steps"] == "2 per epoch, 4 steps in 2 epochs, 2 steps done"
+    assert end["finished"].startswith("2 epochs, 4 steps, 2,872 images seen")
+    main_finetune.main(main_finetune.get_args_parser().parse_args(f"{words} --epochs 2 --resume auto".split()))
+    text = capsys.readouterr().out  # already finished: nothing is announced
+    assert "already finished" in text and "\nfinished " not in text and "\ndata " not in text
+
+
+@pytest.mark.parametrize("head", ["", "--head attentive", "--cache_features --global_pool"])
+def test_probes_and_their_evaluation(head, pretrained, tmp_path, capsys):
+    words = f"{DATA} --finetune {pretrained} --epochs 2 --batch_size 720 --warmup_epochs 0 {head}"
+    start, end, _ = run(main_linprobe, f"{words} --output_dir {tmp_path}", capsys)
+    assert "frozen" in start["model"] and start["weights"] == str(pretrained)
+    expected = {"": "linear, [cls] token, augmentation none", "--head attentive": "attentive, augmentation none"}
+    assert start["head"] == expected.get(head, "linear, mean of the patches, on cached features")
+    assert ("batch" in start) == ("cache" not in head)
+    evaluate, *_ = end["next"].splitlines()
+    assert 0 <= run_next(evaluate)["acc1"] <= 100
+
+
+def test_random_weights_are_named(tmp_path, capsys):
+    words = f"{DATA} --model vit_micro_patch4 --input_size 16 --cache_features --epochs 1 --output_dir {tmp_path}"
+    start, _, _ = run(main_linprobe, words, capsys)
+    assert start["weights"] == "random (no --finetune)"
+
+
+def test_without_a_folder_nothing_is_proposed(capsys):
+    words = f"{PRETRAIN} --epochs 1 --warmup_epochs 0 --vis_freq 0 --output_dir ''"
+    start, end, _ = run(main_pretrain, words, capsys)
+    assert start["output"] == "nothing is written (--output_dir is empty)" and set(end) == {"finished"}
+
+
+def test_several_processes(tmp_path):
+    """The blocks are printed once, and the commands start as many processes."""
+    text = ranks("main_pretrain", f"{PRETRAIN} --epochs 1 --warmup_epochs 0 --vis_freq 0 --output_dir {tmp_path}", 2)
+    assert text.count("\ndata  ") == text.count("\nfinished ") == 1
+    assert "480 images = 240 per process x 2 processes" in text and "2 processes" in text
+
+
+def test_commands_are_quoted_and_have_the_data_flags(monkeypatch, tmp_path):
+    words = ["--dataset", "filelist", "--train_list", "a b.txt", "--val_list", "v.txt", "--label_column", "x", "y"]
+    words += ["--allow_outside", "--num_workers", "3", "--no_pin_mem", "--crop_pct", "0.9", "--targets", "multilabel"]
+    args = main_finetune.get_args_parser().parse_args(words)
+    args.pixel_range = [0, 4095]  # settled, and stored in the checkpoint
+    kept = ["--dataset", "filelist", "--train_list", "a b.txt", "--val_list", "v.txt", "--label_column", "x", "y"]
+    kept += ["--allow_outside", "--crop_pct", "0.9", "--no_pin_mem"]
+    assert next_commands.data_words(args) == kept
+    assert next_commands.data_words(args, labels=True) == [*kept, "--targets", "multilabel"]
+    assert shlex.split(next_commands.command("main_finetune.py", *kept))[-len(kept) :] == kept
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert "-m torch.distributed.run --nproc_per_node 4" in next_commands.command("main_finetune.py")
+    assert "torch.distributed" not in next_commands.command("tools/knn.py")
+    monkeypatch.chdir(tmp_path)  # elsewhere the script has its whole path
+    script = shlex.split(next_commands.command("tools/knn.py"))[-1]
+    assert Path(script).is_file()
+
+
+def test_best_of_a_log():
+    """Losses and errors are best where they are lowest; a value that is missing or not finite is skipped."""
+    log = [
+        {"epoch": 0, "train_loss": 3.0, "test_loss": 0.5, "test_acc1": 10.0, "test_rmse": 2.0, "test_skipped": 0},
+        {"epoch": 1, "train_loss": 2.0, "test_loss": 0.4, "test_acc1": 30.0, "test_rmse": 1.0},
+        {"epoch": 2, "train_loss": 1.0, "test_loss": 0.6, "test_acc1": 20.0, "test_rmse": 3.0, "best_acc1": 30.0},
+        {"epoch": 3, "train_loss": 0.9, "train_lr": 0.1, "test_loss": None, "test_acc1": 20.0, "test_rmse": 3.0},
+    ]
+    (_, last), (_, best) = result_rows(log)
+    assert " ".join(last) == "train_loss 0.9, test_acc1 20, test_rmse 3"
+    assert " ".join(best) == "test_loss 0.4 (epoch 2), test_acc1 30 (epoch 2), test_rmse 1 (epoch 2)"
+    assert result_rows([]) == [] and result_rows(log[:1])[1][1] == []

@@ -1,0 +1,158 @@
+"""What a training run prints at its start and at its end."""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from util.checkpoint.files import CONFUSION, LEDGER, SCORES, list_checkpoints
+from util.parallel.distributed import get_world_size
+from util.report.blocks import Row, block, counted, row
+from util.report.log import duration
+from util.report.names import renamed
+from util.report.start_rows import device_row, output_row
+from util.training.best_metric import LOWER
+
+EVENTS = "events.out.*"  # their names are long
+# Files of a run, in the order of the block at its end, and what they are for.
+FILES = {
+    "checkpoint-best.pth": "best weights, for --eval and tools/",
+    "encoder*.safetensors": "encoder alone, also for other libraries",
+    "probe.pth": "encoder and head, for --eval and tools/",
+    "log.txt": "metrics, a line for each epoch",
+    LEDGER: "flags, data, results: tools/collect.py",
+    SCORES: "last evaluation, by class",
+    "probe.json": "flags and results",
+    "eval.json": "flags and results, by class",
+    CONFUSION: "confusion matrix, last evaluation",
+    "eval_confusion.png": "confusion matrix",
+    "spikes.jsonl": "images of loss spikes",
+    EVENTS: "TensorBoard",
+    "tensorboard-eval": "TensorBoard",
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What only the main script knows about its run: `rows` for the block at the start, and the commands that usually
+    follow, given the path of the weights."""
+
+    rows: tuple[Row, ...] = ()
+    next_commands: Callable[[str], list[str]] = lambda weights: []
+
+
+NO_SUMMARY = Summary()
+
+
+def start_block(run, summary: Summary) -> str:
+    """Return the block at the start of `run` (`util.training.run.Run`)."""
+    return opening(run.args, summary, run.device, run.amp_dtype, _schedule_rows(run))
+
+
+def opening(args, summary: Summary, device, dtype, schedule: Iterable[Row] = ()) -> str:
+    """Return the block at the start of a command, after an empty line. One that trains in steps has a `schedule`."""
+    return "\n" + block([*summary.rows, *schedule, device_row(device, dtype), output_row(args)])
+
+
+def _schedule_rows(run) -> list[Row]:
+    args = run.args
+    effective = args.batch_size * args.accum_iter * get_world_size()
+    factors = {"per process": args.batch_size, "accumulated": args.accum_iter, "processes": get_world_size()}
+    shown = [f"{number} {name}" for name, number in factors.items() if number > 1 or name == "per process"]
+    done = f"{counted(run.step, 'step')} done" if run.step else None
+    total = f"{counted(run.total_steps, 'step')} in {counted(args.epochs, 'epoch')}"
+    return [
+        row("batch", f"{counted(effective, 'image')}" + (f" = {' x '.join(shown)}" if len(shown) > 1 else "")),
+        row("steps", f"{run.steps_per_epoch:,} per epoch", total, done),
+        row(
+            "learning rate",
+            f"{args.lr:.3g} (base {args.lr * 256 / effective:.3g})",
+            f"{counted(args.warmup_epochs, 'epoch')} of warm-up" if args.warmup_epochs else None,
+            f"cosine to {args.min_lr:g}",
+            f"weight decay {args.weight_decay:g}",
+        ),
+    ]
+
+
+def end_block(run, summary: Summary) -> str:
+    """Return the block at the end of `run`: its length, last and best numbers, files, and the next commands."""
+    folder, seconds = run.args.output_dir, run.record.state(run.images_seen()).get("seconds", 0.0)
+    length = counted(run.step, "step"), f"{counted(run.images_seen(), 'image')} seen", f"in {duration(seconds)}"
+    epochs = round(run.fractional_epoch(), 3)
+    rows = [row("finished", counted(int(epochs) if epochs == int(epochs) else epochs, "epoch"), *length)]
+    if folder:
+        rows += result_rows(_log_rows(Path(folder) / "log.txt"))
+    weights = _weights_for_transfer(Path(folder)) if folder else None
+    return closing(folder, summary.next_commands(str(weights)) if weights else [], rows)
+
+
+def closing(folder: str, commands: list[str], results: Iterable[Row] = ()) -> str:
+    """Return the block at the end of a command, after an empty line: `results`, the files in the output `folder`, and
+    the `commands` that usually follow. Without a folder there is nothing to list."""
+    files = [f"in {folder}", *_file_lines(Path(folder))] if folder else []
+    text = block([*results, ("files", files), ("next", commands if folder else [])])
+    return f"\n{text}" if text else ""
+
+
+def _log_rows(path: Path) -> list[dict]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(renamed(json.loads(line)))
+        except ValueError:
+            continue  # cut off by a crash
+    return rows
+
+
+def result_rows(log: list[dict]) -> list[Row]:
+    """Return the rows of the last numbers and, after several evaluations, of the best ones. `log` are the rows of
+    log.txt. Of training only the loss is shown."""
+    if not log:
+        return []
+    shown = [name for name in log[-1] if _is_shown(name)]
+    last = [f"{name} {log[-1][name]:.4g}" for name in shown if _is_number(log[-1][name])]
+    best = [_best(name, log) for name in shown if not name.startswith("train/")]
+    return [row("last epoch", *last), row("best", *best)]
+
+
+def _is_shown(name: str) -> bool:
+    evaluated = name.startswith("eval/") and not name.startswith("eval/best") and name != "eval/skipped"
+    return evaluated or name == "train/loss"
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _best(name: str, log: list[dict]) -> str | None:
+    """Return the best value of a metric with its epoch, counted from 1; None if it has fewer than two values."""
+    values = [(row[name], row.get("epoch", 0)) for row in log if _is_number(row.get(name))]
+    if len(values) < 2:
+        return None
+    lower = any(name.endswith(ending) for ending in LOWER)
+    value, epoch = (min if lower else max)(values, key=lambda pair: pair[0])
+    return f"{name} {value:.4g} (epoch {epoch + 1})"
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _file_lines(folder: Path) -> list[str]:
+    checkpoints = list_checkpoints(folder)
+    lines = []
+    if checkpoints:
+        earlier = f"; {len(checkpoints) - 1} earlier" if len(checkpoints) > 1 else ""
+        lines.append((checkpoints[0].name, f"for --resume and --finetune{earlier}"))
+    for pattern, use in FILES.items():
+        names = sorted({EVENTS if path.match(EVENTS) else path.name for path in folder.glob(pattern)})
+        lines += [(name, use) for name in names]
+    return [f"{name:<22} {use}" for name, use in lines]
+
+
+def _weights_for_transfer(folder: Path) -> Path | None:
+    """Return the file that the next command starts from: the best weights, the whole checkpoint or, where that is a
+    folder (`--fsdp`), the encoder."""
+    candidates = [folder / "probe.pth", folder / "checkpoint-best.pth", *list_checkpoints(folder)[:1]]
+    candidates += sorted(folder.glob("encoder*.safetensors"))
+    return next((path for path in candidates if path.is_file()), None)
