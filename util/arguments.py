@@ -5,6 +5,7 @@ import argparse
 import math
 
 from util.compute.kernels import ATTENTION
+from util.data.dense.scenes import add_scene_arguments
 from util.data.image_folders import add_folder_arguments, check_folder_flags
 from util.data.list_flags import add_list_arguments, check_columns
 from util.data.pixel_range import check_pixel_range, range_word
@@ -67,6 +68,7 @@ def add_data_arguments(parser):
     )
     add_folder_arguments(group)
     add_list_arguments(group)
+    add_scene_arguments(group)
     _add_shard_arguments(group)
     _add_reading_arguments(group)
     return group
