@@ -6,8 +6,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Gpu:
     """The numbers of a data sheet: memory, in the GiB that the driver reports where they are fewer than the sheet's GB;
-    TFLOP/s of dense (not sparse) matrix products in 16 bits with sums in 32; GB/s of the memory; GB/s of its link to the
-    other GPUs of the node, in one direction."""
+    TFLOP/s of dense (not sparse) matrix products in 16 bits with sums in 32; GB/s of the memory; GB/s of its link to
+    the other GPUs of the node, in one direction."""
 
     memory: float
     tflops: float
@@ -24,8 +24,8 @@ class Gpu:
 
 
 # `source` names the document that states a number; the documents themselves were not at hand. All numbers were compared
-# with public pages that quote them, and the TFLOP/s of V100, A6000 and 4090 with the product of their tensor cores' parts
-# (docs/scaling.md).
+# with public pages that quote them, and the TFLOP/s of V100, A6000 and 4090 with the product of their tensor cores'
+# parts (docs/scaling.md).
 # PCIe 4.0 x16 has 32 GB/s in one direction; NVLink is stated for both directions together.
 _A100 = "NVIDIA A100 data sheet (SXM)"
 _ADA = "NVIDIA Ada GPU architecture white paper, appendix A"
