@@ -300,9 +300,9 @@ def test_linear_probe_on_images_and_on_cached_features(image_folder, tmp_path):
     flags += "--epochs 30 --warmup_epochs 2 --device cpu --global_pool "
     parser = main_linprobe.get_args_parser()
     cached = main_linprobe.main(parser.parse_args(f"{flags} --cache_features --output_dir {tmp_path}/c".split()))
-    assert cached["train_images"] == 88 and cached["test_images"] == 20  # 2 of each class held out
+    assert cached["data/train_images"] == 88 and cached["data/test_images"] == 20  # 2 of each class held out
     assert cached["eval/acc1"] > 70  # any features separate the colours
-    assert cached["blr"] in parser.get_default("probe_blrs")
+    assert cached["train/blr"] in parser.get_default("probe_blrs")
     stored = json.loads((tmp_path / "c" / "probe.json").read_text())
     assert stored["result"] == cached
     seen = main_linprobe.main(parser.parse_args(f"{flags} --eval --resume {tmp_path}/c/probe.pth".split()))
