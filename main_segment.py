@@ -9,6 +9,7 @@ import util.interrupts  # noqa: F401  first: Ctrl-C is in effect while the other
 
 # isort: split
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
@@ -32,6 +33,7 @@ from util.parser import Flags, Parser, rare
 from util.report.ledger import Record
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
+from util.weights.file import read_file
 from util.weights.load import Weights, load_into, read_weights
 
 
@@ -75,6 +77,7 @@ def add_head_arguments(group) -> None:
         "--feature_blocks", type=int, nargs="+", metavar="BLOCK", help="blocks that the head reads, from 0"
     )
     group.add_argument("--rel_pos", action="store_true", help="relative position bias in attention, zero at the start")
+    rare(group.add_argument("--head_dropout", type=float, default=0.1, help="share of channels that upernet drops"))
     group.add_argument("--aux_weight", type=float, default=0.4, help="weight of the auxiliary head's loss; 0: none")
 
 
@@ -113,6 +116,8 @@ def check(args) -> None:
     for name in ("short_side", "stride", "head_width"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be positive")
+    if not 0 <= args.head_dropout < 1:
+        raise UserError(f"--head_dropout {args.head_dropout} must lie in [0, 1)")
     if args.aux_weight < 0:
         raise UserError(f"--aux_weight {args.aux_weight} must not be negative; 0 leaves the auxiliary head out")
     if args.eval_mode == "whole" and args.stride is not None:
@@ -168,6 +173,7 @@ def build(args, weights: Weights | None, ignore_label: int) -> models_segment.Se
             img_size=image_shape(args.input_size),
             drop_path_rate=args.drop_path,
             ignore_label=ignore_label,
+            dropout=args.head_dropout,
             **{name: getattr(args, name) for name in names},
         )
     set_norm_eps(model, getattr(args, "layer_norm_eps", None))
@@ -183,12 +189,14 @@ def build(args, weights: Weights | None, ignore_label: int) -> models_segment.Se
 
 def load_segmenter(model: models_segment.Segmenter, weights: Weights) -> None:
     """Load all weights of a segmenter. Raises UserError for a file of another model, head or input size."""
-    state = {name: weights.state[name] for name in model.state_dict() if name in weights.state}
+    state = read_file(Path(weights.path)).get("model", {})
+    if "decode_head.classifier.weight" not in state and "decode_head.1.weight" not in state:
+        raise UserError(f"{weights.path} has no segmentation head: give a checkpoint of main_segment.py")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{weights.path} is not a segmenter of these flags: {reason}") from error
+        reason = shorten(str(error).strip().splitlines()[-1], 200)
+        raise UserError(f"{weights.path} does not fit these flags: {reason}") from error
 
 
 def main(args) -> dict[str, float]:

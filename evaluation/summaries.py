@@ -4,6 +4,8 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
+
 from methods import Method
 from methods.selection import settings
 from models_mae import visible_patches
@@ -104,7 +106,7 @@ def _after_segmentation(args, weights: str) -> list[str]:
         os.path.normpath(args.output_dir),
         data_words(args, extra=partial(add_dense_data_arguments, task="segmentation")),
     )
-    size = ["--input_size", *map(str, image_shape(args.input_size))]
+    size = ["--input_size", *map(str, np.atleast_1d(args.input_size))]
     evaluate = command("main_segment.py", "--eval", "--finetune", weights, *data, *size, "--output_dir", folder)
     return [*([] if args.eval else [evaluate]), command("tools/collect.py", folder), tensorboard(folder)]
 
