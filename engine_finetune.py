@@ -14,6 +14,7 @@ from evaluation.publish import Destination, publish, write_confusion, write_scor
 from evaluation.runs import columns, hparams_of
 from evaluation.scores import TopK
 from util.compute.precision import autocast, choose_amp_dtype
+from util.data.samples import Sample
 from util.parallel.distributed import shut_down, sync_buffers
 from util.report.ledger import Record
 from util.training.announcements import NO_SUMMARY, Summary, closing, opening
@@ -23,18 +24,41 @@ from util.training.losses import LOSS_NAMES
 from util.training.run import Run
 
 
-def train_one_epoch(run: Run, criterion, mixup_fn=None) -> None:
-    """Train for the rest of the current epoch. `mixup_fn` turns (imgs, labels) into mixed images and soft targets."""
-    run.train_module.train()
-    loss_name = LOSS_NAMES[getattr(run.args, "targets", "single")]
-    for batch in run.batches():
-        imgs = batch.samples.image.to(run.device, non_blocking=True)  # (N, C, H, W)
-        targets = batch.samples.target.to(run.device, non_blocking=True)
-        if mixup_fn is not None:
-            imgs, targets = mixup_fn(imgs, targets)
+class Classification:
+    """The task of the mains that have one target for each image: a label, a set of labels, or numbers.
 
+    A task says what is learned and how it is scored; `train` and `evaluate_once` do the rest. `engine_dense` has those
+    of segmentation and detection. `targets` is the value of `--targets`; `criterion(outputs, targets)` is the loss;
+    `mixup_fn` turns (imgs, labels) into mixed images and soft targets; `score_type(device)` makes the scores.
+    """
+
+    def __init__(self, criterion=None, mixup_fn=None, score_type=TopK, targets: str = "single"):
+        self.criterion, self.mixup_fn, self.score_type = criterion, mixup_fn, score_type
+        self.loss_name = LOSS_NAMES[targets]
+
+    def losses(self, model, samples: Sample, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return the losses of a micro-batch by name: scalars, whose sum is minimised. `model` is in training mode."""
+        imgs = samples.image.to(device, non_blocking=True)  # (N, C, H, W)
+        targets = samples.target.to(device, non_blocking=True)
+        if self.mixup_fn is not None:
+            imgs, targets = self.mixup_fn(imgs, targets)
+        return {self.loss_name: self.criterion(model(imgs), targets)}
+
+    def score(self, loader, model, device: torch.device, amp_dtype: torch.dtype):
+        """Return the scores of all images of this rank, as `evaluation.scores` has them."""
+        return score(loader, model, device, amp_dtype, self.score_type)
+
+    def pictures(self) -> dict[str, torch.Tensor]:
+        """Return pictures (3, H, W) of the last evaluation by name, only on the main process."""
+        return {}
+
+
+def train_one_epoch(run: Run, task) -> None:
+    """Train for the rest of the current epoch."""
+    run.train_module.train()
+    for batch in run.batches():
         with run.autocast(batch):
-            losses = {loss_name: criterion(run.ddp_model(imgs), targets)}
+            losses = task.losses(run.ddp_model, batch.samples, run.device)  # {name: weighted scalar}
         run.backward(losses, batch)  # adds the gradients of this micro-batch
         if batch.is_last_of_window:
             run.optimizer_step()  # sets the learning rate, clips; skips the step if a gradient is not finite
@@ -64,13 +88,16 @@ def evaluate(loader, model, device, amp_dtype=torch.float32, score_type=TopK) ->
     return score(loader, model, device, amp_dtype, score_type).read()
 
 
+DEFAULT_TASK = Classification()
+
+
 def evaluate_once(
     args,
     model,
     loader,
     device,
     record: Record,
-    score_type=TopK,
+    task=DEFAULT_TASK,
     names: list[str] | None = None,
     summary: Summary = NO_SUMMARY,
 ) -> dict[str, float]:
@@ -79,7 +106,8 @@ def evaluate_once(
     Leaves the process group. `names` are those of the classes; `summary` is what is printed about the evaluation."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
     print(opening(args, summary, device, dtype))
-    scores = score(loader, model, device, dtype, score_type)
+    with torch.no_grad():
+        scores = task.score(loader, model, device, dtype)
     stats = scores.read()
     print_scores(scores, stats, len(loader.dataset))
     metrics = {f"eval/{name}": value for name, value in stats.items()}
@@ -89,7 +117,7 @@ def evaluate_once(
         ledger=args.output_dir,
     )
     details = scores.details(names)
-    pictures = write_confusion(scores, names, args.output_dir, "eval_confusion.png")
+    pictures = write_confusion(scores, names, args.output_dir, "eval_confusion.png") | task.pictures()
     pictures = {f"eval/{name}": picture for name, picture in pictures.items()}
     publish(record, metrics, len(loader.dataset), (device, dtype), to, pictures=pictures, details=details)
     print(closing(args.output_dir, summary.next_commands(str(args.resume or args.finetune))))
@@ -111,16 +139,17 @@ def save_best(run: Run, stats: dict[str, float], metric: str) -> dict[str, float
     return {} if run.checkpoints.best is None else {f"eval/best_{metric}": run.checkpoints.best}
 
 
-def write_last(run: Run, scores, stats: dict[str, float]) -> None:
+def write_last(run: Run, task, scores, stats: dict[str, float]) -> None:
     """Write the last evaluation by class: scores.json, and the confusion matrix as a picture."""
     folder, attempt = run.args.output_dir, run.checkpoints.saver.insist
     at = {"epoch": run.epoch if run.position else run.epoch - 1, "revision": run.record.revisions[-1]}
     write_scores(scores, run.record.args, stats, run.classes, folder, attempt, **at)
-    for name, picture in write_confusion(scores, run.classes, folder, attempt=attempt).items():
+    pictures = write_confusion(scores, run.classes, folder, attempt=attempt) | task.pictures()
+    for name, picture in pictures.items():
         run.board.image(f"eval/{name}", picture, run.fractional_epoch())
 
 
-def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK) -> dict[str, float]:
+def train(args, run: Run, val_loader, task) -> dict[str, float]:
     """Begin the run, train to its end or until a signal stops it, and close it; return the last evaluation.
 
     The model is evaluated every `--eval_freq` epochs and after the last one. The weights with the best score
@@ -133,20 +162,21 @@ def train(args, run: Run, val_loader, criterion, mixup_fn=None, score_type=TopK)
         return stats
     run.begin()
     while not run.ended and not run.stopped:  # ended: all steps are done; stopped: by a signal
-        train_one_epoch(run, criterion, mixup_fn)
+        train_one_epoch(run, task)
         if run.stopped:
             break
         row = {}
         if (run.epoch + 1) % args.eval_freq == 0 or run.ended:
             sync_buffers(run.train_module)  # running statistics of rank 0: all ranks evaluate the same model
-            scores = score(val_loader, run.train_module, run.device, run.amp_dtype, score_type)
+            with torch.no_grad():
+                scores = task.score(val_loader, run.train_module, run.device, run.amp_dtype)
             stats = scores.read()
             print_scores(scores, stats, len(val_loader.dataset))
             row = {f"eval/{name}": value for name, value in stats.items()}
             row |= save_best(run, stats, args.best_metric or scores.headline)
         run.finish_epoch(row)  # logs the epoch; writes a checkpoint every --save_freq epochs
     if not run.stopped:
-        write_last(run, scores, stats)
+        write_last(run, task, scores, stats)
         run.board.hparams(hparams_of(run.record), columns())
     run.append_to_ledger()  # its line in results.jsonl, unless a signal stopped it
     run.close()

@@ -11,7 +11,7 @@ from timm.data import Mixup
 from timm.layers import trunc_normal_
 
 import models_vit
-from engine_finetune import evaluate_once, train
+from engine_finetune import Classification, evaluate_once, train
 from evaluation.encoder import build_encoder, count_classes, settle_model
 from evaluation.regression import RegressionScores
 from evaluation.scores import MultiLabel, MultiLabelSigmoid, TopK
@@ -276,15 +276,17 @@ def main(args) -> dict[str, float]:
     val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
     recorded = arguments.flags_of_evaluation(args) if args.eval else args
     record = Record("main_finetune" + " --eval" * args.eval, recorded, weights, train=images, test=held_out)
-    scores, summary = scores_of(args), finetuning_summary(args, model, weights or resumed, images, held_out)
+    summary = finetuning_summary(args, model, weights or resumed, images, held_out)
     if args.eval:
+        task = Classification(score_type=scores_of(args))
         names = getattr(held_out, "classes", None)
-        return evaluate_once(args, model, val_loader, device, record, scores, names, summary)
+        return evaluate_once(args, model, val_loader, device, record, task, names, summary)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     run = Run(args, device, loader, model, optimizer, None, resume, record, getattr(images, "classes", None), summary)
     criterion = build_criterion(mixes(args), args.targets, args.smoothing, args.multilabel_loss, weights_of_classes)
-    return train(args, run, val_loader, criterion.to(device), build_mixup(args), scores)
+    task = Classification(criterion.to(device), build_mixup(args), scores_of(args), args.targets)
+    return train(args, run, val_loader, task)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from timm.layers import trunc_normal_
 from torch import nn
 
-from engine_finetune import evaluate_once, train
+from engine_finetune import Classification, evaluate_once, train
 from evaluation.cached_probe import probe_head, run_cached
 from evaluation.encoder import build_encoder, count_classes, settle_model
 from evaluation.scores import TopK
@@ -257,7 +257,7 @@ def main(args) -> dict:
     names = getattr(images, "classes", None)
     run = Run(args, device, loader, model, optimizer, probe, resume, record, names, summary)
     criterion = build_criterion(False, "single", 0.0, weights=class_weights(args, images)).to(device)
-    return train(args, run, test_loader, criterion)
+    return train(args, run, test_loader, Classification(criterion))
 
 
 if __name__ == "__main__":

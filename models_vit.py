@@ -85,13 +85,17 @@ class VisionTransformer(GradCheckpointMixin, nn.Module):
         """Return the names of the parameters that are trained without weight decay."""
         return {"pos_embed", "cls_token"}
 
+    def head_modules(self) -> list[nn.Module]:
+        """Return the modules after the encoder, which are trained whatever is frozen."""
+        return [self.head]
+
     def train_last_blocks(self, count: int) -> None:
         """Freeze all weights except those of the last `count` blocks, the final norm and the head; with `count` 0, all
         except those of the head (partial fine-tuning: He et al. 2022, Section 4.3 and Figure 9).
 
         Frozen blocks stay in eval mode, without drop path.
         """
-        trained = [self.head]
+        trained = self.head_modules()
         if count:
             trained += [*self.blocks[-count:], self.fc_norm if self.global_pool else self.norm]
         self.requires_grad_(False)

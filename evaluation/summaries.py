@@ -4,9 +4,13 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
+
 from methods import Method
 from methods.selection import settings
 from models_mae import visible_patches
+from util.data.dense.flags import add_dense_data_arguments
+from util.data.image_format import image_shape
 from util.data.presets import OFFICIAL, preset_of
 from util.next_commands import command, data_words, tensorboard
 from util.report.blocks import Row, row
@@ -78,6 +82,33 @@ def probe_summary(args, model, weights, images, held_out) -> Summary:
         row("head", args.head, feature if args.head == "linear" else None, cached),
     )
     return Summary(rows, partial(_after_supervised, "main_linprobe.py", args))
+
+
+def segmentation_summary(args, model, weights, images, held_out) -> Summary:
+    """Return what main_segment.py tells about the images and the segmenter `model`, whose encoder starts from
+    `weights` (None: random ones)."""
+    blocks = " ".join(map(str, model.feature_blocks))
+    norm, position = f"{args.head_norm} norm", "relative positions" if args.rel_pos else None
+    size = " x ".join(map(str, image_shape(args.input_size)))
+    window = f"windows of {size} px every {args.stride} px" if args.stride else f"whole images in {size} px"
+    rows = (
+        *data_rows(args, images, held_out, held_out.categories),
+        model_row(args, model),
+        _weights_row(args, weights),
+        row("head", args.head, f"blocks {blocks}", norm, position),
+        row("evaluation", window, "and mirrored" if args.eval_flip else None, "at the original size"),
+    )
+    return Summary(rows, partial(_after_segmentation, args))
+
+
+def _after_segmentation(args, weights: str) -> list[str]:
+    folder, data = (
+        os.path.normpath(args.output_dir),
+        data_words(args, extra=partial(add_dense_data_arguments, task="segmentation")),
+    )
+    size = ["--input_size", *map(str, np.atleast_1d(args.input_size))]
+    evaluate = command("main_segment.py", "--eval", "--finetune", weights, *data, *size, "--output_dir", folder)
+    return [*([] if args.eval else [evaluate]), command("tools/collect.py", folder), tensorboard(folder)]
 
 
 def _weights_row(args, weights) -> Row:

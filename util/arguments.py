@@ -5,11 +5,13 @@ import argparse
 import math
 
 from util.compute.kernels import ATTENTION
+from util.data.dense.scenes import add_scene_arguments
 from util.data.image_folders import add_folder_arguments, check_folder_flags
 from util.data.list_flags import add_list_arguments, check_columns
 from util.data.pixel_range import check_pixel_range, range_word
 from util.data.readers import READERS
 from util.errors import UserError
+from util.lr_sched import SCHEDULES
 from util.parallel.cores import MOST_WORKERS
 from util.parser import rare
 from util.training.best_metric import add_best_metric
@@ -67,6 +69,7 @@ def add_data_arguments(parser):
     )
     add_folder_arguments(group)
     add_list_arguments(group)
+    add_scene_arguments(group)
     _add_shard_arguments(group)
     _add_reading_arguments(group)
     return group
@@ -307,8 +310,8 @@ def add_distributed_arguments(parser, shards: bool = False) -> None:
     )
 
 
-def add_finetuning_arguments(parser, pooled: bool) -> None:
-    """Add the flags that fine-tuning and probing share. `pooled`: the default of `--global_pool`."""
+def add_transfer_arguments(parser):
+    """Add the flags of every main that starts from a pretrained encoder, and return their group."""
     group = parser.add_argument_group("transfer")
     group.add_argument(
         "--finetune", default="", metavar="CHECKPOINT", help="weights of the encoder; without it they are random"
@@ -318,10 +321,6 @@ def add_finetuning_arguments(parser, pooled: bool) -> None:
         default="model",
         help="weights in that file: model, model_ema (RC-MAE's teacher), or a part of the tensors' names (teacher)",
     )
-    group.add_argument("--global_pool", action="store_true", help="feature: mean of the patch tokens")
-    group.add_argument("--cls_token", action="store_false", dest="global_pool", help="feature: the [cls] token")
-    group.set_defaults(global_pool=pooled)
-    group.add_argument("--nb_classes", type=int, help="number of classes; without it the data set's")
     group.add_argument(
         "--eval",
         action="store_true",
@@ -330,11 +329,45 @@ def add_finetuning_arguments(parser, pooled: bool) -> None:
     group.add_argument(
         "--eval_freq", type=int, default=1, help="epochs between evaluations; the last epoch always has one"
     )
+    return group
+
+
+def add_finetuning_arguments(parser, pooled: bool) -> None:
+    """Add the flags that fine-tuning and probing share. `pooled`: the default of `--global_pool`."""
+    group = add_transfer_arguments(parser)
+    group.add_argument("--global_pool", action="store_true", help="feature: mean of the patch tokens")
+    group.add_argument("--cls_token", action="store_false", dest="global_pool", help="feature: the [cls] token")
+    group.set_defaults(global_pool=pooled)
+    group.add_argument("--nb_classes", type=int, help="number of classes; without it the data set's")
     add_best_metric(group, pooled)
     rare(
         group.add_argument(
             "--dist_eval", action="store_true", help="accepted; evaluation is always distributed and exact"
         )
+    )
+
+
+def add_schedule_arguments(group, schedule: str) -> None:
+    """Add the flags of learning-rate schedules in steps, for dense tasks; `schedule` is the default."""
+    group.add_argument(
+        "--lr_schedule",
+        choices=SCHEDULES,
+        default=schedule,
+        help="after the warm-up: half a cosine, or a line, to --min_lr; step: a tenth of the rate after each of "
+        "--lr_steps",
+    )
+    group.add_argument(
+        "--lr_steps",
+        type=float,
+        nargs="+",
+        default=[0.889, 0.963],
+        metavar="SHARE",
+        help="--lr_schedule step: where the rate drops, as shares of the run",
+    )
+    group.add_argument(
+        "--warmup_steps",
+        type=int,
+        help="linear warm-up in steps, instead of --warmup_epochs; without both 1500, at most a tenth of the run",
     )
 
 
@@ -345,6 +378,7 @@ def check_numbers(args) -> None:
     positive = "batch_size epochs accum_iter save_freq print_freq timeout_s clip_grad patch_size in_chans"
     positive += " decoder_embed_dim decoder_num_heads nb_classes eval_freq shuffle_buffer shard_samples max_steps"
     not_negative = "warmup_epochs num_workers save_steps keep start_epoch seed weight_decay min_lr blr lr decoder_depth"
+    not_negative += " warmup_steps"
     for name in positive.split():
         value = getattr(args, name, None)
         if value is not None and value <= 0:

@@ -52,12 +52,13 @@ def _short(path: str) -> str:
     return path if relative.startswith(os.pardir) else relative
 
 
-def data_words(args: argparse.Namespace, labels: bool = False) -> list[str]:
+def data_words(args: argparse.Namespace, labels: bool = False, extra=lambda group: None) -> list[str]:
     """Return the words of the data flags of `args` that differ from their defaults; with `labels`, also those of the
-    labels of fine-tuning."""
+    labels of fine-tuning; and those of the flags that `extra(group)` adds."""
     parser = Parser("")
     known = {id(action) for action in parser._actions}
     add_data_arguments(parser)
+    extra(parser.add_argument_group("more"))
     if labels:
         add_label_arguments(parser.add_argument_group("labels"))
     words = []

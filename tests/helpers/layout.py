@@ -33,11 +33,11 @@ ROOMS: list[tuple[str, ...]] = [
     ("util.training",),
     ("util.arguments", "util.datasets", "util.misc", "util.next_commands"),
     ("planning",),
-    ("models_encoder", "models_mae", "models_vit"),
+    ("models_encoder", "models_mae", "models_vit", "models_grid", "models_segment", "models_detect"),
     ("methods",),
     ("evaluation",),
-    ("engine_pretrain", "engine_finetune"),
-    ("main_pretrain", "main_finetune", "main_linprobe"),
+    ("engine_pretrain", "engine_finetune", "engine_dense"),
+    ("main_pretrain", "main_finetune", "main_linprobe", "main_segment"),
     ("submitit_pretrain", "submitit_finetune", "submitit_linprobe"),
 ]
 TOOLS = "tools"  # may import everything but mains, engines and each other

@@ -118,10 +118,19 @@ def in_shared_memory(batch):
     """Move the tensors of a batch to shared memory, if this process is a data worker. Otherwise torch would do it while
     it sends the batch, in a thread whose errors lose the batch, and the main process would wait for it forever."""
     if get_worker_info() is not None:
-        for column in batch:
-            if isinstance(column, torch.Tensor) and column.numel():  # names are tuples of text
-                column.share_memory_()
+        for tensor in _tensors(batch):
+            if tensor.numel():
+                tensor.share_memory_()
     return batch
+
+
+def _tensors(value):
+    """Yield the tensors in tuples, lists and dicts; anything else, such as a name, is passed over."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def collate(samples: list) -> Sample:
@@ -163,6 +172,9 @@ def read_batches(loader: DataLoader):
 def _explained(batches):
     try:
         yield from batches
+    except UnreadableData as error:
+        # Frames of torch in its traceback refer to the error: such a cycle would keep the data workers alive.
+        raise type(error)(_last_line(error.with_traceback(None))) from None
     except RuntimeError as error:
         failure = worker_failure(error)
         if failure is None:
@@ -172,7 +184,8 @@ def _explained(batches):
 
 class Loader:
     """A DataLoader with `begin(epoch, batch)`; iterating starts there, `len` is the whole epoch. `split=False` gives
-    every rank all samples (not of a stream). With `labels` every class is drawn equally often (`EpochBatches`)."""
+    every rank all samples (not of a stream). With `labels` every class is drawn equally often (`EpochBatches`). A
+    data set with a function `collate` makes its batches by it."""
 
     def __init__(
         self,
@@ -189,11 +202,12 @@ class Loader:
         self.stream, self.shuffle = isinstance(dataset, IterableDataset), shuffle
         self.start = 0
         common = loader_options(seed, num_workers, pin_mem, persistent=not self.stream)
+        common["collate_fn"] = getattr(dataset, "collate", collate)
         if self.stream:
-            self.loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, **common)
+            self.loader = DataLoader(dataset, batch_size=batch_size, **common)
         else:
             self.batches = EpochBatches(len(dataset), batch_size, seed, shuffle, split, labels)
-            self.loader = DataLoader(dataset, batch_sampler=self.batches, collate_fn=collate, **common)
+            self.loader = DataLoader(dataset, batch_sampler=self.batches, **common)
 
     def begin(self, epoch: int, start: int = 0) -> "Loader":
         """Set the epoch and the batch at which the next iteration starts."""
@@ -230,12 +244,17 @@ class Loader:
 
 
 def next_batch(batches) -> Sample:
-    """Return the next batch. Raises UserError when too many images in a row are unreadable. Its message is the last
-    line of the error: that of a data worker begins with the worker's traceback."""
+    """Return the next batch. Raises UserError when too many images in a row are unreadable, or an annotation does not
+    fit."""
     try:
         return next(batches)
     except UnreadableData as error:
-        raise UserError(str(error).strip().splitlines()[-1].split("UnreadableData: ")[-1]) from None
+        raise UserError(_last_line(error)) from None
+
+
+def _last_line(error: UnreadableData) -> str:
+    """Return what an error says; the message of one that a data worker raised begins with the worker's traceback."""
+    return str(error).strip().splitlines()[-1].split(f"{type(error).__name__}: ", 1)[-1]
 
 
 class Endless:

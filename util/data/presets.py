@@ -19,7 +19,8 @@ PRESETS = {
     "tiny": OFFICIAL | dict(aa=None, reprob=0.0, smoothing=0.0, drop_path=0.0),
 }
 TINY = 32  # pixels; smaller inputs get `tiny`
-MIRRORED = {"digits": 0.0}  # data sets whose images mean something else when they are mirrored: their --hflip
+# Data sets whose images mean something else when they are mirrored: their --hflip.
+MIRRORED = {"digits": 0.0, "scenes": 0.0}
 
 
 def augment_policy(text: str) -> str | None:

@@ -8,6 +8,7 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from util.data import fine_grained
+from util.data.dense import layouts, scenes
 from util.data.factory import FACTORY, open_from_factory
 from util.data.file_lists import (
     check_below,
@@ -165,6 +166,16 @@ def _fine_grained(args, train: bool, _classes) -> Files:
     return Files(paths, targets, classes)
 
 
+def _dense(args, train: bool, _classes) -> Files:
+    """The images of a data set for segmentation or detection, without their annotations."""
+    paths = list(layouts.IMAGES[args.dataset](need_path(args), train, args).values())
+    return Files(paths, [-1] * len(paths), None)
+
+
+def _scenes(args, train: bool, _classes) -> scenes.SegmentedScenes:
+    return scenes.SegmentedScenes(*scenes.settings_of(args, train))
+
+
 def _shards(args, train: bool, _classes) -> Shards:
     return find_shards(args, train)
 
@@ -178,6 +189,8 @@ READERS = {
     "tiny_imagenet": _tiny_imagenet,
     "digits": _digits,
     **dict.fromkeys(fine_grained.READERS, _fine_grained),
+    **dict.fromkeys(layouts.IMAGES, _dense),
+    "scenes": _scenes,
     "wds": _shards,
 }
 

@@ -1,7 +1,7 @@
 """Samples: images with their labels and indices, transformed with random numbers keyed by sample."""
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -23,11 +23,18 @@ class UnreadableData(UserError):
     worker's traceback in the message."""
 
 
+class BadAnnotation(UnreadableData):
+    """An annotation that can be read but does not fit its image or the classes. It is not replaced: a mistake of this
+    kind is in many files, and the scores would be wrong."""
+
+
 class Sample(NamedTuple):
     """One image, or after collation one batch."""
 
     image: torch.Tensor  # (C, H, W)
-    target: int  # label, or -1 if there is none; for label sets the row of `util.data.labels.LabelSets.target`
+    # Label, or -1 if there is none; for label sets the row of `util.data.labels.LabelSets.target`; of dense data sets
+    # what the transforms of `util.data.dense.transforms` return: a mask, or a dict of boxes (in a batch a list).
+    target: int
     index: int  # index in the data set, from which the sample's random numbers are seeded
     bad: int  # number of unreadable images that this one replaces; in evaluation 1 if it is unreadable itself
 
@@ -73,24 +80,34 @@ class KeyedDataset(torch.utils.data.Dataset):
     def __getitem__(self, key) -> Sample | NamedSample:
         epoch, index, *place = key if isinstance(key, tuple) else (0, key)
         with seeded(self.seed, epoch, index, *place):
-            image, chosen, bad, error = self._read(index)
-            sample = Sample(self.transform(image), self.images.target(chosen), index, bad)
+            decoded, chosen, bad, error = self._read(index)
+            sample = Sample(*self._transformed(decoded, chosen), index, bad)
             return NamedSample(*sample, self.images.name(index), error) if self.named else sample
 
-    def _read(self, index: int) -> tuple[Image.Image, int, int, str]:
+    def _transformed(self, image: Image.Image, index: int) -> tuple:
+        """Return the tensor of an image that was decoded, and its target."""
+        return self.transform(image), self.images.target(index)
+
+    def _read(self, index: int) -> tuple[Any, int, int, str]:
         """Return (image, its index, number of unreadable images before it, why it is unreadable if it is not replaced)
         for `index` or its replacement."""
         for bad in range(DRAWS):
             chosen = int(torch.randint(len(self.images), ())) if bad else index
             try:
                 return self._decoded(chosen), chosen, bad, ""
+            except BadAnnotation:
+                raise
             except BROKEN_IMAGE as error:
                 warn_unreadable(self.images.name(chosen), error)
                 reason = reason_of(error)
             if not self.replace:
-                return self.convert(Image.new("RGB", (32, 32))), chosen, 1, reason
+                return self._blank(chosen), chosen, 1, reason
         last = printable(self.images.name(chosen))
         raise UnreadableData(f"{DRAWS} images in a row could not be read, the last one {last}")
+
+    def _blank(self, index: int) -> Image.Image:
+        """Return what stands for an unreadable image in evaluation."""
+        return self.convert(Image.new("RGB", (32, 32)))
 
     def _decoded(self, index: int) -> Image.Image:
         if self.crop is not None:

@@ -69,10 +69,17 @@ def _schedule_rows(run) -> list[Row]:
             "learning rate",
             f"{args.lr:.3g} (base {args.lr * 256 / effective:.3g})",
             f"{counted(args.warmup_epochs, 'epoch')} of warm-up" if args.warmup_epochs else None,
-            f"cosine to {args.min_lr:g}",
+            _decay(args),
             f"weight decay {args.weight_decay:g}",
         ),
     ]
+
+
+def _decay(args) -> str:
+    schedule = getattr(args, "lr_schedule", "cosine")
+    if schedule == "step":
+        return "divided by 10 after " + " and ".join(f"{100 * share:g} %" for share in args.lr_steps)
+    return f"{schedule} to {args.min_lr:g}"
 
 
 def end_block(run, summary: Summary) -> str:

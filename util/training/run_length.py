@@ -27,8 +27,22 @@ def settle_schedule(args, batches: int) -> int:
     steps, args.epochs = run_length(batches, args.accum_iter, args.epochs, args.max_steps)
     if args.start_epoch >= args.epochs and not args.resume:
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of the {args.epochs:g} epochs to train")
+    _settle_warmup(args, steps, batches)
     if args.lr is None:
         args.lr = args.blr * args.batch_size * args.accum_iter * get_world_size() / 256
     if args.warmup_epochs >= args.epochs:
         print(f"note: --warmup_epochs {args.warmup_epochs} fills all {args.epochs:g} epochs: the rate never peaks")
     return steps
+
+
+def _settle_warmup(args, steps: int, batches: int) -> None:
+    """Settle `--warmup_steps`, for commands that have it, and the epochs that it takes. Raises UserError if both are
+    given."""
+    if not hasattr(args, "warmup_steps"):
+        return
+    if args.warmup_steps and args.warmup_epochs and not args.resume:
+        raise UserError("--warmup_steps and --warmup_epochs both set the length of the warm-up: give one of them")
+    if args.warmup_steps is None and not args.warmup_epochs:
+        args.warmup_steps = min(1500, steps // 10)
+    if args.warmup_steps:
+        args.warmup_epochs = args.warmup_steps * args.accum_iter / batches

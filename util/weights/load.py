@@ -7,6 +7,7 @@
 import argparse
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from math import prod
 
@@ -343,7 +344,9 @@ def _check_complete(own: dict, chosen: dict, weights: Weights, flag: str) -> Non
                 f"{weights.path} has a decoder of {_decoder(weights.state)}, but the model has one of {_decoder(own)}, "
                 f"and they differ in {some(decoder)} (--decoder, --decoder_embed_dim, --decoder_depth)"
             )
-    lost = [name for name in missing if ENCODER.match(name) and not name.startswith("norm.")]
+    # Relative positions are zero in a new model, which computes the same as the file's encoder without them.
+    optional = re.compile(r"norm\.|.*\.rel_pos_(bias\.|h$|w$)")
+    lost = [name for name in missing if ENCODER.match(name) and not optional.match(name)]
     if lost:
         raise UserError(f"{weights.path} lacks {some(lost)} of the encoder: a complete ViT with [cls] is needed")
     if wrong:

@@ -1,0 +1,240 @@
+"""Fine-tune a pretrained encoder for semantic segmentation, train one from scratch, or evaluate one.
+
+The protocol is that of BEiT and MAE on ADE20K (He et al. 2022, Appendix A.4): UPerNet on four blocks of the encoder,
+AdamW with layer decay, a linear schedule, crops of one size, and sliding windows in the evaluation. `--head linear
+--trainable_blocks 0` trains a linear classifier on frozen patch tokens.
+"""
+
+import util.interrupts  # noqa: F401  first: Ctrl-C is in effect while the others are imported
+
+# isort: split
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+
+import models_segment
+from engine_dense import Segmentation
+from engine_finetune import evaluate_once, train
+from evaluation.encoder import set_norm_eps, settle_model
+from evaluation.summaries import segmentation_summary
+from models_grid import sync_batch_norm
+from util import arguments
+from util.checkpoint.resume import find_resume
+from util.data.dense.flags import add_dense_data_arguments
+from util.data.dense.paired import build_paired_loader
+from util.data.dense.segmentation import read_segmentation
+from util.data.dense.transforms import SegmentationEvaluation, SegmentationTraining
+from util.data.image_format import image_shape, mean_std
+from util.data.sample_rng import seeded
+from util.errors import UserError, user_errors
+from util.lr_decay import param_groups_lrd
+from util.parser import Flags, Parser, rare
+from util.report.ledger import Record
+from util.training.run import Run, start
+from util.training.run_length import settle_schedule
+from util.weights.file import read_file
+from util.weights.load import Weights, load_into, read_weights
+
+
+def get_args_parser() -> Parser:
+    parser = Parser(
+        "Fine-tune a ViT for semantic segmentation, train one from scratch, or evaluate one.",
+        usual="--finetune CHECKPOINT --dataset NAME --data_path PATH",
+    )
+    arguments.add_model_arguments(parser, default_model=None, decoder=False)
+    add_head_arguments(parser.add_argument_group("head"))
+    arguments.add_transfer_arguments(parser)
+    add_dense_data_arguments(arguments.add_data_arguments(parser), "segmentation")
+    add_image_arguments(parser.add_argument_group("crops and evaluation"))
+    group = arguments.add_optimizer_arguments(parser, batch_size=16, epochs=50, warmup=0, blr=1e-3, wd=0.05, min_lr=0.0)
+    arguments.add_schedule_arguments(group, schedule="linear")
+    group.add_argument("--layer_decay", type=float, default=0.65, help="ratio of a block's rate to the next one's")
+    group.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth: drop rate of the last block")
+    group.add_argument("--trainable_blocks", type=int, help="train the last N blocks and the head; 0: the head alone")
+    parser.set_defaults(lr=1e-4, dataset="ade20k", best_metric=None)
+    arguments.add_run_arguments(parser, save_freq=1, keep=1)
+    arguments.add_speed_arguments(parser)
+    arguments.add_distributed_arguments(parser)
+    return parser
+
+
+def add_head_arguments(group) -> None:
+    group.add_argument(
+        "--head",
+        choices=models_segment.HEADS,
+        default="upernet",
+        help="upernet: pyramid pooling and a feature pyramid on four blocks; linear: one layer on the patch tokens",
+    )
+    group.add_argument("--head_width", type=int, help="channels of upernet; without it the encoder's width")
+    group.add_argument(
+        "--head_norm",
+        choices=["batch", "layer"],
+        default="batch",
+        help="norm in the head; batch needs two images per process, and is synchronised over GPUs",
+    )
+    group.add_argument(
+        "--feature_blocks", type=int, nargs="+", metavar="BLOCK", help="blocks that the head reads, from 0"
+    )
+    group.add_argument("--rel_pos", action="store_true", help="relative position bias in attention, zero at the start")
+    rare(group.add_argument("--head_dropout", type=float, default=0.1, help="share of channels that upernet drops"))
+    group.add_argument("--aux_weight", type=float, default=0.4, help="weight of the auxiliary head's loss; 0: none")
+
+
+def add_image_arguments(group) -> None:
+    group.add_argument(
+        "--scale", type=float, nargs=2, default=[0.5, 2.0], metavar=("LOW", "HIGH"),
+        help="range of the random factor of an image's size before it is cropped",
+    )  # fmt: skip
+    group.add_argument(
+        "--short_side", type=int, help="shorter side of an image at scale 1, in training and evaluation; without it "
+        "that of --input_size",
+    )  # fmt: skip
+    rare(group.add_argument("--no_flip", action="store_false", dest="flip", help="images are not mirrored"))
+    rare(group.add_argument("--no_distort", action="store_false", dest="distort", help="colours are not distorted"))
+    group.add_argument(
+        "--eval_mode",
+        choices=["slide", "whole"],
+        default="slide",
+        help="slide: windows of --input_size, one every --stride pixels; whole: the image is made to fit",
+    )
+    group.add_argument("--stride", type=int, help="of the windows, in pixels; without it two thirds of --input_size")
+    group.add_argument("--eval_flip", action="store_true", help="average in the logits of the mirrored image")
+
+
+def check(args) -> None:
+    """Raise UserError for flags that are out of range or contradict each other."""
+    arguments.check_values(args)
+    if not 0 <= args.drop_path <= 1:
+        raise UserError(f"--drop_path {args.drop_path} must lie in [0, 1]")
+    if not 0 < args.layer_decay <= 1:
+        raise UserError(f"--layer_decay {args.layer_decay} must lie in (0, 1]")
+    if not 0 < args.scale[0] <= args.scale[1]:
+        raise UserError(
+            f"--scale {args.scale[0]:g} {args.scale[1]:g} must be two positive numbers, the lower one first"
+        )
+    for name in ("short_side", "stride", "head_width"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} must be positive")
+    if not 0 <= args.head_dropout < 1:
+        raise UserError(f"--head_dropout {args.head_dropout} must lie in [0, 1)")
+    if args.aux_weight < 0:
+        raise UserError(f"--aux_weight {args.aux_weight} must not be negative; 0 leaves the auxiliary head out")
+    if args.eval_mode == "whole" and args.stride is not None:
+        raise UserError("--stride has no effect with --eval_mode whole")
+    if args.jpeg_draft:
+        raise UserError("--jpeg_draft has no effect here: images are not cropped while they are decoded")
+    if args.trainable_blocks is not None and args.eval:
+        raise UserError("--trainable_blocks has no effect with --eval")
+    arguments.check_speed_flags(args, not args.eval, "with --eval")
+    if args.eval and not (args.resume or args.finetune):
+        raise UserError("--eval needs a finished run: give its checkpoint as --resume or --finetune")
+
+
+def read_starting_weights(args, resume: Path | None) -> tuple[Weights | None, Weights | None]:
+    """Read the initial weights and settle the flags of the model. Returns the weights to start from or to evaluate
+    (None: random ones) and those of the checkpoint to resume; at least one of the two is None."""
+    resumed = settle_model(args, read_weights(resume)) if resume is not None and not args.eval else None
+    source = str(resume) if args.eval and resume else args.finetune
+    weights = settle_model(args, source if args.eval or resume is None else "")
+    for name in ("head", "head_width", "head_norm", "feature_blocks", "rel_pos", "aux_weight"):
+        if args.eval and name in weights.args:
+            setattr(args, name, weights.args[name])
+    return weights, resumed
+
+
+def read_splits(args, weights: Weights | None):
+    """Read the training images (None with `--eval`) and the evaluation images, with their masks. `weights` are those
+    of `--eval`, whose classes the masks must have."""
+    images = None if args.eval else read_segmentation(args, True)
+    known = weights.classes if args.eval and weights and weights.classes else images.categories if images else None
+    held_out = read_segmentation(args, False, known)
+    args.nb_classes = len(held_out.categories)
+    return images, held_out
+
+
+def settle_window(args) -> None:
+    """Settle `--short_side` and `--stride`. Raises UserError for windows that leave gaps."""
+    size = image_shape(args.input_size)
+    args.short_side = args.short_side or min(size)
+    if args.eval_mode == "slide":
+        args.stride = args.stride or max(1, 2 * min(size) // 3)
+        if args.stride > min(size):
+            raise UserError(f"--stride {args.stride} is larger than the window of {min(size)} pixels: it leaves gaps")
+
+
+def build(args, weights: Weights | None, ignore_label: int) -> models_segment.Segmenter:
+    """Build the segmenter. `weights` (None: random ones) are loaded into its encoder, with `--eval` into all of it."""
+    names = ("head", "head_width", "head_norm", "feature_blocks", "rel_pos", "aux_weight", "patch_size", "in_chans")
+    with seeded(args.seed):
+        model = models_segment.build_model(
+            args.model,
+            args.nb_classes,
+            img_size=image_shape(args.input_size),
+            drop_path_rate=args.drop_path,
+            ignore_label=ignore_label,
+            dropout=args.head_dropout,
+            **{name: getattr(args, name) for name in names},
+        )
+    set_norm_eps(model, getattr(args, "layer_norm_eps", None))
+    if weights is not None and args.eval:
+        load_segmenter(model, weights)
+    elif weights is not None:
+        print(load_into(model, weights, ignore_head=True).shown(args.verbose))
+    if args.trainable_blocks is not None:
+        model.train_last_blocks(args.trainable_blocks)
+    model.set_grad_checkpointing(args.grad_checkpoint)
+    return model
+
+
+def load_segmenter(model: models_segment.Segmenter, weights: Weights) -> None:
+    """Load all weights of a segmenter. Raises UserError for a file of another model, head or input size."""
+    state = read_file(Path(weights.path)).get("model", {})
+    if "decode_head.classifier.weight" not in state and "decode_head.1.weight" not in state:
+        raise UserError(f"{weights.path} has no segmentation head: give a checkpoint of main_segment.py")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = shorten(str(error).strip().splitlines()[-1], 200)
+        raise UserError(f"{weights.path} does not fit these flags: {reason}") from error
+
+
+def main(args) -> dict[str, float]:
+    """Train or evaluate once. Return the scores of the last evaluation. Raises UserError for mistakes in flags and
+    files."""
+    args = Flags.of(args)
+    check(args)
+    device = start(args)
+    resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
+    weights, resumed = read_starting_weights(args, resume)
+    images, held_out = read_splits(args, weights if args.eval else None)
+    settle_window(args)
+    size, stats = image_shape(args.input_size), mean_std(args.dataset, args.in_chans, args.mean, args.std)
+    if not args.eval:
+        transform = SegmentationTraining(
+            size, *stats, args.ignore_label, tuple(args.scale), args.short_side,
+            flip=0.5 * args.flip, distort=args.distort,
+        )  # fmt: skip
+        loader = build_paired_loader(images, transform, args, args.batch_size, train=True)
+        settle_schedule(args, len(loader))
+    args.freeze()
+
+    model = sync_batch_norm(build(args, weights, args.ignore_label), device).to(device)
+    resize = SegmentationEvaluation(size, *stats, args.short_side if args.eval_mode == "slide" else None)
+    val_loader = build_paired_loader(held_out, resize, args, 1, train=False)
+    names = held_out.categories
+    task = Segmentation(names, resize, args.stride, args.eval_flip, args.ignore_label)
+    recorded = arguments.flags_of_evaluation(args) if args.eval else args
+    record = Record("main_segment" + " --eval" * args.eval, recorded, weights, train=images, test=held_out)
+    summary = segmentation_summary(args, model, weights or resumed, images, held_out)
+    if args.eval:
+        return evaluate_once(args, model, val_loader, device, record, task, names, summary)
+    groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    run = Run(args, device, loader, model, optimizer, None, resume, record, names, summary)
+    return train(args, run, val_loader, task)
+
+
+if __name__ == "__main__":
+    with user_errors("main_segment.py"):
+        main(get_args_parser().parse_args())

@@ -1,0 +1,151 @@
+"""Attention on a grid against its definition, one pair of patches at a time; windows; positions of another size."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.tolerances import close
+from torch import nn
+
+from models_grid import (
+    BiasAttention,
+    GridAttention,
+    GridViT,
+    build_grid,
+    from_windows,
+    quarters,
+    resize_table,
+    sync_batch_norm,
+    to_windows,
+)
+from util.errors import UserError
+
+
+def attention(kind, *options):
+    """An attention with four heads of width 2 and random tables."""
+    torch.manual_seed(0)
+    plain = build_grid(GridViT, "vit_micro_patch4", img_size=16, embed_dim=8, num_heads=4, feature_blocks=[3])
+    made = kind(plain.blocks[0].attn, *options).double()
+    for parameter in made.parameters():
+        nn.init.normal_(parameter)
+    return made
+
+
+def by_definition(made, x, bias):
+    """Attention (N, M, D) whose logits have `bias(query, head, i, j)` added."""
+    queries, keys, values = made.heads(x)
+    logits = queries @ keys.transpose(-2, -1) / 2**0.5
+    for image, head, i, j in torch.cartesian_prod(*map(torch.arange, logits.shape)).tolist():
+        logits[image, head, i, j] += bias(queries[image, head, i], head, i, j)
+    return made.proj((logits.softmax(-1) @ values).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_decomposed_relative_positions(fused):
+    rows, columns = 3, 5
+    made = attention(GridAttention, (rows, columns))
+    made.fused_attn = fused
+    x = torch.randn(2, rows * columns, 8).double()
+
+    def bias(query, head, i, j):
+        (y, x), (other_y, other_x) = divmod(i, columns), divmod(j, columns)
+        return query @ made.rel_pos_h[y - other_y + rows - 1] + query @ made.rel_pos_w[x - other_x + columns - 1]
+
+    with torch.no_grad():
+        close(made(x), by_definition(made, x, bias), 1e-13)  # measured 4e-16
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_relative_position_bias(fused):
+    rows, columns = 2, 3
+    made = attention(BiasAttention, (rows, columns))
+    made.fused_attn = fused
+    table = made.rel_pos_bias.relative_position_bias_table
+    x = torch.randn(2, 1 + rows * columns, 8).double()
+
+    def bias(query, head, i, j):
+        if 0 in (i, j):  # the last three entries: from [cls], to [cls], itself
+            return table[-1 if i == j else (-3 if i == 0 else -2), head]
+        (y, x), (other_y, other_x) = divmod(i - 1, columns), divmod(j - 1, columns)
+        return table[(y - other_y + rows - 1) * (2 * columns - 1) + x - other_x + columns - 1, head]
+
+    with torch.no_grad():
+        close(made(x), by_definition(made, x, bias), 1e-13)
+
+
+def test_windows_are_separate_grids_padded_with_zeros():
+    """Each window attends by itself; a padded one has zeros, not copies, below and on the right."""
+    made, inside = attention(GridAttention, (5, 7), 3), attention(GridAttention, (3, 3))
+    inside.load_state_dict(made.state_dict())
+    x = torch.randn(2, 5, 7, 8).double()
+    padded = F.pad(x, (0, 0, 0, 2, 0, 1))
+    expected = torch.zeros_like(padded)
+    for y in (0, 3):
+        for z in (0, 3, 6):
+            window = padded[:, y : y + 3, z : z + 3].flatten(1, 2)
+            expected[:, y : y + 3, z : z + 3] = inside(window).unflatten(1, (3, 3))
+    close(made(x.flatten(1, 2)), expected[:, :5, :7].flatten(1, 2), 1e-13)
+
+
+def test_windows_and_back():
+    x = torch.randn(2, 5 * 7, 8)
+    assert to_windows(x, (5, 7), 3).shape == (2 * 6, 9, 8)
+    assert torch.equal(from_windows(to_windows(x, (5, 7), 3), (5, 7), 3), x)
+
+
+def test_tables_of_other_windows_are_interpolated_when_loaded():
+    first, second = attention(GridAttention, (8, 8), 3), attention(GridAttention, (8, 8), 4)
+    second.load_state_dict(first.state_dict())
+    expected = F.interpolate(first.rel_pos_h.T[None].float(), size=7, mode="linear")[0].T
+    close(second.rel_pos_h, expected.double(), 1e-6)  # interpolated in float32
+    close(second.rel_pos_h[3], first.rel_pos_h[2], 1e-6)  # distance 0 stays in the middle
+    assert resize_table(first.rel_pos_h, 5) is first.rel_pos_h
+
+
+def encoder(**options):
+    torch.manual_seed(0)
+    return build_grid(GridViT, "vit_micro_patch4", **{"img_size": 16, "feature_blocks": [1, 3], **options})
+
+
+def test_new_relative_positions_change_nothing():
+    imgs = torch.randn(2, 3, 16, 16)
+    plain, biased = encoder(), encoder(rel_pos="bias")
+    biased.load_state_dict(plain.state_dict(), strict=False)
+    for ours, theirs in zip(biased.forward_maps(imgs, [1, 3]), plain.forward_maps(imgs, [1, 3])):
+        close(ours, theirs, 1e-5)
+    assert [x.shape for x in plain.forward_maps(imgs, [3, 1, 3])] == [(2, 128, 4, 4)] * 3
+
+
+def test_blocks_after_the_last_feature_are_not_trained():
+    """Nor are they run, nor trained after `train_last_blocks`; DDP would wait for their gradients."""
+    model = encoder(feature_blocks=[0, 2])
+    model.train_last_blocks(2)
+    sum(x.sum() for x in model.forward_maps(torch.randn(1, 3, 16, 16), [0, 2])).backward()
+    assert all(p.grad is not None for p in model.blocks[2].parameters())
+    assert {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad} == {"2"}
+
+
+def test_images_of_another_size_are_refused():
+    """Positions are interpolated once, from the file's table, when weights are loaded."""
+    with pytest.raises(UserError, match="images are 16x20, but the model has positions for 16x16"):
+        encoder().forward_maps(torch.zeros(1, 3, 16, 20), [3])
+
+
+@pytest.mark.parametrize("options", [dict(window=3, with_cls=False, rel_pos="decomposed"), dict(rel_pos="bias")])
+def test_blocks_are_one_graph(options):
+    """torch.compile traces them whole; `eager` runs the graph without compiling it, which takes minutes."""
+    imgs, model = torch.randn(2, 3, 16, 24), encoder(img_size=(16, 24), **options)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter) if "rel_pos" in name else None
+    plain = model.forward_maps(imgs, [1, 3])[1]
+    for block in model.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    close(model.forward_maps(imgs, [1, 3])[1], plain, 1e-5)
+
+
+def test_quarters():
+    assert [quarters(depth) for depth in (12, 24, 4)] == [[2, 5, 8, 11], [5, 11, 17, 23], [0, 1, 2, 3]]
+
+
+def test_one_process_keeps_its_batch_norm():
+    norm = nn.BatchNorm2d(2)
+    assert sync_batch_norm(norm, torch.device("cpu")) is norm
