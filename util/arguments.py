@@ -212,10 +212,13 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
 
 def add_verbose_argument(group) -> None:
     """Add `--verbose`, for commands that load weights; `util.weights.report.LoadReport.shown` takes its value."""
-    group.add_argument(
-        "--verbose",
-        action="store_true",
-        help="list the tensors of a checkpoint that are loaded, missing or not used; without it one line counts them",
+    rare(
+        group.add_argument(
+            "--verbose",
+            action="store_true",
+            help="list the tensors of a checkpoint that are loaded, missing or not used; without it one line counts "
+            "them",
+        )
     )
 
 

@@ -38,7 +38,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("evaluation",),
     ("engine_pretrain", "engine_finetune", "engine_dense"),
     ("main_pretrain", "main_finetune", "main_linprobe", "main_segment"),
-    ("submitit_pretrain", "submitit_finetune", "submitit_linprobe"),
+    ("submitit_pretrain", "submitit_finetune", "submitit_linprobe", "submitit_segment"),
 ]
 TOOLS = "tools"  # may import everything but mains, engines and each other
 
