@@ -40,7 +40,7 @@ from util.weights.load import Weights, load_into, read_weights
 def get_args_parser() -> Parser:
     parser = Parser(
         "Fine-tune a ViT for semantic segmentation, train one from scratch, or evaluate one.",
-        usual="--finetune CHECKPOINT --dataset NAME --data_path PATH",
+        usual="--finetune CHECKPOINT --data_path PATH",
     )
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     add_head_arguments(parser.add_argument_group("head"))

@@ -21,7 +21,7 @@ import main_finetune
 FLAG = re.compile(r"--[a-z][a-z0-9_]*")
 ASSIGNMENT = re.compile(r"[A-Z_]+=.*", re.DOTALL)
 OTHER_PROGRAMS = {"pip", "tensorboard"}
-OTHER_FLAGS = {"--max_restarts", "--nproc_per_node", "--standalone"}  # of torchrun
+OTHER_FLAGS = {"--max_restarts", "--nproc_per_node", "--standalone", "--logdir"}  # of torchrun and tensorboard
 PYTEST_SCRIPTS = {"scripts/test.sh", "scripts/test_matrix.sh"}  # their arguments go to pytest
 # Flags that the sweeps read, with their number of values; they pass all others to each pretraining.
 SWEEP_FLAGS = {"--data": 1, "--only": 1, "--budget": 1, "--cpu_small": 0, "--gpu_hour": 0, "--list": 0}
