@@ -5,7 +5,7 @@
 #
 #   OUT               output folder (first argument)
 #   --data DIR        the data set (see the sweep for its name and layout); not needed with --cpu_small
-#   --cpu_small       a small model on scikit-learn's digits: one to two minutes a run on one core
+#   --cpu_small       a small model on scikit-learn's digits: about two minutes a run on one core
 #   --gpu_hour        the whole list on --data in about an hour of one H100: fewer epochs, mostly a smaller model
 #   --only "A B"      these runs only
 #   --list            print the names of the runs, with their flags
