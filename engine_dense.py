@@ -8,7 +8,7 @@ import torch
 
 from evaluation.dense_pictures import figure_tensor, segmentation_figure
 from evaluation.segment_scores import SegmentScores
-from evaluation.slide import labels_at_size, slide
+from evaluation.segmenter import predict_labels
 from util.compute.precision import autocast
 from util.data.dense.transforms import SegmentationEvaluation
 from util.data.samples import Sample
@@ -55,16 +55,7 @@ class Segmentation:
     def predict(self, model, img: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         """Return the classes (H, W) of an image whose original size is `size` (H, W), from the network's input (C, h,
         w)."""
-        logits = self._logits(model, img)
-        if self.flip:
-            logits = (logits + self._logits(model, img.flip(-1)).flip(-1)) / 2
-        rows, columns = self.resize.shape(*size)  # without the padding
-        return labels_at_size(logits[:, :rows, :columns], size)
-
-    def _logits(self, model, img: torch.Tensor) -> torch.Tensor:
-        if self.stride is None:
-            return model(img[None])[0].float()
-        return slide(lambda windows: model(windows).float(), img, self.resize.size, self.stride)
+        return predict_labels(model, img, size, self.resize, self.stride, self.flip)
 
     def pictures(self) -> dict[str, torch.Tensor]:
         """Return images beside their predictions and labels (3, H, W), of the last evaluation; {} without any."""

@@ -179,6 +179,29 @@ class SegmentationEvaluation(_Paired):
         return self.normalised(image, self.size), torch.from_numpy(labels).long()
 
 
+class SegmentationInput(SegmentationEvaluation):
+    """Make image and mask fit into `size`: targets (H, W) int64 have the size of the input, and `ignore_label` outside
+    the image."""
+
+    def __init__(self, size: Shape, mean, std, ignore_label: int = 255):
+        super().__init__(size, mean, std)
+        self.ignore_label = ignore_label
+
+    def __call__(self, img: Image.Image, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        image, target = super().__call__(img, labels)
+        mask = resize_masks(target, self.shape(img.height, img.width))
+        return image, _padded(mask, self.size, self.ignore_label)
+
+
+class SegmentationBatches(SegmentationEvaluation):
+    """As `SegmentationEvaluation`, with targets {"labels": (H, W)}: images of several sizes form a batch, if their
+    inputs have one size."""
+
+    def __call__(self, img: Image.Image, labels: np.ndarray) -> tuple[torch.Tensor, dict]:
+        image, target = super().__call__(img, labels)
+        return image, {"labels": target}
+
+
 # Detection ------------------------------------------------------------------------------------------------------------
 
 
