@@ -100,8 +100,21 @@ def _columns(runs: list[Run], metrics) -> list[tuple[str, str]]:
 
 
 def _notes(runs: list[Run], columns: list[tuple[str, str]]) -> list[str]:
-    """Return a sentence on the epoch of the numbers if trainings stand beside evaluations of their checkpoints."""
+    """Return the sentences below a table: what its numbers do not say themselves."""
     shown = [run for run in runs if any(run.kind == kind and name in run.row["metrics"] for kind, name in columns)]
+    return [*_note_of_losses(shown, columns), *_note_of_epochs(shown)]
+
+
+def _note_of_losses(shown: list[Run], columns: list[tuple[str, str]]) -> list[str]:
+    """Return a sentence if the losses in a column are sums of different terms."""
+    losses = [run for run in shown if any(run.kind == kind and name == "train/loss" for kind, name in columns)]
+    if len({run.get("method") for run in losses}) < 2:
+        return []
+    return ["train/loss of different methods are different losses: they cannot be compared"]
+
+
+def _note_of_epochs(shown: list[Run]) -> list[str]:
+    """Return a sentence on the epoch of the numbers if trainings stand beside evaluations of their checkpoints."""
     judged = [run for run in shown if run.row["command"].endswith(" --eval") and run.row.get("source")]
     commands = {run.row["command"].removesuffix(" --eval") for run in judged}
     trained = dict.fromkeys(run.kind for run in shown if run.row["command"] in commands)
@@ -151,7 +164,7 @@ def markdown(table: Table, digits: int = 2) -> str:
     head = [*table.by, "n", *table.titles()]
     lines = [head, ["---"] * len(head), *_text(table, digits, "±")]
     lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
-    deviation = [f"±: {DEVIATION}; n: number of seeds"] if table.has_deviations() else []
+    deviation = [f"±: {DEVIATION}; n: number of seeds" if table.has_deviations() else "n: number of runs"]
     return "\n".join(lines + [f"\n{note}" for note in deviation + table.notes])
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from util.arguments import add_data_arguments
+from util.checkpoint.files import LEDGER
 from util.data.label_flags import add_label_arguments
 from util.parser import Parser, default_of
 
@@ -26,7 +27,11 @@ def command(script: str, *words: str) -> str:
 
 
 def tensorboard(folder: str) -> str:
-    """Return the command that shows the event files below `folder`."""
+    """Return the command that shows the event files below `folder`, or those of all runs in its parent folder, if there
+    are others."""
+    parent = Path(folder).parent
+    if any(path.parent != Path(folder) for path in parent.glob(f"*/{LEDGER}")):
+        folder = str(parent)
     program = [_python(), "-m", "tensorboard.main"]
     if _same(shutil.which("tensorboard"), Path(sys.executable).with_name("tensorboard")):
         program = ["tensorboard"]

@@ -203,3 +203,12 @@ def test_best_of_a_log():
     assert " ".join(last) == "train/loss 0.9, eval/acc1 20, eval/rmse 3"
     assert " ".join(best) == "eval/loss 0.4 (epoch 2), eval/acc1 30 (epoch 2), eval/rmse 1 (epoch 2)"
     assert result_rows([]) == [] and result_rows(log[:1])[1][1] == []
+
+
+def test_curves_of_neighbours_are_shown_together(tmp_path):
+    """The folder of a run alone, and that of all runs where others have finished beside it."""
+    (tmp_path / "one").mkdir()
+    assert shlex.split(next_commands.tensorboard(str(tmp_path / "one")))[-1] == str(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "results.jsonl").touch()
+    assert shlex.split(next_commands.tensorboard(str(tmp_path / "one")))[-1] == str(tmp_path)

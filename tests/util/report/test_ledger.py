@@ -440,3 +440,16 @@ def test_a_missing_revision_is_explained_once(tmp_path, monkeypatch, capsys, scr
     shown = capsys.readouterr().out
     assert shown.count("note: ") == shown.count("\n") == 1 and "lack the revision of the code" in shown
     assert all(word in shown for word in words.split(" | "))
+
+
+def test_losses_of_different_methods_are_explained(tmp_path, capsys):
+    """A column of train/loss would rank methods by numbers that cannot be compared."""
+    write(tmp_path / "a", "main_pretrain", metrics={"train/loss": 0.6}, mask_ratio=0.75, rc_mae=False)
+    write(tmp_path / "b", "main_pretrain", metrics={"train/loss": 0.9}, mask_ratio=0.75, rc_mae=True)
+
+    def text(*flags):
+        collect.main(collect.get_args_parser().parse_args([str(tmp_path), "--metric", "train/loss", *flags]))
+        return capsys.readouterr().out
+
+    assert "train/loss of different methods are different losses" in text()
+    assert "different losses" not in text("--where", "method=mae") and "n: number of runs" in text()
