@@ -106,7 +106,7 @@ def test_the_choice_does_not_open_the_evaluation_images(tmp_path, monkeypatch):
 
 
 def test_batches_and_workers_do_not_matter(tmp_path):
-    """0.2: tokens differ in the last bits, which moves few of 5,120 pixels. The sample of patches is the same."""
+    """0.2: tokens differ in the last bits, which moves few of 5,120 pixels. The sample is the same."""
     one, other = (
         probe(f"{MODEL} {SCENES} {more}")[0] for more in ("--batch_size 64", "--batch_size 3 --num_workers 2")
     )
