@@ -271,7 +271,7 @@ def test_flags_of_the_hparams_tab(kind, run, image_folder):
         out = f"--data_path {image_folder} --output_dir {folder} --seed {seed}"
         start("finetune", f"{out} --output_dir {folder}/{seed}")
         start("finetune", f"{out} --eval --finetune {folder}/{seed}/checkpoint-0.pth")
-    assert hparams(folder / "tensorboard-eval")["seed"] == 2
+    assert hparams(folder / "tensorboard-eval")["seed"] == "2"
 
 
 def hparams(folder) -> dict:

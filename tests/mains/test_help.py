@@ -41,7 +41,7 @@ def read_default(action, text: str):
     if text == "all":
         return list(action.choices)
     values = [(action.type or str)(word) for word in text.split()]
-    return values if action.nargs in ("+", "*") else values[0]
+    return values if action.nargs in ("+", "*") or isinstance(action.nargs, int) else values[0]
 
 
 def test_help(command):

@@ -51,7 +51,7 @@ def _check_folder(flag: str, folder: Path) -> None:
 
 def check_output_dir(args) -> None:
     """Raise UserError when `--output_dir` or `--log_dir` cannot be written, or when one of them contains another run
-    and neither `--resume` (of a checkpoint in `--output_dir`) nor `--overwrite` is given."""
+    and neither `--resume` nor `--overwrite` is given."""
     for flag in ("output_dir", "log_dir"):
         if getattr(args, flag):
             _check_folder(flag, Path(getattr(args, flag)))
@@ -64,12 +64,20 @@ def check_output_dir(args) -> None:
             f"--output_dir {folder} holds another run ({files[0].name}): choose another folder, "
             f"continue the run with --resume auto, or delete it with --overwrite"
         )
-    resume = Path(args.resume)
-    if files and args.resume not in ("", "auto") and resume.exists() and resume.resolve().parent != folder.resolve():
+    _check_log_dir(args, folder)
+
+
+def check_resumed_here(output_dir: str, resume: Path | None) -> None:
+    """Raise UserError if a run that continues from the checkpoint `resume` would continue the log of another one in
+    `output_dir`."""
+    folder = Path(output_dir)
+    if resume is None or not output_dir or resume.resolve().parent == folder.resolve():
+        return
+    files = _files_of_a_run(folder)
+    if files:
         raise UserError(
             f"--output_dir {folder} holds another run ({files[0].name}) than --resume {resume}: choose another folder"
         )
-    _check_log_dir(args, folder)
 
 
 def _check_log_dir(args, folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from util.checkpoint.atomic import write_atomically
 from util.checkpoint.files import LEDGER
-from util.checkpoint.output_dir import check_output_dir, make_output_dir
+from util.checkpoint.output_dir import check_output_dir, check_resumed_here, make_output_dir
 from util.checkpoint.save import abandon_later
 from util.compute.kernels import choose_attention, make_deterministic
 from util.compute.precision import autocast, choose_amp_dtype
@@ -142,6 +142,7 @@ class Run:
         """Prepare for training: compile, wrap for DDP, create the folders and the first files. No file changes before
         this."""
         args, resume = self.args, self.resumed_from
+        check_resumed_here(args.output_dir, resume)
         external = [network for method in self.methods.values() for network in method.external_networks()]
         self.stepper.prepare([self.train_module, *external] if args.compile else [], args.log_mfu, self.sharded)
         make_output_dir(args.output_dir, args.log_dir, args.overwrite)

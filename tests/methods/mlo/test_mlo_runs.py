@@ -174,9 +174,7 @@ def test_the_test_set_is_never_opened(image_folder, tmp_path, monkeypatch):
 
 def test_log_and_tensorboard(run):
     tags = EventAccumulator(str(run)).Reload().Tags()
-    wanted = (
-        "reconstruction mask_weight stage2_loss stage3_loss stage3_top1 hypergrad_norm hypergrad_direct hypergrad_head"
-    )
+    wanted = "pixels mask_weight stage2_loss stage3_loss stage3_top1 hypergrad_norm hypergrad_direct hypergrad_head"
     wanted += " hypergrad_cosine mask_entropy mask_changed"
     assert {f"train/{name}" for name in wanted.split()} <= set(tags["scalars"])
     assert "masks" in tags["images"] and "mask_probability" in tags["histograms"]
@@ -231,7 +229,7 @@ def test_mask_maps(run, image_folder, tmp_path, capsys):
         mask_maps.main(mask_maps.get_args_parser().parse_args(flags.split()))
         picture = np.asarray(Image.open(tmp_path / "masks.png"))
         assert picture.std() > 10
-    assert "10% removed" in capsys.readouterr().out
+    assert "10% of the patches removed" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"encoder\.safetensors"):
         mask_maps.main(
             mask_maps.get_args_parser().parse_args([f"{run}/encoder.safetensors", "--out", f"{tmp_path}/a.png"])
