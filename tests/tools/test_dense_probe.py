@@ -205,3 +205,9 @@ def test_mistakes(flags, message):
 def test_a_checkpoint_is_needed():
     with pytest.raises(UserError, match="give a CHECKPOINT"):
         probe(f"{MODEL.removeprefix('random ')} {SCENES}")
+
+
+def test_a_file_without_a_vision_transformer(tmp_path):
+    torch.save({"model": {"conv1.weight": torch.zeros(2, 3, 7, 7)}}, tmp_path / "cnn.pth")
+    with pytest.raises(UserError, match="contains no ViT weights"):
+        probe(f"{MODEL.replace('random', str(tmp_path / 'cnn.pth'))} {SCENES}")
