@@ -13,6 +13,8 @@ from util.errors import UserError
 from util.weights.file import read_file
 from util.weights.load import Weights, load_into, read_weights
 
+RELATIVE = "rel_pos"  # part of the names of relative positions, which plain encoders lack; `load_whole` loads them
+
 
 def add_decay_arguments(group, layer_decay: float) -> None:
     """Add the flags of fine-tuning a pretrained encoder; `layer_decay` is a default."""
@@ -58,13 +60,14 @@ def read_starting_weights(
     """Read the initial weights and settle the flags of the encoder, with `--eval` also `settings`, the flags of the
     head. Returns the weights to start from or to evaluate (None: random ones) and those of the checkpoint to resume; at
     least one of the two is None."""
-    resumed = settle_model(args, read_weights(resume)) if resume is not None and not args.eval else None
-    source = str(resume) if args.eval and resume else args.finetune
-    weights = settle_model(args, source if args.eval or resume is None else "")
-    for name in settings if args.eval else ():
+    if not args.eval:
+        resumed = None if resume is None else settle_model(args, read_weights(resume, allowed=RELATIVE))
+        return settle_model(args, args.finetune if resume is None else ""), resumed
+    weights = settle_model(args, read_weights(resume or args.finetune, args.checkpoint_key, RELATIVE))
+    for name in settings:
         if name in weights.args:
             setattr(args, name, weights.args[name])
-    return weights, resumed
+    return weights, None
 
 
 def read_splits(
