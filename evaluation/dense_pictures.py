@@ -86,7 +86,7 @@ def detection_figure(
             _draw_objects(axis, objects, (height, width), colours)
             axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
             present |= set(np.asarray(objects["labels"]).tolist())
-        highest = f", the highest score is {found['scores'].max():.2f}" if len(found["scores"]) else ""
+        highest = f" (highest {found['scores'].max():.2f})" if len(found["scores"]) else ""
         axes[0].set_xlabel(f"{len(sure['labels'])} with a score from {SURE}{'' if len(sure['labels']) else highest}")
         axes[1].set_xlabel(f"{len(truth['labels'])} annotated")
     for axis, title in zip(grid[0], ("detections", "annotations")):
@@ -120,7 +120,8 @@ def _draw_objects(axis, objects: dict, size: tuple[int, int], colours: list) -> 
         if score is not None:
             style = dict(facecolor=colour, edgecolor="none", pad=0.8)
             ink = "white" if np.dot(colour, (0.3, 0.59, 0.11)) < 0.6 else "black"
-            axis.text(left, top, f"{score:.2f}", fontsize=6.5, color=ink, va="bottom", bbox=style, clip_on=True)
+            above = "bottom" if top > 0.06 * size[0] else "top"  # at the upper edge the number stands inside the box
+            axis.text(left, top, f"{score:.2f}", fontsize=6.5, color=ink, va=above, bbox=style, clip_on=True)
 
 
 def figure_tensor(figure) -> torch.Tensor:
