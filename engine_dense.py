@@ -4,14 +4,20 @@ scored."""
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 
-from evaluation.dense_pictures import figure_tensor, segmentation_figure
+from evaluation.dense_pictures import detection_figure, figure_tensor, segmentation_figure
+from evaluation.detect_scores import CocoScores, Detections, VocScores
 from evaluation.segment_scores import SegmentScores
 from evaluation.segmenter import predict_labels
 from util.compute.precision import autocast
-from util.data.dense.transforms import SegmentationEvaluation
+from util.data.dense.annotated import Detected
+from util.data.dense.rle import draw_segmentation, encode
+from util.data.dense.transforms import DetectionEvaluation, SegmentationEvaluation
+from util.data.images import printable
 from util.data.samples import Sample
+from util.errors import UserError
 from util.parallel.distributed import is_main_process
 
 SHOWN = 4  # images of the pictures in TensorBoard
@@ -63,3 +69,79 @@ class Segmentation:
             return {}
         figure = segmentation_figure(self.shown, self.resize, self.categories, self.ignore)
         return {"segmentation": figure_tensor(figure)}
+
+
+class Detection:
+    """Detection of objects: boxes and, with `masks`, masks.
+
+    `images` are those of the evaluation, whose annotations are the truth. `resize` is the transform of the evaluation.
+    `voc_metric` "07" or "area" scores as Pascal VOC does, "" as COCO does.
+    """
+
+    NAMES: ClassVar = {  # in the log
+        "loss_objectness": "proposal_objectness",
+        "loss_rpn_box_reg": "proposal_boxes",
+        "loss_classifier": "classes",
+        "loss_box_reg": "boxes",
+        "loss_mask": "masks",
+    }
+
+    def __init__(self, images: Detected, resize: DetectionEvaluation, masks: bool, voc_metric: str = ""):
+        self.images, self.resize, self.masks, self.voc_metric = images, resize, masks, voc_metric
+        self.shown: list[tuple[torch.Tensor, dict, dict]] = []  # image, detections, truth
+
+    def losses(self, model, samples: Sample, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return the losses of a micro-batch by name: images (N, C, H, W), targets of `DetectionTraining`."""
+        names = ("boxes", "labels", "masks")[: 2 + self.masks]
+        targets = [
+            {name: target[name].to(device, non_blocking=True) for name in names} | {"size": target["covered"]}
+            for target in samples.target
+        ]
+        losses = model(samples.image.to(device, non_blocking=True), targets)
+        return {name: losses[key] for key, name in self.NAMES.items() if key in losses}
+
+    def score(self, loader, model, device: torch.device, amp_dtype: torch.dtype) -> Detections:
+        """Return the scores of all images of this rank; the loader must give one image at a time."""
+        model.eval()
+        scores = VocScores(device, self.voc_metric) if self.voc_metric else CocoScores(device, self.masks)
+        self.shown = []
+        for samples in loader.begin(0):
+            if samples.bad.any():
+                scores.add([{}], [{}], samples.bad == 0)
+                continue
+            original = tuple(samples.target[0]["size"].tolist())
+            sizes = {"size": self.resize.shape(*original), "original_size": original}
+            with autocast(device, amp_dtype):
+                (found,) = model(samples.image.to(device, non_blocking=True), [sizes])
+            truth = self.truth(int(samples.index), original)
+            scores.add([found], [truth], samples.bad == 0)
+            if is_main_process() and len(self.shown) < SHOWN:
+                self.shown.append((samples.image[0], {name: value.cpu() for name, value in found.items()}, truth))
+        return scores
+
+    def truth(self, index: int, size: Sequence[int]) -> dict:
+        """Return the objects of an image of `size` (H, W) as the scores take them, with crowds and difficult ones.
+        Raises UserError for a mask that does not fit the image."""
+        record = self.images.record(index)
+        objects = record["objects"]
+        truth = {
+            "image_id": record["id"],
+            "size": tuple(size),
+            "boxes": np.array([each["box"] for each in objects], np.float64).reshape(-1, 4),
+            "labels": np.array([each["label"] for each in objects], np.int64),
+            "iscrowd": np.array([each["crowd"] for each in objects], bool),
+            "difficult": np.array([each["difficult"] for each in objects], bool),
+            "area": np.array([each["area"] for each in objects], np.float64),
+        }
+        if self.masks:
+            try:
+                truth["rles"] = [encode(draw_segmentation(each["segmentation"] or [], size[::-1])) for each in objects]
+            except ValueError as error:
+                raise UserError(f"an object of {printable(self.images.name(index))}: {error}") from error
+        return truth
+
+    def pictures(self) -> dict[str, torch.Tensor]:
+        """Return detections beside the truth (3, H, W), of the last evaluation; {} without any."""
+        if not self.shown:
+            return {}
+        return {"detection": figure_tensor(detection_figure(self.shown, self.resize, self.images.categories))}

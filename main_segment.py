@@ -8,15 +8,22 @@ AdamW with layer decay, a linear schedule, crops of one size, and sliding window
 import util.interrupts  # noqa: F401  first: Ctrl-C is in effect while the others are imported
 
 # isort: split
-from pathlib import Path
-from textwrap import shorten
+from functools import partial
 
 import torch
 
 import models_segment
 from engine_dense import Segmentation
 from engine_finetune import evaluate_once, train
-from evaluation.encoder import set_norm_eps, settle_model
+from evaluation.dense import (
+    add_decay_arguments,
+    check_flags,
+    check_positive,
+    check_range,
+    load_start,
+    read_splits,
+    read_starting_weights,
+)
 from evaluation.summaries import segmentation_summary
 from models_grid import sync_batch_norm
 from util import arguments
@@ -26,6 +33,7 @@ from util.data.dense.paired import build_paired_loader
 from util.data.dense.segmentation import read_segmentation
 from util.data.dense.transforms import SegmentationEvaluation, SegmentationTraining
 from util.data.image_format import image_shape, mean_std
+from util.data.presets import MIRRORED
 from util.data.sample_rng import seeded
 from util.errors import UserError, user_errors
 from util.lr_decay import param_groups_lrd
@@ -33,8 +41,9 @@ from util.parser import Flags, Parser, rare
 from util.report.ledger import Record
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
-from util.weights.file import read_file
-from util.weights.load import Weights, load_into, read_weights
+from util.weights.load import Weights
+
+SETTINGS = "head head_width head_norm feature_blocks rel_pos aux_weight".split()  # of the model; stored, for --eval
 
 
 def get_args_parser() -> Parser:
@@ -48,10 +57,8 @@ def get_args_parser() -> Parser:
     add_dense_data_arguments(arguments.add_data_arguments(parser), "segmentation")
     add_image_arguments(parser.add_argument_group("crops and evaluation"))
     group = arguments.add_optimizer_arguments(parser, batch_size=16, epochs=50, warmup=0, blr=1e-3, wd=0.05, min_lr=0.0)
-    arguments.add_schedule_arguments(group, schedule="linear")
-    group.add_argument("--layer_decay", type=float, default=0.65, help="ratio of a block's rate to the next one's")
-    group.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth: drop rate of the last block")
-    group.add_argument("--trainable_blocks", type=int, help="train the last N blocks and the head; 0: the head alone")
+    arguments.add_schedule_arguments(group, schedule="linear", warmup=1500)
+    add_decay_arguments(group, layer_decay=0.65)
     parser.set_defaults(lr=1e-4, dataset="ade20k", best_metric=None)
     arguments.add_run_arguments(parser, save_freq=1, keep=1)
     arguments.add_speed_arguments(parser)
@@ -90,7 +97,11 @@ def add_image_arguments(group) -> None:
         "--short_side", type=int, help="shorter side of an image at scale 1, in training and evaluation; without it "
         "that of --input_size",
     )  # fmt: skip
-    rare(group.add_argument("--no_flip", action="store_false", dest="flip", help="images are not mirrored"))
+    rare(
+        group.add_argument(
+            "--no_flip", action="store_false", dest="flip", help="images are not mirrored; digits never are"
+        )
+    )
     rare(group.add_argument("--no_distort", action="store_false", dest="distort", help="colours are not distorted"))
     group.add_argument(
         "--eval_mode",
@@ -104,53 +115,15 @@ def add_image_arguments(group) -> None:
 
 def check(args) -> None:
     """Raise UserError for flags that are out of range or contradict each other."""
-    arguments.check_values(args)
-    if not 0 <= args.drop_path <= 1:
-        raise UserError(f"--drop_path {args.drop_path} must lie in [0, 1]")
-    if not 0 < args.layer_decay <= 1:
-        raise UserError(f"--layer_decay {args.layer_decay} must lie in (0, 1]")
-    if not 0 < args.scale[0] <= args.scale[1]:
-        raise UserError(
-            f"--scale {args.scale[0]:g} {args.scale[1]:g} must be two positive numbers, the lower one first"
-        )
-    for name in ("short_side", "stride", "head_width"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be positive")
+    check_flags(args)
+    check_range("--scale", *args.scale)
+    check_positive(args, "short_side", "stride", "head_width")
     if not 0 <= args.head_dropout < 1:
         raise UserError(f"--head_dropout {args.head_dropout} must lie in [0, 1)")
     if args.aux_weight < 0:
         raise UserError(f"--aux_weight {args.aux_weight} must not be negative; 0 leaves the auxiliary head out")
     if args.eval_mode == "whole" and args.stride is not None:
         raise UserError("--stride has no effect with --eval_mode whole")
-    if args.jpeg_draft:
-        raise UserError("--jpeg_draft has no effect here: images are not cropped while they are decoded")
-    if args.trainable_blocks is not None and args.eval:
-        raise UserError("--trainable_blocks has no effect with --eval")
-    arguments.check_speed_flags(args, not args.eval, "with --eval")
-    if args.eval and not (args.resume or args.finetune):
-        raise UserError("--eval needs a finished run: give its checkpoint as --resume or --finetune")
-
-
-def read_starting_weights(args, resume: Path | None) -> tuple[Weights | None, Weights | None]:
-    """Read the initial weights and settle the flags of the model. Returns the weights to start from or to evaluate
-    (None: random ones) and those of the checkpoint to resume; at least one of the two is None."""
-    resumed = settle_model(args, read_weights(resume)) if resume is not None and not args.eval else None
-    source = str(resume) if args.eval and resume else args.finetune
-    weights = settle_model(args, source if args.eval or resume is None else "")
-    for name in ("head", "head_width", "head_norm", "feature_blocks", "rel_pos", "aux_weight"):
-        if args.eval and name in weights.args:
-            setattr(args, name, weights.args[name])
-    return weights, resumed
-
-
-def read_splits(args, weights: Weights | None):
-    """Read the training images (None with `--eval`) and the evaluation images, with their masks. `weights` are those
-    of `--eval`, whose classes the masks must have."""
-    images = None if args.eval else read_segmentation(args, True)
-    known = weights.classes if args.eval and weights and weights.classes else images.categories if images else None
-    held_out = read_segmentation(args, False, known)
-    args.nb_classes = len(held_out.categories)
-    return images, held_out
 
 
 def settle_window(args) -> None:
@@ -165,7 +138,7 @@ def settle_window(args) -> None:
 
 def build(args, weights: Weights | None, ignore_label: int) -> models_segment.Segmenter:
     """Build the segmenter. `weights` (None: random ones) are loaded into its encoder, with `--eval` into all of it."""
-    names = ("head", "head_width", "head_norm", "feature_blocks", "rel_pos", "aux_weight", "patch_size", "in_chans")
+    names = (*SETTINGS, "patch_size", "in_chans")
     with seeded(args.seed):
         model = models_segment.build_model(
             args.model,
@@ -176,27 +149,8 @@ def build(args, weights: Weights | None, ignore_label: int) -> models_segment.Se
             dropout=args.head_dropout,
             **{name: getattr(args, name) for name in names},
         )
-    set_norm_eps(model, getattr(args, "layer_norm_eps", None))
-    if weights is not None and args.eval:
-        load_segmenter(model, weights)
-    elif weights is not None:
-        print(load_into(model, weights, ignore_head=True).shown(args.verbose))
-    if args.trainable_blocks is not None:
-        model.train_last_blocks(args.trainable_blocks)
-    model.set_grad_checkpointing(args.grad_checkpoint)
+    load_start(model, args, weights, "segmentation", "decode_head.")
     return model
-
-
-def load_segmenter(model: models_segment.Segmenter, weights: Weights) -> None:
-    """Load all weights of a segmenter. Raises UserError for a file of another model, head or input size."""
-    state = read_file(Path(weights.path)).get("model", {})
-    if "decode_head.classifier.weight" not in state and "decode_head.1.weight" not in state:
-        raise UserError(f"{weights.path} has no segmentation head: give a checkpoint of main_segment.py")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = shorten(str(error).strip().splitlines()[-1], 200)
-        raise UserError(f"{weights.path} does not fit these flags: {reason}") from error
 
 
 def main(args) -> dict[str, float]:
@@ -206,14 +160,16 @@ def main(args) -> dict[str, float]:
     check(args)
     device = start(args)
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
-    weights, resumed = read_starting_weights(args, resume)
-    images, held_out = read_splits(args, weights if args.eval else None)
+    weights, resumed = read_starting_weights(args, resume, SETTINGS)
+    if args.eval and args.zero_is_ignored is None:  # the meaning of the masks is that of the training
+        args.zero_is_ignored = weights.args.get("zero_is_ignored")
+    images, held_out = read_splits(args, weights, partial(read_segmentation, args))
     settle_window(args)
     size, stats = image_shape(args.input_size), mean_std(args.dataset, args.in_chans, args.mean, args.std)
     if not args.eval:
         transform = SegmentationTraining(
             size, *stats, args.ignore_label, tuple(args.scale), args.short_side,
-            flip=0.5 * args.flip, distort=args.distort,
+            flip=MIRRORED.get(args.dataset, 0.5) if args.flip else 0.0, distort=args.distort,
         )  # fmt: skip
         loader = build_paired_loader(images, transform, args, args.batch_size, train=True)
         settle_schedule(args, len(loader))

@@ -32,6 +32,7 @@ from util.errors import UserError
 
 DETECTORS = ["mask", "faster"]  # values of --detector
 PYRAMIDS = ["simple", "fpn"]  # values of --pyramid
+SCORE_THRESH = 0.05  # score below which a detection is left out, as in COCO's and ViTDet's evaluations
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
 
 

@@ -19,7 +19,8 @@ IRRELEVANT = FREE_FLAGS - {"world_size"} | {"out", "compile", "attention", "grad
 IRRELEVANT |= {"download", "train_list", "val_list", "max_bad_fraction", "dist_eval", "dist_on_itp", "resplit"}
 IRRELEVANT |= {"init_from", "data", "seed", "checkpoint", "image_column", "label_column", "label_sep", "tile_size"}
 NOT_COMPARED = {"run", "images_seen", "seconds", "images.train", "images.test"}  # to group by, not to compare
-TRAINING = {"main_pretrain", "main_finetune", "main_linprobe"}  # one such run in a folder
+# One such run in a folder.
+TRAINING = {"main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_detect"}
 # Flags that users change, as columns of TensorBoard's HPARAMS tab; those of methods are added.
 USUAL_FLAGS = {"method": str, "lr": float, "mask_ratio": float, "model": str, "seed": str, "dataset": str}
 USUAL_FLAGS |= {"data_path": str, "command": str, "epochs": float, "batch_size": float, "accum_iter": float}

@@ -8,6 +8,7 @@ import numpy as np
 
 from methods import Method
 from methods.selection import settings
+from models_detect import SCORE_THRESH
 from models_mae import visible_patches
 from util.data.dense.flags import add_dense_data_arguments
 from util.data.image_format import image_shape
@@ -102,12 +103,38 @@ def segmentation_summary(args, model, weights, images, held_out) -> Summary:
 
 
 def _after_segmentation(args, weights: str) -> list[str]:
-    folder, data = (
-        os.path.normpath(args.output_dir),
-        data_words(args, extra=partial(add_dense_data_arguments, task="segmentation")),
+    return _after_dense("main_segment.py", "segmentation", args, weights)
+
+
+def detection_summary(args, model, weights, images, held_out) -> Summary:
+    """Return what main_detect.py tells about the images and the detector `model`, whose encoder starts from `weights`
+    (None: random ones)."""
+    windows = f"windows of {args.window} x {args.window} patches" if args.window else "global attention"
+    detector = {"mask": "Mask R-CNN", "faster": "Faster R-CNN"}[args.detector]
+    position = "relative positions" if args.rel_pos else None
+    scores = f"Pascal VOC's AP ({args.voc_metric})" if args.voc_metric else "COCO's AP"
+    rows = (
+        *data_rows(args, images, held_out, held_out.categories),
+        model_row(args, model, windows, position),
+        _weights_row(args, weights),
+        row("detector", detector, f"pyramid {args.pyramid}", f"{args.head_norm} norm"),
+        row("evaluation", scores, f"detections with a score from {args.score_thresh:g}", "at the original size"),
     )
+    return Summary(rows, partial(_after_detection, args))
+
+
+def _after_detection(args, weights: str) -> list[str]:
+    flags = ["--score_thresh", f"{args.score_thresh:g}"] * (args.score_thresh != SCORE_THRESH)
+    flags += ["--voc_metric", args.voc_metric] * (args.voc_metric not in ("", "07"))
+    return _after_dense("main_detect.py", "detection", args, weights, flags)
+
+
+def _after_dense(script: str, task: str, args, weights: str, flags: Sequence[str] = ()) -> list[str]:
+    """Return commands that evaluate the best weights, with `flags`, and show results and curves."""
+    folder = os.path.normpath(args.output_dir)
+    data = data_words(args, extra=partial(add_dense_data_arguments, task=task))
     size = ["--input_size", *map(str, np.atleast_1d(args.input_size))]
-    evaluate = command("main_segment.py", "--eval", "--finetune", weights, *data, *size, "--output_dir", folder)
+    evaluate = command(script, "--eval", "--finetune", weights, *data, *size, *flags, "--output_dir", folder)
     return [*([] if args.eval else [evaluate]), command("tools/collect.py", folder), tensorboard(folder)]
 
 

@@ -350,8 +350,9 @@ def add_finetuning_arguments(parser, pooled: bool) -> None:
     )
 
 
-def add_schedule_arguments(group, schedule: str) -> None:
-    """Add the flags of learning-rate schedules in steps, for dense tasks; `schedule` is the default."""
+def add_schedule_arguments(group, schedule: str, warmup: int) -> None:
+    """Add the flags of learning-rate schedules in steps, for dense tasks. `schedule` is the default, `warmup` that of
+    `--warmup_steps`, which `util.training.run_length.settle_schedule` settles."""
     group.add_argument(
         "--lr_schedule",
         choices=SCHEDULES,
@@ -370,7 +371,7 @@ def add_schedule_arguments(group, schedule: str) -> None:
     group.add_argument(
         "--warmup_steps",
         type=int,
-        help="linear warm-up in steps, instead of --warmup_epochs; without both 1500, at most a tenth of the run",
+        help=f"linear warm-up in steps, instead of --warmup_epochs; without both {warmup}, at most a tenth of the run",
     )
 
 
@@ -421,6 +422,7 @@ _TRAINING_FLAGS = "epochs max_steps accum_iter weight_decay lr blr min_lr warmup
 _TRAINING_FLAGS += "trainable_blocks layer_decay aug_preset aa smoothing reprob drop_path mixup cutmix hflip aug "
 _TRAINING_FLAGS += "color_jitter remode recount resplit cutmix_minmax mixup_prob mixup_switch_prob mixup_mode "
 _TRAINING_FLAGS += "label_noise balanced_sampler class_weights save_freq save_steps keep save_patience start_epoch "
+_TRAINING_FLAGS += "lr_schedule lr_steps warmup_steps scale flip distort head_dropout lsj "
 _TRAINING_FLAGS += "print_freq spike_factor eval_freq best_metric overwrite cache_features probe_blrs probe_holdout"
 
 

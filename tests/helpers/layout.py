@@ -37,8 +37,8 @@ ROOMS: list[tuple[str, ...]] = [
     ("methods",),
     ("evaluation",),
     ("engine_pretrain", "engine_finetune", "engine_dense"),
-    ("main_pretrain", "main_finetune", "main_linprobe", "main_segment"),
-    ("submitit_pretrain", "submitit_finetune", "submitit_linprobe", "submitit_segment"),
+    ("main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_detect"),
+    ("submitit_pretrain", "submitit_finetune", "submitit_linprobe", "submitit_segment", "submitit_detect"),
 ]
 TOOLS = "tools"  # may import everything but mains, engines and each other
 

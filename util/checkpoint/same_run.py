@@ -16,7 +16,8 @@ def flags_of(state: dict) -> dict:
 # Flags that determine the model's tensors or their meaning; a run cannot continue with other values.
 _MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "norm_pix_loss", "decoder", "decoder_embed_dim")
 _MODEL_FLAGS += ("decoder_depth", "decoder_num_heads", "nb_classes", "global_pool", "targets", "trainable_blocks")
-_MODEL_FLAGS += ("head",)
+_MODEL_FLAGS += ("head", "head_width", "head_norm", "feature_blocks", "rel_pos", "detector", "pyramid", "window")
+_MODEL_FLAGS += ("global_blocks", "anchors")
 # Flags that may change on a resume without a note.
 FREE_FLAGS = {"resume", "overwrite", "output_dir", "log_dir", "num_workers", "pin_mem", "device", "data_path", "rank"}
 FREE_FLAGS |= {"gpu", "local_rank", "world_size", "distributed", "dist_url", "dist_backend", "timeout_s"}

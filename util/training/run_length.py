@@ -18,16 +18,16 @@ def run_length(batches: int, accum_iter: int, epochs: float, max_steps: int | No
     return steps, whole + min(rest * accum_iter, batches) / batches if rest else whole
 
 
-def settle_schedule(args, batches: int) -> int:
+def settle_schedule(args, batches: int, warmup: int = 1500) -> int:
     """Settle `args.epochs` (see `run_length`) and `args.lr`, and return the number of optimizer steps.
 
-    Without --lr the learning rate is --blr x effective batch / 256, as in He et al. 2022. Raises UserError when
-    --start_epoch leaves nothing to train.
+    Without --lr the learning rate is --blr x effective batch / 256, as in He et al. 2022. `warmup` is the default of
+    --warmup_steps. Raises UserError when --start_epoch leaves nothing to train.
     """
     steps, args.epochs = run_length(batches, args.accum_iter, args.epochs, args.max_steps)
     if args.start_epoch >= args.epochs and not args.resume:
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of the {args.epochs:g} epochs to train")
-    _settle_warmup(args, steps, batches)
+    _settle_warmup(args, batches, min(warmup, steps // 10))
     if args.lr is None:
         args.lr = args.blr * args.batch_size * args.accum_iter * get_world_size() / 256
     if args.warmup_epochs >= args.epochs:
@@ -35,7 +35,7 @@ def settle_schedule(args, batches: int) -> int:
     return steps
 
 
-def _settle_warmup(args, steps: int, batches: int) -> None:
+def _settle_warmup(args, batches: int, default: int) -> None:
     """Settle `--warmup_steps`, for commands that have it, and the epochs that it takes. Raises UserError if both are
     given."""
     if not hasattr(args, "warmup_steps"):
@@ -43,6 +43,6 @@ def _settle_warmup(args, steps: int, batches: int) -> None:
     if args.warmup_steps and args.warmup_epochs and not args.resume:
         raise UserError("--warmup_steps and --warmup_epochs both set the length of the warm-up: give one of them")
     if args.warmup_steps is None and not args.warmup_epochs:
-        args.warmup_steps = min(1500, steps // 10)
+        args.warmup_steps = default
     if args.warmup_steps:
         args.warmup_epochs = args.warmup_steps * args.accum_iter / batches

@@ -53,20 +53,21 @@ class Weights:
         return any(name.startswith("decoder_") for name in self.state)
 
 
-def read_weights(path, key: str = "model") -> Weights:
+def read_weights(path, key: str = "model", allowed: str = "") -> Weights:
     """Read and recognise a file. `key` is the entry with the weights, or a part of the names of a bare state dict
     (`teacher`). For a bare state dict, and for a file with one entry of weights, the default is right.
 
     Raises UserError for files that `read_file` refuses, for a key that is not in the file (and lists those that are),
-    for a file without ViT weights, and for a ViT with parts that ours lacks (layer scale, register tokens, ...).
+    for a file without ViT weights, and for a ViT with parts that ours lacks (layer scale, register tokens, ...), unless
+    their names have the part `allowed`: the caller then knows what to do without them.
     """
     path = folder_weights(os.fspath(path))
-    return recognise(read_file(path), path, key)
+    return recognise(read_file(path), path, key, allowed)
 
 
-def recognise(raw: dict, path: str, key: str = "model") -> Weights:
-    """Return the weights in the content `raw` of a file. `key` and errors are those of `read_weights`; `path` is used
-    in messages."""
+def recognise(raw: dict, path: str, key: str = "model", allowed: str = "") -> Weights:
+    """Return the weights in the content `raw` of a file. `key`, `allowed` and errors are those of `read_weights`;
+    `path` is used in messages."""
     entry, part = _select(raw, key, path)
     named, others = _split(raw if entry is None else raw[entry])
     original = {}  # names in the file by those without wrappers
@@ -83,7 +84,7 @@ def recognise(raw: dict, path: str, key: str = "model") -> Weights:
             f"{path} contains no ViT weights (its tensors: {summary(list(named), 6) or 'none'}): "
             "an MAE, timm ViT or Hugging Face ViT checkpoint is needed"
         )
-    _refuse_other_encoders(state, path)
+    _refuse_other_encoders(state, path, allowed)
     weights.dropped += [name for name in state if not KNOWN.match(name)] + list(weights.outside)
     weights.state = {name: tensor for name, tensor in state.items() if KNOWN.match(name)}
     weights.history = _history(raw, weights.args)
@@ -164,15 +165,15 @@ def _split(content: dict) -> tuple[dict[str, Tensor], list[str]]:
     return named, [str(key) for key in content if key not in named]
 
 
-def _refuse_other_encoders(state: dict, path: str) -> None:
-    """Raise UserError for an unknown tensor inside the encoder, or an unknown token beside it: without it every feature
-    would change."""
+def _refuse_other_encoders(state: dict, path: str, allowed: str) -> None:
+    """Raise UserError for an unknown tensor inside the encoder whose name has not the part `allowed`, or an unknown
+    token beside it: without it every feature would change."""
 
     def is_extra(name):
         is_token = "." not in name and state[name].ndim >= 2
         return not KNOWN.match(name) and name != HF_MASK_TOKEN and (is_token or ENCODER_AREA.match(name))
 
-    extra = [name for name in state if is_extra(name)]
+    extra = [name for name in state if is_extra(name) and not (allowed and allowed in name)]
     if extra:
         raise UserError(
             f"{path} is not a plain ViT: it has {some(extra)}, which our encoder lacks and which cannot be left out; "

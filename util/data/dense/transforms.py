@@ -210,7 +210,8 @@ class DetectionTraining(_Paired):
     `size`, cropped at random to `size` or padded, and mirrored with probability `flip`.
 
     Targets are dicts: boxes (N, 4) float32, left, top, right, bottom in pixels of the input; labels (N,) int64 from 1;
-    masks (N, H, W) uint8 if the annotation has them; image_id () int64. Objects of which less than a pixel in height or
+    masks (N, H, W) uint8 if the annotation has them; image_id () int64; covered (2,) int64, the (h, w) of the input
+    that are not padding. Objects of which less than a pixel in height or
     width remains are left out; a box is the extent of its mask, if there is one.
     """
 
@@ -234,7 +235,8 @@ class DetectionTraining(_Paired):
         if torch.rand(()) < self.flip:
             image, boxes = F.horizontal_flip(image), F.horizontal_flip(boxes)
             masks = None if masks is None else F.horizontal_flip(masks)
-        return self.normalised(image, self.size), self._target(objects, boxes, masks)
+        target = {**self._target(objects, boxes, masks), "covered": torch.tensor(canvas)}
+        return self.normalised(image, self.size), target
 
     def _target(self, objects: Objects, boxes, masks) -> dict:
         if masks is None:
@@ -256,9 +258,13 @@ class DetectionEvaluation(_Paired):
     original image.
     """
 
+    def shape(self, height: int, width: int) -> Shape:
+        """Return the (h, w) to which an image of this size is resized. It is at the top left of the input."""
+        return scaled_shape((height, width), self.size)
+
     def __call__(self, img: Image.Image, objects: Objects) -> tuple[torch.Tensor, dict]:
         before = img.height, img.width
-        shape = scaled_shape(before, self.size)
+        shape = self.shape(*before)
         target = {name: torch.from_numpy(getattr(objects, name)) for name in ("boxes", "labels", "crowd", "difficult")}
         target |= {"image_id": torch.tensor(objects.image_id), "size": torch.tensor(before)}
         target["scale"] = _factors(before, shape)

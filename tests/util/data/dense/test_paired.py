@@ -275,7 +275,7 @@ def test_targets_of_objects_are_a_list():
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a.image, b.image) and len(a.target) == len(b.target) == 4
         for x, y in zip(a.target, b.target):
-            assert x.keys() == y.keys() == {"boxes", "labels", "masks", "image_id"}
+            assert x.keys() == y.keys() == {"boxes", "labels", "masks", "image_id", "covered"}
             assert all(torch.equal(x[name], y[name]) for name in x)
 
 

@@ -1,0 +1,110 @@
+"""What the mains of dense prediction share: flags of fine-tuning and their checks, and the weights that a run starts
+from or evaluates."""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from textwrap import shorten
+
+from evaluation.encoder import set_norm_eps, settle_model
+from models_grid import GridViT
+from util import arguments
+from util.data.dense.annotated import Annotated
+from util.errors import UserError
+from util.weights.file import read_file
+from util.weights.load import Weights, load_into, read_weights
+
+RELATIVE = "rel_pos"  # part of the names of relative positions, which plain encoders lack; `load_whole` loads them
+
+
+def add_decay_arguments(group, layer_decay: float) -> None:
+    """Add the flags of fine-tuning a pretrained encoder; `layer_decay` is a default."""
+    group.add_argument(
+        "--layer_decay", type=float, default=layer_decay, help="ratio of a block's rate to the next one's; 1: none"
+    )
+    group.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth: drop rate of the last block")
+    group.add_argument("--trainable_blocks", type=int, help="train the last N blocks and the head; 0: the head alone")
+
+
+def check_flags(args) -> None:
+    """Raise UserError for flags of both mains that are out of range or contradict each other."""
+    arguments.check_values(args)
+    if not 0 <= args.drop_path <= 1:
+        raise UserError(f"--drop_path {args.drop_path} must lie in [0, 1]")
+    if not 0 < args.layer_decay <= 1:
+        raise UserError(f"--layer_decay {args.layer_decay} must lie in (0, 1]")
+    if args.jpeg_draft:
+        raise UserError("--jpeg_draft has no effect here: images are not cropped while they are decoded")
+    if args.trainable_blocks is not None and args.eval:
+        raise UserError("--trainable_blocks has no effect with --eval")
+    arguments.check_speed_flags(args, not args.eval, "with --eval")
+    if args.eval and not (args.resume or args.finetune):
+        raise UserError("--eval needs a finished run: give its checkpoint as --resume or --finetune")
+
+
+def check_range(flag: str, low: float, high: float) -> None:
+    """Raise UserError for a range of factors that is none."""
+    if not 0 < low <= high:
+        raise UserError(f"{flag} {low:g} {high:g} must be two positive numbers, the lower one first")
+
+
+def check_positive(args, *names: str) -> None:
+    """Raise UserError for flags that were given, and are not positive."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} must be positive")
+
+
+def read_starting_weights(
+    args, resume: Path | None, settings: Collection[str]
+) -> tuple[Weights | None, Weights | None]:
+    """Read the initial weights and settle the flags of the encoder, with `--eval` also `settings`, the flags of the
+    head. Returns the weights to start from or to evaluate (None: random ones) and those of the checkpoint to resume; at
+    least one of the two is None."""
+    if not args.eval:
+        resumed = None if resume is None else settle_model(args, read_weights(resume, allowed=RELATIVE))
+        return settle_model(args, args.finetune if resume is None else ""), resumed
+    weights = settle_model(args, read_weights(resume or args.finetune, args.checkpoint_key, RELATIVE))
+    for name in settings:
+        if name in weights.args:
+            setattr(args, name, weights.args[name])
+    return weights, None
+
+
+def read_splits(
+    args, weights: Weights | None, read: Callable[[bool, list[str] | None], Annotated]
+) -> tuple[Annotated | None, Annotated]:
+    """Return the training images (None with `--eval`) and the evaluation images, and settle `args.nb_classes`.
+    `read(train, categories)` reads one of them; the evaluation images must have the categories of the training images,
+    with `--eval` those of `weights`."""
+    images = None if args.eval else read(True, None)
+    known = (weights.classes or None) if args.eval else images.categories
+    held_out = read(False, known)
+    args.nb_classes = len(held_out.categories)
+    return images, held_out
+
+
+def load_start(model: GridViT, args, weights: Weights | None, task: str, head: str) -> None:
+    """Load `weights` (None: random ones) into the encoder of `model`, with `--eval` into all of it, and freeze blocks.
+    The names of tensors of the head for `task`, a word for messages, start with `head`. Raises UserError for a file
+    that does not fit."""
+    set_norm_eps(model, getattr(args, "layer_norm_eps", None))
+    if weights is not None and args.eval:
+        load_whole(model, weights, task, head)
+    elif weights is not None:
+        print(load_into(model, weights, ignore_head=True).shown(args.verbose))
+    if args.trainable_blocks is not None:
+        model.train_last_blocks(args.trainable_blocks)
+    model.set_grad_checkpointing(args.grad_checkpoint)
+
+
+def load_whole(model: GridViT, weights: Weights, task: str, head: str) -> None:
+    """Load all tensors of a file. Raises UserError for a file without a tensor that starts with `head`, and for one of
+    another model, head or input size."""
+    state = read_file(Path(weights.path)).get("model", {})
+    if not any(name.startswith(head) for name in state):
+        raise UserError(f"{weights.path} has no {task} head: give the checkpoint of a finished run")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = shorten(str(error).strip().splitlines()[-1], 200)
+        raise UserError(f"{weights.path} does not fit these flags: {reason}") from error

@@ -1,0 +1,195 @@
+"""Fine-tune a pretrained encoder for detection and instance segmentation, train one from scratch, or evaluate one.
+
+The protocol is that of ViTDet (Li et al. 2022): Mask R-CNN on a simple feature pyramid, attention in windows,
+large-scale jitter, AdamW with layer decay, and a rate that drops twice. `--pyramid fpn` is the pyramid of "Benchmarking
+detection transfer learning with vision transformers" (Li et al. 2021).
+"""
+
+import util.interrupts  # noqa: F401  first: Ctrl-C is in effect while the others are imported
+
+# isort: split
+import torch
+
+import models_detect
+from engine_dense import Detection
+from engine_finetune import evaluate_once, train
+from evaluation.dense import (
+    add_decay_arguments,
+    check_flags,
+    check_positive,
+    check_range,
+    load_start,
+    read_splits,
+    read_starting_weights,
+)
+from evaluation.summaries import detection_summary
+from models_grid import HEAD_NORMS, sync_batch_norm
+from util import arguments
+from util.checkpoint.resume import find_resume
+from util.data.dense.detection import read_detection
+from util.data.dense.flags import add_dense_data_arguments
+from util.data.dense.paired import build_paired_loader
+from util.data.dense.transforms import DetectionEvaluation, DetectionTraining
+from util.data.image_format import image_shape, mean_std
+from util.data.presets import MIRRORED
+from util.data.sample_rng import seeded
+from util.errors import UserError, user_errors
+from util.lr_decay import param_groups_lrd
+from util.parser import Flags, Parser
+from util.report.ledger import Record
+from util.training.run import Run, start
+from util.training.run_length import settle_schedule
+from util.weights.load import Weights
+
+# Flags of the model, which checkpoints store for --eval.
+SETTINGS = "detector pyramid head_width head_norm window global_blocks rel_pos anchors".split()
+WARMUP = 250  # steps, ViTDet's
+
+
+def get_args_parser() -> Parser:
+    parser = Parser(
+        "Fine-tune a ViT for detection and instance segmentation, train one from scratch, or evaluate one.",
+        usual="--finetune CHECKPOINT --dataset NAME --data_path PATH",
+    )
+    arguments.add_model_arguments(parser, default_model=None, decoder=False)
+    add_detector_arguments(parser.add_argument_group("detector"))
+    arguments.add_transfer_arguments(parser)
+    add_dense_data_arguments(arguments.add_data_arguments(parser), "detection")
+    add_image_arguments(parser.add_argument_group("crops and evaluation"))
+    group = arguments.add_optimizer_arguments(parser, batch_size=4, epochs=100, warmup=0, blr=1e-3, wd=0.1, min_lr=0.0)
+    arguments.add_schedule_arguments(group, schedule="step", warmup=WARMUP)
+    add_decay_arguments(group, layer_decay=0.7)
+    parser.set_defaults(lr=1e-4, dataset="coco", best_metric=None)
+    arguments.add_run_arguments(parser, save_freq=1, keep=1)
+    arguments.add_speed_arguments(parser)
+    arguments.add_distributed_arguments(parser)
+    return parser
+
+
+def add_detector_arguments(group) -> None:
+    group.add_argument(
+        "--detector",
+        "--task",
+        type=lambda word: word.removesuffix("_rcnn"),
+        choices=models_detect.DETECTORS,
+        default="mask",
+        help="mask: Mask R-CNN, boxes and masks; faster: Faster R-CNN, boxes alone; also mask_rcnn and faster_rcnn",
+    )
+    group.add_argument(
+        "--pyramid",
+        choices=models_detect.PYRAMIDS,
+        default="simple",
+        help="simple: ViTDet's, of the last block's map; fpn: four blocks' maps and a feature pyramid network",
+    )
+    group.add_argument(
+        "--window", type=int, default=14, metavar="PATCHES", help="side of the windows of attention; 0: none"
+    )
+    group.add_argument(
+        "--global_blocks", type=int, nargs="+", metavar="BLOCK",
+        help="blocks without windows, from 0; without it the last one of each quarter",
+    )  # fmt: skip
+    group.add_argument("--rel_pos", action="store_true", help="relative positions in attention, zero at the start")
+    group.add_argument("--no_rel_pos", action="store_false", dest="rel_pos", help="absolute positions alone")
+    group.set_defaults(rel_pos=True)
+    group.add_argument(
+        "--anchors", type=int, nargs=5, metavar="PIXELS",
+        help="sides of the anchors, the smallest first, one for each level; without it 2 patches, doubled four times",
+    )  # fmt: skip
+    group.add_argument(
+        "--head_norm", choices=sorted(HEAD_NORMS), default="layer",
+        help="norm in the heads; batch is synchronised over GPUs",
+    )  # fmt: skip
+    group.add_argument("--head_width", type=int, default=256, help="channels of the pyramid and the heads")
+
+
+def add_image_arguments(group) -> None:
+    group.add_argument(
+        "--lsj", type=float, nargs=2, default=[0.1, 2.0], metavar=("LOW", "HIGH"),
+        help="large-scale jitter: range of the random factor of an image's size before it is cropped; 1 1: none",
+    )  # fmt: skip
+    group.add_argument(
+        "--score_thresh", type=float, default=models_detect.SCORE_THRESH, metavar="SCORE",
+        help="detections with a lower score are left out; a higher value is faster and lowers AP",
+    )  # fmt: skip
+    group.add_argument(
+        "--voc_metric", choices=["07", "area"], default="",
+        help="voc: 07 (without the flag), the precision at eleven recalls; area, that at all recalls, since 2010",
+    )  # fmt: skip
+
+
+def check(args) -> None:
+    """Raise UserError for flags that are out of range or contradict each other."""
+    check_flags(args)
+    check_range("--lsj", *args.lsj)
+    check_positive(args, "head_width")
+    if args.window < 0:
+        raise UserError(f"--window {args.window} must not be negative; 0: attention among all patches")
+    if args.anchors and min(args.anchors) < 1:
+        raise UserError(f"--anchors {' '.join(map(str, args.anchors))} must be positive")
+    if not 0 <= args.score_thresh < 1:
+        raise UserError(f"--score_thresh {args.score_thresh} must lie in [0, 1)")
+    if args.voc_metric and args.dataset != "voc":
+        raise UserError(f"--voc_metric has no effect with --dataset {args.dataset}, which is scored as COCO is")
+
+
+def settle_flags(args, starts: bool) -> None:
+    """Settle `--voc_metric`, and `--input_size` of a run that `starts`, whose size is not that of a checkpoint."""
+    if args.dataset == "voc":
+        args.voc_metric = args.voc_metric or "07"
+    if starts and args.input_size is None:
+        args.input_size = [args.scene_size if args.dataset == "scenes" else 1024]
+
+
+def build(args, weights: Weights | None) -> models_detect.Detector:
+    """Build the detector. `weights` (None: random ones) are loaded into its encoder, with `--eval` into all of it."""
+    names = [name for name in (*SETTINGS, "patch_size", "in_chans") if name != "head_width"]
+    with seeded(args.seed):
+        model = models_detect.build_model(
+            args.model,
+            args.nb_classes,
+            img_size=image_shape(args.input_size),
+            drop_path_rate=args.drop_path,
+            width=args.head_width,
+            rcnn={"box_score_thresh": args.score_thresh},
+            **{name: getattr(args, name) for name in names},
+        )
+    load_start(model, args, weights, "detection", "roi_heads.")
+    return model
+
+
+def main(args) -> dict[str, float]:
+    """Train or evaluate once. Return the scores of the last evaluation. Raises UserError for mistakes in flags and
+    files."""
+    args = Flags.of(args)
+    check(args)
+    device = start(args)
+    resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
+    settle_flags(args, starts=not args.eval and resume is None)
+    weights, resumed = read_starting_weights(args, resume, SETTINGS)
+    masks = args.detector == "mask"
+    images, held_out = read_splits(args, weights, lambda train, known: read_detection(args, train, masks, known))
+    size, stats = image_shape(args.input_size), mean_std(args.dataset, args.in_chans, args.mean, args.std)
+    if not args.eval:
+        transform = DetectionTraining(size, *stats, tuple(args.lsj), flip=MIRRORED.get(args.dataset, 0.5))
+        loader = build_paired_loader(images, transform, args, args.batch_size, train=True)
+        settle_schedule(args, len(loader), WARMUP)
+    args.freeze()
+
+    model = sync_batch_norm(build(args, weights), device).to(device)
+    resize = DetectionEvaluation(size, *stats)
+    val_loader = build_paired_loader(held_out, resize, args, 1, train=False)
+    task = Detection(held_out, resize, masks, args.voc_metric)
+    recorded = arguments.flags_of_evaluation(args) if args.eval else args
+    record = Record("main_detect" + " --eval" * args.eval, recorded, weights, train=images, test=held_out)
+    summary, names = detection_summary(args, model, weights or resumed, images, held_out), held_out.categories
+    if args.eval:
+        return evaluate_once(args, model, val_loader, device, record, task, names, summary)
+    groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    run = Run(args, device, loader, model, optimizer, None, resume, record, names, summary)
+    return train(args, run, val_loader, task)
+
+
+if __name__ == "__main__":
+    with user_errors("main_detect.py"):
+        main(get_args_parser().parse_args())
