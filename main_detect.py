@@ -49,7 +49,7 @@ WARMUP = 250  # steps, ViTDet's
 def get_args_parser() -> Parser:
     parser = Parser(
         "Fine-tune a ViT for detection and instance segmentation, train one from scratch, or evaluate one.",
-        usual="--finetune CHECKPOINT --dataset NAME --data_path PATH",
+        usual="--finetune CHECKPOINT --data_path PATH",
     )
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     add_detector_arguments(parser.add_argument_group("detector"))
