@@ -81,6 +81,8 @@ def read_runs(folders: list[str], strip=()) -> list[Run]:
 def _run(folder: Path, row: dict, strip) -> Run:
     begin = next((prefix for prefix in strip if folder.name.startswith(prefix)), "")
     kind = begin.strip("-_ ") or row["command"]
+    if begin and row["command"].endswith(" --eval"):  # of the run beside it, whose last epoch is another number
+        kind += " --eval"
     name = re.sub(r"-seed\d+$", "", folder.name.removeprefix(begin))
     data = row.get("data") or {}
     flags = {"run": name, "command": row["command"], "pretrained": bool(row.get("source")), **_own(row)}

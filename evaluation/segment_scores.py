@@ -77,6 +77,8 @@ class SegmentScores:
         why = (
             f" ({absent} of {self.classes} classes neither occur nor are predicted and are left out)" if absent else ""
         )
+        if self.classes > 1 and np.count_nonzero(self.matrix.sum(axis=0)) == 1:
+            why += f" (every pixel is predicted as class {self.matrix.sum(axis=0).argmax()})"
         return f"{text}  pixel accuracy {stats['pixel_acc']:.2f} %{why}"
 
 

@@ -135,7 +135,9 @@ def _after_dense(script: str, task: str, args, weights: str, flags: Sequence[str
     data = data_words(args, extra=partial(add_dense_data_arguments, task=task))
     size = ["--input_size", *map(str, np.atleast_1d(args.input_size))]
     evaluate = command(script, "--eval", "--finetune", weights, *data, *size, *flags, "--output_dir", folder)
-    return [*([] if args.eval else [evaluate]), command("tools/collect.py", folder), tensorboard(folder)]
+    picture = command("tools/visualize_dense.py", weights, *data, "--out", os.path.join(folder, "predictions.png"))
+    pictures = [picture] if task == "segmentation" else []
+    return [*([] if args.eval else [evaluate]), *pictures, command("tools/collect.py", folder), tensorboard(folder)]
 
 
 def _weights_row(args, weights) -> Row:

@@ -36,7 +36,7 @@ class Step:
 
 _DIGITS = "--dataset digits --model mae_vit_micro_patch4 --input_size 16 --aug none --mask_ratio 0.6 --norm_pix_loss"
 _RECIPE = f"{_DIGITS} --batch_size 32 --lr 1e-3 --epochs EPOCHS --warmup_epochs 2 --knn_freq 2 --print_freq 20"
-_METHODS = {"mae": "", "ema-mae": " --ema_mae --wse 16", "rc-mae": " --rc_mae"}
+_METHODS = {"mae": "", "ema-mae": " --ema_mae --wse WARM", "rc-mae": " --rc_mae"}
 _TRANSFER = "--dataset digits --epochs TRANSFER --warmup_epochs 1 --batch_size 64 --lr 1e-3"
 _FEW = "--dataset digits --shots 1 10"
 
@@ -112,8 +112,8 @@ STEPS = (
 
 def get_args_parser():
     parser = Parser(__doc__)
-    parser.add_argument("--output_dir", default="output/first", help="folder of the runs; it must not exist")
-    parser.add_argument("--epochs", type=int, default=24, help="epochs of pretraining")
+    parser.add_argument("--output_dir", default="output/first", help="folder of the runs, which must not exist")
+    parser.add_argument("--epochs", type=int, default=24, help="epochs of pretraining; a few are too short to compare")
     parser.add_argument("--transfer_epochs", type=int, default=10, help="epochs of fine-tuning")
     parser.add_argument("--stop_after", type=int, default=len(STEPS), metavar="N", help="sections to run")
     parser.add_argument("--write", default="", metavar="FILE", help="page to write (.md)")
@@ -126,9 +126,10 @@ def words(command: str, args) -> str:
         "OUT": args.output_dir,
         "EPOCHS": str(args.epochs),
         "TRANSFER": str(args.transfer_epochs),
+        "WARM": str(max(1, 2 * args.epochs // 3)),
         "LAST": f"checkpoint-{args.epochs - 1}.pth",
     }
-    return re.sub(r"\b(OUT|EPOCHS|TRANSFER|LAST)\b", lambda match: values[match[1]], command)
+    return re.sub(r"\b(OUT|EPOCHS|TRANSFER|WARM|LAST)\b", lambda match: values[match[1]], command)
 
 
 def run(command: str) -> str:
