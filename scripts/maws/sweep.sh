@@ -9,7 +9,7 @@
 #   bash scripts/maws/sweep.sh OUT --cpu_small --data CIFAR10          (all as train/<class>/ and val/<class>/)
 #
 # The lists hold path<TAB>label,label,… below WEAK. MAE_EPOCHS is the budget, WSP_EPOCHS the lengths (both may be
-# fractions), NOISE the noise of --cpu_small (some 20 minutes on one idle core) and --gpu_hour, whose hashtags are synthetic.
+# fractions), NOISE the noise of --cpu_small (3.5 minutes of CPU time for random-wsp0.5) and --gpu_hour; their hashtags are synthetic.
 # Further flags go to MAE; --only, --list, SEEDS and GPUS as in scripts/_sweep.sh.
 # shellcheck disable=SC2034,SC2154,SC1091  # arrays are read by _sweep.sh
 set -euo pipefail
