@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from helpers.launch import ranks
 
+import main_detect
 import main_finetune
 import main_linprobe
 import main_pretrain
+import main_segment
 from util import next_commands
 from util.training.announcements import result_rows
 
@@ -152,6 +154,35 @@ def test_probes_and_their_evaluation(head, pretrained, tmp_path, capsys):
     assert ("batch" in start) == ("cache" not in head)
     evaluate, *_ = end["next"].splitlines()
     assert 0 <= run_next(evaluate)["acc1"] <= 100
+
+
+SCENES = "--dataset scenes --scene_digits 0 1 --scene_size 32 --scene_count 8 4 --input_size 32 --num_workers 0"
+SCENES += " --device cpu --amp_dtype fp32 --model vit_micro_patch4 --head_width 16 --batch_size 4 --epochs 1"
+
+
+def test_segmentation(tmp_path, capsys):
+    words = f"{SCENES} --head_norm layer --stride 20 --output_dir {tmp_path}"
+    start, end, _ = run(main_segment, words, capsys)
+    assert start["data"] == "scenes, 8 training images, 4 evaluation images, 3 classes"
+    assert start["head"] == "upernet, blocks 0 1 2 3, layer norm"
+    assert start["evaluation"].startswith("windows of 32 x 32 px every 20 px")
+    assert start["learning rate"].startswith("0.0001 (base") and "linear to 0" in start["learning rate"]
+    assert "eval/mIoU" in end["last epoch"] and "checkpoint-best.pth" in end["files"]
+    evaluate, picture, *_ = end["next"].splitlines()
+    assert run_next(evaluate, "--num_workers", "0")["mIoU"] >= 0
+    run_next(picture, "--num_workers", "0")
+    assert (tmp_path / "predictions.png").is_file()
+
+
+def test_detection(tmp_path, capsys):
+    start, end, _ = run(main_detect, f"{SCENES} --window 4 --detector faster --output_dir {tmp_path}", capsys)
+    assert start["data"] == "scenes, 8 training images, 4 evaluation images, 2 classes"
+    assert start["detector"].startswith("Faster R-CNN, pyramid simple") and "windows of 4 x 4 patches" in " ".join(
+        start.values()
+    )
+    assert "divided by 10 after 88.9 % and 96.3 %" in start["learning rate"].replace("\n", " ")
+    assert "eval/" in end["last epoch"]
+    assert "skipped" in run_next(end["next"].splitlines()[0], "--num_workers", "0")
 
 
 def test_random_weights_are_named(tmp_path, capsys):
