@@ -243,3 +243,15 @@ def test_curves_of_neighbours_are_shown_together(tmp_path):
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "results.jsonl").touch()
     assert shlex.split(next_commands.tensorboard(str(tmp_path / "one")))[-1] == str(tmp_path)
+
+
+def test_positions_are_counted_as_in_the_progress_lines(tmp_path, capsys):
+    """From 1, unlike the names of checkpoints."""
+    words = (
+        f"{DATA} --model vit_micro_patch4 --input_size 16 --batch_size 359 --warmup_epochs 0 --output_dir {tmp_path}"
+    )
+    main_finetune.main(main_finetune.get_args_parser().parse_args(f"{words} --max_steps 6".split()))  # four an epoch
+    main_finetune.main(main_finetune.get_args_parser().parse_args(f"{words} --epochs 2 --resume auto".split()))
+    assert "checkpoint-1-2.pth: 2 batches of epoch 2 done\n" in capsys.readouterr().out
+    main_finetune.main(main_finetune.get_args_parser().parse_args(f"{words} --epochs 3 --resume auto".split()))
+    assert "checkpoint-1.pth: 2 epochs done\n" in capsys.readouterr().out

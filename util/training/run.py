@@ -41,6 +41,7 @@ from util.parallel.distributed import (
 )
 from util.parallel.fsdp import whole
 from util.parallel.signals import StopRequest
+from util.report.blocks import counted
 from util.report.ledger import Record, hardware
 from util.report.log import trim_log
 from util.report.tensorboard import Board
@@ -191,6 +192,13 @@ class Run:
         """Return epoch and position as one number, the x axis of TensorBoard."""
         return self.epoch + self.position / len(self.loader)
 
+    def position_text(self) -> str:
+        """Return the position for the terminal, whose progress counts epochs from 1: "3 epochs", "29 batches of epoch
+        4"."""
+        if self.position:
+            return f"{self.position} {'batch' if self.position == 1 else 'batches'} of epoch {self.epoch + 1}"
+        return counted(self.epoch, "epoch")
+
     def batches_done(self) -> int:
         """Return the number of micro-batches before the position, `--start_epoch` included."""
         return self.epoch * len(self.loader) + self.position
@@ -332,8 +340,8 @@ class Run:
         group."""
         signals.stopped_by = self.stop_request.received if self.stopped else None
         if self.stopped:
-            position = f"epoch {self.epoch}, batch {self.position}"
-            print(f"stopped by {self.stop_request.received} at {position}; --resume auto continues exactly there")
+            reason = self.stop_request.received
+            print(f"stopped by {reason} after {self.position_text()}; --resume auto continues exactly there")
         elif not self.resumed_at_end:
             print(end_block(self, self.summary), flush=True)
         self.board.close()

@@ -93,7 +93,7 @@ def resume(run, path: Path) -> None:
             run.methods[name].load_rank_state(rank_state)
     elif rng:
         print(f"note: {path.name} was written by {len(rng)} processes, so random numbers outside the data differ")
-    print(f"resumed {path}: epoch {run.epoch}, batch {run.position}")
+    print(f"resumed {path}: {run.position_text()} done")
 
 
 def _read(run, path: Path) -> dict:
