@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from engine_finetune import train
 from evaluation.dense_pictures import detection_figure, figure_tensor, segmentation_figure
 from evaluation.detect_scores import CocoScores, Detections, VocScores
 from evaluation.segment_scores import SegmentScores
@@ -18,7 +19,11 @@ from util.data.dense.transforms import DetectionEvaluation, SegmentationEvaluati
 from util.data.images import printable
 from util.data.samples import Sample
 from util.errors import UserError
+from util.lr_decay import param_groups_lrd
 from util.parallel.distributed import is_main_process
+from util.report.ledger import Record
+from util.training.announcements import Summary
+from util.training.run import Run
 
 SHOWN = 4  # images of the pictures in TensorBoard
 
@@ -145,3 +150,14 @@ class Detection:
         if not self.shown:
             return {}
         return {"detection": figure_tensor(detection_figure(self.shown, self.resize, self.images.categories))}
+
+
+def fine_tune(
+    args, device: torch.device, model, loaders: tuple, task, resume, record: Record, names: list[str], summary: Summary
+) -> dict[str, float]:
+    """Fine-tune `model` on a dense task with AdamW and layer decay; return the scores of the last evaluation. `loaders`
+    are those of training and evaluation, `names` the categories."""
+    groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    run = Run(args, device, loaders[0], model, optimizer, None, resume, record, names, summary)
+    return train(args, run, loaders[1], task)

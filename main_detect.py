@@ -8,13 +8,11 @@ detection transfer learning with vision transformers" (Li et al. 2021).
 import util.interrupts  # noqa: F401  first: Ctrl-C is in effect while the others are imported
 
 # isort: split
-import torch
-
 import models_detect
-from engine_dense import Detection
-from engine_finetune import evaluate_once, train
+from engine_dense import Detection, fine_tune
+from engine_finetune import evaluate_once
 from evaluation.dense import (
-    add_decay_arguments,
+    add_training_arguments,
     check_flags,
     check_positive,
     check_range,
@@ -34,10 +32,9 @@ from util.data.image_format import image_shape, mean_std
 from util.data.presets import MIRRORED
 from util.data.sample_rng import seeded
 from util.errors import UserError, user_errors
-from util.lr_decay import param_groups_lrd
 from util.parser import Flags, Parser
 from util.report.ledger import Record
-from util.training.run import Run, start
+from util.training.run import start
 from util.training.run_length import settle_schedule
 from util.weights.load import Weights
 
@@ -56,13 +53,9 @@ def get_args_parser() -> Parser:
     arguments.add_transfer_arguments(parser)
     add_dense_data_arguments(arguments.add_data_arguments(parser), "detection")
     add_image_arguments(parser.add_argument_group("crops and evaluation"))
-    group = arguments.add_optimizer_arguments(parser, batch_size=4, epochs=100, warmup=0, blr=1e-3, wd=0.1, min_lr=0.0)
-    arguments.add_schedule_arguments(group, schedule="step", warmup=WARMUP)
-    add_decay_arguments(group, layer_decay=0.7)
-    parser.set_defaults(lr=1e-4, dataset="coco", best_metric=None)
-    arguments.add_run_arguments(parser, save_freq=1, keep=1)
-    arguments.add_speed_arguments(parser)
-    arguments.add_distributed_arguments(parser)
+    add_training_arguments(
+        parser, "coco", batch_size=4, epochs=100, wd=0.1, schedule="step", warmup=WARMUP, layer_decay=0.7
+    )
     return parser
 
 
@@ -184,10 +177,7 @@ def main(args) -> dict[str, float]:
     summary, names = detection_summary(args, model, weights or resumed, images, held_out), held_out.categories
     if args.eval:
         return evaluate_once(args, model, val_loader, device, record, task, names, summary)
-    groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    run = Run(args, device, loader, model, optimizer, None, resume, record, names, summary)
-    return train(args, run, val_loader, task)
+    return fine_tune(args, device, model, (loader, val_loader), task, resume, record, names, summary)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,11 @@ import util.interrupts  # noqa: F401  first: Ctrl-C is in effect while the other
 # isort: split
 from functools import partial
 
-import torch
-
 import models_segment
-from engine_dense import Segmentation
-from engine_finetune import evaluate_once, train
+from engine_dense import Segmentation, fine_tune
+from engine_finetune import evaluate_once
 from evaluation.dense import (
-    add_decay_arguments,
+    add_training_arguments,
     check_flags,
     check_positive,
     check_range,
@@ -36,10 +34,9 @@ from util.data.image_format import image_shape, mean_std
 from util.data.presets import MIRRORED
 from util.data.sample_rng import seeded
 from util.errors import UserError, user_errors
-from util.lr_decay import param_groups_lrd
 from util.parser import Flags, Parser, rare
 from util.report.ledger import Record
-from util.training.run import Run, start
+from util.training.run import start
 from util.training.run_length import settle_schedule
 from util.weights.load import Weights
 
@@ -56,13 +53,9 @@ def get_args_parser() -> Parser:
     arguments.add_transfer_arguments(parser)
     add_dense_data_arguments(arguments.add_data_arguments(parser), "segmentation")
     add_image_arguments(parser.add_argument_group("crops and evaluation"))
-    group = arguments.add_optimizer_arguments(parser, batch_size=16, epochs=50, warmup=0, blr=1e-3, wd=0.05, min_lr=0.0)
-    arguments.add_schedule_arguments(group, schedule="linear", warmup=1500)
-    add_decay_arguments(group, layer_decay=0.65)
-    parser.set_defaults(lr=1e-4, dataset="ade20k", best_metric=None)
-    arguments.add_run_arguments(parser, save_freq=1, keep=1)
-    arguments.add_speed_arguments(parser)
-    arguments.add_distributed_arguments(parser)
+    add_training_arguments(
+        parser, "ade20k", batch_size=16, epochs=50, wd=0.05, schedule="linear", warmup=1500, layer_decay=0.65
+    )
     return parser
 
 
@@ -178,17 +171,13 @@ def main(args) -> dict[str, float]:
     model = sync_batch_norm(build(args, weights, args.ignore_label), device).to(device)
     resize = SegmentationEvaluation(size, *stats, args.short_side if args.eval_mode == "slide" else None)
     val_loader = build_paired_loader(held_out, resize, args, 1, train=False)
-    names = held_out.categories
-    task = Segmentation(names, resize, args.stride, args.eval_flip, args.ignore_label)
+    task = Segmentation(held_out.categories, resize, args.stride, args.eval_flip, args.ignore_label)
     recorded = arguments.flags_of_evaluation(args) if args.eval else args
     record = Record("main_segment" + " --eval" * args.eval, recorded, weights, train=images, test=held_out)
     summary = segmentation_summary(args, model, weights or resumed, images, held_out)
     if args.eval:
-        return evaluate_once(args, model, val_loader, device, record, task, names, summary)
-    groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    run = Run(args, device, loader, model, optimizer, None, resume, record, names, summary)
-    return train(args, run, val_loader, task)
+        return evaluate_once(args, model, val_loader, device, record, task, held_out.categories, summary)
+    return fine_tune(args, device, model, (loader, val_loader), task, resume, record, held_out.categories, summary)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,52 @@ from models_grid import GridViT
 from util import arguments
 from util.data.dense.annotated import Annotated
 from util.errors import UserError
+from util.lr_sched import SCHEDULES
 from util.weights.file import read_file
 from util.weights.load import Weights, load_into, read_weights
 
 RELATIVE = "rel_pos"  # part of the names of relative positions, which plain encoders lack; `load_whole` loads them
 
 
-def add_decay_arguments(group, layer_decay: float) -> None:
-    """Add the flags of fine-tuning a pretrained encoder; `layer_decay` is a default."""
+def add_training_arguments(
+    parser, dataset: str, batch_size: int, epochs: int, wd: float, schedule: str, warmup: int, layer_decay: float
+) -> None:
+    """Add the flags of training and of the run. All arguments are defaults; `warmup` is that of `--warmup_steps`."""
+    group = arguments.add_optimizer_arguments(parser, batch_size, epochs, warmup=0, blr=1e-3, wd=wd, min_lr=0.0)
+    _add_schedule_arguments(group, schedule, warmup)
+    _add_decay_arguments(group, layer_decay)
+    parser.set_defaults(lr=1e-4, dataset=dataset, best_metric=None)
+    arguments.add_run_arguments(parser, save_freq=1, keep=1)
+    arguments.add_speed_arguments(parser)
+    arguments.add_distributed_arguments(parser)
+
+
+def _add_schedule_arguments(group, schedule: str, warmup: int) -> None:
+    """Add the flags of learning-rate schedules in steps; `util.training.run_length.settle_schedule` settles
+    `--warmup_steps`."""
+    group.add_argument(
+        "--lr_schedule",
+        choices=SCHEDULES,
+        default=schedule,
+        help="after the warm-up: half a cosine, or a line, to --min_lr; step: a tenth of the rate after each of "
+        "--lr_steps",
+    )
+    group.add_argument(
+        "--lr_steps",
+        type=float,
+        nargs="+",
+        default=[0.889, 0.963],
+        metavar="SHARE",
+        help="--lr_schedule step: where the rate drops, as shares of the run",
+    )
+    group.add_argument(
+        "--warmup_steps",
+        type=int,
+        help=f"linear warm-up in steps, instead of --warmup_epochs; without both {warmup}, at most a tenth of the run",
+    )
+
+
+def _add_decay_arguments(group, layer_decay: float) -> None:
     group.add_argument(
         "--layer_decay", type=float, default=layer_decay, help="ratio of a block's rate to the next one's; 1: none"
     )

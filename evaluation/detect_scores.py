@@ -7,6 +7,7 @@ original image, half-open; labels begin with 1.
 
 import contextlib
 import io
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ COCO_METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()  # 
 THRESHOLDS = [0.5 + 0.05 * step for step in range(10)]  # of the IoU, for VOC's AP; as in COCO's
 
 
-class Detections:
+class Detections(ABC):
     """What the scores of detectors share: they collect the images of a rank.
 
     A target is the dict of an image with `image_id` (a number that no other image has), `boxes` (M, 4), `labels` (M,),
@@ -49,9 +50,9 @@ class Detections:
         stats, self.by_class = from_main_process(lambda: self._evaluate(*_merged(everyone)))
         return stats
 
+    @abstractmethod
     def _evaluate(self, images: dict[int, dict], skipped: int) -> tuple[dict[str, float], dict]:
         """Return the metrics, and `by_class`."""
-        raise NotImplementedError
 
     def details(self, names: list[str] | None) -> dict:
         """Return what `read` computed for each class, by its name, as JSON; `names` are those of the labels from 1."""
@@ -61,7 +62,8 @@ class Detections:
         }
 
     def picture(self, names: list[str] | None) -> None:
-        """There is no confusion matrix of objects."""
+        """Return None: there is no confusion matrix of objects."""
+        return
 
 
 def _merged(everyone: list[tuple[dict, int]]) -> tuple[dict[int, dict], int]:

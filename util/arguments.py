@@ -11,7 +11,6 @@ from util.data.list_flags import add_list_arguments, check_columns
 from util.data.pixel_range import check_pixel_range, range_word
 from util.data.readers import READERS
 from util.errors import UserError
-from util.lr_sched import SCHEDULES
 from util.parallel.cores import MOST_WORKERS
 from util.parser import rare
 from util.training.best_metric import add_best_metric
@@ -347,31 +346,6 @@ def add_finetuning_arguments(parser, pooled: bool) -> None:
         group.add_argument(
             "--dist_eval", action="store_true", help="accepted; evaluation is always distributed and exact"
         )
-    )
-
-
-def add_schedule_arguments(group, schedule: str, warmup: int) -> None:
-    """Add the flags of learning-rate schedules in steps, for dense tasks. `schedule` is the default, `warmup` that of
-    `--warmup_steps`, which `util.training.run_length.settle_schedule` settles."""
-    group.add_argument(
-        "--lr_schedule",
-        choices=SCHEDULES,
-        default=schedule,
-        help="after the warm-up: half a cosine, or a line, to --min_lr; step: a tenth of the rate after each of "
-        "--lr_steps",
-    )
-    group.add_argument(
-        "--lr_steps",
-        type=float,
-        nargs="+",
-        default=[0.889, 0.963],
-        metavar="SHARE",
-        help="--lr_schedule step: where the rate drops, as shares of the run",
-    )
-    group.add_argument(
-        "--warmup_steps",
-        type=int,
-        help=f"linear warm-up in steps, instead of --warmup_epochs; without both {warmup}, at most a tenth of the run",
     )
 
 

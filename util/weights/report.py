@@ -27,34 +27,26 @@ class LoadReport:
     def shown(self, verbose: bool) -> str:
         """Return the report in full if `verbose`, else in one line. That line names each tensor that is missing, says
         whether positions were interpolated or a head skipped, and counts the other tensors."""
-        return str(self) if verbose else self._line()
-
-    def _line(self) -> str:
-        loaded = len(self.taken) + len(self.interpolated)
-        parts = [f"{self.path}: {self.origin}, {loaded} tensors loaded"]
-        if self.interpolated:
-            parts.append(f"{' and '.join(self.interpolated)} interpolated {self.grids}")
-        if self.missing:
-            parts.append(f"missing in the file, kept at their initial value: {summary(self.missing)}")
-        parts += [f"{len(names)} not used ({reason})" for reason, names in self.reasons.items()]
-        if self.skipped:
-            parts.append(f"skipped: {self.head}")
-        if self.note:
-            parts.append(f"note: {self.note}")
-        return "; ".join(parts) + " (--verbose names them)" * bool(self.reasons)
+        if verbose:
+            return str(self)
+        loaded = f"{self.path}: {self.origin}, {len(self.taken) + len(self.interpolated)} tensors loaded"
+        unused = [f"{len(names)} not used ({reason})" for reason, names in self.reasons.items()]
+        resized = f"{' and '.join(self.interpolated)} interpolated {self.grids}"
+        return "; ".join([loaded, *self._changes(resized, unused)]) + " (--verbose names them)" * bool(unused)
 
     def __str__(self):
-        lines = [f"{self.path}: {self.origin}", f"taken: {summary(self.taken)}"]
-        if self.interpolated:
-            lines.append(f"interpolated: {summary(self.interpolated)}, {self.grids}")
-        if self.missing:
-            lines.append(f"missing in the file, kept at their initial value: {summary(self.missing)}")
-        lines += [f"not used: {summary(names)} ({reason})" for reason, names in self.reasons.items()]
-        if self.skipped:
-            lines.append(f"skipped: {self.head}")
-        if self.note:
-            lines.append(f"note: {self.note}")
-        return "\n  ".join(lines)
+        loaded = f"{self.path}: {self.origin}", f"taken: {summary(self.taken)}"
+        unused = [f"not used: {summary(names)} ({reason})" for reason, names in self.reasons.items()]
+        resized = f"interpolated: {summary(self.interpolated)}, {self.grids}"
+        return "\n  ".join([*loaded, *self._changes(resized, unused)])
+
+    def _changes(self, resized: str, unused: list[str]) -> list[str]:
+        """Return what is not simply loaded, with the texts on positions that were `resized` and on `unused` tensors."""
+        kept = "missing in the file, kept at their initial value: "
+        missing = f"{kept}{summary(self.missing)}" if self.missing else ""
+        skipped = f"skipped: {self.head}" if self.skipped else ""
+        note = f"note: {self.note}" if self.note else ""
+        return list(filter(None, [resized if self.interpolated else "", missing, *unused, skipped, note]))
 
 
 def why_no_head(own: dict, state: dict, ignore_head: bool) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from util.data.dense.annotated import Detected, Objects, Segmented, boxes_of_masks
+from util.data.dense.annotated import Detected, Objects, Segmented, boxes_of_masks, no_objects
 from util.data.dense.rle import encode
 from util.errors import UserError
 from util.parser import rare
@@ -185,7 +185,7 @@ class DetectedScenes(_Scenes, Detected):
         return Objects(scene.boxes.copy(), scene.labels.copy(), nothing, nothing, scene.masks.copy(), index)
 
     def blank(self, index, size):
-        raise NotImplementedError("scenes are always readable")
+        return no_objects(index, size)
 
     def record(self, index):
         scene, size = self.scene(index), self.settings[2]
