@@ -159,5 +159,5 @@ def fine_tune(
     are those of training and evaluation, `names` the categories."""
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    run = Run(args, device, loaders[0], model, optimizer, None, resume, record, names, summary)
+    run = Run(args, device, loaders[0], model, optimizer, resume=resume, record=record, classes=names, summary=summary)
     return train(args, run, loaders[1], task)

@@ -105,7 +105,7 @@ def evaluate_once(
     eval_confusion.png, TensorBoard (in tensorboard-eval/ below --log_dir) and the ledger, results.jsonl. Return them.
     Leaves the process group. `names` are those of the classes; `summary` is what is printed about the evaluation."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
-    print(opening(args, summary, device, dtype))
+    print(opening(args, record, summary, device, dtype))
     with torch.no_grad():
         scores = task.score(loader, model, device, dtype)
     stats = scores.read()
@@ -120,9 +120,14 @@ def evaluate_once(
     pictures = write_confusion(scores, names, args.output_dir, "eval_confusion.png") | task.pictures()
     pictures = {f"eval/{name}": picture for name, picture in pictures.items()}
     publish(record, metrics, len(loader.dataset), (device, dtype), to, pictures=pictures, details=details)
-    print(closing(args.output_dir, summary.next_commands(str(args.resume or args.finetune))))
+    print(closing(args.output_dir, summary, evaluated_file(args, record)))
     shut_down()
     return stats
+
+
+def evaluated_file(args, record: Record) -> str:
+    """Return the file whose weights were evaluated; `--resume auto` has chosen one."""
+    return (record.source or {}).get("path") or args.finetune
 
 
 def print_scores(scores, stats: dict, count: int) -> None:
@@ -142,7 +147,7 @@ def save_best(run: Run, stats: dict[str, float], metric: str) -> dict[str, float
 def write_last(run: Run, task, scores, stats: dict[str, float]) -> None:
     """Write the last evaluation by class: scores.json, and the confusion matrix as a picture."""
     folder, attempt = run.args.output_dir, run.checkpoints.saver.insist
-    at = {"epoch": run.epoch if run.position else run.epoch - 1, "revision": run.record.revisions[-1]}
+    at = {"epoch": run.last_epoch, "revision": run.record.revisions[-1]}
     write_scores(scores, run.record.args, stats, run.classes, folder, attempt, **at)
     pictures = write_confusion(scores, run.classes, folder, attempt=attempt) | task.pictures()
     for name, picture in pictures.items():

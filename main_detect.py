@@ -158,7 +158,7 @@ def main(args) -> dict[str, float]:
     device = start(args)
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
     settle_flags(args, starts=not args.eval and resume is None)
-    weights, resumed = read_starting_weights(args, resume, SETTINGS)
+    weights = read_starting_weights(args, resume, SETTINGS)
     masks = args.detector == "mask"
     images, held_out = read_splits(args, weights, lambda train, known: read_detection(args, train, masks, known))
     size, stats = image_shape(args.input_size), mean_std(args.dataset, args.in_chans, args.mean, args.std)
@@ -174,7 +174,7 @@ def main(args) -> dict[str, float]:
     task = Detection(held_out, resize, masks, args.voc_metric)
     recorded = arguments.flags_of_evaluation(args) if args.eval else args
     record = Record("main_detect" + " --eval" * args.eval, recorded, weights, train=images, test=held_out)
-    summary, names = detection_summary(args, model, weights or resumed, images, held_out), held_out.categories
+    summary, names = detection_summary(args, model, images, held_out), held_out.categories
     if args.eval:
         return evaluate_once(args, model, val_loader, device, record, task, names, summary)
     return fine_tune(args, device, model, (loader, val_loader), task, resume, record, names, summary)

@@ -276,14 +276,15 @@ def main(args) -> dict[str, float]:
     val_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
     recorded = arguments.flags_of_evaluation(args) if args.eval else args
     record = Record("main_finetune" + " --eval" * args.eval, recorded, weights, train=images, test=held_out)
-    summary = finetuning_summary(args, model, weights or resumed, images, held_out)
+    summary = finetuning_summary(args, model, images, held_out)
     if args.eval:
         task = Classification(score_type=scores_of(args))
         names = getattr(held_out, "classes", None)
         return evaluate_once(args, model, val_loader, device, record, task, names, summary)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    run = Run(args, device, loader, model, optimizer, None, resume, record, getattr(images, "classes", None), summary)
+    names = getattr(images, "classes", None)
+    run = Run(args, device, loader, model, optimizer, resume=resume, record=record, classes=names, summary=summary)
     criterion = build_criterion(mixes(args), args.targets, args.smoothing, args.multilabel_loss, weights_of_classes)
     task = Classification(criterion.to(device), build_mixup(args), scores_of(args), args.targets)
     return train(args, run, val_loader, task)

@@ -236,7 +236,7 @@ def main(args) -> dict:
         model = build_encoder(args, None if args.eval else weights, args.nb_classes)
     test_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
     command = "main_linprobe" + " --eval" * args.eval
-    summary = probe_summary(args, model, weights, images, held_out)
+    summary = probe_summary(args, model, images, held_out)
     if args.cache_features:  # --lr is settled later, when the number of readable images is known
         record = Record(command, args, weights, train=images, test=held_out)
         return run_cached(args, model, images, test_loader, device, record, summary)
@@ -255,7 +255,7 @@ def main(args) -> dict:
     optimizer_type = torch.optim.AdamW if args.head == "attentive" else LARS
     optimizer = optimizer_type(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     names = getattr(images, "classes", None)
-    run = Run(args, device, loader, model, optimizer, probe, resume, record, names, summary)
+    run = Run(args, device, loader, model, optimizer, probe, resume, record, classes=names, summary=summary)
     criterion = build_criterion(False, "single", 0.0, weights=class_weights(args, images)).to(device)
     return train(args, run, test_loader, Classification(criterion))
 

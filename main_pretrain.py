@@ -277,7 +277,7 @@ def write_results(run: Run) -> None:
     """Write the results of a finished run, except its line in the ledger: encoders as safetensors, and flags for
     TensorBoard's HPARAMS tab."""
     args = run.record.args
-    origin = {"epoch": run.epoch if run.position else run.epoch - 1, **run.record.state(run.images_seen())}
+    origin = {"epoch": run.last_epoch, **run.record.state(run.images_seen())}
     flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     metadata = {name: json.dumps(strict(value)) for name, value in {**flags, "origin": origin}.items()}
     for path, model in encoders(run).items():

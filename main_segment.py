@@ -153,7 +153,7 @@ def main(args) -> dict[str, float]:
     check(args)
     device = start(args)
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
-    weights, resumed = read_starting_weights(args, resume, SETTINGS)
+    weights = read_starting_weights(args, resume, SETTINGS)
     if args.eval and args.zero_is_ignored is None:  # the meaning of the masks is that of the training
         args.zero_is_ignored = weights.args.get("zero_is_ignored")
     images, held_out = read_splits(args, weights, partial(read_segmentation, args))
@@ -174,7 +174,7 @@ def main(args) -> dict[str, float]:
     task = Segmentation(held_out.categories, resize, args.stride, args.eval_flip, args.ignore_label)
     recorded = arguments.flags_of_evaluation(args) if args.eval else args
     record = Record("main_segment" + " --eval" * args.eval, recorded, weights, train=images, test=held_out)
-    summary = segmentation_summary(args, model, weights or resumed, images, held_out)
+    summary = segmentation_summary(args, model, images, held_out)
     if args.eval:
         return evaluate_once(args, model, val_loader, device, record, task, held_out.categories, summary)
     return fine_tune(args, device, model, (loader, val_loader), task, resume, record, held_out.categories, summary)

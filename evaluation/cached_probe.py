@@ -155,7 +155,7 @@ def probe_cached(model, train_loader, test_loader, args, device) -> dict:
 
 def run_cached(args, model, images, test_loader, device, record: Record, summary: Summary) -> dict:
     """Probe with `--cache_features`, write the results, and return them; `summary` is what is printed about it."""
-    print(opening(args, summary, device, choose_amp_dtype(args.amp_dtype, device)))
+    print(opening(args, record, summary, device, choose_amp_dtype(args.amp_dtype, device)))
     transform = build_transform(False, args)
     train_loader = build_loader(images, transform, args, args.batch_size, train=False)
     result = probe_cached(model, train_loader, test_loader, args, device)
@@ -170,7 +170,7 @@ def run_cached(args, model, images, test_loader, device, record: Record, summary
         write_cached(args, model, result, record.state(images_seen), saver, getattr(images, "classes", None))
     to = Destination(Path(args.output_dir) / "probe.json" if args.output_dir else None, args.log_dir, args.output_dir)
     publish(record, result, images_seen, device_and_dtype, to, attempt=saver.insist)
-    print(closing(args.output_dir, summary.next_commands(str(Path(args.output_dir) / CLASSIFIER))))
+    print(closing(args.output_dir, summary, str(Path(args.output_dir) / CLASSIFIER)))
     shut_down()
     return result
 

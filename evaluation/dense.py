@@ -92,20 +92,19 @@ def check_positive(args, *names: str) -> None:
             raise UserError(f"--{name} {getattr(args, name)} must be positive")
 
 
-def read_starting_weights(
-    args, resume: Path | None, settings: Collection[str]
-) -> tuple[Weights | None, Weights | None]:
-    """Read the initial weights and settle the flags of the encoder, with `--eval` also `settings`, the flags of the
-    head. Returns the weights to start from or to evaluate (None: random ones) and those of the checkpoint to resume; at
-    least one of the two is None."""
+def read_starting_weights(args, resume: Path | None, settings: Collection[str]) -> Weights | None:
+    """Settle the flags of the encoder, with `--eval` also `settings`, the flags of the head. Returns the weights to
+    start from or to evaluate; None for random ones and for a run that is resumed."""
+    if not args.eval and resume is None:
+        return settle_model(args, args.finetune)
     if not args.eval:
-        resumed = None if resume is None else settle_model(args, read_weights(resume, allowed=RELATIVE))
-        return settle_model(args, args.finetune if resume is None else ""), resumed
+        settle_model(args, read_weights(resume, allowed=RELATIVE))
+        return None
     weights = settle_model(args, read_weights(resume or args.finetune, args.checkpoint_key, RELATIVE))
     for name in settings:
         if name in weights.args:
             setattr(args, name, weights.args[name])
-    return weights, None
+    return weights
 
 
 def read_splits(

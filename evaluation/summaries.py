@@ -46,17 +46,15 @@ def _after_pretraining(args, labelled: bool, weights: str) -> list[str]:
         picture, encoder = (os.path.join(folder, name) for name in ("reconstructions.png", "encoder-timm.safetensors"))
         first = command("tools/visualize.py", weights, *data, "--out", picture)
         second = command("tools/export.py", weights, "--to", "timm", "--out", encoder)
-    return [first, second, tensorboard(folder)]
+    return [first, second, tensorboard(folder, args.log_dir)]
 
 
-def finetuning_summary(args, model, weights, images, held_out) -> Summary:
-    """Return what main_finetune.py tells about the images and the classifier `model`, which starts from `weights`
-    (None: random ones)."""
+def finetuning_summary(args, model, images, held_out) -> Summary:
+    """Return what main_finetune.py tells about the images and the classifier `model`."""
     feature = "mean of the patches" if args.global_pool else "[cls] token"
     rows = (
         *data_rows(args, images, held_out, getattr(held_out, "classes", None)),
         model_row(args, model, feature),
-        _weights_row(args, weights),
         *([] if args.eval else _finetuning_rows(args)),
     )
     return Summary(rows, partial(_after_supervised, "main_finetune.py", args))
@@ -71,23 +69,20 @@ def _finetuning_rows(args) -> list[Row]:
     ]
 
 
-def probe_summary(args, model, weights, images, held_out) -> Summary:
-    """Return what main_linprobe.py tells about the images and the frozen encoder `model` with the weights `weights`
-    (None: random ones)."""
+def probe_summary(args, model, images, held_out) -> Summary:
+    """Return what main_linprobe.py tells about the images and the frozen encoder `model`."""
     feature = "mean of the patches" if args.global_pool else "[cls] token"
     cached = "on cached features" if args.cache_features else f"augmentation {args.aug}"
     rows = (
         *data_rows(args, images, held_out, getattr(held_out, "classes", None)),
         model_row(args, model, "frozen"),
-        _weights_row(args, weights),
         row("head", args.head, feature if args.head == "linear" else None, cached),
     )
     return Summary(rows, partial(_after_supervised, "main_linprobe.py", args))
 
 
-def segmentation_summary(args, model, weights, images, held_out) -> Summary:
-    """Return what main_segment.py tells about the images and the segmenter `model`, whose encoder starts from
-    `weights` (None: random ones)."""
+def segmentation_summary(args, model, images, held_out) -> Summary:
+    """Return what main_segment.py tells about the images and the segmenter `model`."""
     blocks = " ".join(map(str, model.feature_blocks))
     norm, position = f"{args.head_norm} norm", "relative positions" if args.rel_pos else None
     size = " x ".join(map(str, image_shape(args.input_size)))
@@ -95,7 +90,6 @@ def segmentation_summary(args, model, weights, images, held_out) -> Summary:
     rows = (
         *data_rows(args, images, held_out, held_out.categories),
         model_row(args, model),
-        _weights_row(args, weights),
         row("head", args.head, f"blocks {blocks}", norm, position),
         row("evaluation", window, "and mirrored" if args.eval_flip else None, "at the original size"),
     )
@@ -106,9 +100,8 @@ def _after_segmentation(args, weights: str) -> list[str]:
     return _after_dense("main_segment.py", "segmentation", args, weights)
 
 
-def detection_summary(args, model, weights, images, held_out) -> Summary:
-    """Return what main_detect.py tells about the images and the detector `model`, whose encoder starts from `weights`
-    (None: random ones)."""
+def detection_summary(args, model, images, held_out) -> Summary:
+    """Return what main_detect.py tells about the images and the detector `model`."""
     windows = f"windows of {args.window} x {args.window} patches" if args.window else "global attention"
     detector = {"mask": "Mask R-CNN", "faster": "Faster R-CNN"}[args.detector]
     position = "relative positions" if args.rel_pos else None
@@ -116,7 +109,6 @@ def detection_summary(args, model, weights, images, held_out) -> Summary:
     rows = (
         *data_rows(args, images, held_out, held_out.categories),
         model_row(args, model, windows, position),
-        _weights_row(args, weights),
         row("detector", detector, f"pyramid {args.pyramid}", f"{args.head_norm} norm"),
         row("evaluation", scores, f"detections with a score from {args.score_thresh:g}", "at the original size"),
     )
@@ -137,13 +129,12 @@ def _after_dense(script: str, task: str, args, weights: str, flags: Sequence[str
     evaluate = command(script, "--eval", "--finetune", weights, *data, *size, *flags, "--output_dir", folder)
     picture = command("tools/visualize_dense.py", weights, *data, "--out", os.path.join(folder, "predictions.png"))
     pictures = [picture] if task == "segmentation" else []
-    return [*([] if args.eval else [evaluate]), *pictures, command("tools/collect.py", folder), tensorboard(folder)]
-
-
-def _weights_row(args, weights) -> Row:
-    scratch = ": training from scratch" if hasattr(args, "layer_decay") else ""
-    stored = weights.path if weights else f"random (no --finetune{scratch})"
-    return row("weights", stored, f"key {args.checkpoint_key}" if weights and args.checkpoint_key != "model" else None)
+    return [
+        *([] if args.eval else [evaluate]),
+        *pictures,
+        command("tools/collect.py", folder),
+        tensorboard(folder, args.log_dir),
+    ]
 
 
 def _after_supervised(script: str, args, weights: str) -> list[str]:
@@ -151,9 +142,9 @@ def _after_supervised(script: str, args, weights: str) -> list[str]:
     folder, data = os.path.normpath(args.output_dir), data_words(args)
     predict = command("tools/predict.py", weights, *data, "--out", os.path.join(folder, "predictions.csv"))
     if args.eval:
-        return [predict, command("tools/collect.py", folder), tensorboard(folder)]
+        return [predict, command("tools/collect.py", folder), tensorboard(folder, args.log_dir)]
     feature = ["--global_pool"] if script == "main_linprobe.py" and args.global_pool else []
     feature += ["--head", "attentive"] if getattr(args, "head", "") == "attentive" else []
     labels = data_words(args, labels=hasattr(args, "targets"))
     evaluate = ["--eval", "--finetune", weights, *feature, *labels, "--output_dir", folder]
-    return [command(script, *evaluate), predict, tensorboard(folder)]
+    return [command(script, *evaluate), predict, tensorboard(folder, args.log_dir)]

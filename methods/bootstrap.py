@@ -156,10 +156,12 @@ class Bootstrap(Method):
         self.ready, self.age = True, 0.0
         if not first:
             return None
-        jump = ", and train/loss jumps, because it is another loss from here on" if epoch else ""
+        if not epoch:
+            return "the target is features from the start: the pixel head is not trained, no reconstructions are drawn"
         return (
-            f"after {epoch} epochs the target changes from pixels to features: train/features replaces "
-            f"train/pixels{jump}; the pixel head is no longer trained, and reconstructions are no longer drawn"
+            f"after {epoch} epochs the target changes from pixels to features: train/features replaces train/pixels, "
+            f"and train/loss jumps, because it is another loss from here on; the pixel head is no longer trained, and "
+            f"reconstructions are no longer drawn"
         )
 
     def after_update(self, model, imgs, step, applied) -> None:

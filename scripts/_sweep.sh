@@ -159,6 +159,6 @@ evaluate() { # NAME CHECKPOINT SEED KEY
 
 table() { # fine-tuning first: where all images have labels, a probe does not show what pretraining is worth on small sets
     [ -n "$list" ] || "$python" "$root/tools/collect.py" "$out"/probe-*-seed* "$out"/finetune*-seed* --by run \
-        --strip probe- finetune- finetune_small- --metric finetune:test_acc1 "${extra_finetunes[@]/%/:test_acc1}" \
-        probe:test_acc1 knn1_acc1 knn20_acc1
+        --strip probe- finetune- finetune_small- --metric finetune:eval/acc1 "${extra_finetunes[@]/%/:eval/acc1}" \
+        probe:eval/acc1 knn1_acc1 knn20_acc1
 }

@@ -63,7 +63,7 @@ STEPS = (
     ),
     Step(
         "Look at the reconstructions",
-        "One row of images for each checkpoint. EMA-MAE is not among them: after 16 epochs it predicts features.",
+        "One row of images for each checkpoint. EMA-MAE is not among them: after WARM epochs it predicts features.",
         ("python tools/visualize.py OUT/mae/LAST OUT/rc-mae/LAST --dataset digits --count 4 --out OUT/rows.png",),
         "![reconstructions of two checkpoints](first_run/rows.png)",
     ),
@@ -201,7 +201,7 @@ activate its environment with `source .venv/bin/activate`."""
 def main(args) -> None:
     """Run the steps, and write the page. Raises UserError for an output folder that exists."""
     command_line.check_out(args, ".md", flag="write")
-    if Path(args.output_dir).exists():
+    if (ROOT / args.output_dir).exists():  # where the commands run
         raise UserError(f"--output_dir {args.output_dir} exists: delete it, or give another folder")
     sections = []
     for step in STEPS[: args.stop_after]:

@@ -26,12 +26,14 @@ def command(script: str, *words: str) -> str:
     return shlex.join([*start, *words])
 
 
-def tensorboard(folder: str) -> str:
-    """Return the command that shows the event files below `folder`, or those of all runs in its parent folder, if there
-    are others."""
-    parent = Path(folder).parent
-    if any(path.parent != Path(folder) for path in parent.glob(f"*/{LEDGER}")):
-        folder = str(parent)
+def tensorboard(output_dir: str, log_dir: str | None = None) -> str:
+    """Return the command that shows the curves of the run in `output_dir`, together with those of finished runs in the
+    same parent folder; or those in a `log_dir` of its own."""
+    folder = os.path.normpath(output_dir)
+    if log_dir and os.path.abspath(log_dir) != os.path.abspath(output_dir):
+        folder = os.path.normpath(log_dir)
+    elif any(path.parent != Path(folder) for path in Path(folder).parent.glob(f"*/{LEDGER}")):
+        folder = str(Path(folder).parent)
     program = [_python(), "-m", "tensorboard.main"]
     if _same(shutil.which("tensorboard"), Path(sys.executable).with_name("tensorboard")):
         program = ["tensorboard"]

@@ -14,6 +14,7 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from util import next_commands
+from util.report.blocks import counted
 from util.training.announcements import result_rows
 
 DATA = "--dataset digits --num_workers 0 --device cpu --amp_dtype fp32"
@@ -199,9 +200,10 @@ def test_without_a_folder_nothing_is_proposed(capsys):
 
 def test_several_processes(tmp_path):
     """The blocks are printed once, and the commands start as many processes."""
-    text = ranks("main_pretrain", f"{PRETRAIN} --epochs 1 --warmup_epochs 0 --vis_freq 0 --output_dir {tmp_path}", 2)
-    assert text.count("\ndata  ") == text.count("\nfinished ") == 1
-    assert "480 images = 240 per process x 2 processes" in text and "2 processes" in text
+    words = f"{PRETRAIN} --epochs 1 --warmup_epochs 0 --vis_freq 0 --print_freq 1 --output_dir {tmp_path}"
+    text = ranks("main_pretrain", words, 2)
+    assert [text.count(f"\n{title} ") for title in ("data", "duration", "finished", "next")] == [1, 1, 1, 1]
+    assert "480 images = 240 per process x 2 processes" in text and "float32, 2 processes" in text
 
 
 def test_commands_are_quoted_and_have_the_data_flags(monkeypatch, tmp_path):
@@ -255,3 +257,28 @@ def test_positions_are_counted_as_in_the_progress_lines(tmp_path, capsys):
     assert "checkpoint-1-2.pth: 2 batches of epoch 2 done\n" in capsys.readouterr().out
     main_finetune.main(main_finetune.get_args_parser().parse_args(f"{words} --epochs 3 --resume auto".split()))
     assert "checkpoint-1.pth: 2 epochs done\n" in capsys.readouterr().out
+
+
+def test_evaluating_the_newest_checkpoint(pretrained, tmp_path, capsys):
+    """`auto` is replaced by the file in what is shown and proposed; events in a --log_dir of their own are found."""
+    words = f"{DATA} --finetune {pretrained} --epochs 1 --batch_size 720 --warmup_epochs 0 --output_dir {tmp_path}/out"
+    _, end, _ = run(main_linprobe, f"{words} --log_dir {tmp_path}/events", capsys)
+    assert shlex.split(end["next"].splitlines()[-1])[-1] == f"{tmp_path}/events"
+    words = f"{DATA} --eval --resume auto --output_dir {tmp_path}/out"
+    start, end, _ = run(main_linprobe, words, capsys)
+    checkpoint = f"{tmp_path}/out/checkpoint-0.pth"
+    assert start["weights"] == checkpoint and checkpoint in end["next"].splitlines()[0]
+
+
+def test_a_resumed_probe_names_its_encoder(pretrained, tmp_path, capsys):
+    words = (
+        f"{DATA} --model vit_micro_patch4 --input_size 16 --batch_size 720 --warmup_epochs 0 --output_dir {tmp_path}"
+    )
+    run(main_linprobe, f"{words} --finetune {pretrained} --epochs 1", capsys)
+    start, _, _ = run(main_linprobe, f"{words} --resume auto --epochs 2", capsys)
+    assert start["weights"] == str(pretrained)
+
+
+def test_numbers_in_words():
+    assert counted(1, "image") == "1 image" and counted(1437, "image") == "1,437 images"
+    assert counted(0.3478260869565217, "epoch") == "0.348 epochs" and counted(2.0, "epoch") == "2 epochs"

@@ -242,8 +242,9 @@ def test_a_second_run_in_the_folder_of_a_first(finished, tmp_path, image_folder,
 def test_a_checkpoint_of_another_folder(run, finished):
     """It does not continue the log of a run that is not its own."""
     name, common, _ = run
-    with pytest.raises(UserError, match=r"--output_dir .*/run holds another run \(log.txt\) than --resume"):
-        start(name, f"{common} --epochs 2 --resume {finished}/pretrain/checkpoint-0.pth")
+    for more in ("--epochs 2", ""):  # a run that goes on, and one that is at its end
+        with pytest.raises(UserError, match=r"--output_dir .*/run holds another run \(log.txt\) than --resume"):
+            start(name, f"{common} {more} --resume {finished}/pretrain/checkpoint-0.pth")
 
 
 def test_curves_of_another_run(run, tmp_path):

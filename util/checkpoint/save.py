@@ -99,7 +99,10 @@ def abandon_later(output_dir: str | Path, path: Path) -> None:
     best = [folder / BEST] if _epoch_of(folder / BEST) >= start[0] else []
     for old in [*later, *best, *(result for result in results if result.is_file())]:
         print(f"{old.name} is later than the resumed checkpoint: renamed to {old.name}{ABANDONED}")
-        old.rename(old.with_name(f"{old.name}{ABANDONED}"))
+        abandoned = old.with_name(f"{old.name}{ABANDONED}")
+        if abandoned.exists():  # from an earlier resume; a folder cannot be renamed onto another one
+            remove_checkpoint(abandoned)
+        old.rename(abandoned)
 
 
 def _epoch_of(path: Path) -> int:

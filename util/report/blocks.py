@@ -17,8 +17,10 @@ def row(title: str, *values: str | None) -> Row:
         longer = f"{lines[-1]}, {value}" if lines else value
         if lines and len(longer) < COLUMNS - TITLES:
             lines[-1] = longer
-        else:
-            lines = [f"{line}," if line is lines[-1] else line for line in lines] + [value]
+            continue
+        if lines:
+            lines[-1] += ","
+        lines.append(value)
     return title, lines
 
 
@@ -32,5 +34,6 @@ def block(rows: Iterable[Row]) -> str:
 
 
 def counted(number: float, noun: str) -> str:
-    """Return "1 image", "1,437 images"."""
-    return f"{number:,g} {noun}" if number == 1 else f"{number:,} {noun}s"
+    """Return "1 image", "1,437 images", "0.348 epochs"."""
+    number = int(number) if number == int(number) else round(number, 3)
+    return f"{number:,} {noun}" + "s" * (number != 1)

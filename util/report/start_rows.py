@@ -38,7 +38,8 @@ def _channels(values: Sequence[float]) -> str:
 
 def model_row(args, model, *more: str | None) -> Row:
     """Return the row of the network `model`, with the number of its patches and `more` values."""
-    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (0, 1))
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     height, width = image_shape(args.input_size)
     rows, columns = model.patch_embed.patch_size
     return row(

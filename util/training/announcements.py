@@ -6,19 +6,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from util.checkpoint.files import CONFUSION, LEDGER, SCORES, list_checkpoints
-from util.parallel.distributed import get_world_size
+from util.checkpoint.files import BEST, CONFUSION, ENCODERS, LEDGER, SCORES, list_checkpoints
+from util.parallel.distributed import get_world_size, is_main_process
 from util.report.blocks import Row, block, counted, row
+from util.report.ledger import Record
 from util.report.log import duration
 from util.report.names import renamed
 from util.report.start_rows import device_row, output_row
 from util.training.best_metric import LOWER
 
-EVENTS = "events.out.*"  # their names are long
+EVENTS_SHOWN = "events.out.*"  # their names are long
 # Files of a run, in the order of the block at its end, and what they are for.
 FILES = {
-    "checkpoint-best.pth": "best weights, for --eval and tools/",
-    "encoder*.safetensors": "encoder alone, also for other libraries",
+    BEST: "best weights, for --eval and tools/",
+    ENCODERS: "encoder alone, also for other libraries",
     "probe.pth": "encoder and head, for --eval and tools/",
     "log.txt": "metrics, a line for each epoch",
     LEDGER: "flags, data, results: tools/collect.py",
@@ -28,7 +29,7 @@ FILES = {
     CONFUSION: "confusion matrix, last evaluation",
     "eval_confusion.png": "confusion matrix",
     "spikes.jsonl": "images of loss spikes",
-    EVENTS: "TensorBoard",
+    EVENTS_SHOWN: "TensorBoard",
     "tensorboard-eval": "TensorBoard",
 }
 
@@ -47,12 +48,24 @@ NO_SUMMARY = Summary()
 
 def start_block(run, summary: Summary) -> str:
     """Return the block at the start of `run` (`util.training.run.Run`)."""
-    return opening(run.args, summary, run.device, run.amp_dtype, _schedule_rows(run))
+    return opening(run.args, run.record, summary, run.device, run.amp_dtype, _schedule_rows(run))
 
 
-def opening(args, summary: Summary, device, dtype, schedule: Iterable[Row] = ()) -> str:
+def opening(args, record: Record, summary: Summary, device, dtype, schedule: Iterable[Row] = ()) -> str:
     """Return the block at the start of a command, after an empty line. One that trains in steps has a `schedule`."""
-    return "\n" + block([*summary.rows, *schedule, device_row(device, dtype), output_row(args)])
+    rows = [*summary.rows, _weights_row(args, record), *schedule, device_row(device, dtype), output_row(args)]
+    return "\n" + block(rows)
+
+
+def _weights_row(args, record: Record) -> Row:
+    """Return the row of the weights that the run started from, or that are evaluated: the record has them also where a
+    run is resumed. It is empty if they are not known, and for pretraining from random weights."""
+    if record.source:
+        other = getattr(args, "checkpoint_key", "model") != "model"
+        return row("weights", record.source["path"], f"key {args.checkpoint_key}" if other else None)
+    known = hasattr(args, "finetune") and (record.stored or not args.resume)
+    scratch = ": training from scratch" if hasattr(args, "layer_decay") else ""
+    return row("weights", f"random (no --finetune{scratch})" if known else None)
 
 
 def _schedule_rows(run) -> list[Row]:
@@ -86,20 +99,22 @@ def end_block(run, summary: Summary) -> str:
     """Return the block at the end of `run`: its length, last and best numbers, files, and the next commands."""
     folder, seconds = run.args.output_dir, run.record.state(run.images_seen()).get("seconds", 0.0)
     length = counted(run.step, "step"), f"{counted(run.images_seen(), 'image')} seen", f"in {duration(seconds)}"
-    epochs = round(run.fractional_epoch(), 3)
-    rows = [row("finished", counted(int(epochs) if epochs == int(epochs) else epochs, "epoch"), *length)]
+    rows = [row("finished", counted(run.fractional_epoch(), "epoch"), *length)]
     if folder:
         rows += result_rows(_log_rows(Path(folder) / "log.txt"))
     weights = _weights_for_transfer(Path(folder)) if folder else None
-    return closing(folder, summary.next_commands(str(weights)) if weights else [], rows)
+    return closing(folder, summary, str(weights) if weights else "", rows)
 
 
-def closing(folder: str, commands: list[str], results: Iterable[Row] = ()) -> str:
+def closing(folder: str, summary: Summary, weights: str, results: Iterable[Row] = ()) -> str:
     """Return the block at the end of a command, after an empty line: `results`, the files in the output `folder`, and
-    the `commands` that usually follow. Without a folder there is nothing to list."""
-    files = [f"in {folder}", *_file_lines(Path(folder))] if folder else []
-    text = block([*results, ("files", files), ("next", commands if folder else [])])
-    return f"\n{text}" if text else ""
+    the commands that usually follow, with `weights`. Without a folder only the results are shown; other processes than
+    the main one, which print nothing, read no files."""
+    rows = list(results)
+    if folder and is_main_process():
+        rows.append(("files", [f"in {folder}", *_file_lines(Path(folder))]))
+        rows.append(("next", summary.next_commands(weights) if weights else []))
+    return f"\n{block(rows)}" if rows else ""
 
 
 def _log_rows(path: Path) -> list[dict]:
@@ -152,7 +167,8 @@ def _file_lines(folder: Path) -> list[str]:
         earlier = f"; {len(checkpoints) - 1} earlier" if len(checkpoints) > 1 else ""
         lines.append((checkpoints[0].name, f"for --resume and --finetune{earlier}"))
     for pattern, use in FILES.items():
-        names = sorted({EVENTS if path.match(EVENTS) else path.name for path in folder.glob(pattern)})
+        shown = pattern if pattern == EVENTS_SHOWN else None
+        names = sorted({shown or path.name for path in folder.glob(pattern)})
         lines += [(name, use) for name in names]
     return [f"{name:<22} {use}" for name, use in lines]
 
@@ -160,6 +176,6 @@ def _file_lines(folder: Path) -> list[str]:
 def _weights_for_transfer(folder: Path) -> Path | None:
     """Return the file that the next command starts from: the best weights, the whole checkpoint or, where that is a
     folder (`--fsdp`), the encoder."""
-    candidates = [folder / "probe.pth", folder / "checkpoint-best.pth", *list_checkpoints(folder)[:1]]
-    candidates += sorted(folder.glob("encoder*.safetensors"))
+    candidates = [folder / "probe.pth", folder / BEST, *list_checkpoints(folder)[:1]]
+    candidates += sorted(folder.glob(ENCODERS))
     return next((path for path in candidates if path.is_file()), None)

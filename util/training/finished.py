@@ -41,7 +41,7 @@ def _unwritten(run, files: list[Path]) -> tuple[dict[str, float], list[str]]:
     whose checkpoint has no record (older than the ledger) get no line."""
     if not run.args.output_dir:
         return {}, []
-    log, epoch = Path(run.args.output_dir) / "log.txt", run.epoch if run.position else run.epoch - 1
+    log, epoch = Path(run.args.output_dir) / "log.txt", run.last_epoch
     metrics = metrics_of(log.read_text(encoding="utf-8"), epoch) if log.is_file() else None
     line = bool(run.record.stored) and metrics is not None and not run.record.is_entered(run.args.output_dir)
     if not line and all(path.is_file() for path in files):

@@ -97,7 +97,8 @@ class Reporter:
         if self.announced or not batches:
             return
         self.announced = True
-        end = (datetime.now() + timedelta(seconds=seconds)).strftime("%a %H:%M")
+        days = " %d %b" if seconds > 86_400 else ""
+        end = (datetime.now() + timedelta(seconds=seconds)).strftime(f"%a{days} %H:%M")
         self.progress.note(
             block([row("duration", f"about {duration(seconds)} without evaluation, until {end}")]) + "\n"
         )

@@ -124,6 +124,7 @@ class Run:
         self.images_before, self.batches_before = 0, self.batches_done()  # where this process begins
         if resume is not None:
             run_state.resume(self, resume)
+            check_resumed_here(args.output_dir, resume)
             self.batches_before = self.batches_done()
             self.images_before = self.record.stored.get("images_seen", self._images(self.batches_before))
         # Computed from the position, not read from the file: correct with --start_epoch and other batch flags, too.
@@ -143,7 +144,6 @@ class Run:
         """Prepare for training: compile, wrap for DDP, create the folders and the first files. No file changes before
         this."""
         args, resume = self.args, self.resumed_from
-        check_resumed_here(args.output_dir, resume)
         external = [network for method in self.methods.values() for network in method.external_networks()]
         self.stepper.prepare([self.train_module, *external] if args.compile else [], args.log_mfu, self.sharded)
         make_output_dir(args.output_dir, args.log_dir, args.overwrite)
@@ -176,6 +176,11 @@ class Run:
         """Whether the last step is done. The position then stays there; with a fraction of an epoch, that is inside an
         epoch."""
         return self.step >= self.total_steps
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch of the last finished batch, by which checkpoints are named."""
+        return self.epoch if self.position else self.epoch - 1
 
     def last_position(self) -> int:
         """Return the position at which this epoch ends: after all micro-batches, or after the run's last step."""
@@ -342,10 +347,10 @@ class Run:
         if self.stopped:
             reason = self.stop_request.received
             print(f"stopped by {reason} after {self.position_text()}; --resume auto continues exactly there")
-        elif not self.resumed_at_end:
-            print(end_block(self, self.summary), flush=True)
         self.board.close()
         self.stop_request.close()
+        if not self.stopped and not self.resumed_at_end and is_main_process():
+            print(end_block(self, self.summary), flush=True)
         shut_down()
 
     # Access to the parts --------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def _rest(run) -> dict:
     samples = run.position * run.args.batch_size * get_world_size()
     by_rank = gather_to_main(_rank_states(run)) or []
     return {
-        "epoch": run.epoch if run.position else run.epoch - 1,
+        "epoch": run.last_epoch,
         "step": run.step,
         "scaler": run.stepper.scaler.state_dict(),
         "args": {name: plain(value) for name, value in vars(run.record.args).items()},
@@ -62,7 +62,7 @@ def _rank_states(run) -> dict[str, object]:
 def save(run, retention: Retention) -> Path:
     """Write a checkpoint: a file, or with `--fsdp` a folder; return its path. All processes must call it. Raises
     SaveFailed on all of them if it cannot be written now."""
-    target = run.args.output_dir, run.epoch if run.position else run.epoch - 1, run.position
+    target = run.args.output_dir, run.last_epoch, run.position
     if not run.sharded:
         return save_checkpoint(*target, content(run), retention)
     rest = {**_rest(run), "methods": {name.split(".")[0]: None for name in run.methods.state_dict()}}
