@@ -167,7 +167,7 @@ def test_small_runs_are_compared_fairly(sweep, tmp_path, name):
     args = main_finetune.get_args_parser().parse_args(list(settings["main_finetune.py"].pop()))
     assert args.epochs * (1437 // args.batch_size) >= 500
     table = calls[-1]
-    assert table[0] == "collect.py" and table[table.index("--metric") + 1] == "finetune:test_acc1"
+    assert table[0] == "collect.py" and table[table.index("--metric") + 1] == "finetune:eval/acc1"
 
 
 def test_an_hour_keeps_the_shares_of_the_paper(sweep, tmp_path):
