@@ -53,7 +53,7 @@ class Segmentation:
     def score(self, loader, model, device: torch.device, amp_dtype: torch.dtype) -> SegmentScores:
         """Return the scores of all images of this rank; the loader must give one image at a time."""
         model.eval()
-        scores, self.shown = SegmentScores(device, len(self.categories)), []
+        scores, self.shown = SegmentScores(device, len(self.categories), self.ignore), []
         for samples in loader.begin(0):
             labels = samples.target[0].to(device, non_blocking=True)
             with autocast(device, amp_dtype):

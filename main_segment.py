@@ -8,6 +8,7 @@ AdamW with layer decay, a linear schedule, crops of one size, and sliding window
 import util.interrupts  # noqa: F401  first: Ctrl-C is in effect while the others are imported
 
 # isort: split
+from collections.abc import Mapping
 from functools import partial
 
 import models_segment
@@ -39,8 +40,6 @@ from util.report.ledger import Record
 from util.training.run import start
 from util.training.run_length import settle_schedule
 from util.weights.load import Weights
-
-SETTINGS = "head head_width head_norm feature_blocks rel_pos aux_weight".split()  # of the model; stored, for --eval
 
 
 def get_args_parser() -> Parser:
@@ -99,11 +98,13 @@ def add_image_arguments(group) -> None:
     group.add_argument(
         "--eval_mode",
         choices=["slide", "whole"],
-        default="slide",
-        help="slide: windows of --input_size, one every --stride pixels; whole: the image is made to fit",
+        help="slide: windows of --input_size, one every --stride pixels; whole: the image is made to fit; without it "
+        "slide, and with --eval, as for the next two flags, what the run had",
     )
     group.add_argument("--stride", type=int, help="of the windows, in pixels; without it two thirds of --input_size")
-    group.add_argument("--eval_flip", action="store_true", help="average in the logits of the mirrored image")
+    group.add_argument(
+        "--eval_flip", action="store_true", default=None, help="average in the logits of the mirrored image"
+    )
 
 
 def check(args) -> None:
@@ -119,8 +120,13 @@ def check(args) -> None:
         raise UserError("--stride has no effect with --eval_mode whole")
 
 
-def settle_window(args) -> None:
-    """Settle `--short_side` and `--stride`. Raises UserError for windows that leave gaps."""
+def settle_evaluation(args, stored: Mapping) -> None:
+    """Settle the flags of the evaluation: those that are not given are the ones `stored` with the weights of `--eval`,
+    so that it gives the numbers of the run, else the defaults. Raises UserError for windows that leave gaps."""
+    names = ["eval_flip", "short_side", *(["stride", "eval_mode"] if args.eval_mode is None else [])]
+    for name in names:
+        setattr(args, name, stored.get(name) if getattr(args, name) is None else getattr(args, name))
+    args.eval_mode, args.eval_flip = args.eval_mode or "slide", bool(args.eval_flip)
     size = image_shape(args.input_size)
     args.short_side = args.short_side or min(size)
     if args.eval_mode == "slide":
@@ -131,7 +137,7 @@ def settle_window(args) -> None:
 
 def build(args, weights: Weights | None, ignore_label: int) -> models_segment.Segmenter:
     """Build the segmenter. `weights` (None: random ones) are loaded into its encoder, with `--eval` into all of it."""
-    names = (*SETTINGS, "patch_size", "in_chans")
+    names = (*models_segment.SETTINGS, "patch_size", "in_chans")
     with seeded(args.seed):
         model = models_segment.build_model(
             args.model,
@@ -153,11 +159,11 @@ def main(args) -> dict[str, float]:
     check(args)
     device = start(args)
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
-    weights = read_starting_weights(args, resume, SETTINGS)
+    weights = read_starting_weights(args, resume, models_segment.SETTINGS)
     if args.eval and args.zero_is_ignored is None:  # the meaning of the masks is that of the training
         args.zero_is_ignored = weights.args.get("zero_is_ignored")
     images, held_out = read_splits(args, weights, partial(read_segmentation, args))
-    settle_window(args)
+    settle_evaluation(args, weights.args if args.eval else {})
     size, stats = image_shape(args.input_size), mean_std(args.dataset, args.in_chans, args.mean, args.std)
     if not args.eval:
         transform = SegmentationTraining(

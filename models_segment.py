@@ -16,6 +16,7 @@ from util.compute.precision import widened
 from util.errors import UserError
 
 HEADS = ["upernet", "linear"]  # values of --head
+SETTINGS = "head head_width head_norm feature_blocks rel_pos aux_weight".split()  # flags that checkpoints store
 
 
 def upsample(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

@@ -70,6 +70,9 @@ def check_flags(args) -> None:
         raise UserError(f"--drop_path {args.drop_path} must lie in [0, 1]")
     if not 0 < args.layer_decay <= 1:
         raise UserError(f"--layer_decay {args.layer_decay} must lie in (0, 1]")
+    for name in ("voc_year", "train_split", "val_split"):
+        if args.dataset != "voc" and getattr(args, name):
+            raise UserError(f"--{name} has no effect with --dataset {args.dataset}: it is for voc")
     if args.jpeg_draft:
         raise UserError("--jpeg_draft has no effect here: images are not cropped while they are decoded")
     if args.trainable_blocks is not None and args.eval:
@@ -100,7 +103,8 @@ def read_starting_weights(args, resume: Path | None, settings: Collection[str]) 
     if not args.eval:
         settle_model(args, read_weights(resume, allowed=RELATIVE))
         return None
-    weights = settle_model(args, read_weights(resume or args.finetune, args.checkpoint_key, RELATIVE))
+    key = "model" if resume else args.checkpoint_key
+    weights = settle_model(args, read_weights(resume or args.finetune, key, RELATIVE))
     for name in settings:
         if name in weights.args:
             setattr(args, name, weights.args[name])
@@ -126,7 +130,7 @@ def load_start(model: GridViT, args, weights: Weights | None, task: str, head: s
     that does not fit."""
     set_norm_eps(model, getattr(args, "layer_norm_eps", None))
     if weights is not None and args.eval:
-        load_whole(model, weights, task, head)
+        load_whole(model, weights, "model" if args.resume else args.checkpoint_key, task, head)
     elif weights is not None:
         print(load_into(model, weights, ignore_head=True).shown(args.verbose))
     if args.trainable_blocks is not None:
@@ -134,10 +138,10 @@ def load_start(model: GridViT, args, weights: Weights | None, task: str, head: s
     model.set_grad_checkpointing(args.grad_checkpoint)
 
 
-def load_whole(model: GridViT, weights: Weights, task: str, head: str) -> None:
-    """Load all tensors of a file. Raises UserError for a file without a tensor that starts with `head`, and for one of
-    another model, head or input size."""
-    state = read_file(Path(weights.path)).get("model", {})
+def load_whole(model: GridViT, weights: Weights, key: str, task: str, head: str) -> None:
+    """Load all tensors of a file, which are under `key`. Raises UserError for a file without a tensor that starts with
+    `head`, and for one of another model, head or input size."""
+    state = read_file(Path(weights.path)).get(key, {})
     if not any(name.startswith(head) for name in state):
         raise UserError(f"{weights.path} has no {task} head: give the checkpoint of a finished run")
     try:

@@ -24,12 +24,12 @@ CHUNK = 1024  # patches whose neighbours are searched together
 STEPS = 500  # of L-BFGS, at most
 
 
-def patch_counts(labels: torch.Tensor, patch: Sequence[int], classes: int) -> torch.Tensor:
+def patch_counts(labels: torch.Tensor, patch: Sequence[int], classes: int, ignore_label: int = -1) -> torch.Tensor:
     """Return how many pixels of each class the patches of labels (N, H, W) have: (N, L, K) int64, patches row by row.
-    Labels outside 0 ... K - 1 are not counted."""
+    `ignore_label` and labels outside 0 ... K - 1 are not counted."""
     (count, height, width), (p, q) = labels.shape, patch
     patches = labels.reshape(count, height // p, p, width // q, q).transpose(2, 3).reshape(count, -1, p * q)
-    known = (patches >= 0) & (patches < classes)
+    known = (patches >= 0) & (patches < classes) & (patches != ignore_label)
     counts = torch.zeros(*patches.shape[:2], classes, dtype=torch.int64, device=labels.device)
     return counts.scatter_add_(2, torch.where(known, patches, 0), known.long())
 
@@ -70,7 +70,7 @@ def collect(encode: Callable, loader: Loader, patch: Sequence[int], classes: int
         images += int(good.sum())
         if not good.any():
             continue
-        counts = patch_counts(batch.target[good], patch, classes)
+        counts = patch_counts(batch.target[good], patch, classes, loader.dataset.images.ignore_label)
         drawn = [np.random.default_rng([seed, index]).random(counts.shape[1]) for index in batch.index[good].tolist()]
         numbers, labelled = torch.from_numpy(np.stack(drawn)), counts.sum(dim=2) > 0
         tokens = encode(batch.image[good]).cpu()
@@ -191,9 +191,9 @@ def segment(
 ) -> dict[str, dict[Setting, SegmentScores]]:
     """Return the scores of all `predictors` and their settings, at the original size of the images. The outputs of
     patches are resized bilinearly. The loader's transform is `SegmentationBatches`."""
-    resize = loader.dataset.transform
+    resize, ignore = loader.dataset.transform, loader.dataset.images.ignore_label
     scores = {
-        name: {setting: SegmentScores(torch.device("cpu"), classes) for setting in predictor.settings}
+        name: {setting: SegmentScores(torch.device("cpu"), classes, ignore) for setting in predictor.settings}
         for name, predictor in predictors.items()
     }
     for batch in _progress(loader, title):

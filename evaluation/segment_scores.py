@@ -11,15 +11,15 @@ class SegmentScores:
     """Mean intersection over union (Jaccard index; Everingham et al. 2010), mean class accuracy and pixel accuracy in
     percent, over all pixels of all images together.
 
-    Pixels whose label is not in 0 ... `classes` - 1, such as the ignored one, are left out. A class that neither occurs
+    Pixels whose label is `ignore_label`, or not in 0 ... `classes` - 1, are left out. A class that neither occurs
     nor is predicted has no IoU, and one that does not occur no accuracy: they are left out of the means.
     """
 
     headline = "mIoU"
     metrics = ("mIoU", "mean_acc", "pixel_acc")
 
-    def __init__(self, device: torch.device, classes: int):
-        self.classes = classes
+    def __init__(self, device: torch.device, classes: int, ignore_label: int = -1):
+        self.classes, self.ignore_label = classes, ignore_label
         # Counts of pixels, rows being the true classes, and the number of unreadable images.
         self.counts = torch.zeros(classes**2 + 1, dtype=torch.int64, device=device)
         self.matrix = np.zeros((classes, classes), int)  # after `read`, of all ranks
@@ -32,7 +32,7 @@ class SegmentScores:
                 self.counts[-1] += 1
                 continue
             ours, truth = ours.to(self.counts.device).flatten(), truth.to(self.counts.device).flatten()
-            known = (truth >= 0) & (truth < self.classes)
+            known = (truth >= 0) & (truth < self.classes) & (truth != self.ignore_label)
             pairs = truth[known].long() * self.classes + ours[known].long()
             self.counts[:-1] += torch.bincount(pairs, minlength=self.classes**2)
 

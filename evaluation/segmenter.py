@@ -15,8 +15,6 @@ from util.errors import UserError
 from util.weights.load import Weights
 from util.weights.model_config import resolve_config
 
-HEAD = ("head", "head_width", "head_norm", "feature_blocks", "rel_pos", "aux_weight")  # flags of the head
-
 
 def predict_labels(
     model, img: torch.Tensor, size: Sequence[int], resize: SegmentationEvaluation, stride: int | None, flip: bool
@@ -55,7 +53,7 @@ def open_segmenter(args, weights: Weights, state: Mapping[str, torch.Tensor]) ->
     if not weights.classes:
         raise UserError(f"{weights.path} does not name its classes: give a checkpoint of main_segment.py")
     stored, config = weights.args, resolve_config(weights, vars(args))
-    head = {name: stored[name] for name in HEAD if name in stored}
+    head = {name: stored[name] for name in models_segment.SETTINGS if name in stored}
     count, sizes = len(weights.classes), config.encoder_arguments()
     model = models_segment.build_model(config.encoder_name, count, **sizes, **head)
     set_norm_eps(model, config.layer_norm_eps)

@@ -8,6 +8,7 @@ from helpers.dense_script import maps, scored
 from helpers.tolerances import TOL32, close
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, jaccard_score
 
+from evaluation.dense_probe import patch_counts
 from evaluation.segment_scores import SegmentScores
 from evaluation.slide import labels_at_size, slide, starts
 
@@ -40,6 +41,16 @@ def test_perfect_segmentation_and_images_of_different_sizes():
     stats, _, _ = scored(SegmentScores(CPU, 3), truth, truth)
     assert stats == {"mIoU": 100, "mean_acc": 100, "pixel_acc": 100, "skipped": 0}
     assert scored(SegmentScores(CPU, 3), truth, [torch.full_like(t, 255) for t in truth])[0]["mIoU"] == 0
+
+
+def test_the_ignored_label_may_be_a_class_index():
+    """In every score: pixels of class 0 count neither for nor against a class when 0 is the ignored label."""
+    truth, ours = torch.tensor([[[0, 0, 0, 1]]]), torch.tensor([[[0, 1, 0, 1]]])
+    scores = SegmentScores(CPU, 2, ignore_label=0)
+    scores.add(ours, truth, torch.tensor([True]))
+    scores.read()
+    assert scores.matrix.tolist() == [[0, 0], [0, 1]]
+    assert patch_counts(truth, (1, 4), 2, ignore_label=0).tolist() == [[[0, 1]]]
 
 
 @pytest.mark.parametrize("length, expected", [(10, [0]), (8, [0]), (11, [0, 1]), (20, [0, 6, 10]), (22, [0, 6, 12])])

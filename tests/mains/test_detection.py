@@ -191,7 +191,7 @@ def test_targets_of_training():
     "flags, message",
     [
         ("--input_size 40", "must be a multiple of two patches, 16"),
-        ("--input_size 30", "30"),
+        ("--input_size 30", "--input_size 30 30 must be a multiple of the patch size 8"),
         ("--eval", "--eval needs a finished run"),
         ("--dataset digits", "--dataset digits has no boxes of objects"),
         ("--dataset voc", "boxes, but no masks of objects: give --detector faster"),

@@ -74,7 +74,7 @@ def read_detection(args, train: bool, masks: bool, categories: list[str] | None 
     Raises UserError for missing files and for annotations that are wrong, such as unknown images and categories.
     """
     if args.dataset == "scenes":
-        images = DetectedScenes(*settings_of(args, train))
+        images = DetectedScenes(*settings_of(args, train), has_masks=masks)
         _check_same(images.categories, categories, "--scene_digits")
         return images
     if args.dataset not in DETECTION:
@@ -83,7 +83,8 @@ def read_detection(args, train: bool, masks: bool, categories: list[str] | None 
         raise UserError("--dataset voc has boxes, but no masks of objects: give --detector faster")
     root, names = need_path(args), getattr(args, "class_names", "")
     if args.dataset == "voc":
-        shared_images(root, args)
+        if train:
+            shared_images(root, args)
         split = read_voc(root, train, args, read_class_names(names) if names else VOC_CLASSES)
     elif names:
         raise UserError("--class_names has no effect with --dataset coco, whose annotation file has the names")

@@ -142,7 +142,7 @@ def _check_values(labelling: Labelling, masks, indices, values: list[int]) -> No
 
 def _note_ignored_class(labelling: Labelling) -> None:
     ignore, classes = labelling.ignore_label, len(labelling.categories)
-    if labelling.zero_is_ignored and ignore < classes:
+    if labelling.zero_is_ignored and ignore <= classes:  # the stored values are 1 to the number of classes
         raise UserError(
             f"--ignore_label {ignore} is also one of the {classes} classes once --zero_is_ignored has moved them: "
             f"give a value that no mask has, such as 65535"

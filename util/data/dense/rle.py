@@ -9,7 +9,8 @@ from util.errors import UserError
 
 
 def _coco_mask():
-    """Return pycocotools's module of masks. Imported here: commands that read no objects do not need the package."""
+    """Return pycocotools's module of masks. Imported here: an environment from before the dense tasks lacks it, and the
+    other mains, which have the flags of scenes, run without it."""
     try:
         from pycocotools import mask
     except ImportError as error:

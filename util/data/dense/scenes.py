@@ -171,21 +171,21 @@ class SegmentedScenes(_Scenes, Segmented):
 
 
 class DetectedScenes(_Scenes, Detected):
-    """Scenes whose objects are the digits."""
+    """Scenes whose objects are the digits; `has_masks` says whether annotations have masks beside the boxes."""
 
-    has_masks = True
-
-    def __init__(self, *settings):
+    def __init__(self, *settings, has_masks: bool = True):
         super().__init__(*settings)
+        self.has_masks = has_masks
         self.categories = [str(digit) for digit in self.settings[3]]
         self.category_ids = list(range(1, len(self.categories) + 1))
 
     def annotation(self, index, size):
-        scene, nothing = self.scene(index), np.zeros(len(self.scene(index).labels), bool)
-        return Objects(scene.boxes.copy(), scene.labels.copy(), nothing, nothing, scene.masks.copy(), index)
+        scene = self.scene(index)
+        nothing, masks = np.zeros(len(scene.labels), bool), scene.masks.copy() if self.has_masks else None
+        return Objects(scene.boxes.copy(), scene.labels.copy(), nothing, nothing, masks, index)
 
     def blank(self, index, size):
-        return no_objects(index, size)
+        return no_objects(index, size if self.has_masks else None)
 
     def record(self, index):
         scene, size = self.scene(index), self.settings[2]

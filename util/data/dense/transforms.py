@@ -149,9 +149,9 @@ class SegmentationTraining(_Paired):
             top, left = (_below(max(0, side - part)) for side, part in zip(mask.shape, self.size))
             if self.max_ratio >= 1:
                 break
-            labels, counts = mask[top : top + self.size[0], left : left + self.size[1]].unique(return_counts=True)
-            counts = counts[labels != self.ignore_label]
-            if len(counts) > 1 and counts.max() < self.max_ratio * counts.sum():
+            counts = torch.bincount(mask[top : top + self.size[0], left : left + self.size[1]].flatten())
+            counts[self.ignore_label : self.ignore_label + 1] = 0
+            if (counts > 0).sum() > 1 and counts.max() < self.max_ratio * counts.sum():
                 break
         return top, left
 
