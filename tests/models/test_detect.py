@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.dense_script import rank_texts
 from helpers.launch import ranks
 from helpers.tolerances import TOL32, close
@@ -13,7 +14,7 @@ from torchvision.ops import box_iou
 
 import models_mae
 import models_vit
-from models_detect import Detector, at_original_size, build_model
+from models_detect import Detector, at_original_size, build_model, paste_mask
 from util.errors import UserError
 from util.lr_decay import param_groups_lrd
 from util.pos_embed import interpolate_grid
@@ -160,10 +161,26 @@ def test_detections_in_the_original_image():
     found = at_original_size(detections, (20, 40), (40, 120))
     assert found["boxes"].tolist() == [[12, 16, 36, 32], [0, 0, 60, 20]]
     for mask, (left, top, right, bottom) in zip(found["masks"], found["boxes"].int().tolist()):
-        assert mask[top:bottom, left:right].float().mean() > 0.9  # torchvision shrinks the border by half a cell
-        assert not mask[bottom + 2 :].any() and not mask[:, right + 2 :].any()
+        assert mask[top:bottom, left:right].all() and mask.sum() == (bottom - top) * (right - left)
     nothing = {name: value[:0] for name, value in detections.items()}
     assert at_original_size(nothing, (20, 40), (40, 120))["masks"].shape == (0, 40, 120)
+
+
+def test_masks_are_pasted_at_pixel_centres():
+    """Against the definition, one pixel at a time; boxes have fractions, and reach beyond the image."""
+    mask = torch.rand(5, 4)
+    for box in ([3.3, 2.6, 9.1, 7.9], [-4.0, 1.5, 5.0, 30.0], [2.2, 2.2, 2.4, 2.3], [11.0, 9.0, 20.0, 12.0]):
+        pasted = paste_mask(mask, box, (10, 12))
+        padded = F.pad(mask, (1, 1, 1, 1))
+        for y, x in torch.cartesian_prod(torch.arange(10), torch.arange(12)).tolist():
+            at = (y + 0.5 - box[1]) / (box[3] - box[1]) * 5 - 0.5, (x + 0.5 - box[0]) / (box[2] - box[0]) * 4 - 0.5
+            value = 0.0
+            if -1 < at[0] < 5 and -1 < at[1] < 4:
+                (i, a), (j, b) = ((int(place + 1), (place + 1) % 1) for place in at)
+                above, below = (padded[row, j] * (1 - b) + padded[row, j + 1] * b for row in (i, i + 1))
+                value = above * (1 - a) + below * a
+            if abs(value - 0.5) > 1e-5:
+                assert pasted[y, x] == (value > 0.5), (box, y, x)
 
 
 def test_layer_decay_groups_as_vitdet():
