@@ -32,6 +32,10 @@ class SegmentedFiles(Files, Segmented):
         self.masks, self.labelling = PathList(masks), labelling
         self.categories, self.ignore_label = labelling.categories, labelling.ignore_label
 
+    def described(self):
+        yield from super().described()
+        yield repr((self.ignore_label, self.labelling.zero_is_ignored, self.labelling.stored))
+
     def annotation(self, index, size):
         path = self.masks[index]
         img = read_mask(path)
