@@ -51,7 +51,9 @@ def get_args_parser() -> Parser:
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     add_detector_arguments(parser.add_argument_group("detector"))
     arguments.add_transfer_arguments(parser)
-    add_dense_data_arguments(arguments.add_data_arguments(parser), "detection")
+    group = arguments.add_data_arguments(parser)
+    arguments.add_leak_argument(group)
+    add_dense_data_arguments(group, "detection")
     add_image_arguments(parser.add_argument_group("crops and evaluation"))
     add_training_arguments(
         parser, "coco", batch_size=4, epochs=100, wd=0.1, schedule="step", warmup=WARMUP, layer_decay=0.7

@@ -50,7 +50,9 @@ def get_args_parser() -> Parser:
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     add_head_arguments(parser.add_argument_group("head"))
     arguments.add_transfer_arguments(parser)
-    add_dense_data_arguments(arguments.add_data_arguments(parser), "segmentation")
+    group = arguments.add_data_arguments(parser)
+    arguments.add_leak_argument(group)
+    add_dense_data_arguments(group, "segmentation")
     add_image_arguments(parser.add_argument_group("crops and evaluation"))
     add_training_arguments(
         parser, "ade20k", batch_size=16, epochs=50, wd=0.05, schedule="linear", warmup=1500, layer_decay=0.65

@@ -9,6 +9,7 @@ from evaluation.encoder import set_norm_eps, settle_model
 from models_grid import GridViT
 from util import arguments
 from util.data.dense.annotated import Annotated
+from util.data.leak import check_leak
 from util.errors import UserError
 from util.lr_sched import SCHEDULES
 from util.weights.file import read_file
@@ -70,6 +71,8 @@ def check_flags(args) -> None:
         raise UserError(f"--drop_path {args.drop_path} must lie in [0, 1]")
     if not 0 < args.layer_decay <= 1:
         raise UserError(f"--layer_decay {args.layer_decay} must lie in (0, 1]")
+    if args.check_leak and args.eval:
+        raise UserError("--check_leak has no effect with --eval, which reads no training images")
     for name in ("voc_year", "train_split", "val_split"):
         if args.dataset != "voc" and getattr(args, name):
             raise UserError(f"--{name} has no effect with --dataset {args.dataset}: it is for voc")
@@ -116,10 +119,12 @@ def read_splits(
 ) -> tuple[Annotated | None, Annotated]:
     """Return the training images (None with `--eval`) and the evaluation images, and settle `args.nb_classes`.
     `read(train, categories)` reads one of them; the evaluation images must have the categories of the training images,
-    with `--eval` those of `weights`."""
+    with `--eval` those of `weights`. Raises UserError if `--check_leak` finds an image in both."""
     images = None if args.eval else read(True, None)
     known = (weights.classes or None) if args.eval else images.categories
     held_out = read(False, known)
+    if args.check_leak:
+        check_leak(images, held_out)
     args.nb_classes = len(held_out.categories)
     return images, held_out
 
