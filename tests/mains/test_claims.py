@@ -28,13 +28,13 @@ from util.weights.load import read_weights
 # 96 training images: six steps an epoch.
 BASE = "--batch_size 16 --epochs 1 --warmup_epochs 0 --num_workers 0 --device cpu --amp_dtype fp32"
 CLASSIFIER = f"--model vit_micro_patch4 --input_size 16 {BASE}"
-DENSE = f"{CLASSIFIER} --dataset scenes --scene_size 32 --scene_count 96 2 --head_width 16 --print_freq 20 --keep 0"
+DENSE = f"{CLASSIFIER} --dataset scenes --scene_size 32 --scene_count 96 1 --head_width 16 --warmup_steps 0 --keep 0"
 MAINS = {
     "pretrain": (main_pretrain, f"{SMALL} {BASE} --vis_freq 0 --save_freq 1"),
     "finetune": (main_finetune, f"{CLASSIFIER} --aug rrc --keep 0"),
     "linprobe": (main_linprobe, f"{CLASSIFIER} --aug none --save_freq 1 --keep 0"),
     "segment": (main_segment, DENSE),
-    "detect": (main_detect, f"{DENSE} --window 0"),
+    "detect": (main_detect, f"{DENSE} --detector faster --window 0"),
 }
 SUPERVISED = [name for name in MAINS if name != "pretrain"]
 
