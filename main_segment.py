@@ -35,7 +35,7 @@ from util.data.image_format import image_shape, mean_std
 from util.data.presets import MIRRORED
 from util.data.sample_rng import seeded
 from util.errors import UserError, user_errors
-from util.parser import Flags, Parser, rare
+from util.parser import Flags, Parser, rare, settled_later
 from util.report.ledger import Record
 from util.training.run import start
 from util.training.run_length import settle_schedule
@@ -61,25 +61,25 @@ def get_args_parser() -> Parser:
 
 
 def add_head_arguments(group) -> None:
-    group.add_argument(
+    def setting(*args, **options):  # --eval takes the checkpoint's
+        action = group.add_argument(*args, **options)
+        settled_later(action, models_segment.SETTINGS[action.dest])
+
+    setting(
         "--head",
         choices=models_segment.HEADS,
-        default="upernet",
         help="upernet: pyramid pooling and a feature pyramid on four blocks; linear: one layer on the patch tokens",
     )
-    group.add_argument("--head_width", type=int, help="channels of upernet; without it the encoder's width")
-    group.add_argument(
+    setting("--head_width", type=int, help="channels of upernet; without it the encoder's width")
+    setting(
         "--head_norm",
         choices=["batch", "layer"],
-        default="batch",
         help="norm in the head; batch needs two images per process, and is synchronised over GPUs",
     )
-    group.add_argument(
-        "--feature_blocks", type=int, nargs="+", metavar="BLOCK", help="blocks that the head reads, from 0"
-    )
-    group.add_argument("--rel_pos", action="store_true", help="relative position bias in attention, zero at the start")
+    setting("--feature_blocks", type=int, nargs="+", metavar="BLOCK", help="blocks that the head reads, from 0")
+    setting("--rel_pos", action="store_true", help="relative position bias in attention, zero at the start")
     rare(group.add_argument("--head_dropout", type=float, default=0.1, help="share of channels that upernet drops"))
-    group.add_argument("--aux_weight", type=float, default=0.4, help="weight of the auxiliary head's loss; 0: none")
+    setting("--aux_weight", type=float, help="weight of the auxiliary head's loss; 0: none")
 
 
 def add_image_arguments(group) -> None:
@@ -116,7 +116,7 @@ def check(args) -> None:
     check_positive(args, "short_side", "stride", "head_width")
     if not 0 <= args.head_dropout < 1:
         raise UserError(f"--head_dropout {args.head_dropout} must lie in [0, 1)")
-    if args.aux_weight < 0:
+    if (args.aux_weight or 0) < 0:
         raise UserError(f"--aux_weight {args.aux_weight} must not be negative; 0 leaves the auxiliary head out")
     if args.eval_mode == "whole" and args.stride is not None:
         raise UserError("--stride has no effect with --eval_mode whole")

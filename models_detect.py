@@ -29,6 +29,9 @@ from models_grid import GridViT, build_grid, choose_norm, quarters
 from util.compute.precision import widened
 from util.errors import UserError
 
+# Flags that checkpoints store, and their defaults.
+SETTINGS = dict(detector="mask", pyramid="simple", head_width=256, head_norm="layer", window=14)
+SETTINGS |= dict(global_blocks=None, rel_pos=True, anchors=None)
 DETECTORS = ["mask", "faster"]  # values of --detector
 PYRAMIDS = ["simple", "fpn"]  # values of --pyramid
 SCORE_THRESH = 0.05  # score below which a detection is left out, as in COCO's and ViTDet's evaluations

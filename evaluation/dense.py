@@ -1,13 +1,15 @@
 """What the mains of dense prediction share: flags of fine-tuning and their checks, and the weights that a run starts
 from or evaluates."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 from evaluation.encoder import set_norm_eps, settle_model
 from models_grid import GridViT
 from util import arguments
+from util.checkpoint.same_run import plain
 from util.data.dense.annotated import Annotated
 from util.data.leak import check_leak
 from util.errors import UserError
@@ -98,20 +100,38 @@ def check_positive(args, *names: str) -> None:
             raise UserError(f"--{name} {getattr(args, name)} must be positive")
 
 
-def read_starting_weights(args, resume: Path | None, settings: Collection[str]) -> Weights | None:
-    """Settle the flags of the encoder, with `--eval` also `settings`, the flags of the head. Returns the weights to
+def read_starting_weights(args, resume: Path | None, settings: Mapping[str, Any]) -> Weights | None:
+    """Settle the flags of the encoder and `settings`, the flags of the head with their defaults. Returns the weights to
     start from or to evaluate; None for random ones and for a run that is resumed."""
     if not args.eval and resume is None:
-        return settle_model(args, args.finetune)
-    if not args.eval:
-        settle_model(args, read_weights(resume, allowed=RELATIVE))
-        return None
-    key = "model" if resume else args.checkpoint_key
-    weights = settle_model(args, read_weights(resume or args.finetune, key, RELATIVE))
-    for name in settings:
-        if name in weights.args:
-            setattr(args, name, weights.args[name])
-    return weights
+        weights = settle_model(args, args.finetune)
+    else:
+        key = "model" if resume else args.checkpoint_key
+        weights = settle_model(args, read_weights(resume or args.finetune, key, RELATIVE))
+    _settle_head(args, settings, weights)
+    return weights if args.eval or resume is None else None
+
+
+def _settle_head(args, settings: Mapping[str, Any], weights: Weights | None) -> None:
+    """Settle the flags `settings`: those that are not given are, with `--eval`, the ones stored with the `weights`,
+    else the defaults. Raises UserError for a given flag that contradicts the file."""
+    stored = weights.args if args.eval else {}
+    for name, default in settings.items():
+        given = getattr(args, name)
+        if given is None:
+            setattr(args, name, stored.get(name, default))
+        elif name in stored and plain(given) != plain(stored[name]):
+            raise UserError(
+                f"--{name} {shown(given)} contradicts {weights.path}, which was trained with {shown(stored[name])}: "
+                f"leave it out"
+            )
+
+
+def shown(value) -> str:
+    """Return the value of a flag as it is given; None is the model's own."""
+    if value is None:
+        return "the model's own"
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def read_splits(

@@ -86,6 +86,21 @@ def test_evaluation_of_a_checkpoint(plain_run, pretrained, tmp_path):
         detect(f"{words} --input_size 64 --output_dir ''")
 
 
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--window 2", r"--window 2 contradicts .*pth, which was trained with 3: leave it out"),
+        ("--pyramid fpn", "--pyramid fpn contradicts .* trained with simple"),
+        ("--task faster_rcnn", "--detector faster contradicts .* trained with mask"),
+        ("--no_rel_pos", "--rel_pos False contradicts .* trained with True"),
+        ("--anchors 4 8 16 32 64", "--anchors 4 8 16 32 64 contradicts .* trained with the model's own"),
+    ],
+)
+def test_an_evaluation_contradicts_its_checkpoint(flag, message, plain_run):
+    with pytest.raises(UserError, match=message):
+        detect(f"{SCENES} --eval --finetune {plain_run[0]}/checkpoint-best.pth {flag} --output_dir ''")
+
+
 @pytest.mark.parametrize("stop", ["--epochs 1", "--max_steps 4"])
 def test_resuming(stop, tmp_path):
     """After an epoch, and inside one: bit for bit. The schedule is constant so that a longer run has the same one."""
