@@ -1,12 +1,13 @@
 """Detectors: the pyramid against recorded numbers of detectron2's ViTDet, training, predictions, loading."""
 
+import json
 import re
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.dense_script import rank_texts
+from helpers.dense_script import objects_problem, rank_texts
 from helpers.launch import ranks
 from helpers.tolerances import TOL32, close
 from torch import nn
@@ -99,15 +100,18 @@ def test_every_trained_parameter_gets_a_gradient(pyramid, detector, head_norm, e
 
 
 def test_it_learns_where_the_object_is():
-    """Overfitting one image with one object: the best detection has its box, class and mask, in the original image."""
-    options = {"box_batch_size_per_image": 32, "rpn_post_nms_top_n_train": 64, "rpn_pre_nms_top_n_train": 64}
+    """Overfitting one image with one object: the best detection has its box, class and mask, in the original image.
+    Evaluation has as few proposals as training, which therefore has seen others like them. Measured on three seeds: IoU
+    0.75 to 0.94 after 60 steps."""
+    options = {f"rpn_{kind}_nms_top_n_{mode}": 64 for kind in ("pre", "post") for mode in ("train", "test")}
+    options["box_batch_size_per_image"] = 32
     model = small(embed_dim=32, depth=2, num_heads=2, global_blocks=[1], rcnn=options).train()
     mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
     mask[0, 8:32, 8:24] = 1
     target = {"boxes": torch.tensor([[8.0, 8, 24, 32]]), "labels": torch.tensor([2]), "masks": mask, "size": (40, 48)}
     imgs = 0.1 * torch.randn(1, 3, 64, 64) + 2 * mask
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(40):
+    for _ in range(60):
         optimizer.zero_grad()
         sum(model(imgs, [target]).values()).backward()
         optimizer.step()
@@ -232,3 +236,13 @@ def test_two_ranks_train_with_a_static_graph():
     """One rank sees images with objects, the other images without any; the weights stay the same on both."""
     first, second = rank_texts(ranks("helpers.dense_script", "detect", 2))
     assert first == second
+
+
+def test_two_ranks_train_as_accumulation():
+    """Gradients of two ranks are the mean of those of two micro-batches, although one rank has no object at all."""
+    model, imgs, targets = objects_problem()
+    for part in (slice(0, 2), slice(2, 4)):
+        (sum(model(imgs[part], targets[part]).values()) / 2).backward()
+    norms = [p.grad.norm().item() for p in model.parameters() if p.requires_grad]
+    for text in rank_texts(ranks("helpers.dense_script", "objects", 2)):
+        assert json.loads(text) == pytest.approx(norms, rel=1e-4, abs=1e-7)  # float32, in another order of sums
