@@ -142,7 +142,7 @@ def build(args, weights: Weights | None) -> models_detect.Detector:
             rcnn={"box_score_thresh": args.score_thresh},
             **{name: getattr(args, name) for name in names},
         )
-    load_start(model, args, weights, "detection", "roi_heads.")
+    load_start(model, args, weights)
     return model
 
 
@@ -154,9 +154,11 @@ def main(args) -> dict[str, float]:
     device = start(args)
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
     settle_flags(args, starts=not args.eval and resume is None)
-    weights = read_starting_weights(args, resume, models_detect.SETTINGS)
+    weights = read_starting_weights(args, resume, models_detect)
     masks = args.detector == "mask"
-    images, held_out = read_splits(args, weights, lambda train, known: read_detection(args, train, masks, known))
+    images, held_out = read_splits(
+        args, weights, resume, lambda train, known: read_detection(args, train, masks, known)
+    )
     size, stats = image_shape(args.input_size), mean_std(args.dataset, args.in_chans, args.mean, args.std)
     if not args.eval:
         transform = DetectionTraining(size, *stats, tuple(args.lsj), flip=MIRRORED.get(args.dataset, 0.5))

@@ -150,7 +150,7 @@ def build(args, weights: Weights | None, ignore_label: int) -> models_segment.Se
             dropout=args.head_dropout,
             **{name: getattr(args, name) for name in names},
         )
-    load_start(model, args, weights, "segmentation", "decode_head.")
+    load_start(model, args, weights)
     return model
 
 
@@ -161,10 +161,10 @@ def main(args) -> dict[str, float]:
     check(args)
     device = start(args)
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
-    weights = read_starting_weights(args, resume, models_segment.SETTINGS)
+    weights = read_starting_weights(args, resume, models_segment)
     if args.eval and args.zero_is_ignored is None:  # the meaning of the masks is that of the training
         args.zero_is_ignored = weights.args.get("zero_is_ignored")
-    images, held_out = read_splits(args, weights, partial(read_segmentation, args))
+    images, held_out = read_splits(args, weights, resume, partial(read_segmentation, args))
     settle_evaluation(args, weights.args if args.eval else {})
     size, stats = image_shape(args.input_size), mean_std(args.dataset, args.in_chans, args.mean, args.std)
     if not args.eval:

@@ -4,14 +4,18 @@ from or evaluates."""
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import shorten
+from types import ModuleType
 from typing import Any
 
 from evaluation.encoder import set_norm_eps, settle_model
 from models_grid import GridViT
 from util import arguments
+from util.checkpoint.resume import stored_flags
 from util.checkpoint.same_run import plain
 from util.data.dense.annotated import Annotated
 from util.data.leak import check_leak
+from util.data.pixel_range import settle_pixel_range
+from util.data.transforms import check_channels
 from util.errors import UserError
 from util.lr_sched import SCHEDULES
 from util.weights.file import read_file
@@ -100,15 +104,19 @@ def check_positive(args, *names: str) -> None:
             raise UserError(f"--{name} {getattr(args, name)} must be positive")
 
 
-def read_starting_weights(args, resume: Path | None, settings: Mapping[str, Any]) -> Weights | None:
-    """Settle the flags of the encoder and `settings`, the flags of the head with their defaults. Returns the weights to
-    start from or to evaluate; None for random ones and for a run that is resumed."""
+def read_starting_weights(args, resume: Path | None, models: ModuleType) -> Weights | None:
+    """Settle the flags of the encoder and those of the head, which are in `models` (models_segment or models_detect).
+    Returns the weights to start from or to evaluate; None for random ones and for a run that is resumed. Raises
+    UserError for a file to evaluate that has no such head."""
     if not args.eval and resume is None:
         weights = settle_model(args, args.finetune)
     else:
         key = "model" if resume else args.checkpoint_key
         weights = settle_model(args, read_weights(resume or args.finetune, key, RELATIVE))
-    _settle_head(args, settings, weights)
+    if args.eval and not any(name.startswith(models.HEAD_TENSORS) for name in weights.dropped):
+        raise UserError(f"{weights.path} has no {models.TASK} head: give the checkpoint of a finished run")
+    _settle_head(args, models.SETTINGS, weights)
+    check_channels(args.in_chans)
     return weights if args.eval or resume is None else None
 
 
@@ -135,27 +143,27 @@ def shown(value) -> str:
 
 
 def read_splits(
-    args, weights: Weights | None, read: Callable[[bool, list[str] | None], Annotated]
+    args, weights: Weights | None, resume: Path | None, read: Callable[[bool, list[str] | None], Annotated]
 ) -> tuple[Annotated | None, Annotated]:
-    """Return the training images (None with `--eval`) and the evaluation images, and settle `args.nb_classes`.
-    `read(train, categories)` reads one of them; the evaluation images must have the categories of the training images,
-    with `--eval` those of `weights`. Raises UserError if `--check_leak` finds an image in both."""
+    """Return the training images (None with `--eval`) and the evaluation images, and settle `args.nb_classes` and
+    `args.pixel_range`. `read(train, categories)` reads one of them; the evaluation images must have the categories of
+    the training images, with `--eval` those of `weights`. Raises UserError if `--check_leak` finds an image in both."""
     images = None if args.eval else read(True, None)
     known = (weights.classes or None) if args.eval else images.categories
     held_out = read(False, known)
     if args.check_leak:
         check_leak(images, held_out)
     args.nb_classes = len(held_out.categories)
+    settle_pixel_range(args, images or held_out, lambda: stored_flags(resume, weights.args if weights else {}))
     return images, held_out
 
 
-def load_start(model: GridViT, args, weights: Weights | None, task: str, head: str) -> None:
+def load_start(model: GridViT, args, weights: Weights | None) -> None:
     """Load `weights` (None: random ones) into the encoder of `model`, with `--eval` into all of it, and freeze blocks.
-    The names of tensors of the head for `task`, a word for messages, start with `head`. Raises UserError for a file
-    that does not fit."""
+    Raises UserError for a file that does not fit."""
     set_norm_eps(model, getattr(args, "layer_norm_eps", None))
     if weights is not None and args.eval:
-        load_whole(model, weights, "model" if args.resume else args.checkpoint_key, task, head)
+        load_whole(model, weights, "model" if args.resume else args.checkpoint_key)
     elif weights is not None:
         print(load_into(model, weights, ignore_head=True).shown(args.verbose))
     if args.trainable_blocks is not None:
@@ -163,14 +171,11 @@ def load_start(model: GridViT, args, weights: Weights | None, task: str, head: s
     model.set_grad_checkpointing(args.grad_checkpoint)
 
 
-def load_whole(model: GridViT, weights: Weights, key: str, task: str, head: str) -> None:
-    """Load all tensors of a file, which are under `key`. Raises UserError for a file without a tensor that starts with
-    `head`, and for one of another model, head or input size."""
-    state = read_file(Path(weights.path)).get(key, {})
-    if not any(name.startswith(head) for name in state):
-        raise UserError(f"{weights.path} has no {task} head: give the checkpoint of a finished run")
+def load_whole(model: GridViT, weights: Weights, key: str) -> None:
+    """Load all tensors of a file, which are under `key`. Raises UserError for one of another model, head or input
+    size."""
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(read_file(Path(weights.path)).get(key, {}))
     except RuntimeError as error:
         reason = shorten(str(error).strip().splitlines()[-1], 200)
         raise UserError(f"{weights.path} does not fit these flags: {reason}") from error

@@ -3,11 +3,13 @@
 import json
 import shlex
 
+import numpy as np
 import pytest
 import torch
 from helpers.dense_sets import coco_content, coco_set, image, mask, masks_set, voc_set, voc_xml
 from helpers.launch import log_rows
 from helpers.refusals import isolated
+from PIL import Image
 
 import main_detect
 import main_segment
@@ -79,6 +81,23 @@ def test_unreadable_files_are_counted(case, tmp_path, capfd):
         assert sum(scores["details"]["pixels"].values()) == 2 * 80  # of two images
     with pytest.raises(UserError, match="unreadable"):
         start(main, f"{flags} --overwrite")  # 1 % is allowed
+
+
+def test_images_of_floats(tmp_path, capsys):
+    """Their range is settled for the whole set, and an evaluation takes that of the run."""
+    masks_set(tmp_path / "data", 4)
+    for split in ("train", "val"):
+        for index in range(4):
+            (tmp_path / f"data/{split}/images/{index}.jpg").unlink()
+            pixels = np.linspace(100, 4000, 80, dtype=np.float32).reshape(8, 10)
+            Image.fromarray(pixels).save(tmp_path / f"data/{split}/images/{index}.tif")
+    flags = f"{SEGMENT} --in_chans 1 --mean 0.5 --std 0.5 --data_path {tmp_path / 'data'}"
+    start(main_segment, f"{flags} --pixel_range auto --output_dir {tmp_path / 'run'}")
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["pixel_range"] == [100, 4000]
+    assert log_rows(tmp_path / "run")[0].get("data/bad_images", 0) == 0
+    capsys.readouterr()
+    start(main_segment, f"{flags} --eval --finetune {tmp_path / 'run'}/checkpoint-best.pth --output_dir ''")
+    assert "--pixel_range 100 4000, from the checkpoint" in capsys.readouterr().out
 
 
 # Annotations that are wrong: the data set, its flags, and the words of the sentence (separated by " | ").
@@ -165,7 +184,10 @@ WRONG = {
     another_size: (SEGMENT, "masks/1.png has 8 x 10 pixels | images/1.jpg has 10 x 8"),
     in_colour: (SEGMENT, "masks/1.png | class indices are needed | --color_table"),
     out_of_range: (SEGMENT, "the label 3 | the 2 classes | are 0..1 | --ignore_label is 255"),
-    one_too_high: (SEGMENT, "val/masks/ | the label 3 | the 3 classes of the training set are 0..2 | --zero_is_ignored"),
+    one_too_high: (
+        SEGMENT,
+        "val/masks/ | the label 3 | the 3 classes of the training set are 0..2 | --zero_is_ignored",
+    ),
     nothing_labelled: (SEGMENT, "the masks have no label"),
     of_another_version: (DETECT, "instances_train2017.json | 'annotations'"),
     no_json: (DETECT, "instances_train2017.json is not JSON"),
