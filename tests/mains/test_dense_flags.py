@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from helpers.launch import checkpoint, log_rows, same_tensors
+from helpers.launch import checkpoint, log_rows, ranks, same_tensors
 
 import engine_dense
 import main_detect
@@ -101,3 +101,19 @@ def test_layer_decay_and_drop_path(name, monkeypatch, tmp_path):
     } == {1}
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("segment", "--grad_checkpoint --feature_blocks 0 1 2 2 --aux_weight 0"),  # the last block is not used
+        ("detect", "--grad_checkpoint --accum_iter 2 --trainable_blocks 1 --window 0 --score_thresh 0.99"),
+    ],
+)
+def test_two_processes_with_parts_that_are_not_trained(name, flags, tmp_path):
+    """DDP ends with an error if a parameter gets no gradient; a detector that detects nothing has an AP of 0."""
+    base = MAINS[name][1].replace("--batch_size 4", "--batch_size 2").replace("--score_thresh 0", "")
+    text = ranks(f"main_{name}", f"{base} --amp_dtype fp32 --drop_path 0.2 {flags} --output_dir {tmp_path}", 2)
+    assert "2 processes" in text and log_rows(tmp_path)[0]["step"] == (3 if name == "segment" else 2)
+    if name == "detect":
+        assert log_rows(tmp_path)[0]["eval/box_AP"] == 0
