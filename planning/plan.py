@@ -173,6 +173,10 @@ def plan(work: Workload, machine: Machine, effective: int, gpus: int, **options)
     with `fits` False."""
     plans = []
     for setup in candidates(effective, gpus, **options):
+        if setup.grad_checkpoint and any(
+            other.fits and other.setup.fsdp == setup.fsdp and other.setup.batch >= setup.batch for other in plans
+        ):
+            continue  # one without recomputation fits, and is faster
         moment, memory = peak(work, setup)
         fits = sum(memory.values()) <= machine.usable
         plans.append(Plan(work, setup, machine, fits, moment, memory, seconds(work, setup, machine)))
