@@ -16,6 +16,9 @@
 # 1,000 as theirs; images without objects are left out; bf16. Batch norm of the pyramid and the heads is synchronised
 # over the GPUS.
 #
+# A GPU of 80 GB takes 8 images of ViT-B at once, 4 of ViT-L (set BATCH=4); one of 16 GB takes one image of ViT-B
+# (BATCH=1). The rest of the 64 images is accumulated (tools/plan.py --task detect).
+#
 # GPUS, NODES, NODE_RANK and MASTER as in scripts/mae/pretrain.sh. Your flags come last and win.
 # All flags: python main_detect.py --help
 set -euo pipefail

@@ -12,6 +12,9 @@
 # its smooth L1 loss (beta 1/9; theirs is L1); torchvision would keep 2,000 proposals, here 1,000 as theirs; biases
 # have no weight decay; images without objects are left out; bf16.
 #
+# A GPU of 80 GB takes 8 images of ViT-B at once, 4 of ViT-L (set BATCH=4); one of 16 GB takes one image of ViT-B
+# (BATCH=1). The rest of the 64 images is accumulated (tools/plan.py --task detect).
+#
 # GPUS, NODES, NODE_RANK and MASTER as in scripts/mae/pretrain.sh. Your flags come last and win.
 # All flags: python main_detect.py --help
 set -euo pipefail

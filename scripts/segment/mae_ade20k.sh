@@ -10,7 +10,10 @@
 #
 # Differs from their code: the rate falls linearly from the end of the warm-up (theirs from step 0, 1 % less); 160,000
 # steps are those of BEiT's configuration (the paper says 100 epochs, which are 126,300); windows every 341 pixels;
-# bf16. With few GPUS batch norm sees more images of a process, and fewer where batches are accumulated (BATCH).
+# bf16. Batch norm is synchronised over the GPUS, and sees fewer images where batches are accumulated.
+#
+# All 16 images on one GPU need 27 GiB with ViT-B and 42 with ViT-L; BATCH=4 accumulates four times four (tools/plan.py
+# --task segment).
 #
 # GPUS, NODES, NODE_RANK and MASTER as in scripts/mae/pretrain.sh. Your flags come last and win.
 # All flags: python main_segment.py --help
