@@ -79,7 +79,9 @@ def get_args_parser():
 
 def _default(name: str) -> str:
     """Return the text of the defaults of a flag in `TASKS`."""
-    return "without it " + ", ".join(f"{values[name]:g} ({task})" for task, values in TASKS.items() if name in values)
+    return "without it " + ", ".join(
+        f"{values[name]:.10g} ({task})" for task, values in TASKS.items() if name in values
+    )
 
 
 def _add_run_arguments(group) -> None:
@@ -93,7 +95,9 @@ def _add_run_arguments(group) -> None:
         "--max_steps", type=int, help=f"optimizer steps of the run, instead of --epochs; {_default('max_steps')}"
     )
     group.add_argument("--images", type=int, help=f"images of the training set, for --epochs; {_default('images')}")
-    group.add_argument("--input_size", type=int, help=f"side of the images in pixels; {_default('input_size')}")
+    group.add_argument(
+        "--input_size", type=int, help=f"side of the images in pixels; {_default('input_size')}, the model's (pretrain)"
+    )
     group.add_argument("--patch_size", type=int, help="side of a patch in pixels; without it the model's")
     group.add_argument("--mask_ratio", type=float, help=f"share of the patches to remove; without it {MASK_RATIO}")
     group.add_argument(
@@ -253,7 +257,7 @@ def command(args, model: str, result: Plan) -> str:
     flags = f"--batch_size {setup.batch} --accum_iter {setup.accum} --amp_dtype {args.amp_dtype}"
     for name in ("input_size", "patch_size", "epochs", "max_steps"):
         if getattr(args, name):
-            flags += f" --{name} {getattr(args, name):g}"
+            flags += f" --{name} {getattr(args, name):.10g}"
     flags += "".join(f" --{name}" for name in ("fsdp", "grad_checkpoint") if getattr(setup, name))
     if args.task == "pretrain":
         flags += f" --mask_ratio {args.mask_ratio:g} --norm_pix_loss --blr 1.5e-4"  # He et al., Table 8
