@@ -212,7 +212,8 @@ def run(flags: str):
             dict(head="upernet", rel_pos=True, max_steps=160000, trainable_blocks=None),
         ),
         (
-            "vit_micro_patch4 --patch_size 16 --task segment --input_size 64 --gpus 1 --head linear --max_steps 1234567",
+            "vit_micro_patch4 --task segment --patch_size 16 --input_size 64 --head linear --gpus 1 "
+            "--max_steps 1234567",
             main_segment,
             dict(head="linear", rel_pos=False, max_steps=1234567, trainable_blocks=0),
         ),
