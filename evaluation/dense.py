@@ -11,9 +11,11 @@ from util import arguments
 from util.data.dense.annotated import Annotated
 from util.errors import UserError
 from util.lr_sched import SCHEDULES
+from util.parser import rare
 from util.weights.file import read_file
 from util.weights.load import Weights, load_into, read_weights
 
+_TYPES = {"pretrained": "a pretrained encoder", "finetuned": "a fine-tuned classifier"}  # by value of --expects
 RELATIVE = "rel_pos"  # part of the names of relative positions, which plain encoders lack; `load_whole` loads them
 
 
@@ -38,7 +40,7 @@ def _add_schedule_arguments(group, schedule: str, warmup: int) -> None:
         choices=SCHEDULES,
         default=schedule,
         help="after the warm-up: half a cosine, or a line, to --min_lr; step: a tenth of the rate after each of "
-        "--lr_steps",
+        "--lr_steps; constant: no change",
     )
     group.add_argument(
         "--lr_steps",
@@ -61,6 +63,13 @@ def _add_decay_arguments(group, layer_decay: float) -> None:
     )
     group.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth: drop rate of the last block")
     group.add_argument("--trainable_blocks", type=int, help="train the last N blocks and the head; 0: the head alone")
+    rare(
+        group.add_argument(
+            "--expects",
+            choices=["pretrained", "finetuned"],
+            help="print a note if --finetune is not a checkpoint of this type: numbers of papers depend on it",
+        )
+    )
 
 
 def check_flags(args) -> None:
@@ -99,7 +108,9 @@ def read_starting_weights(args, resume: Path | None, settings: Collection[str]) 
     """Settle the flags of the encoder, with `--eval` also `settings`, the flags of the head. Returns the weights to
     start from or to evaluate; None for random ones and for a run that is resumed."""
     if not args.eval and resume is None:
-        return settle_model(args, args.finetune)
+        weights = settle_model(args, args.finetune)
+        note_start(args.expects, weights)
+        return weights
     if not args.eval:
         settle_model(args, read_weights(resume, allowed=RELATIVE))
         return None
@@ -109,6 +120,19 @@ def read_starting_weights(args, resume: Path | None, settings: Collection[str]) 
         if name in weights.args:
             setattr(args, name, weights.args[name])
     return weights
+
+
+def note_start(expected: str | None, weights: Weights | None) -> None:
+    """Print a note if `weights` (None: random ones) are not of the type of `--expects`. Fine-tuned ones have a
+    classifier."""
+    if expected is None:
+        return
+    fine_tuned = weights is not None and any(name.startswith(("head.", "fc_norm.")) for name in weights.state)
+    if weights is None:
+        print(f"note: the encoder is random: the protocol starts from {_TYPES[expected]}, given as --finetune")
+    elif fine_tuned != (expected == "finetuned"):
+        is_one = _TYPES["finetuned" if fine_tuned else "pretrained"]
+        print(f"note: {weights.path} is {is_one}: the protocol starts from {_TYPES[expected]}")
 
 
 def read_splits(
