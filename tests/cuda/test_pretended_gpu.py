@@ -5,14 +5,25 @@ The host must not wait inside a step: on small models that would cost a GPU a te
 """
 
 import itertools
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.card import CUDA, Card, Held
-from helpers.launch import SMALL, command_module
+from helpers.gpu_runs import (
+    DATA,
+    DENSE,
+    FAST,
+    FINETUNE,
+    METHODS,
+    PRETRAIN,
+    SCENES,
+    SUPERVISED,
+    parsed,
+    rows,
+    watch_steps,
+)
 from helpers.parsers import parser_of
 
 import engine_finetune
@@ -20,34 +31,18 @@ from methods.pretrainer import Pretrainer
 from util.training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FAST = "--num_workers 0 --seed 0 --print_freq 1"
-DATA = "--dataset digits --input_size 16"
-SCENES = "--dataset scenes --scene_digits 0 1 7 --scene_size 32 --scene_count 24 5 --input_size 32"
-PRETRAIN = f"{DATA} {SMALL} --batch_size 256 --warmup_epochs 0 --vis_freq 0 --epochs 2 {FAST}"
-FINETUNE = f"{DATA} --model vit_micro_patch4 --batch_size 256 --epochs 1 --warmup_epochs 0 --amp_dtype fp32 {FAST}"
-DENSE = f"{SCENES} --model vit_micro_patch4 --batch_size 8 --epochs 1 --head_width 16 --amp_dtype fp32 {FAST}"
 
 
 def run(main: str, flags: str, folder: Path, device: str = "cuda") -> Card:
     """Run a main or tool, on a pretended GPU with `cuda`."""
-    module, card = command_module(main), Card()
-    words = [*flags.split(), "--device", device]
-    if "--out " not in flags:
-        words += ["--output_dir", str(folder)]
-    args = module.get_args_parser().parse_args(words)
+    module, args = parsed(main, flags, folder, device)
+    card = Card()
     if device == "cpu":
         module.main(args)
         return card
-    with card, card.watch_steps():
+    with card, watch_steps(card.watch):
         module.main(args)
     return card
-
-
-def rows(folder: Path) -> list[dict]:
-    """The rows of a log without times and speeds."""
-    read = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    timed = ("seconds", "speed/", "gpu_memory")
-    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in read]
 
 
 def check_same(ours: list[dict], theirs: list[dict]) -> None:
@@ -65,20 +60,6 @@ def pretrained(tmp_path_factory):
     return folder / "checkpoint-0.pth"
 
 
-METHODS = {
-    "mae": "--clip_grad 1 --spike_factor 2 --amp_dtype fp32",
-    "accumulation": "--accum_iter 2 --amp_dtype fp32 --norm_pix_loss",
-    "bf16": "--amp_dtype bf16 --epochs 1",
-    "mae_k": "--mae_k 1 --amp_dtype fp32",
-    "ema_and_rc": "--ema_mae --wse 0 --ema_update step --rc_mae --amp_dtype fp32",
-    "dmae": "--dmae_teacher {pretrained} --dmae_teacher_model mae_vit_micro_patch4 --amp_dtype fp32",
-    "mlo": "--mlo_mae --mlo_labels same --mlo_batch_size 8 --amp_dtype fp32 --epochs 1",
-    "u_mae": "--u_mae --amp_dtype fp32 --epochs 1",
-    "cross": "--decoder cross --mask_ratio_end 0.5 --grad_checkpoint --amp_dtype fp32",
-    "on_device_mae": "--data_cache device --aug mae --amp_dtype fp32 --vis_freq 1 --knn_freq 1 --epochs 1",
-    "on_device_three": "--data_cache device --aug three --in_chans 3 --amp_dtype fp32 --epochs 1",
-    "on_device_crop": "--data_cache device --aug crop --amp_dtype fp32 --epochs 1",
-}
 # Under autocast, copies of weights in bf16 are not shared as on a CPU. Cached images are resized by matrices on a GPU,
 # and one after the other on a CPU, which rounds differently. Boxes are chosen by value: rounding chooses others.
 OTHER_NUMBERS = {"on_device_mae", "on_device_three", "on_device_crop", "bf16", "detect", "detect_fpn"}
@@ -91,23 +72,6 @@ def test_pretraining(pretrained, tmp_path, name):
     if name not in OTHER_NUMBERS:
         run("main_pretrain", flags, tmp_path / "cpu", "cpu")
         check_same(rows(tmp_path / "cuda"), rows(tmp_path / "cpu"))
-
-
-SUPERVISED = {
-    "finetune": ("main_finetune", f"{FINETUNE} --finetune {{pretrained}} --mixup 0.8 --cutmix 1"),
-    "finetune_elem": ("main_finetune", f"{FINETUNE} --mixup 0.8 --cutmix 1 --mixup_mode elem --amp_dtype fp32"),
-    "finetune_pair": (
-        "main_finetune",
-        f"{FINETUNE} --mixup 0.8 --mixup_mode pair --class_weights balanced --drop_path 0.1",
-    ),
-    "probe": ("main_linprobe", f"{FINETUNE} --finetune {{pretrained}}"),
-    "attentive": ("main_linprobe", f"{FINETUNE} --finetune {{pretrained}} --head attentive"),
-    "cached": ("main_linprobe", f"{DATA} --finetune {{pretrained}} --cache_features --epochs 2 {FAST}"),
-    "segment": ("main_segment", f"{DENSE} --head_norm layer"),
-    "linear": ("main_segment", f"{DENSE} --head linear --trainable_blocks 0 --eval_mode whole --eval_flip"),
-    "detect": ("main_detect", f"{DENSE} --window 4"),
-    "detect_fpn": ("main_detect", f"{DENSE} --pyramid fpn --detector faster"),
-}
 
 
 @pytest.mark.parametrize("name", SUPERVISED)

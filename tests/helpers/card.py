@@ -13,7 +13,7 @@ needs a real GPU cannot be seen: kernels, their order in streams, memory, graphs
 """
 
 import traceback
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,8 +21,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
-
-from util.training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -148,36 +146,8 @@ class Card(TorchFunctionMode):
         self._patches.close()
         Card.now = None
 
-    @contextmanager
-    def watch_steps(self):
-        """Count the waits of training: from the second step on, without logging, saving, evaluation and diagnostics."""
-        batches, finish_step, measuring = Run.batches, Run.finish_step, Run.measuring
-
-        def watched(run):
-            iterator, last = batches(run), object()
-            while True:
-                self.watching = run.step > 0  # the first step may wait
-                batch = next(iterator, last)
-                if batch is last:
-                    break
-                yield batch
-            self.watching = False
-
-        def finished(run):
-            self.watching = False
-            finish_step(run)
-
-        @contextmanager
-        def exempt(run):
-            before, self.watching = self.watching, False
-            with measuring(run):
-                yield
-            self.watching = before
-
-        replaced = dict(batches=watched, finish_step=finished, measuring=exempt)
-        with patch.multiple(Run, **replaced):
-            yield
-        self.watching = False
+    def watch(self, on: bool) -> None:
+        self.watching = on
 
     def wait(self, why: str) -> None:
         """Note that the host waits here, with the innermost place in the project."""
