@@ -239,9 +239,6 @@ def build(args, weights: Weights | None) -> models_vit.VisionTransformer:
 def freeze_encoder(model: models_vit.VisionTransformer, trainable_blocks: int) -> None:
     """Freeze the encoder except for its last `trainable_blocks` blocks and, unless there are none, its norm. Raises
     UserError for more blocks than the encoder has."""
-    depth = len(model.blocks)
-    if not 0 <= trainable_blocks <= depth:
-        raise UserError(f"--trainable_blocks {trainable_blocks} must be between 0 and the encoder's {depth} blocks")
     model.train_last_blocks(trainable_blocks)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"--trainable_blocks {trainable_blocks}: {count / 1e6:.2f} M parameters are trained")

@@ -379,6 +379,8 @@ def check_numbers(args) -> None:
         raise UserError(f"--spike_factor {args.spike_factor} must be above 1, for example 2")
     if args.input_size is not None and len(args.input_size) > 2:
         raise UserError("--input_size takes one number, or height and width")
+    if args.input_size is not None and min(args.input_size) < 1:
+        raise UserError(f"--input_size {' '.join(map(str, args.input_size))} must be positive")
     check_columns(args)
 
 
