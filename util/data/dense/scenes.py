@@ -146,10 +146,12 @@ class _Scenes:
 
     def scene(self, index: int) -> Scene:
         """Return scene `index`. The last one is kept, since its image and its annotation are read one by one."""
-        if self._last[0] != index:
+        number, scene = self._last
+        if number != index:
             seed, train, size, digits = self.settings
-            self._last = index, make_scene(seed, train, index, size, digits)
-        return self._last[1]
+            scene = make_scene(seed, train, index, size, digits)
+            self._last = index, scene
+        return scene
 
     def load(self, index):
         return Image.fromarray(self.scene(index).image)
