@@ -44,6 +44,7 @@ SCRIPTS = {
     "mlo_mae/sweep": ([*STUDY, "--only", "mae mlo"], 9),
     "mlo_mae/cifar10_study": ([*STUDY, "--only", "mae mlo"], 9),
     "mlo_mae/equal_time": ([*STUDY, "--only", "mlo"], 6),
+    "mlo_mae/segmentation_guided": (STUDY, 5),
     "cifar10_methods_study": ([*STUDY, "--only", "mae dmae"], 10),
     "cifar10_representation_study": (STUDY, 10),
     "maws/sweep": (SMALL, 10),

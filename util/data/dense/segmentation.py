@@ -149,7 +149,7 @@ def read_segmentation(args, train: bool, categories: list[str] | None = None) ->
         found.source = found.source if found.names else " of the training set"
         found.names = categories
     given = getattr(args, "zero_is_ignored", None)
-    labelling = _on_main_process(lambda: settle_labelling(found, given, paths, masks, colors, ignore))
+    labelling = on_main_process(lambda: settle_labelling(found, given, paths, masks, colors, ignore))
     args.zero_is_ignored = labelling.zero_is_ignored
     return SegmentedFiles(paths, masks, labelling)
 
@@ -203,7 +203,7 @@ def _check_same(names: list[str] | None, certain: bool, categories: list[str] | 
         raise UserError(f"{source} has the class {here!r} where the training set has {there!r}")
 
 
-def _on_main_process(function):
+def on_main_process(function):
     """Call `function` on the main process only and return its result, or raise its UserError, on all."""
 
     def call():
