@@ -5,7 +5,7 @@ what is annotated are their `categories`.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +71,12 @@ class Detected(Annotated):
         objects, a list of dicts with box (as in `Objects`), label (from 1), crowd, difficult, area, and segmentation
         (as in COCO's files, None without)."""
 
-    def ground_truth(self) -> dict:
+    def ground_truth(self, records: Iterable[dict] | None = None) -> dict:
         """Return the annotations of all images in COCO's format, for pycocotools. Nothing that training leaves out is
-        missing. Objects have numbers from 1, because pycocotools takes 0 for no match."""
+        missing. Objects have numbers from 1, because pycocotools takes 0 for no match. `records` are those of all
+        images, if the caller has them."""
         images, annotations = [], []
-        for record in self.records():
+        for record in records or map(self.record, range(len(self))):
             images.append({key: record[key] for key in ("id", "height", "width")})
             for each in record["objects"]:
                 left, top, right, bottom = each["box"]
@@ -93,9 +94,6 @@ class Detected(Annotated):
         names = zip(self.category_ids, self.categories)
         categories = [{"id": number, "name": name} for number, name in names]
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
-
-    def records(self) -> Iterator[dict]:
-        return (self.record(index) for index in range(len(self)))
 
 
 class _Part(Subset):
