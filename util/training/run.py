@@ -151,6 +151,7 @@ class Run:
             trim_log(self.reporter.log.path, "epoch", self.epoch)
             trim_log(self.reporter.spike_log.path, "step", self.resumed_step)
             abandon_later(args.output_dir, resume)
+            self.checkpoints.forget_lost_best()
         purge_step = 0 if args.overwrite else None  # of an overwritten run, in a --log_dir of its own
         if resume is not None:
             purge_step = int(self.fractional_epoch() * 1000) + 1
