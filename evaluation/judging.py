@@ -27,7 +27,7 @@ from util.data.sample_rng import seeded
 from util.errors import UserError
 from util.parallel.distributed import choose_device
 from util.parser import Parser
-from util.report.ledger import Record
+from util.report.ledger import Record, hardware
 from util.weights.load import Weights, read_weights
 from util.weights.model_config import DEFAULT_ENCODER, ModelConfig, resolve_config
 
@@ -85,7 +85,9 @@ class Judged:
 
     def record(self, command: str, **images) -> Record:
         """Return the record of an evaluation of this checkpoint on `images`, by split."""
-        return Record(command, argparse.Namespace(**self.flags), self.weights, **images)
+        record = Record(command, argparse.Namespace(**self.flags), self.weights, **images)
+        record.hardware = hardware(self.device, self.dtype)
+        return record
 
     def publish(
         self,
@@ -107,7 +109,6 @@ class Judged:
             record,
             {f"eval/{metric}": value for metric, value in metrics.items()},
             images_seen,
-            (self.device, self.dtype),
             Destination(json, folder / f"tensorboard-{name or command}", folder),
             pictures={f"{command}/{title}": picture for title, picture in pictures.items()},
             **content,

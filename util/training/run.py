@@ -338,7 +338,7 @@ class Run:
     def append_to_ledger(self) -> None:
         """Append this run's line to results.jsonl, if it has reached its end."""
         if not self.stopped:
-            line = self.args.output_dir, self.images_seen(), self.device, self.amp_dtype
+            line = self.args.output_dir, self.images_seen()
             self.checkpoints.saver.insist(LEDGER, lambda: self.record.finish(*line))
 
     def close(self) -> None:
