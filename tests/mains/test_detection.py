@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_detect
 import main_pretrain
 from engine_dense import Detection
+from evaluation.detector import truth_of
 from util.data.dense.detection import read_detection
 from util.data.dense.paired import build_paired_loader
 from util.data.dense.rle import decode
@@ -146,7 +147,7 @@ class Oracle(torch.nn.Module):
         self.task, self.next, self.sizes = task, 0, []
 
     def forward(self, imgs, targets):
-        truth = self.task.truth(self.next, targets[0]["original_size"])
+        truth = truth_of(self.task.images, self.next, targets[0]["original_size"], self.task.masks)
         self.sizes.append((targets[0]["size"], targets[0]["original_size"]))
         self.next += 1
         kept = ~truth["iscrowd"]
