@@ -38,8 +38,6 @@ from util.training.run import start
 from util.training.run_length import settle_schedule
 from util.weights.load import Weights
 
-# Flags of the model, which checkpoints store for --eval.
-SETTINGS = "detector pyramid head_width head_norm window global_blocks rel_pos anchors".split()
 WARMUP = 250  # steps, ViTDet's
 
 
@@ -135,14 +133,13 @@ def settle_flags(args, starts: bool) -> None:
 
 def build(args, weights: Weights | None) -> models_detect.Detector:
     """Build the detector. `weights` (None: random ones) are loaded into its encoder, with `--eval` into all of it."""
-    names = [name for name in (*SETTINGS, "patch_size", "in_chans") if name != "head_width"]
+    names = (*models_detect.SETTINGS, "patch_size", "in_chans")
     with seeded(args.seed):
         model = models_detect.build_model(
             args.model,
             args.nb_classes,
             img_size=image_shape(args.input_size),
             drop_path_rate=args.drop_path,
-            width=args.head_width,
             rcnn={"box_score_thresh": args.score_thresh},
             **{name: getattr(args, name) for name in names},
         )
@@ -158,7 +155,7 @@ def main(args) -> dict[str, float]:
     device = start(args)
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
     settle_flags(args, starts=not args.eval and resume is None)
-    weights = read_starting_weights(args, resume, SETTINGS)
+    weights = read_starting_weights(args, resume, models_detect.SETTINGS)
     masks = args.detector == "mask"
     images, held_out = read_splits(args, weights, lambda train, known: read_detection(args, train, masks, known))
     size, stats = image_shape(args.input_size), mean_std(args.dataset, args.in_chans, args.mean, args.std)

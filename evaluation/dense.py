@@ -2,19 +2,19 @@
 from or evaluates."""
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 
 from evaluation.encoder import set_norm_eps, settle_model
-from models_grid import GridViT
+from models_grid import RELATIVE, GridViT
 from util import arguments
 from util.data.dense.annotated import Annotated
 from util.errors import UserError
 from util.lr_sched import SCHEDULES
 from util.weights.file import read_file
+from util.weights.geometry import source_grid
 from util.weights.load import Weights, load_into, read_weights
-
-RELATIVE = "rel_pos"  # part of the names of relative positions, which plain encoders lack; `load_whole` loads them
 
 
 def add_training_arguments(
@@ -98,17 +98,11 @@ def check_positive(args, *names: str) -> None:
 def read_starting_weights(args, resume: Path | None, settings: Collection[str]) -> Weights | None:
     """Settle the flags of the encoder, with `--eval` also `settings`, the flags of the head. Returns the weights to
     start from or to evaluate; None for random ones and for a run that is resumed."""
-    if not args.eval and resume is None:
-        return settle_model(args, args.finetune)
-    if not args.eval:
-        settle_model(args, read_weights(resume, allowed=RELATIVE))
-        return None
-    key = "model" if resume else args.checkpoint_key
-    weights = settle_model(args, read_weights(resume or args.finetune, key, RELATIVE))
-    for name in settings:
-        if name in weights.args:
-            setattr(args, name, weights.args[name])
-    return weights
+    path, key = resume or args.finetune, "model" if resume else args.checkpoint_key
+    weights = settle_model(args, read_weights(path, key, RELATIVE) if path else "")
+    if args.eval:
+        vars(args).update({name: weights.args[name] for name in settings if name in weights.args})
+    return weights if args.eval or not resume else None
 
 
 def read_splits(
@@ -132,10 +126,26 @@ def load_start(model: GridViT, args, weights: Weights | None, task: str, head: s
     if weights is not None and args.eval:
         load_whole(model, weights, "model" if args.resume else args.checkpoint_key, task, head)
     elif weights is not None:
-        print(load_into(model, weights, ignore_head=True).shown(args.verbose))
+        print(load_into(model, with_relative(weights, model), ignore_head=True).shown(args.verbose))
     if args.trainable_blocks is not None:
         model.train_last_blocks(args.trainable_blocks)
     model.set_grad_checkpointing(args.grad_checkpoint)
+
+
+def with_relative(weights: Weights, model: GridViT) -> Weights:
+    """Return `weights` with their relative positions resampled to the windows and the grid of `model`. Raises UserError
+    if the model lacks them, or has other ones: attention would not be that of the file."""
+    own, shape = model.state_dict(), tuple(model.patch_embed.grid_size)
+    tables = model.fit_relative(weights.state, source_grid(weights.state, weights.args, shape, weights.path))
+    lost = next((name for name in tables if name not in own), "")
+    if lost:
+        others = any(RELATIVE in name for name in own)
+        advice = "those of this model are of another kind" if others else "this model has none: give --rel_pos"
+        what = weights.dense_model or "a model"
+        raise UserError(f"{weights.path} is {what} with relative positions ({lost}), and {advice}")
+    resized = [name for name, table in tables.items() if table.shape != weights.state[name].shape]
+    note = [f"{len(resized)} tables of relative positions interpolated"] if resized else []
+    return replace(weights, state={**weights.state, **tables}, notes=weights.notes + note)
 
 
 def load_whole(model: GridViT, weights: Weights, key: str, task: str, head: str) -> None:

@@ -30,6 +30,7 @@ from util.parser import Parser
 from util.report.ledger import Record, hardware
 from util.weights.load import Weights, read_weights
 from util.weights.model_config import DEFAULT_ENCODER, ModelConfig, resolve_config
+from util.weights.names import DENSE_USES
 
 
 def evaluation_parser(description: str, several: bool = False, features: bool = True) -> Parser:
@@ -209,6 +210,8 @@ def open_classifier(args, numbers: bool = False) -> Judged:
     stored = judged.weights.args if judged.weights is not None else {}
     if stored.get("targets") == "regression" and not numbers:
         raise UserError(f"{checkpoint} was trained with --targets regression: it predicts numbers, not classes")
+    if not count and judged.weights is not None and judged.weights.dense_model:
+        raise UserError(f"{checkpoint} is {judged.weights.dense_model}, which classifies no images: {DENSE_USES}")
     if not count:
         raise UserError(f"{checkpoint} has no classifier: fine-tune it first (main_finetune.py, main_linprobe.py)")
     if args.nb_classes not in (None, count):

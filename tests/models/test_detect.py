@@ -44,7 +44,7 @@ def test_pyramid_is_that_of_detectron2(golden, fused):
     """Windows of 3 on a grid of 8, which are padded, and two global blocks; all with relative positions."""
     ref = golden("vitdet_sfp")
     model = Detector(
-        classes=2, img_size=128, patch_size=16, embed_dim=32, depth=4, num_heads=4, width=16, window=3,
+        classes=2, img_size=128, patch_size=16, embed_dim=32, depth=4, num_heads=4, head_width=16, window=3,
         global_blocks=[1, 3], norm_layer=partial(nn.LayerNorm, eps=1e-6),
     ).double()  # fmt: skip
     missing, unexpected = model.load_state_dict(from_detectron2(ref.group("sd/")), strict=False)
@@ -60,7 +60,7 @@ def test_pyramid_is_that_of_detectron2(golden, fused):
     close(model.patch_embed.proj.weight.grad, ref["grad/patch"])
 
 
-SMALL = dict(img_size=64, window=3, global_blocks=[3], width=16, patch_size=8)
+SMALL = dict(img_size=64, window=3, global_blocks=[3], head_width=16, patch_size=8)
 
 
 def small(**options):
@@ -99,14 +99,16 @@ def test_every_trained_parameter_gets_a_gradient(pyramid, detector, head_norm, e
 
 def test_it_learns_where_the_object_is():
     """Overfitting one image with one object: the best detection has its box, class and mask, in the original image."""
-    options = {"box_batch_size_per_image": 32, "rpn_post_nms_top_n_train": 64, "rpn_pre_nms_top_n_train": 64}
+    # As few proposals in evaluation as in training: the boxes of others were never learned.
+    few = {f"rpn_{when}_nms_top_n_{mode}": 64 for when in ("pre", "post") for mode in ("train", "test")}
+    options = {"box_batch_size_per_image": 32, **few}
     model = small(embed_dim=32, depth=2, num_heads=2, global_blocks=[1], rcnn=options).train()
     mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
     mask[0, 8:32, 8:24] = 1
     target = {"boxes": torch.tensor([[8.0, 8, 24, 32]]), "labels": torch.tensor([2]), "masks": mask, "size": (40, 48)}
     imgs = 0.1 * torch.randn(1, 3, 64, 64) + 2 * mask
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(40):
+    for _ in range(50):  # of four seeds the worst then has an overlap of 0.76
         optimizer.zero_grad()
         sum(model(imgs, [target]).values()).backward()
         optimizer.step()
@@ -190,7 +192,7 @@ def test_loading_an_autoencoder_and_taking_the_encoder_back(tmp_path):
     report = load_into(vit, read_weights(tmp_path / "detector.pth"))
     assert {name.split(".")[0] for name in report.unexpected} == {"pyramid", "rpn", "roi_heads"}
     torch.save({"model": model.state_dict()}, tmp_path / "tables.pth")
-    with pytest.raises(UserError, match=r"not a plain ViT.*rel_pos_h"):
+    with pytest.raises(UserError, match=r"a detector of main_detect\.py; its encoder has .*rel_pos_h"):
         read_weights(tmp_path / "tables.pth")
 
 
