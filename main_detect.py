@@ -24,7 +24,7 @@ from evaluation.summaries import detection_summary
 from models_grid import HEAD_NORMS, sync_batch_norm
 from util import arguments
 from util.checkpoint.resume import find_resume
-from util.data.dense.detection import read_detection
+from util.data.dense.detection import DETECTION, read_detection
 from util.data.dense.flags import add_dense_data_arguments
 from util.data.dense.paired import build_paired_loader
 from util.data.dense.transforms import DetectionEvaluation, DetectionTraining
@@ -49,7 +49,7 @@ def get_args_parser() -> Parser:
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     add_detector_arguments(parser.add_argument_group("detector"))
     arguments.add_transfer_arguments(parser)
-    add_dense_data_arguments(arguments.add_data_arguments(parser), "detection")
+    add_dense_data_arguments(arguments.add_data_arguments(parser, DETECTION), "detection")
     add_image_arguments(parser.add_argument_group("crops and evaluation"))
     add_training_arguments(
         parser, "coco", batch_size=4, epochs=100, wd=0.1, schedule="step", warmup=WARMUP, layer_decay=0.7

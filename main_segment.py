@@ -29,7 +29,7 @@ from util import arguments
 from util.checkpoint.resume import find_resume
 from util.data.dense.flags import add_dense_data_arguments
 from util.data.dense.paired import build_paired_loader
-from util.data.dense.segmentation import read_segmentation
+from util.data.dense.segmentation import SEGMENTATION, read_segmentation
 from util.data.dense.transforms import SegmentationEvaluation, SegmentationTraining
 from util.data.image_format import image_shape, mean_std
 from util.data.presets import MIRRORED
@@ -50,7 +50,7 @@ def get_args_parser() -> Parser:
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     add_head_arguments(parser.add_argument_group("head"))
     arguments.add_transfer_arguments(parser)
-    add_dense_data_arguments(arguments.add_data_arguments(parser), "segmentation")
+    add_dense_data_arguments(arguments.add_data_arguments(parser, SEGMENTATION), "segmentation")
     add_image_arguments(parser.add_argument_group("crops and evaluation"))
     add_training_arguments(
         parser, "ade20k", batch_size=16, epochs=50, wd=0.05, schedule="linear", warmup=1500, layer_decay=0.65

@@ -1,7 +1,7 @@
 """Evaluation of checkpoints by the tools: opening them, reading their images and features, publishing the results."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,12 @@ from util.weights.model_config import DEFAULT_ENCODER, ModelConfig, resolve_conf
 from util.weights.names import DENSE_USES
 
 
-def evaluation_parser(description: str, several: bool = False, features: bool = True) -> Parser:
+def evaluation_parser(
+    description: str, several: bool = False, features: bool = True, datasets: Sequence[str] = ()
+) -> Parser:
     """Return a parser with the data flags of the mains and the flags of an evaluation: of `features`, or of a
-    classifier; of one checkpoint, or of `several`."""
-    parser = command_line.data_parser(description)
+    classifier; of one checkpoint, or of `several`; on the `datasets`, () for all."""
+    parser = command_line.data_parser(description, datasets=datasets)
     command_line.add_checkpoint_flags(parser, several)
     if features:
         command_line.add_feature_flags(parser, default="avg")
