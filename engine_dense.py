@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from engine_finetune import train
-from evaluation.dense_pictures import detection_figure, figure_tensor, segmentation_figure
+from evaluation.dense_pictures import Shown, detection_sheet, segmentation_sheet, shown
 from evaluation.detect_scores import CocoScores, Detections, VocScores
 from evaluation.detector import detect, truth_of
 from evaluation.segment_scores import SegmentScores
@@ -40,7 +40,7 @@ class Segmentation:
         self, categories: Sequence[str], resize: SegmentationEvaluation, stride: int | None, flip: bool, ignore: int
     ):
         self.categories, self.resize, self.stride, self.flip, self.ignore = categories, resize, stride, flip, ignore
-        self.shown: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # image, prediction, labels
+        self.shown: list[Shown] = []
 
     def losses(self, model, samples: Sample, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the weighted losses of a micro-batch by name: images (N, C, H, W), labels (N, H, W)."""
@@ -57,7 +57,7 @@ class Segmentation:
                 predicted = self.predict(model, samples.image[0].to(device, non_blocking=True), labels.shape)
             scores.add([predicted], [labels], samples.bad == 0)
             if is_main_process() and len(self.shown) < SHOWN and not samples.bad.any():
-                self.shown.append((samples.image[0], predicted.cpu(), labels.cpu()))
+                self.shown.append(shown(samples.image[0], labels.shape, self.resize, predicted.cpu(), labels.cpu()))
         return scores
 
     def predict(self, model, img: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -69,8 +69,7 @@ class Segmentation:
         """Return images beside their predictions and labels (3, H, W), of the last evaluation; {} without any."""
         if not self.shown:
             return {}
-        figure = segmentation_figure(self.shown, self.resize, self.categories, self.ignore)
-        return {"segmentation": figure_tensor(figure)}
+        return {"segmentation": segmentation_sheet({"": self.shown}, self.categories, self.ignore).tensor()}
 
 
 class Detection:
@@ -90,7 +89,7 @@ class Detection:
 
     def __init__(self, images: Detected, resize: DetectionEvaluation, masks: bool, voc_metric: str = ""):
         self.images, self.resize, self.masks, self.voc_metric = images, resize, masks, voc_metric
-        self.shown: list[tuple[torch.Tensor, dict, dict]] = []  # image, detections, truth
+        self.shown: list[Shown] = []
 
     def losses(self, model, samples: Sample, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the losses of a micro-batch by name: images (N, C, H, W), targets of `DetectionTraining`."""
@@ -117,14 +116,15 @@ class Detection:
             truth = truth_of(self.images, int(samples.index), size, self.masks)
             scores.add([found], [truth], samples.bad == 0)
             if is_main_process() and len(self.shown) < SHOWN:
-                self.shown.append((samples.image[0], {name: value.cpu() for name, value in found.items()}, truth))
+                found = {name: value.cpu() for name, value in found.items()}
+                self.shown.append(shown(samples.image[0], size, self.resize, found, truth))
         return scores
 
     def pictures(self) -> dict[str, torch.Tensor]:
         """Return detections beside the truth (3, H, W), of the last evaluation; {} without any."""
         if not self.shown:
             return {}
-        return {"detection": figure_tensor(detection_figure(self.shown, self.resize, self.images.categories))}
+        return {"detection": detection_sheet({"": self.shown}, self.images.categories).tensor()}
 
 
 def fine_tune(

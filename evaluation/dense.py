@@ -1,10 +1,12 @@
 """What the mains of dense prediction share: flags of fine-tuning and their checks, and the weights that a run starts
 from or evaluates."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
+
+import torch
 
 from evaluation.encoder import set_norm_eps, settle_model
 from models_grid import RELATIVE, GridViT
@@ -154,8 +156,13 @@ def load_whole(model: GridViT, weights: Weights, key: str, task: str, head: str)
     state = read_file(Path(weights.path)).get(key, {})
     if not any(name.startswith(head) for name in state):
         raise UserError(f"{weights.path} has no {task} head: give the checkpoint of a finished run")
+    load_state(model, state, weights.path)
+
+
+def load_state(model: GridViT, state: Mapping[str, torch.Tensor], path: str) -> None:
+    """Load the `state` of the file `path` completely. Raises UserError if it does not fit."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = shorten(str(error).strip().splitlines()[-1], 200)
-        raise UserError(f"{weights.path} does not fit these flags: {reason}") from error
+        raise UserError(f"{path} does not fit these flags: {reason}") from error

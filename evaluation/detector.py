@@ -1,15 +1,20 @@
-"""Detectors of main_detect.py: the objects that they find in an image, and those that are annotated."""
+"""Detectors of main_detect.py: the objects that they find in an image, those that are annotated, and loading them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
+import models_detect
+from evaluation.dense_pictures import shown
+from evaluation.dense_trained import Trained
 from util.data.dense.annotated import Detected
+from util.data.dense.detection import read_detection
 from util.data.dense.rle import encode_segmentation
 from util.data.dense.transforms import DetectionEvaluation
 from util.data.images import printable
 from util.errors import UserError
+from util.weights.load import Weights
 
 
 def detect(model, imgs: torch.Tensor, size: Sequence[int], resize: DetectionEvaluation) -> dict[str, torch.Tensor]:
@@ -41,3 +46,21 @@ def truth_of(images: Detected, index: int, size: Sequence[int], masks: bool) -> 
         except ValueError as error:
             raise UserError(f"an object of {printable(images.name(index))}: {error}") from error
     return truth
+
+
+class TrainedDetector(Trained):
+    """A detector of boxes or, with `masks`, of boxes and masks."""
+
+    def __init__(self, args, weights: Weights, state: Mapping[str, torch.Tensor]):
+        super().__init__(args, weights, state, models_detect.build_model, models_detect.SETTINGS)
+        self.masks = self.stored.get("detector", models_detect.DETECTORS[0]) == "mask"
+        self.resize = DetectionEvaluation(self.size, *self.options.mean_std)
+
+    def read(self, args):
+        return read_detection(args, False, self.masks, self.categories)
+
+    def show(self, sample, index, images):
+        size = tuple(sample.target["size"].tolist())
+        found = detect(self.model, sample.image[None].to(self.model.pos_embed.device), size, self.resize)
+        truth = truth_of(images, index, size, self.masks)
+        return shown(sample.image, size, self.resize, {name: value.cpu() for name, value in found.items()}, truth)
