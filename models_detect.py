@@ -32,6 +32,7 @@ from util.errors import UserError
 
 # Flags that checkpoints store.
 SETTINGS = "detector pyramid head_width head_norm window global_blocks rel_pos anchors".split()
+TASK, HEAD_TENSORS = "detection", "roi_heads."  # a word for messages; what names of tensors of the head begin with
 DETECTORS = ["mask", "faster"]  # values of --detector
 PYRAMIDS = ["simple", "fpn"]  # values of --pyramid
 SCORE_THRESH = 0.05  # score below which a detection is left out, as in COCO's and ViTDet's evaluations

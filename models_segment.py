@@ -17,6 +17,7 @@ from util.errors import UserError
 
 HEADS = ["upernet", "linear"]  # values of --head
 SETTINGS = "head head_width head_norm feature_blocks rel_pos aux_weight".split()  # flags that checkpoints store
+TASK, HEAD_TENSORS = "segmentation", "decode_head."  # a word for messages; what names of tensors of the head begin with
 
 
 def upsample(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
+from types import ModuleType
 
 import torch
 
@@ -12,6 +13,8 @@ from evaluation.encoder import set_norm_eps, settle_model
 from models_grid import RELATIVE, GridViT
 from util import arguments
 from util.data.dense.annotated import Annotated
+from util.data.image_format import image_shape
+from util.data.sample_rng import seeded
 from util.errors import UserError
 from util.lr_sched import SCHEDULES
 from util.weights.file import read_file
@@ -120,13 +123,23 @@ def read_splits(
     return images, held_out
 
 
-def load_start(model: GridViT, args, weights: Weights | None, task: str, head: str) -> None:
-    """Load `weights` (None: random ones) into the encoder of `model`, with `--eval` into all of it, and freeze blocks.
-    The names of tensors of the head for `task`, a word for messages, start with `head`. Raises UserError for a file
-    that does not fit."""
+def build_model(models: ModuleType, args, weights: Weights | None, **options) -> GridViT:
+    """Build the model of the module `models` (models_segment or models_detect) for the flags, with further `options`.
+    `weights` (None: random ones) are loaded into its encoder, with `--eval` into all of it."""
+    names = (*models.SETTINGS, "patch_size", "in_chans")
+    sizes = {"img_size": image_shape(args.input_size), **{name: getattr(args, name) for name in names}}
+    with seeded(args.seed):
+        model = models.build_model(args.model, args.nb_classes, drop_path_rate=args.drop_path, **sizes, **options)
+    load_start(model, args, weights, models)
+    return model
+
+
+def load_start(model: GridViT, args, weights: Weights | None, models: ModuleType) -> None:
+    """Load `weights` (None: random ones) into the encoder of `model`, one of `models`, with `--eval` into all of it,
+    and freeze blocks. Raises UserError for a file that does not fit."""
     set_norm_eps(model, getattr(args, "layer_norm_eps", None))
     if weights is not None and args.eval:
-        load_whole(model, weights, "model" if args.resume else args.checkpoint_key, task, head)
+        load_whole(model, weights, "model" if args.resume else args.checkpoint_key, models)
     elif weights is not None:
         print(load_into(model, with_relative(weights, model), ignore_head=True).shown(args.verbose))
     if args.trainable_blocks is not None:
@@ -150,12 +163,12 @@ def with_relative(weights: Weights, model: GridViT) -> Weights:
     return replace(weights, state={**weights.state, **tables}, notes=weights.notes + note)
 
 
-def load_whole(model: GridViT, weights: Weights, key: str, task: str, head: str) -> None:
-    """Load all tensors of a file, which are under `key`. Raises UserError for a file without a tensor that starts with
-    `head`, and for one of another model, head or input size."""
+def load_whole(model: GridViT, weights: Weights, key: str, models: ModuleType) -> None:
+    """Load all tensors of a file, which are under `key`. Raises UserError for a file without a head of `models`, and
+    for one of another model, head or input size."""
     state = read_file(Path(weights.path)).get(key, {})
-    if not any(name.startswith(head) for name in state):
-        raise UserError(f"{weights.path} has no {task} head: give the checkpoint of a finished run")
+    if not any(name.startswith(models.HEAD_TENSORS) for name in state):
+        raise UserError(f"{weights.path} has no {models.TASK} head: give the checkpoint of a finished run")
     load_state(model, state, weights.path)
 
 

@@ -52,7 +52,7 @@ class TrainedDetector(Trained):
     """A detector of boxes or, with `masks`, of boxes and masks."""
 
     def __init__(self, args, weights: Weights, state: Mapping[str, torch.Tensor]):
-        super().__init__(args, weights, state, models_detect.build_model, models_detect.SETTINGS)
+        super().__init__(args, weights, state, models_detect)
         self.masks = self.stored.get("detector", models_detect.DETECTORS[0]) == "mask"
         self.resize = DetectionEvaluation(self.size, *self.options.mean_std)
 

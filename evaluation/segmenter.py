@@ -36,7 +36,7 @@ class TrainedSegmenter(Trained):
     """A segmenter, with the windows and flips of its run. `stride` None: images are segmented as a whole."""
 
     def __init__(self, args, weights: Weights, state: Mapping[str, torch.Tensor]):
-        super().__init__(args, weights, state, models_segment.build_model, models_segment.SETTINGS)
+        super().__init__(args, weights, state, models_segment)
         shorter, slides = min(self.size), self.stored.get("eval_mode", "slide") == "slide"
         short = self.stored.get("short_side") or shorter
         self.stride = (self.stored.get("stride") or max(1, 2 * shorter // 3)) if slides else None

@@ -13,6 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
+import models_detect
+import models_segment
 from evaluation import command_line
 from evaluation.dense_pictures import SURE, TILE, Shown, detection_sheet, segmentation_sheet
 from evaluation.dense_trained import Trained
@@ -36,7 +38,10 @@ DATASETS = sorted({*SEGMENTATION, *DETECTION})
 IMAGES = "voc_year val_split class_names ignore_label zero_is_ignored color_table".split()
 IMAGES += [f"scene_{name}" for name in ("digits", "count", "size", "seed")]
 # By what the names of the tensors of a head begin with.
-TASKS: dict[str, type[Trained]] = {"decode_head.": TrainedSegmenter, "roi_heads.": TrainedDetector}
+TASKS: dict[str, type[Trained]] = {
+    models_segment.HEAD_TENSORS: TrainedSegmenter,
+    models_detect.HEAD_TENSORS: TrainedDetector,
+}
 NEEDED = "of main_segment.py or main_detect.py"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from util.data.sources import Images, Subset
+from util.errors import UserError
 
 
 @dataclass
@@ -127,6 +128,25 @@ class DetectedPart(_Part, Detected):
 
     def record(self, index):
         return self.images.record(self.indices[index])
+
+
+def check_categories(
+    names: list[str] | None,
+    needed: list[str] | None,
+    source: str,
+    nouns: tuple[str, str] = ("class", "classes"),
+    same_names: bool = True,
+) -> None:
+    """Raise UserError if the `names` that `source` gives the categories are not those `needed`; without `same_names`
+    their number suffices. None: not known, or any. `nouns` are words for one category and for several."""
+    if names is None or needed is None or names == needed:
+        return
+    one, several = nouns
+    if len(names) != len(needed):
+        raise UserError(f"{source} has {len(names)} {several}, but those of the training set are {len(needed)}")
+    if same_names:
+        here, there = next((a, b) for a, b in zip(names, needed) if a != b)
+        raise UserError(f"{source} has the {one} {here!r} where the training set has {there!r}")
 
 
 def no_objects(image_id: int, size: tuple[int, int] | None = None) -> Objects:
