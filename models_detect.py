@@ -95,7 +95,7 @@ class _Anchors(AnchorGenerator):
     def forward(self, images, maps):
         device = maps[0].device
         self.set_cell_anchors(torch.float32, device)
-        strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
+        strides = [[stride, stride] for stride in self.strides]
         anchors = torch.cat(self.grid_anchors([x.shape[-2:] for x in maps], strides))
         return [anchors] * len(images.image_sizes)
 

@@ -17,9 +17,12 @@ from util.data.image_format import image_shape
 from util.data.sample_rng import seeded
 from util.errors import UserError
 from util.lr_sched import SCHEDULES
+from util.parser import rare
 from util.weights.file import read_file
 from util.weights.geometry import source_grid
 from util.weights.load import Weights, load_into, read_weights
+
+_TYPES = {"pretrained": "a pretrained encoder", "finetuned": "a fine-tuned classifier"}  # by value of --expects
 
 
 def add_training_arguments(
@@ -43,7 +46,7 @@ def _add_schedule_arguments(group, schedule: str, warmup: int) -> None:
         choices=SCHEDULES,
         default=schedule,
         help="after the warm-up: half a cosine, or a line, to --min_lr; step: a tenth of the rate after each of "
-        "--lr_steps",
+        "--lr_steps; constant: no change",
     )
     group.add_argument(
         "--lr_steps",
@@ -66,6 +69,13 @@ def _add_decay_arguments(group, layer_decay: float) -> None:
     )
     group.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth: drop rate of the last block")
     group.add_argument("--trainable_blocks", type=int, help="train the last N blocks and the head; 0: the head alone")
+    rare(
+        group.add_argument(
+            "--expects",
+            choices=["pretrained", "finetuned"],
+            help="print a note if --finetune is not a checkpoint of this type: numbers of papers depend on it",
+        )
+    )
 
 
 def check_flags(args) -> None:
@@ -107,7 +117,22 @@ def read_starting_weights(args, resume: Path | None, settings: Collection[str]) 
     weights = settle_model(args, read_weights(path, key, RELATIVE) if path else "")
     if args.eval:
         vars(args).update({name: weights.args[name] for name in settings if name in weights.args})
+    elif not resume:
+        note_start(args.expects, weights)
     return weights if args.eval or not resume else None
+
+
+def note_start(expected: str | None, weights: Weights | None) -> None:
+    """Print a note if `weights` (None: random ones) are not of the type of `--expects`. Fine-tuned ones have a
+    classifier."""
+    if expected is None:
+        return
+    fine_tuned = weights is not None and any(name.startswith(("head.", "fc_norm.")) for name in weights.state)
+    if weights is None:
+        print(f"note: the encoder is random: the protocol starts from {_TYPES[expected]}, given as --finetune")
+    elif weights.dense_model or fine_tuned != (expected == "finetuned"):
+        is_one = weights.dense_model or _TYPES["finetuned" if fine_tuned else "pretrained"]
+        print(f"note: {weights.path} is {is_one}: the protocol starts from {_TYPES[expected]}")
 
 
 def read_splits(
