@@ -30,7 +30,7 @@ REGIONS = {
     "rpn_post_nms_top_n_train": 64,
 }  # fmt: skip
 ENCODER = dict(name="vit_micro_patch4", img_size=(64, 64), patch_size=8, embed_dim=64, drop_path_rate=0.1)
-DETECTOR = dict(**ENCODER, classes=3, width=32, window=3, rcnn=REGIONS)
+DETECTOR = dict(**ENCODER, classes=3, head_width=32, window=3, rcnn=REGIONS)
 BUILDS = {
     "upernet": partial(models_segment.build_model, **ENCODER, classes=4, rel_pos=True, head_norm="batch"),
     "simple": partial(models_detect.build_model, **DETECTOR),

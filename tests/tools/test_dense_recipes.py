@@ -10,8 +10,9 @@ from helpers.launch import ROOT, log_rows
 
 import main_detect
 import main_segment
+import models_detect
 import models_vit
-from evaluation.dense import note_start
+from evaluation.dense import build_model, note_start
 from util.lr_sched import learning_rate
 from util.training.run_length import run_length, settle_schedule
 from util.weights.load import read_weights
@@ -148,7 +149,7 @@ def test_detectors(started, name, millions):
     args = started(f"detect/{name}")[-1]
     args.nb_classes, args.in_chans = 20 if name == "voc07" else 80, 3
     with torch.device("meta"):
-        model = main_detect.build(args, None)
+        model = build_model(models_detect, args, None)
     rpn, heads = model.rpn, model.roi_heads
     assert rpn._pre_nms_top_n == {"training": 2000, "testing": 1000}
     assert rpn._post_nms_top_n == {"training": 1000, "testing": 1000}
@@ -200,5 +201,8 @@ def test_the_start_of_a_protocol(tmp_path, capsys):
             assert (f"note: {tmp_path / name} is a" in text) == (name != expected)
         note_start(expected, None)
         assert "note: the encoder is random" in capsys.readouterr().out
+    files["pretrained"].dropped = ["roi_heads.box_head.0.0.weight"]
+    note_start("pretrained", files["pretrained"])
+    assert "is a detector of main_detect.py: the protocol starts from a pretrained" in capsys.readouterr().out
     note_start(None, files["pretrained"])
     assert capsys.readouterr().out == ""
