@@ -179,9 +179,10 @@ def train(args, run: Run, val_loader, task) -> dict[str, float]:
             print_scores(scores, stats, len(val_loader.dataset))
             row = {f"eval/{name}": value for name, value in stats.items()}
             row |= save_best(run, stats, args.best_metric or scores.headline)
+        if run.ended:
+            write_last(run, task, scores, stats)  # before the last checkpoint, after which nothing is evaluated again
         run.finish_epoch(row)  # logs the epoch; writes a checkpoint every --save_freq epochs
     if not run.stopped:
-        write_last(run, task, scores, stats)
         run.board.hparams(hparams_of(run.record), columns())
     run.append_to_ledger()  # its line in results.jsonl, unless a signal stopped it
     run.close()

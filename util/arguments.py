@@ -379,6 +379,8 @@ def check_numbers(args) -> None:
         raise UserError(f"--spike_factor {args.spike_factor} must be above 1, for example 2")
     if args.input_size is not None and len(args.input_size) > 2:
         raise UserError("--input_size takes one number, or height and width")
+    if args.input_size is not None and min(args.input_size) < 1:
+        raise UserError(f"--input_size {' '.join(map(str, args.input_size))} must be positive")
     check_columns(args)
 
 
@@ -396,7 +398,7 @@ _TRAINING_FLAGS = "epochs max_steps accum_iter weight_decay lr blr min_lr warmup
 _TRAINING_FLAGS += "trainable_blocks layer_decay aug_preset aa smoothing reprob drop_path mixup cutmix hflip aug "
 _TRAINING_FLAGS += "color_jitter remode recount resplit cutmix_minmax mixup_prob mixup_switch_prob mixup_mode "
 _TRAINING_FLAGS += "label_noise balanced_sampler class_weights save_freq save_steps keep save_patience start_epoch "
-_TRAINING_FLAGS += "lr_schedule lr_steps warmup_steps scale flip distort head_dropout lsj "
+_TRAINING_FLAGS += "lr_schedule lr_steps warmup_steps expects scale flip distort head_dropout lsj "
 _TRAINING_FLAGS += "print_freq spike_factor eval_freq best_metric overwrite cache_features probe_blrs probe_holdout"
 
 

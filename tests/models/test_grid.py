@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from helpers.tolerances import close
 from torch import nn
 
+import models_grid
+from models_detect import build_model as build_detector
 from models_grid import (
     BiasAttention,
     GridAttention,
@@ -17,6 +19,7 @@ from models_grid import (
     sync_batch_norm,
     to_windows,
 )
+from models_segment import build_model as build_segmenter
 from util.errors import UserError
 
 
@@ -144,6 +147,23 @@ def test_blocks_are_one_graph(options):
 
 def test_quarters():
     assert [quarters(depth) for depth in (12, 24, 4)] == [[2, 5, 8, 11], [5, 11, 17, 23], [0, 1, 2, 3]]
+
+
+def test_batch_norm_of_several_processes(monkeypatch, capsys):
+    """It is synchronised on GPUs, in all parts of a head; on CPUs torch has no such norm, and a note says what
+    happens."""
+    monkeypatch.setattr(models_grid, "get_world_size", lambda: 2)
+    models = [
+        build_segmenter("vit_micro_patch4", 5, img_size=16),
+        build_detector("vit_micro_patch4", 5, img_size=32, patch_size=8, head_norm="batch", pyramid="fpn", width=8),
+    ]
+    for model in models:
+        norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        assert sync_batch_norm(model, torch.device("cpu")) is model
+        assert "on CPUs batch norm uses the images of each process alone" in capsys.readouterr().out
+        synchronised = sync_batch_norm(model, torch.device("cuda"))
+        kinds = [type(module) for module in synchronised.modules()]
+        assert kinds.count(nn.SyncBatchNorm) == norms > 4 and nn.BatchNorm2d not in kinds
 
 
 def test_one_process_keeps_its_batch_norm():

@@ -185,8 +185,8 @@ def _processor() -> str:
 
 
 def describe_images(images, data_path: str = "") -> dict:
-    """Return the number of images and a hash of their labels and, if available, their names below `data_path` (files)
-    or pixels (arrays). Runs with equal hashes had the same images. A stream has neither."""
+    """Return the number of images and a hash of their labels or annotations and, if available, their names below
+    `data_path` (files) or pixels (arrays). Runs with equal hashes had the same images. A stream has neither."""
     if not hasattr(images, "load"):
         return {"images": None, "sha256": None}
     digest = hashlib.sha256()
@@ -195,6 +195,8 @@ def describe_images(images, data_path: str = "") -> dict:
         digest.update(f"{name(index) if name else ''}\t{target}\n".encode(errors="surrogateescape"))
     if hasattr(images, "arrays"):
         digest.update(images.arrays.tobytes())
+    for part in images.described() if hasattr(images, "described") else ():
+        digest.update(part.encode(errors="surrogateescape"))
     return {"images": len(images), "sha256": digest.hexdigest()}
 
 

@@ -4,6 +4,7 @@ They are `Images` whose labels are -1 (`classes` is None), so that pretraining r
 what is annotated are their `categories`.
 """
 
+import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ class Annotated(Images):
     @abstractmethod
     def annotation(self, index: int, size: tuple[int, int]) -> Any:
         """Return the annotation of an image of `size` (W, H)."""
+
+    def described(self) -> Iterator[str]:
+        """Yield texts that differ for sets with other annotations, as far as they are known before images are read."""
+        yield json.dumps(self.categories)
 
     @abstractmethod
     def blank(self, index: int, size: tuple[int, int]) -> Any:
@@ -104,6 +109,9 @@ class _Part(Subset):
     def __init__(self, images: Annotated, indices):
         super().__init__(images, indices)
         self.categories = images.categories
+
+    def described(self):
+        return self.images.described()
 
     def annotation(self, index, size):
         return self.images.annotation(self.indices[index], size)

@@ -28,6 +28,10 @@ class DetectedFiles(Files, Detected):
         self._records, self.source = Records(split.records), split.source
         self.has_masks, self.draws = has_masks, has_masks and draws
 
+    def described(self):
+        yield from super().described()
+        yield from self._records.texts()
+
     def record(self, index):
         return self._records[index]
 

@@ -32,6 +32,10 @@ class SegmentedFiles(Files, Segmented):
         self.masks, self.labelling = PathList(masks), labelling
         self.categories, self.ignore_label = labelling.categories, labelling.ignore_label
 
+    def described(self):
+        yield from super().described()
+        yield repr((self.ignore_label, self.labelling.zero_is_ignored, self.labelling.stored))
+
     def annotation(self, index, size):
         path = self.masks[index]
         img = read_mask(path)
@@ -142,6 +146,7 @@ def read_segmentation(args, train: bool, categories: list[str] | None = None) ->
     colors = _names_of_flags(args, found, ignore)
     _check_same(found.names, found.certain, categories, found.source.removeprefix(" of ") or args.dataset)
     if categories is not None:
+        found.source = found.source if found.names else " of the training set"
         found.names = categories
     given = getattr(args, "zero_is_ignored", None)
     labelling = on_main_process(lambda: settle_labelling(found, given, paths, masks, colors, ignore))

@@ -65,7 +65,9 @@ class Distort(v2.RandomPhotometricDistort):
 def check_channels(in_chans: int) -> None:
     """Raise UserError for channels whose photometric distortion is not defined."""
     if in_chans not in (1, 3):
-        raise UserError(f"--in_chans {in_chans}: photometric distortion needs 1 (grey) or 3 (RGB) channels")
+        raise UserError(
+            f"--in_chans {in_chans}: photometric distortion needs 1 (grey) or 3 (RGB) channels: give --no_distort"
+        )
 
 
 class _Paired:
