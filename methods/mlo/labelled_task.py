@@ -4,6 +4,7 @@
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -114,12 +115,11 @@ class StandardizedLinear(nn.Linear):
         return super().forward((features - self.mean) * variance.rsqrt())
 
 
-class LabelledTask:
+class LabelledTask(ABC):
     """What the tasks share: batches of both stages, and a linear head.
 
     A subclass sets `classes`, `held_out` (the indices of the images of stage III among the labelled ones), and the
-    images of the stages: `pretrain_images`, `train_images` and `val_images`. It has the functions `loader`, `features`,
-    `loss` and `logged`.
+    images of the stages: `pretrain_images`, `train_images` and `val_images`. M is the number of features of a batch.
     """
 
     standardized = False  # whether the head standardises its features
@@ -155,12 +155,26 @@ class LabelledTask:
             loaders.append(Endless(self.loader(images, transform, batch_size, workers, seed)))
         return loaders[0], loaders[1]
 
+    @abstractmethod
     def loader(self, images, transform: transforms.Compose, batch_size: int, num_workers: int, seed: int) -> Loader:
         """Return the training loader of labelled images; `transform` is that of images alone."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def features(self, encoder, imgs: torch.Tensor) -> torch.Tensor:
+        """Return the features (M, D) of whole images, every patch visible, in float32 or wider."""
+
+    @staticmethod
+    @abstractmethod
+    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss of logits (M, classes). It is convex in them, and the mean of its values on equal parts of a
+        batch is its value on the batch."""
+
+    @abstractmethod
+    def logged(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the metrics of a batch of stage III."""
 
     def head(self, width: int) -> nn.Module:
-        """Return a new head, from features (N, width) to logits (N, classes)."""
+        """Return a new head, from features (M, width) to logits (M, classes)."""
         head = (StandardizedLinear if self.standardized else nn.Linear)(width, self.classes)
         nn.init.trunc_normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
@@ -189,12 +203,11 @@ class Classification(LabelledTask):
     def loader(self, images, transform, batch_size, num_workers, seed):
         return build_loader(images, transform, self.args, batch_size, train=True, num_workers=num_workers, seed=seed)
 
-    def features(self, encoder, imgs: torch.Tensor) -> torch.Tensor:
-        """Return the features (N, D) of whole images, every patch visible, in float32 or wider."""
+    def features(self, encoder, imgs):
         return encoder_features(encoder, imgs, self.pool)
 
     @staticmethod
-    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss(logits, targets):
         return F.cross_entropy(logits, targets)
 
     @staticmethod
@@ -202,6 +215,5 @@ class Classification(LabelledTask):
         """Return the top-1 accuracy in percent, a scalar on the device."""
         return 100.0 * (logits.argmax(dim=-1) == targets).float().mean()
 
-    def logged(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the metrics of a batch of stage III."""
+    def logged(self, loss, logits, targets):
         return {"stage3_loss": loss.detach(), "stage3_top1": self.score(logits.detach(), targets)}
