@@ -85,7 +85,7 @@ def segmenter(folder):
 
 
 def detector(folder):
-    model = scrambled(models_detect.build_model(MODEL, 5, img_size=16, rel_pos=False, width=8))
+    model = scrambled(models_detect.build_model(MODEL, 5, img_size=16, rel_pos=False, head_width=8))
     return model, saved(folder / "detector.pth", model, pyramid="simple"), ""
 
 

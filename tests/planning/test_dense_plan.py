@@ -215,7 +215,7 @@ def run(flags: str):
             "vit_micro_patch4 --task segment --patch_size 16 --input_size 64 --head linear --gpus 1 "
             "--max_steps 1234567",
             main_segment,
-            dict(head="linear", rel_pos=False, max_steps=1234567, trainable_blocks=0),
+            dict(head="linear", rel_pos=None, max_steps=1234567, trainable_blocks=0),
         ),
         (
             "vit_micro_patch4 --patch_size 16 --task detect --input_size 64 --gpus 16 --epochs 2.5 --pyramid fpn "
