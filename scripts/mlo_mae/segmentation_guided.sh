@@ -3,7 +3,7 @@
 # pretrained on ADE20K's images, then fine-tuned on it with UPerNet.
 #
 #   bash scripts/mlo_mae/segmentation_guided.sh OUT --data ADE20K      (ADEChallengeData2016, or the folder that has it)
-#   bash scripts/mlo_mae/segmentation_guided.sh OUT --cpu_small        made-up scenes: about two minutes on one core
+#   bash scripts/mlo_mae/segmentation_guided.sh OUT --cpu_small        rehearsal on made-up scenes, about two minutes
 #
 # Published mIoU: MAE 28.8, MLO-MAE 29.1. Of this experiment the paper states the data set only, in all stages. What it
 # states elsewhere: ViT-B, batches of 256, mask ratio 0.75, unrolling 1, an 80/20 split (Table 12 and B.3, ImageNet);
@@ -17,20 +17,21 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_sweep.sh"
+. "$root/scripts/segment/_upernet.sh"
 
 [ -z "$gpu_hour" ] || { echo "error: $0 has no --gpu_hour: set its length by EPOCHS" >&2; exit 2; }
 data_flags=(--dataset ade20k --data_path "$data" --num_workers 12)
 pretrain=(--model mae_vit_base_patch16 --norm_pix_loss --mask_ratio 0.75 --batch_size "$(per_process 256)"
     --epochs "${EPOCHS:-800}" --warmup_epochs 40 --blr 1.5e-4)
 mlo=(--mlo_mae --mlo_task segmentation --mlo_labels same --mlo_unroll 1)
-segment=(--model vit_base_patch16 --input_size 512 --rel_pos --batch_size "$(per_process 8)" --max_steps 160000
-    --lr 1e-4 --layer_decay 0.65 --drop_path 0.1)
+segment=("${recipe[@]}" --batch_size "$(per_process 8)")
 if [ -n "$cpu_small" ]; then
     data_flags=(--dataset scenes --scene_digits 0 1 7 --scene_count 320 32 --num_workers 0)
     pretrain+=(--model mae_vit_micro_patch4 --input_size 32 --batch_size 32 --epochs "${EPOCHS:-6}" --warmup_epochs 1
         --lr 1e-3)
     mlo+=(--mlo_hidden 64 --mlo_mask_lr 0.1)
-    segment=(--model vit_micro_patch4 --input_size 32 --head_width 32 --batch_size 8 --max_steps 40 --lr 3e-3)
+    segment+=(--model vit_micro_patch4 --input_size 32 --short_side 32 --head_width 32 --stride 21 --max_steps 40
+        --warmup_steps 4 --lr 3e-3)
 fi
 
 evaluate() { # NAME CHECKPOINT SEED KEY
