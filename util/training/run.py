@@ -32,6 +32,7 @@ from util.parallel.cores import default_workers
 from util.parallel.distributed import (
     all_reduce_sum,
     check_same_flags,
+    from_main_process,
     gather_objects,
     get_rank,
     get_world_size,
@@ -150,8 +151,8 @@ class Run:
         if resume is not None and args.output_dir:
             trim_log(self.reporter.log.path, "epoch", self.epoch)
             trim_log(self.reporter.spike_log.path, "step", self.resumed_step)
-            abandon_later(args.output_dir, resume)
-            self.checkpoints.forget_lost_best()
+            if from_main_process(lambda: abandon_later(args.output_dir, resume)):
+                self.checkpoints.best = None  # its weights are lost: the best of those that follow are kept
         purge_step = 0 if args.overwrite else None  # of an overwritten run, in a --log_dir of its own
         if resume is not None:
             purge_step = int(self.fractional_epoch() * 1000) + 1
