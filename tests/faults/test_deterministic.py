@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from helpers.inject import CLASSIFIER, FLAGS, after_step, finetune, pretrain
+from helpers.inject import CLASSIFIER, FLAGS, after_step, dense, finetune, pretrain
 from helpers.launch import checkpoint, log_rows, same_tensors, scalars
 
 import main_linprobe
@@ -62,6 +62,15 @@ def test_fine_tuning_and_probing(image_folder, tmp_path):
         main_linprobe.main(main_linprobe.get_args_parser().parse_args(probe.split()))
     assert_same_bits(tmp_path / "one", tmp_path / "other", "checkpoint-1.pth")
     assert_same_bits(tmp_path / "probe-one", tmp_path / "probe-other", "checkpoint-1.pth")
+
+
+@pytest.mark.parametrize("name", ["segment", "detect"])
+def test_dense_runs(name, tmp_path):
+    """With drop path and dropout, and the proposals that a detector draws."""
+    for run in ("one", "other"):
+        torch.manual_seed(sum(map(ord, run)))
+        dense(name, f"--drop_path 0.3 --epochs 1 --save_steps 0 --deterministic --output_dir {tmp_path}/{run}")
+    assert_same_bits(tmp_path / "one", tmp_path / "other", "checkpoint-0.pth")
 
 
 def test_switches_of_the_flag(image_folder, tmp_path, monkeypatch):

@@ -115,10 +115,12 @@ def test_resuming(stop, tmp_path):
 
 
 def test_two_processes(tmp_path):
-    """Their scores are those of one process that evaluates the checkpoint: no image is missing or counted twice."""
-    flags = f"{SCENES} {BASE} --batch_size 2 --epochs 1 --output_dir {tmp_path}"
+    """Their scores are those of one process that evaluates the checkpoint: no image is missing or counted twice, and
+    both have the running statistics of the first one."""
+    flags = f"{SCENES} {BASE} --batch_size 2 --epochs 1 --head_norm batch --pyramid fpn --output_dir {tmp_path}"
     text = ranks("main_detect", flags, 2)
     assert "2 processes" in text and "on 5 images" in text
+    assert text.count("note: on CPUs batch norm uses the images of each process alone") == 1
     row = log_rows(tmp_path)[-1]
     flags = f"{SCENES} --eval --resume {tmp_path}/checkpoint-0.pth --score_thresh 0 --output_dir ''"
     stats = detect(f"{flags} --num_workers 0 --device cpu --amp_dtype fp32")

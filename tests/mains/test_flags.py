@@ -9,9 +9,12 @@ import pytest
 import torch
 from helpers.launch import SMALL, checkpoint
 
+import engine_dense
+import main_detect
 import main_finetune
 import main_linprobe
 import main_pretrain
+import main_segment
 from util.arguments import flags_of_evaluation
 from util.parser import Flags
 from util.weights.file import read_file
@@ -26,6 +29,16 @@ RUNS = {
     "cached probe": (main_linprobe, f"{ENCODER} --cache_features", "probe.pth"),
     "evaluation": (main_finetune, f"{ENCODER} --eval --finetune {{finetuned}}/checkpoint-0.pth", None),
 }
+SCENES = f"--dataset scenes --scene_digits 0 1 --scene_size 32 --scene_count 16 2 --head_width 8 {ENCODER}"
+RUNS |= {
+    "segment": (main_segment, SCENES, "checkpoint-0.pth"),
+    "detect": (main_detect, f"{SCENES} --window 2", "checkpoint-0.pth"),
+    "evaluation of a segmenter": (
+        main_segment,
+        SCENES.replace("--head_width 8 ", "--eval --finetune {segment}/checkpoint-0.pth "),
+        None,
+    ),
+}
 # Flags that are not given in RUNS, and what they are in the end: 96 images, of which MLO-MAE holds 24 out.
 SETTLED = {
     "pretrain": {"decoder_fraction": 1 / 3, "lr": 1e-3 * 8 / 256},
@@ -34,6 +47,9 @@ SETTLED = {
     "linprobe": {"nb_classes": 4, "patch_size": 4, "aug": "rrc", "lr": 0.1 * 8 / 256},
     "cached probe": {"nb_classes": 4, "lr": 8 / 256},
     "evaluation": {"nb_classes": 4, "lr": None},
+    "segment": {"head": "upernet", "rel_pos": False, "nb_classes": 3, "stride": 10, "eval_mode": "slide", "lr": 1e-4},
+    "detect": {"detector": "mask", "pyramid": "simple", "rel_pos": True, "window": 2, "anchors": None, "nb_classes": 2},
+    "evaluation of a segmenter": {"head": "upernet", "head_width": 8, "aux_weight": 0.4, "short_side": 16},
 }
 
 
@@ -50,19 +66,28 @@ def finetuned(image_folder, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def segmented(image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("segmented")
+    start(main_segment, SCENES, folder, image_folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_settled_then_frozen(name, image_folder, finetuned, tmp_path, monkeypatch):
+def test_settled_then_frozen(name, image_folder, finetuned, segmented, tmp_path, monkeypatch):
     """What is recorded of a run is frozen before the run is made, and equal in every file."""
     main, flags, file = RUNS[name]
-    frozen, original = [], main.Run.__init__
+    owner = main if hasattr(main, "Run") else engine_dense
+    frozen, original = [], owner.Run.__init__
 
     def init(self, args, *rest, **named):
         frozen.append(args.frozen)
         original(self, args, *rest, **named)
 
-    monkeypatch.setattr(main.Run, "__init__", init)
-    args = start(main, flags.format(finetuned=finetuned), tmp_path, image_folder)
-    assert args.frozen and all(frozen) and len(frozen) == (name not in ("cached probe", "evaluation"))
+    monkeypatch.setattr(owner.Run, "__init__", init)
+    args = start(main, flags.format(finetuned=finetuned, segment=segmented), tmp_path, image_folder)
+    trains = name != "cached probe" and "evaluation" not in name
+    assert args.frozen and all(frozen) and len(frozen) == trains
     for flag in ("lr", "epochs", "input_size", "no_such_flag"):
         with pytest.raises(AttributeError, match=f"--{flag} cannot change"):
             setattr(args, flag, 1)
@@ -70,7 +95,7 @@ def test_settled_then_frozen(name, image_folder, finetuned, tmp_path, monkeypatc
     assert (args.rank, args.world_size, args.distributed, args.log_dir) == (0, 1, False, str(tmp_path))
     assert args.input_size == 16 and args.mean is args.std is None
     used, (line,) = json.loads(json.dumps(vars(args))), (tmp_path / "results.jsonl").read_text().splitlines()
-    recorded = vars(flags_of_evaluation(args)) if name == "evaluation" else used
+    recorded = vars(flags_of_evaluation(args)) if "evaluation" in name else used
     assert json.loads(line)["flags"] == recorded
     if file is not None:
         assert checkpoint(tmp_path, file)["args"] == used
