@@ -14,10 +14,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from util.data.file_lists import OTHER_ENDINGS, is_below, read_lines
+from util.data.file_lists import is_below, read_lines
 from util.data.images import printable
+from util.data.list_names import Names, has_ending
 from util.errors import MissingSplit, UserError
 
 SAMPLE = 21  # rows from which the layout is inferred: a header and twenty images
@@ -26,10 +25,8 @@ IMAGE_NAMES = set("image images img imgs path paths file files filename filename
 IMAGE_NAMES |= set(
     "imagename imagepath imagepaths imagefile imageid imageindex imgname imgpath imgid id idcode".split()
 )
-LABEL_NAMES = set(
-    "label labels class classes classname target targets category categories tag tags dx diagnosis".split()
-)
-LABEL_NAMES |= set("findinglabels species breed".split())
+LABEL_NAMES = set("label labels class classes classname target targets category categories tag tags dx".split())
+LABEL_NAMES |= set("diagnosis diagnostic findinglabels species breed".split())
 _NOT_BELOW = re.compile(r"(^|/)\.{0,2}(/|$)")  # an empty component, `.` or `..`: the path must be resolved
 _QUOTES = "\"'"
 
@@ -84,44 +81,6 @@ def _sample(split: Layout, lines: list[str]) -> list[list[str]]:
     return rows
 
 
-# Names ----------------------------------------------------------------------------------------------------------------
-
-
-class Names:
-    """Turns a cell into the name of a file below `root`: `exact`; with `slashes` for the backslashes of Windows; or
-    also with an `ending` of images appended to an identifier such as ISIC_0024306."""
-
-    REPAIRS = ("exact", "slashes", "ending")
-    ENDINGS = (*IMG_EXTENSIONS, *(ending.upper() for ending in IMG_EXTENSIONS))
-
-    def __init__(self, root: Path, repair: str):
-        self.root, self.repair = root, repair
-        self.endings = list(self.ENDINGS)  # the last one that was right comes first
-
-    def exists(self, cell: str) -> bool:
-        return bool(cell) and os.path.isfile(self.root / self.name(cell))
-
-    def name(self, cell: str) -> str:
-        """Return the repaired name. A cell with an ending, and one for which no file exists, stay unchanged."""
-        if self.repair == "exact":
-            return cell
-        if "\\" in cell and not os.path.isfile(self.root / cell):
-            cell = cell.replace("\\", "/")
-        if self.repair == "slashes" or _has_ending(cell):
-            return cell
-        for ending in self.endings:
-            if os.path.isfile(self.root / f"{cell}{ending}"):
-                if ending != self.endings[0]:
-                    self.endings.remove(ending)
-                    self.endings.insert(0, ending)
-                return cell + ending
-        return cell
-
-
-def _has_ending(cell: str) -> bool:
-    return cell.lower().endswith((*IMG_EXTENSIONS, *OTHER_ENDINGS))
-
-
 # The table ------------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +118,7 @@ def _candidates(repair: str, first: list[str], wanted: str) -> list[int]:
     if wanted:
         index = _column(wanted, first)
         return [] if index is None else [index]
-    if repair == "ending":  # twenty-odd endings are tried for each cell, so not in all columns
+    if repair in ("ending", "subfolder"):  # other cells, such as numbers, may be names by accident
         return [i for i, name in enumerate(first) if i == 0 or _plain(name) in IMAGE_NAMES]
     return list(range(len(first)))
 
@@ -169,6 +128,8 @@ def _infer(path: str, lines: list[str], root: Path, wanted: str) -> Table:
     samples = {layout: _sample(split, lines) for layout, split in LAYOUTS.items()}
     best: tuple[int, Table | None] = 0, None
     for repair in Names.REPAIRS:
+        if repair == "subfolder" and best[0]:
+            break  # the names are relative to the root, and searching a large folder takes minutes
         hits, table = _infer_with(path, samples, Names(root, repair), wanted)
         if hits > best[0]:
             best = hits, table
@@ -229,7 +190,7 @@ def _header(rows: list[list[str]], image: int, names: Names) -> list[str]:
     """Return the first row if it is a header: its image cell names no file and looks like no file name."""
     cell = rows[0][image].strip()
     like_a_name = _plain(cell) in IMAGE_NAMES or (any(map(str.isalpha, cell)) and not re.search(r"[\d/\\]", cell))
-    if len(rows) > 1 and like_a_name and not _has_ending(cell) and not names.exists(rows[0][image]):
+    if len(rows) > 1 and like_a_name and not has_ending(cell) and not names.exists(rows[0][image]):
         return [name.strip() for name in rows[0]]
     return []
 
@@ -379,7 +340,7 @@ def _paths(path: str, table: Table, cells: list[str], outside: bool) -> list[str
 def _description(table: Table, listed: ImageList) -> str:
     header = f"the header {_some(table.header, 30)}" if table.header else "no header"
     labels = f"labels from {_some(listed.columns, 30)}" if listed.columns else "no labels"
-    repairs = {"exact": "", "slashes": "; backslashes are read as /"}
+    repairs = {"exact": "", "slashes": "; backslashes are read as /", "subfolder": "; names are those in subfolders"}
     repair = repairs.get(table.names.repair, f"; endings such as {table.names.endings[0]} are appended to the names")
     return printable(
         f"{listed.source}: {len(listed.paths)} images, cells separated by {table.layout}, {header}; images from "
