@@ -13,10 +13,10 @@ from engine_dense import Detection, fine_tune
 from engine_finetune import evaluate_once
 from evaluation.dense import (
     add_training_arguments,
+    build_model,
     check_flags,
     check_positive,
     check_range,
-    load_start,
     read_splits,
     read_starting_weights,
 )
@@ -24,22 +24,18 @@ from evaluation.summaries import detection_summary
 from models_grid import HEAD_NORMS, sync_batch_norm
 from util import arguments
 from util.checkpoint.resume import find_resume
-from util.data.dense.detection import read_detection
+from util.data.dense.detection import DETECTION, read_detection
 from util.data.dense.flags import add_dense_data_arguments
 from util.data.dense.paired import build_paired_loader
 from util.data.dense.transforms import DetectionEvaluation, DetectionTraining
 from util.data.image_format import image_shape, mean_std
 from util.data.presets import MIRRORED
-from util.data.sample_rng import seeded
 from util.errors import UserError, user_errors
-from util.parser import Flags, Parser
+from util.parser import Flags, Parser, settled_later
 from util.report.ledger import Record
 from util.training.run import start
 from util.training.run_length import settle_schedule
-from util.weights.load import Weights
 
-# Flags of the model, which checkpoints store for --eval.
-SETTINGS = "detector pyramid head_width head_norm window global_blocks rel_pos anchors".split()
 WARMUP = 250  # steps, ViTDet's
 
 
@@ -51,7 +47,9 @@ def get_args_parser() -> Parser:
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     add_detector_arguments(parser.add_argument_group("detector"))
     arguments.add_transfer_arguments(parser)
-    add_dense_data_arguments(arguments.add_data_arguments(parser), "detection")
+    group = arguments.add_data_arguments(parser, DETECTION)
+    arguments.add_leak_argument(group)
+    add_dense_data_arguments(group, "detection")
     add_image_arguments(parser.add_argument_group("crops and evaluation"))
     add_training_arguments(
         parser, "coco", batch_size=4, epochs=100, wd=0.1, schedule="step", warmup=WARMUP, layer_decay=0.7
@@ -60,39 +58,35 @@ def get_args_parser() -> Parser:
 
 
 def add_detector_arguments(group) -> None:
-    group.add_argument(
+    def setting(*args, **options):  # --eval takes the checkpoint's
+        action = group.add_argument(*args, **options)
+        settled_later(action, models_detect.SETTINGS[action.dest])
+
+    setting(
         "--detector",
         "--task",
         type=lambda word: word.removesuffix("_rcnn"),
         choices=models_detect.DETECTORS,
-        default="mask",
         help="mask: Mask R-CNN, boxes and masks; faster: Faster R-CNN, boxes alone; also mask_rcnn and faster_rcnn",
     )
-    group.add_argument(
+    setting(
         "--pyramid",
         choices=models_detect.PYRAMIDS,
-        default="simple",
         help="simple: ViTDet's, of the last block's map; fpn: four blocks' maps and a feature pyramid network",
     )
-    group.add_argument(
-        "--window", type=int, default=14, metavar="PATCHES", help="side of the windows of attention; 0: none"
-    )
-    group.add_argument(
+    setting("--window", type=int, metavar="PATCHES", help="side of the windows of attention; 0: none")
+    setting(
         "--global_blocks", type=int, nargs="+", metavar="BLOCK",
         help="blocks without windows, from 0; without it the last one of each quarter",
     )  # fmt: skip
-    group.add_argument("--rel_pos", action="store_true", help="relative positions in attention, zero at the start")
-    group.add_argument("--no_rel_pos", action="store_false", dest="rel_pos", help="absolute positions alone")
-    group.set_defaults(rel_pos=True)
-    group.add_argument(
+    setting("--rel_pos", action="store_true", help="relative positions in attention, zero at the start")
+    setting("--no_rel_pos", action="store_false", dest="rel_pos", help="absolute positions alone")
+    setting(
         "--anchors", type=int, nargs=5, metavar="PIXELS",
         help="sides of the anchors, the smallest first, one for each level; without it 2 patches, doubled four times",
     )  # fmt: skip
-    group.add_argument(
-        "--head_norm", choices=sorted(HEAD_NORMS), default="layer",
-        help="norm in the heads; batch is synchronised over GPUs",
-    )  # fmt: skip
-    group.add_argument("--head_width", type=int, default=256, help="channels of the pyramid and the heads")
+    setting("--head_norm", choices=sorted(HEAD_NORMS), help="norm in the heads; batch is synchronised over GPUs")
+    setting("--head_width", type=int, help="channels of the pyramid and the heads")
 
 
 def add_image_arguments(group) -> None:
@@ -115,7 +109,7 @@ def check(args) -> None:
     check_flags(args)
     check_range("--lsj", *args.lsj)
     check_positive(args, "head_width")
-    if args.window < 0:
+    if (args.window or 0) < 0:
         raise UserError(f"--window {args.window} must not be negative; 0: attention among all patches")
     if args.anchors and min(args.anchors) < 1:
         raise UserError(f"--anchors {' '.join(map(str, args.anchors))} must be positive")
@@ -133,23 +127,6 @@ def settle_flags(args, starts: bool) -> None:
         args.input_size = [args.scene_size if args.dataset == "scenes" else 1024]
 
 
-def build(args, weights: Weights | None) -> models_detect.Detector:
-    """Build the detector. `weights` (None: random ones) are loaded into its encoder, with `--eval` into all of it."""
-    names = [name for name in (*SETTINGS, "patch_size", "in_chans") if name != "head_width"]
-    with seeded(args.seed):
-        model = models_detect.build_model(
-            args.model,
-            args.nb_classes,
-            img_size=image_shape(args.input_size),
-            drop_path_rate=args.drop_path,
-            width=args.head_width,
-            rcnn={"box_score_thresh": args.score_thresh},
-            **{name: getattr(args, name) for name in names},
-        )
-    load_start(model, args, weights, "detection", "roi_heads.")
-    return model
-
-
 def main(args) -> dict[str, float]:
     """Train or evaluate once. Return the scores of the last evaluation. Raises UserError for mistakes in flags and
     files."""
@@ -158,9 +135,11 @@ def main(args) -> dict[str, float]:
     device = start(args)
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
     settle_flags(args, starts=not args.eval and resume is None)
-    weights = read_starting_weights(args, resume, SETTINGS)
+    weights = read_starting_weights(args, resume, models_detect)
     masks = args.detector == "mask"
-    images, held_out = read_splits(args, weights, lambda train, known: read_detection(args, train, masks, known))
+    images, held_out = read_splits(
+        args, weights, resume, lambda train, known: read_detection(args, train, masks, known)
+    )
     size, stats = image_shape(args.input_size), mean_std(args.dataset, args.in_chans, args.mean, args.std)
     if not args.eval:
         transform = DetectionTraining(size, *stats, tuple(args.lsj), flip=MIRRORED.get(args.dataset, 0.5))
@@ -168,7 +147,8 @@ def main(args) -> dict[str, float]:
         settle_schedule(args, len(loader), WARMUP)
     args.freeze()
 
-    model = sync_batch_norm(build(args, weights), device).to(device)
+    model = build_model(models_detect, args, weights, rcnn={"box_score_thresh": args.score_thresh})
+    model = sync_batch_norm(model, device).to(device)
     resize = DetectionEvaluation(size, *stats)
     val_loader = build_paired_loader(held_out, resize, args, 1, train=False)
     task = Detection(held_out, resize, masks, args.voc_metric)

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from timm.data import Mixup
 from timm.layers import trunc_normal_
 
 import models_vit
@@ -33,6 +32,7 @@ from util.parser import Flags, Parser, rare
 from util.report.ledger import Record
 from util.training.best_metric import settle_best_metric
 from util.training.losses import build_criterion
+from util.training.mixup import Mixup
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
 from util.weights.load import Weights, read_weights
@@ -149,7 +149,7 @@ def check(args) -> None:
 
 
 def build_mixup(args) -> Mixup | None:
-    """Return timm's mixup and cutmix of a batch, None if both are off."""
+    """Return mixup and cutmix of a batch, None if both are off."""
     if not mixes(args):
         return None
     return Mixup(
@@ -239,9 +239,6 @@ def build(args, weights: Weights | None) -> models_vit.VisionTransformer:
 def freeze_encoder(model: models_vit.VisionTransformer, trainable_blocks: int) -> None:
     """Freeze the encoder except for its last `trainable_blocks` blocks and, unless there are none, its norm. Raises
     UserError for more blocks than the encoder has."""
-    depth = len(model.blocks)
-    if not 0 <= trainable_blocks <= depth:
-        raise UserError(f"--trainable_blocks {trainable_blocks} must be between 0 and the encoder's {depth} blocks")
     model.train_last_blocks(trainable_blocks)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"--trainable_blocks {trainable_blocks}: {count / 1e6:.2f} M parameters are trained")

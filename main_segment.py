@@ -16,10 +16,10 @@ from engine_dense import Segmentation, fine_tune
 from engine_finetune import evaluate_once
 from evaluation.dense import (
     add_training_arguments,
+    build_model,
     check_flags,
     check_positive,
     check_range,
-    load_start,
     read_splits,
     read_starting_weights,
 )
@@ -29,17 +29,15 @@ from util import arguments
 from util.checkpoint.resume import find_resume
 from util.data.dense.flags import add_dense_data_arguments
 from util.data.dense.paired import build_paired_loader
-from util.data.dense.segmentation import read_segmentation
+from util.data.dense.segmentation import SEGMENTATION, read_segmentation
 from util.data.dense.transforms import SegmentationEvaluation, SegmentationTraining
 from util.data.image_format import image_shape, mean_std
 from util.data.presets import MIRRORED
-from util.data.sample_rng import seeded
 from util.errors import UserError, user_errors
-from util.parser import Flags, Parser, rare
+from util.parser import Flags, Parser, rare, settled_later
 from util.report.ledger import Record
 from util.training.run import start
 from util.training.run_length import settle_schedule
-from util.weights.load import Weights
 
 
 def get_args_parser() -> Parser:
@@ -50,7 +48,9 @@ def get_args_parser() -> Parser:
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     add_head_arguments(parser.add_argument_group("head"))
     arguments.add_transfer_arguments(parser)
-    add_dense_data_arguments(arguments.add_data_arguments(parser), "segmentation")
+    group = arguments.add_data_arguments(parser, SEGMENTATION)
+    arguments.add_leak_argument(group)
+    add_dense_data_arguments(group, "segmentation")
     add_image_arguments(parser.add_argument_group("crops and evaluation"))
     add_training_arguments(
         parser, "ade20k", batch_size=16, epochs=50, wd=0.05, schedule="linear", warmup=1500, layer_decay=0.65
@@ -59,25 +59,25 @@ def get_args_parser() -> Parser:
 
 
 def add_head_arguments(group) -> None:
-    group.add_argument(
+    def setting(*args, **options):  # --eval takes the checkpoint's
+        action = group.add_argument(*args, **options)
+        settled_later(action, models_segment.SETTINGS[action.dest])
+
+    setting(
         "--head",
         choices=models_segment.HEADS,
-        default="upernet",
         help="upernet: pyramid pooling and a feature pyramid on four blocks; linear: one layer on the patch tokens",
     )
-    group.add_argument("--head_width", type=int, help="channels of upernet; without it the encoder's width")
-    group.add_argument(
+    setting("--head_width", type=int, help="channels of upernet; without it the encoder's width")
+    setting(
         "--head_norm",
         choices=["batch", "layer"],
-        default="batch",
         help="norm in the head; batch needs two images per process, and is synchronised over GPUs",
     )
-    group.add_argument(
-        "--feature_blocks", type=int, nargs="+", metavar="BLOCK", help="blocks that the head reads, from 0"
-    )
-    group.add_argument("--rel_pos", action="store_true", help="relative position bias in attention, zero at the start")
+    setting("--feature_blocks", type=int, nargs="+", metavar="BLOCK", help="blocks that the head reads, from 0")
+    setting("--rel_pos", action="store_true", help="relative position bias in attention, zero at the start")
     rare(group.add_argument("--head_dropout", type=float, default=0.1, help="share of channels that upernet drops"))
-    group.add_argument("--aux_weight", type=float, default=0.4, help="weight of the auxiliary head's loss; 0: none")
+    setting("--aux_weight", type=float, help="weight of the auxiliary head's loss; 0: none")
 
 
 def add_image_arguments(group) -> None:
@@ -114,7 +114,7 @@ def check(args) -> None:
     check_positive(args, "short_side", "stride", "head_width")
     if not 0 <= args.head_dropout < 1:
         raise UserError(f"--head_dropout {args.head_dropout} must lie in [0, 1)")
-    if args.aux_weight < 0:
+    if (args.aux_weight or 0) < 0:
         raise UserError(f"--aux_weight {args.aux_weight} must not be negative; 0 leaves the auxiliary head out")
     if args.eval_mode == "whole" and args.stride is not None:
         raise UserError("--stride has no effect with --eval_mode whole")
@@ -135,23 +135,6 @@ def settle_evaluation(args, stored: Mapping) -> None:
             raise UserError(f"--stride {args.stride} is larger than the window of {min(size)} pixels: it leaves gaps")
 
 
-def build(args, weights: Weights | None, ignore_label: int) -> models_segment.Segmenter:
-    """Build the segmenter. `weights` (None: random ones) are loaded into its encoder, with `--eval` into all of it."""
-    names = (*models_segment.SETTINGS, "patch_size", "in_chans")
-    with seeded(args.seed):
-        model = models_segment.build_model(
-            args.model,
-            args.nb_classes,
-            img_size=image_shape(args.input_size),
-            drop_path_rate=args.drop_path,
-            ignore_label=ignore_label,
-            dropout=args.head_dropout,
-            **{name: getattr(args, name) for name in names},
-        )
-    load_start(model, args, weights, "segmentation", "decode_head.")
-    return model
-
-
 def main(args) -> dict[str, float]:
     """Train or evaluate once. Return the scores of the last evaluation. Raises UserError for mistakes in flags and
     files."""
@@ -159,10 +142,10 @@ def main(args) -> dict[str, float]:
     check(args)
     device = start(args)
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
-    weights = read_starting_weights(args, resume, models_segment.SETTINGS)
+    weights = read_starting_weights(args, resume, models_segment)
     if args.eval and args.zero_is_ignored is None:  # the meaning of the masks is that of the training
         args.zero_is_ignored = weights.args.get("zero_is_ignored")
-    images, held_out = read_splits(args, weights, partial(read_segmentation, args))
+    images, held_out = read_splits(args, weights, resume, partial(read_segmentation, args))
     settle_evaluation(args, weights.args if args.eval else {})
     size, stats = image_shape(args.input_size), mean_std(args.dataset, args.in_chans, args.mean, args.std)
     if not args.eval:
@@ -174,7 +157,8 @@ def main(args) -> dict[str, float]:
         settle_schedule(args, len(loader))
     args.freeze()
 
-    model = sync_batch_norm(build(args, weights, args.ignore_label), device).to(device)
+    model = build_model(models_segment, args, weights, ignore_label=args.ignore_label, dropout=args.head_dropout)
+    model = sync_batch_norm(model, device).to(device)
     resize = SegmentationEvaluation(size, *stats, args.short_side if args.eval_mode == "slide" else None)
     val_loader = build_paired_loader(held_out, resize, args, 1, train=False)
     task = Segmentation(held_out.categories, resize, args.stride, args.eval_flip, args.ignore_label)

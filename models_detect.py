@@ -9,7 +9,7 @@ images, M objects or detections of one image, K classes with the background, D e
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from math import gcd
+from math import ceil, floor, gcd
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
@@ -30,6 +29,10 @@ from models_grid import GridViT, build_grid, choose_norm, quarters
 from util.compute.precision import widened
 from util.errors import UserError
 
+# Flags that checkpoints store, and their defaults.
+SETTINGS = dict(detector="mask", pyramid="simple", head_width=256, head_norm="layer", window=14)
+SETTINGS |= dict(global_blocks=None, rel_pos=True, anchors=None)
+TASK, HEAD_TENSORS = "detection", "roi_heads."  # a word for messages; what names of tensors of the head begin with
 DETECTORS = ["mask", "faster"]  # values of --detector
 PYRAMIDS = ["simple", "fpn"]  # values of --pyramid
 SCORE_THRESH = 0.05  # score below which a detection is left out, as in COCO's and ViTDet's evaluations
@@ -92,7 +95,7 @@ class _Anchors(AnchorGenerator):
     def forward(self, images, maps):
         device = maps[0].device
         self.set_cell_anchors(torch.float32, device)
-        strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
+        strides = [[stride, stride] for stride in self.strides]
         anchors = torch.cat(self.grid_anchors([x.shape[-2:] for x in maps], strides))
         return [anchors] * len(images.image_sizes)
 
@@ -184,8 +187,8 @@ class Detector(GridViT):
         classes: int,
         detector: str = "mask",
         pyramid: str = "simple",
+        head_width: int = 256,
         head_norm: str = "layer",
-        width: int = 256,
         window: int = 14,
         global_blocks: Sequence[int] | None = None,
         rel_pos: bool = True,
@@ -207,9 +210,9 @@ class Detector(GridViT):
         anchors = anchors or [2 * patch * 2**level for level in range(5)]
         if len(anchors) != 5:
             raise UserError(f"--anchors {' '.join(map(str, anchors))}: the pyramid needs 5 sizes, one for each level")
-        simple = pyramid == "simple"
-        self.pyramid = SimplePyramid(self.embed_dim, width) if simple else ClassicPyramid(self.embed_dim, width, norm)
-        parts = _rcnn(self, detector, classes, width, anchors, norm, rcnn or {})
+        simple, dim = pyramid == "simple", self.embed_dim
+        self.pyramid = SimplePyramid(dim, head_width) if simple else ClassicPyramid(dim, head_width, norm)
+        parts = _rcnn(self, detector, classes, head_width, anchors, norm, rcnn or {})
         self.rpn, self.roi_heads = parts.rpn, parts.roi_heads
 
     def head_modules(self) -> list[nn.Module]:
@@ -248,12 +251,27 @@ def at_original_size(detections: dict, size: tuple[int, int], original: tuple[in
     28, 28), inside their boxes, become (M, H, W) bool."""
     boxes = resize_boxes(detections["boxes"], size, original)
     resized = {**detections, "boxes": boxes}
-    if "masks" in detections:  # one by one: the float masks of a large image need gigabytes
-        masks = [
-            paste_masks_in_image(m[None], b[None], original)[0, 0] > 0.5 for m, b in zip(detections["masks"], boxes)
-        ]
+    if "masks" in detections:
+        masks = [paste_mask(mask[0], box, original) for mask, box in zip(detections["masks"], boxes.tolist())]
         resized["masks"] = torch.stack(masks) if masks else boxes.new_zeros(0, *original, dtype=torch.bool)
     return resized
+
+
+def paste_mask(mask: torch.Tensor, box: Sequence[float], size: tuple[int, int]) -> torch.Tensor:
+    """Return the pixels (H, W) bool of an image of `size` whose centres are where a mask (h, w) in [0, 1], stretched
+    over `box` and interpolated bilinearly, is above a half. torchvision rounds boxes to whole pixels instead, which
+    makes small masks larger by up to a pixel at each side."""
+    pasted = torch.zeros(size, dtype=torch.bool, device=mask.device)
+    areas, positions = [], []
+    for low, high, side in ((box[1], box[3], size[0]), (box[0], box[2], size[1])):
+        first, last = max(0, floor(low)), min(side, ceil(high))
+        centres = torch.arange(first, last, device=mask.device) + 0.5
+        areas.append(slice(first, last))
+        positions.append(2 * (centres - low) / max(high - low, 1e-6) - 1)  # -1 and 1 are the borders of the box
+    if all(len(each) for each in positions):
+        grid = torch.stack(torch.meshgrid(*positions, indexing="ij")[::-1], dim=-1)
+        pasted[*areas] = F.grid_sample(mask[None, None].float(), grid[None], align_corners=False)[0, 0] > 0.5
+    return pasted
 
 
 def _check_grid(grid: Sequence[int], patch: int) -> None:

@@ -15,8 +15,10 @@ from models_grid import GridViT, build_grid, choose_norm, quarters
 from util.compute.precision import widened
 from util.errors import UserError
 
+TASK, HEAD_TENSORS = "segmentation", "decode_head."  # a word for messages; what names of tensors of the head begin with
 HEADS = ["upernet", "linear"]  # values of --head
-SETTINGS = "head head_width head_norm feature_blocks rel_pos aux_weight".split()  # flags that checkpoints store
+# Flags that checkpoints store, and their defaults.
+SETTINGS = dict(head="upernet", head_width=None, head_norm="batch", feature_blocks=None, rel_pos=False, aux_weight=0.4)
 
 
 def upsample(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from util.architectures import ENCODERS, check_geometry, look_up
 from util.compute.kernels import GradCheckpointMixin
+from util.errors import UserError
 
 
 class AttentivePool(nn.Module):
@@ -93,8 +94,10 @@ class VisionTransformer(GradCheckpointMixin, nn.Module):
         """Freeze all weights except those of the last `count` blocks, the final norm and the head; with `count` 0, all
         except those of the head (partial fine-tuning: He et al. 2022, Section 4.3 and Figure 9).
 
-        Frozen blocks stay in eval mode, without drop path.
+        Frozen blocks stay in eval mode, without drop path. Raises UserError for more blocks than there are.
         """
+        if not 0 <= count <= len(self.blocks):
+            raise UserError(f"--trainable_blocks {count} must be between 0 and the encoder's {len(self.blocks)} blocks")
         trained = self.head_modules()
         if count:
             trained += [*self.blocks[-count:], self.fc_norm if self.global_pool else self.norm]

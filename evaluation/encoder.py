@@ -18,6 +18,7 @@ from util.weights.model_config import (
     infer_config_from_shapes,
     resolve_config,
 )
+from util.weights.names import DENSE_USES
 from util.weights.report import some
 
 
@@ -45,6 +46,10 @@ def load_encoder(
     config = resolve_config(weights, given, inferred=ENCODER)
     state, classes = _fold_head(weights) if head else (weights.state, 0)
     if not {"fc_norm.weight", "norm.weight"} & state.keys():
+        if weights.dense_model:
+            raise UserError(
+                f"{weights.path} is {weights.dense_model}, whose encoder has no norm after its last block: {DENSE_USES}"
+            )
         raise UserError(
             f"{weights.path} has neither norm nor fc_norm, so its features are not defined: a whole ViT is needed"
         )

@@ -1,7 +1,7 @@
 """Evaluation of checkpoints by the tools: opening them, reading their images and features, publishing the results."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,18 @@ from util.data.sample_rng import seeded
 from util.errors import UserError
 from util.parallel.distributed import choose_device
 from util.parser import Parser
-from util.report.ledger import Record
+from util.report.ledger import Record, hardware
 from util.weights.load import Weights, read_weights
 from util.weights.model_config import DEFAULT_ENCODER, ModelConfig, resolve_config
+from util.weights.names import DENSE_USES
 
 
-def evaluation_parser(description: str, several: bool = False, features: bool = True) -> Parser:
+def evaluation_parser(
+    description: str, several: bool = False, features: bool = True, datasets: Sequence[str] = ()
+) -> Parser:
     """Return a parser with the data flags of the mains and the flags of an evaluation: of `features`, or of a
-    classifier; of one checkpoint, or of `several`."""
-    parser = command_line.data_parser(description)
+    classifier; of one checkpoint, or of `several`; on the `datasets`, () for all."""
+    parser = command_line.data_parser(description, datasets=datasets)
     command_line.add_checkpoint_flags(parser, several)
     if features:
         command_line.add_feature_flags(parser, default="avg")
@@ -86,7 +89,9 @@ class Judged:
 
     def record(self, command: str, **images) -> Record:
         """Return the record of an evaluation of this checkpoint on `images`, by split."""
-        return Record(command, argparse.Namespace(**self.flags), self.weights, **images)
+        record = Record(command, argparse.Namespace(**self.flags), self.weights, **images)
+        record.hardware = hardware(self.device, self.dtype)
+        return record
 
     def publish(
         self,
@@ -108,7 +113,6 @@ class Judged:
             record,
             {f"eval/{metric}": value for metric, value in metrics.items()},
             images_seen,
-            (self.device, self.dtype),
             Destination(json, folder / f"tensorboard-{name or command}", folder),
             pictures={f"{command}/{title}": picture for title, picture in pictures.items()},
             **content,
@@ -209,6 +213,8 @@ def open_classifier(args, numbers: bool = False) -> Judged:
     stored = judged.weights.args if judged.weights is not None else {}
     if stored.get("targets") == "regression" and not numbers:
         raise UserError(f"{checkpoint} was trained with --targets regression: it predicts numbers, not classes")
+    if not count and judged.weights is not None and judged.weights.dense_model:
+        raise UserError(f"{checkpoint} is {judged.weights.dense_model}, which classifies no images: {DENSE_USES}")
     if not count:
         raise UserError(f"{checkpoint} has no classifier: fine-tune it first (main_finetune.py, main_linprobe.py)")
     if args.nb_classes not in (None, count):

@@ -68,9 +68,16 @@ def rare(action: argparse.Action) -> argparse.Action:
     return action
 
 
+def settled_later(action: argparse.Action, default) -> argparse.Action:
+    """Mark the flag of `add_argument` as one that is None where it is not given, until the main settles it, by
+    `default` unless a checkpoint has another value."""
+    action.settled, action.default = default, None
+    return action
+
+
 def default_of(action: argparse.Action):
-    """Return the value of a flag that is not given. A method's option, which is then absent from the parsed flags, has
-    it in `settled`; other flags have argparse's default."""
+    """Return the value of a flag that is not given. A method's option, which is then absent from the parsed flags, and
+    a flag that is `settled_later` have it in `settled`; other flags have argparse's default."""
     return getattr(action, "settled", action.default)
 
 

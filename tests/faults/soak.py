@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import torch  # noqa: E402
 from helpers.found import KINDS  # noqa: E402
-from helpers.kills import EVENTS, METHODS, Broken, Killed  # noqa: E402
+from helpers.kills import RUNS, Broken, Killed, events_of  # noqa: E402
 from helpers.strange import GOOD  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -56,12 +56,12 @@ class Soak:
     # Kills ------------------------------------------------------------------------------------------------------------
 
     def kills(self) -> None:
-        name = self.chance.choice(list(METHODS))
+        name = self.chance.choice(list(RUNS))
         processes = self.chance.choice((1, 1, 2))
-        run = Killed(self.folder / "run", METHODS[name], processes)
+        run, events = Killed(self.folder / "run", name, processes), events_of(name)
         for _ in range(self.chance.randint(1, 5)):
-            where = self.chance.choice(list(EVENTS))
-            number = self.chance.randint(1, max(1, EVENTS[where] // 2))
+            where = self.chance.choice(list(events))
+            number = self.chance.randint(1, max(1, events[where] // 2))
             rank = self.chance.randrange(processes) if where in ("step", "accumulation", "worker") else 0
             code, output = run.start(where, number, rank)
             if code == 0:  # the run ended before the kill
@@ -80,7 +80,7 @@ class Soak:
 
     def reference(self, name: str, processes: int) -> Killed:
         if (name, processes) not in self.references:
-            run = Killed(self.folder / f"{name}-{processes}", METHODS[name], processes)
+            run = Killed(self.folder / f"{name}-{processes}", name, processes)
             code, output = run.start()
             if code != 0:
                 raise Broken(f"the undisturbed {name} on {processes}: {output.splitlines()[-1]}")

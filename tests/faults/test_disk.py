@@ -1,12 +1,13 @@
 """A disk that is full, read-only or unmounted, and bytes that change on it."""
 
+import json
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers.inject import CLASSIFIER, FLAGS, FULL, FullDisk, after_step, finetune, pretrain
+from helpers.inject import CLASSIFIER, FLAGS, FULL, FullDisk, after_step, dense, finetune, pretrain
 from helpers.launch import ROOT, checkpoint, log_rows, ranks, same_tensors, scalars
 
 from util.checkpoint import retry
@@ -139,6 +140,36 @@ def test_full_for_a_while(undisturbed, image_folder, tmp_path, monkeypatch, caps
     assert "the last checkpoint is checkpoint-0-3.pth" in output and "can be written" in output
     assert full.refused > 5  # log lines, events, checkpoints
     assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("name", ["segment", "detect"])
+def test_full_in_a_dense_evaluation(name, tmp_path, monkeypatch, capsys):
+    """The disk is full from step 5 to step 8, so also while the best weights and the log of the first epoch are due,
+    and again in the last step, until the end: all files are those of an undisturbed run."""
+    dense(name, f"--output_dir {tmp_path / 'undisturbed'}")
+    full = FullDisk(monkeypatch)
+    with monkeypatch.context() as patch:
+        for step in (5, 8, 11):
+            after_step(patch, step, lambda run: setattr(full, "full", run.step != 8))
+        patch.setattr("util.checkpoint.retry.time.sleep", lambda _: setattr(full, "full", False))
+        dense(name, f"--output_dir {tmp_path / 'run'}")
+    assert full.refused > 5 and "checkpoint-best.pth cannot be written" in capsys.readouterr().out
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
+    best, expected = (checkpoint(tmp_path / each, "checkpoint-best.pth")["model"] for each in ("run", "undisturbed"))
+    assert same_tensors(best, expected)
+    scores = [json.loads((tmp_path / each / "scores.json").read_text()) for each in ("run", "undisturbed")]
+    assert scores[0]["result"] == scores[1]["result"] and scores[0]["details"] == scores[1]["details"]
+    assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["segment", "detect"])
+def test_dense_runs_refuse_a_folder_that_cannot_be_written(name, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("util.checkpoint.output_dir.write_atomically", refuse)
+    with pytest.raises(UserError, match=r"--output_dir .* cannot be written: Read-only file system"):
+        dense(name, f"--output_dir {tmp_path}")
 
 
 def test_a_failed_save_is_retried_before_the_next_is_due(image_folder, tmp_path, monkeypatch):

@@ -18,19 +18,26 @@ from util.parallel.watchdog import describe, slow_reader
 FLAGS = f"{SMALL} --batch_size 8 --epochs 1 --warmup_epochs 0 --num_workers 0 --vis_freq 0 --device cpu --save_freq 9"
 
 
+DENSE = "--dataset scenes --scene_size 32 --scene_count 16 2 --input_size 32 --model vit_micro_patch4 --head_width 16"
+DENSE += " --head_norm layer --batch_size 2 --epochs 1 --num_workers 0 --device cpu"
+
+
 @pytest.mark.parametrize(
-    "case, rank, message",
+    "main, case, rank, message",
     [
-        ("images", 0, "rank 0 has been waiting for images for "),
-        ("step", 1, "rank 1 has been in step 2 for "),
-        ("process", 1, "rank 1 has not answered for "),
+        ("main_pretrain", "images", 0, "rank 0 has been waiting for images for "),
+        ("main_pretrain", "step", 1, "rank 1 has been in step 2 for "),
+        ("main_pretrain", "process", 1, "rank 1 has not answered for "),
         # Rank 0 holds the store, so then the store does not answer.
-        ("process", 0, "rank 0, which hosts the store of the process group, does not answer"),
+        ("main_pretrain", "process", 0, "rank 0, which hosts the store of the process group, does not answer"),
+        ("main_segment", "step", 1, "rank 1 has been in step 2 for "),
+        ("main_detect", "images", 1, "rank 1 has been waiting for images for "),
     ],
 )
-def test_the_hanging_rank_is_named(case, rank, message, image_folder, tmp_path):
+def test_the_hanging_rank_is_named(main, case, rank, message, image_folder, tmp_path):
     """The ranks wait for each other in every step, so the other rank is at most one step ahead."""
-    flags = f"{case} {rank} {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 6"
+    data = f"{FLAGS} --data_path {image_folder}" if main == "main_pretrain" else DENSE
+    flags = f"{main} {case} {rank} {data} --output_dir {tmp_path} --timeout_s 6"
     run = Forked("helpers.stuck_script", flags, 2)
     began = time.monotonic()
     run.ranks[1 - rank].join(90)
@@ -48,7 +55,7 @@ def complaints(output: str) -> list[str]:
 
 
 def test_a_slow_rank_is_named_and_not_aborted(image_folder, tmp_path):
-    flags = f"moment 1 {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 60"
+    flags = f"main_pretrain moment 1 {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 60"
     output = ranks("helpers.stuck_script", flags, 2)
     assert re.search(r"note: rank 1 waited \d+ of ", output) and not complaints(output), output
 
@@ -56,7 +63,7 @@ def test_a_slow_rank_is_named_and_not_aborted(image_folder, tmp_path):
 @pytest.mark.parametrize("case", ["start", "end"])
 def test_no_healthy_run_is_aborted(case, image_folder, tmp_path):
     """Waits of twice the timeout: for the first images on all ranks, and on rank 0 after the other rank has ended."""
-    flags = f"{case} 0 {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 3"
+    flags = f"main_pretrain {case} 0 {FLAGS} --data_path {image_folder} --output_dir {tmp_path} --timeout_s 3"
     assert not complaints(ranks("helpers.stuck_script", flags, 2))
     assert (tmp_path / "encoder.safetensors").is_file() and (tmp_path / "results.jsonl").is_file()
 

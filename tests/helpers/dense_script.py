@@ -1,6 +1,6 @@
-"""A main for `launch.ranks` on dense tasks: a detector in DDP with a static graph (`detect`), a segmenter whose two
-ranks train as one process does (`segment`), scores of both tasks gathered (`scores`). Output lines start with
-"rank R:"."""
+"""A main for `launch.ranks` on dense tasks: a detector in DDP with a static graph (`detect`), a segmenter and a
+detector whose two ranks train as one process does (`segment`, `objects`), scores of both tasks gathered (`scores`).
+Output lines start with "rank R:"."""
 
 import json
 import sys
@@ -36,7 +36,9 @@ def detect():
     """Print the sum of the weights after three steps; rank 1 never sees an object, rank 0 in the first step only."""
     start()
     torch.manual_seed(0)
-    sizes = dict(img_size=64, patch_size=8, embed_dim=32, depth=2, num_heads=2, window=3, global_blocks=[1], width=16)
+    sizes = dict(
+        img_size=64, patch_size=8, embed_dim=32, depth=2, num_heads=2, window=3, global_blocks=[1], head_width=16
+    )
     model = models_detect.build_model("vit_micro_patch4", 3, **sizes)
     ddp = DistributedDataParallel(model, static_graph=True, gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
@@ -49,6 +51,36 @@ def detect():
         sum(ddp(torch.randn(1, 3, 64, 64), [target]).values()).backward()
         optimizer.step()
     say(sum(p.double().sum() for p in model.parameters()).item())
+    distributed.shut_down()
+
+
+def objects_problem():
+    """A small detector that samples all proposals, so that no random number matters, and four images. The last two,
+    which are those of rank 1, have no objects; the first ones have different numbers of them."""
+    torch.manual_seed(0)
+    sizes = dict(
+        img_size=64, patch_size=8, embed_dim=32, depth=2, num_heads=2, window=3, global_blocks=[1], head_width=16
+    )
+    every = dict(rpn_batch_size_per_image=10**6, box_batch_size_per_image=10**6)
+    model = models_detect.build_model("vit_micro_patch4", 3, rcnn=every, **sizes)
+    boxes = torch.tensor([[8.0, 8, 24, 32], [20, 4, 40, 20], [30, 30, 60, 64]])
+    targets = []
+    for count in (1, 3, 0, 0):
+        masks = torch.zeros(count, 64, 64, dtype=torch.uint8)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist()):
+            mask[top:bottom, left:right] = 1
+        targets.append({"boxes": boxes[:count], "labels": 1 + torch.arange(count), "masks": masks})
+    return model, torch.randn(4, 3, 64, 64), targets
+
+
+def objects():
+    """Print the norms of the gradients of two ranks with two images each."""
+    start()
+    model, imgs, targets = objects_problem()
+    mine = slice(2 * distributed.get_rank(), 2 * distributed.get_rank() + 2)
+    ddp = DistributedDataParallel(model, static_graph=True)
+    sum(ddp(imgs[mine], targets[mine]).values()).backward()
+    say(json.dumps([p.grad.norm().item() for p in model.parameters() if p.requires_grad]))
     distributed.shut_down()
 
 
@@ -143,4 +175,4 @@ def get_args_parser():
 
 
 def main(words):
-    {"detect": detect, "segment": segment, "scores": scores}[words[0]]()
+    {"detect": detect, "objects": objects, "segment": segment, "scores": scores}[words[0]]()

@@ -5,8 +5,10 @@ import signal
 
 import torch
 
+import main_detect
 import main_finetune
 import main_pretrain
+import main_segment
 import util.training.run
 from helpers.launch import SMALL
 from util.training.run import Run
@@ -16,6 +18,11 @@ FLAGS = f"{SMALL} --aug none --num_workers 0 --batch_size 16 --vis_freq 0 --warm
 FLAGS += "--save_steps 1 --save_freq 1 --print_freq 1"
 CLASSIFIER = "--model vit_micro_patch4 --input_size 16 --num_workers 0 --batch_size 16 --warmup_epochs 0 --epochs 2 "
 CLASSIFIER += "--device cpu --save_patience 0"
+# Six steps per epoch, as above.
+SCENES = "--dataset scenes --scene_size 32 --scene_count 24 2 --input_size 16 --model vit_micro_patch4 --batch_size 4 "
+SCENES += "--head_width 16 --num_workers 0 --epochs 2 --lr 1e-3 --device cpu --amp_dtype fp32 "
+SCENES += "--save_steps 1 --save_freq 1 --print_freq 1"
+DENSE = {"segment": main_segment, "detect": main_detect}
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -25,6 +32,11 @@ def pretrain(flags: str) -> None:
 
 def finetune(flags: str) -> dict:
     return main_finetune.main(main_finetune.get_args_parser().parse_args(flags.split()))
+
+
+def dense(name: str, flags: str) -> dict:
+    """Run a main of dense tasks, "segment" or "detect"."""
+    return DENSE[name].main(DENSE[name].get_args_parser().parse_args(f"{SCENES} {flags}".split()))
 
 
 def after_step(patch, number: int, act) -> None:

@@ -1,15 +1,17 @@
-"""main_pretrain.py that kills itself: `killed.py WHERE N RANK STEPS FLAGS…`. The N-th time that rank RANK reaches
+"""A main that kills itself: `killed.py MAIN WHERE N RANK STEPS FLAGS…`. The N-th time that rank RANK reaches
 
     step          the end of an optimizer step
     accumulation  a micro-batch inside a window
     write         a write of a checkpoint, when half of it is on disk
     rename        a rename of a checkpoint: before it (N even) or after it (N odd)
-    evaluation    a kNN evaluation
+    evaluation    an evaluation: pretraining's by nearest neighbours, or one image of a dense one
     worker        an image, in a data worker
+    results       the end of the last epoch: the results of the run are not written yet
 
 the process sends itself SIGKILL; never when N is 0. Rank 0 appends the number of each step to the file STEPS.
 """
 
+import importlib
 import io
 import os
 import signal
@@ -21,13 +23,19 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 
 import torch  # noqa: E402
 
+import engine_dense  # noqa: E402
 import main_pretrain  # noqa: E402
 import util.checkpoint.atomic  # noqa: E402
 from util.data.samples import KeyedDataset  # noqa: E402
 from util.errors import user_errors  # noqa: E402
 from util.training.run import Run  # noqa: E402
 
-WHERE = ("step", "accumulation", "write", "rename", "evaluation", "worker")
+WHERE = ("step", "accumulation", "write", "rename", "evaluation", "worker", "results")
+EVALUATIONS = {  # the function that each main calls in an evaluation
+    "main_pretrain": (main_pretrain, "knn_accuracy"),
+    "main_segment": (engine_dense.Segmentation, "predict"),
+    "main_detect": (engine_dense.Detection, "truth"),
+}
 
 
 def kill() -> None:
@@ -56,6 +64,18 @@ def before(owner, name: str, act) -> None:
     setattr(owner, name, call)
 
 
+def after(owner, name: str, act) -> None:
+    """Call `act(*args)` at the end of every call of a method of `owner`."""
+    original = getattr(owner, name)
+
+    def call(*args, **kwargs):
+        result = original(*args, **kwargs)
+        act(*args)
+        return result
+
+    setattr(owner, name, call)
+
+
 def half_written(path, write) -> None:
     whole = io.BytesIO()
     write(whole)
@@ -66,7 +86,7 @@ def half_written(path, write) -> None:
     kill()
 
 
-def arrange(where: str, number: int) -> None:
+def arrange(main: str, where: str, number: int) -> None:
     due = Countdown(number)
     if where == "step":
         before(Run, "finish_step", lambda *_: due.now() and kill())
@@ -87,9 +107,11 @@ def arrange(where: str, number: int) -> None:
 
         os.replace = replace
     elif where == "evaluation":
-        before(main_pretrain, "knn_accuracy", lambda *_: due.now() and kill())
+        before(*EVALUATIONS[main], lambda *_: due.now() and kill())
     elif where == "worker":
         before(KeyedDataset, "__getitem__", lambda *_: torch.utils.data.get_worker_info() and due.now() and kill())
+    elif where == "results":
+        after(Run, "finish_epoch", lambda run, _: run.ended and due.now() and kill())
 
 
 def record_steps(path: str) -> None:
@@ -105,14 +127,15 @@ def get_args_parser():
 
 
 def main(words):
-    where, number, rank, steps = words[0], int(words[1]), words[2], words[3]
+    name, where, number, rank, steps = *words[:2], int(words[2]), *words[3:5]
     here = os.environ.get("RANK", "0")
     if number and here == rank:
-        arrange(where, number)
+        arrange(name, where, number)
     if here == "0":
         record_steps(steps)
-    with user_errors("main_pretrain.py"):
-        main_pretrain.main(main_pretrain.get_args_parser().parse_args(words[4:]))
+    module = importlib.import_module(name)
+    with user_errors(f"{name}.py"):
+        module.main(module.get_args_parser().parse_args(words[5:]))
 
 
 if __name__ == "__main__":

@@ -20,21 +20,28 @@ import pytest
 import torch
 from PIL import Image
 
+import main_detect
 import main_finetune
 import main_linprobe
 import main_pretrain
+import main_segment
 from models_mae import MaskedAutoencoderViT
 from util.errors import user_errors
 from util.parallel.signals import SIGNALS
 
-MAINS = {"pretrain": main_pretrain, "finetune": main_finetune, "linprobe": main_linprobe}
+LABELLED = {"finetune": main_finetune, "linprobe": main_linprobe}  # one label for each image
+DENSE = {"segment": main_segment, "detect": main_detect}
+MAINS = {"pretrain": main_pretrain, **LABELLED, **DENSE}
 # Four images of four patches each: an epoch has two steps.
 COMMON = "--data_path {dir}/data/good --input_size 8 --epochs 1 --warmup_epochs 0 --batch_size 2 --num_workers 0"
 COMMON += " --device cpu --amp_dtype fp32"
+SCENES = "--dataset scenes --scene_size 24 --scene_count 4 2 --model vit_micro_patch4 --head_width 8"
 BASE = {
     "pretrain": f"{COMMON} --model mae_vit_micro_patch4 --vis_freq 0".split(),
     "finetune": f"{COMMON} --model vit_micro_patch4".split(),
     "linprobe": f"{COMMON} --model vit_micro_patch4".split(),
+    "segment": f"{COMMON} {SCENES} --head_norm layer".split(),
+    "detect": f"{COMMON} {SCENES} --detector faster --window 0".split(),
 }
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK")
 
@@ -246,11 +253,17 @@ def split_flags(flags: str) -> list[str]:
     return flags.split(" ") if flags.endswith(" ") else flags.split()
 
 
-def cases(shared=(), transfer=(), **tables) -> list[tuple[str, str, str]]:
-    """Return (program, flags, names) of tables {flags: names}. `shared` is for all mains, `transfer` for fine-tuning
-    and linear probing, the other tables for the main of that name."""
-    rows = [(program, *case) for program in MAINS for case in dict(shared).items()]
-    rows += [(program, *case) for program in ("finetune", "linprobe") for case in dict(transfer).items()]
+def cases(shared=(), images=(), transfer=(), dense=(), **tables) -> list[tuple[str, str, str]]:
+    """Return (program, flags, names) of tables {flags: names}. `shared` is for all mains, `images` for those whose
+    images need no masks or boxes, `transfer` for fine-tuning and linear probing, `dense` for segmentation and
+    detection, the other tables for the main of that name."""
+    groups = (
+        (shared, MAINS),
+        (images, [name for name in MAINS if name not in DENSE]),
+        (transfer, LABELLED),
+        (dense, DENSE),
+    )
+    rows = [(program, *case) for table, programs in groups for program in programs for case in dict(table).items()]
     return rows + [(program, *case) for program, table in tables.items() for case in table.items()]
 
 

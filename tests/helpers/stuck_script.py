@@ -1,33 +1,33 @@
-"""A pretraining in which a rank hangs in its third step (`CASE RANK FLAGS…`).
+"""A main in which a rank hangs in its third step (`MAIN CASE RANK FLAGS…`).
 
 images: it waits for images. step: it computes. process: the whole process is stopped. moment: it hangs for two seconds
 only. Two cases are healthy: all ranks wait long for their first images (start), or rank 0 works on after the others
 have ended (end).
 """
 
+import importlib
 import os
 import signal
 import time
 from types import SimpleNamespace
 
-import main_pretrain
-from methods import Pretrainer
 from util.data.loader import Loader
 from util.report.ledger import Record
+from util.training.run import Run
 
 FOREVER = 1000
 
 
 def in_step(number: int, act) -> None:
-    calls, original = [0], Pretrainer.after_update
+    calls, original = [0], Run.optimizer_step
 
-    def after_update(self, *args):
+    def optimizer_step(self):
         calls[0] += 1
         if calls[0] == number:
             act()
-        return original(self, *args)
+        return original(self)
 
-    Pretrainer.after_update = after_update
+    Run.optimizer_step = optimizer_step
 
 
 def in_batch(number: int, act) -> None:
@@ -52,7 +52,7 @@ def at_the_end(act) -> None:
 
 
 def main(words):
-    case, rank = words[0], words[1]
+    main, case, rank = importlib.import_module(words[0]), words[1], words[2]
     if case == "start":
         in_batch(0, lambda: time.sleep(6))
     elif os.environ["RANK"] == rank:
@@ -66,4 +66,4 @@ def main(words):
             in_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         elif case == "end":
             at_the_end(lambda: time.sleep(6))
-    main_pretrain.main(main_pretrain.get_args_parser().parse_args(words[2:]))
+    main.main(main.get_args_parser().parse_args(words[3:]))

@@ -106,7 +106,31 @@ LINPROBE = {
     "--cache_features --resume {dir}/linprobe/checkpoint-0.pth": "--cache_features | --resume",
     "--eval --cache_features --resume {dir}/linprobe/checkpoint-0.pth": "--eval | --cache_features",
 }
-CASES = cases(SHARED, TRANSFER, pretrain=PRETRAIN, finetune=FINETUNE, linprobe=LINPROBE)
+DENSE = {
+    "--eval": "--eval | --resume",
+    **{f"--{name} {value}": f"--{name}" for name in ("drop_path", "layer_decay") for value in (-0.1, 1.1, "nan")},
+    "--layer_decay 0": "--layer_decay",
+    "--warmup_steps -1": "--warmup_steps",
+    "--warmup_steps 1 --warmup_epochs 1": "--warmup_steps | --warmup_epochs",
+    "--lr_schedule triangle": "--lr_schedule | triangle | cosine",
+    "--head_width -1": "--head_width",
+    "--trainable_blocks -1": "--trainable_blocks",
+    "--trainable_blocks 9": "--trainable_blocks 9",
+    "--jpeg_draft": "--jpeg_draft",
+    "--voc_year 2007": "--voc_year | voc",
+    "--targets multilabel": "--targets",
+    "--fsdp": "--fsdp",
+    "--nb_classes 3": "--nb_classes",
+    "--best_metric loss": "--best_metric",
+    **{
+        f"--eval --finetune {{dir}}/{{program}}/checkpoint-0.pth --{flag}": f"--{flag} has no effect"
+        for flag in ("compile", "grad_checkpoint", "log_mfu", "check_leak")
+    },
+    "--eval --finetune {dir}/{program}/checkpoint-0.pth --trainable_blocks 1": "--trainable_blocks has no effect",
+    "--eval --finetune {dir}/{program}/checkpoint-0.pth --head_width 16": "--head_width 16 | trained with 8",
+    "--eval --finetune {dir}/{program}/checkpoint-0.pth --head_norm batch": "--head_norm batch | trained with layer",
+}
+CASES = cases(SHARED, (), TRANSFER, DENSE, pretrain=PRETRAIN, finetune=FINETUNE, linprobe=LINPROBE)
 
 
 @pytest.mark.parametrize("program, flags, names", parameters(CASES))

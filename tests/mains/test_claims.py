@@ -12,9 +12,11 @@ from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 import engine_finetune
+import main_detect
 import main_finetune
 import main_linprobe
 import main_pretrain
+import main_segment
 import util.report.ledger
 import util.training.run
 from evaluation import runs
@@ -26,11 +28,15 @@ from util.weights.load import read_weights
 # 96 training images: six steps an epoch.
 BASE = "--batch_size 16 --epochs 1 --warmup_epochs 0 --num_workers 0 --device cpu --amp_dtype fp32"
 CLASSIFIER = f"--model vit_micro_patch4 --input_size 16 {BASE}"
+DENSE = f"{CLASSIFIER} --dataset scenes --scene_size 32 --scene_count 96 1 --head_width 16 --warmup_steps 0 --keep 0"
 MAINS = {
     "pretrain": (main_pretrain, f"{SMALL} {BASE} --vis_freq 0 --save_freq 1"),
     "finetune": (main_finetune, f"{CLASSIFIER} --aug rrc --keep 0"),
     "linprobe": (main_linprobe, f"{CLASSIFIER} --aug none --save_freq 1 --keep 0"),
+    "segment": (main_segment, DENSE),
+    "detect": (main_detect, f"{DENSE} --detector faster --window 0"),
 }
+SUPERVISED = [name for name in MAINS if name != "pretrain"]
 
 
 def start(name, flags):
@@ -43,7 +49,7 @@ def finished(tmp_path_factory, image_folder):
     """A finished run of each main, in subfolders of one folder."""
     folder = tmp_path_factory.mktemp("finished")
     start("pretrain", f"--data_path {image_folder} --output_dir {folder}/pretrain")
-    for name in ("finetune", "linprobe"):
+    for name in SUPERVISED:
         weights = f"--finetune {folder}/pretrain/checkpoint-0.pth"
         start(name, f"{weights} --data_path {image_folder} --output_dir {folder}/{name}")
     return folder
@@ -119,7 +125,7 @@ def test_other_images(run, image_folder, tmp_path, capsys):
     assert second["earlier"][0]["data"] == first["data"] != second["data"]
 
 
-@pytest.mark.parametrize("run", ["finetune", "linprobe"], indirect=True)
+@pytest.mark.parametrize("run", SUPERVISED, indirect=True)
 @pytest.mark.parametrize("given", ["", "--finetune {other}"])
 def test_weights_that_a_resumed_run_started_from(run, given, finished, capsys):
     """--finetune has no effect on a resumed run, whether it is given or not: the files keep the first one."""
@@ -186,7 +192,8 @@ def test_files_that_are_later_than_the_resumed_checkpoint(run, monkeypatch, imag
         patch.setattr(util.report.ledger.Record, "finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             start(name, f"{common} --resume {folder}/checkpoint-0.pth --epochs 2 --weight_decay 0.3")
-    assert not (folder / "checkpoint-best.pth").exists()  # 20 is below 50, and the weights of 50 are lost
+    best = checkpoint(folder, "checkpoint-best.pth")  # 20 is below 50, but the weights of 50 are lost
+    assert best["epoch"] == 1 and best["args"]["weight_decay"] == 0.3
     assert checkpoint(folder, "checkpoint-best.pth.abandoned")["args"]["weight_decay"] == 0.05
     assert written(folder / "scores.json.abandoned")["weight_decay"] == 0.05
     assert written(folder / "scores.json")["weight_decay"] == 0.3
@@ -297,7 +304,7 @@ def test_an_export_of_an_earlier_epoch(run, tmp_path):
 # Evaluations ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", ["finetune", "linprobe"], indirect=True)
+@pytest.mark.parametrize("run", SUPERVISED, indirect=True)
 def test_an_evaluation_beside_its_training(run):
     """It changes no file of the training. Its files have no flags of training but those that made the checkpoint, and
     name the checkpoint that was evaluated, whatever --resume auto means later."""

@@ -6,18 +6,21 @@ import io
 import json
 import shlex
 
+import numpy as np
 import pytest
 import torch
 from helpers.dense_sets import coco_content, coco_set, dense_flags, plain_args, voc_set
 from helpers.launch import checkpoint, largest_difference, log_rows, ranks, same_tensors, scalars
+from PIL import Image, ImageColor, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_detect
 import main_pretrain
 from engine_dense import Detection
+from models_detect import at_original_size
 from util.data.dense.detection import read_detection
 from util.data.dense.paired import build_paired_loader
-from util.data.dense.rle import decode
+from util.data.dense.rle import encode
 from util.data.dense.scenes import DetectedScenes
 from util.data.dense.transforms import DetectionEvaluation, DetectionTraining
 from util.errors import UserError
@@ -83,6 +86,21 @@ def test_evaluation_of_a_checkpoint(plain_run, pretrained, tmp_path):
         detect(f"{words} --input_size 64 --output_dir ''")
 
 
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--window 2", r"--window 2 contradicts .*pth, which was trained with 3: leave it out"),
+        ("--pyramid fpn", "--pyramid fpn contradicts .* trained with simple"),
+        ("--task faster_rcnn", "--detector faster contradicts .* trained with mask"),
+        ("--no_rel_pos", "--rel_pos False contradicts .* trained with True"),
+        ("--anchors 4 8 16 32 64", "--anchors 4 8 16 32 64 contradicts .* trained with the model's own"),
+    ],
+)
+def test_an_evaluation_contradicts_its_checkpoint(flag, message, plain_run):
+    with pytest.raises(UserError, match=message):
+        detect(f"{SCENES} --eval --finetune {plain_run[0]}/checkpoint-best.pth {flag} --output_dir ''")
+
+
 @pytest.mark.parametrize("stop", ["--epochs 1", "--max_steps 4"])
 def test_resuming(stop, tmp_path):
     """After an epoch, and inside one: bit for bit. The schedule is constant so that a longer run has the same one."""
@@ -138,36 +156,69 @@ def test_pascal_voc(tmp_path, capsys):
     assert "Pascal VOC's AP (area)" in text and "--voc_metric area" in text and "Faster R-CNN" in text
 
 
-class Oracle(torch.nn.Module):
-    """Detects what is annotated, except groups, if it is told the sizes of the image."""
+# What is painted: the image, its size (width, height), and (colour, category, left, top, right, bottom) of its objects.
+PAINTED = {
+    11: ((24, 16), [("red", 3, 3, 2, 11, 9), ("green", 7, 12, 4, 23, 16)]),
+    12: ((12, 16), [("green", 7, 0, 5, 7, 14), ("blue", 3, 7, 0, 12, 4)]),  # blue: a group
+    13: ((20, 20), []),
+}
 
-    def __init__(self, task: Detection):
-        super().__init__()
-        self.task, self.next, self.sizes = task, 0, []
+
+def painted_set(root):
+    """Write a COCO set of images with coloured rectangles on black, some as polygons, one as a run-length code."""
+    content = {**coco_content(), "images": [], "annotations": []}
+    for number, (size, objects) in PAINTED.items():
+        picture = Image.new("RGB", size)
+        content["images"].append(dict(id=number, file_name=f"{number}.png", width=size[0], height=size[1]))
+        for colour, category, left, top, right, bottom in objects:
+            ImageColor.colormap["green"] = "#00ff00"  # not HTML's, which is half as bright
+            ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), fill=colour)
+            corners = [left, top, right, top, right, bottom, left, bottom]
+            mask = np.zeros(size[::-1], np.uint8)
+            mask[top:bottom, left:right] = 1
+            content["annotations"].append(
+                dict(
+                    id=len(content["annotations"]) + 1,
+                    image_id=number,
+                    category_id=category,
+                    bbox=[left, top, right - left, bottom - top],
+                    area=(right - left) * (bottom - top),
+                    iscrowd=int(colour == "blue"),
+                    segmentation=encode(mask) if colour == "blue" else [corners],
+                )
+            )
+        for split in ("train2017", "val2017"):
+            (root / split).mkdir(exist_ok=True, parents=True)
+            picture.save(root / split / f"{number}.png")
+    coco_set(root, content, content)
+    return root
+
+
+class Looking(torch.nn.Module):
+    """Detects red and green by looking at the network's input, and brings them to the original image as detectors
+    do."""
 
     def forward(self, imgs, targets):
-        truth = self.task.truth(self.next, targets[0]["original_size"])
-        self.sizes.append((targets[0]["size"], targets[0]["original_size"]))
-        self.next += 1
-        kept = ~truth["iscrowd"]
-        masks = [decode(code, code["size"][::-1]) for code, keep in zip(truth["rles"], kept) if keep]
-        masks = torch.stack([torch.from_numpy(mask.copy()) for mask in masks]) if masks else torch.zeros(0, 1, 1)
-        found = {name: torch.from_numpy(truth[name][kept]) for name in ("boxes", "labels")}
-        return [{**found, "masks": masks, "scores": torch.ones(int(kept.sum()))}]
+        boxes, labels = [], []
+        for label, channel in ((1, 0), (2, 1)):
+            rows, columns = torch.nonzero(imgs[0, channel] > 0, as_tuple=True)
+            if len(rows):
+                boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+                labels.append(label)
+        found = {"boxes": torch.tensor(boxes).float().reshape(-1, 4), "labels": torch.tensor(labels, dtype=torch.long)}
+        found |= {"scores": torch.ones(len(labels)), "masks": torch.ones(len(labels), 1, 28, 28)}
+        return [at_original_size(found, targets[0]["size"], targets[0]["original_size"])]
 
 
-def test_what_is_annotated_is_perfect(tmp_path):
-    """Groups, images without objects and polygons included; an image knows its size in the input and its own."""
-    content = coco_content()
-    content["annotations"] = [each for each in content["annotations"] if each["id"] != 7]  # it has no width
-    args = dense_flags("--dataset", "coco", "--data_path", coco_set(tmp_path, val=content), task="detection")
-    images, resize = read_detection(args, False, True), DetectionEvaluation((32, 32), (0.5,) * 3, (0.2,) * 3)
+def test_what_is_seen_in_the_input_is_perfect(tmp_path):
+    """Boxes and masks of what the network sees are those of the annotations: nothing between the file and the scores
+    shifts or scales. Images of three shapes, groups and images without objects included."""
+    args = dense_flags("--dataset", "coco", "--data_path", painted_set(tmp_path), task="detection")
+    images, resize = read_detection(args, False, True), DetectionEvaluation((48, 48), (0.5,) * 3, (0.2,) * 3)
     task = Detection(images, resize, masks=True)
-    model = Oracle(task)
-    scores = task.score(build_paired_loader(images, resize, plain_args(), 1, False), model, torch.device("cpu"), None)
-    stats = scores.read()
-    assert [stats["box_AP"], stats["mask_AP"]] == pytest.approx([100, 100])
-    assert model.sizes == [((26, 32), (8, 10))] * 3
+    loader = build_paired_loader(images, resize, plain_args(), 1, False)
+    stats = task.score(loader, Looking(), torch.device("cpu"), torch.float32).read()
+    assert stats["box_AP"] == pytest.approx(100) and stats["mask_AP"] == pytest.approx(100)
     assert task.pictures()["detection"].shape[0] == 3
 
 

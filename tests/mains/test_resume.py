@@ -13,8 +13,10 @@ from helpers.forked import Forked
 from helpers.inject import stop_at
 from helpers.launch import DIGITS, SMALL, checkpoint, finish, kill_when, launch, log_rows, same_tensors, scalars
 
+import main_detect
 import main_finetune
 import main_pretrain
+import main_segment
 import util.training.run
 from util.checkpoint.files import list_checkpoints
 from util.checkpoint.resume import find_resume
@@ -107,23 +109,36 @@ def pretrain(flags):
     main_pretrain.main(main_pretrain.get_args_parser().parse_args(flags.split()))
 
 
-def finetune(flags):
-    return main_finetune.main(main_finetune.get_args_parser().parse_args(flags.split()))
+# Six steps an epoch.
+SCENES = "--dataset scenes --scene_digits 0 1 --scene_size 32 --scene_count 24 2 --batch_size 4 --head_width 16"
+RANDOM = {
+    main_finetune: "--data_path {images} --batch_size 16 --warmup_epochs 1 --mixup 0.8 --cutmix 1.0 --blr 0.01",
+    main_segment: f"{SCENES} --lr 1e-3",
+    main_detect: f"{SCENES} --lr 1e-3 --detector faster --window 2",
+}
 
 
-@pytest.mark.parametrize("step", [1, 6, 8])  # six steps an epoch
-def test_finetuning_resumes_with_its_random_numbers(tmp_path, monkeypatch, image_folder, step):
-    """Mixup, drop path and RandAugment continue: stopped after the first step, at the end of an epoch, in the
-    second."""
-    flags = f"--data_path {image_folder} --model vit_micro_patch4 --input_size 16 --batch_size 16 --epochs 2 "
-    flags += "--warmup_epochs 1 --num_workers 0 --mixup 0.8 --cutmix 1.0 --drop_path 0.3 --blr 0.01 --device cpu "
+@pytest.mark.parametrize(
+    "main, step",
+    [(main_finetune, 1), (main_finetune, 6), (main_finetune, 8), (main_segment, 6), (main_detect, 8)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_supervised_runs_resume_with_their_random_numbers(tmp_path, monkeypatch, image_folder, main, step):
+    """Mixup, drop path, dropout, crops and proposals continue: stopped after the first step, at the end of an epoch, in
+    the second."""
+    flags = f"{RANDOM[main].format(images=image_folder)} --model vit_micro_patch4 --input_size 16 --epochs 2 "
+    flags += "--num_workers 0 --drop_path 0.3 --device cpu --amp_dtype fp32 "
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    finetune(f"{flags} --output_dir {whole}")
+
+    def start(flags):
+        main.main(main.get_args_parser().parse_args(flags.split()))
+
+    start(f"{flags} --output_dir {whole}")
     with monkeypatch.context() as patch:
         stop_at(patch, step)
-        finetune(f"{flags} --output_dir {parts}")
-    assert not (parts / "checkpoint-1.pth").exists()
-    finetune(f"{flags} --output_dir {parts} --resume auto")
+        start(f"{flags} --output_dir {parts}")
+    assert not (parts / "checkpoint-1.pth").exists() and not (parts / "scores.json").exists()
+    start(f"{flags} --output_dir {parts} --resume auto")
     assert same_tensors(checkpoint(parts, "checkpoint-1.pth")["model"], checkpoint(whole, "checkpoint-1.pth")["model"])
     assert log_rows(parts) == log_rows(whole)
 

@@ -4,15 +4,20 @@ original size; mistakes are refused."""
 import json
 import shlex
 
+import numpy as np
 import pytest
 import torch
 from helpers.launch import checkpoint, largest_difference, log_rows, ranks, same_tensors, scalars
+from sklearn.metrics import jaccard_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
 import main_segment
+import models_segment
 from engine_dense import Segmentation
+from util.data.dense.scenes import SegmentedScenes
 from util.data.dense.transforms import SegmentationEvaluation
+from util.data.image_format import mean_std
 from util.errors import UserError
 from util.lr_sched import learning_rate
 
@@ -92,10 +97,36 @@ def test_evaluation_of_a_checkpoint(plain_run, pretrained, tmp_path, capsys):
     assert stats["mIoU"] == pytest.approx(best, abs=1e-9)
     text = capsys.readouterr().out
     assert "windows of 32 x 32 px every 21 px" in text and "evaluation images, 4 classes" in text
-    other = segment(f"{flags} --resume {plain_run}/checkpoint-1.pth --eval_flip --eval_mode whole --output_dir ''")
-    assert 0 <= other["mIoU"] <= 100
+    weights = f"--resume {plain_run}/checkpoint-1.pth"
+    for words, flip in (("--eval_mode whole", False), ("--eval_mode whole --eval_flip", True)):
+        other = segment(f"{flags} {weights} {words} --head_norm layer --rel_pos --output_dir ''")  # as in the file
+        assert other["mIoU"] == pytest.approx(expected_miou(plain_run / "checkpoint-1.pth", flip), abs=1e-9)
+    with pytest.raises(UserError, match=r"--head_norm batch contradicts .*pth, which was trained with layer"):
+        segment(f"{flags} {weights} --head_norm batch --output_dir ''")
+    with pytest.raises(UserError, match=r"--feature_blocks 0 1 2 3 contradicts .* trained with the model's own"):
+        segment(f"{flags} {weights} --feature_blocks 0 1 2 3 --output_dir ''")
+    with pytest.raises(UserError, match="does not fit these flags"):
+        segment(f"{flags} {weights} --input_size 48 --output_dir ''")
     with pytest.raises(UserError, match="has no segmentation head"):
         segment(f"{flags} --finetune {pretrained} --output_dir ''")
+
+
+def expected_miou(path, flip: bool) -> float:
+    """The score of whole scenes by a loop over them, with the logits of the mirrored scene averaged in if `flip`."""
+    scenes, predicted, truth = SegmentedScenes(0, False, 5, 32, [0, 1, 7]), [], []
+    sizes = dict(img_size=32, head_width=16, head_norm="layer", rel_pos=True)
+    model = models_segment.build_model("vit_micro_patch4", 4, **sizes).eval()
+    model.load_state_dict(checkpoint(path.parent, path.name)["model"])
+    mean, std = (torch.tensor(values)[:, None, None] for values in mean_std("scenes", 3, None, None))
+    for index in range(len(scenes)):
+        img = (torch.from_numpy(np.array(scenes.load(index))).permute(2, 0, 1) / 255 - mean) / std
+        with torch.no_grad():
+            logits = model(img[None]) + (model(img[None].flip(-1)).flip(-1) if flip else 0)
+        predicted.append(logits[0].argmax(0).flatten())
+        truth.append(torch.from_numpy(scenes.scene(index).classes).flatten())
+    truth, predicted = torch.cat(truth), torch.cat(predicted)
+    labels = sorted({*truth.tolist(), *predicted.tolist()})
+    return 100 * jaccard_score(truth, predicted, average="macro", labels=labels)
 
 
 def test_a_pretrained_encoder_and_frozen_blocks(pretrained, tmp_path, capsys):
@@ -136,6 +167,8 @@ def test_schedules():
     assert [learning_rate(epoch, args) for epoch in (1, 4, 5, 9)] == pytest.approx([0.5, 1, 0.1, 0.01])
     args.lr_schedule = "cosine"
     assert learning_rate(6, args) == pytest.approx(0.55)
+    args.lr_schedule = "constant"
+    assert [learning_rate(epoch, args) for epoch in (1, 2, 10)] == [0.5, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Detectors: the pyramid against recorded numbers of detectron2's ViTDet, training, predictions, loading."""
 
+import json
 import re
 from functools import partial
 
 import pytest
 import torch
-from helpers.dense_script import rank_texts
+import torch.nn.functional as F
+from helpers.dense_script import objects_problem, rank_texts
 from helpers.launch import ranks
 from helpers.tolerances import TOL32, close
 from torch import nn
@@ -13,7 +15,7 @@ from torchvision.ops import box_iou
 
 import models_mae
 import models_vit
-from models_detect import Detector, at_original_size, build_model
+from models_detect import Detector, at_original_size, build_model, paste_mask
 from util.errors import UserError
 from util.lr_decay import param_groups_lrd
 from util.pos_embed import interpolate_grid
@@ -44,7 +46,7 @@ def test_pyramid_is_that_of_detectron2(golden, fused):
     """Windows of 3 on a grid of 8, which are padded, and two global blocks; all with relative positions."""
     ref = golden("vitdet_sfp")
     model = Detector(
-        classes=2, img_size=128, patch_size=16, embed_dim=32, depth=4, num_heads=4, width=16, window=3,
+        classes=2, img_size=128, patch_size=16, embed_dim=32, depth=4, num_heads=4, head_width=16, window=3,
         global_blocks=[1, 3], norm_layer=partial(nn.LayerNorm, eps=1e-6),
     ).double()  # fmt: skip
     missing, unexpected = model.load_state_dict(from_detectron2(ref.group("sd/")), strict=False)
@@ -60,7 +62,7 @@ def test_pyramid_is_that_of_detectron2(golden, fused):
     close(model.patch_embed.proj.weight.grad, ref["grad/patch"])
 
 
-SMALL = dict(img_size=64, window=3, global_blocks=[3], width=16, patch_size=8)
+SMALL = dict(img_size=64, window=3, global_blocks=[3], head_width=16, patch_size=8)
 
 
 def small(**options):
@@ -98,15 +100,18 @@ def test_every_trained_parameter_gets_a_gradient(pyramid, detector, head_norm, e
 
 
 def test_it_learns_where_the_object_is():
-    """Overfitting one image with one object: the best detection has its box, class and mask, in the original image."""
-    options = {"box_batch_size_per_image": 32, "rpn_post_nms_top_n_train": 64, "rpn_pre_nms_top_n_train": 64}
+    """Overfitting one image with one object: the best detection has its box, class and mask, in the original image.
+    Evaluation has as few proposals as training, which therefore has seen others like them. Measured on three seeds: IoU
+    0.75 to 0.94 after 60 steps."""
+    options = {f"rpn_{kind}_nms_top_n_{mode}": 64 for kind in ("pre", "post") for mode in ("train", "test")}
+    options["box_batch_size_per_image"] = 32
     model = small(embed_dim=32, depth=2, num_heads=2, global_blocks=[1], rcnn=options).train()
     mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
     mask[0, 8:32, 8:24] = 1
     target = {"boxes": torch.tensor([[8.0, 8, 24, 32]]), "labels": torch.tensor([2]), "masks": mask, "size": (40, 48)}
     imgs = 0.1 * torch.randn(1, 3, 64, 64) + 2 * mask
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(40):
+    for _ in range(60):
         optimizer.zero_grad()
         sum(model(imgs, [target]).values()).backward()
         optimizer.step()
@@ -160,10 +165,26 @@ def test_detections_in_the_original_image():
     found = at_original_size(detections, (20, 40), (40, 120))
     assert found["boxes"].tolist() == [[12, 16, 36, 32], [0, 0, 60, 20]]
     for mask, (left, top, right, bottom) in zip(found["masks"], found["boxes"].int().tolist()):
-        assert mask[top:bottom, left:right].float().mean() > 0.9  # torchvision shrinks the border by half a cell
-        assert not mask[bottom + 2 :].any() and not mask[:, right + 2 :].any()
+        assert mask[top:bottom, left:right].all() and mask.sum() == (bottom - top) * (right - left)
     nothing = {name: value[:0] for name, value in detections.items()}
     assert at_original_size(nothing, (20, 40), (40, 120))["masks"].shape == (0, 40, 120)
+
+
+def test_masks_are_pasted_at_pixel_centres():
+    """Against the definition, one pixel at a time; boxes have fractions, and reach beyond the image."""
+    mask = torch.rand(5, 4)
+    for box in ([3.3, 2.6, 9.1, 7.9], [-4.0, 1.5, 5.0, 30.0], [2.2, 2.2, 2.4, 2.3], [11.0, 9.0, 20.0, 12.0]):
+        pasted = paste_mask(mask, box, (10, 12))
+        padded = F.pad(mask, (1, 1, 1, 1))
+        for y, x in torch.cartesian_prod(torch.arange(10), torch.arange(12)).tolist():
+            at = (y + 0.5 - box[1]) / (box[3] - box[1]) * 5 - 0.5, (x + 0.5 - box[0]) / (box[2] - box[0]) * 4 - 0.5
+            value = 0.0
+            if -1 < at[0] < 5 and -1 < at[1] < 4:
+                (i, a), (j, b) = ((int(place + 1), (place + 1) % 1) for place in at)
+                above, below = (padded[row, j] * (1 - b) + padded[row, j + 1] * b for row in (i, i + 1))
+                value = above * (1 - a) + below * a
+            if abs(value - 0.5) > 1e-5:
+                assert pasted[y, x] == (value > 0.5), (box, y, x)
 
 
 def test_layer_decay_groups_as_vitdet():
@@ -190,7 +211,7 @@ def test_loading_an_autoencoder_and_taking_the_encoder_back(tmp_path):
     report = load_into(vit, read_weights(tmp_path / "detector.pth"))
     assert {name.split(".")[0] for name in report.unexpected} == {"pyramid", "rpn", "roi_heads"}
     torch.save({"model": model.state_dict()}, tmp_path / "tables.pth")
-    with pytest.raises(UserError, match=r"not a plain ViT.*rel_pos_h"):
+    with pytest.raises(UserError, match=r"a detector of main_detect\.py; its encoder has .*rel_pos_h"):
         read_weights(tmp_path / "tables.pth")
 
 
@@ -215,3 +236,13 @@ def test_two_ranks_train_with_a_static_graph():
     """One rank sees images with objects, the other images without any; the weights stay the same on both."""
     first, second = rank_texts(ranks("helpers.dense_script", "detect", 2))
     assert first == second
+
+
+def test_two_ranks_train_as_accumulation():
+    """Gradients of two ranks are the mean of those of two micro-batches, although one rank has no object at all."""
+    model, imgs, targets = objects_problem()
+    for part in (slice(0, 2), slice(2, 4)):
+        (sum(model(imgs[part], targets[part]).values()) / 2).backward()
+    norms = [p.grad.norm().item() for p in model.parameters() if p.requires_grad]
+    for text in rank_texts(ranks("helpers.dense_script", "objects", 2)):
+        assert json.loads(text) == pytest.approx(norms, rel=1e-4, abs=1e-7)  # float32, in another order of sums

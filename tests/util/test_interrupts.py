@@ -11,24 +11,27 @@ from helpers.forked import Forked
 from helpers.launch import DIGITS, ROOT, checkpoint, finish, kill_when, launch, log_rows, same_tensors
 
 RUN = DIGITS.replace("--batch_size 64", "--batch_size 32") + " --num_workers 1 --save_steps 3 --save_freq 1"
+DENSE = "--dataset scenes --scene_size 32 --scene_count 40 3 --input_size 32 --batch_size 4 --model vit_micro_patch4"
+DENSE += " --head_width 16 --epochs 2 --num_workers 1 --save_steps 3 --device cpu --amp_dtype fp32"
+DETECT = f"{DENSE} --patch_size 8 --window 3 --detector faster"
 STOPPING = "stopping after this step; press Ctrl-C again to end at once"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_saves_and_resumes_bit_identically(tmp_path, monkeypatch, processes):
+@pytest.mark.parametrize("main, processes", [("main_pretrain", 1), ("main_pretrain", 2), ("main_detect", 1)])
+def test_a_run_saves_and_resumes_bit_identically(tmp_path, monkeypatch, main, processes):
     """SIGINT to the whole group, workers included, twice within milliseconds: from the terminal and from torchrun."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
-    flags = RUN.replace("--batch_size 32", f"--batch_size {64 // processes}")
-    finish(Forked("main_pretrain", f"{flags} --output_dir {tmp_path}/whole", processes))
+    flags = RUN.replace("--batch_size 32", f"--batch_size {64 // processes}") if main == "main_pretrain" else DETECT
+    finish(Forked(main, f"{flags} --output_dir {tmp_path}/whole", processes))
     run = f"{flags} --output_dir {tmp_path}/parts"
-    process = Forked("main_pretrain", run, processes)
+    process = Forked(main, run, processes)
     kill_when(process, (tmp_path / "parts/checkpoint-0-3.pth").exists, number=signal.SIGINT)
     time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     output = finish(process)
     assert output.count(STOPPING) == 1 and "Traceback" not in output
     assert "stopped by SIGINT" in output and "--resume auto continues exactly there" in output
-    finish(Forked("main_pretrain", f"{run} --resume auto", processes))
+    finish(Forked(main, f"{run} --resume auto", processes))
     ours, theirs = (checkpoint(tmp_path / name, "checkpoint-1.pth") for name in ("parts", "whole"))
     for key in ("model", "optimizer", "epoch", "step", "rng"):
         assert same_tensors(ours[key], theirs[key]), key
@@ -38,18 +41,19 @@ def test_a_run_saves_and_resumes_bit_identically(tmp_path, monkeypatch, processe
 SLOW = """
 import sys, time
 sys.path[:0] = [{root!r}]
-import main_pretrain
-import engine_pretrain
+import {main} as main
+from {module} import {owner}
 from util.errors import user_errors
-take = engine_pretrain.Run.{method}
+take, calls = {owner}.{method}, []
 def slow(self, *args, **named):
-    if self.step >= 4:
+    calls.append(1)
+    if len(calls) > {number}:
         print("slow", flush=True)
         time.sleep(60)
     return take(self, *args, **named)
-engine_pretrain.Run.{method} = slow
-with user_errors("main_pretrain.py"):
-    main_pretrain.main(main_pretrain.get_args_parser().parse_args({flags!r}.split()))
+{owner}.{method} = slow
+with user_errors("main.py"):
+    main.main(main.get_args_parser().parse_args({flags!r}.split()))
 """
 
 
@@ -75,10 +79,23 @@ def wait_for(process, text):
     raise AssertionError(f"{text!r} is not in\n{''.join(lines)}")
 
 
-@pytest.mark.parametrize("method,work", [("optimizer_step", "this step"), ("finish_epoch", "this epoch's evaluation")])
-def test_the_second_one_ends_at_once(tmp_path, method, work):
+PRETRAIN = {"main": "main_pretrain", "module": "util.training.run", "owner": "Run", "flags": RUN}
+SEGMENT = {"main": "main_segment", "module": "engine_dense", "owner": "Segmentation", "flags": DENSE}
+
+
+@pytest.mark.parametrize(
+    "names, method, number, work",
+    [
+        (PRETRAIN, "optimizer_step", 4, "this step"),
+        (PRETRAIN, "finish_epoch", 0, "this epoch's evaluation"),
+        (SEGMENT, "predict", 1, "this epoch's evaluation"),
+    ],
+    ids=["step", "end of an epoch", "image of an evaluation"],
+)
+def test_the_second_one_ends_at_once(tmp_path, names, method, number, work):
     """In a step of a minute, and in an evaluation: nothing that was written is lost, no worker is left."""
-    process, _ = started(SLOW.format(root=str(ROOT), method=method, flags=f"{RUN} --output_dir {tmp_path}"), "slow")
+    names = {**names, "flags": f"{names['flags']} --output_dir {tmp_path}"}
+    process, _ = started(SLOW.format(root=str(ROOT), method=method, number=number, **names), "slow")
     os.killpg(process.pid, signal.SIGINT)
     wait_for(process, f"stopping after {work}; press Ctrl-C again to end at once")
     time.sleep(0.3)

@@ -11,7 +11,7 @@ from util.checkpoint.atomic import write_tensors
 from util.checkpoint.retry import GrowingFile, LateFile, Saver
 from util.checkpoint.save import Retention
 from util.errors import RunFailed
-from util.parallel.distributed import is_main_process
+from util.parallel.distributed import from_main_process, is_main_process
 from util.training import run_state
 from util.training.numerics import broken_state
 
@@ -43,6 +43,12 @@ class Checkpointer:
     def _write(self, run, temporary: bool) -> None:
         path = run_state.save(run, Retention(run.args.keep, temporary, self.temporary))
         self.temporary = path if temporary else None
+
+    def forget_lost_best(self) -> None:
+        """After a resume, forget the best score if its weights are not in the folder, because they were abandoned or
+        are in another one: else no later weights would be kept unless they were better. All ranks must call it."""
+        if not from_main_process(self.best_file.path.is_file):
+            self.best = None
 
     def save_best(self, run, score: float | None, lower: bool = False) -> None:
         """Write the weights of `run` to checkpoint-best.pth if their `score` is the best so far: the highest, or with

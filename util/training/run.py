@@ -151,6 +151,7 @@ class Run:
             trim_log(self.reporter.log.path, "epoch", self.epoch)
             trim_log(self.reporter.spike_log.path, "step", self.resumed_step)
             abandon_later(args.output_dir, resume)
+            self.checkpoints.forget_lost_best()
         purge_step = 0 if args.overwrite else None  # of an overwritten run, in a --log_dir of its own
         if resume is not None:
             purge_step = int(self.fractional_epoch() * 1000) + 1
@@ -337,7 +338,7 @@ class Run:
     def append_to_ledger(self) -> None:
         """Append this run's line to results.jsonl, if it has reached its end."""
         if not self.stopped:
-            line = self.args.output_dir, self.images_seen(), self.device, self.amp_dtype
+            line = self.args.output_dir, self.images_seen()
             self.checkpoints.saver.insist(LEDGER, lambda: self.record.finish(*line))
 
     def close(self) -> None:

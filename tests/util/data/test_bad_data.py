@@ -6,7 +6,7 @@ import pytest
 from helpers.refusals import assert_names, assert_refused, call, cases, command, parameters, refusal
 
 # flags, and the words that the sentence must contain (separated by " | ")
-SHARED = {
+IMAGES = {
     "--dataset imagenet21": "--dataset | imagenet21 | imagefolder | digits",
     "--dataset nobody/knows": "--dataset | nobody/knows",
     "--dataset torch/nothing": "--dataset | torch/nothing",
@@ -39,7 +39,8 @@ SHARED = {
     "--dataset digits --batch_size 1438": "--batch_size | 1437 images",
     "--data_path {dir}/data/good --batch_size 5": "--batch_size | 4 images",
     f"--data_path {'{dir}'}/{'x' * 300}": "--data_path",
-    # folders
+}
+FOLDERS = {
     "--output_dir {dir}/file": "--output_dir | {dir}/file",
     "--output_dir {dir}/file/below": "--output_dir | {dir}/file/below",
     "--output_dir /proc/nothing": "--output_dir | /proc/nothing",
@@ -52,6 +53,18 @@ PRETRAIN = {
     "--knn_freq 1 --data_path {dir}/data/no_val": "data/no_val | val/",
     "--vis_freq 1 --dataset filelist --data_path {dir}/data/good "
     "--train_list {dir}/lists/labelled.txt --val_list {dir}/lists/stranger.txt --knn_freq 1": "lists/stranger.txt",
+}
+DENSE = {
+    "--dataset imagenet21": "--dataset imagenet21 | scenes",
+    "--dataset digits": "--dataset digits | scenes",
+    "--dataset voc --data_path ": "--data_path",
+    "--dataset voc --data_path {dir}/data/missing": "data/missing",
+    "--dataset voc --data_path {dir}/file": "{dir}/file",
+    "--dataset voc --data_path {dir}/data/empty": "data/empty",
+    "--dataset voc --data_path {dir}/data/good": "data/good",
+    "--batch_size 5": "--batch_size | 4 images",
+    "--scene_count 0": "--scene_count 0",
+    "--scene_digits 1 1": "--scene_digits 1 1",
 }
 TRANSFER = {
     "--dataset folder --data_path {dir}/data/good": "--dataset folder | labels",
@@ -69,7 +82,9 @@ TRANSFER = {
 }
 
 
-@pytest.mark.parametrize("program, flags, names", parameters(cases(SHARED, TRANSFER, pretrain=PRETRAIN)))
+@pytest.mark.parametrize(
+    "program, flags, names", parameters(cases(FOLDERS, IMAGES, TRANSFER, DENSE, pretrain=PRETRAIN))
+)
 def test_is_refused(program, flags, names, refusal_dir, capsys):
     assert_refused(capsys, program, flags, names, refusal_dir)
 

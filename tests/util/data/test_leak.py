@@ -4,12 +4,15 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers.dense_sets import coco_set, masks_set
 from helpers.launch import SMALL
 from PIL import Image
 
+import main_detect
 import main_finetune
 import main_linprobe
 import main_pretrain
+import main_segment
 from tools import fewshot, knn
 from util.data.leak import check_leak
 from util.data.sources import Arrays, Subset
@@ -49,6 +52,19 @@ def test_every_command_detects_one_image(name, leaking, tmp_path):
     with pytest.raises(UserError, match=r"1 of 97 training images are also among the 20 .*another name.png = .*val/"):
         module.main(module.get_args_parser().parse_args(f"{flags} {out} {data}".split()))
     assert not list(tmp_path.glob("out/*"))  # before training and before any file is written
+
+
+@pytest.mark.parametrize(
+    "main, make, flags", [(main_segment, masks_set, "--dataset masks"), (main_detect, coco_set, "--dataset coco")]
+)
+def test_dense_sets(main, make, flags, tmp_path):
+    """Both splits of these sets have the same images."""
+    make(tmp_path)
+    words = f"{VIT} --batch_size 1 --max_bad_fraction 1 {flags} --data_path {tmp_path}"
+    with pytest.raises(UserError, match=r"--check_leak: \d+ of \d+ training images are also among the 3 evaluation"):
+        main.main(main.get_args_parser().parse_args(f"{words} --output_dir {tmp_path}/out".split()))
+    with pytest.raises(UserError, match="--check_leak has no effect with --eval"):
+        main.main(main.get_args_parser().parse_args(f"{words} --eval --finetune x.pth".split()))
 
 
 def test_disjoint_splits_pass(image_folder, capsys):

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import multiprocessing
+from functools import partial
 
 import pytest
+from helpers.dense_sets import coco_content, coco_set, dense_flags, masks_set
 from helpers.launch import DIGITS, ranks, scalars
 from helpers.ledgers import write
 
@@ -12,6 +14,8 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 from evaluation import runs
+from util.data.dense.detection import read_detection
+from util.data.dense.segmentation import read_segmentation
 from util.data.readers import read_images
 from util.errors import UserError
 from util.notes import note_once
@@ -86,6 +90,35 @@ def test_the_hash_of_a_split(image_folder):
     part = Subset(images, [3, 4, 7])
     expected = hashlib.sha256("".join(lines[place] for place in (3, 4, 7)).encode()).hexdigest()
     assert ledger.describe_images(part, str(image_folder) + "/") == {"images": 3, "sha256": expected}
+
+
+def hash_of(images, root="") -> str:
+    return ledger.describe_images(images, str(root))["sha256"]
+
+
+@pytest.mark.parametrize("read", [read_segmentation, partial(read_detection, masks=True)])
+def test_the_hash_of_scenes(read):
+    """They have no names and no labels: the hash covers what they are made from."""
+    changes = {}, {"scene_seed": 1}, {"scene_size": 40}, {"scene_digits": [0, 2]}
+    given = [{"dataset": "scenes", "scene_digits": [0, 1], "scene_count": [3, 3], **change} for change in changes]
+    hashes = {hash_of(read(dense_flags(**flags), train=train)) for flags in given for train in (True, False)}
+    assert len(hashes) == 8
+
+
+def test_the_hash_covers_annotations(tmp_path):
+    """Of objects everything that the file says; of masks, which are not read before, the meaning of their values."""
+    hashes = []
+    for name, category in (("one", 3), ("same", 3), ("other", 7)):
+        (tmp_path / name).mkdir()
+        content = coco_content()
+        content["annotations"][0]["category_id"] = category
+        args = dense_flags("--dataset", "coco", "--data_path", coco_set(tmp_path / name, val=content), task="detection")
+        hashes.append(hash_of(read_detection(args, False, True), tmp_path / name))
+    assert hashes[0] == hashes[1] != hashes[2]
+    masks_set(tmp_path)
+    flags = "--dataset", "masks", "--data_path", tmp_path
+    meanings = ("--no_zero_is_ignored",), ("--zero_is_ignored",), ("--ignore_label", 2)
+    assert len({hash_of(read_segmentation(dense_flags(*flags, *words), False), tmp_path) for words in meanings}) == 3
 
 
 # What runs write ------------------------------------------------------------------------------------------------------

@@ -9,18 +9,23 @@ from helpers.launch import SMALL, ranks
 from helpers.refusals import listing
 from safetensors import safe_open
 
+import main_detect
 import main_finetune
 import main_linprobe
 import main_pretrain
+import main_segment
 from util.report import ledger
 
 # 96 training images: six steps an epoch.
 BASE = "--batch_size 16 --epochs 1 --warmup_epochs 0 --num_workers 0 --device cpu --amp_dtype fp32"
 CLASSIFIER = f"--model vit_micro_patch4 --input_size 16 {BASE}"
+SCENES = "--dataset scenes --scene_digits 0 1 --scene_size 32 --scene_count 48 2 --head_width 16"
 MAINS = {
     "pretrain": (main_pretrain, f"{SMALL} {BASE} --vis_freq 0 --rc_mae"),
     "finetune": (main_finetune, f"{CLASSIFIER} --aug rrc"),
     "linprobe": (main_linprobe, CLASSIFIER),
+    "segment": (main_segment, f"{CLASSIFIER} {SCENES}"),
+    "detect": (main_detect, f"{CLASSIFIER} {SCENES} --patch_size 8 --window 0"),
 }
 OTHER = "--resume auto --blr 5 --weight_decay 0.3 --seed 9 --batch_size 12"
 

@@ -34,7 +34,22 @@ FINETUNE = {
 LINPROBE = {
     "--eval --resume {dir}/finetune/checkpoint-0.pth": "checkpoint-0.pth | classifier",
 }
-CASES = cases(transfer=TRANSFER, pretrain=PRETRAIN, finetune=FINETUNE, linprobe=LINPROBE)
+DENSE = {
+    "--finetune {dir}/missing.pth": "{dir}/missing.pth",
+    "--finetune {dir}/files": "{dir}/files",
+    "--finetune {dir}/files/pictures/0.png": "pictures/0.png",
+    "--finetune {dir}/pretrain/checkpoint-0.pth --checkpoint_key teacher": "checkpoint-0.pth | 'teacher' | model",
+    "--finetune {dir}/pretrain/checkpoint-0.pth --checkpoint_key epoch": "checkpoint-0.pth | 'epoch' | model",
+    "--finetune {dir}/files/odd_flags.pth --model ": "odd_flags.pth",
+    "--finetune {dir}/pretrain/checkpoint-0.pth --model vit_enormous": "--model | vit_enormous",
+    "--eval --resume auto --output_dir {dir}/new": "--resume auto | {dir}/new",
+    "--eval --resume {dir}/missing.pth": "{dir}/missing.pth",
+    "--eval --resume {dir}/files/truncated.pth": "truncated.pth",
+    "--eval --resume {dir}/pretrain/checkpoint-0.pth": "checkpoint-0.pth | head",
+    "--eval --finetune {dir}/finetune/checkpoint-0.pth": "checkpoint-0.pth | head",
+    "--eval --resume {dir}/{program}/checkpoint-0.pth --scene_digits 1 2": "--scene_digits has",
+}
+CASES = cases(transfer=TRANSFER, dense=DENSE, pretrain=PRETRAIN, finetune=FINETUNE, linprobe=LINPROBE)
 # refused by every flag that takes weights
 FOREIGN_FILES = {
     "truncated.pth": "truncated",
@@ -50,7 +65,7 @@ FOREIGN_FILES = {
 }
 CASES += [
     (program, f"{flag} {{dir}}/files/{name}", f"{name} | {words}")
-    for program, flag in (("pretrain", "--init_from"), ("finetune", "--finetune"), ("linprobe", "--finetune"))
+    for program, flag in (("pretrain", "--init_from"), *((name, "--finetune") for name in MAINS if name != "pretrain"))
     for name, words in FOREIGN_FILES.items()
 ]
 
@@ -72,7 +87,18 @@ RESUMED = {
         "--model deit_tiny_patch4": "--model vit_micro_patch4 | deit_tiny_patch4",
     },
     "linprobe": {"--global_pool": "--global_pool False | True"},
+    "segment": {"--head linear": "--head upernet | linear", "--rel_pos": "--rel_pos False | True"},
+    "detect": {"--detector mask": "--detector faster | mask", "--window 2": "--window 0 | 2"},
 }
+for program in ("segment", "detect"):
+    RESUMED[program] |= {
+        "--input_size 16": "--input_size 8 | 16",
+        "--in_chans 1": "--in_chans 3 | 1",
+        "--head_width 16": "--head_width 8 | 16",
+        "--head_norm batch": "--head_norm layer | batch",
+        "--scene_digits 1 2": "--nb_classes",
+        "--trainable_blocks 0": "--trainable_blocks",
+    }
 for program in ("finetune", "linprobe"):
     RESUMED[program] |= {
         "--patch_size 2": "--patch_size 4 | 2",
@@ -115,6 +141,10 @@ CASES += [
         "pretrain/checkpoint-0.pth | --model mae_vit_micro_patch4",
     ),
     ("finetune", "--resume {dir}/finetune/checkpoint-best.pth", "checkpoint-best.pth | 'optimizer'"),
+    ("segment", "--resume {dir}/segment/checkpoint-best.pth", "checkpoint-best.pth | 'optimizer'"),
+    ("segment", "--resume {dir}/finetune/checkpoint-0.pth", "finetune/checkpoint-0.pth"),
+    ("segment", "--resume {dir}/detect/checkpoint-0.pth", "detect/checkpoint-0.pth"),
+    ("detect", "--resume {dir}/segment/checkpoint-0.pth", "segment/checkpoint-0.pth"),
     ("linprobe", "--resume {dir}/finetune/checkpoint-0.pth", "finetune/checkpoint-0.pth | --global_pool"),
     ("linprobe", "--resume {dir}/finetune/checkpoint-0.pth --global_pool", "finetune/checkpoint-0.pth"),
     ("finetune", "--resume {dir}/files/odd_args.pth", "odd_args.pth"),

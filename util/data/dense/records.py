@@ -24,6 +24,10 @@ class Records(Sequence):
     def __getitem__(self, index):
         return json.loads(self._texts[index])
 
+    def texts(self) -> Sequence[str]:
+        """Return the values as JSON."""
+        return self._texts
+
 
 @dataclass
 class Split:

@@ -146,13 +146,18 @@ class _Scenes:
 
     def scene(self, index: int) -> Scene:
         """Return scene `index`. The last one is kept, since its image and its annotation are read one by one."""
-        if self._last[0] != index:
+        last = self._last  # another thread may replace it
+        if last[0] != index:
             seed, train, size, digits = self.settings
-            self._last = index, make_scene(seed, train, index, size, digits)
-        return self._last[1]
+            self._last = last = index, make_scene(seed, train, index, size, digits)
+        return last[1]
 
     def load(self, index):
         return Image.fromarray(self.scene(index).image)
+
+    def described(self):
+        """Yield what the scenes are a function of."""
+        yield repr(self.settings)
 
     def name(self, index):
         return f"{'training' if self.settings[1] else 'validation'} scene {index}"
