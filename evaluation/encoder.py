@@ -8,6 +8,7 @@ import torch
 
 import models_mae
 import models_vit
+from util.data.list_flags import note_other_split
 from util.errors import UserError
 from util.weights.load import Weights, load_into, read_weights
 from util.weights.model_config import (
@@ -27,6 +28,8 @@ def settle_model(args, source: str | Weights) -> Weights | None:
     layer_norm_eps. Return the weights, None without any."""
     weights = read_weights(source, args.checkpoint_key) if source and isinstance(source, str) else source or None
     vars(args).update(resolve_config(weights, vars(args), default=DEFAULT_ENCODER).encoder_flags())
+    if weights is not None:
+        note_other_split(args, weights.path, weights.args)
     return weights
 
 

@@ -21,6 +21,7 @@ from util.compute.precision import choose_amp_dtype
 from util.data.build import build_loader
 from util.data.labels import note_imbalance
 from util.data.leak import check_leak
+from util.data.list_flags import note_other_split
 from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
 from util.data.sample_rng import seeded
@@ -141,7 +142,7 @@ def open_encoder(args, checkpoint: str, like: Judged | None = None) -> Judged:
     """Open the encoder of a file or of a timm name, or a random one of the same model as `like`, with its own final
     norm for either feature. Raises UserError if it cannot be read or does not fit the flags."""
     check_numbers(args)
-    weights = read_checkpoint(checkpoint, args.checkpoint_key)
+    weights = _read(args, checkpoint)
     config, images = _resolve(args, weights, like)
     with seeded(args.seed):  # as in main_linprobe: the same random encoder
         model = build_vit(config, False, weights, verbose=getattr(args, "verbose", False))
@@ -156,7 +157,7 @@ def open_trained(args, checkpoint: str, like: Judged | None = None, head: bool =
     `head`, its classifier if there is one; or a random encoder of the same model as `like`. In float32. Raises
     UserError if it cannot be read or does not fit the flags."""
     check_numbers(args)
-    weights = read_checkpoint(checkpoint, args.checkpoint_key)
+    weights = _read(args, checkpoint)
     device = choose_device(args.device)
     if weights is None:
         config, images = _resolve(args, None, like)
@@ -233,6 +234,14 @@ def open_each(args, open_one: Callable[[argparse.Namespace, str, Judged | None],
         opened[i] = replace(judged, resolved={**judged.resolved, **own_name})
         first = first or opened[i]
     return [opened[i] for i in range(len(names))]
+
+
+def _read(args, checkpoint: str) -> Weights | None:
+    """Read a checkpoint; None for a random encoder."""
+    weights = read_checkpoint(checkpoint, args.checkpoint_key)
+    if weights is not None:
+        note_other_split(args, weights.path, weights.args)
+    return weights
 
 
 def _resolve(args, weights: Weights | None, like: Judged | None) -> tuple[ModelConfig, ImageOptions]:

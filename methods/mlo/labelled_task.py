@@ -22,6 +22,7 @@ from util.data.image_format import image_shape, mean_std
 from util.data.leak import check_leak
 from util.data.loader import Endless, Loader
 from util.data.sources import Files, Images, Subset
+from util.data.splits import hold_out
 from util.data.transforms import eval_transform, pretrain_transform
 from util.errors import UserError
 from util.parallel.distributed import average, get_world_size
@@ -47,7 +48,8 @@ def labelled_images(args, images) -> Images:
 
 def stratified_split(images: Images, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Return the indices of the images for training and of those held out. About `fraction` of every class is held out,
-    drawn at random. Raises UserError when one of the two would have no image of a class."""
+    drawn at random: whole groups if the images have any. Raises UserError when one of the two would have no image of a
+    class."""
     targets = np.asarray(images.targets)
     labels, counts = np.unique(targets, return_counts=True)
     names = [images.classes[label] for label in labels]
@@ -56,6 +58,8 @@ def stratified_split(images: Images, fraction: float, seed: int) -> tuple[list[i
         raise UserError(f"--mlo_labels: class {too_small[0]!r} has fewer than two images, so it cannot be split")
     if len(labels) < 2:
         raise UserError("--mlo_labels: there is only one class, so there is nothing to learn from")
+    if images.groups is not None:
+        return _split_groups(images, fraction, seed)
     held = max(len(labels), round(fraction * len(targets)))
     if len(targets) - held >= len(labels):
         train, val = train_test_split(np.arange(len(targets)), test_size=held, stratify=targets, random_state=seed)
@@ -67,6 +71,20 @@ def stratified_split(images: Images, fraction: float, seed: int) -> tuple[list[i
             f"on one side: a fraction between {min(smallest, 0.5):.2g} and {max(1 - smallest, 0.5):.2g} fits"
         )
     return sorted(train.tolist()), sorted(val.tolist())
+
+
+def _split_groups(images: Images, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Divide the images as `stratified_split`, group by group."""
+    held = hold_out(images.groups, [(target,) for target in images.targets], fraction, salt=f"{seed} ")
+    targets = np.asarray(images.targets)
+    for part, chosen in (("stage II", ~held), ("stage III", held)):
+        missing = np.setdiff1d(targets, targets[chosen])
+        if len(missing):
+            raise UserError(
+                f"--mlo_val_fraction {fraction:g} leaves no image of class {images.classes[missing[0]]!r} for {part}: "
+                f"its images are in too few groups of --group_column"
+            )
+    return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
 
 
 def without(images, others: Subset):
