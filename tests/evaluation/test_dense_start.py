@@ -42,7 +42,7 @@ def saved(path, model, **args):
 
 def started(path, model):
     args = SimpleNamespace(eval=False, verbose=False, trainable_blocks=None, grad_checkpoint=False)
-    load_start(model, args, read_weights(path, allowed=RELATIVE), models_detect)
+    load_start(model, args, read_weights(path, allowed=RELATIVE))
     return model.eval()
 
 
