@@ -6,9 +6,11 @@ import subprocess
 
 import pytest
 
+import main_detect
 import main_finetune
 import main_linprobe
 import main_pretrain
+import main_segment
 from helpers.launch import ROOT
 
 STAND_IN = r"""#!/bin/bash
@@ -24,7 +26,8 @@ case $main in
     main_pretrain.py) touch "$folder/encoder.safetensors" ;;
     main_linprobe.py) touch "$folder/probe.json" "$folder/checkpoint-$((${epochs%.*} - 1)).pth" ;;
     main_finetune.py) [ -e "$STOP" ] || touch "$folder/checkpoint-$((${epochs%.*} - 1)).pth" ;;  # exit 0 all the same
-    knn.py) touch "$file" ;;
+    main_segment.py | main_detect.py) touch "$folder/scores.json" ;;
+    knn.py | dense_probe.py) mkdir -p "$(dirname "$file")"; touch "$file" ;;
     make_lesions.py) mkdir -p "$1"; touch "$1/metadata.csv" ;;
     fewshot.py) mkdir -p "$(dirname "$file")"; touch "$file" ;;
     collect.py) [ -z "$file" ] || touch "$file" ;;
@@ -63,7 +66,8 @@ def sweep(tmp_path):
 
 def parsed(calls):
     """Return (main, parsed flags) of the mains among the commands."""
-    mains = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune, "main_linprobe.py": main_linprobe}
+    modules = (main_pretrain, main_finetune, main_linprobe, main_segment, main_detect)
+    mains = {f"{module.__name__}.py": module for module in modules}
     parsed_calls = [(name, mains[name].get_args_parser().parse_args(flags)) for name, *flags in calls if name in mains]
     for name, args in parsed_calls:
         mains[name].check(args)
