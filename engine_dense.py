@@ -4,21 +4,18 @@ scored."""
 from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from engine_finetune import train
-from evaluation.dense_pictures import detection_figure, figure_tensor, segmentation_figure
+from evaluation.dense_pictures import Shown, detection_sheet, segmentation_sheet, shown
 from evaluation.detect_scores import CocoScores, Detections, VocScores
+from evaluation.detector import detect, truth_of
 from evaluation.segment_scores import SegmentScores
 from evaluation.segmenter import predict_labels
 from util.compute.precision import autocast
 from util.data.dense.annotated import Detected
-from util.data.dense.rle import draw_segmentation, encode
 from util.data.dense.transforms import DetectionEvaluation, SegmentationEvaluation
-from util.data.images import printable
 from util.data.samples import Sample
-from util.errors import UserError
 from util.lr_decay import param_groups_lrd
 from util.parallel.distributed import is_main_process
 from util.report.ledger import Record
@@ -43,7 +40,7 @@ class Segmentation:
         self, categories: Sequence[str], resize: SegmentationEvaluation, stride: int | None, flip: bool, ignore: int
     ):
         self.categories, self.resize, self.stride, self.flip, self.ignore = categories, resize, stride, flip, ignore
-        self.shown: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # image, prediction, labels
+        self.shown: list[Shown] = []
 
     def losses(self, model, samples: Sample, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the weighted losses of a micro-batch by name: images (N, C, H, W), labels (N, H, W)."""
@@ -60,7 +57,7 @@ class Segmentation:
                 predicted = self.predict(model, samples.image[0].to(device, non_blocking=True), labels.shape)
             scores.add([predicted], [labels], samples.bad == 0)
             if is_main_process() and len(self.shown) < SHOWN and not samples.bad.any():
-                self.shown.append((samples.image[0], predicted.cpu(), labels.cpu()))
+                self.shown.append(shown(samples.image[0], labels.shape, self.resize, predicted.cpu(), labels.cpu()))
         return scores
 
     def predict(self, model, img: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -72,8 +69,7 @@ class Segmentation:
         """Return images beside their predictions and labels (3, H, W), of the last evaluation; {} without any."""
         if not self.shown:
             return {}
-        figure = segmentation_figure(self.shown, self.resize, self.categories, self.ignore)
-        return {"segmentation": figure_tensor(figure)}
+        return {"segmentation": segmentation_sheet({"": self.shown}, self.categories, self.ignore).tensor()}
 
 
 class Detection:
@@ -93,7 +89,7 @@ class Detection:
 
     def __init__(self, images: Detected, resize: DetectionEvaluation, masks: bool, voc_metric: str = ""):
         self.images, self.resize, self.masks, self.voc_metric = images, resize, masks, voc_metric
-        self.shown: list[tuple[torch.Tensor, dict, dict]] = []  # image, detections, truth
+        self.shown: list[Shown] = []
 
     def losses(self, model, samples: Sample, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the losses of a micro-batch by name: images (N, C, H, W), targets of `DetectionTraining`."""
@@ -114,42 +110,21 @@ class Detection:
             if samples.bad.any():
                 scores.add([{}], [{}], samples.bad == 0)
                 continue
-            original = tuple(samples.target[0]["size"].tolist())
-            sizes = {"size": self.resize.shape(*original), "original_size": original}
+            size = tuple(samples.target[0]["size"].tolist())
             with autocast(device, amp_dtype):
-                (found,) = model(samples.image.to(device, non_blocking=True), [sizes])
-            truth = self.truth(int(samples.index), original)
+                found = detect(model, samples.image.to(device, non_blocking=True), size, self.resize)
+            truth = truth_of(self.images, int(samples.index), size, self.masks)
             scores.add([found], [truth], samples.bad == 0)
             if is_main_process() and len(self.shown) < SHOWN:
-                self.shown.append((samples.image[0], {name: value.cpu() for name, value in found.items()}, truth))
+                found = {name: value.cpu() for name, value in found.items()}
+                self.shown.append(shown(samples.image[0], size, self.resize, found, truth))
         return scores
-
-    def truth(self, index: int, size: Sequence[int]) -> dict:
-        """Return the objects of an image of `size` (H, W) as the scores take them, with crowds and difficult ones.
-        Raises UserError for a mask that does not fit the image."""
-        record = self.images.record(index)
-        objects = record["objects"]
-        truth = {
-            "image_id": record["id"],
-            "size": tuple(size),
-            "boxes": np.array([each["box"] for each in objects], np.float64).reshape(-1, 4),
-            "labels": np.array([each["label"] for each in objects], np.int64),
-            "iscrowd": np.array([each["crowd"] for each in objects], bool),
-            "difficult": np.array([each["difficult"] for each in objects], bool),
-            "area": np.array([each["area"] for each in objects], np.float64),
-        }
-        if self.masks:
-            try:
-                truth["rles"] = [encode(draw_segmentation(each["segmentation"] or [], size[::-1])) for each in objects]
-            except ValueError as error:
-                raise UserError(f"an object of {printable(self.images.name(index))}: {error}") from error
-        return truth
 
     def pictures(self) -> dict[str, torch.Tensor]:
         """Return detections beside the truth (3, H, W), of the last evaluation; {} without any."""
         if not self.shown:
             return {}
-        return {"detection": figure_tensor(detection_figure(self.shown, self.resize, self.images.categories))}
+        return {"detection": detection_sheet({"": self.shown}, self.images.categories).tensor()}
 
 
 def fine_tune(

@@ -16,7 +16,7 @@ from evaluation.scores import TopK
 from util.compute.precision import autocast, choose_amp_dtype
 from util.data.samples import Sample
 from util.parallel.distributed import shut_down, sync_buffers
-from util.report.ledger import Record
+from util.report.ledger import Record, hardware
 from util.training.announcements import NO_SUMMARY, Summary, closing, opening
 from util.training.best_metric import LOWER
 from util.training.finished import end_again
@@ -105,6 +105,7 @@ def evaluate_once(
     eval_confusion.png, TensorBoard (in tensorboard-eval/ below --log_dir) and the ledger, results.jsonl. Return them.
     Leaves the process group. `names` are those of the classes; `summary` is what is printed about the evaluation."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
+    record.hardware = hardware(device, dtype)
     print(opening(args, record, summary, device, dtype))
     with torch.no_grad():
         scores = task.score(loader, model, device, dtype)
@@ -119,7 +120,7 @@ def evaluate_once(
     details = scores.details(names)
     pictures = write_confusion(scores, names, args.output_dir, "eval_confusion.png") | task.pictures()
     pictures = {f"eval/{name}": picture for name, picture in pictures.items()}
-    publish(record, metrics, len(loader.dataset), (device, dtype), to, pictures=pictures, details=details)
+    publish(record, metrics, len(loader.dataset), to, pictures=pictures, details=details)
     print(closing(args.output_dir, summary, evaluated_file(args, record)))
     shut_down()
     return stats

@@ -13,10 +13,10 @@ from engine_dense import Detection, fine_tune
 from engine_finetune import evaluate_once
 from evaluation.dense import (
     add_training_arguments,
+    build_model,
     check_flags,
     check_positive,
     check_range,
-    load_start,
     read_splits,
     read_starting_weights,
 )
@@ -24,19 +24,17 @@ from evaluation.summaries import detection_summary
 from models_grid import HEAD_NORMS, sync_batch_norm
 from util import arguments
 from util.checkpoint.resume import find_resume
-from util.data.dense.detection import read_detection
+from util.data.dense.detection import DETECTION, read_detection
 from util.data.dense.flags import add_dense_data_arguments
 from util.data.dense.paired import build_paired_loader
 from util.data.dense.transforms import DetectionEvaluation, DetectionTraining
 from util.data.image_format import image_shape, mean_std
 from util.data.presets import MIRRORED
-from util.data.sample_rng import seeded
 from util.errors import UserError, user_errors
 from util.parser import Flags, Parser, settled_later
 from util.report.ledger import Record
 from util.training.run import start
 from util.training.run_length import settle_schedule
-from util.weights.load import Weights
 
 WARMUP = 250  # steps, ViTDet's
 
@@ -49,7 +47,7 @@ def get_args_parser() -> Parser:
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     add_detector_arguments(parser.add_argument_group("detector"))
     arguments.add_transfer_arguments(parser)
-    group = arguments.add_data_arguments(parser)
+    group = arguments.add_data_arguments(parser, DETECTION)
     arguments.add_leak_argument(group)
     add_dense_data_arguments(group, "detection")
     add_image_arguments(parser.add_argument_group("crops and evaluation"))
@@ -129,23 +127,6 @@ def settle_flags(args, starts: bool) -> None:
         args.input_size = [args.scene_size if args.dataset == "scenes" else 1024]
 
 
-def build(args, weights: Weights | None) -> models_detect.Detector:
-    """Build the detector. `weights` (None: random ones) are loaded into its encoder, with `--eval` into all of it."""
-    names = [name for name in (*models_detect.SETTINGS, "patch_size", "in_chans") if name != "head_width"]
-    with seeded(args.seed):
-        model = models_detect.build_model(
-            args.model,
-            args.nb_classes,
-            img_size=image_shape(args.input_size),
-            drop_path_rate=args.drop_path,
-            width=args.head_width,
-            rcnn={"box_score_thresh": args.score_thresh},
-            **{name: getattr(args, name) for name in names},
-        )
-    load_start(model, args, weights)
-    return model
-
-
 def main(args) -> dict[str, float]:
     """Train or evaluate once. Return the scores of the last evaluation. Raises UserError for mistakes in flags and
     files."""
@@ -166,7 +147,8 @@ def main(args) -> dict[str, float]:
         settle_schedule(args, len(loader), WARMUP)
     args.freeze()
 
-    model = sync_batch_norm(build(args, weights), device).to(device)
+    model = build_model(models_detect, args, weights, rcnn={"box_score_thresh": args.score_thresh})
+    model = sync_batch_norm(model, device).to(device)
     resize = DetectionEvaluation(size, *stats)
     val_loader = build_paired_loader(held_out, resize, args, 1, train=False)
     task = Detection(held_out, resize, masks, args.voc_metric)

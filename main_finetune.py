@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from timm.data import Mixup
 from timm.layers import trunc_normal_
 
 import models_vit
@@ -33,6 +32,7 @@ from util.parser import Flags, Parser, rare
 from util.report.ledger import Record
 from util.training.best_metric import settle_best_metric
 from util.training.losses import build_criterion
+from util.training.mixup import Mixup
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
 from util.weights.load import Weights, read_weights
@@ -149,7 +149,7 @@ def check(args) -> None:
 
 
 def build_mixup(args) -> Mixup | None:
-    """Return timm's mixup and cutmix of a batch, None if both are off."""
+    """Return mixup and cutmix of a batch, None if both are off."""
     if not mixes(args):
         return None
     return Mixup(

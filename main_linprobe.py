@@ -8,6 +8,7 @@ best head on a held-out part of the training set is chosen, and its test accurac
 import util.interrupts  # noqa: F401  first: Ctrl-C is in effect while the others are imported
 
 # isort: split
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 
@@ -252,7 +253,7 @@ def main(args) -> dict:
         load_probe(probe, resume or Path(args.finetune), "--resume" if resume else "--finetune")
         names = getattr(held_out, "classes", None)
         return evaluate_once(args, probe, test_loader, device, record, names=names, summary=summary)
-    optimizer_type = torch.optim.AdamW if args.head == "attentive" else LARS
+    optimizer_type = partial(torch.optim.AdamW, fused=True) if args.head == "attentive" else LARS
     optimizer = optimizer_type(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     names = getattr(images, "classes", None)
     run = Run(args, device, loader, model, optimizer, probe, resume, record, classes=names, summary=summary)

@@ -239,6 +239,8 @@ def split_images(methods, args, images):
     training set, or else the validation split."""
     splits = (method.split_images(images) for method in methods)
     split = next((split for split in splits if split is not None), None)
+    if split and args.knn_freq and split[1].classes is None:
+        raise UserError("--knn_freq needs labels, and the images that are held out have masks")
     if split and args.knn_freq and getattr(split[0], "classes", None) != split[1].classes:
         raise UserError("--knn_freq needs one set of labels, and the held-out images and the others differ in theirs")
     return split or (images, validation_images(args, images))

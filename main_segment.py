@@ -16,10 +16,10 @@ from engine_dense import Segmentation, fine_tune
 from engine_finetune import evaluate_once
 from evaluation.dense import (
     add_training_arguments,
+    build_model,
     check_flags,
     check_positive,
     check_range,
-    load_start,
     read_splits,
     read_starting_weights,
 )
@@ -29,17 +29,15 @@ from util import arguments
 from util.checkpoint.resume import find_resume
 from util.data.dense.flags import add_dense_data_arguments
 from util.data.dense.paired import build_paired_loader
-from util.data.dense.segmentation import read_segmentation
+from util.data.dense.segmentation import SEGMENTATION, read_segmentation
 from util.data.dense.transforms import SegmentationEvaluation, SegmentationTraining
 from util.data.image_format import image_shape, mean_std
 from util.data.presets import MIRRORED
-from util.data.sample_rng import seeded
 from util.errors import UserError, user_errors
 from util.parser import Flags, Parser, rare, settled_later
 from util.report.ledger import Record
 from util.training.run import start
 from util.training.run_length import settle_schedule
-from util.weights.load import Weights
 
 
 def get_args_parser() -> Parser:
@@ -50,7 +48,7 @@ def get_args_parser() -> Parser:
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     add_head_arguments(parser.add_argument_group("head"))
     arguments.add_transfer_arguments(parser)
-    group = arguments.add_data_arguments(parser)
+    group = arguments.add_data_arguments(parser, SEGMENTATION)
     arguments.add_leak_argument(group)
     add_dense_data_arguments(group, "segmentation")
     add_image_arguments(parser.add_argument_group("crops and evaluation"))
@@ -137,23 +135,6 @@ def settle_evaluation(args, stored: Mapping) -> None:
             raise UserError(f"--stride {args.stride} is larger than the window of {min(size)} pixels: it leaves gaps")
 
 
-def build(args, weights: Weights | None, ignore_label: int) -> models_segment.Segmenter:
-    """Build the segmenter. `weights` (None: random ones) are loaded into its encoder, with `--eval` into all of it."""
-    names = (*models_segment.SETTINGS, "patch_size", "in_chans")
-    with seeded(args.seed):
-        model = models_segment.build_model(
-            args.model,
-            args.nb_classes,
-            img_size=image_shape(args.input_size),
-            drop_path_rate=args.drop_path,
-            ignore_label=ignore_label,
-            dropout=args.head_dropout,
-            **{name: getattr(args, name) for name in names},
-        )
-    load_start(model, args, weights)
-    return model
-
-
 def main(args) -> dict[str, float]:
     """Train or evaluate once. Return the scores of the last evaluation. Raises UserError for mistakes in flags and
     files."""
@@ -176,7 +157,8 @@ def main(args) -> dict[str, float]:
         settle_schedule(args, len(loader))
     args.freeze()
 
-    model = sync_batch_norm(build(args, weights, args.ignore_label), device).to(device)
+    model = build_model(models_segment, args, weights, ignore_label=args.ignore_label, dropout=args.head_dropout)
+    model = sync_batch_norm(model, device).to(device)
     resize = SegmentationEvaluation(size, *stats, args.short_side if args.eval_mode == "slide" else None)
     val_loader = build_paired_loader(held_out, resize, args, 1, train=False)
     task = Segmentation(held_out.categories, resize, args.stride, args.eval_flip, args.ignore_label)

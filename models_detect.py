@@ -95,7 +95,7 @@ class _Anchors(AnchorGenerator):
     def forward(self, images, maps):
         device = maps[0].device
         self.set_cell_anchors(torch.float32, device)
-        strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
+        strides = [[stride, stride] for stride in self.strides]
         anchors = torch.cat(self.grid_anchors([x.shape[-2:] for x in maps], strides))
         return [anchors] * len(images.image_sizes)
 
@@ -187,8 +187,8 @@ class Detector(GridViT):
         classes: int,
         detector: str = "mask",
         pyramid: str = "simple",
+        head_width: int = 256,
         head_norm: str = "layer",
-        width: int = 256,
         window: int = 14,
         global_blocks: Sequence[int] | None = None,
         rel_pos: bool = True,
@@ -210,9 +210,9 @@ class Detector(GridViT):
         anchors = anchors or [2 * patch * 2**level for level in range(5)]
         if len(anchors) != 5:
             raise UserError(f"--anchors {' '.join(map(str, anchors))}: the pyramid needs 5 sizes, one for each level")
-        simple = pyramid == "simple"
-        self.pyramid = SimplePyramid(self.embed_dim, width) if simple else ClassicPyramid(self.embed_dim, width, norm)
-        parts = _rcnn(self, detector, classes, width, anchors, norm, rcnn or {})
+        simple, dim = pyramid == "simple", self.embed_dim
+        self.pyramid = SimplePyramid(dim, head_width) if simple else ClassicPyramid(dim, head_width, norm)
+        parts = _rcnn(self, detector, classes, head_width, anchors, norm, rcnn or {})
         self.rpn, self.roi_heads = parts.rpn, parts.roi_heads
 
     def head_modules(self) -> list[nn.Module]:

@@ -17,8 +17,10 @@ from util.compute.precision import widened
 
 def encoder_features(model, imgs: torch.Tensor, pool: str) -> torch.Tensor:
     """Return features (N, D), at least float32, of images (N, C, H, W): the encoder sees every patch, and its norm is
-    applied. `pool` is "cls" or "avg" (the mean over patches). Differentiable."""
+    applied. `pool` is "cls", "avg" (the mean over patches), or "none" (all patches: N, L, D). Differentiable."""
     latent = widened(model.encode(model.embed(imgs))[0])
+    if pool == "none":
+        return latent[:, 1:]
     return latent[:, 0] if pool == "cls" else latent[:, 1:].mean(dim=1)
 
 

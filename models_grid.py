@@ -7,7 +7,7 @@ names of `VisionTransformer`, so weights, layer-wise learning-rate decay, frozen
 compiled blocks work as there. Parameters of relative positions are zero at the start: attention is then as pretrained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import ceil
 
@@ -22,6 +22,7 @@ from util.architectures import ENCODERS, check_geometry, look_up
 from util.errors import UserError
 from util.parallel.distributed import get_world_size
 
+RELATIVE = "rel_pos"  # part of the names of relative positions, which plain encoders lack
 HEAD_NORMS = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}  # values of --head_norm
 
 
@@ -89,13 +90,6 @@ class GridAttention(PlainAttention):
         patches = torch.cat([torch.eye(rows).repeat_interleave(columns, 0), torch.eye(columns).repeat(rows, 1)], dim=1)
         return F.pad(patches, (0, -(width + rows + columns) % 8))
 
-    def _load_from_state_dict(self, state, prefix, *args):
-        for name in ("rel_pos_h", "rel_pos_w"):  # of a run with other windows
-            own, table = getattr(self, name), state.get(prefix + name)
-            if own is not None and table is not None and table.ndim == 2:
-                state[prefix + name] = resize_table(table, len(own))
-        super()._load_from_state_dict(state, prefix, *args)
-
     def forward(self, x, attn_mask=None, is_causal=False):
         """Patch tokens (N, L, D) -> (N, L, D). Masks, arguments of timm's blocks, are not used."""
         if self.window:
@@ -129,6 +123,17 @@ def resize_table(table: torch.Tensor, length: int) -> torch.Tensor:
     if len(table) == length:
         return table
     return F.interpolate(table.T[None].float(), size=length, mode="linear")[0].T.to(table)
+
+
+def resize_bias(table: torch.Tensor, source: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
+    """Resample a table of BEiT's bias (M, heads) from a grid of patches to another one, bilinearly over the differences
+    in rows and columns; its last three rows, for pairs with [cls], stay."""
+    before, after = ([2 * side - 1 for side in grid] for grid in (source, target))
+    if source == target or len(table) != before[0] * before[1] + 3:
+        return table
+    pairs = table[:-3].T.unflatten(1, before)[None].float()
+    pairs = F.interpolate(pairs, size=after, mode="bilinear")[0].flatten(1).T
+    return torch.cat([pairs.to(table), table[-3:]])
 
 
 def to_windows(x: torch.Tensor, grid: tuple[int, int], window: int) -> torch.Tensor:
@@ -210,6 +215,19 @@ class GridViT(VisionTransformer):
             if index in blocks:
                 outputs[index] = x
         return [self._map(outputs[index]) for index in blocks]
+
+    def fit_relative(self, state: Mapping[str, torch.Tensor], source: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Return the relative positions among the tensors of another model of this kind, whose grid of patches is
+        `source`, resampled to the windows and the grid of this one. Empty for a state without any."""
+        own, fitted = self.state_dict(), {}
+        for name in (name for name in state if RELATIVE in name):
+            table, target = state[name], tuple(self.patch_embed.grid_size)
+            if name in own and "rel_pos_bias" in name:
+                table = resize_bias(table, source, target)
+            elif name in own and table.ndim == 2:
+                table = resize_table(table, len(own[name]))
+            fitted[name] = table
+        return fitted
 
     def _map(self, tokens):
         """Tokens (N, [1 +] L, D) -> a map (N, D, rows, columns)."""

@@ -155,7 +155,9 @@ def probe_cached(model, train_loader, test_loader, args, device) -> dict:
 
 def run_cached(args, model, images, test_loader, device, record: Record, summary: Summary) -> dict:
     """Probe with `--cache_features`, write the results, and return them; `summary` is what is printed about it."""
-    print(opening(args, record, summary, device, choose_amp_dtype(args.amp_dtype, device)))
+    dtype = choose_amp_dtype(args.amp_dtype, device)
+    record.hardware = hardware(device, dtype)
+    print(opening(args, record, summary, device, dtype))
     transform = build_transform(False, args)
     train_loader = build_loader(images, transform, args, args.batch_size, train=False)
     result = probe_cached(model, train_loader, test_loader, args, device)
@@ -163,13 +165,11 @@ def run_cached(args, model, images, test_loader, device, record: Record, summary
     top1, top5, blr = (result[name] for name in ("eval/acc1", "eval/acc5", "train/blr"))
     print(f"linear probe: top-1 {top1:.2f} %  top-5 {top5:.2f} %  (blr {blr:g})")
     saver = Saver(args.output_dir or ".", args.save_patience)
-    device_and_dtype = device, choose_amp_dtype(args.amp_dtype, device)
-    record.hardware = hardware(*device_and_dtype)
     images_seen = len(train_loader.dataset) + len(test_loader.dataset)
     if args.output_dir and is_main_process():
         write_cached(args, model, result, record.state(images_seen), saver, getattr(images, "classes", None))
     to = Destination(Path(args.output_dir) / "probe.json" if args.output_dir else None, args.log_dir, args.output_dir)
-    publish(record, result, images_seen, device_and_dtype, to, attempt=saver.insist)
+    publish(record, result, images_seen, to, attempt=saver.insist)
     print(closing(args.output_dir, summary, str(Path(args.output_dir) / CLASSIFIER)))
     shut_down()
     return result

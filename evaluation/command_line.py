@@ -12,11 +12,11 @@ from util.parser import Parser
 from util.report.sheet import PICTURES, SIDE
 
 
-def data_parser(description: str, usual: str = "--data_path PATH") -> Parser:
+def data_parser(description: str, usual: str = "--data_path PATH", datasets: Sequence[str] = ()) -> Parser:
     """Return a parser with the data flags of the mains. By default a tool starts two data workers, since it reads every
-    image once. `usual` are the flags that its usage line shows."""
+    image once. `usual` are the flags that its usage line shows, `datasets` the data sets that it reads, () for all."""
     parser = Parser(description, usual)
-    add_data_arguments(parser)
+    add_data_arguments(parser, datasets)
     parser.add_argument("--seed", default=0, type=int, help="seed of all random draws")
     parser.set_defaults(num_workers=2)
     return parser
@@ -137,14 +137,15 @@ def add_out_flag(parser: Parser, more: str = "") -> None:
     parser.add_argument("--out", required=True, help=f"picture to write: a .png, .pdf or .svg file{more}")
 
 
-def add_tile_flag(parser) -> None:
-    """Add `--tile_size` of a tool that draws images in a grid. `check_tile` checks it."""
+def add_tile_flag(parser, side: int = SIDE, largest: str = "its own size") -> None:
+    """Add `--tile_size` of a tool that draws images in a grid: without it small images are enlarged up to `side`, and
+    others have the size that `largest` names. `check_tile` checks it."""
     parser.add_argument(
         "--tile_size",
         type=int,
         metavar="PIXELS",
-        help="longer side of an image in the picture; without it its own size, and small images are enlarged by a "
-        f"whole factor, up to {SIDE}",
+        help=f"longer side of an image in the picture; without it {largest}, and small images are enlarged by a whole "
+        f"factor, up to {side}",
     )
 
 

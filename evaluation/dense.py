@@ -2,26 +2,33 @@
 from or evaluates."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from evaluation.encoder import set_norm_eps, settle_model
-from models_grid import GridViT
+from models_grid import RELATIVE, GridViT
 from util import arguments
 from util.checkpoint.resume import stored_flags
 from util.checkpoint.same_run import plain
 from util.data.dense.annotated import Annotated
+from util.data.image_format import image_shape
 from util.data.leak import check_leak
 from util.data.pixel_range import settle_pixel_range
+from util.data.sample_rng import seeded
 from util.data.transforms import check_channels
 from util.errors import UserError
 from util.lr_sched import SCHEDULES
+from util.parser import rare
 from util.weights.file import read_file
+from util.weights.geometry import source_grid
 from util.weights.load import Weights, load_into, read_weights
 
-RELATIVE = "rel_pos"  # part of the names of relative positions, which plain encoders lack; `load_whole` loads them
+_TYPES = {"pretrained": "a pretrained encoder", "finetuned": "a fine-tuned classifier"}  # by value of --expects
 
 
 def add_training_arguments(
@@ -45,7 +52,7 @@ def _add_schedule_arguments(group, schedule: str, warmup: int) -> None:
         choices=SCHEDULES,
         default=schedule,
         help="after the warm-up: half a cosine, or a line, to --min_lr; step: a tenth of the rate after each of "
-        "--lr_steps",
+        "--lr_steps; constant: no change",
     )
     group.add_argument(
         "--lr_steps",
@@ -68,6 +75,13 @@ def _add_decay_arguments(group, layer_decay: float) -> None:
     )
     group.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth: drop rate of the last block")
     group.add_argument("--trainable_blocks", type=int, help="train the last N blocks and the head; 0: the head alone")
+    rare(
+        group.add_argument(
+            "--expects",
+            choices=["pretrained", "finetuned"],
+            help="print a note if --finetune is not a checkpoint of this type: numbers of papers depend on it",
+        )
+    )
 
 
 def check_flags(args) -> None:
@@ -108,11 +122,10 @@ def read_starting_weights(args, resume: Path | None, models: ModuleType) -> Weig
     """Settle the flags of the encoder and those of the head, which are in `models` (models_segment or models_detect).
     Returns the weights to start from or to evaluate; None for random ones and for a run that is resumed. Raises
     UserError for a file to evaluate that has no such head."""
+    source, key = resume or args.finetune, "model" if resume else args.checkpoint_key
+    weights = settle_model(args, read_weights(source, key, RELATIVE) if source else None)
     if not args.eval and resume is None:
-        weights = settle_model(args, args.finetune)
-    else:
-        key = "model" if resume else args.checkpoint_key
-        weights = settle_model(args, read_weights(resume or args.finetune, key, RELATIVE))
+        note_start(args.expects, weights)
     if args.eval and not any(name.startswith(models.HEAD_TENSORS) for name in weights.dropped):
         raise UserError(f"{weights.path} has no {models.TASK} head: give the checkpoint of a finished run")
     _settle_head(args, models.SETTINGS, weights)
@@ -142,6 +155,19 @@ def shown(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
+def note_start(expected: str | None, weights: Weights | None) -> None:
+    """Print a note if `weights` (None: random ones) are not of the type of `--expects`. Fine-tuned ones have a
+    classifier."""
+    if expected is None:
+        return
+    fine_tuned = weights is not None and any(name.startswith(("head.", "fc_norm.")) for name in weights.state)
+    if weights is None:
+        print(f"note: the encoder is random: the protocol starts from {_TYPES[expected]}, given as --finetune")
+    elif weights.dense_model or fine_tuned != (expected == "finetuned"):
+        is_one = weights.dense_model or _TYPES["finetuned" if fine_tuned else "pretrained"]
+        print(f"note: {weights.path} is {is_one}: the protocol starts from {_TYPES[expected]}")
+
+
 def read_splits(
     args, weights: Weights | None, resume: Path | None, read: Callable[[bool, list[str] | None], Annotated]
 ) -> tuple[Annotated | None, Annotated]:
@@ -158,6 +184,17 @@ def read_splits(
     return images, held_out
 
 
+def build_model(models: ModuleType, args, weights: Weights | None, **options) -> GridViT:
+    """Build the model of the module `models` (models_segment or models_detect) for the flags, with further `options`.
+    `weights` (None: random ones) are loaded into its encoder, with `--eval` into all of it."""
+    names = (*models.SETTINGS, "patch_size", "in_chans")
+    sizes = {"img_size": image_shape(args.input_size), **{name: getattr(args, name) for name in names}}
+    with seeded(args.seed):
+        model = models.build_model(args.model, args.nb_classes, drop_path_rate=args.drop_path, **sizes, **options)
+    load_start(model, args, weights)
+    return model
+
+
 def load_start(model: GridViT, args, weights: Weights | None) -> None:
     """Load `weights` (None: random ones) into the encoder of `model`, with `--eval` into all of it, and freeze blocks.
     Raises UserError for a file that does not fit."""
@@ -165,17 +202,38 @@ def load_start(model: GridViT, args, weights: Weights | None) -> None:
     if weights is not None and args.eval:
         load_whole(model, weights, "model" if args.resume else args.checkpoint_key)
     elif weights is not None:
-        print(load_into(model, weights, ignore_head=True).shown(args.verbose))
+        print(load_into(model, with_relative(weights, model), ignore_head=True).shown(args.verbose))
     if args.trainable_blocks is not None:
         model.train_last_blocks(args.trainable_blocks)
     model.set_grad_checkpointing(args.grad_checkpoint)
 
 
+def with_relative(weights: Weights, model: GridViT) -> Weights:
+    """Return `weights` with their relative positions resampled to the windows and the grid of `model`. Raises UserError
+    if the model lacks them, or has other ones: attention would not be that of the file."""
+    own, shape = model.state_dict(), tuple(model.patch_embed.grid_size)
+    tables = model.fit_relative(weights.state, source_grid(weights.state, weights.args, shape, weights.path))
+    lost = next((name for name in tables if name not in own), "")
+    if lost:
+        others = any(RELATIVE in name for name in own)
+        advice = "those of this model are of another kind" if others else "this model has none: give --rel_pos"
+        what = weights.dense_model or "a model"
+        raise UserError(f"{weights.path} is {what} with relative positions ({lost}), and {advice}")
+    resized = [name for name, table in tables.items() if table.shape != weights.state[name].shape]
+    note = [f"{len(resized)} tables of relative positions interpolated"] if resized else []
+    return replace(weights, state={**weights.state, **tables}, notes=weights.notes + note)
+
+
 def load_whole(model: GridViT, weights: Weights, key: str) -> None:
     """Load all tensors of a file, which are under `key`. Raises UserError for one of another model, head or input
     size."""
+    load_state(model, read_file(Path(weights.path)).get(key, {}), weights.path)
+
+
+def load_state(model: GridViT, state: Mapping[str, torch.Tensor], path: str) -> None:
+    """Load the `state` of the file `path` completely. Raises UserError if it does not fit."""
     try:
-        model.load_state_dict(read_file(Path(weights.path)).get(key, {}))
+        model.load_state_dict(state)
     except RuntimeError as error:
         reason = shorten(str(error).strip().splitlines()[-1], 200)
-        raise UserError(f"{weights.path} does not fit these flags: {reason}") from error
+        raise UserError(f"{path} does not fit these flags: {reason}") from error

@@ -1,134 +1,228 @@
-"""Pictures of dense predictions beside the ground truth."""
+"""Pictures of dense predictions beside the ground truth: classes of pixels, boxes and masks of objects."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from evaluation.detect_scores import intersections
 from util.data.dense.rle import decode
-from util.data.dense.transforms import DetectionEvaluation, SegmentationEvaluation
+from util.data.dense.transforms import resize_masks, scaled_shape
 from util.report.curves import COLOURS
-from util.report.pictures import rgb
+from util.report.pictures import rgb, rows_of_images
+from util.report.sheet import Colour, Mark, Sheet, draw_sheet, resized, tag_size
 
-UNLABELLED = (1.0, 1.0, 1.0)
 SURE = 0.5  # score from which detections are drawn
+TILE = 320  # pixels: longer side of a tile that is not given; small images are enlarged by a whole factor up to it
+UNLABELLED = (1.0, 1.0, 1.0)
+Size = tuple[int, int]  # (H, W)
 
 
-def palette(count: int) -> torch.Tensor:
-    """Return colours (count, 3) in [0, 1] for classes: those of `util.report.curves` first, which colour-blind readers
-    can tell apart, then the same ones, darker and lighter in turn."""
-    base = torch.tensor([[int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)] for code in COLOURS])
-    rounds = [base]
-    while sum(map(len, rounds)) < count:
-        share = 0.75 ** ((len(rounds) + 1) // 2)
-        rounds.append(base * share if len(rounds) % 2 else 1 - (1 - base) * share)
-    return torch.cat(rounds)[:count]
+@dataclass(frozen=True)
+class Shown:
+    """An image as RGB (3, h, w) in [0, 1], its `size` (H, W) in its file, and prediction and ground truth of that size:
+    labels (H, W), or detections and objects as `evaluation.detect_scores` takes them."""
+
+    picture: torch.Tensor
+    size: Size
+    prediction: Any
+    truth: Any
 
 
-def painted(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Return the colours (3, H, W) of labels (H, W); values that are no class are white."""
-    colours = torch.cat([palette(classes), torch.tensor([UNLABELLED])])
-    known = (labels >= 0) & (labels < classes)
-    return colours[torch.where(known, labels, classes)].permute(2, 0, 1)
+def shown(img: torch.Tensor, size: Sequence[int], resize, prediction, truth) -> Shown:
+    """Return what is drawn of an image whose input (C, h, w) to the network the transform `resize` made."""
+    height, width = resize.shape(*size)  # without the padding
+    picture = (img.cpu() * resize.std + resize.mean).clamp(0, 1)[None, :, :height, :width]
+    return Shown(rgb(picture)[0], (int(size[0]), int(size[1])), prediction, truth)
 
 
-def segmentation_figure(
-    shown: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-    resize: SegmentationEvaluation,
-    categories: Sequence[str],
-    ignore: int,
-):
-    """Draw images beside predictions and labels, with the classes that occur in them as a legend. `shown` are
-    (network's input (C, h, w), prediction (H, W), labels (H, W)). Returns a figure of matplotlib."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    classes = len(categories)
-    figure = Figure(figsize=(2.4 * 3, 2.3 * len(shown) + 0.3), layout="constrained")
-    grid = figure.subplots(len(shown), 3, squeeze=False)
-    for axes, (img, predicted, labels) in zip(grid, shown):
-        used = resize.shape(*labels.shape)
-        picture = rgb((img * resize.std + resize.mean).clamp(0, 1)[None, :, : used[0], : used[1]])[0]
-        for axis, tile in zip(axes, (picture, painted(predicted, classes), painted(labels, classes))):
-            axis.imshow(tile.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="equal")
-            axis.set(xticks=[], yticks=[])
-        right = (predicted == labels)[labels != ignore]
-        axes[1].set_xlabel(f"{100 * right.float().mean():.0f} % of pixels right" if len(right) else "nothing labelled")
-    for axis, title in zip(grid[0], ("image", "prediction", "labels (white: not evaluated)")):
-        axis.set_title(title, fontsize=10)
-    present = torch.cat([part.flatten().unique() for _, *parts in shown for part in parts]).unique().tolist()
-    colours = palette(classes).tolist()
-    handles = [Patch(color=colours[label], label=categories[label]) for label in present if 0 <= label < classes]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, max(1, len(handles))), fontsize=8)
-    return figure
+def palette(count: int) -> list[Colour]:
+    """Return `count` colours: those of `util.report.curves`, which colour-blind readers can tell apart, then darker and
+    lighter ones of the same hues."""
+    first = [tuple(int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)) for code in COLOURS]
+    hues = [colour for colour in first if len(set(colour)) > 1]  # black and grey have no other shades
+    colours, share = list(first), 0.6
+    while len(colours) < count:
+        colours += [tuple(share * part for part in colour) for colour in hues]
+        colours += [tuple(1 - share * (1 - part) for part in colour) for colour in hues]
+        share *= 0.6
+    return colours[:count]
 
 
-def detection_figure(
-    shown: Sequence[tuple[torch.Tensor, dict, dict]], resize: DetectionEvaluation, categories: Sequence[str]
-):
-    """Draw detections beside the truth, boxes and masks in the colours of the classes, which are a legend. `shown` are
-    (network's input (C, h, w), detections, truth), as `evaluation.detect_scores` takes them, in pixels of the original
-    images, with `size` (H, W) in the truth. Detections with a score below `SURE` are left out. Returns a figure of
-    matplotlib."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    figure = Figure(figsize=(3.4 * 2, 3.6 * len(shown) + 0.4), layout="constrained")
-    grid = figure.subplots(len(shown), 2, squeeze=False)
-    colours, present = palette(len(categories)).tolist(), set()
-    for axes, (img, found, truth) in zip(grid, shown):
-        height, width = truth["size"]
-        used = resize.shape(height, width)
-        picture = rgb((img * resize.std + resize.mean).clamp(0, 1)[None, :, : used[0], : used[1]])[0]
-        sure = _sure(found)
-        for axis, objects in zip(axes, (sure, truth)):
-            axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest", extent=(0, width, height, 0))
-            _draw_objects(axis, objects, (height, width), colours)
-            axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
-            present |= set(np.asarray(objects["labels"]).tolist())
-        highest = f" (highest {found['scores'].max():.2f})" if len(found["scores"]) else ""
-        axes[0].set_xlabel(f"{len(sure['labels'])} with a score from {SURE}{'' if len(sure['labels']) else highest}")
-        axes[1].set_xlabel(f"{len(truth['labels'])} annotated")
-    for axis, title in zip(grid[0], ("detections", "annotations")):
-        axis.set_title(title, fontsize=10)
-    handles = [Patch(color=colours[label - 1], label=categories[label - 1]) for label in sorted(present)]
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)
-    return figure
+def colours_of(present: Sequence[set[int]]) -> dict[int, Colour]:
+    """Return the colours of labels. `present` are sets of labels; those of an earlier set have earlier colours."""
+    labels = list(dict.fromkeys(label for part in present for label in sorted(part)))
+    return dict(zip(labels, palette(len(labels))))
 
 
-def _sure(found: dict) -> dict:
-    kept = found["scores"] >= SURE
+def _sheet(rows: Mapping[str, Sequence[Shown]], columns: Sequence[str], draw, side: int | None, **more) -> Sheet:
+    """Draw the images of each title. `draw(image, shape)` returns tiles (columns, 3, h, w) of an image at `shape` (h,
+    w), their notes and their marks."""
+    images = [each for own in rows.values() for each in own]
+    if side is None:
+        longest = max(max(each.picture.shape[-2:]) for each in images)
+        side = min(TILE, longest * max(1, TILE // longest))
+    shapes = [scaled_shape(each.size, (side, side)) for each in images]
+    height, width = (max(sides) for sides in zip(*shapes))  # tiles are white where an image has another aspect ratio
+    pictures, notes, marks = [], [], []
+    for own in rows.values():
+        tiles, below, over = zip(*(draw(each, scaled_shape(each.size, (side, side))) for each in own))
+        above = [height - tile.shape[-2] for tile in tiles]  # a tile stands on its note
+        tiles = [F.pad(tile, (0, width - tile.shape[-1], rows, 0), value=1.0) for tile, rows in zip(tiles, above)]
+        pictures.append(torch.stack(tiles))
+        notes.append(below)
+        lowered = [[[replace(m, top=m.top + rows) for m in own] for own in of] for of, rows in zip(over, above)]
+        marks.append(lowered)
+    per_row = max(1, min(len(pictures[0]), 4 // len(columns)))
+    lines = rows_of_images(pictures, list(rows), notes, per_row, marks)
+    return draw_sheet(lines, columns, side=max(height, width), per_row=per_row, **more)
+
+
+# Segmentation ---------------------------------------------------------------------------------------------------------
+
+
+def segmentation_sheet(
+    rows: Mapping[str, Sequence[Shown]], categories: Sequence[str], ignore: int, side: int | None = None
+) -> Sheet:
+    """Draw images beside predicted and true classes, with the classes that occur in them as a legend, and their names
+    where they have room. `rows` have the images of each checkpoint, by its title ("" for the only one); `ignore` is the
+    label that is not evaluated; `side` is the longer side of a tile in pixels."""
+    images = [each for own in rows.values() for each in own]
+    known = range(len(categories))
+    present = [{*part.unique().tolist()} & {*known} for each in images for part in (each.truth, each.prediction)]
+    colours = colours_of([set().union(*present[::2]), set().union(*present[1::2])])
+
+    def draw(each: Shown, shape: Size):
+        labels = [resize_masks(part, shape) for part in (each.prediction, each.truth)]
+        tiles = [resized(each.picture[None], shape)[0], *(painted(part, colours) for part in labels)]
+        marks = [[], *(_names(part, colours, categories) for part in labels)]
+        right = (each.prediction == each.truth)[each.truth != ignore]
+        note = f"{100 * right.float().mean():.0f} % of pixels right" if len(right) else "nothing labelled"
+        return torch.stack(tiles), ["", note, ""], marks
+
+    legend = [(categories[label], colours[label]) for label in sorted(colours)]
+    white = any((each.truth == ignore).any() for each in images)
+    caption, columns = "white: not evaluated" if white else "", ("image", "prediction", "labels")
+    return _sheet(rows, columns, draw, side, caption=caption, legend=legend)
+
+
+def painted(labels: torch.Tensor, colours: Mapping[int, Colour]) -> torch.Tensor:
+    """Return labels (H, W) as a picture (3, H, W); values without a colour are white."""
+    picture = torch.tensor(UNLABELLED)[:, None, None].repeat(1, *labels.shape)
+    for label, colour in colours.items():
+        picture[:, labels == label] = torch.tensor(colour)[:, None]
+    return picture
+
+
+def _names(labels: torch.Tensor, colours: Mapping[int, Colour], names: Sequence[str]) -> list[Mark]:
+    """Return the names of the classes of labels (H, W), each once, where it lies on pixels of its class alone."""
+    marks = []
+    for label, colour in colours.items():
+        width, height = tag_size(names[label], max(labels.shape))
+        sums = F.pad((labels == label).long().cumsum(0).cumsum(1), (1, 0, 1, 0))
+        below, above = sums[height:], sums[:-height]
+        pixels = (
+            below[:, width:] - below[:, :-width] - above[:, width:] + above[:, :-width]
+        )  # under the name, by corner
+        corners = (pixels == width * height).nonzero()  # empty if the tile is smaller than the name
+        if len(corners):
+            middle = (corners - corners.double().mean(dim=0)).square().sum(dim=1).argmin()
+            top, left = corners[middle].tolist()
+            marks.append(Mark(left, top, width, height, colour, names[label]))
+    return marks
+
+
+# Detection ------------------------------------------------------------------------------------------------------------
+
+
+def detection_sheet(
+    rows: Mapping[str, Sequence[Shown]], categories: Sequence[str], threshold: float = SURE, side: int | None = None
+) -> Sheet:
+    """Draw detections beside the annotations: boxes with the names of their classes and their scores, and masks.
+    Detections with a score below `threshold` are left out. `rows` and `side` are those of `segmentation_sheet`."""
+    present: list[set[int]] = [set(), set()]  # labels of annotations, and of detections
+    for each in (each for own in rows.values() for each in own):
+        for labels, objects in zip(present, (each.truth, _sure(each.prediction, threshold))):
+            labels.update(np.asarray(objects["labels"]).tolist())
+    colours = colours_of(present)
+
+    def draw(each: Shown, shape: Size):
+        sure, picture = _sure(each.prediction, threshold), resized(each.picture[None], shape)[0]
+        tiles = [_with_masks(picture, objects, each.size, colours) for objects in (sure, each.truth)]
+        marks = [_marks(objects, each.size, shape, colours, categories) for objects in (sure, each.truth)]
+        scores = each.prediction["scores"]
+        lower = f" (highest {float(max(scores)):.2f})" if len(scores) and not len(sure["scores"]) else ""
+        return torch.stack(tiles), [_counted(sure, "detection") + lower, _counted(each.truth, "object")], marks
+
+    caption = f"detections with a score from {threshold:g}"
+    return _sheet(rows, ("detections", "annotations"), draw, side, caption=caption)
+
+
+def _counted(objects: dict, noun: str) -> str:
+    count = len(objects["labels"])
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _sure(found: dict, threshold: float) -> dict:
+    kept = found["scores"] >= threshold
     return {name: value[kept] for name, value in found.items()}
 
 
-def _draw_objects(axis, objects: dict, size: tuple[int, int], colours: list) -> None:
-    """Draw the boxes (M, 4) of objects, their masks (M, H, W) or `rles`, and their `scores`."""
-    from matplotlib.patches import Rectangle
-
+def _with_masks(picture, objects: dict, size: Size, colours: Mapping[int, Colour]) -> torch.Tensor:
+    """Return a picture (3, h, w) with the masks (M, H, W) or `rles` of objects, filled and with an outline."""
     masks = [decode(code, size[::-1]) for code in objects["rles"]] if "rles" in objects else objects.get("masks", [])
+    picture, line = picture.clone(), 1 + max(picture.shape[-2:]) // 240  # pixels: thickness of the outline
     for label, mask in zip(np.asarray(objects["labels"]).tolist(), masks):
-        layer = np.zeros((*size, 4))
-        layer[np.asarray(mask, bool)] = (*colours[label - 1], 0.55)
-        axis.imshow(layer, interpolation="nearest", extent=(0, size[1], size[0], 0))
-    scores = objects.get("scores", [None] * len(objects["labels"]))
-    for label, box, score in zip(np.asarray(objects["labels"]).tolist(), np.asarray(objects["boxes"]), scores):
-        left, top, right, bottom = box.tolist()
-        colour = colours[label - 1]
-        axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="white", lw=2.6))
-        axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, lw=1.6))
-        if score is not None:
-            style = dict(facecolor=colour, edgecolor="none", pad=0.8)
-            ink = "white" if np.dot(colour, (0.3, 0.59, 0.11)) < 0.6 else "black"
-            above = "bottom" if top > 0.06 * size[0] else "top"  # at the upper edge the number stands inside the box
-            axis.text(left, top, f"{score:.2f}", fontsize=6.5, color=ink, va=above, bbox=style, clip_on=True)
+        inside = resize_masks(torch.as_tensor(np.asarray(mask).copy()).bool(), picture.shape[-2:])
+        outside = F.max_pool2d((~inside)[None].float(), 2 * line + 1, 1, line)[0] > 0
+        colour = torch.tensor(colours[label])[:, None]
+        picture[:, inside] = 0.5 * picture[:, inside] + 0.5 * colour
+        picture[:, inside & outside] = colour
+    return picture
 
 
-def figure_tensor(figure) -> torch.Tensor:
-    """Return a figure of matplotlib as a picture (3, H, W) in [0, 1]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _marks(objects: dict, size: Size, shape: Size, colours: Mapping[int, Colour], names: Sequence[str]) -> list[Mark]:
+    """Return frames of the boxes (M, 4), and tags with the classes and, if there are any, the `scores`."""
+    factors = [new / old for old, new in zip(size, shape)]
+    boxes = (np.asarray(objects["boxes"], float).reshape(-1, 4) * (factors[::-1] * 2)).tolist()
+    own = [colours[label] for label in np.asarray(objects["labels"]).tolist()]
+    words = [_shortened(text, shape) for text in _words(objects, names)]
+    sizes = [tag_size(text, max(shape)) for text in words]
+    frames = [Mark(x, y, right - x, bottom - y, colour) for (x, y, right, bottom), colour in zip(boxes, own)]
+    tags = zip(place_tags(boxes, sizes, shape), sizes, own, words)
+    return frames + [Mark(*corner, *extent, colour, text) for corner, extent, colour, text in tags]
 
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = torch.from_numpy(np.asarray(canvas.buffer_rgba()).copy())
-    return pixels[..., :3].permute(2, 0, 1).float() / 255
+
+def _words(objects: dict, names: Sequence[str]) -> list[str]:
+    """Return what is written beside each object."""
+    words = [names[label - 1] for label in np.asarray(objects["labels"]).tolist()]
+    if "scores" in objects:
+        words = [f"{text} {score:.2f}" for text, score in zip(words, np.asarray(objects["scores"]).tolist())]
+    for key, note in (("iscrowd", "crowd"), ("difficult", "difficult")):
+        marked = objects.get(key, [False] * len(words))
+        words = [f"{text} ({note})" if yes else text for text, yes in zip(words, marked)]
+    return words
+
+
+def _shortened(words: str, shape: Size) -> str:
+    """Return words as they fit into a tile, cut with an ellipsis."""
+    while tag_size(words, max(shape))[0] > shape[1] and len(words) > 1:
+        words = words.removesuffix("…")[:-1] + "…"
+    return words
+
+
+def place_tags(boxes: Sequence, sizes: Sequence[tuple[int, int]], shape: Size) -> list[tuple[float, float]]:
+    """Return the left top corners of tags, whose `sizes` are (width, height), for boxes (left, top, right, bottom) in a
+    tile of `shape` (rows, columns). A tag stands at an edge of its box, above it if possible, inside the tile, where it
+    overlaps the tags before it least."""
+    placed = np.zeros((0, 4))
+    for (left, top, right, bottom), (width, height) in zip(boxes, sizes):
+        rows = [top - height, top, bottom, bottom - height, *np.arange(top + height, bottom - height, height)]
+        corners = np.array([(x, y) for y in rows for x in (left, right - width, left - width, right)])
+        corners = np.clip(corners, 0, (shape[1] - width, shape[0] - height))
+        areas = np.hstack([corners, corners + (width, height)])
+        placed = np.vstack([placed, areas[intersections(areas, placed).sum(axis=1).argmin()]])
+    return [(left, top) for left, top, _, _ in placed.tolist()]

@@ -272,10 +272,15 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, eleven_points: 
     return float(np.sum(np.diff(recall) * highest[1:]))
 
 
+def intersections(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the areas (n, m) that boxes (n, 4) and (m, 4) have in common."""
+    low, high = np.maximum(boxes[:, None, :2], others[:, :2]), np.minimum(boxes[:, None, 2:], others[:, 2:])
+    return np.clip(high - low, 0, None).prod(axis=2)
+
+
 def box_ious(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return the intersections over unions (n, m) of boxes (n, 4) and (m, 4)."""
-    low, high = np.maximum(boxes[:, None, :2], others[:, :2]), np.minimum(boxes[:, None, 2:], others[:, 2:])
-    both = np.clip(high - low, 0, None).prod(axis=2)
+    both = intersections(boxes, others)
     areas, other_areas = ((b[:, 2:] - b[:, :2]).prod(axis=1) for b in (boxes, others))
     return both / np.maximum(areas[:, None] + other_areas - both, 1e-12)
 

@@ -8,6 +8,7 @@ import torch
 
 import models_mae
 import models_vit
+from util.data.list_flags import note_other_split
 from util.errors import UserError
 from util.weights.load import Weights, load_into, read_weights
 from util.weights.model_config import (
@@ -17,6 +18,7 @@ from util.weights.model_config import (
     infer_config_from_shapes,
     resolve_config,
 )
+from util.weights.names import DENSE_USES
 from util.weights.report import some
 
 
@@ -26,6 +28,8 @@ def settle_model(args, source: str | Weights) -> Weights | None:
     layer_norm_eps. Return the weights, None without any."""
     weights = read_weights(source, args.checkpoint_key) if source and isinstance(source, str) else source or None
     vars(args).update(resolve_config(weights, vars(args), default=DEFAULT_ENCODER).encoder_flags())
+    if weights is not None:
+        note_other_split(args, weights.path, weights.args)
     return weights
 
 
@@ -42,6 +46,10 @@ def load_encoder(
     config = resolve_config(weights, given, inferred=ENCODER)
     state, classes = _fold_head(weights) if head else (weights.state, 0)
     if not {"fc_norm.weight", "norm.weight"} & state.keys():
+        if weights.dense_model:
+            raise UserError(
+                f"{weights.path} is {weights.dense_model}, whose encoder has no norm after its last block: {DENSE_USES}"
+            )
         raise UserError(
             f"{weights.path} has neither norm nor fc_norm, so its features are not defined: a whole ViT is needed"
         )

@@ -1,7 +1,7 @@
 """Evaluation of checkpoints by the tools: opening them, reading their images and features, publishing the results."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,25 @@ from util.compute.precision import choose_amp_dtype
 from util.data.build import build_loader
 from util.data.labels import note_imbalance
 from util.data.leak import check_leak
+from util.data.list_flags import note_other_split
 from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
 from util.data.sample_rng import seeded
 from util.errors import UserError
 from util.parallel.distributed import choose_device
 from util.parser import Parser
-from util.report.ledger import Record
+from util.report.ledger import Record, hardware
 from util.weights.load import Weights, read_weights
 from util.weights.model_config import DEFAULT_ENCODER, ModelConfig, resolve_config
+from util.weights.names import DENSE_USES
 
 
-def evaluation_parser(description: str, several: bool = False, features: bool = True) -> Parser:
+def evaluation_parser(
+    description: str, several: bool = False, features: bool = True, datasets: Sequence[str] = ()
+) -> Parser:
     """Return a parser with the data flags of the mains and the flags of an evaluation: of `features`, or of a
-    classifier; of one checkpoint, or of `several`."""
-    parser = command_line.data_parser(description)
+    classifier; of one checkpoint, or of `several`; on the `datasets`, () for all."""
+    parser = command_line.data_parser(description, datasets=datasets)
     command_line.add_checkpoint_flags(parser, several)
     if features:
         command_line.add_feature_flags(parser, default="avg")
@@ -85,7 +89,9 @@ class Judged:
 
     def record(self, command: str, **images) -> Record:
         """Return the record of an evaluation of this checkpoint on `images`, by split."""
-        return Record(command, argparse.Namespace(**self.flags), self.weights, **images)
+        record = Record(command, argparse.Namespace(**self.flags), self.weights, **images)
+        record.hardware = hardware(self.device, self.dtype)
+        return record
 
     def publish(
         self,
@@ -107,7 +113,6 @@ class Judged:
             record,
             {f"eval/{metric}": value for metric, value in metrics.items()},
             images_seen,
-            (self.device, self.dtype),
             Destination(json, folder / f"tensorboard-{name or command}", folder),
             pictures={f"{command}/{title}": picture for title, picture in pictures.items()},
             **content,
@@ -137,7 +142,7 @@ def open_encoder(args, checkpoint: str, like: Judged | None = None) -> Judged:
     """Open the encoder of a file or of a timm name, or a random one of the same model as `like`, with its own final
     norm for either feature. Raises UserError if it cannot be read or does not fit the flags."""
     check_numbers(args)
-    weights = read_checkpoint(checkpoint, args.checkpoint_key)
+    weights = _read(args, checkpoint)
     config, images = _resolve(args, weights, like)
     with seeded(args.seed):  # as in main_linprobe: the same random encoder
         model = build_vit(config, False, weights, verbose=getattr(args, "verbose", False))
@@ -152,7 +157,7 @@ def open_trained(args, checkpoint: str, like: Judged | None = None, head: bool =
     `head`, its classifier if there is one; or a random encoder of the same model as `like`. In float32. Raises
     UserError if it cannot be read or does not fit the flags."""
     check_numbers(args)
-    weights = read_checkpoint(checkpoint, args.checkpoint_key)
+    weights = _read(args, checkpoint)
     device = choose_device(args.device)
     if weights is None:
         config, images = _resolve(args, None, like)
@@ -208,6 +213,8 @@ def open_classifier(args, numbers: bool = False) -> Judged:
     stored = judged.weights.args if judged.weights is not None else {}
     if stored.get("targets") == "regression" and not numbers:
         raise UserError(f"{checkpoint} was trained with --targets regression: it predicts numbers, not classes")
+    if not count and judged.weights is not None and judged.weights.dense_model:
+        raise UserError(f"{checkpoint} is {judged.weights.dense_model}, which classifies no images: {DENSE_USES}")
     if not count:
         raise UserError(f"{checkpoint} has no classifier: fine-tune it first (main_finetune.py, main_linprobe.py)")
     if args.nb_classes not in (None, count):
@@ -227,6 +234,14 @@ def open_each(args, open_one: Callable[[argparse.Namespace, str, Judged | None],
         opened[i] = replace(judged, resolved={**judged.resolved, **own_name})
         first = first or opened[i]
     return [opened[i] for i in range(len(names))]
+
+
+def _read(args, checkpoint: str) -> Weights | None:
+    """Read a checkpoint; None for a random encoder."""
+    weights = read_checkpoint(checkpoint, args.checkpoint_key)
+    if weights is not None:
+        note_other_split(args, weights.path, weights.args)
+    return weights
 
 
 def _resolve(args, weights: Weights | None, like: Judged | None) -> tuple[ModelConfig, ImageOptions]:

@@ -36,7 +36,6 @@ def publish(
     record: Record,
     metrics: Mapping[str, float],
     images_seen: int,
-    hardware: tuple[torch.device, torch.dtype],
     to: Destination,
     *,
     pictures: Mapping[str, torch.Tensor] = {},
@@ -44,7 +43,7 @@ def publish(
     **content,
 ) -> None:
     """Write the `metrics` of one checkpoint. `record` describes the evaluation, which passed `images_seen` images
-    through the network; `hardware` is (device, type of matrix products).
+    through the network; its `hardware` is set.
 
     JSON: the flags, `metrics` as `result`, the checkpoint as `source`, the revision of the code, and `content`.
     TensorBoard: the `metrics` of the group eval and `pictures` (3, H, W) in [0, 1] by tag, at the checkpoint's epoch,
@@ -63,7 +62,7 @@ def publish(
     board.hparams(hparams_of(record), columns())
     board.close()
     if to.ledger:
-        attempt(LEDGER, lambda: record.enter(to.ledger, metrics, images_seen, *hardware))
+        attempt(LEDGER, lambda: record.enter(to.ledger, metrics, images_seen))
 
 
 def write_scores(

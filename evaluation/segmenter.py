@@ -1,19 +1,16 @@
-"""Segmenters of main_segment.py: loading them, and the classes that they predict for images of any size."""
+"""Segmenters of main_segment.py: the classes that they predict for images of any size, and loading them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from textwrap import shorten
 
 import torch
 
 import models_segment
-from evaluation.encoder import set_norm_eps
-from evaluation.image_options import ImageOptions, image_options
+from evaluation.dense_pictures import shown
+from evaluation.dense_trained import Trained
 from evaluation.slide import labels_at_size, slide
+from util.data.dense.segmentation import read_segmentation
 from util.data.dense.transforms import SegmentationEvaluation
-from util.errors import UserError
 from util.weights.load import Weights
-from util.weights.model_config import resolve_config
 
 
 def predict_labels(
@@ -35,36 +32,24 @@ def _logits(model, img, resize, stride):
     return slide(lambda windows: model(windows).float(), img, resize.size, stride)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A segmenter, and how its run evaluated it."""
+class TrainedSegmenter(Trained):
+    """A segmenter, with the windows and flips of its run. `stride` None: images are segmented as a whole."""
 
-    model: models_segment.Segmenter
-    categories: list[str]
-    images: ImageOptions
-    resize: SegmentationEvaluation
-    stride: int | None
-    flip: bool
+    def __init__(self, args, weights: Weights, state: Mapping[str, torch.Tensor]):
+        super().__init__(args, weights, state, models_segment)
+        shorter, slides = min(self.size), self.stored.get("eval_mode", "slide") == "slide"
+        short = self.stored.get("short_side") or shorter
+        self.stride = (self.stored.get("stride") or max(1, 2 * shorter // 3)) if slides else None
+        self.flip = bool(self.stored.get("eval_flip"))
+        self.resize = SegmentationEvaluation(self.size, *self.options.mean_std, short if slides else None)
 
+    def read(self, args):
+        if args.zero_is_ignored is None:  # the meaning of the masks is that of the training
+            args.zero_is_ignored = self.stored.get("zero_is_ignored")
+        return read_segmentation(args, False, self.categories)
 
-def open_segmenter(args, weights: Weights, state: Mapping[str, torch.Tensor]) -> Trained:
-    """Build the segmenter of a file, whose tensors are `state`, on the CPU, in eval mode, with the windows of its run.
-    Raises UserError for a file that lacks the names of the classes, and for tensors that do not fit the flags."""
-    if not weights.classes:
-        raise UserError(f"{weights.path} does not name its classes: give a checkpoint of main_segment.py")
-    stored, config = weights.args, resolve_config(weights, vars(args))
-    head = {name: stored[name] for name in models_segment.SETTINGS if name in stored}
-    count, sizes = len(weights.classes), config.encoder_arguments()
-    model = models_segment.build_model(config.encoder_name, count, **sizes, **head)
-    set_norm_eps(model, config.layer_norm_eps)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = shorten(str(error).strip().splitlines()[-1], 200)
-        raise UserError(f"{weights.path} does not fit these flags: {reason}") from error
-    images = image_options(args, config.in_chans, config.input_size, stored)
-    size, slides = min(config.input_size), stored.get("eval_mode", "slide") == "slide"
-    short, stride = stored.get("short_side") or size, stored.get("stride") or max(1, 2 * size // 3)
-    resize = SegmentationEvaluation(config.input_size, *images.mean_std, short if slides else None)
-    flip = bool(stored.get("eval_flip"))
-    return Trained(model.eval(), weights.classes, images, resize, stride if slides else None, flip)
+    def show(self, sample, index, images):
+        img, size = sample.image, sample.target.shape
+        device = self.model.pos_embed.device
+        predicted = predict_labels(self.model, img.to(device), size, self.resize, self.stride, self.flip)
+        return shown(img, size, self.resize, predicted.cpu(), sample.target)

@@ -11,9 +11,9 @@ from util.parser import rare
 class Option:
     """One flag, `--name`.
 
-    Its values have the type of `default` or, if that is None, `type` (text without one). A bool is a switch; one that
-    is on by default has a second flag, `--no_name`, with the help text `negated`. A `rare` flag is shown by
-    `--help_all` only.
+    Its values have the type of `default` or, if that is None, `type` (text without one). A bool is a switch. One that
+    is on by default, or whose default None is settled later, has a second flag, `--no_name`, with the help text
+    `negated`. A `rare` flag is shown by `--help_all` only.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Option:
         """Add the flag to `group`. Unless `always`, a flag that was not given is absent from the parsed flags;
         `enabled_methods` can then detect flags without effect, and sets the defaults."""
         kwargs = {"default": self.default if always else argparse.SUPPRESS, "help": self.help}
-        if isinstance(self.default, bool):
+        if isinstance(self.default, bool) or self.negated:
             kwargs["action"] = "store_true"
         else:
             own = type(self.default) if isinstance(self.default, (int, float)) else None

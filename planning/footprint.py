@@ -7,7 +7,8 @@ patch. A number in matrix products has `element` bytes (2 in bf16 and fp16, 4 in
 gradients and the residual stream are always fp32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from util.architectures import check_geometry
 from util.errors import UserError
@@ -38,6 +39,25 @@ class Sizes:
     def frozen(self) -> int:
         """The number of values in the two position tables, which are not trained."""
         return (1 + self.patches) * (self.width + self.decoder_width)
+
+    # The members of a `Workload`:
+
+    @property
+    def trained(self) -> int:
+        return trained_weights(self)
+
+    @property
+    def blocks(self) -> int:
+        return self.depth + self.decoder_depth
+
+    def teacher_weights(self, teacher: str) -> int:
+        return teacher_weights(self, teacher)
+
+    def flops(self, setup: "Setup") -> dict[str, int]:
+        return flops_per_image(self, setup)
+
+    def moments(self, setup: "Setup") -> dict[str, dict[str, float]]:
+        return moments(self, setup)
 
 
 def sizes_of(config: dict, mask_ratio: float = 0.75, in_chans: int = 3) -> Sizes:
@@ -80,6 +100,24 @@ class Setup:
     def name(self) -> str:
         mode = "one GPU" if self.gpus == 1 else "fsdp" if self.fsdp else "ddp"
         return mode + (" + grad_checkpoint" if self.grad_checkpoint else "")
+
+
+class Workload(Protocol):
+    """What `planning.plan` needs to know of the training of a network: `Sizes`, for pretraining, and
+    `planning.dense.DenseTraining`."""
+
+    trained: int  # weights
+    blocks: int  # of transformers
+
+    def teacher_weights(self, teacher: str) -> int:
+        """Return the number of weights of a teacher, 0 for "none"."""
+
+    def flops(self, setup: Setup) -> dict[str, int]:
+        """Return the FLOPs of matrix products per image and training step, by pass: "forward and backward", and with
+        `grad_checkpoint` "recomputed"."""
+
+    def moments(self, setup: Setup) -> dict[str, dict[str, float]]:
+        """Return the bytes of a process by content, at every moment that may be the peak."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +218,25 @@ def teacher_weights(sizes: Sizes, teacher: str) -> int:
     return sizes.depth * block_weights + (sizes.values + 2 + 2 + 1 + sizes.patches) * sizes.width
 
 
+def flops_per_image(sizes: Sizes, setup: Setup) -> dict[str, int]:
+    """Return the FLOPs of matrix products per image and training step, by pass.
+
+    The backward pass takes twice the FLOPs of the forward pass, except for the patch kernel, whose input needs no
+    gradient. `grad_checkpoint` adds recomputation of the blocks, and a teacher adds its forward pass.
+    """
+    listed = parts(sizes, setup)
+    forward = sum(part.flops for part in listed)
+    counted = {"forward and backward": 3 * forward - listed[0].flops}
+    if setup.grad_checkpoint:
+        counted["recomputed"] = sum(part.recomputed for part in listed)
+    if setup.teacher == "autoencoder":
+        counted["teacher"] = forward
+    elif setup.teacher == "encoder":
+        unmasked = replace(sizes, visible=sizes.patches)
+        counted["teacher"] = sum(part.flops for part in parts(unmasked, setup)[: 1 + sizes.depth])
+    return counted
+
+
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +320,7 @@ def _teacher_moments(sizes: Sizes, setup: Setup, held: dict, gradients: float, l
     }
 
 
-def peak(sizes: Sizes, setup: Setup) -> tuple[str, dict[str, float]]:
+def peak(work: Workload, setup: Setup) -> tuple[str, dict[str, float]]:
     """Return (moment, bytes by content) at the predicted peak of a process. Memory of CUDA and the allocator, which
     `Machine.usable` deducts, is not included."""
-    return max(moments(sizes, setup).items(), key=lambda item: sum(item[1].values()))
+    return max(work.moments(setup).items(), key=lambda item: sum(item[1].values()))

@@ -1,12 +1,12 @@
-"""Prediction of the time of pretraining on many GPUs, and choice of the fastest setup that fits into their memory.
+"""Prediction of the time of training on many GPUs, and choice of the fastest setup that fits into their memory.
 
 Nothing is measured here. docs/scaling.md explains the formulas, and lists measurements and assumptions.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from planning.footprint import GIB, Setup, Sizes, parts, peak, teacher_weights, trained_weights
+from planning.footprint import GIB, Setup, Workload, peak
 from util.errors import UserError
 
 OPTIMIZER_BYTES = 28  # moved by AdamW per weight: it reads and writes weight and two moments, and reads the gradient
@@ -39,25 +39,6 @@ class Machine:
         return max(0.0, self.gpu_mem - self.context) * GIB / (1 + self.fragmentation)
 
 
-def flops_per_image(sizes: Sizes, setup: Setup) -> dict[str, int]:
-    """Return the FLOPs of matrix products per image and training step, by pass.
-
-    The backward pass takes twice the FLOPs of the forward pass, except for the patch kernel, whose input needs no
-    gradient. `grad_checkpoint` adds recomputation of the blocks, and a teacher adds its forward pass.
-    """
-    listed = parts(sizes, setup)
-    forward = sum(part.flops for part in listed)
-    counted = {"forward and backward": 3 * forward - listed[0].flops}
-    if setup.grad_checkpoint:
-        counted["recomputed"] = sum(part.recomputed for part in listed)
-    if setup.teacher == "autoencoder":
-        counted["teacher"] = forward
-    elif setup.teacher == "encoder":
-        unmasked = replace(sizes, visible=sizes.patches)
-        counted["teacher"] = sum(part.flops for part in parts(unmasked, setup)[: 1 + sizes.depth])
-    return counted
-
-
 @dataclass(frozen=True)
 class Seconds:
     """The time of one optimizer step, in seconds."""
@@ -82,20 +63,19 @@ class Seconds:
         return name if overhead[name] > 0.1 * self.step else "compute"
 
 
-def seconds(sizes: Sizes, setup: Setup, machine: Machine) -> Seconds:
+def seconds(work: Workload, setup: Setup, machine: Machine) -> Seconds:
     """Return the time of one optimizer step of `setup.accum` micro-batches."""
-    listed, counted = parts(sizes, setup), flops_per_image(sizes, setup)
-    blocks = sum(part.block for part in listed)
+    counted = work.flops(setup)
     arithmetic = setup.batch * sum(counted.values()) / (machine.tflops * 1e12 * machine.mfu / 100)
     passes = 4 if setup.grad_checkpoint else 3
-    micro = max(arithmetic, blocks * machine.launch_time * passes / 3)
+    micro = max(arithmetic, work.blocks * machine.launch_time * passes / 3)
     # The backward pass takes two thirds of the FLOPs of forward and backward, and includes the recomputation.
     backward_flops = counted["forward and backward"] * 2 / 3 + counted.get("recomputed", 0)
     backward = micro * backward_flops / sum(counted.values())
     # FSDP communicates during a whole micro-batch, DDP during the backward pass of the last one.
     overlap = micro if setup.fsdp else backward
-    exposed = max(0.0, communication_time(sizes, setup, machine) - overlap)
-    update = OPTIMIZER_BYTES * trained_weights(sizes) / (setup.gpus if setup.fsdp else 1) / (machine.memory_rate * 1e9)
+    exposed = max(0.0, communication_time(work, setup, machine) - overlap)
+    update = OPTIMIZER_BYTES * work.trained / (setup.gpus if setup.fsdp else 1) / (machine.memory_rate * 1e9)
     return Seconds(
         compute=setup.accum * micro + update,
         exposed=communications(setup) * exposed,
@@ -109,7 +89,7 @@ def communications(setup: Setup) -> int:
     return setup.accum if setup.fsdp else 1
 
 
-def traffic(sizes: Sizes, setup: Setup) -> float:
+def traffic(work: Workload, setup: Setup) -> float:
     """Return the bytes that a GPU sends: with DDP per optimizer step, with FSDP per micro-batch.
 
     DDP reduces fp32 gradients over a ring. FSDP gathers the weights twice (forward and backward), gathers a teacher's
@@ -118,23 +98,23 @@ def traffic(sizes: Sizes, setup: Setup) -> float:
     """
     if setup.gpus == 1:
         return 0.0
-    sent = 2 * 4 * trained_weights(sizes)
+    sent = 2 * 4 * work.trained
     if setup.fsdp:
-        sent = (2 * setup.element + 4) * trained_weights(sizes) + setup.element * teacher_weights(sizes, setup.teacher)
+        sent = (2 * setup.element + 4) * work.trained + setup.element * work.teacher_weights(setup.teacher)
     return (setup.gpus - 1) / setup.gpus * sent
 
 
-def communication_time(sizes: Sizes, setup: Setup, machine: Machine) -> float:
+def communication_time(work: Workload, setup: Setup, machine: Machine) -> float:
     """Return the seconds in which the bytes of `traffic` are sent, at the lower bandwidth of node and network, with the
     latency of every message: around a ring with FSDP, up and down a tree with DDP."""
     if setup.gpus == 1:
         return 0.0
     rate = machine.bandwidth if setup.gpus <= machine.node else min(machine.bandwidth, machine.network)
     if setup.fsdp:
-        hops = 3 * (1 + sizes.depth + sizes.decoder_depth) * (setup.gpus - 1)
+        hops = 3 * (1 + work.blocks) * (setup.gpus - 1)
     else:
-        hops = math.ceil(4 * trained_weights(sizes) / machine.bucket) * 2 * math.ceil(math.log2(setup.gpus))
-    return traffic(sizes, setup) / (rate * 1e9) + hops * machine.hop_latency
+        hops = math.ceil(4 * work.trained / machine.bucket) * 2 * math.ceil(math.log2(setup.gpus))
+    return traffic(work, setup) / (rate * 1e9) + hops * machine.hop_latency
 
 
 # The plan ------------------------------------------------------------------------------------------------------------
@@ -144,7 +124,7 @@ def communication_time(sizes: Sizes, setup: Setup, machine: Machine) -> float:
 class Plan:
     """A setup with its predicted memory and time. `fits` tells whether the memory of a GPU suffices."""
 
-    sizes: Sizes
+    work: Workload
     setup: Setup
     machine: Machine
     fits: bool
@@ -161,17 +141,24 @@ class Plan:
         """Return the hours of `epochs` epochs of a set of `images`. Epochs consist of whole steps; remaining images are
         not used."""
         batch = self.setup.batch * self.setup.accum * self.setup.gpus
-        return epochs * max(1, images // batch) * self.time.step / 3600
+        return self.hours_of(epochs * max(1, images // batch))
+
+    def hours_of(self, steps: float) -> float:
+        """Return the hours of so many optimizer steps."""
+        return steps * self.time.step / 3600
 
 
-def candidates(effective: int, gpus: int, allow_fsdp: bool = True, **options) -> list[Setup]:
+def candidates(effective: int, gpus: int, allow_fsdp: bool = True, smallest: int = 1, **options) -> list[Setup]:
     """Return all setups that train `effective` images per step on `gpus` GPUs, in order of preference: first those
-    without FSDP, then those without `grad_checkpoint`, then larger batches. `options` are further fields of `Setup`.
-    Raises UserError if the images cannot be divided evenly among the GPUs."""
+    without FSDP, then those without `grad_checkpoint`, then larger batches. A process trains at least
+    `smallest` images at once. `options` are further fields of `Setup`. Raises UserError if the images cannot be divided
+    evenly among the GPUs, or are too few for `smallest`."""
     if effective % gpus:
         raise UserError(f"--effective_batch {effective} must be a multiple of --gpus {gpus}")
     per_gpu = effective // gpus
-    batches = [batch for batch in range(per_gpu, 0, -1) if per_gpu % batch == 0]
+    batches = [batch for batch in range(per_gpu, smallest - 1, -1) if per_gpu % batch == 0]
+    if not batches:
+        raise UserError(f"--effective_batch {effective} gives {per_gpu} images to each of --gpus {gpus}: too few")
     return [
         Setup(batch, gpus, per_gpu // batch, fsdp=fsdp, grad_checkpoint=grad_checkpoint, **options)
         for fsdp in ([False, True] if gpus > 1 and allow_fsdp else [False])
@@ -180,15 +167,19 @@ def candidates(effective: int, gpus: int, allow_fsdp: bool = True, **options) ->
     ]
 
 
-def plan(sizes: Sizes, machine: Machine, effective: int, gpus: int, **options) -> Plan:
+def plan(work: Workload, machine: Machine, effective: int, gpus: int, **options) -> Plan:
     """Return the plan with the fastest setup that fits or, since predicted times are not more accurate, with the first
     of the `candidates` that fits and takes at most 5 % longer. If none fits, return the plan that needs least memory,
     with `fits` False."""
     plans = []
     for setup in candidates(effective, gpus, **options):
-        moment, memory = peak(sizes, setup)
+        if setup.grad_checkpoint and any(
+            other.fits and other.setup.fsdp == setup.fsdp and other.setup.batch >= setup.batch for other in plans
+        ):
+            continue  # one without recomputation fits, and is faster
+        moment, memory = peak(work, setup)
         fits = sum(memory.values()) <= machine.usable
-        plans.append(Plan(sizes, setup, machine, fits, moment, memory, seconds(sizes, setup, machine)))
+        plans.append(Plan(work, setup, machine, fits, moment, memory, seconds(work, setup, machine)))
     fitting = [candidate for candidate in plans if candidate.fits]
     if not fitting:
         return min(plans, key=lambda candidate: candidate.gib)

@@ -18,8 +18,8 @@
 # each (the same page), and every command takes 12 s to start. The sweeps have the sums in seconds. Settings that a paper
 # gives in epochs are scaled with the number of epochs.
 #
-# The sweep sets arrays of flags: `data_flags`, `pretrain`, `finetune`, `linprobe` and `encoder` (the model of the last
-# two), and calls `run NAME FLAGS…` and `scratch NAME`, then `table`.
+# The sweep sets arrays of flags: `data_flags`, `pretrain`, `finetune`, `linprobe` (empty: no probes) and `encoder` (the
+# model of the last two), and calls `run NAME FLAGS…` and `scratch NAME`, then `table`.
 
 GPUS=${GPUS:-1}
 . "$(dirname "${BASH_SOURCE[0]}")/_torchrun.sh"
@@ -118,10 +118,10 @@ chosen() { # NAME FLAGS…: succeed if this run is wanted; with --list print its
     [ -z "$list" ] || { echo "$name${*:+: $*}"; return 1; }
 }
 
-scratch() { # NAME: evaluate an encoder without pretraining
+scratch() { # NAME [CHECKPOINT]: evaluate an encoder without pretraining, of random weights or those of the checkpoint
     chosen "$1" || return 0
     for seed in $SEEDS; do
-        evaluate "$1-seed$seed" "" "$seed" model
+        evaluate "$1-seed$seed" "${2:-}" "$seed" model
     done
 }
 
@@ -142,19 +142,24 @@ run() { # NAME FLAGS…: pretrain and evaluate; {seed} in a flag is replaced by 
 evaluate() { # NAME CHECKPOINT SEED KEY
     local common=("${data_flags[@]}" "${encoder[@]}" --seed "$3")
     [ -z "$2" ] || common+=(--finetune "$2" --checkpoint_key "$4")
-    local probe="$out/probe-$1" folder last kind again
-    case " ${linprobe[*]} " in
-        *" --cache_features "*) last=probe.json again=(--overwrite) ;;  # takes seconds, so it starts anew
-        *) last=checkpoint-$(($(epochs_of "${linprobe[@]}") - 1)).pth again=(--resume auto) ;;
-    esac
-    once "$probe/$last" main main_linprobe.py "${common[@]}" "${linprobe[@]}" --output_dir "$probe" "${again[@]}"
-    once "$probe/knn.json" "$python" "$root/tools/knn.py" "${common[@]}" --finetune "${2:-random}" --out "$probe/knn.json"
+    local folder kind
+    [ ${#linprobe[@]} -eq 0 ] || probe "$1" "$2"
     for kind in finetune "${extra_finetunes[@]}"; do
         local -n flags=$kind
         folder="$out/$kind-$1"
         once "$folder/checkpoint-$(($(epochs_of "${flags[@]}") - 1)).pth" main main_finetune.py "${common[@]}" "${flags[@]}" --keep 1 --output_dir "$folder" \
             --resume auto
     done
+}
+
+probe() { # NAME CHECKPOINT: by a linear classifier and by neighbours, with the flags `common` of evaluate
+    local probe="$out/probe-$1" last again
+    case " ${linprobe[*]} " in
+        *" --cache_features "*) last=probe.json again=(--overwrite) ;;  # takes seconds, so it starts anew
+        *) last=checkpoint-$(($(epochs_of "${linprobe[@]}") - 1)).pth again=(--resume auto) ;;
+    esac
+    once "$probe/$last" main main_linprobe.py "${common[@]}" "${linprobe[@]}" --output_dir "$probe" "${again[@]}"
+    once "$probe/knn.json" "$python" "$root/tools/knn.py" "${common[@]}" --finetune "${2:-random}" --out "$probe/knn.json"
 }
 
 table() { # fine-tuning first: where all images have labels, a probe does not show what pretraining is worth on small sets

@@ -19,6 +19,20 @@ accumulate() {
     echo $((together < $1 ? $1 / together : 1))
 }
 
+# split_batch EFFECTIVE LARGEST: print "BATCH ACCUM", the largest batch of a process up to LARGEST, and the --accum_iter,
+# with which the processes train exactly EFFECTIVE images per step
+split_batch() {
+    local processes=$((GPUS * NODES)) images batch
+    if [ $(($1 % processes)) -ne 0 ]; then
+        echo "error: a batch of $1 images cannot be divided among $processes processes: choose another number of GPUS" >&2
+        return 2
+    fi
+    images=$(($1 / processes))
+    batch=$(($2 < images ? $2 : images))
+    while [ $((images % batch)) -ne 0 ]; do batch=$((batch - 1)); done
+    echo "$batch $((images / batch))"
+}
+
 torchrun_main() {
     local main=$1
     shift

@@ -1,5 +1,5 @@
-"""Fixtures that many tests share: recorded results of reference implementations, a small image folder, and the files of
-tests/helpers/refusals.py and tests/helpers/teachers.py."""
+"""Fixtures that many tests share: recorded results of reference implementations, a small image folder, and the
+fixtures of tests/helpers/refusals.py, tests/helpers/sweeps.py and tests/helpers/teachers.py."""
 
 import json
 import sys
@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 from helpers.refusals import original_listing as original_listing  # noqa: E402  fixtures
 from helpers.refusals import refusal_dir as refusal_dir  # noqa: E402
 from helpers.refusals import shared_refusal_dir as shared_refusal_dir  # noqa: E402
+from helpers.sweeps import sweep as sweep  # noqa: E402
 from helpers.teachers import teacher as teacher  # noqa: E402
 
 

@@ -22,7 +22,7 @@ from util.compute.precision import autocast
 from util.data.dense.annotated import Segmented, SegmentedPart
 from util.data.dense.flags import add_dense_data_arguments
 from util.data.dense.paired import build_paired_loader
-from util.data.dense.segmentation import read_segmentation
+from util.data.dense.segmentation import SEGMENTATION, read_segmentation
 from util.data.dense.transforms import SegmentationBatches, SegmentationInput
 from util.data.leak import check_leak
 from util.data.pixel_range import settle_pixel_range
@@ -32,7 +32,8 @@ FLAGS = {"knn": "--k", "linear": "--penalty"}  # that list the settings
 
 
 def get_args_parser():
-    parser = judging.evaluation_parser("Segmentation by the patch tokens of a frozen encoder.", True, features=False)
+    description = "Segmentation by the patch tokens of a frozen encoder."
+    parser = judging.evaluation_parser(description, True, features=False, datasets=SEGMENTATION)
     add_dense_data_arguments(parser.add_argument_group("masks"), "segmentation")
     add_leak_argument(parser)
     parser.add_argument(
@@ -50,6 +51,7 @@ def get_args_parser():
         "--holdout", type=float, default=0.1, help="share of the training images that chooses --k and --penalty"
     )
     parser.add_argument("--out", default="", help="JSON file for the result; the ledger is in its folder")
+    parser.set_defaults(dataset="ade20k")
     return parser
 
 

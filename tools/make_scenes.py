@@ -75,7 +75,7 @@ def voc_xml(name: str, scene: Scene, categories: list[str]) -> str:
 def write_split(root: Path, scenes: DetectedScenes, train: bool) -> None:
     """Write one split in all layouts."""
     split = "train" if train else "val"
-    voc, names = root / "VOCdevkit" / "VOC2007", []
+    voc, names, records = root / "VOCdevkit" / "VOC2007", [], []
     images, masks, coco = root / split / "images", root / split / "masks", root / f"{split}2017"
     folders = [voc / name for name in ("Annotations", "JPEGImages", "SegmentationClass", "SegmentationObject")]
     for folder in (images, masks, coco, root / "annotations", *folders):
@@ -83,6 +83,7 @@ def write_split(root: Path, scenes: DetectedScenes, train: bool) -> None:
     for index in tqdm(range(len(scenes)), split, unit=" scenes", disable=None):
         scene, name = scenes.scene(index), f"{split}_{index:06d}"
         names.append(name)
+        records.append(scenes.record(index))  # at once: only the last scene is kept
         file = f"{name}.png"
         Image.fromarray(scene.image).save(images / file)
         palette_image(scene.classes).save(masks / file)
@@ -91,7 +92,7 @@ def write_split(root: Path, scenes: DetectedScenes, train: bool) -> None:
         link(masks / file, voc / "SegmentationClass" / file)
         palette_image(scene.instances).save(voc / "SegmentationObject" / file)
         (voc / "Annotations" / f"{name}.xml").write_text(voc_xml(name, scene, scenes.categories))
-    content = scenes.ground_truth()
+    content = scenes.ground_truth(records)
     for image, name in zip(content["images"], names):
         image["file_name"] = f"{name}.png"
     (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))

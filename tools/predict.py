@@ -92,7 +92,7 @@ def check(args) -> Path:
     if args.data and (args.data_path or args.split or args.dataset != "imagefolder"):
         other = "data_path" if args.data_path else "split" if args.split else "dataset"
         raise UserError(f"--data {args.data} and --{other} {getattr(args, other)} exclude each other: give one of them")
-    unused = "eval_path val_fraction train_list val_list allow_outside shard_samples download".split()
+    unused = "eval_path val_fraction train_list val_list group_column allow_outside shard_samples download".split()
     given = [name for name in unused if getattr(args, name)]
     if args.data and given:
         raise UserError(f"--{given[0]} has no effect with --data")

@@ -3,6 +3,7 @@ MAE's wherever it has the flag."""
 
 import argparse
 import math
+from collections.abc import Sequence
 
 from util.compute.kernels import ATTENTION
 from util.data.dense.scenes import add_scene_arguments
@@ -51,21 +52,19 @@ def add_model_arguments(parser, default_model: str | None, decoder: bool):
     return group
 
 
-def add_data_arguments(parser):
+def add_data_arguments(parser, datasets: Sequence[str] = ()):
+    """Add the flags of data sets. `datasets` are the names that a command with annotated images can read; without them
+    it reads all images."""
     group = parser.add_argument_group("data")
-    readers = ", ".join(READERS)
-    group.add_argument(
-        "--dataset",
-        default="imagefolder",
-        metavar="NAME",
-        help=f"{readers} (WebDataset shards), or a name of timm's factory: hfds/..., tfds/...",
-    )
-    group.add_argument(
-        "--data_path",
-        default="",
-        help="folder of the data set; with train/ and val/ for imagefolder. wds: a folder or http(s) URL with shards "
-        "and their _info.json, or a pattern: DIR/x-{000..012}.tar, http://..., 'pipe:COMMAND x-{000..012}.tar'",
-    )
+    names, path = ", ".join(datasets), "folder of the data set"
+    if not datasets:
+        names = f"{', '.join(READERS)} (WebDataset shards), or a name of timm's factory: hfds/..., tfds/..."
+        path += (
+            "; with train/ and val/ for imagefolder. wds: a folder or http(s) URL with shards and their _info.json, or "
+            "a pattern: DIR/x-{000..012}.tar, http://..., 'pipe:COMMAND x-{000..012}.tar'"
+        )
+    group.add_argument("--dataset", default="imagefolder", metavar="NAME", help=names)
+    group.add_argument("--data_path", default="", help=path)
     add_folder_arguments(group)
     add_list_arguments(group)
     add_scene_arguments(group)
@@ -398,7 +397,7 @@ _TRAINING_FLAGS = "epochs max_steps accum_iter weight_decay lr blr min_lr warmup
 _TRAINING_FLAGS += "trainable_blocks layer_decay aug_preset aa smoothing reprob drop_path mixup cutmix hflip aug "
 _TRAINING_FLAGS += "color_jitter remode recount resplit cutmix_minmax mixup_prob mixup_switch_prob mixup_mode "
 _TRAINING_FLAGS += "label_noise balanced_sampler class_weights save_freq save_steps keep save_patience start_epoch "
-_TRAINING_FLAGS += "lr_schedule lr_steps warmup_steps scale flip distort head_dropout lsj "
+_TRAINING_FLAGS += "lr_schedule lr_steps warmup_steps expects scale flip distort head_dropout lsj "
 _TRAINING_FLAGS += "print_freq spike_factor eval_freq best_metric overwrite cache_features probe_blrs probe_holdout"
 
 

@@ -3,7 +3,7 @@
 
 import math
 
-SCHEDULES = ("cosine", "linear", "step")  # values of --lr_schedule
+SCHEDULES = ("cosine", "linear", "step", "constant")  # values of --lr_schedule
 
 
 def learning_rate(epoch: float, args) -> float:
@@ -12,6 +12,8 @@ def learning_rate(epoch: float, args) -> float:
     if epoch < args.warmup_epochs:
         return args.lr * epoch / args.warmup_epochs
     schedule = getattr(args, "lr_schedule", "cosine")
+    if schedule == "constant":
+        return args.lr
     if schedule == "step":
         return args.lr * 0.1 ** sum(epoch >= share * args.epochs for share in args.lr_steps)
     progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)

@@ -3,11 +3,75 @@
 import math
 
 from methods.options import Option
+from util.data.dense.segmentation import FILES, SEGMENTATION
 from util.errors import UserError
 
+
+def year(text: str) -> list[int]:
+    """Return `--voc_year` as the readers of Pascal VOC take it."""
+    return [int(text)]
+
+
+# How masks are read; the names are those of main_segment.py.
+MASK_OPTIONS = (
+    Option(
+        "mlo_dataset",
+        None,
+        "segmentation: how the masks in the folder --mlo_labels are stored; without it masks",
+        choices=tuple(FILES),
+        rare=True,
+    ),
+    Option(
+        "ignore_label",
+        255,
+        "segmentation: label of pixels that do not count",
+        rare=True,
+    ),
+    Option(
+        "zero_is_ignored",
+        None,
+        "segmentation: label 0 is unlabelled, and class i is stored as i + 1; without the flag this holds for ade20k, "
+        "and for masks with the labels 0 to the number of classes",
+        rare=True,
+        negated="segmentation: label 0 is the first class",
+    ),
+    Option(
+        "class_names",
+        None,
+        "segmentation: file with the names of the classes, one per line, in the order of labels",
+        metavar="FILE",
+        rare=True,
+    ),
+    Option(
+        "color_table",
+        None,
+        "segmentation, masks in colour: file with R G B NAME in every line; colours named ignore do not count",
+        metavar="FILE",
+        rare=True,
+    ),
+    Option("voc_year", None, "segmentation, voc: 2007 or 2012, where the folder has both", type=year, rare=True),
+    Option(
+        "train_split",
+        None,
+        "segmentation, voc: list of the images in ImageSets/Segmentation; without it train",
+        metavar="NAME",
+        rare=True,
+    ),
+)
 OPTIONS = (
-    Option("mlo_labels", None, "the labelled task: `same` (the pretraining images) or a folder with train/<class>/"),
-    Option("mlo_val_fraction", 0.2, "share of every class of the labelled images held out for stage III"),
+    Option(
+        "mlo_task",
+        "classification",
+        "of stages II and III; segmentation reads masks",
+        choices=("classification", "segmentation"),
+    ),
+    Option(
+        "mlo_labels",
+        None,
+        "`same` (the pretraining images), or a folder with train/<class>/ or train/{images,masks}/",
+    ),
+    Option("mlo_val_fraction", 0.2, "share of the labelled images, of every class, held out for stage III"),
+    *MASK_OPTIONS,
     Option("mlo_unroll", 2, "steps of the autoencoder for each step of the head"),
     Option("mlo_update_every", 1, "steps of the head for each step of the masking network; 5 is nearly twice as fast"),
     Option(
@@ -74,13 +138,14 @@ OPTIONS = (
         type=int,
         rare=True,
     ),
-    Option("mlo_feature", "avg", "input of the head: [cls] or the mean over patches", choices=("cls", "avg")),
+    Option(
+        "mlo_feature", "avg", "input of the head: [cls] or the mean over patches", choices=("cls", "avg"), rare=True
+    ),
     Option(
         "mlo_stage2",
         "linear",
         "linear: one step of the head; finetune: one step of the head and of a copy of the encoder; solve: the optimal "
-        "head for every step of the masking network, through whose solution stage III differentiates: needs large "
-        "labelled batches",
+        "head for every step of the masking network, through which stage III differentiates: needs large batches",
         choices=("linear", "finetune", "solve"),
     ),
     Option(
@@ -106,7 +171,7 @@ OPTIONS = (
     Option(
         "mlo_mask_net", None, "use the masking network of this checkpoint, with the patch embedding it was trained on"
     ),
-    Option("mlo_frozen", False, "with --mlo_mask_net: do not train it; needs no labels"),
+    Option("mlo_frozen", False, "do not train --mlo_mask_net; needs no labels"),
     Option("mlo_warmup_epochs", 0, "epochs in which only the head is trained, before the masking network"),
     Option(
         "mlo_head_norm", False, "standardise the input of the head, which then adapts faster to the encoder", rare=True
@@ -121,13 +186,18 @@ OPTIONS = (
 )
 
 
+_ON_PATCHES = "with --mlo_task segmentation, whose head reads patch tokens"
+
+
 def check(args) -> None:
     if getattr(args, "fsdp", False):
         raise UserError("--mlo_mae needs whole weights, which --fsdp never holds: leave one of them out")
     if args.mlo_frozen:
         return _check_frozen(args)
     if not args.mlo_labels:
-        raise UserError("--mlo_mae needs --mlo_labels: `same`, or a folder with train/<class>/ of labelled images")
+        folder = "masks" if args.mlo_task == "segmentation" else "train/<class>/ of labelled images"
+        raise UserError(f"--mlo_mae needs --mlo_labels: `same`, or a folder with {folder}")
+    _check_masks(args)
     if not 0 < args.mlo_val_fraction < 1:
         raise UserError(f"--mlo_val_fraction {args.mlo_val_fraction} must lie between 0 and 1, for example 0.2")
     for name in ("mlo_unroll", "mlo_update_every", "mlo_hidden", "mlo_batch_size"):
@@ -153,10 +223,30 @@ def _check_frozen(args) -> None:
             raise UserError(f"--{option.name} has no effect with --mlo_frozen: the masking network is not trained")
 
 
+def _check_masks(args) -> None:
+    """Check the flags that say which masks are read, and how."""
+    same, segmentation = args.mlo_labels == "same", args.mlo_task == "segmentation"
+    given = [option.name for option in MASK_OPTIONS if getattr(args, option.name) != option.default]
+    if given and not segmentation:
+        raise UserError(f"--{given[0]} has no effect without --mlo_task segmentation")
+    if same and args.mlo_dataset:
+        raise UserError("--mlo_dataset has no effect with --mlo_labels same: the masks are those of --dataset")
+    if segmentation and same and args.dataset not in SEGMENTATION:
+        raise UserError(
+            f"--mlo_task segmentation needs masks, and --dataset {args.dataset} has none: pretrain on "
+            f"{', '.join(SEGMENTATION)}, or give a folder of masks as --mlo_labels"
+        )
+    dataset = args.dataset if same else args.mlo_dataset or "masks"
+    for name in ("voc_year", "train_split"):
+        if name in given and dataset != "voc":
+            raise UserError(f"--{name} has no effect with masks of {dataset}: it is for voc")
+
+
 def _check_pairs(args) -> None:
     """Check flags that have an effect only beside others, and set the defaults of those that were not given."""
     joint, tuned, solved = args.mlo_levels == 2, args.mlo_stage2 == "finetune", args.mlo_stage2 == "solve"
     without_effect = [
+        ("mlo_feature cls", args.mlo_feature == "cls" and args.mlo_task == "segmentation", _ON_PATCHES),
         ("mlo_fd_alpha", args.mlo_fd_alpha is not None and args.mlo_hypergrad != "fd", "without --mlo_hypergrad fd"),
         ("mlo_unroll_grad last", args.mlo_unroll_grad == "last" and args.mlo_unroll == 1, "with --mlo_unroll 1"),
         (f"mlo_stage2 {args.mlo_stage2}", (tuned or solved) and joint, "with --mlo_levels 2: there is no stage II"),
@@ -178,6 +268,8 @@ def _check_pairs(args) -> None:
     for name, useless, why in without_effect:
         if useless:
             raise UserError(f"--{name} has no effect {why}")
+    if args.mlo_task == "segmentation":
+        args.mlo_feature = None
     if tuned and args.mlo_prox is None:
         raise UserError(
             "--mlo_stage2 finetune needs --mlo_prox, for example 0.1: without it no gradient reaches the encoder"

@@ -3,8 +3,9 @@
 Source: Guo, Ban and Xie, "Downstream Task Guided Masking Learning in Masked Autoencoders Using Multi-Level
 Optimization". Three nested problems: (I) the autoencoder learns to reconstruct the patches that the masking network T
 removes, each weighted by its probability; (II) a head learns the task on the encoder's features; (III) T is updated to
-lower the loss of both on held-out training images. Gradients are in `hypergradient.py`, the task is in
-`labelled_task.py`, stages II and III are in `inner_problems.py` and `solved_head.py`; this file puts them together.
+lower the loss of both on held-out training images. Gradients are in `hypergradient.py`, the tasks are in
+`labelled_task.py` and `segmentation_task.py`, stages II and III are in `inner_problems.py` and `solved_head.py`; this
+file puts them together.
 docs/mlo.md has the derivation and lists what is exact.
 
 Shapes: N images, L patches, V visible patches, D encoder width. theta is the autoencoder, h the head, T the masking
@@ -14,6 +15,7 @@ network.
 import argparse
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,7 @@ from methods.mlo.inner_problems import (
 )
 from methods.mlo.labelled_task import Classification
 from methods.mlo.masking_network import MaskingNetwork, load_mask_net
+from methods.mlo.segmentation_task import Segmentation
 from methods.mlo.solved_head import SolvedHead
 from methods.options import Option
 from models_encoder import scatter_tokens
@@ -103,6 +106,7 @@ class MLOMAE(Method):
     options = flags.OPTIONS
     # Every so many updates of the masking network, the paths of the hypergradient are computed and logged separately.
     PATHS_EVERY = 20
+    TASKS: ClassVar = {"classification": Classification, "segmentation": Segmentation}
 
     check = staticmethod(flags.check)
 
@@ -133,7 +137,7 @@ class MLOMAE(Method):
     def split_images(self, images):
         if self.frozen:
             return None
-        task = Classification(self.args, images)
+        task = self.TASKS[self.args.mlo_task](self.args, images, self._model[0])
         self.set_task(task)
         return task.pretrain_images, task.val_images
 

@@ -26,9 +26,11 @@ from util.data.cache import Decoder
 from util.data.images import BROKEN_IMAGE, read_image
 from util.data.labels import read_vocabulary
 from util.data.list_files import read_list
+from util.data.list_labels import strata
 from util.data.readers import read_images
 from util.data.samples import KeyedDataset, UnreadableData
 from util.data.sources import Files
+from util.data.splits import hold_out
 from util.data.transforms import to_channels
 from util.errors import UserError
 from util.report import ledger
@@ -188,6 +190,19 @@ def test_label_sets(scratch, content):
     with contextlib.suppress(UserError):
         listed = read_list(str(scratch / "sets.txt"), scratch)
         assert all(len(cells) == len(listed.paths) for cells in listed.cells)
+
+
+@settings(max_examples=100, **FUZZ)
+@given(damaged(b"img_id,patient,label\n0.png,P1,a\n1.png,P2,b\n2.png,P2,a|b\n3.png,P3,b\n"), st.floats(0.01, 0.99))
+def test_groups(scratch, content, fraction):
+    """No group is on both sides, whatever the table has."""
+    (scratch / "0.png").touch()
+    (scratch / "groups.csv").write_bytes(content)
+    with contextlib.suppress(UserError):
+        listed = read_list(str(scratch / "groups.csv"), scratch, group_column="patient")
+        held = hold_out(listed.groups, strata(listed), fraction)
+        sides = [{group for group, is_held in zip(listed.groups, held) if is_held == side} for side in (True, False)]
+        assert not sides[0] & sides[1] and len(held) == len(listed.paths)
 
 
 # Shards ---------------------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ COMMANDS = {
 NO_CHECKPOINT = {
     "collect",
     "first_run",
+    "make_lesions",
     "make_scenes",
     "make_shards",
     "mean_std",

@@ -43,11 +43,18 @@ SCRIPTS = {
     "rc_mae/sweep": ([*STUDY, "--only", "mae same"], 12),
     "mlo_mae/sweep": ([*STUDY, "--only", "mae mlo"], 9),
     "mlo_mae/cifar10_study": ([*STUDY, "--only", "mae mlo"], 9),
+    "mlo_mae/continued": ([*STUDY, "--only", "none mlo"], 4),
     "mlo_mae/equal_time": ([*STUDY, "--only", "mlo"], 6),
+    "mlo_mae/segmentation_guided": (STUDY, 5),
     "cifar10_methods_study": ([*STUDY, "--only", "mae dmae"], 10),
     "cifar10_representation_study": (STUDY, 10),
     "maws/sweep": (SMALL, 10),
     "maws/scaling": (SMALL, 10),
+    **{
+        name: ([*FLAGS, "--finetune", "{out}/x.pth"], 1)
+        for name in ("segment/mae_ade20k", "segment/mlo_ade20k", "segment/linear_ade20k")
+        + ("detect/benchmarking_coco", "detect/benchmarking_coco_25ep", "detect/vitdet_coco", "detect/voc07")
+    },
     "reproduce": (["bootstrap_mae", "{out}", "--budget", "paper", "--data", "{data}", "--only", "mae"], 6),
     "quickstart": (FLAGS, 1),
     "soak": (["--out", "{out}/soak.json"], 1),
@@ -75,7 +82,7 @@ def folders(tmp_path):
     environment = {"PYTHON": str(venv / "bin" / "python"), "VENV": str(venv), "CALLS": str(tmp_path / "calls")}
     (venv / "newest-3.11").symlink_to(venv)
     environment |= {"VENVS": str(venv), "CASES": "newest-3.11"}
-    environment |= {"TEACHER": str(out / "teacher.pth"), "GPUS": "1", "SEEDS": "0"}
+    environment |= {"TEACHER": str(out / "teacher.pth"), "START": str(out / "start.pth"), "GPUS": "1", "SEEDS": "0"}
     return out, data, {**os.environ, **environment}
 
 

@@ -36,7 +36,9 @@ def detect():
     """Print the sum of the weights after three steps; rank 1 never sees an object, rank 0 in the first step only."""
     start()
     torch.manual_seed(0)
-    sizes = dict(img_size=64, patch_size=8, embed_dim=32, depth=2, num_heads=2, window=3, global_blocks=[1], width=16)
+    sizes = dict(
+        img_size=64, patch_size=8, embed_dim=32, depth=2, num_heads=2, window=3, global_blocks=[1], head_width=16
+    )
     model = models_detect.build_model("vit_micro_patch4", 3, **sizes)
     ddp = DistributedDataParallel(model, static_graph=True, gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
@@ -56,7 +58,9 @@ def objects_problem():
     """A small detector that samples all proposals, so that no random number matters, and four images. The last two,
     which are those of rank 1, have no objects; the first ones have different numbers of them."""
     torch.manual_seed(0)
-    sizes = dict(img_size=64, patch_size=8, embed_dim=32, depth=2, num_heads=2, window=3, global_blocks=[1], width=16)
+    sizes = dict(
+        img_size=64, patch_size=8, embed_dim=32, depth=2, num_heads=2, window=3, global_blocks=[1], head_width=16
+    )
     every = dict(rpn_batch_size_per_image=10**6, box_batch_size_per_image=10**6)
     model = models_detect.build_model("vit_micro_patch4", 3, rcnn=every, **sizes)
     boxes = torch.tensor([[8.0, 8, 24, 32], [20, 4, 40, 20], [30, 30, 60, 64]])

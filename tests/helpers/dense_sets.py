@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-import main_pretrain
+import main_detect
+import main_segment
 from util.data.dense.flags import add_dense_data_arguments
 from util.parser import Parser
 
@@ -14,9 +15,8 @@ SIZE = 10, 8  # width and height of the images
 
 
 def dense_flags(*argv, task="segmentation", **more):
-    """Return the flags of a command for dense tasks: those of pretraining's data, and those of `task`."""
-    parser = main_pretrain.get_args_parser()
-    add_dense_data_arguments(parser.add_argument_group("dense data"), task)
+    """Return the flags of a main for a dense task."""
+    parser = (main_segment if task == "segmentation" else main_detect).get_args_parser()
     args = parser.parse_args([str(word) for word in argv])
     for name, value in {"num_workers": 0, "input_size": 16, **more}.items():
         setattr(args, name, value)

@@ -4,6 +4,7 @@ One step of each problem then equals the computation of the fixtures and of the 
 """
 
 import re
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,7 +17,9 @@ from methods import Pretrainer
 from methods.mlo.inner_problems import trainable
 from methods.mlo.labelled_task import Classification, StandardizedLinear
 from methods.mlo.method import MLOMAE
+from methods.mlo.segmentation_task import Segmentation
 from models_mae import MaskedAutoencoderViT
+from util.data.dense.patch_labels import patch_counts
 
 EXACT = 1e-10  # float64: a chain of a few hundred operations, relative to the norm
 
@@ -108,21 +111,65 @@ def cosine(one, other) -> float:
 
 
 def small_vit(flags, dtype=torch.float64, depth=2, inner_lr=0.1, head_lr=0.3):
-    """Return an autoencoder with a synthetic task: three classes of noise images."""
+    """Return an autoencoder with a synthetic task: three classes of noise images, or with `--mlo_task segmentation` of
+    their pixels, of which some are ignored."""
     model = MaskedAutoencoderViT(16, 4, 3, 24, depth, 2, 16, 1, 2, mlp_ratio=2.0, norm_pix_loss=True).to(dtype)
     draw = partial(torch.randn, dtype=dtype)
     head = (StandardizedLinear if "head_norm" in flags else nn.Linear)(24, 3).to(dtype).requires_grad_(False)
     if "head_norm" in flags:
         head.observe(3 * draw(50, 24) + draw(24))
-    pool = 0 if "cls" in flags else slice(1, None)
-    task = Task(
-        lambda m, x: m.encode(m.embed(x))[0][:, pool].reshape(len(x), -1, 24).mean(dim=1),
-        head,
-        labelled(draw(2, 6, 3, 16, 16), torch.randint(3, (2, 6))),
-        labelled(draw(2, 5, 3, 16, 16), torch.randint(3, (2, 5))),
-    )
+    if "segmentation" in flags:
+        flags, task = f"{flags} --dataset scenes", pixel_task(head, draw)
+    else:
+        pool = 0 if "cls" in flags else slice(1, None)
+        task = Task(
+            lambda m, x: m.encode(m.embed(x))[0][:, pool].reshape(len(x), -1, 24).mean(dim=1),
+            head,
+            labelled(draw(2, 6, 3, 16, 16), torch.randint(3, (2, 6))),
+            labelled(draw(2, 5, 3, 16, 16), torch.randint(3, (2, 5))),
+        )
     pretrainer, method = the_method(model, task, f"--mlo_hidden 20 {flags}", inner_lr, head_lr)
     return pretrainer, method, draw(4, 24, 3, 16, 16)
+
+
+IGNORED = 255
+
+
+def pixel_task(head, draw) -> Task:
+    """Return a task of noise images with noisy masks of three classes, a fifth of whose pixels is ignored."""
+    batches = []
+    for count in (6, 5):
+        masks = torch.randint(3, (2, count, 16, 16)).masked_fill(torch.rand(2, count, 16, 16) < 0.2, IGNORED)
+        counts = [torch.stack([patch_counts(mask, (4, 4), 3, IGNORED) for mask in batch]) for batch in masks]
+        batches.append(labelled(draw(2, count, 3, 16, 16), counts))
+        for batch, mask in zip(batches[-1], masks):
+            batch.mask = mask
+    task = Task(Segmentation.features, head, *batches)
+    task.loss, task.logged = Segmentation.loss, partial(Segmentation.logged, task)
+    return task
+
+
+def pixel_loss(logits, masks):
+    """Return the loss of a dense head, which predicts the logits of a patch at each of its pixels: the cross-entropy of
+    the labelled pixels, divided by the number of all. Logits (N * L, C), masks (N, H, W), square grids."""
+    side = int((len(logits) // len(masks)) ** 0.5)
+    grid = logits.view(len(masks), side, side, -1).permute(0, 3, 1, 2)
+    dense = F.interpolate(grid, size=masks.shape[1:], mode="nearest")
+    return F.cross_entropy(dense, masks, ignore_index=IGNORED, reduction="sum") / masks.numel()
+
+
+@contextmanager
+def by_pixel(method):
+    """Let the loss of a segmentation task be that of all pixels, for the computation to compare with. Nothing changes
+    for another task."""
+    task, given = method.stage2.task, method.batches
+    if task.loss is not Segmentation.loss:
+        yield
+        return
+    task.loss = pixel_loss
+    method.batches = [SimpleNamespace(batch=lambda i, g=g: g.batch(i)._replace(target=g.batch(i).mask)) for g in given]
+    yield
+    task.loss, method.batches = Segmentation.loss, given
 
 
 def twice(make):

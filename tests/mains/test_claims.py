@@ -192,7 +192,8 @@ def test_files_that_are_later_than_the_resumed_checkpoint(run, monkeypatch, imag
         patch.setattr(util.report.ledger.Record, "finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             start(name, f"{common} --resume {folder}/checkpoint-0.pth --epochs 2 --weight_decay 0.3")
-    assert not (folder / "checkpoint-best.pth").exists()  # 20 is below 50, and the weights of 50 are lost
+    best = checkpoint(folder, "checkpoint-best.pth")  # 20 is below 50, but the weights of 50 are lost
+    assert best["epoch"] == 1 and best["args"]["weight_decay"] == 0.3
     assert checkpoint(folder, "checkpoint-best.pth.abandoned")["args"]["weight_decay"] == 0.05
     assert written(folder / "scores.json.abandoned")["weight_decay"] == 0.05
     assert written(folder / "scores.json")["weight_decay"] == 0.3

@@ -85,7 +85,7 @@ def segmenter(folder):
 
 
 def detector(folder):
-    model = scrambled(models_detect.build_model(MODEL, 5, img_size=16, rel_pos=False, width=8))
+    model = scrambled(models_detect.build_model(MODEL, 5, img_size=16, rel_pos=False, head_width=8))
     return model, saved(folder / "detector.pth", model, pyramid="simple"), ""
 
 
@@ -120,3 +120,14 @@ def test_a_run_is_the_source_of_the_next_one(tmp_path):
         start("segment", f"--eval --finetune {before} --input_size 32", "")
     with pytest.raises(UserError, match=r"was written with --input_size \[16, 32\], this run has 32"):
         start("segment", f"--resume {before} --input_size 32 --epochs 2", tmp_path / "other")
+
+
+def test_relative_positions(tmp_path):
+    """They start a run of the same main, and are refused where they would be lost."""
+    model = scrambled(models_detect.build_model(MODEL, 5, img_size=32, head_width=8, window=3))
+    path = saved(tmp_path / "relative.pth", model, input_size=32)
+    state = start("detect", f"--finetune {path} --input_size 32 {FROZEN}", tmp_path / "run")
+    tables = {name: table for name, table in model.state_dict().items() if "rel_pos" in name}
+    assert len(tables) == 8 and all(torch.equal(state[name], table) for name, table in tables.items())
+    with pytest.raises(UserError, match="with relative positions"):
+        start("segment", f"--finetune {path}", "")

@@ -167,6 +167,8 @@ def test_schedules():
     assert [learning_rate(epoch, args) for epoch in (1, 4, 5, 9)] == pytest.approx([0.5, 1, 0.1, 0.01])
     args.lr_schedule = "cosine"
     assert learning_rate(6, args) == pytest.approx(0.55)
+    args.lr_schedule = "constant"
+    assert [learning_rate(epoch, args) for epoch in (1, 2, 10)] == [0.5, 1, 1]
 
 
 @pytest.mark.parametrize(

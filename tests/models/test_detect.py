@@ -46,7 +46,7 @@ def test_pyramid_is_that_of_detectron2(golden, fused):
     """Windows of 3 on a grid of 8, which are padded, and two global blocks; all with relative positions."""
     ref = golden("vitdet_sfp")
     model = Detector(
-        classes=2, img_size=128, patch_size=16, embed_dim=32, depth=4, num_heads=4, width=16, window=3,
+        classes=2, img_size=128, patch_size=16, embed_dim=32, depth=4, num_heads=4, head_width=16, window=3,
         global_blocks=[1, 3], norm_layer=partial(nn.LayerNorm, eps=1e-6),
     ).double()  # fmt: skip
     missing, unexpected = model.load_state_dict(from_detectron2(ref.group("sd/")), strict=False)
@@ -62,7 +62,7 @@ def test_pyramid_is_that_of_detectron2(golden, fused):
     close(model.patch_embed.proj.weight.grad, ref["grad/patch"])
 
 
-SMALL = dict(img_size=64, window=3, global_blocks=[3], width=16, patch_size=8)
+SMALL = dict(img_size=64, window=3, global_blocks=[3], head_width=16, patch_size=8)
 
 
 def small(**options):
@@ -211,7 +211,7 @@ def test_loading_an_autoencoder_and_taking_the_encoder_back(tmp_path):
     report = load_into(vit, read_weights(tmp_path / "detector.pth"))
     assert {name.split(".")[0] for name in report.unexpected} == {"pyramid", "rpn", "roi_heads"}
     torch.save({"model": model.state_dict()}, tmp_path / "tables.pth")
-    with pytest.raises(UserError, match=r"not a plain ViT.*rel_pos_h"):
+    with pytest.raises(UserError, match=r"a detector of main_detect\.py; its encoder has .*rel_pos_h"):
         read_weights(tmp_path / "tables.pth")
 
 

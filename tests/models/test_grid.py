@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.launch import same_tensors
 from helpers.tolerances import close
 from torch import nn
 
@@ -15,7 +16,7 @@ from models_grid import (
     build_grid,
     from_windows,
     quarters,
-    resize_table,
+    resize_bias,
     sync_batch_norm,
     to_windows,
 )
@@ -95,18 +96,43 @@ def test_windows_and_back():
     assert torch.equal(from_windows(to_windows(x, (5, 7), 3), (5, 7), 3), x)
 
 
-def test_tables_of_other_windows_are_interpolated_when_loaded():
-    first, second = attention(GridAttention, (8, 8), 3), attention(GridAttention, (8, 8), 4)
-    second.load_state_dict(first.state_dict())
-    expected = F.interpolate(first.rel_pos_h.T[None].float(), size=7, mode="linear")[0].T
-    close(second.rel_pos_h, expected.double(), 1e-6)  # interpolated in float32
-    close(second.rel_pos_h[3], first.rel_pos_h[2], 1e-6)  # distance 0 stays in the middle
-    assert resize_table(first.rel_pos_h, 5) is first.rel_pos_h
-
-
 def encoder(**options):
     torch.manual_seed(0)
     return build_grid(GridViT, "vit_micro_patch4", **{"img_size": 16, "feature_blocks": [1, 3], **options})
+
+
+def test_relative_positions_of_other_windows():
+    """Tables are resampled linearly to the windows of the model; the distance 0 stays in the middle."""
+    options = dict(rel_pos="decomposed", with_cls=False, global_blocks=[3])
+    first, second = encoder(window=3, **options), encoder(window=4, img_size=32, **options)
+    for name, parameter in first.named_parameters():
+        nn.init.normal_(parameter) if "rel_pos" in name else None
+    fitted = second.fit_relative(first.state_dict(), (4, 4))
+    assert fitted.keys() == {name for name in second.state_dict() if "rel_pos" in name} and len(fitted) == 8
+    for block, sides in ((0, (5, 7)), (3, (7, 15))):  # windows of 3 and 4, grids of 4 and 8
+        name = f"blocks.{block}.attn.rel_pos_h"
+        table = first.state_dict()[name]
+        assert (len(table), len(fitted[name])) == sides
+        expected = F.interpolate(table.T[None], size=sides[1], mode="linear")[0].T
+        close(fitted[name], expected, 1e-6)
+        close(fitted[name][sides[1] // 2], table[sides[0] // 2], 1e-6)
+    own = {name: first.state_dict()[name] for name in fitted}
+    assert same_tensors(first.fit_relative(first.state_dict(), (4, 4)), own)
+
+
+def test_relative_position_bias_of_another_grid():
+    """Each difference in rows and columns has the bias of the difference at the same share of the grid; pairs with
+    [cls] keep theirs."""
+    first, second = encoder(rel_pos="bias"), encoder(rel_pos="bias", img_size=(32, 16))
+    name = "blocks.0.attn.rel_pos_bias.relative_position_bias_table"
+    table = torch.arange(7.0)[:, None].expand(7, 7).flatten()[:, None].repeat(1, 4)  # the difference in rows, from 0
+    table = torch.cat([table, torch.tensor([[20.0], [30], [40]]).repeat(1, 4)])
+    fitted = second.fit_relative({**first.state_dict(), name: table}, (4, 4))[name]
+    assert fitted.shape == second.state_dict()[name].shape and fitted[-3:].tolist() == table[-3:].tolist()
+    rows = fitted[:-3].view(15, 7, 4)
+    assert (rows == rows[:, :1, :1]).all() and float(rows[7, 0, 0]) == 3  # nothing depends on columns; 3: the same row
+    assert (rows.diff(dim=0) >= 0).all()
+    assert resize_bias(table, (4, 4), (4, 4)) is table
 
 
 def test_new_relative_positions_change_nothing():
@@ -155,7 +181,9 @@ def test_batch_norm_of_several_processes(monkeypatch, capsys):
     monkeypatch.setattr(models_grid, "get_world_size", lambda: 2)
     models = [
         build_segmenter("vit_micro_patch4", 5, img_size=16),
-        build_detector("vit_micro_patch4", 5, img_size=32, patch_size=8, head_norm="batch", pyramid="fpn", width=8),
+        build_detector(
+            "vit_micro_patch4", 5, img_size=32, patch_size=8, head_norm="batch", pyramid="fpn", head_width=8
+        ),
     ]
     for model in models:
         norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())

@@ -207,7 +207,7 @@ def test_a_file_with_relative_positions_is_another_encoder(tmp_path):
     torch.save(
         {"model": build_model("vit_micro_patch4", 5, img_size=16, rel_pos=True).state_dict()}, tmp_path / "b.pth"
     )
-    with pytest.raises(UserError, match=r"not a plain ViT.*rel_pos_bias"):
+    with pytest.raises(UserError, match=r"a segmenter of main_segment\.py; its encoder has .*rel_pos_bias"):
         read_weights(tmp_path / "b.pth")
 
 

@@ -15,9 +15,9 @@ import memory
 import main_pretrain
 from methods import Pretrainer
 from models_mae import MODELS, build_model
-from planning.footprint import Setup, parts, peak, sizes_of, teacher_weights, trained_weights
+from planning.footprint import Setup, flops_per_image, parts, peak, sizes_of, teacher_weights, trained_weights
 from planning.gpus import GPUS
-from planning.plan import Machine, candidates, flops_per_image, plan, seconds, traffic
+from planning.plan import Machine, candidates, plan, seconds, traffic
 from tools import plan as tool
 from util.compute.precision import DTYPES, autocast
 from util.errors import UserError
@@ -245,7 +245,7 @@ def test_printed_traffic_is_of_a_whole_step(capsys):
         setup = result.setup
         assert setup.accum > 1 and setup.fsdp == (model == "6.5b_patch14")
         run(f"mae_vit_{model} --gpus 8 --gpu_mem {gpu_mem}")
-        sent = traffic(result.sizes, setup) * (setup.accum if setup.fsdp else 1)
+        sent = traffic(result.work, setup) * (setup.accum if setup.fsdp else 1)
         assert f"({sent / 1e9:.1f} GB sent per GPU)" in capsys.readouterr().out
 
 

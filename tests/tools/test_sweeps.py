@@ -2,12 +2,10 @@
 
 import argparse
 import os
-import shlex
 import shutil
-import subprocess
 
 import pytest
-from helpers.launch import ROOT
+from helpers.sweeps import parsed
 
 import main_finetune
 import main_linprobe
@@ -16,54 +14,6 @@ from methods import METHODS, enabled_methods
 from tools import reproduce
 from util.architectures import own_config
 from util.report import ledger
-
-STAND_IN = r"""#!/bin/bash
-main=$(basename "$1"); shift
-printf '%q ' "$main" "$@" >> "$CALLS"; echo >> "$CALLS"
-previous=
-for word in "$@"; do
-    case $previous in --output_dir) folder=$word ;; --out) file=$word ;; --epochs) epochs=$word ;; esac
-    previous=$word
-done
-[ -z "$folder" ] || { mkdir -p "$folder"; touch "$folder/results.jsonl"; }
-case $main in
-    main_pretrain.py) touch "$folder/encoder.safetensors" ;;
-    main_linprobe.py) touch "$folder/probe.json" "$folder/checkpoint-$((${epochs%.*} - 1)).pth" ;;
-    main_finetune.py) [ -e "$STOP" ] || touch "$folder/checkpoint-$((${epochs%.*} - 1)).pth" ;;  # exit 0 all the same
-    knn.py) touch "$file" ;;
-    fewshot.py) mkdir -p "$(dirname "$file")"; touch "$file" ;;
-    collect.py) [ -z "$file" ] || touch "$file" ;;
-esac
-"""
-
-
-@pytest.fixture
-def sweep(tmp_path):
-    """A function start(name, *arguments) that returns exit code, output, and the started commands."""
-    stand_in = tmp_path / "python"
-    stand_in.write_text(STAND_IN)
-    stand_in.chmod(0o755)
-
-    def start(name, *arguments, script="sweep", **environment):
-        calls = tmp_path / "calls"
-        calls.write_text("")
-        env = {
-            **os.environ,
-            "PYTHON": str(stand_in),
-            "CALLS": str(calls),
-            "STOP": str(tmp_path / "stop"),
-            **environment,
-        }
-        done = subprocess.run(
-            ["bash", str(ROOT / "scripts" / name / f"{script}.sh"), *arguments], env=env, capture_output=True, text=True
-        )
-        return (
-            done.returncode,
-            done.stdout + done.stderr,
-            [shlex.split(line) for line in calls.read_text().splitlines()],
-        )
-
-    return start
 
 
 def test_stopped_and_started_again(sweep, tmp_path):
@@ -244,15 +194,6 @@ def cifar10(tmp_path):
             (tmp_path / "cifar10" / split / name).mkdir(parents=True)
             (tmp_path / "cifar10" / split / name / "1.png").touch()
     return tmp_path / "cifar10"
-
-
-def parsed(calls):
-    """Return (main, parsed flags) of the mains among the commands."""
-    mains = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune, "main_linprobe.py": main_linprobe}
-    parsed_calls = [(name, mains[name].get_args_parser().parse_args(flags)) for name, *flags in calls if name in mains]
-    for name, args in parsed_calls:
-        mains[name].check(args)
-    return parsed_calls
 
 
 @pytest.mark.parametrize("budget", WHERE)

@@ -87,13 +87,14 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def abandon_later(output_dir: str | Path, path: Path) -> None:
+def abandon_later(output_dir: str | Path, path: Path) -> bool:
     """After a resume from an earlier checkpoint of a run, rename its later ones to `.abandoned`, so that `--resume
     auto` and `--keep` do not count them; also the best weights, if they are later, and the results of its end. Nothing
-    in the folder then claims to be of the run that continues."""
+    in the folder then claims to be of the run that continues. Return whether the best weights were renamed. Only the
+    main process does anything."""
     start, folder = resume_position(path), Path(output_dir)
     if not is_main_process() or start is None or path.resolve().parent != folder.resolve():
-        return
+        return False
     later = [old for old in list_checkpoints(folder) if resume_position(old) > start]
     results = [*folder.glob(ENCODERS), folder / SCORES, folder / CONFUSION] if later else []
     best = [folder / BEST] if _epoch_of(folder / BEST) >= start[0] else []
@@ -103,6 +104,7 @@ def abandon_later(output_dir: str | Path, path: Path) -> None:
         if abandoned.exists():  # from an earlier resume; a folder cannot be renamed onto another one
             remove_checkpoint(abandoned)
         old.rename(abandoned)
+    return bool(best)
 
 
 def _epoch_of(path: Path) -> int:

@@ -7,11 +7,13 @@ on the batch, the number of workers or the device.
 Shapes: N images, C channels, (H, W) pixels; values are 0..255 in float32 until they are normalised.
 """
 
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 
+from util.compute.constants import constant
 from util.compute.precision import full_precision
 from util.data.sample_rng import sample_noise
 from util.data.transforms import LARGEST, default_crop_pct, resized_shape
@@ -34,7 +36,7 @@ def crop_boxes(draws: torch.Tensor, size: tuple[int, int], scale=(0.2, 1.0), rat
     w, h, top, left, fits = (x.gather(1, first)[:, 0] for x in (w, h, top, left, fits))
     top, left = (top * (height - h + 1)).floor(), (left * (width - w + 1)).floor()
     boxes = torch.stack([top, left, h, w], dim=1)
-    fallback = torch.tensor(_central(height, width, ratio), dtype=boxes.dtype, device=boxes.device)
+    fallback = constant(_central(height, width, ratio), boxes.device, boxes.dtype)
     return torch.where(fits[:, None], boxes, fallback)
 
 
@@ -122,7 +124,7 @@ def grey(images: torch.Tensor) -> torch.Tensor:
     """Return the luma (ITU-R 601-2), rounded, in every channel."""
     if images.shape[1] == 1:
         return images
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)
+    weights = constant((0.299, 0.587, 0.114), images.device)
     return (images * weights[:, None, None]).sum(dim=1, keepdim=True).round().expand_as(images)
 
 
@@ -155,9 +157,7 @@ def three_augment(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     blurred = gaussian_blur(images, 0.1 + 1.9 * draws[:, 1])
     images = torch.where(choice == 0, grey(images), torch.where(choice == 1, solarised, blurred))
     factors = (0.7 + 0.6 * draws[:, 2:5])[..., None, None, None]  # (N, 3, 1, 1, 1)
-    orders = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]], device=images.device)[
-        (draws[:, 5] * 6).long()
-    ]
+    orders = constant(tuple(itertools.permutations(range(3))), images.device)[(draws[:, 5] * 6).long()]
     for turn in range(3):
         operation = orders[:, turn][:, None, None, None]
         mean = grey(images)[:, :1].mean(dim=(2, 3), keepdim=True).round()
@@ -180,7 +180,7 @@ class BatchTransform:
         return self.normalised(self.augmented(images, epoch, indices))
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
-        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
+        mean, std = (constant(tuple(v), images.device)[:, None, None] for v in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
     def augmented(self, images: torch.Tensor, epoch: int, indices: torch.Tensor) -> torch.Tensor:
@@ -223,5 +223,5 @@ class BatchTransform:
     def _resized(self, images: torch.Tensor, size) -> torch.Tensor:
         if tuple(images.shape[2:]) == tuple(size):
             return images.float()
-        box = torch.tensor([[0, 0, *images.shape[2:]]], device=images.device).expand(len(images), -1)
+        box = constant(((0, 0, *images.shape[2:]),), images.device).expand(len(images), -1)
         return resized_crops(images, box, size)

@@ -1,16 +1,16 @@
 """Folders of images: a folder for each class, with or without folders for the splits, or images without labels."""
 
-import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data.file_lists import class_names, images_below, note_odd_classes
 from util.data.images import printable
 from util.data.leftovers import Skipped, is_leftover
 from util.data.sources import Files
+from util.data.splits import choose_side
 from util.errors import MissingSplit, UserError
 from util.notes import note_once
 
@@ -32,7 +32,7 @@ def add_folder_arguments(group) -> None:
         "--val_fraction",
         type=float,
         metavar="SHARE",
-        help="imagefolder: --data_path has class folders without train/ and val/; this share of each class is for "
+        help="imagefolder without train/ and val/, filelist without --val_list: this share of each class is for "
         "evaluation, always the same images",
     )
 
@@ -43,8 +43,8 @@ def check_folder_flags(args) -> None:
     fraction = getattr(args, "val_fraction", None)
     if fraction is not None and not 0 < fraction < 1:
         raise UserError(f"--val_fraction {fraction} must lie between 0 and 1, both excluded")
-    if fraction is not None and args.dataset != "imagefolder":
-        raise UserError(f"--val_fraction is for --dataset imagefolder, not {args.dataset}")
+    if fraction is not None and args.dataset not in ("imagefolder", "filelist"):
+        raise UserError(f"--val_fraction is for --dataset imagefolder and filelist, not {args.dataset}")
     if getattr(args, "eval_path", "") and args.dataset not in ("imagefolder", "folder"):
         raise UserError(f"--eval_path is for --dataset imagefolder and folder, not {args.dataset}")
     given = [f"--{name}" for name in ("eval_path", "val_list") if getattr(args, name, "")]
@@ -52,7 +52,8 @@ def check_folder_flags(args) -> None:
         raise UserError(f"{given[0]} and --val_fraction both choose the evaluation images: give one of them")
     if getattr(args, "targets", "single") != "single":
         return  # has a sentence of its own for data sets without lists
-    if getattr(args, "train_list", "") and args.dataset != "filelist":
+    groups = args.dataset == "imagefolder" and getattr(args, "group_column", "")
+    if getattr(args, "train_list", "") and args.dataset != "filelist" and not groups:
         raise UserError(f"--train_list is for --dataset filelist, not {args.dataset}")
     if getattr(args, "val_list", "") and args.dataset not in ("filelist", "imagefolder"):
         raise UserError(f"--val_list is for --dataset filelist and imagefolder, not {args.dataset}")
@@ -137,20 +138,11 @@ def split_folder(root: Path, train: bool, flag: str = "--data_path") -> Path:
     return found
 
 
-def image_folder(
-    path: str | Path,
-    train: bool,
-    flag: str = "--data_path",
-    classes: list[str] | None = None,
-    fraction: float | None = None,
-) -> Files:
+def image_folder(path: str | Path, train: bool, flag: str = "--data_path", classes: list[str] | None = None) -> Files:
     """Return the images of `path`/train/<class>/ or `path`/val/<class>/; see `find_split` for other names. `classes`
-    (of a checkpoint) give the labels of the evaluation images, else the class folders of the training images do. With
-    `fraction`, `path` has the class folders themselves, of which a part is held out (`hold_out`). Raises UserError,
-    which names `flag`, when there is no such folder."""
+    (of a checkpoint) give the labels of the evaluation images, else the class folders of the training images do. Raises
+    UserError, which names `flag`, when there is no such folder."""
     root = folder_at(path, flag)
-    if fraction:
-        return _held_out(root, train, fraction, flag, classes)
     if train:
         return class_folder(split_folder(root, True, flag))
     if classes is not None:
@@ -159,32 +151,37 @@ def image_folder(
     return class_folder(split_folder(root, False, flag), names)
 
 
-def _held_out(root: Path, train: bool, fraction: float, flag: str, classes: list[str] | None) -> Files:
-    """Return either part of a folder of class folders. The part does not depend on `--seed`, so that every run and tool
-    has the same evaluation images."""
+def divided_folder(
+    root: Path,
+    train: bool,
+    fraction: float,
+    classes: list[str] | None = None,
+    groups: Mapping[str, str] | None = None,
+    column: str = "",
+) -> Files:
+    """Return one side of a folder of class folders, whose images `--val_fraction` divides (`hold_out`). It does not
+    depend on `--seed`, so that every run and tool has the same evaluation images. `classes` are those of a checkpoint,
+    `groups` the group of each path, from the `column` of a table. Raises UserError for a folder with splits of its own,
+    and for images without a group."""
     split = find_split(root, True) or find_split(root, False)
     if split is not None:
         raise UserError(
-            f"--val_fraction is for a folder of class folders, but {flag} {root} has {split.name}/: leave it out"
+            f"--val_fraction is for a folder of class folders, but --data_path {root} has {split.name}/: leave it out"
         )
     images = class_folder(root, classes, "a class of the checkpoint")
-    labels, held = np.asarray(images.targets), np.zeros(len(images), dtype=bool)
-    for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
-        count = min(max(1, round(fraction * len(own))), len(own) - 1)  # of a single image: it is for training
-        held[sorted(own, key=lambda i: _draw(os.path.relpath(images.paths[i], root)))[:count]] = True
-    chosen = np.flatnonzero(held != train).tolist()
-    part = "evaluation" if not train else "training"
-    if not chosen:
-        raise UserError(f"--val_fraction {fraction:g} leaves no image for {part}: a class needs two images or more")
-    print(f"--val_fraction {fraction:g}: {len(chosen)} of {len(images)} images are for {part}")
-    return Files([images.paths[i] for i in chosen], labels[chosen].tolist(), images.classes)
-
-
-def _draw(name: str) -> bytes:
-    """Return a number for an image that depends on its name alone: when images are added, the others stay where they
-    are, but for one per class at the edge."""
-    return hashlib.sha256(os.fsencode(name)).digest()
+    names = [os.path.relpath(path, root) for path in images.paths]
+    if groups is not None:
+        missing = [path for path in images.paths if path not in groups]
+        if missing:
+            raise UserError(
+                f"--group_column {column}: the table of --train_list has no group for {len(missing)} of {len(images)} "
+                f"images, among them {missing[0]}: add them to the table"
+            )
+        names = [groups[path] for path in images.paths]
+    labels = [(images.classes[target],) for target in images.targets]
+    rows = choose_side(names, labels, fraction, train, column)
+    paths, targets = ([values[row] for row in rows] for values in (images.paths, images.targets))
+    return Files(paths, targets, images.classes, groups=None if groups is None else [names[row] for row in rows])
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------

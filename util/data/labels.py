@@ -3,12 +3,14 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from util.data.file_lists import class_indices, read_lines, sorted_labels
-from util.data.list_flags import open_list
+from util.data.list_files import ImageList
+from util.data.list_flags import open_split
 from util.data.list_labels import label_sets, numbers
 from util.data.readers import need_path, read_images
 from util.data.sources import Files, Images, Subset
@@ -63,17 +65,17 @@ def read_labelled(args, train: bool, vocabulary: list[str] | None = None):
         return read_images(args, train, vocabulary)
     if args.targets == "regression":
         return _read_numbers(args, train, vocabulary)
-    path = args.train_list if train else args.val_list
-    images, names, columns = _read_label_sets(args, path)
+    images, names, listed = _read_label_sets(args, train)
     source = f"--label_vocab {args.label_vocab}" if args.label_vocab else "the checkpoint's vocabulary"
     if args.label_vocab:
         vocabulary = read_vocabulary(args.label_vocab)
     elif vocabulary is None:
         source = args.train_list
-        known = names if train else _read_label_sets(args, args.train_list, announce=False)[1]
-        vocabulary = columns or sorted_labels(label for labels in known for label in labels)
+        known = listed if listed.source == source else _read_label_sets(args, True, announce=False)[2]
+        columns = listed.columns if len(listed.columns) > 1 else []
+        vocabulary = columns or sorted_labels(label for labels in _label_sets(args, known) for label in labels)
     flat = [label for labels in names for label in labels]
-    index = dict(zip(flat, class_indices(flat, vocabulary, path, f"in {source}")))
+    index = dict(zip(flat, class_indices(flat, vocabulary, listed.source, f"in {source}")))
     return LabelSets(images, [tuple(sorted(index[label] for label in labels)) for labels in names], vocabulary)
 
 
@@ -81,22 +83,25 @@ def _read_numbers(args, train: bool, columns: list[str] | None) -> Numbers:
     """Return the images and numbers of one split. The training split settles `--targets regression`'s mean and standard
     deviation, unless a checkpoint has (`settle_units`). Raises UserError for others than the `columns` of a checkpoint.
     """
-    listed = open_list(args, args.train_list if train else args.val_list, need_path(args))
+    listed, chosen = open_split(args, train, need_path(args))
     if columns and len(columns) > 1 and listed.columns != columns:
         raise UserError(
             f"the checkpoint predicts {' '.join(columns)}, but the columns here are {' '.join(listed.columns)}: give "
             f"--label_column {' '.join(columns)}"
         )
-    rows, values = numbers(listed)
+    of_split = set(chosen)
+    known = {row: value for row, value in zip(*numbers(listed)) if row in of_split}
+    if not known:
+        part = "training" if train else "evaluation"
+        raise UserError(f"the list file {listed.source} has no number for any {part} image")
+    rows, values = list(known), list(known.values())
     if train and not hasattr(args, "target_mean"):
         mean, std = np.mean(values, axis=0), np.std(values, axis=0)
         if not std.all():
             raise UserError(f"the list file {listed.source} has the same number for all images: nothing can be learned")
         args.target_mean, args.target_std = mean.tolist(), std.tolist()
         print(f"targets {' '.join(listed.columns)}: mean {_shown(mean)}, standard deviation {_shown(std)}")
-    paths = [listed.paths[row] for row in rows]
-    images = Files(paths, [-1] * len(paths), None, "" if args.allow_outside else os.path.realpath(need_path(args)))
-    return Numbers(images, values, listed.columns, args.target_mean, args.target_std)
+    return Numbers(_unlabelled(args, listed, rows), values, listed.columns, args.target_mean, args.target_std)
 
 
 def _shown(values: np.ndarray) -> str:
@@ -114,20 +119,32 @@ def settle_units(args, weights) -> None:
     args.target_mean, args.target_std = map(list, stored)
 
 
-def _read_label_sets(args, path: str, announce: bool = True) -> tuple[Images, list[set[str]], list[str]]:
-    """Return the images of a list, the labels of each, and the names of its label columns if there are several."""
+def _read_label_sets(args, train: bool, announce: bool = True) -> tuple[Images, list[set[str]], ImageList]:
+    """Return the images of one split, the labels of each, and the list that they are in."""
     root = need_path(args)
-    listed = open_list(args, path, root, announce)
+    listed, rows = open_split(args, train, root, announce)
     if not listed.columns:
-        raise UserError(f"the list file {path} has no labels; --targets multilabel needs path<TAB>label,label,...")
-    names = label_sets(listed, "," if args.label_sep is None else args.label_sep, args.no_finding)
+        raise UserError(
+            f"the list file {listed.source} has no labels; --targets multilabel needs path<TAB>label,label,..."
+        )
+    names = _label_sets(args, listed)
     empty = sum(not labels for labels in names)
     if empty == len(names):
-        raise UserError(f"the list file {path} has no label for any image; --targets multilabel needs labels")
+        raise UserError(f"the list file {listed.source} has no label for any image; --targets multilabel needs labels")
     if empty and announce:
-        print(f"{path}: {empty} of {len(names)} images have no label")
-    images = Files(listed.paths, [-1] * len(listed.paths), None, "" if args.allow_outside else os.path.realpath(root))
-    return images, names, listed.columns if len(listed.columns) > 1 else []
+        print(f"{listed.source}: {empty} of {len(names)} images have no label")
+    return _unlabelled(args, listed, rows), [names[row] for row in rows], listed
+
+
+def _label_sets(args, listed: ImageList) -> list[set[str]]:
+    return label_sets(listed, "," if args.label_sep is None else args.label_sep, args.no_finding)
+
+
+def _unlabelled(args, listed: ImageList, rows: Sequence[int]) -> Files:
+    """Return the images in some rows of a list, without labels."""
+    paths, groups = listed.of(rows)
+    within = "" if args.allow_outside else os.path.realpath(need_path(args))
+    return Files(paths, [-1] * len(paths), None, within, groups)
 
 
 def read_vocabulary(path: str) -> list[str]:

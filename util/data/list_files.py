@@ -8,16 +8,15 @@ import contextlib
 import csv
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from util.data.file_lists import OTHER_ENDINGS, is_below, read_lines
+from util.data.file_lists import is_below, read_lines
 from util.data.images import printable
+from util.data.list_names import Names, has_ending
 from util.errors import MissingSplit, UserError
 
 SAMPLE = 21  # rows from which the layout is inferred: a header and twenty images
@@ -26,10 +25,8 @@ IMAGE_NAMES = set("image images img imgs path paths file files filename filename
 IMAGE_NAMES |= set(
     "imagename imagepath imagepaths imagefile imageid imageindex imgname imgpath imgid id idcode".split()
 )
-LABEL_NAMES = set(
-    "label labels class classes classname target targets category categories tag tags dx diagnosis".split()
-)
-LABEL_NAMES |= set("findinglabels species breed".split())
+LABEL_NAMES = set("label labels class classes classname target targets category categories tag tags dx".split())
+LABEL_NAMES |= set("diagnosis diagnostic findinglabels species breed".split())
 _NOT_BELOW = re.compile(r"(^|/)\.{0,2}(/|$)")  # an empty component, `.` or `..`: the path must be resolved
 _QUOTES = "\"'"
 
@@ -37,12 +34,18 @@ _QUOTES = "\"'"
 @dataclass(frozen=True)
 class ImageList:
     """The rows of a list file: `paths`, and the cells of each label column, `cells[column][row]`. `columns` are the
-    names of the label columns (numbers from 1 without a header); there are none without labels."""
+    names of the label columns (numbers from 1 without a header); there are none without labels. `groups` are the cells
+    of `--group_column`, None without it."""
 
     source: str
     paths: list[str]
     columns: list[str]
     cells: list[list[str]]
+    groups: list[str] | None = None
+
+    def of(self, rows: Sequence[int]) -> tuple[list[str], list[str] | None]:
+        """Return the paths and the groups of some rows."""
+        return [self.paths[row] for row in rows], self.groups and [self.groups[row] for row in rows]
 
 
 # Layouts --------------------------------------------------------------------------------------------------------------
@@ -84,44 +87,6 @@ def _sample(split: Layout, lines: list[str]) -> list[list[str]]:
     return rows
 
 
-# Names ----------------------------------------------------------------------------------------------------------------
-
-
-class Names:
-    """Turns a cell into the name of a file below `root`: `exact`; with `slashes` for the backslashes of Windows; or
-    also with an `ending` of images appended to an identifier such as ISIC_0024306."""
-
-    REPAIRS = ("exact", "slashes", "ending")
-    ENDINGS = (*IMG_EXTENSIONS, *(ending.upper() for ending in IMG_EXTENSIONS))
-
-    def __init__(self, root: Path, repair: str):
-        self.root, self.repair = root, repair
-        self.endings = list(self.ENDINGS)  # the last one that was right comes first
-
-    def exists(self, cell: str) -> bool:
-        return bool(cell) and os.path.isfile(self.root / self.name(cell))
-
-    def name(self, cell: str) -> str:
-        """Return the repaired name. A cell with an ending, and one for which no file exists, stay unchanged."""
-        if self.repair == "exact":
-            return cell
-        if "\\" in cell and not os.path.isfile(self.root / cell):
-            cell = cell.replace("\\", "/")
-        if self.repair == "slashes" or _has_ending(cell):
-            return cell
-        for ending in self.endings:
-            if os.path.isfile(self.root / f"{cell}{ending}"):
-                if ending != self.endings[0]:
-                    self.endings.remove(ending)
-                    self.endings.insert(0, ending)
-                return cell + ending
-        return cell
-
-
-def _has_ending(cell: str) -> bool:
-    return cell.lower().endswith((*IMG_EXTENSIONS, *OTHER_ENDINGS))
-
-
 # The table ------------------------------------------------------------------------------------------------------------
 
 
@@ -144,9 +109,14 @@ def _plain(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
 
 
+def is_label_name(name: str) -> bool:
+    """Whether a column of this name has the labels, unless another one is chosen."""
+    return _plain(name) in LABEL_NAMES
+
+
 def _column(wanted: str, first: list[str]) -> int | None:
-    """Return the index of the column that `--image_column` or `--label_column` names: by the header's name, else by
-    number from 1; None if there is no such column."""
+    """Return the index of the column that `--image_column`, `--label_column` or `--group_column` names: by the header's
+    name, else by number from 1; None if there is no such column."""
     names = [name.strip() for name in first]
     for candidates, name in ((names, wanted), ([_plain(each) for each in names], _plain(wanted))):
         if name and candidates.count(name) == 1:
@@ -159,7 +129,7 @@ def _candidates(repair: str, first: list[str], wanted: str) -> list[int]:
     if wanted:
         index = _column(wanted, first)
         return [] if index is None else [index]
-    if repair == "ending":  # twenty-odd endings are tried for each cell, so not in all columns
+    if repair in ("ending", "subfolder"):  # other cells, such as numbers, may be names by accident
         return [i for i, name in enumerate(first) if i == 0 or _plain(name) in IMAGE_NAMES]
     return list(range(len(first)))
 
@@ -169,6 +139,8 @@ def _infer(path: str, lines: list[str], root: Path, wanted: str) -> Table:
     samples = {layout: _sample(split, lines) for layout, split in LAYOUTS.items()}
     best: tuple[int, Table | None] = 0, None
     for repair in Names.REPAIRS:
+        if repair == "subfolder" and best[0]:
+            break  # the names are relative to the root, and searching a large folder takes minutes
         hits, table = _infer_with(path, samples, Names(root, repair), wanted)
         if hits > best[0]:
             best = hits, table
@@ -229,7 +201,7 @@ def _header(rows: list[list[str]], image: int, names: Names) -> list[str]:
     """Return the first row if it is a header: its image cell names no file and looks like no file name."""
     cell = rows[0][image].strip()
     like_a_name = _plain(cell) in IMAGE_NAMES or (any(map(str.isalpha, cell)) and not re.search(r"[\d/\\]", cell))
-    if len(rows) > 1 and like_a_name and not _has_ending(cell) and not names.exists(rows[0][image]):
+    if len(rows) > 1 and like_a_name and not has_ending(cell) and not names.exists(rows[0][image]):
         return [name.strip() for name in rows[0]]
     return []
 
@@ -242,20 +214,24 @@ def read_list(
     root: Path,
     outside: bool = False,
     image_column: str = "",
-    label_columns=(),
+    label_columns: Sequence[str] | None = (),
     announce: bool = True,
     needs_labels: bool = True,
+    group_column: str = "",
 ) -> ImageList:
-    """Read a list file. Its columns are chosen by `image_column` and `label_columns` (names of a header, or numbers
-    from 1) or, without them, by what they contain and by their usual names. With `announce`, print what was chosen,
-    except for plain lists of path, or path<TAB>label. Unless it `needs_labels`, a list whose label column is not known
-    has no labels.
+    """Read a list file. Its columns are chosen by `image_column`, `label_columns` and `group_column` (names of a
+    header, or numbers from 1) or, without them, by what they contain and by their usual names; without `group_column`
+    there are no groups, and with `label_columns` None no labels. With `announce`, print what was chosen, except for
+    plain lists of path, or path<TAB>label. Unless it `needs_labels`, a list whose label column is not known has no
+    labels.
 
     Raises UserError for a list that cannot be understood, and for a path that is not below `root`, unless `outside`: a
     list that comes with the data must not refer to other files.
     """
     if not path:
-        raise MissingSplit("--dataset filelist needs two text files: --train_list and --val_list")
+        raise MissingSplit(
+            "--dataset filelist needs two text files: --train_list and --val_list; or --train_list and --val_fraction"
+        )
     if not os.path.isfile(path):
         raise UserError(f"--dataset filelist needs --train_list and --val_list, text files: {path} is not a file")
     lines = read_lines(path, "the list file")
@@ -264,19 +240,53 @@ def read_list(
     if not lines:
         raise UserError(f"the list file {path} is empty: every line must be a path, or path<TAB>label")
     table = _infer(path, lines, root, image_column)
-    labels = _label_columns(path, table, lines, label_columns, needs_labels)
-    cells = _read_cells(path, table, lines, [table.image, *labels])
+    group = _group_column(path, table, lines, group_column)
+    labels = [] if label_columns is None else _label_columns(path, table, lines, label_columns, needs_labels, group)
+    names, *cells = _read_cells(path, table, lines, [table.image, *labels, *group])
     if table.layout in ("tabs", "spaces", "the last space"):  # csv understands quotes
-        _refuse_quotes(path, root, cells[0], *cells[1:2])
-    listed = ImageList(path, _paths(path, table, cells[0], outside), [table.title(i) for i in labels], cells[1:])
+        _refuse_quotes(path, root, names, *cells[: len(labels)][:1])
+    paths, titles = _paths(path, table, names, outside), [table.title(index) for index in labels]
+    groups = _groups(path, group_column, paths, cells.pop()) if group else None
+    listed = ImageList(path, paths, titles, cells, groups)
     if announce and (table.header or table.layout != "tabs" or table.width > 2 or table.names.repair != "exact"):
-        print(_description(table, listed))
+        print(_description(table, listed, group))
     return listed
 
 
-def _label_columns(path: str, table: Table, lines: list[str], wanted, needed: bool) -> list[int]:
-    """Return the indices of the label columns. Raises UserError if they are not known; where labels are not `needed`,
-    prints a note instead."""
+def _group_column(path: str, table: Table, lines: list[str], wanted: str) -> list[int]:
+    """Return the index of the group column in a list, which is empty if none is wanted."""
+    if not wanted:
+        return []
+    first = table.header or _sample(LAYOUTS[table.layout], lines)[0]
+    index = _column(wanted, first)
+    if index is None:
+        raise UserError(f"--group_column {wanted} is no column of {path}, whose first line is {first}")
+    if index == table.image:
+        raise UserError(f"--group_column {wanted} is the image column of {path}: give the column of the groups")
+    return [index]
+
+
+def _groups(path: str, column: str, paths: list[str], cells: list[str]) -> list[str]:
+    """Return the group of every image. Raises UserError for images without one, and for an image in two groups."""
+    missing = [row for row, cell in enumerate(cells) if cell.lower() in ("", "nan")]
+    if missing:
+        raise UserError(
+            f"--group_column {column}: the list file {path} has no group for {len(missing)} of {len(paths)} images, "
+            f"among them {paths[missing[0]]}: fill in this column, or remove these lines"
+        )
+    known: dict[str, str] = {}
+    for name, group in zip(paths, cells):
+        if known.setdefault(name, group) != group:
+            raise UserError(
+                f"--group_column {column}: the list file {path} has {name} in the groups {known[name]} and {group}: an "
+                f"image can be in one group only"
+            )
+    return cells
+
+
+def _label_columns(path: str, table: Table, lines: list[str], wanted, needed: bool, group: list[int]) -> list[int]:
+    """Return the indices of the label columns, which are not the `group` column unless that is wanted. Raises UserError
+    if they are not known; where labels are not `needed`, prints a note instead."""
     rows = _sample(LAYOUTS[table.layout], lines)
     if wanted:
         indices = [_column(name, table.header or rows[0]) for name in wanted]
@@ -286,7 +296,7 @@ def _label_columns(path: str, table: Table, lines: list[str], wanted, needed: bo
         if table.image in indices or len(set(indices)) < len(indices):
             raise UserError(f"--label_column {' '.join(wanted)} names the image column or a column twice")
         return indices
-    others = [index for index in range(table.width) if index != table.image]
+    others = [index for index in range(table.width) if index not in (table.image, *group)]
     if len(others) <= 1:
         return others
     if not table.header:
@@ -295,7 +305,7 @@ def _label_columns(path: str, table: Table, lines: list[str], wanted, needed: bo
             f"the list file {path} has {sort} and no header: choose columns by number, for example "
             f"--image_column {table.image + 1} --label_column {others[0] + 1}"
         )
-    known = [index for index in others if _plain(table.header[index]) in LABEL_NAMES]
+    known = [index for index in others if is_label_name(table.header[index])]
     if len(known) == 1:
         return known
     ask = f"the list file {path} has the columns {_some(table.header, 30)}: choose the labels with --label_column"
@@ -376,10 +386,11 @@ def _paths(path: str, table: Table, cells: list[str], outside: bool) -> list[str
     return paths
 
 
-def _description(table: Table, listed: ImageList) -> str:
-    header = f"the header {_some(table.header, 30)}" if table.header else "no header"
+def _description(table: Table, listed: ImageList, group: list[int]) -> str:
+    header = f"the header {_some(table.header, 10)}" if table.header else "no header"
     labels = f"labels from {_some(listed.columns, 30)}" if listed.columns else "no labels"
-    repairs = {"exact": "", "slashes": "; backslashes are read as /"}
+    labels += f", groups from {table.title(group[0])}" if group else ""
+    repairs = {"exact": "", "slashes": "; backslashes are read as /", "subfolder": "; names are those in subfolders"}
     repair = repairs.get(table.names.repair, f"; endings such as {table.names.endings[0]} are appended to the names")
     return printable(
         f"{listed.source}: {len(listed.paths)} images, cells separated by {table.layout}, {header}; images from "

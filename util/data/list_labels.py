@@ -62,15 +62,20 @@ def _one_hot_classes(listed: ImageList) -> list[str]:
 
 
 def _refuse_numbers(source: str, counts: Counter) -> None:
-    """Raise UserError if the labels are measurements: many different numbers, most of them with a fraction."""
-    numbers = [value for value in map(_number, counts) if value is not None]
-    fractions = sum(value != int(value) for value in numbers)
-    many = len(counts) > min(20, max(4, counts.total() // 2))
-    if many and len(numbers) >= 0.95 * len(counts) and fractions > 0.5 * len(numbers):
+    """Raise UserError if the labels are measurements."""
+    if _are_measurements(counts):
         raise UserError(
             f"the list file {source} has {len(counts)} different numbers as labels, such as {next(iter(counts))}: "
             f"main_finetune.py --targets regression predicts numbers; these would be {len(counts)} classes"
         )
+
+
+def _are_measurements(counts: Counter) -> bool:
+    """Whether labels are many different numbers, most of them with a fraction."""
+    numbers = [value for value in map(_number, counts) if value is not None]
+    fractions = sum(value != int(value) for value in numbers)
+    many = len(counts) > min(20, max(4, counts.total() // 2))
+    return many and len(numbers) >= 0.95 * len(counts) and fractions > 0.5 * len(numbers)
 
 
 def _number(text: str) -> float | None:
@@ -100,6 +105,23 @@ def _check_sets(source: str, counts: Counter) -> None:
             raise UserError(f"{advice}; --label_sep '' makes each combination a class of its own")
         print(f"note: {advice}; here each is a class of its own")
         return
+
+
+# Strata ---------------------------------------------------------------------------------------------------------------
+
+
+def strata(listed: ImageList) -> list[list[str]]:
+    """Return the labels of each image whose shares a division of the list keeps: the parts of its cell, or the columns
+    with a 1; none for measurements. They depend on the cells alone, not on the command or on how it reads labels, so
+    that pretraining and fine-tuning divide a list in the same way."""
+    if len(listed.columns) != 1:
+        rows = zip(*listed.cells) if listed.columns else ((),) * len(listed.paths)
+        return [[name for name, cell in zip(listed.columns, cells) if cell.lower() in _ON] for cells in rows]
+    if _are_measurements(Counter(listed.cells[0])):
+        return [[]] * len(listed.paths)
+    separator = re.compile(f"[{re.escape(SEPARATORS)}]")
+    parts = {cell: [part.strip() for part in separator.split(cell) if part.strip()] for cell in set(listed.cells[0])}
+    return [parts[cell] for cell in listed.cells[0]]
 
 
 # Sets of labels -------------------------------------------------------------------------------------------------------

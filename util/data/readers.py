@@ -18,13 +18,14 @@ from util.data.file_lists import (
 )
 from util.data.image_folders import (
     class_folder,
+    divided_folder,
     find_split,
     folder_at,
     image_folder,
     split_folder,
     unlabelled_folder,
 )
-from util.data.list_flags import open_list, uses_labels
+from util.data.list_flags import groups_of_files, open_list, open_split, uses_labels
 from util.data.list_labels import class_labels
 from util.data.shards import Shards, find_shards
 from util.data.sources import Arrays, Files
@@ -47,11 +48,15 @@ def _eval_path(args) -> Path | None:
 
 def _imagefolder(args, train: bool, classes: list[str] | None) -> Files:
     fraction = getattr(args, "val_fraction", None)
+    if fraction:
+        root = need_path(args)
+        groups, column = groups_of_files(args, root), getattr(args, "group_column", "")
+        return divided_folder(root, train, fraction, None if train else classes, groups, column)
     if train:
-        return image_folder(need_path(args), True, fraction=fraction)
+        return image_folder(need_path(args), True)
     folder, listed = _eval_path(args), getattr(args, "val_list", "")
     if not folder and not listed:
-        return image_folder(need_path(args), False, classes=classes, fraction=fraction)
+        return image_folder(need_path(args), False, classes=classes)
     source = "of the checkpoint"
     if classes is None:
         classes, source = class_names(split_folder(need_path(args), True)), "of the training images"
@@ -82,18 +87,19 @@ def _folder(args, train: bool, _classes) -> Files:
 
 def _filelist(args, train: bool, vocabulary: list[str] | None) -> Files:
     root = need_path(args)
-    path = args.train_list if train else args.val_list
-    listed = open_list(args, path, root)
+    listed, rows = open_split(args, train, root)
     labels, classes = _classes_of_list(args, listed)
+    paths, groups = listed.of(rows)
     within = "" if args.allow_outside else os.path.realpath(root)
     if labels is None:
-        return Files(listed.paths, [-1] * len(listed.paths), None, within)
+        return Files(paths, [-1] * len(paths), None, within, groups)
     source = f"in {args.train_list}"
     if not train and vocabulary is not None:
         classes, source = vocabulary, "a class of the checkpoint"
-    elif not train:
+    elif not train and listed.source != args.train_list:
         classes = _classes_of_list(args, open_list(args, args.train_list, root, announce=False))[1]
-    return Files(listed.paths, class_indices(labels, classes, path, source), classes, within)
+    targets = class_indices([labels[row] for row in rows], classes, listed.source, source)
+    return Files(paths, targets, classes, within, groups)
 
 
 def _classes_of_list(args, listed) -> tuple[list[str] | None, list[str]]:

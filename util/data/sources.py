@@ -18,11 +18,13 @@ from util.errors import UserError
 class Images(ABC):
     """A list of images with integer labels, -1 where there are none.
 
-    `classes` are the names of the labels, None without labels. `load(i)`, `open(i)` and `file(i)` may raise
+    `classes` are the names of the labels, None without labels. `groups` says which images must not be divided between
+    training and evaluation (those of one patient), None if all may. `load(i)`, `open(i)` and `file(i)` may raise
     `util.data.images.BROKEN_IMAGE`; `name(i)` is the file or record of image i, for messages.
     """
 
     classes: list[str] | None = None
+    groups: list[str] | None = None
     targets: Sequence[int]
 
     def __len__(self) -> int:
@@ -59,9 +61,16 @@ class Images(ABC):
 class Files(Images):
     """Images in files. If `within` is set, links must not lead out of that folder."""
 
-    def __init__(self, paths: Sequence[str], targets: Sequence[int], classes: list[str] | None, within: str = ""):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        targets: Sequence[int],
+        classes: list[str] | None,
+        within: str = "",
+        groups: list[str] | None = None,
+    ):
         self.paths = paths if isinstance(paths, PathList) else PathList(paths)
-        self.targets, self.classes, self.within = compact(targets), classes, within
+        self.targets, self.classes, self.within, self.groups = compact(targets), classes, within, groups
 
     def load(self, index):
         with open_regular(self.file(index)) as file:
@@ -97,6 +106,7 @@ class Subset(Images):
     def __init__(self, images: Images, indices):
         self.images, self.indices, self.classes = images, compact(int(index) for index in indices), images.classes
         self.targets = compact(images.targets[index] for index in self.indices)
+        self.groups = images.groups and [images.groups[index] for index in self.indices]
 
     def load(self, index):
         return self.images.load(self.indices[index])

@@ -248,7 +248,7 @@ class Record:
         self.command, self.args, self.began, self.seconds_before = command, args, time.monotonic(), 0.0
         self.revisions, self.source, self.data = [revision()], None, {}
         self.stored, self.stored_flags, self._restored = {}, {}, False  # from the checkpoint of a resumed run
-        self.hardware: dict | None = None  # of this process, once it is known
+        self.hardware: dict | None = None  # of this process; set before the record is written
         self.earlier: list[dict] = []
         if is_main_process():
             self.source = source_of(weights)
@@ -344,13 +344,13 @@ class Record:
         lengths = [row.get("images_seen") for row in rows if not flags or row["flags"] == flags]
         return any(isinstance(seen, int) and seen >= self.stored.get("images_seen", 0) for seen in lengths)
 
-    def finish(self, folder, images_seen: int, device: torch.device, dtype=None) -> None:
+    def finish(self, folder, images_seen: int) -> None:
         """Append the line of a training run that reached its end, with the metrics of the last line of its log."""
         if folder and is_main_process():
             metrics = metrics_of((Path(folder) / "log.txt").read_text(encoding="utf-8"))
-            self.enter(folder, metrics, images_seen, device, dtype)
+            self.enter(folder, metrics, images_seen)
 
-    def enter(self, folder, metrics: dict, images_seen: int, device: torch.device, dtype=None) -> None:
+    def enter(self, folder, metrics: dict, images_seen: int) -> None:
         """Append the line of this run to the ledger of `folder`. `images_seen` counts images with repetitions."""
         if not is_main_process():
             return
@@ -360,7 +360,6 @@ class Record:
             "seed": getattr(self.args, "seed", None),
             **self.state(images_seen),
             "flags": {name: plain(value) for name, value in vars(self.args).items()},
-            "hardware": self.stored.get("hardware") if self._restored else hardware(device, dtype),
             "metrics": metrics,
         }
         append(folder, row)

@@ -57,16 +57,19 @@ def rgb(imgs: torch.Tensor) -> torch.Tensor:
     return imgs[:, :3] if imgs.shape[1] >= 3 else imgs[:, :1].expand(-1, 3, -1, -1)
 
 
-def rows_of_images(pictures: list[torch.Tensor], labels=("",), notes=None, per_row: int = 2) -> list[Row]:
+def rows_of_images(pictures: list[torch.Tensor], labels=("",), notes=None, per_row: int = 2, marks=None) -> list[Row]:
     """Arrange pictures (N, columns, C, H, W), one tensor for each label, as rows of `per_row` images with their columns
-    side by side. Rows of the same images follow each other, one for each label. `notes` has, for each label and image,
-    a note for each column."""
+    side by side. Rows of the same images follow each other, one for each label. `notes` and `marks` have, for each
+    label and image, a note and a list of marks for each column."""
     rows = []
     for first in range(0, len(pictures[0]), per_row):
         for number, (own, label) in enumerate(zip(pictures, labels)):
-            below = [note for image in notes[number][first : first + per_row] for note in image] if notes else []
+            below, over = (
+                [one for image in of[number][first : first + per_row] for one in image] if of else []
+                for of in (notes, marks)
+            )
             opens = len(labels) > 1 and number == 0 and first > 0
-            rows.append(Row(rgb(own[first : first + per_row].flatten(0, 1)), label, below, opens))
+            rows.append(Row(rgb(own[first : first + per_row].flatten(0, 1)), label, below, opens, over))
     return rows
 
 

@@ -1,9 +1,10 @@
-"""Sheets of image tiles with text: titles of columns, labels of rows, notes below tiles, a colour bar, a caption."""
+"""Sheets of image tiles with text: titles of columns, labels of rows, notes below tiles, frames and tags over them, a
+colour bar, a legend, a caption."""
 
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import ceil
 from pathlib import Path
@@ -19,7 +20,9 @@ PICTURES = (".png", ".pdf", ".svg")  # endings of a picture's file
 GAP = 4  # pixels around tiles
 SIDE = 96  # pixels: smaller images are enlarged by a whole factor up to this side
 NARROWEST = 320  # pixels: a narrower sheet would have a caption of single words
+TAG_RIM = 2  # pixels left and right of the words of a tag
 LABEL = 11  # letters' heights: widest line of a row's label
+Colour = tuple[float, float, float]  # RGB in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -31,31 +34,67 @@ class Bar:
     label: str
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A frame over a tile, or with `words` a tag: a filled rectangle with these words. Sizes in pixels of the tile."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    colour: Colour
+    words: str = ""
+
+
 @dataclass
 class Row:
-    """The tiles (columns, 3, H, W) of a row, in [0, 1], its label, and the notes below its tiles."""
+    """The tiles (columns, 3, H, W) of a row, in [0, 1], its label, and for its tiles the notes below and the marks over
+    them. Marks need tiles of the size at which the sheet shows them."""
 
     tiles: torch.Tensor
     label: str = ""
     notes: Sequence[str] = ()
     opens_group: bool = False  # a space above it
+    marks: Sequence[Sequence[Mark]] = ()
 
 
 @dataclass
 class Sheet:
-    """A picture in pixels, and its texts: (left, top, words). In .pdf and .svg the texts are letters, not pixels."""
+    """A picture in pixels, its texts (left, top, words), and its marks. In .pdf and .svg texts are letters and frames
+    are lines, not pixels."""
 
     pixels: Image.Image
     letters: int  # height of the font in pixels
     texts: list[tuple[float, float, str]] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)  # in pixels of the picture, the last one on top
+
+    @property
+    def line(self) -> int:
+        """The thickness of frames in pixels; a white rim of a pixel is around them."""
+        return max(2, round(self.letters / 8))
 
     def image(self) -> Image.Image:
-        """Return the picture with its texts."""
+        """Return the picture with its texts and marks."""
         picture = self.pixels.copy()
         draw = ImageDraw.Draw(picture)
         for left, top, words in self.texts:
             draw.text((left, top), words, fill="black", font=_font(self.letters))
+        for mark in self.marks:
+            self._draw_mark(draw, mark)
         return picture
+
+    def _draw_mark(self, draw: ImageDraw.ImageDraw, mark: Mark) -> None:
+        colour = tuple(round(255 * part) for part in mark.colour)
+        right, bottom = mark.left + mark.width, mark.top + mark.height
+        if mark.words:
+            draw.rectangle((mark.left, mark.top, right - 1, bottom - 1), fill=colour)
+            position = mark.left + TAG_RIM, mark.top
+            draw.text(position, mark.words, fill=ink(mark.colour), font=_font(_tag_letters(self.letters)))
+            return
+        for fill, line in (("white", self.line + 2), (colour, self.line)):
+            out = line // 2  # the line stands on the edge of the box
+            corners = mark.left - out, mark.top - out, right + out - 1, bottom + out - 1
+            draw.rectangle(corners, outline=fill, width=line)
 
     def tensor(self) -> torch.Tensor:
         """Return the picture with its texts, (3, height, width) in [0, 1], for TensorBoard."""
@@ -77,7 +116,27 @@ class Sheet:
         for left, top, words in self.texts:
             position = left / width, 1 - (top + ascent) / height
             figure.text(*position, words, fontsize=0.72 * self.letters, va="baseline", parse_math=False)
+        for mark in self.marks:
+            self._add_mark(figure, mark)
         save_figure(figure, path, dpi=100)
+
+    def _add_mark(self, figure, mark: Mark) -> None:
+        """Add a mark to a figure of matplotlib of the size of the picture, at 100 pixels an inch."""
+        from matplotlib.patches import Rectangle
+
+        width, height = self.pixels.size
+        corner = mark.left / width, 1 - (mark.top + mark.height) / height
+        size, place = (mark.width / width, mark.height / height), {"transform": figure.transFigure}
+        if not mark.words:
+            for colour, line in (("white", self.line + 2), (mark.colour, self.line)):
+                style = dict(fill=False, edgecolor=colour, linewidth=0.72 * line, joinstyle="miter")
+                figure.add_artist(Rectangle(corner, *size, **style, **place))
+            return
+        letters = _tag_letters(self.letters)
+        base = 1 - (mark.top + _font(letters).getmetrics()[0]) / height
+        style = dict(fontsize=0.72 * letters, va="baseline", parse_math=False, color=ink(mark.colour))
+        figure.add_artist(Rectangle(corner, *size, facecolor=mark.colour, linewidth=0, **place))
+        figure.text((mark.left + TAG_RIM) / width, base, mark.words, **style)
 
 
 def save_figure(figure, path: str | Path, dpi: int = 150) -> None:
@@ -102,18 +161,19 @@ def draw_sheet(
     bar: Bar | None = None,
     side: int | None = None,
     per_row: int = 1,
+    legend: Sequence[tuple[str, Colour]] = (),
 ) -> Sheet:
     """Draw rows of tiles below the `titles` of their columns, which repeat for each of the `per_row` images in a row.
     The longer side of a tile has `side` pixels; without it tiles of less than `SIDE` are enlarged by a whole factor,
-    and those of all rows to the largest."""
+    and those of all rows to the largest. `legend` has names and their colours."""
     side = side or max(_usual_side(row.tiles) for row in rows)
     tiles = [_resized(row.tiles, side) for row in rows]
-    layout = _Layout(*tiles[0].shape[-2:], max(12, side // 14), len(titles))
+    layout = _Layout(*tiles[0].shape[-2:], _letters(side), len(titles))
     layout.label_column([row.label for row in rows])
     layout.title_row([*titles] * per_row)
     for row, images in zip(rows, tiles):
         layout.tile_row(row, images)
-    return layout.footer(caption, bar, per_row * len(titles))
+    return layout.footer(caption, bar, per_row * len(titles), legend)
 
 
 class _Layout:
@@ -123,7 +183,7 @@ class _Layout:
         # Letters grow with the tiles, so that they can be read where a large picture is shown reduced.
         self.height, self.width, self.letters, self.columns = height, width, letters, columns
         self.font, self.line, self.left, self.top = _font(letters), letters + letters // 4, 0, 0
-        self.pitch, self.labels, self.images, self.texts = width, {}, [], []
+        self.pitch, self.labels, self.images, self.texts, self.marks = width, {}, [], [], []
 
     def column(self, number: int) -> int:
         """Return the left edge of the tiles of a column; the columns of one image stand together."""
@@ -154,6 +214,9 @@ class _Layout:
         notes = [wrap(note, self.pitch, self.font) for note in row.notes]
         for number, image in enumerate(images):
             self.images.append((self.column(number), self.top, image))
+        for number, marks in enumerate(row.marks):
+            left, top = self.column(number), self.top
+            self.marks += [replace(mark, left=mark.left + left, top=mark.top + top) for mark in marks]
         for number, lines in enumerate(notes):
             self.write(self.column(number), self.top + self.height, lines)
         self.top += self.height + self.line * max(map(len, notes), default=0)
@@ -171,18 +234,32 @@ class _Layout:
         self.write(start + length + GAP, self.top, [bar.high])
         self.top += self.line
 
-    def footer(self, caption: str, bar: Bar | None, columns: int) -> Sheet:
-        """Place the colour bar and the caption; return the sheet."""
+    def legend(self, entries: Sequence[tuple[str, Colour]], width: int) -> None:
+        """Place squares of colours with their names, in as many lines as they need."""
+        left = GAP
+        for name, colour in entries:
+            length = self.letters + 2 * GAP + ceil(self.font.getlength(name)) + self.letters
+            if left > GAP and left + length > width:
+                left, self.top = GAP, self.top + self.line
+            square = torch.tensor(colour)[:, None, None].expand(3, self.letters, self.letters)
+            self.images.append((left, self.top + 2, square))
+            self.write(left + self.letters + GAP, self.top, [name])
+            left += length
+        self.top += self.line * bool(entries)
+
+    def footer(self, caption: str, bar: Bar | None, columns: int, legend: Sequence[tuple[str, Colour]] = ()) -> Sheet:
+        """Place the colour bar, the legend and the caption; return the sheet."""
         width = max(NARROWEST, self.column(columns - 1) + self.pitch + GAP)
         self.top += 2 * GAP
         if bar:
             self.paragraph(bar.label, width)
             self.colour_bar(bar)
+        self.legend(legend, width)
         self.paragraph(caption, width)
         pixels = Image.new("RGB", (width, self.top + GAP // 2), "white")
         for left, top, image in self.images:
             pixels.paste(to_pil_image(image.clamp(0, 1)), (left, top))
-        return Sheet(pixels, self.letters, self.texts)
+        return Sheet(pixels, self.letters, self.texts, self.marks)
 
 
 def heat_map(values: torch.Tensor) -> torch.Tensor:
@@ -210,6 +287,27 @@ def wrap(text: str, width: float, font) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def _letters(side: int) -> int:
+    """Return the height of letters beside tiles whose longer side has `side` pixels."""
+    return max(12, side // 14)
+
+
+def _tag_letters(letters: int) -> int:
+    return max(10, round(0.8 * letters))
+
+
+def tag_size(words: str, side: int) -> tuple[int, int]:
+    """Return the width and height in pixels of a tag with these words, on tiles whose longer side is `side`."""
+    font = _font(_tag_letters(_letters(side)))
+    return ceil(font.getlength(words)) + 2 * TAG_RIM, sum(font.getmetrics())
+
+
+def ink(colour: Colour) -> str:
+    """Return black or white, whichever has the higher contrast (WCAG 2) with a colour."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour]
+    return "black" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.179 else "white"
+
+
 @lru_cache
 def _font(letters: int) -> ImageFont.FreeTypeFont:
     """Return matplotlib's default font, which has more scripts than Pillow's and the same widths in .pdf and .svg."""
@@ -224,9 +322,13 @@ def _usual_side(tiles: torch.Tensor) -> int:
 
 
 def _resized(tiles: torch.Tensor, side: int) -> torch.Tensor:
-    """Return tiles (N, 3, H, W) with a longer side of `side` pixels: squares for pixels where they are enlarged."""
-    tiles = tiles.float()
-    size = [max(1, round(length * side / max(tiles.shape[-2:]))) for length in tiles.shape[-2:]]
-    if side < max(tiles.shape[-2:]):
-        return F.interpolate(tiles, size, mode="bilinear", antialias=True)
-    return F.interpolate(tiles, size, mode="nearest-exact")
+    """Return tiles (N, 3, H, W) with a longer side of `side` pixels."""
+    longer = max(tiles.shape[-2:])
+    return resized(tiles, [max(1, round(length * side / longer)) for length in tiles.shape[-2:]])
+
+
+def resized(tiles: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Return tiles (N, 3, H, W) at `size` (rows, columns): squares for pixels where they are enlarged."""
+    if size[0] < tiles.shape[-2]:
+        return F.interpolate(tiles.float(), tuple(size), mode="bilinear", antialias=True)
+    return F.interpolate(tiles.float(), tuple(size), mode="nearest-exact")

@@ -90,6 +90,8 @@ def _schedule_rows(run) -> list[Row]:
 
 def _decay(args) -> str:
     schedule = getattr(args, "lr_schedule", "cosine")
+    if schedule == "constant":
+        return "constant"
     if schedule == "step":
         return "divided by 10 after " + " and ".join(f"{100 * share:g} %" for share in args.lr_steps)
     return f"{schedule} to {args.min_lr:g}"

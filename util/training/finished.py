@@ -9,7 +9,6 @@ from pathlib import Path
 
 from util.checkpoint.files import LEDGER
 from util.checkpoint.output_dir import make_output_dir
-from util.compute.precision import choose_amp_dtype
 from util.parallel.distributed import from_main_process
 from util.report.ledger import metrics_of
 from util.report.tensorboard import Board
@@ -30,8 +29,7 @@ def end_again(run, files: list[Path], write: Callable[[], None]) -> None:
         run.reporter.board = Board(run.args.log_dir)
         write()
     if LEDGER in names:
-        dtype = choose_amp_dtype(getattr(run.record.args, "amp_dtype", "auto"), run.device)
-        line = run.args.output_dir, metrics, run.images_seen(), run.device, dtype
+        line = run.args.output_dir, metrics, run.images_seen()
         run.checkpoints.saver.insist(LEDGER, lambda: run.record.enter(*line))
     run.close()
 

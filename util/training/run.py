@@ -32,6 +32,7 @@ from util.parallel.cores import default_workers
 from util.parallel.distributed import (
     all_reduce_sum,
     check_same_flags,
+    from_main_process,
     gather_objects,
     get_rank,
     get_world_size,
@@ -150,7 +151,8 @@ class Run:
         if resume is not None and args.output_dir:
             trim_log(self.reporter.log.path, "epoch", self.epoch)
             trim_log(self.reporter.spike_log.path, "step", self.resumed_step)
-            abandon_later(args.output_dir, resume)
+            if from_main_process(lambda: abandon_later(args.output_dir, resume)):
+                self.checkpoints.best = None  # its weights are lost: the best of those that follow are kept
         purge_step = 0 if args.overwrite else None  # of an overwritten run, in a --log_dir of its own
         if resume is not None:
             purge_step = int(self.fractional_epoch() * 1000) + 1
@@ -337,7 +339,7 @@ class Run:
     def append_to_ledger(self) -> None:
         """Append this run's line to results.jsonl, if it has reached its end."""
         if not self.stopped:
-            line = self.args.output_dir, self.images_seen(), self.device, self.amp_dtype
+            line = self.args.output_dir, self.images_seen()
             self.checkpoints.saver.insist(LEDGER, lambda: self.record.finish(*line))
 
     def close(self) -> None:

@@ -21,10 +21,12 @@ from util.weights.file import first_bytes, read_file, save_state
 from util.weights.geometry import depth, geometry, is_sincos, patch_grids, source_grid
 from util.weights.hf_folder import folder_flags, folder_weights
 from util.weights.names import (
+    DENSE_USES,
     ENCODER,
     ENCODER_AREA,
     HF_MASK_TOKEN,
     KNOWN,
+    dense_model,
     from_hugging_face,
     is_decoder,
     without_wrappers,
@@ -49,6 +51,11 @@ class Weights:
     notes: list[str] = field(default_factory=list)  # what the user should know of how the file was read
 
     @property
+    def dense_model(self) -> str:
+        """What the file is, if it was trained on a dense task: "a segmenter of main_segment.py"; else ""."""
+        return dense_model(name for name in self.dropped if name not in self.outside)
+
+    @property
     def has_decoder(self) -> bool:
         return any(name.startswith("decoder_") for name in self.state)
 
@@ -58,8 +65,8 @@ def read_weights(path, key: str = "model", allowed: str = "") -> Weights:
     (`teacher`). For a bare state dict, and for a file with one entry of weights, the default is right.
 
     Raises UserError for files that `read_file` refuses, for a key that is not in the file (and lists those that are),
-    for a file without ViT weights, and for a ViT with parts that ours lacks (layer scale, register tokens, ...), unless
-    their names have the part `allowed`: the caller then knows what to do without them.
+    for a file without ViT weights, and for a ViT with parts that ours lacks (layer scale, register tokens, ...). Parts
+    whose names have the part `allowed` are kept in `state`: the caller must load them, or refuse the file.
     """
     path = folder_weights(os.fspath(path))
     return recognise(read_file(path), path, key, allowed)
@@ -85,8 +92,8 @@ def recognise(raw: dict, path: str, key: str = "model", allowed: str = "") -> We
             "an MAE, timm ViT or Hugging Face ViT checkpoint is needed"
         )
     _refuse_other_encoders(state, path, allowed)
-    weights.dropped += [name for name in state if not KNOWN.match(name)] + list(weights.outside)
-    weights.state = {name: tensor for name, tensor in state.items() if KNOWN.match(name)}
+    weights.state = {name: tensor for name, tensor in state.items() if KNOWN.match(name) or _extra(name, allowed)}
+    weights.dropped += [name for name in state if name not in weights.state] + list(weights.outside)
     weights.history = _history(raw, weights.args)
     names = weights.args.pop("label_names", None)  # of an export
     weights.classes = _class_names(raw.get("classes")) or _class_names(names)
@@ -165,6 +172,11 @@ def _split(content: dict) -> tuple[dict[str, Tensor], list[str]]:
     return named, [str(key) for key in content if key not in named]
 
 
+def _extra(name: str, allowed: str) -> bool:
+    """Whether a tensor is a part of the encoder that only some models have, and that the caller knows."""
+    return bool(allowed) and allowed in name and bool(ENCODER_AREA.match(name))
+
+
 def _refuse_other_encoders(state: dict, path: str, allowed: str) -> None:
     """Raise UserError for an unknown tensor inside the encoder whose name has not the part `allowed`, or an unknown
     token beside it: without it every feature would change."""
@@ -173,7 +185,10 @@ def _refuse_other_encoders(state: dict, path: str, allowed: str) -> None:
         is_token = "." not in name and state[name].ndim >= 2
         return not KNOWN.match(name) and name != HF_MASK_TOKEN and (is_token or ENCODER_AREA.match(name))
 
-    extra = [name for name in state if is_extra(name) and not (allowed and allowed in name)]
+    extra = [name for name in state if is_extra(name) and not _extra(name, allowed)]
+    trained = dense_model(state)
+    if trained and extra:
+        raise UserError(f"{path} is {trained}; its encoder has {some(extra)}, which other models lack: {DENSE_USES}")
     if extra:
         raise UserError(
             f"{path} is not a plain ViT: it has {some(extra)}, which our encoder lacks and which cannot be left out; "

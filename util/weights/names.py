@@ -2,6 +2,7 @@
 released MAE checkpoints, and back to Hugging Face."""
 
 import re
+from collections.abc import Iterable
 
 import torch
 
@@ -35,6 +36,9 @@ KNOWN = re.compile(
 )
 # An unknown tensor with such a name means that the file's encoder computes something ours does not.
 ENCODER_AREA = re.compile(r"(blocks|patch_embed|pos_embed|embeddings|encoder|layers?|norm_pre|rope|rel_pos_bias)\.")
+# Models of dense tasks, by what the names of their heads' tensors start with.
+DENSE_MODELS = {"decode_head.": "a segmenter of main_segment.py", "roi_heads.": "a detector of main_detect.py"}
+DENSE_USES = "evaluate it with --eval of that command, draw its predictions with tools/visualize_dense.py"
 HF_MASK_TOKEN = "embeddings.mask_token"  # of masked image modelling on pixels; unused for complete images
 
 
@@ -79,6 +83,12 @@ def to_hugging_face(state: dict, names) -> dict:
         else:
             renamed[name] = state[ours]
     return renamed
+
+
+def dense_model(names: Iterable[str]) -> str:
+    """Return the model of a dense task to which tensors with these names belong, one of `DENSE_MODELS`; "" if none."""
+    heads = {name.split(".")[0] + "." for name in names}
+    return next((model for head, model in DENSE_MODELS.items() if head in heads), "")
 
 
 def is_decoder(name: str) -> bool:

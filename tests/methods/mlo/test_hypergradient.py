@@ -5,8 +5,19 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers.mlo_problems import EXACT, cosine, flat, in_float, move_of, off, small_vit, train_step, twice, vars_of
+from helpers.mlo_problems import (
+    EXACT,
+    by_pixel,
+    cosine,
+    flat,
+    in_float,
+    move_of,
+    off,
+    small_vit,
+    train_step,
+    twice,
+    vars_of,
+)
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -14,15 +25,30 @@ from benchmarks.unrolled import leaves, stage_one, task_loss, unrolled
 from methods.mlo.hypergradient import PatchErrors, Tokens
 from methods.mlo.inner_problems import adamw, trainable
 
+PIXELS = "--mlo_task segmentation"
+
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, EXACT), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("flags", ["", "--no_mlo_head_path", "--mlo_feature cls", "--mlo_head_norm"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--no_mlo_head_path",
+        "--mlo_feature cls",
+        "--mlo_head_norm",
+        PIXELS,
+        f"{PIXELS} --no_mlo_head_path",
+        f"{PIXELS} --mlo_head_norm",
+    ],
+)
 @pytest.mark.parametrize("depth", [0, 2])
 def test_jvp_is_exact(flags, dtype, tolerance, depth):
-    """One unrolled step against autograd through all steps in float64, for a linear encoder and a transformer."""
+    """One unrolled step against autograd through all steps in float64, for a linear encoder and a transformer. The loss
+    of segmentation is there the cross-entropy of all pixels."""
     make = partial(small_vit, f"--mlo_unroll 1 --mlo_hypergrad jvp {flags}", depth=depth)
     (pretrainer, method, xp), (double, its_method, _) = twice(make)
-    exact = unrolled(double, its_method, xp[:1], 0.75, head_path="no_mlo" not in flags)
+    with by_pixel(its_method):
+        exact = unrolled(double, its_method, xp[:1], 0.75, head_path="no_mlo" not in flags)
     if dtype is torch.float32:
         pretrainer.float()
         method.batches = [in_float(given) for given in method.batches]
@@ -33,16 +59,18 @@ def in_float32(flags, seed=0):
     """The same problem in float32, with the exact hypergradient of float64."""
     torch.manual_seed(seed)
     (pretrainer, method, xp), (double, its_method, _) = twice(partial(small_vit, flags))
-    exact = unrolled(double, its_method, xp[: method.unroll], 0.75)
+    with by_pixel(its_method):
+        exact = unrolled(double, its_method, xp[: method.unroll], 0.75)
     pretrainer.float()
     method.batches = [in_float(given) for given in method.batches]
     return move_of(pretrainer, method, [x.float() for x in xp[: method.unroll]], 0.75), exact
 
 
-def test_fd_in_float32():
+@pytest.mark.parametrize("task", ["", PIXELS])
+def test_fd_in_float32(task):
     """At the default displacement of 1e-3 the difference loses half the digits of float32, so the error is below
     1e-3."""
-    errors = [off(*in_float32("--mlo_unroll 1 --mlo_hypergrad fd", seed)) for seed in range(3)]
+    errors = [off(*in_float32(f"--mlo_unroll 1 --mlo_hypergrad fd {task}", seed)) for seed in range(3)]
     print("fd, float32, alpha 1e-3:", errors)
     assert max(errors) < 1e-3
 
@@ -185,15 +213,16 @@ def test_variants_of_the_weights(flags):
     assert off(ours, by_hand) < 1e-6  # a difference with 1e-4 in float64
 
 
-def test_two_levels_are_exact():
+@pytest.mark.parametrize("task", ["", PIXELS])
+def test_two_levels_are_exact(task):
     """BLO: theta and h take one step on L1 + lambda L2; compared with autograd through that step."""
-    pretrainer, method, xp = small_vit("--mlo_unroll 1 --mlo_hypergrad jvp --mlo_levels 2 --blo_lambda 0.7")
+    pretrainer, method, xp = small_vit(f"--mlo_unroll 1 --mlo_hypergrad jvp --mlo_levels 2 --blo_lambda 0.7 {task}")
     head = method.stage2.head.requires_grad_(True)
     method.inner.add_param_group({"params": list(head.parameters())})
     model, stage2 = pretrainer.model, method.stage2
     theta, weights, net = leaves(trainable(model), "model."), leaves(head), leaves(method.net)
-    train, val = (given.batch(0) for given in method.batches)
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), by_pixel(method):
+        train, val = (given.batch(0) for given in method.batches)
         here, loss = stage_one(pretrainer, method, theta, net, xp[0])
         its_head = {n: p * 1 for n, p in weights.items()}
         loss = loss + 0.7 * task_loss(model, stage2, here, its_head, train)
@@ -204,24 +233,27 @@ def test_two_levels_are_exact():
     assert off(move_of(pretrainer, method, xp[:1], 0.75), exact) < EXACT
 
 
-def test_finetuned_stage_is_exact():
+@pytest.mark.parametrize("task", ["", PIXELS])
+def test_finetuned_stage_is_exact(task):
     """Stage II fine-tunes a copy of the encoder for one step with a proximal term towards theta': autograd through
     both."""
-    pretrainer, method, xp = small_vit("--mlo_unroll 1 --mlo_hypergrad jvp --mlo_stage2 finetune --mlo_prox 0.4")
+    flags = f"--mlo_unroll 1 --mlo_hypergrad jvp --mlo_stage2 finetune --mlo_prox 0.4 {task}"
+    pretrainer, method, xp = small_vit(flags)
     model, stage2 = pretrainer.model, method.stage2
     theta, net = leaves(trainable(model), "model."), leaves(method.net)
     phi = {n: p for n, p in leaves(stage2).items() if "pos_embed" not in n}
-    train, val = (given.batch(0) for given in method.batches)
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), by_pixel(method):
+        train, val = (given.batch(0) for given in method.batches)
+        its_loss = stage2.task.loss
         here, loss = stage_one(pretrainer, method, theta, net, xp[0])
         gradient = torch.autograd.grad(loss, list(here.values()), create_graph=True)
         theta = {n: p - 0.1 * g for (n, p), g in zip(theta.items(), gradient)}
-        loss = F.cross_entropy(functional_call(stage2, phi, (train.image,)), train.target)
+        loss = its_loss(functional_call(stage2, phi, (train.image,)), train.target)
         pulled = {n: theta[n.replace("encoder.", "model.")] for n in phi if n.startswith("encoder.")}
         loss = loss + 0.4 * sum(((phi[n] - other) ** 2).sum() for n, other in pulled.items())
         gradient = torch.autograd.grad(loss, list(phi.values()), create_graph=True, materialize_grads=True)
         phi = {n: p - 0.3 * g for (n, p), g in zip(phi.items(), gradient)}
-        loss = F.cross_entropy(functional_call(stage2, phi, (val.image,)), val.target)
+        loss = its_loss(functional_call(stage2, phi, (val.image,)), val.target)
         exact = torch.autograd.grad(loss, list(net.values()))
     assert off(move_of(pretrainer, method, xp[:1], 0.75), exact) < EXACT
 

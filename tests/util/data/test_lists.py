@@ -1,6 +1,8 @@
 """List files as other tools write them: separators, headers, columns, identifiers, one-hot labels; and what is refused
 or noted instead of becoming classes."""
 
+import re
+
 import pytest
 from helpers.plain_images import contents, finetune_flags, flags, save
 
@@ -97,6 +99,34 @@ def test_names_of_windows_and_identifiers(root, capsys):
     images = listed(root, "image,label\ntrain/x/5,x\n0,y\n1.png,y\n")
     assert [images.name(i).rsplit("/", 1)[1] for i in range(3)] == ["5.JPG", "0.png", "1.png"]
     assert capsys.readouterr().out.count("are appended to the names") == 1
+
+
+def test_names_in_subfolders(root, capsys):
+    """HAM10000 and PAD-UFES-20 have their images in parts, and the file names alone in their tables."""
+    for number in range(4):
+        (root / "in" / f"part_{number % 2}" / "x").mkdir(parents=True, exist_ok=True)
+        (root / "in" / NAMES[number]).rename(root / "in" / f"part_{number % 2}" / "x" / NAMES[number])
+    for text in (HAM, re.sub(r",(\d),", r",\1.png,", HAM)):
+        assert contents(listed(root, text)) == [(0, 1), (1, 0), (2, 1), (3, 0)]
+    assert "names are those in subfolders" in capsys.readouterr().out
+    save(root / "in" / "part_1" / "2.png")
+    with pytest.raises(
+        UserError, match=r"a list names 2, which is both part_0/x/2\.png and part_1/2\.png in .*: remove"
+    ):
+        listed(root, HAM)
+    (root / "in" / "a" / "b" / "c").mkdir(parents=True)  # three levels are searched
+    (root / "in" / "part_1" / "2.png").rename(root / "in" / "a" / "b" / "c" / "7.png")
+    (root / "in" / "part_1" / "again").symlink_to(root / "in")  # every image is there twice
+    images = listed(root, "image,label\n7.png,x\n8.png,y\n3,y")
+    assert [images.name(i).removeprefix(f"{root}/in/") for i in range(3)] == ["a/b/c/7.png", "8.png", "part_1/x/3.png"]
+    with pytest.raises(UserError, match=r"names 9\.png, which is not a file below"):
+        listed(root, "9.png\tx\n8.png\ty")
+
+
+def test_subfolders_are_not_searched_without_need(root, monkeypatch):
+    """A list with a missing image must not start a search of a large folder."""
+    monkeypatch.setattr("util.data.list_names._images_in_subfolders", lambda *_: pytest.fail("searched"))
+    assert len(listed(root, "image,label\n0.png,x\ngone.png,y\n1.png,x")) == 3
 
 
 ONE_HOT = "image,MEL,NV,BCC\n0,0.0,1.0,0.0\n1,1.0,0.0,0.0\n2,0.0,1.0,0.0\n3,0.0,0.0,1.0"

@@ -6,13 +6,14 @@ what is annotated are their `categories`.
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from util.data.sources import Images, Subset
+from util.errors import UserError
 
 
 @dataclass
@@ -76,11 +77,12 @@ class Detected(Annotated):
         objects, a list of dicts with box (as in `Objects`), label (from 1), crowd, difficult, area, and segmentation
         (as in COCO's files, None without)."""
 
-    def ground_truth(self) -> dict:
+    def ground_truth(self, records: Iterable[dict] | None = None) -> dict:
         """Return the annotations of all images in COCO's format, for pycocotools. Nothing that training leaves out is
-        missing. Objects have numbers from 1, because pycocotools takes 0 for no match."""
+        missing. Objects have numbers from 1, because pycocotools takes 0 for no match. `records` are those of all
+        images, if the caller has them."""
         images, annotations = [], []
-        for record in self.records():
+        for record in records or map(self.record, range(len(self))):
             images.append({key: record[key] for key in ("id", "height", "width")})
             for each in record["objects"]:
                 left, top, right, bottom = each["box"]
@@ -98,9 +100,6 @@ class Detected(Annotated):
         names = zip(self.category_ids, self.categories)
         categories = [{"id": number, "name": name} for number, name in names]
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
-
-    def records(self) -> Iterator[dict]:
-        return (self.record(index) for index in range(len(self)))
 
 
 class _Part(Subset):
@@ -137,6 +136,25 @@ class DetectedPart(_Part, Detected):
 
     def record(self, index):
         return self.images.record(self.indices[index])
+
+
+def check_categories(
+    names: list[str] | None,
+    needed: list[str] | None,
+    source: str,
+    nouns: tuple[str, str] = ("class", "classes"),
+    same_names: bool = True,
+) -> None:
+    """Raise UserError if the `names` that `source` gives the categories are not those `needed`; without `same_names`
+    their number suffices. None: not known, or any. `nouns` are words for one category and for several."""
+    if names is None or needed is None or names == needed:
+        return
+    one, several = nouns
+    if len(names) != len(needed):
+        raise UserError(f"{source} has {len(names)} {several}, but those of the training set are {len(needed)}")
+    if same_names:
+        here, there = next((a, b) for a, b in zip(names, needed) if a != b)
+        raise UserError(f"{source} has the {one} {here!r} where the training set has {there!r}")
 
 
 def no_objects(image_id: int, size: tuple[int, int] | None = None) -> Objects:

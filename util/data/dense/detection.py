@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from util.data.dense.annotated import Detected, Objects, no_objects
+from util.data.dense.annotated import Detected, Objects, check_categories, no_objects
 from util.data.dense.coco_json import read_coco
 from util.data.dense.mask_labels import read_class_names
 from util.data.dense.records import Records, Split, usable
@@ -16,6 +16,7 @@ from util.data.sources import Files
 from util.errors import UserError
 
 DETECTION = ("coco", "voc", "scenes")
+CATEGORY = "category", "categories"  # what messages call a class
 
 
 class DetectedFiles(Files, Detected):
@@ -79,7 +80,7 @@ def read_detection(args, train: bool, masks: bool, categories: list[str] | None 
     """
     if args.dataset == "scenes":
         images = DetectedScenes(*settings_of(args, train), has_masks=masks)
-        _check_same(images.categories, categories, "--scene_digits")
+        check_categories(images.categories, categories, "--scene_digits", CATEGORY)
         return images
     if args.dataset not in DETECTION:
         raise UserError(f"--dataset {args.dataset} has no boxes of objects: give one of {', '.join(DETECTION)}")
@@ -94,21 +95,11 @@ def read_detection(args, train: bool, masks: bool, categories: list[str] | None 
         raise UserError("--class_names has no effect with --dataset coco, whose annotation file has the names")
     else:
         split = read_coco(root, train)
-    _check_same(split.categories, categories, split.source)
+    check_categories(split.categories, categories, split.source, CATEGORY)
     _check_objects(split, masks)
     if train:
         split = usable(split, masks, getattr(args, "max_bad_fraction", 0.01))
     return DetectedFiles(split, masks, draws=train)
-
-
-def _check_same(names: list[str], categories: list[str] | None, source: str) -> None:
-    """Raise UserError if the categories of an annotation file are not those that are needed."""
-    if categories is None or names == categories:
-        return
-    if len(names) != len(categories):
-        raise UserError(f"{source} has {len(names)} categories, but those of the training set are {len(categories)}")
-    here, there = next((a, b) for a, b in zip(names, categories) if a != b)
-    raise UserError(f"{source} has the category {here!r} where the training set has {there!r}")
 
 
 def _check_objects(split: Split, masks: bool) -> None:

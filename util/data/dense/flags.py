@@ -3,7 +3,7 @@
 
 def add_dense_data_arguments(group, task: str) -> None:
     """Add the flags of dense data sets that `util.arguments.add_data_arguments` does not have. `task`: segmentation or
-    detection."""
+    detection; "" for a command that evaluates models of both."""
     group.add_argument(
         "--voc_year",
         type=int,
@@ -12,6 +12,17 @@ def add_dense_data_arguments(group, task: str) -> None:
         help="voc: 2007, 2012; needed where --data_path has several. Detection trains on all of them and evaluates on "
         "the first",
     )
+    if task:
+        _add_train_split(group, task)
+    group.add_argument("--val_split", default="", metavar="NAME", help="voc: list of the evaluation images")
+    group.add_argument(
+        "--class_names", default="", metavar="FILE", help="names of the classes, one per line, in the order of labels"
+    )
+    if task != "detection":
+        _add_mask_arguments(group)
+
+
+def _add_train_split(group, task: str) -> None:
     lists = "ImageSets/Segmentation" if task == "segmentation" else "ImageSets/Main"
     usual = "train, val" if task == "segmentation" else "trainval and test, or train and val where there is no test"
     group.add_argument(
@@ -21,12 +32,6 @@ def add_dense_data_arguments(group, task: str) -> None:
         help=f"voc: list of the training images in {lists}; without it and --val_split: {usual}"
         + "; trainaug: the masks of SegmentationClassAug" * (task == "segmentation"),
     )
-    group.add_argument("--val_split", default="", metavar="NAME", help="voc: list of the evaluation images")
-    group.add_argument(
-        "--class_names", default="", metavar="FILE", help="names of the classes, one per line, in the order of labels"
-    )
-    if task == "segmentation":
-        _add_mask_arguments(group)
 
 
 def _add_mask_arguments(group) -> None:

@@ -148,12 +148,15 @@ def voc_images(year: Path, ids: list[str], source: Path) -> Keyed:
 
 
 def voc(root: Path, train: bool, args) -> Keyed:
-    """The images of ImageSets/Main, or of ImageSets/Segmentation where that does not exist, of all years."""
+    """The images of a list in ImageSets/Main, or in ImageSets/Segmentation where that does not exist, of all years."""
     images = {}
     years = voc_years(root, getattr(args, "voc_year", None))
     for year in years:
         kind = "Main" if (year / "ImageSets" / "Main").is_dir() else "Segmentation"
-        source = voc_list(year, kind, voc_split(years, kind, train, args))
+        split = voc_split(years, kind, train, args)
+        if not (year / "ImageSets" / kind / f"{split}.txt").is_file():  # trainaug, say
+            kind = "Segmentation"
+        source = voc_list(year, kind, split)
         for name, path in voc_images(year, voc_ids(source), source).items():
             images[f"{year.name}/{name}"] = path
     return images

@@ -44,19 +44,27 @@ class PairedDataset(KeyedDataset):
 
 
 def build_paired_loader(
-    images: Annotated, transform, args, batch_size: int, train: bool, num_workers: int | None = None
+    images: Annotated,
+    transform,
+    args,
+    batch_size: int,
+    train: bool,
+    num_workers: int | None = None,
+    seed: int | None = None,
 ) -> Loader:
-    """Return a loader of batches of annotated images for the flags `args`; `num_workers` overrides the flag. In
-    evaluation, unreadable images are black, without labels, and marked by `bad`.
+    """Return a loader of batches of annotated images for the flags `args`; `num_workers` and `seed` override the flags.
+    In evaluation, unreadable images are black, without labels, and marked by `bad`.
 
     Raises UserError when the training set is smaller than one batch, or a batch does not fit into shared memory.
     """
     workers = args.num_workers if num_workers is None else num_workers
-    channels = args.in_chans + 2  # a target of 8 bytes per pixel is as large as two channels of float32
+    # A target of 8 bytes per pixel, a mask, is as large as two channels of float32.
+    channels = args.in_chans + getattr(transform, "target_channels", 2)
+    seed = args.seed if seed is None else seed
     check_shared_memory(workers, min(batch_size, len(images)), channels, getattr(transform, "size", None))
     pixel_range = getattr(args, "pixel_range", None)
-    data = PairedDataset(images, transform, args.seed, args.in_chans, replace=train, pixel_range=pixel_range)
-    loader = Loader(data, batch_size, train, args.seed, workers, args.pin_mem)
+    data = PairedDataset(images, transform, seed, args.in_chans, replace=train, pixel_range=pixel_range)
+    loader = Loader(data, batch_size, train, seed, workers, args.pin_mem)
     if train:
         check_enough(len(images), batch_size)
     return loader

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from util.data.compact import PathList
 from util.data.dense import layouts
-from util.data.dense.annotated import Segmented
+from util.data.dense.annotated import Segmented, check_categories
 from util.data.dense.mask_labels import ColorTable, Labelling, read_class_names, read_color_table
 from util.data.dense.mask_survey import Found, read_mask, settle_labelling, wrong_size
 from util.data.dense.scenes import SegmentedScenes, settings_of
@@ -137,19 +137,20 @@ def read_segmentation(args, train: bool, categories: list[str] | None = None) ->
         raise UserError(f"--ignore_label {ignore} must be a value that masks can store, 0 to 65535")
     if args.dataset == "scenes":
         images = SegmentedScenes(*settings_of(args, train), ignore_label=ignore)
-        _check_same(images.categories, True, categories, "--scene_digits")
+        check_categories(images.categories, categories, "--scene_digits")
         return images
     if args.dataset not in FILES:
         raise UserError(f"--dataset {args.dataset} has no masks of classes: give one of {', '.join(SEGMENTATION)}")
     found = FILES[args.dataset](args, need_path(args), train)
     paths, masks = _paired(found)
     colors = _names_of_flags(args, found, ignore)
-    _check_same(found.names, found.certain, categories, found.source.removeprefix(" of ") or args.dataset)
+    source = found.source.removeprefix(" of ") or args.dataset
+    check_categories(found.names, categories, source, same_names=found.certain)
     if categories is not None:
         found.source = found.source if found.names else " of the training set"
         found.names = categories
     given = getattr(args, "zero_is_ignored", None)
-    labelling = _on_main_process(lambda: settle_labelling(found, given, paths, masks, colors, ignore))
+    labelling = on_main_process(lambda: settle_labelling(found, given, paths, masks, colors, ignore))
     args.zero_is_ignored = labelling.zero_is_ignored
     return SegmentedFiles(paths, masks, labelling)
 
@@ -192,18 +193,7 @@ def _names_of_flags(args, found: Found, ignore: int) -> ColorTable | None:
     return colors
 
 
-def _check_same(names: list[str] | None, certain: bool, categories: list[str] | None, source: str) -> None:
-    """Raise UserError if the names of this data set are not the `categories` that are needed."""
-    if names is None or categories is None or names == categories:
-        return
-    if len(names) != len(categories):
-        raise UserError(f"{source} has {len(names)} classes, but those of the training set are {len(categories)}")
-    if certain:
-        here, there = next((a, b) for a, b in zip(names, categories) if a != b)
-        raise UserError(f"{source} has the class {here!r} where the training set has {there!r}")
-
-
-def _on_main_process(function):
+def on_main_process(function):
     """Call `function` on the main process only and return its result, or raise its UserError, on all."""
 
     def call():

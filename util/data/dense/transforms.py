@@ -255,9 +255,8 @@ class DetectionTraining(_Paired):
 class DetectionEvaluation(_Paired):
     """Resize an image to the largest size that fits into `size`, and add zeros at the right and at the bottom.
 
-    Targets are dicts in pixels of the original image: boxes, labels, crowd, difficult as in `Objects`, image_id () and
-    size (2,) int64, the original (H, W), and scale (4,) float32: predicted boxes divided by it are those of the
-    original image.
+    Targets are dicts: size (2,) int64, the original (H, W). What is scored is read from the records of the images
+    (`evaluation.detector.truth_of`).
     """
 
     def shape(self, height: int, width: int) -> Shape:
@@ -265,12 +264,9 @@ class DetectionEvaluation(_Paired):
         return scaled_shape((height, width), self.size)
 
     def __call__(self, img: Image.Image, objects: Objects) -> tuple[torch.Tensor, dict]:
-        before = img.height, img.width
-        shape = self.shape(*before)
-        target = {name: torch.from_numpy(getattr(objects, name)) for name in ("boxes", "labels", "crowd", "difficult")}
-        target |= {"image_id": torch.tensor(objects.image_id), "size": torch.tensor(before)}
-        target["scale"] = _factors(before, shape)
-        return self.normalised(resize_image(F.pil_to_tensor(img), shape), self.size), target
+        size = img.height, img.width
+        image = resize_image(F.pil_to_tensor(img), self.shape(*size))
+        return self.normalised(image, self.size), {"size": torch.tensor(size)}
 
 
 def _factors(before: Shape, after: Shape) -> torch.Tensor:

@@ -5,7 +5,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from util.data.dense.rle import decode, draw_segmentation, encode, usable_polygons
+from util.data.dense.rle import decode, draw_segmentation, encode, encode_segmentation, usable_polygons
 
 
 def test_codes_are_those_of_pycocotools():
@@ -32,6 +32,22 @@ def test_polygons_are_drawn_as_by_pycocotools():
         polygons = [(rng.random(2 * rng.integers(3, 9)) * 50 - 5).tolist() for _ in range(rng.integers(1, 3))]
         expected = coco.annToMask({"image_id": 1, "segmentation": polygons})
         assert (draw_segmentation(polygons, (40, 30)) == expected).all()
+
+
+def test_polygons_are_encoded_without_being_drawn():
+    """The code is that of the drawn mask, to the letter: also of several polygons that overlap or touch, reach beyond
+    the image, have whole numbers, or all points in one place."""
+    rng = np.random.default_rng(2)
+    for index in range(300):
+        size = tuple(rng.integers(1, 200, 2).tolist())
+        points = [rng.uniform(-0.3, 1.3, (rng.integers(3, 20), 2)) * size for _ in range(rng.integers(1, 4))]
+        points[0] = points[0].round() if index % 3 == 0 else points[0]
+        points[-1] = points[-1] * 0 + size[0] / 2 if index % 10 == 0 else points[-1]
+        polygons = [(each * (100 if index % 7 == 0 else 1)).ravel().tolist() for each in points]
+        assert encode_segmentation(polygons, size) == encode(draw_segmentation(polygons, size))
+    code = encode(np.eye(8, 10, dtype=np.uint8))
+    assert encode_segmentation(code, (10, 8)) == code
+    assert encode_segmentation([[2.0, 1.0, 6.0, 4.0]], (10, 8)) == encode_segmentation([], (10, 8))
 
 
 def test_polygons_of_two_points_are_no_boxes():
@@ -67,8 +83,9 @@ def test_codes_that_do_not_fit_are_refused(code, message):
 
 @pytest.mark.parametrize("polygon", [[1, 2, 3], "text", [0, 0, float("nan"), 1, 2, 2], [0, 0, float("inf"), 1, 2, 2]])
 def test_polygons_that_are_none(polygon):
-    with pytest.raises(ValueError, match="polygon"):
-        draw_segmentation([polygon], (10, 8))
+    for use in (draw_segmentation, encode_segmentation):
+        with pytest.raises(ValueError, match="polygon"):
+            use([polygon], (10, 8))
 
 
 def test_far_coordinates_take_no_memory():

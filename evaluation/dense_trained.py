@@ -1,0 +1,48 @@
+"""Trained segmenters and detectors, opened from their checkpoints as their runs evaluated them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import ModuleType
+
+import torch
+
+from evaluation.dense import load_state
+from evaluation.dense_pictures import Shown
+from evaluation.encoder import set_norm_eps
+from evaluation.image_options import image_options
+from util.data.dense.annotated import Annotated
+from util.data.samples import Sample
+from util.errors import UserError
+from util.weights.load import Weights
+from util.weights.model_config import resolve_config
+
+
+class Trained(ABC):
+    """The model of a checkpoint, on the CPU and in eval mode.
+
+    `categories` are the names of its classes, `stored` the flags of its run, `size` the (H, W) of its input, `options`
+    how images are read for it. Subclasses have `resize`, the transform of their evaluation.
+    """
+
+    def __init__(self, args, weights: Weights, state: Mapping[str, torch.Tensor], models: ModuleType):
+        """Build the model, one of the module `models`, of a file whose tensors are `state`. Raises UserError for a file
+        that lacks the names of the classes, and for tensors that do not fit the flags."""
+        if not weights.classes:
+            raise UserError(f"{weights.path} does not name its classes: give a checkpoint that a run has written")
+        self.path, self.categories, self.stored = weights.path, weights.classes, weights.args
+        config = resolve_config(weights, vars(args))
+        sizes = config.encoder_arguments()
+        head = {name: self.stored[name] for name in models.SETTINGS if name in self.stored}
+        self.model = models.build_model(config.encoder_name, len(self.categories), **sizes, **head).eval()
+        set_norm_eps(self.model, config.layer_norm_eps)
+        load_state(self.model, state, self.path)
+        self.size = config.input_size
+        self.options = image_options(args, config.in_chans, self.size, self.stored)
+
+    @abstractmethod
+    def read(self, args) -> Annotated:
+        """Return the evaluation images of the flags, which must have the classes of the model."""
+
+    @abstractmethod
+    def show(self, sample: Sample, index: int, images: Annotated) -> Shown:
+        """Return the prediction for image `index` of `images`, which `resize` made the `sample`, beside the truth."""

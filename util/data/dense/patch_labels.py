@@ -1,0 +1,108 @@
+"""The transforms of pretraining (`util.data.transforms`) for an image with its mask, and the labels of patches.
+
+The image becomes what the transform of images alone makes of it with the same random numbers, bit for bit; the mask
+follows it.
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import functional as F
+
+from util.data.dense.transforms import resize_masks
+from util.data.transforms import GaussianBlur, ResizeShortSide, Solarization, ToTensor, resized_shape
+
+Pair = tuple[Image.Image, torch.Tensor]  # an image, and its mask (H, W), in which 0 is a pixel without a label
+
+
+def _resized_crop(step: transforms.RandomResizedCrop, img, mask) -> Pair:
+    top, left, height, width = area = step.get_params(img, step.scale, step.ratio)
+    mask = resize_masks(mask[top : top + height, left : left + width], step.size)
+    return F.resized_crop(img, *area, step.size, step.interpolation, antialias=step.antialias), mask
+
+
+def _random_crop(step: transforms.RandomCrop, img, mask) -> Pair:
+    img, mask = F.pad(img, step.padding), F.pad(mask, step.padding)
+    area = step.get_params(img, step.size)
+    return F.crop(img, *area), F.crop(mask, *area)
+
+
+def _centre_crop(step: transforms.CenterCrop, img, mask) -> Pair:
+    return F.center_crop(img, step.size), F.center_crop(mask, step.size)
+
+
+def _flip(step: transforms.RandomHorizontalFlip, img, mask) -> Pair:
+    return (F.hflip(img), F.hflip(mask)) if torch.rand(1) < step.p else (img, mask)
+
+
+def _resize(step: transforms.Resize, img, mask) -> Pair:
+    resized, whole = step(img), step.size
+    if isinstance(step, ResizeShortSide):
+        whole = resized_shape(img.height, img.width, step.size) if min(img.size) != step.size else mask.shape
+    # Of a long strip, `resized` is only the centre.
+    tops = ((full - part) // 2 for full, part in zip(whole, (resized.height, resized.width)))
+    area = tuple(slice(top, top + part) for top, part in zip(tops, (resized.height, resized.width)))
+    return resized, resize_masks(mask, whole, area)
+
+
+_GEOMETRIC = {
+    transforms.RandomResizedCrop: _resized_crop,
+    transforms.RandomCrop: _random_crop,
+    transforms.CenterCrop: _centre_crop,
+    transforms.RandomHorizontalFlip: _flip,
+    transforms.Resize: _resize,
+}
+# Steps that leave every pixel where it is.
+_PHOTOMETRIC = (transforms.RandomChoice, transforms.Grayscale, transforms.ColorJitter, Solarization, GaussianBlur)
+_PHOTOMETRIC += (ToTensor, transforms.Normalize)
+
+
+class PairedSteps:
+    """The steps of a transform of images, applied to an image and its mask.
+
+    Returns the tensor (C, H, W) and the labels (H, W) int64; `ignore_label` fills what lies outside the image.
+    Raises TypeError for a step that is not known to leave pixels where they are, or how it moves them.
+    """
+
+    def __init__(self, transform: transforms.Compose, size: tuple[int, int], ignore_label: int = 255):
+        self.transforms, self.size, self.ignore_label = transform.transforms, tuple(size), ignore_label
+        self.steps = [(step, self._follower(step)) for step in self.transforms]
+
+    @staticmethod
+    def _follower(step):
+        found = next((follow for known, follow in _GEOMETRIC.items() if isinstance(step, known)), None)
+        if found is None and not isinstance(step, _PHOTOMETRIC):
+            raise TypeError(f"{step} may move pixels: say how masks follow it")
+        return found
+
+    def __call__(self, img: Image.Image, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = torch.from_numpy(labels).long() - self.ignore_label  # the steps fill with 0
+        for step, follow in self.steps:
+            img, mask = follow(step, img, mask) if follow else (step(img), mask)
+        return img, mask + self.ignore_label
+
+
+class PatchLabels(PairedSteps):
+    """`PairedSteps` that return, in place of the mask, its `patch_counts` for patches of `patch` (height, width)."""
+
+    def __init__(self, transform, size, ignore_label: int, patch: tuple[int, int], classes: int):
+        super().__init__(transform, size, ignore_label)
+        self.patch, self.classes = patch, classes
+        # Of a batch's memory: int32 takes as much as float32.
+        self.target_channels = -(-(classes + 1) // (patch[0] * patch[1]))
+
+    def __call__(self, img, labels):
+        tensor, mask = super().__call__(img, labels)
+        return tensor, patch_counts(mask, self.patch, self.classes, self.ignore_label)
+
+
+def patch_counts(labels: torch.Tensor, patch: tuple[int, int], classes: int, ignore_label: int) -> torch.Tensor:
+    """Return how many pixels of each class every patch has: (L, classes + 1) int32 for labels (H, W). Patches are
+    ordered row by row; the last column counts the pixels that have `ignore_label`."""
+    (height, width), (rows, columns) = patch, (side // part for side, part in zip(labels.shape, patch))
+    known = torch.where(labels == ignore_label, classes, labels)
+    by_patch = known.reshape(rows, height, columns, width).transpose(1, 2).reshape(rows * columns, height * width)
+    numbers = torch.arange(rows * columns)[:, None] * (classes + 1) + by_patch
+    counts = torch.bincount(numbers.flatten(), minlength=rows * columns * (classes + 1))
+    return counts.view(rows * columns, classes + 1).int()
