@@ -312,6 +312,19 @@ def test_stage_three_has_whole_groups_of_its_own():
         stratified_split(images, 0.2, 0)
 
 
+def test_patients_are_recognised():
+    """In the made-up set, as in real ones: nearest neighbours by pixels score higher if a patient is on both sides."""
+    rows, pictures = zip(*make_lesions.draw(patients=200, size=12, seed=0))
+    pixels, labels = np.stack(pictures).reshape(len(rows), -1) / 255, np.array([row["diagnostic"] for row in rows])
+    scores = {"img_id": [], "patient_id": []}
+    for column, found in scores.items():
+        for salt in range(6):
+            held = hold_out([row[column] for row in rows], [(label,) for label in labels], 0.2, salt=str(salt))
+            nearest = ((pixels[held][:, None] - pixels[~held]) ** 2).sum(-1).argmin(1)
+            found.append((labels[~held][nearest] == labels[held]).mean())
+    assert np.mean(scores["img_id"]) > np.mean(scores["patient_id"]) + 0.03
+
+
 # The layout of PAD-UFES-20 --------------------------------------------------------------------------------------------
 
 
