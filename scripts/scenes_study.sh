@@ -23,7 +23,7 @@ pretrain=(--model mae_vit_micro_patch4 --aug crop --mask_ratio 0.6 --batch_size 
 # With --head_norm batch the loss in training was as low, but running statistics of batches of 8 were so far from those of
 # a batch that evaluation saw background alone. In so few steps, changes of size and dropped blocks only delay learning.
 segment=(--head_width 48 --head_norm layer --batch_size 8 --epochs 2 --lr 3e-3 --scale 1 1 --drop_path 0 --eval_freq 2)
-# After half an epoch, box AP was still below 1.
+# After half an epoch box AP was still below 1; after 1.3 epochs 31, with and without pretraining (seed 0).
 detect=(--head_width 32 --window 0 --anchors 8 16 32 64 128 --batch_size 4 --epochs 2 --lr 1e-3 --lsj 0.5 2 --drop_path 0
     --eval_freq 2)
 
