@@ -160,6 +160,14 @@ def parser(description: str, rounds: int, steps: int) -> argparse.ArgumentParser
     made.add_argument("--model", default="mae_deit_tiny_patch4")
     made.add_argument("--batch_size", type=int, default=128)
     made.add_argument("--mask_ratio", type=float, default=0.75)
+    add_timing_flags(made, rounds, steps)
+    made.add_argument("--out", default="", help="JSON file for the numbers")
+    made.add_argument("--memory_of", default="", help=argparse.SUPPRESS)
+    return made
+
+
+def add_timing_flags(made: argparse.ArgumentParser, rounds: int, steps: int) -> None:
+    """Add the flags of how, how often and where steps are timed."""
     made.add_argument("--rounds", type=int, default=rounds)
     made.add_argument("--steps", type=int, default=steps, help="steps of a variant in each round")
     made.add_argument("--threads", type=int, default=0, help="0: torch's choice")
@@ -170,6 +178,3 @@ def parser(description: str, rounds: int, steps: int) -> argparse.ArgumentParser
     )
     made.add_argument("--device", default="cpu")
     made.add_argument("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
-    made.add_argument("--out", default="", help="JSON file for the numbers")
-    made.add_argument("--memory_of", default="", help=argparse.SUPPRESS)
-    return made

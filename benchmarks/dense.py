@@ -191,17 +191,8 @@ def get_args_parser():
     parser.add_argument("--model", default="vit_small_patch16")
     parser.add_argument("--input_size", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=1, help="steps of a variant in each round")
+    _measure.add_timing_flags(parser, rounds=2, steps=1)
     parser.add_argument("--only", nargs="*", choices=VARIANTS, help="variants to measure besides the classifier")
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    parser.add_argument(
-        "--cpu_time",
-        action="store_true",
-        help="processor time of this process instead of wall time, for a busy machine",
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
     return parser
 
 

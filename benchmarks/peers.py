@@ -200,7 +200,8 @@ def main(options, argv: list[str]) -> None:
         return
     implementations = ["ours", *(["ours compiled"] if options.compile else []), "Hugging Face", "lightly"]
     implementations = [implementation for implementation in implementations if installed(implementation)]
-    same_losses(options)
+    if "Hugging Face" in implementations:
+        same_losses(options)
     names = [f"{implementation} {dtype}" for dtype in options.types for implementation in implementations]
     floors = {dtype: floor(options, dtype) for dtype in options.types}
     times, memory = measure(names, options, argv)

@@ -17,21 +17,12 @@ from tqdm import tqdm
 
 from evaluation.segment_scores import SegmentScores
 from evaluation.slide import labels_at_size
+from util.data.dense.patch_labels import patch_counts
 from util.data.loader import Loader
 
 Setting = int | float  # k, or an L2 penalty
 CHUNK = 1024  # patches whose neighbours are searched together
 STEPS = 500  # of L-BFGS, at most
-
-
-def patch_counts(labels: torch.Tensor, patch: Sequence[int], classes: int, ignore_label: int = -1) -> torch.Tensor:
-    """Return how many pixels of each class the patches of labels (N, H, W) have: (N, L, K) int64, patches row by row.
-    `ignore_label` and labels outside 0 ... K - 1 are not counted."""
-    (count, height, width), (p, q) = labels.shape, patch
-    patches = labels.reshape(count, height // p, p, width // q, q).transpose(2, 3).reshape(count, -1, p * q)
-    known = (patches >= 0) & (patches < classes) & (patches != ignore_label)
-    counts = torch.zeros(*patches.shape[:2], classes, dtype=torch.int64, device=labels.device)
-    return counts.scatter_add_(2, torch.where(known, patches, 0), known.long())
 
 
 def pixel_loss(logits: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -70,7 +61,7 @@ def collect(encode: Callable, loader: Loader, patch: Sequence[int], classes: int
         images += int(good.sum())
         if not good.any():
             continue
-        counts = patch_counts(batch.target[good], patch, classes, loader.dataset.images.ignore_label)
+        counts = patch_counts(batch.target[good], patch, classes, loader.dataset.images.ignore_label)[..., :-1]
         drawn = [np.random.default_rng([seed, index]).random(counts.shape[1]) for index in batch.index[good].tolist()]
         numbers, labelled = torch.from_numpy(np.stack(drawn)), counts.sum(dim=2) > 0
         tokens = encode(batch.image[good]).cpu()

@@ -73,17 +73,6 @@ def objects_problem():
     return model, torch.randn(4, 3, 64, 64), targets
 
 
-def objects():
-    """Print the norms of the gradients of two ranks with two images each."""
-    start()
-    model, imgs, targets = objects_problem()
-    mine = slice(2 * distributed.get_rank(), 2 * distributed.get_rank() + 2)
-    ddp = DistributedDataParallel(model, static_graph=True)
-    sum(ddp(imgs[mine], targets[mine]).values()).backward()
-    say(json.dumps([p.grad.norm().item() for p in model.parameters() if p.requires_grad]))
-    distributed.shut_down()
-
-
 def segment_problem():
     """A small segmenter without dropout and with layer norm, four images and their labels; half of one is ignored."""
     torch.manual_seed(0)
@@ -94,13 +83,13 @@ def segment_problem():
     return model, torch.randn(4, 3, 16, 16).double(), labels
 
 
-def segment():
-    """Print the norm of the gradient of two ranks with two images each."""
+def say_gradients(problem):
+    """Print the norms of the gradients of two ranks with two of the four images each."""
     start()
-    model, imgs, labels = segment_problem()
+    model, imgs, targets = problem()
     mine = slice(2 * distributed.get_rank(), 2 * distributed.get_rank() + 2)
     ddp = DistributedDataParallel(model, static_graph=True)
-    sum(ddp(imgs[mine], labels[mine]).values()).backward()
+    sum(ddp(imgs[mine], targets[mine]).values()).backward()
     say(json.dumps([p.grad.norm().item() for p in model.parameters() if p.requires_grad]))
     distributed.shut_down()
 
@@ -175,4 +164,6 @@ def get_args_parser():
 
 
 def main(words):
-    {"detect": detect, "objects": objects, "segment": segment, "scores": scores}[words[0]]()
+    parts = {"detect": detect, "scores": scores}
+    parts |= {"objects": lambda: say_gradients(objects_problem), "segment": lambda: say_gradients(segment_problem)}
+    parts[words[0]]()

@@ -13,9 +13,10 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from evaluation import judging
-from evaluation.dense_probe import Bank, LinearHeads, Neighbours, labels_of, patch_counts, pixel_loss
+from evaluation.dense_probe import Bank, LinearHeads, Neighbours, labels_of, pixel_loss
 from evaluation.features import knn_predict
 from tools import dense_probe
+from util.data.dense.patch_labels import patch_counts
 from util.data.dense.transforms import SegmentationInput
 from util.errors import UserError
 
@@ -133,7 +134,7 @@ def test_the_loss_is_pixel_cross_entropy():
     pixels = logits.repeat_interleave(4, dim=2).repeat_interleave(2, dim=3)
     ignored = torch.where(labels < 0, 255, labels)
     expected = F.cross_entropy(pixels, ignored, ignore_index=255)
-    counts = patch_counts(labels, (4, 2), 3)
+    counts = patch_counts(labels, (4, 2), 3, 255)[..., :-1]
     ours = pixel_loss(logits.permute(0, 2, 3, 1).reshape(-1, 3), counts.reshape(-1, 3))
     assert counts.sum() == (ignored != 255).sum() and abs(ours - expected) < 1e-12
     one, other = (torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (ours, expected))

@@ -4,6 +4,8 @@ The image becomes what the transform of images alone makes of it with the same r
 follows it.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image
@@ -97,12 +99,11 @@ class PatchLabels(PairedSteps):
         return tensor, patch_counts(mask, self.patch, self.classes, self.ignore_label)
 
 
-def patch_counts(labels: torch.Tensor, patch: tuple[int, int], classes: int, ignore_label: int) -> torch.Tensor:
-    """Return how many pixels of each class every patch has: (L, classes + 1) int32 for labels (H, W). Patches are
-    ordered row by row; the last column counts the pixels that have `ignore_label`."""
-    (height, width), (rows, columns) = patch, (side // part for side, part in zip(labels.shape, patch))
-    known = torch.where(labels == ignore_label, classes, labels)
-    by_patch = known.reshape(rows, height, columns, width).transpose(1, 2).reshape(rows * columns, height * width)
-    numbers = torch.arange(rows * columns)[:, None] * (classes + 1) + by_patch
-    counts = torch.bincount(numbers.flatten(), minlength=rows * columns * (classes + 1))
-    return counts.view(rows * columns, classes + 1).int()
+def patch_counts(labels: torch.Tensor, patch: Sequence[int], classes: int, ignore_label: int) -> torch.Tensor:
+    """Return how many pixels of each class every patch has: (..., L, classes + 1) int32 for labels (..., H, W). Patches
+    are ordered row by row; the last column counts pixels with `ignore_label`, and with a label that is no class."""
+    height, width = patch
+    known = torch.where((labels >= 0) & (labels < classes) & (labels != ignore_label), labels, classes)
+    patches = known.unflatten(-2, (-1, height)).unflatten(-1, (-1, width)).transpose(-3, -2).flatten(-4, -3).flatten(-2)
+    counts = torch.zeros(*patches.shape[:-1], classes + 1, dtype=torch.int32, device=labels.device)
+    return counts.scatter_add_(-1, patches, torch.ones_like(patches, dtype=torch.int32))
