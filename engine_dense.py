@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from engine_finetune import train
-from evaluation.dense_pictures import Shown, detection_sheet, segmentation_sheet, shown
+from evaluation.dense_pictures import Shown, detection_sheet, segmentation_sheet, to_show
 from evaluation.detect_scores import CocoScores, Detections, VocScores
 from evaluation.detector import detect, truth_of
 from evaluation.segment_scores import SegmentScores
@@ -57,7 +57,7 @@ class Segmentation:
                 predicted = self.predict(model, samples.image[0].to(device, non_blocking=True), labels.shape)
             scores.add([predicted], [labels], samples.bad == 0)
             if is_main_process() and len(self.shown) < SHOWN and not samples.bad.any():
-                self.shown.append(shown(samples.image[0], labels.shape, self.resize, predicted.cpu(), labels.cpu()))
+                self.shown.append(to_show(samples.image[0], labels.shape, self.resize, predicted.cpu(), labels.cpu()))
         return scores
 
     def predict(self, model, img: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -117,7 +117,7 @@ class Detection:
             scores.add([found], [truth], samples.bad == 0)
             if is_main_process() and len(self.shown) < SHOWN:
                 found = {name: value.cpu() for name, value in found.items()}
-                self.shown.append(shown(samples.image[0], size, self.resize, found, truth))
+                self.shown.append(to_show(samples.image[0], size, self.resize, found, truth))
         return scores
 
     def pictures(self) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ AdamW with layer decay, a linear schedule, crops of one size, and sliding window
 import util.interrupts  # noqa: F401  first: Ctrl-C is in effect while the others are imported
 
 # isort: split
-from collections.abc import Mapping
 from functools import partial
 
 import models_segment
@@ -23,6 +22,7 @@ from evaluation.dense import (
     read_splits,
     read_starting_weights,
 )
+from evaluation.segmenter import settle_evaluation
 from evaluation.summaries import segmentation_summary
 from models_grid import sync_batch_norm
 from util import arguments
@@ -118,21 +118,6 @@ def check(args) -> None:
         raise UserError(f"--aux_weight {args.aux_weight} must not be negative; 0 leaves the auxiliary head out")
     if args.eval_mode == "whole" and args.stride is not None:
         raise UserError("--stride has no effect with --eval_mode whole")
-
-
-def settle_evaluation(args, stored: Mapping) -> None:
-    """Settle the flags of the evaluation: those that are not given are the ones `stored` with the weights of `--eval`,
-    so that it gives the numbers of the run, else the defaults. Raises UserError for windows that leave gaps."""
-    names = ["eval_flip", "short_side", *(["stride", "eval_mode"] if args.eval_mode is None else [])]
-    for name in names:
-        setattr(args, name, stored.get(name) if getattr(args, name) is None else getattr(args, name))
-    args.eval_mode, args.eval_flip = args.eval_mode or "slide", bool(args.eval_flip)
-    size = image_shape(args.input_size)
-    args.short_side = args.short_side or min(size)
-    if args.eval_mode == "slide":
-        args.stride = args.stride or max(1, 2 * min(size) // 3)
-        if args.stride > min(size):
-            raise UserError(f"--stride {args.stride} is larger than the window of {min(size)} pixels: it leaves gaps")
 
 
 def main(args) -> dict[str, float]:

@@ -28,11 +28,12 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from models_grid import GridViT, build_grid, choose_norm, quarters
 from util.compute.precision import widened
 from util.errors import UserError
+from util.weights.names import DENSE_MODELS
 
 # Flags that checkpoints store, and their defaults.
 SETTINGS = dict(detector="mask", pyramid="simple", head_width=256, head_norm="layer", window=14)
 SETTINGS |= dict(global_blocks=None, rel_pos=True, anchors=None)
-TASK, HEAD_TENSORS = "detection", "roi_heads."  # a word for messages; what names of tensors of the head begin with
+TASK, DENSE_MODEL = "detection", DENSE_MODELS["roi_heads."]  # for messages: the task, and what a file of it is
 DETECTORS = ["mask", "faster"]  # values of --detector
 PYRAMIDS = ["simple", "fpn"]  # values of --pyramid
 SCORE_THRESH = 0.05  # score below which a detection is left out, as in COCO's and ViTDet's evaluations

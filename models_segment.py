@@ -14,8 +14,9 @@ from torch import nn
 from models_grid import GridViT, build_grid, choose_norm, quarters
 from util.compute.precision import widened
 from util.errors import UserError
+from util.weights.names import DENSE_MODELS
 
-TASK, HEAD_TENSORS = "segmentation", "decode_head."  # a word for messages; what names of tensors of the head begin with
+TASK, DENSE_MODEL = "segmentation", DENSE_MODELS["decode_head."]  # for messages: the task, and what a file of it is
 HEADS = ["upernet", "linear"]  # values of --head
 # Flags that checkpoints store, and their defaults.
 SETTINGS = dict(head="upernet", head_width=None, head_norm="batch", feature_blocks=None, rel_pos=False, aux_weight=0.4)

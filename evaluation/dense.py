@@ -8,8 +8,6 @@ from textwrap import shorten
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from evaluation.encoder import set_norm_eps, settle_model
 from models_grid import RELATIVE, GridViT
 from util import arguments
@@ -24,7 +22,6 @@ from util.data.transforms import check_channels
 from util.errors import UserError
 from util.lr_sched import SCHEDULES
 from util.parser import rare
-from util.weights.file import read_file
 from util.weights.geometry import source_grid
 from util.weights.load import Weights, load_into, read_weights
 
@@ -126,7 +123,7 @@ def read_starting_weights(args, resume: Path | None, models: ModuleType) -> Weig
     weights = settle_model(args, read_weights(source, key, RELATIVE) if source else None)
     if not args.eval and resume is None:
         note_start(args.expects, weights)
-    if args.eval and not any(name.startswith(models.HEAD_TENSORS) for name in weights.dropped):
+    if args.eval and weights.dense_model != models.DENSE_MODEL:
         raise UserError(f"{weights.path} has no {models.TASK} head: give the checkpoint of a finished run")
     _settle_head(args, models.SETTINGS, weights)
     check_channels(args.in_chans)
@@ -143,12 +140,12 @@ def _settle_head(args, settings: Mapping[str, Any], weights: Weights | None) -> 
             setattr(args, name, stored.get(name, default))
         elif name in stored and plain(given) != plain(stored[name]):
             raise UserError(
-                f"--{name} {shown(given)} contradicts {weights.path}, which was trained with {shown(stored[name])}: "
-                f"leave it out"
+                f"--{name} {as_given(given)} contradicts {weights.path}, which was trained with "
+                f"{as_given(stored[name])}: leave it out"
             )
 
 
-def shown(value) -> str:
+def as_given(value) -> str:
     """Return the value of a flag as it is given; None is the model's own."""
     if value is None:
         return "the model's own"
@@ -200,7 +197,7 @@ def load_start(model: GridViT, args, weights: Weights | None) -> None:
     Raises UserError for a file that does not fit."""
     set_norm_eps(model, getattr(args, "layer_norm_eps", None))
     if weights is not None and args.eval:
-        load_whole(model, weights, "model" if args.resume else args.checkpoint_key)
+        load_whole(model, weights)
     elif weights is not None:
         print(load_into(model, with_relative(weights, model), ignore_head=True).shown(args.verbose))
     if args.trainable_blocks is not None:
@@ -224,16 +221,10 @@ def with_relative(weights: Weights, model: GridViT) -> Weights:
     return replace(weights, state={**weights.state, **tables}, notes=weights.notes + note)
 
 
-def load_whole(model: GridViT, weights: Weights, key: str) -> None:
-    """Load all tensors of a file, which are under `key`. Raises UserError for one of another model, head or input
-    size."""
-    load_state(model, read_file(Path(weights.path)).get(key, {}), weights.path)
-
-
-def load_state(model: GridViT, state: Mapping[str, torch.Tensor], path: str) -> None:
-    """Load the `state` of the file `path` completely. Raises UserError if it does not fit."""
+def load_whole(model: GridViT, weights: Weights) -> None:
+    """Load all tensors of a file. Raises UserError for one of another model, head or input size."""
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(weights.tensors)
     except RuntimeError as error:
         reason = shorten(str(error).strip().splitlines()[-1], 200)
-        raise UserError(f"{path} does not fit these flags: {reason}") from error
+        raise UserError(f"{weights.path} does not fit these flags: {reason}") from error

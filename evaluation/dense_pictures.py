@@ -1,5 +1,6 @@
 """Pictures of dense predictions beside the ground truth: classes of pixels, boxes and masks of objects."""
 
+import colorsys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,7 +33,7 @@ class Shown:
     truth: Any
 
 
-def shown(img: torch.Tensor, size: Sequence[int], resize, prediction, truth) -> Shown:
+def to_show(img: torch.Tensor, size: Sequence[int], resize, prediction, truth) -> Shown:
     """Return what is drawn of an image whose input (C, h, w) to the network the transform `resize` made."""
     height, width = resize.shape(*size)  # without the padding
     picture = (img.cpu() * resize.std + resize.mean).clamp(0, 1)[None, :, :height, :width]
@@ -40,15 +41,12 @@ def shown(img: torch.Tensor, size: Sequence[int], resize, prediction, truth) -> 
 
 
 def palette(count: int) -> list[Colour]:
-    """Return `count` colours: those of `util.report.curves`, which colour-blind readers can tell apart, then darker and
-    lighter ones of the same hues."""
-    first = [tuple(int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)) for code in COLOURS]
-    hues = [colour for colour in first if len(set(colour)) > 1]  # black and grey have no other shades
-    colours, share = list(first), 0.6
-    while len(colours) < count:
-        colours += [tuple(share * part for part in colour) for colour in hues]
-        colours += [tuple(1 - share * (1 - part) for part in colour) for colour in hues]
-        share *= 0.6
+    """Return `count` colours: those of `util.report.curves`, which colour-blind readers can tell apart, then others, of
+    which none is near white or black."""
+    colours = [tuple(int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)) for code in COLOURS]
+    for number in range(count - len(colours)):  # hues by the golden ratio: every next one lies between earlier ones
+        lightness, saturation = (0.3, 0.55, 0.75)[number % 3], (1, 0.5, 0.9)[number // 3 % 3]
+        colours.append(colorsys.hls_to_rgb(0.618034 * number % 1, lightness, saturation))
     return colours[:count]
 
 
@@ -70,12 +68,11 @@ def _sheet(rows: Mapping[str, Sequence[Shown]], columns: Sequence[str], draw, si
     pictures, notes, marks = [], [], []
     for own in rows.values():
         tiles, below, over = zip(*(draw(each, scaled_shape(each.size, (side, side))) for each in own))
-        above = [height - tile.shape[-2] for tile in tiles]  # a tile stands on its note
-        tiles = [F.pad(tile, (0, width - tile.shape[-1], rows, 0), value=1.0) for tile, rows in zip(tiles, above)]
+        gaps = [height - tile.shape[-2] for tile in tiles]  # a tile stands on its note
+        tiles = [F.pad(tile, (0, width - tile.shape[-1], gap, 0), value=1.0) for tile, gap in zip(tiles, gaps)]
         pictures.append(torch.stack(tiles))
         notes.append(below)
-        lowered = [[[replace(m, top=m.top + rows) for m in own] for own in of] for of, rows in zip(over, above)]
-        marks.append(lowered)
+        marks.append([[[replace(m, top=m.top + gap) for m in tile] for tile in of] for of, gap in zip(over, gaps)])
     per_row = max(1, min(len(pictures[0]), 4 // len(columns)))
     lines = rows_of_images(pictures, list(rows), notes, per_row, marks)
     return draw_sheet(lines, columns, side=max(height, width), per_row=per_row, **more)
@@ -92,13 +89,14 @@ def segmentation_sheet(
     label that is not evaluated; `side` is the longer side of a tile in pixels."""
     images = [each for own in rows.values() for each in own]
     known = range(len(categories))
-    present = [{*part.unique().tolist()} & {*known} for each in images for part in (each.truth, each.prediction)]
-    colours = colours_of([set().union(*present[::2]), set().union(*present[1::2])])
+    true = set().union(*({*each.truth.unique().tolist()} & {*known} - {ignore} for each in images))
+    colours = colours_of([true, set().union(*({*each.prediction.unique().tolist()} & {*known} for each in images))])
+    of_truth = {label: colour for label, colour in colours.items() if label != ignore}
 
     def draw(each: Shown, shape: Size):
-        labels = [resize_masks(part, shape) for part in (each.prediction, each.truth)]
-        tiles = [resized(each.picture[None], shape)[0], *(painted(part, colours) for part in labels)]
-        marks = [[], *(_names(part, colours, categories) for part in labels)]
+        labels = [(resize_masks(each.prediction, shape), colours), (resize_masks(each.truth, shape), of_truth)]
+        tiles = [resized(each.picture[None], shape)[0], *(painted(*pair) for pair in labels)]
+        marks = [[], *(_names(*pair, categories) for pair in labels)]
         right = (each.prediction == each.truth)[each.truth != ignore]
         note = f"{100 * right.float().mean():.0f} % of pixels right" if len(right) else "nothing labelled"
         return torch.stack(tiles), ["", note, ""], marks
@@ -124,9 +122,8 @@ def _names(labels: torch.Tensor, colours: Mapping[int, Colour], names: Sequence[
         width, height = tag_size(names[label], max(labels.shape))
         sums = F.pad((labels == label).long().cumsum(0).cumsum(1), (1, 0, 1, 0))
         below, above = sums[height:], sums[:-height]
-        pixels = (
-            below[:, width:] - below[:, :-width] - above[:, width:] + above[:, :-width]
-        )  # under the name, by corner
+        # Under the name, by its left top corner.
+        pixels = below[:, width:] - below[:, :-width] - above[:, width:] + above[:, :-width]
         corners = (pixels == width * height).nonzero()  # empty if the tile is smaller than the name
         if len(corners):
             middle = (corners - corners.double().mean(dim=0)).square().sum(dim=1).argmin()

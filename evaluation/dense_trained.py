@@ -1,12 +1,9 @@
 """Trained segmenters and detectors, opened from their checkpoints as their runs evaluated them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from types import ModuleType
 
-import torch
-
-from evaluation.dense import load_state
+from evaluation.dense import load_whole
 from evaluation.dense_pictures import Shown
 from evaluation.encoder import set_norm_eps
 from evaluation.image_options import image_options
@@ -24,18 +21,18 @@ class Trained(ABC):
     how images are read for it. Subclasses have `resize`, the transform of their evaluation.
     """
 
-    def __init__(self, args, weights: Weights, state: Mapping[str, torch.Tensor], models: ModuleType):
-        """Build the model, one of the module `models`, of a file whose tensors are `state`. Raises UserError for a file
-        that lacks the names of the classes, and for tensors that do not fit the flags."""
+    def __init__(self, args, weights: Weights, models: ModuleType):
+        """Build the model of a file, one of the module `models`. Raises UserError for a file that lacks the names of
+        the classes, and for tensors that do not fit the flags."""
         if not weights.classes:
             raise UserError(f"{weights.path} does not name its classes: give a checkpoint that a run has written")
         self.path, self.categories, self.stored = weights.path, weights.classes, weights.args
         config = resolve_config(weights, vars(args))
         sizes = config.encoder_arguments()
-        head = {name: self.stored[name] for name in models.SETTINGS if name in self.stored}
+        head = {name: self.stored.get(name, default) for name, default in models.SETTINGS.items()}
         self.model = models.build_model(config.encoder_name, len(self.categories), **sizes, **head).eval()
         set_norm_eps(self.model, config.layer_norm_eps)
-        load_state(self.model, state, self.path)
+        load_whole(self.model, weights)
         self.size = config.input_size
         self.options = image_options(args, config.in_chans, self.size, self.stored)
 

@@ -1,12 +1,12 @@
 """Detectors of main_detect.py: the objects that they find in an image, those that are annotated, and loading them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 import models_detect
-from evaluation.dense_pictures import shown
+from evaluation.dense_pictures import to_show
 from evaluation.dense_trained import Trained
 from util.data.dense.annotated import Detected
 from util.data.dense.detection import read_detection
@@ -51,8 +51,8 @@ def truth_of(images: Detected, index: int, size: Sequence[int], masks: bool) -> 
 class TrainedDetector(Trained):
     """A detector of boxes or, with `masks`, of boxes and masks."""
 
-    def __init__(self, args, weights: Weights, state: Mapping[str, torch.Tensor]):
-        super().__init__(args, weights, state, models_detect)
+    def __init__(self, args, weights: Weights):
+        super().__init__(args, weights, models_detect)
         self.masks = self.stored.get("detector", models_detect.DETECTORS[0]) == "mask"
         self.resize = DetectionEvaluation(self.size, *self.options.mean_std)
 
@@ -63,4 +63,4 @@ class TrainedDetector(Trained):
         size = tuple(sample.target["size"].tolist())
         found = detect(self.model, sample.image[None].to(self.model.pos_embed.device), size, self.resize)
         truth = truth_of(images, index, size, self.masks)
-        return shown(sample.image, size, self.resize, {name: value.cpu() for name, value in found.items()}, truth)
+        return to_show(sample.image, size, self.resize, {name: value.cpu() for name, value in found.items()}, truth)

@@ -30,17 +30,15 @@ from util.data.pixel_range import settle_pixel_range
 from util.errors import UserError, user_errors
 from util.parallel.distributed import choose_device
 from util.report.sheet import Sheet
-from util.weights.file import read_file
 from util.weights.load import read_weights
 
 DATASETS = sorted({*SEGMENTATION, *DETECTION})
 # Flags of the images, which are those of the run if --dataset is not given; so is --data_path.
 IMAGES = "voc_year val_split class_names ignore_label zero_is_ignored color_table".split()
 IMAGES += [f"scene_{name}" for name in ("digits", "count", "size", "seed")]
-# By what the names of the tensors of a head begin with.
 TASKS: dict[str, type[Trained]] = {
-    models_segment.HEAD_TENSORS: TrainedSegmenter,
-    models_detect.HEAD_TENSORS: TrainedDetector,
+    models_segment.DENSE_MODEL: TrainedSegmenter,
+    models_detect.DENSE_MODEL: TrainedDetector,
 }
 NEEDED = "of main_segment.py or main_detect.py"
 
@@ -87,8 +85,7 @@ def open_dense(args, path: str) -> Trained:
     """Open the segmenter or the detector of a checkpoint. Without --dataset, `args` gets the flags of the images from
     its run. Raises UserError for a file of neither."""
     weights = read_weights(path, args.checkpoint_key, RELATIVE)
-    state = read_file(path).get(args.checkpoint_key, {})
-    trained = next((task for head, task in TASKS.items() if any(name.startswith(head) for name in state)), None)
+    trained = TASKS.get(weights.dense_model)
     if trained is None:
         raise UserError(f"{path} has no head for a dense task: give a checkpoint {NEEDED}")
     if not args.dataset:
@@ -96,7 +93,7 @@ def open_dense(args, path: str) -> Trained:
         vars(args).update({name: weights.args[name] for name in names if name in weights.args})
     if args.score_thresh is not None and trained is not TrainedDetector:
         raise UserError(f"--score_thresh has no effect for {path}, which detects no objects")
-    return trained(args, weights, state)
+    return trained(args, weights)
 
 
 @torch.no_grad()

@@ -170,7 +170,7 @@ def add_optimizer_arguments(parser, batch_size: int, epochs: int, warmup: int, b
     group.add_argument(
         "--blr", type=float, default=blr, help="lr = blr * effective batch / 256 (batch_size * accum_iter * processes)"
     )
-    group.add_argument("--min_lr", type=float, default=min_lr, help="lower bound of the cosine")
+    group.add_argument("--min_lr", type=float, default=min_lr, help="rate at the end of the cosine and the line")
     group.add_argument("--warmup_epochs", type=number, default=warmup, help="epochs of linear warm-up")
     group.add_argument("--clip_grad", type=float, help="maximum gradient norm; against loss spikes, try 1 to 3")
     return group

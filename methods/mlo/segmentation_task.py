@@ -20,7 +20,7 @@ from util.compute.precision import widened
 from util.data.dense.annotated import Segmented, SegmentedPart
 from util.data.dense.paired import build_paired_loader
 from util.data.dense.patch_labels import PatchLabels
-from util.data.dense.segmentation import on_main_process, read_segmentation
+from util.data.dense.segmentation import read_segmentation
 from util.data.image_format import image_shape
 from util.data.images import BROKEN_IMAGE, printable
 from util.data.leak import check_leak
@@ -28,7 +28,7 @@ from util.data.readers import read_images
 from util.data.samples import BadAnnotation
 from util.data.sources import Files
 from util.errors import UserError
-from util.parallel.distributed import all_reduce_sum
+from util.parallel.distributed import all_reduce_sum, from_main_process_or_error
 
 UNKNOWNS = 100_000  # of a head that is solved: conjugate gradients in float64, on the tokens of a whole batch
 SURVEYED = 2000  # masks of each side of the split that are read to find classes without pixels
@@ -93,7 +93,7 @@ def missing_classes(images: Segmented, limit: int = SURVEYED) -> tuple[list[str]
 
 def note_missing(images: Segmented, stages: str) -> None:
     """Print a note if a class occurs in none of the masks of these stages."""
-    names, read = on_main_process(lambda: missing_classes(images))
+    names, read = from_main_process_or_error(lambda: missing_classes(images))
     if names:
         part = "" if read == len(images) else " that were read"
         print(

@@ -142,3 +142,18 @@ def test_classes_of_pixels():
     assert (sky, road) == ("sky", "road") and x < 160 <= other_x and 70 < other_y < 160 and 0 < y < 160
     far = segmentation_sheet({"": [Shown(GREY, (20, 40), predicted, labels)]}, ["a" * 99] * 3, 255)
     assert not far.marks  # no room
+
+
+def test_an_ignored_class_is_white_in_the_truth():
+    """The ignored label may be one of the classes, which is drawn where it is predicted."""
+    labels = torch.zeros(20, 40, dtype=torch.long)
+    labels[:, 20:] = 1
+    predicted = torch.ones(20, 40, dtype=torch.long)
+    sheet = segmentation_sheet({"": [Shown(GREY, (20, 40), predicted, labels)]}, ["sky", "sea"], ignore=1)
+    middles = {}
+    for x, y, text in sheet.texts:
+        if text in ("labels", "prediction"):
+            middles[text] = sheet.tensor()[:, int(y) + 30 + 20, int(x) + 300]
+    close(middles.pop("labels"), torch.ones(3), 0.01)
+    (drawn,) = middles.values()
+    close(drawn, torch.tensor(colours_of([{0}, {1}])[1]), 0.01)

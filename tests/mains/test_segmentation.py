@@ -111,6 +111,17 @@ def test_evaluation_of_a_checkpoint(plain_run, pretrained, tmp_path, capsys):
         segment(f"{flags} --finetune {pretrained} --output_dir ''")
 
 
+def test_evaluation_of_weights_under_another_key(plain_run, tmp_path):
+    """Also of a file that holds its tensors as `state_dict`, as many tools save them, with a wrapper's prefix."""
+    stored = checkpoint(plain_run, "checkpoint-1.pth")
+    state = {f"module.{name}": value for name, value in stored["model"].items()}
+    torch.save({"state_dict": state, "args": stored["args"], "classes": stored["classes"]}, tmp_path / "other.pth")
+    flags = f"{SCENES} --num_workers 0 --device cpu --amp_dtype fp32 --eval --output_dir ''"
+    paths = plain_run / "checkpoint-1.pth", tmp_path / "other.pth"
+    first, other = (segment(f"{flags} --finetune {path}") for path in paths)
+    assert first == other
+
+
 def expected_miou(path, flip: bool) -> float:
     """The score of whole scenes by a loop over them, with the logits of the mirrored scene averaged in if `flip`."""
     scenes, predicted, truth = SegmentedScenes(0, False, 5, 32, [0, 1, 7]), [], []

@@ -18,9 +18,9 @@ from util.errors import UserError
 class Images(ABC):
     """A list of images with integer labels, -1 where there are none.
 
-    `classes` are the names of the labels, None without labels. `groups` says which images must not be divided between
-    training and evaluation (those of one patient), None if all may. `load(i)`, `open(i)` and `file(i)` may raise
-    `util.data.images.BROKEN_IMAGE`; `name(i)` is the file or record of image i, for messages.
+    `classes` are the names of the labels, None without labels. `groups` says which images `--val_fraction` and the
+    stages of MLO-MAE do not divide (those of one patient), None if all may be divided. `load(i)`, `open(i)` and
+    `file(i)` may raise `util.data.images.BROKEN_IMAGE`; `name(i)` is the file or record of image i, for messages.
     """
 
     classes: list[str] | None = None

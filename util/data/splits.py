@@ -24,11 +24,11 @@ def choose_side(
     held = hold_out(groups, labels, fraction)
     rows, part = np.flatnonzero(held != train).tolist(), "training" if train else "evaluation"
     if not rows:
-        what = f"images of two {column} or more" if column else "two images or more"
+        what = f"images of two groups ({column}) or more" if column else "two images or more"
         raise UserError(f"--val_fraction {fraction:g} leaves no image for {part}: a class needs {what}")
     of = ""
     if column:
-        of = f", those of {len({groups[row] for row in rows})} of {len(set(groups))} {column}"
+        of = f", those of {len({groups[row] for row in rows})} of {len(set(groups))} groups ({column})"
         _note_missing(held, labels, column)
     print(f"--val_fraction {fraction:g}: {len(rows)} of {len(groups)} images are for {part}{of}")
     return rows
@@ -40,8 +40,8 @@ def _note_missing(held: np.ndarray, labels: Sequence[Iterable[str]], column: str
     for part, here, there in (("training", *sides), ("evaluation", *reversed(sides))):
         if there - here:
             note_once(
-                f"no image of {min(there - here)!r} is for {part} ({len(there - here)} such labels): too few {column} "
-                f"have it"
+                f"no image of {min(there - here)!r} is for {part} ({len(there - here)} such labels): too few groups "
+                f"({column}) have it"
             )
 
 

@@ -155,6 +155,21 @@ def from_main_process(function):
     return result[0]
 
 
+def from_main_process_or_error(function):
+    """Call `function` on the main process and return its result, or raise its UserError, on every rank."""
+
+    def call():
+        try:
+            return function(), ""
+        except UserError as error:
+            return None, str(error)
+
+    result, problem = from_main_process(call)
+    if problem:
+        raise UserError(problem)
+    return result
+
+
 def shut_down() -> None:
     watchdog.stop()
     if is_dist_avail_and_initialized():

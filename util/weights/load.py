@@ -49,6 +49,8 @@ class Weights:
     prefix: str = ""  # of the encoder's names in the file, wrappers included; removed from the names in `state`
     outside: dict[str, str] = field(default_factory=dict)  # {name: why} for those of `dropped` without this prefix
     notes: list[str] = field(default_factory=list)  # what the user should know of how the file was read
+    # All tensors beside `state`, under the names in the file without wrappers; only if `allowed` was given.
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def dense_model(self) -> str:
@@ -66,7 +68,8 @@ def read_weights(path, key: str = "model", allowed: str = "") -> Weights:
 
     Raises UserError for files that `read_file` refuses, for a key that is not in the file (and lists those that are),
     for a file without ViT weights, and for a ViT with parts that ours lacks (layer scale, register tokens, ...). Parts
-    whose names have the part `allowed` are kept in `state`: the caller must load them, or refuse the file.
+    whose names have the part `allowed` are kept in `state`: the caller must load them, or refuse the file. `tensors`
+    then has those of a head, too.
     """
     path = folder_weights(os.fspath(path))
     return recognise(read_file(path), path, key, allowed)
@@ -94,6 +97,7 @@ def recognise(raw: dict, path: str, key: str = "model", allowed: str = "") -> We
     _refuse_other_encoders(state, path, allowed)
     weights.state = {name: tensor for name, tensor in state.items() if KNOWN.match(name) or _extra(name, allowed)}
     weights.dropped += [name for name in state if name not in weights.state] + list(weights.outside)
+    weights.tensors = {name: named[original[name]] for name in original} if allowed else {}
     weights.history = _history(raw, weights.args)
     names = weights.args.pop("label_names", None)  # of an export
     weights.classes = _class_names(raw.get("classes")) or _class_names(names)

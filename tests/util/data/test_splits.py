@@ -137,7 +137,7 @@ def test_both_sides_of_a_table(table, more, capsys):
     assert bool(patients[0] & patients[1]) == (not more)
     output = capsys.readouterr().out
     assert "--val_fraction 0.25: 15 of 60 images are for evaluation" in output
-    assert ("those of 5 of 20 patient" in output) == bool(more)
+    assert ("those of 5 of 20 groups (patient)" in output) == bool(more)
 
 
 def test_a_reordered_table_is_divided_alike(table):

@@ -17,7 +17,7 @@ from util.data.readers import need_path
 from util.data.samples import BadAnnotation
 from util.data.sources import Files
 from util.errors import UserError
-from util.parallel.distributed import from_main_process
+from util.parallel.distributed import from_main_process_or_error
 
 # COCO-Stuff stores the id of a category minus one. These of the 182 ids belong to no category.
 _NO_STUFF = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
@@ -150,7 +150,7 @@ def read_segmentation(args, train: bool, categories: list[str] | None = None) ->
         found.source = found.source if found.names else " of the training set"
         found.names = categories
     given = getattr(args, "zero_is_ignored", None)
-    labelling = on_main_process(lambda: settle_labelling(found, given, paths, masks, colors, ignore))
+    labelling = from_main_process_or_error(lambda: settle_labelling(found, given, paths, masks, colors, ignore))
     args.zero_is_ignored = labelling.zero_is_ignored
     return SegmentedFiles(paths, masks, labelling)
 
@@ -191,18 +191,3 @@ def _names_of_flags(args, found: Found, ignore: int) -> ColorTable | None:
             raise UserError(f"--class_names {names} has {len(listed)} classes, but {args.dataset} {len(found.names)}")
         found.names, found.certain, found.source = listed, True, f" of --class_names {names}"
     return colors
-
-
-def on_main_process(function):
-    """Call `function` on the main process only and return its result, or raise its UserError, on all."""
-
-    def call():
-        try:
-            return function(), ""
-        except UserError as error:
-            return None, str(error)
-
-    result, problem = from_main_process(call)
-    if problem:
-        raise UserError(problem)
-    return result

@@ -62,7 +62,7 @@ class Distort(v2.RandomPhotometricDistort):
         return {**super().make_params(flat_inputs), "channel_permutation": None}
 
 
-def check_channels(in_chans: int) -> None:
+def check_distortion(in_chans: int) -> None:
     """Raise UserError for channels whose photometric distortion is not defined."""
     if in_chans not in (1, 3):
         raise UserError(
@@ -125,7 +125,7 @@ class SegmentationTraining(_Paired):
     ):
         super().__init__(size, mean, std)
         if distort:
-            check_channels(len(mean))
+            check_distortion(len(mean))
         self.ignore_label, self.scale, self.short_side = ignore_label, scale, short_side or min(size)
         self.max_ratio, self.flip, self.distort = max_ratio, flip, Distort() if distort else None
 
