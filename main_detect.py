@@ -99,6 +99,10 @@ def add_image_arguments(group) -> None:
         help="detections with a lower score are left out; a higher value is faster and lowers AP",
     )  # fmt: skip
     group.add_argument(
+        "--rois_per_image", type=int, default=models_detect.ROIS, metavar="N",
+        help="regions of an image on which the heads are trained; fewer are faster, and as good where objects are few",
+    )  # fmt: skip
+    group.add_argument(
         "--voc_metric", choices=["07", "area"], default="",
         help="voc: 07 (without the flag), the precision at eleven recalls; area, that at all recalls, since 2010",
     )  # fmt: skip
@@ -108,7 +112,7 @@ def check(args) -> None:
     """Raise UserError for flags that are out of range or contradict each other."""
     check_flags(args)
     check_range("--lsj", *args.lsj)
-    check_positive(args, "head_width")
+    check_positive(args, "head_width", "rois_per_image")
     if (args.window or 0) < 0:
         raise UserError(f"--window {args.window} must not be negative; 0: attention among all patches")
     if args.anchors and min(args.anchors) < 1:
@@ -147,7 +151,8 @@ def main(args) -> dict[str, float]:
         settle_schedule(args, len(loader), WARMUP)
     args.freeze()
 
-    model = build_model(models_detect, args, weights, rcnn={"box_score_thresh": args.score_thresh})
+    rcnn = {"box_score_thresh": args.score_thresh, "box_batch_size_per_image": args.rois_per_image}
+    model = build_model(models_detect, args, weights, rcnn=rcnn)
     model = sync_batch_norm(model, device).to(device)
     resize = DetectionEvaluation(size, *stats)
     val_loader = build_paired_loader(held_out, resize, args, 1, train=False)

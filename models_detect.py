@@ -37,6 +37,7 @@ TASK, DENSE_MODEL = "detection", DENSE_MODELS["roi_heads."]  # for messages: the
 DETECTORS = ["mask", "faster"]  # values of --detector
 PYRAMIDS = ["simple", "fpn"]  # values of --pyramid
 SCORE_THRESH = 0.05  # score below which a detection is left out, as in COCO's and ViTDet's evaluations
+ROIS = 512  # regions of an image on which the heads are trained, in COCO's recipes
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
 
 

@@ -13,6 +13,7 @@ from helpers.dense_sets import coco_content, coco_set, dense_flags, plain_args, 
 from helpers.launch import checkpoint, largest_difference, log_rows, ranks, same_tensors, scalars
 from PIL import Image, ImageColor, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 
 import main_detect
 import main_pretrain
@@ -256,11 +257,23 @@ def test_targets_of_training():
         ("--anchors 8 16 32 64 0", "--anchors 8 16 32 64 0 must be positive"),
         ("--jpeg_draft", "--jpeg_draft has no effect"),
         ("--head_width 0", "--head_width 0 must be positive"),
+        ("--rois_per_image 0", "--rois_per_image 0 must be positive"),
     ],
 )
 def test_mistakes(flags, message, tmp_path):
     with pytest.raises(UserError, match=message):
         detect(f"{SCENES} {BASE} --batch_size 4 --epochs 1 {flags} --output_dir {tmp_path}")
+
+
+def test_number_of_regions(tmp_path, monkeypatch):
+    """The box head sees at most that many regions of an image."""
+    seen = []
+    forward = FastRCNNConvFCHead.forward
+    monkeypatch.setattr(FastRCNNConvFCHead, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    for number in (8, 512):
+        detect(f"{SCENES} {BASE} --batch_size 4 --epochs 1 --rois_per_image {number} --output_dir ''")
+    steps = len(seen) // 2
+    assert seen[0] == 4 * 8 and seen[steps] > 4 * 8
 
 
 def test_masks_are_needed_for_a_mask_detector(tmp_path):
