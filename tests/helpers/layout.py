@@ -23,6 +23,7 @@ ROOMS: list[tuple[str, ...]] = [
         "util.lars",
         "util.crop",
         "util.parser",
+        "util.console",
     ),
     ("util.compute",),
     ("util.parallel",),
