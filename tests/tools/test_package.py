@@ -1,4 +1,4 @@
-"""The package: its metadata agrees with the other files, and a wheel works in an empty folder, away from the sources."""
+"""The package: its metadata agrees with the other files, and a wheel works in an empty folder, without the sources."""
 
 import os
 import re
