@@ -2,7 +2,7 @@
 # Sourced by the other scripts: makes the virtual environment if it does not exist, and installs a requirements
 # file, once for each content of the file; later installations keep those versions. Sets `python`.
 #   VENV          its folder (default: .venv in the repository)
-#   PYTHON        the interpreter to make it with (default: Python 3.12 or 3.11, whichever is found first)
+#   PYTHON        the interpreter to make it with (default: Python 3.12, 3.11, 3.13 or 3.14, whichever is found first)
 #   REQUIREMENTS  the requirements file (default: requirements.txt)
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -17,13 +17,13 @@ version_of() { # PYTHON: print its version (3.12), nothing if it cannot be run
 
 find_python() {
     local candidate
-    for candidate in python3.12 python3.11 python3 python; do
-        if "$candidate" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+    for candidate in python3.12 python3.11 python3.13 python3.14 python3 python; do
+        if "$candidate" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "error: Python 3.11 or 3.12 with its venv module is required; set PYTHON to its path" >&2
+    echo "error: Python 3.11 to 3.14 with its venv module is required; set PYTHON to its path" >&2
     exit 2
 }
 
@@ -31,15 +31,15 @@ check_python() { # the interpreter that PYTHON names: use it or refuse it, never
     local version
     version=$(version_of "$PYTHON")
     if [ -z "$version" ]; then
-        echo "error: PYTHON=$PYTHON cannot be run: give the name or path of Python 3.11 or 3.12" >&2
+        echo "error: PYTHON=$PYTHON cannot be run: give the name or path of Python 3.11 to 3.14" >&2
         exit 2
     fi
     case $version in
-        3.11 | 3.12) ;;
+        3.1[1-4]) ;;
         [0-2].* | 3.[0-9] | 3.10)
-            echo "error: PYTHON=$PYTHON is Python $version, but 3.11 or 3.12 is required" >&2
+            echo "error: PYTHON=$PYTHON is Python $version, but 3.11 to 3.14 is required" >&2
             exit 2 ;;
-        *) echo "note: PYTHON=$PYTHON is Python $version; the project is tested with 3.11 and 3.12" >&2 ;;
+        *) echo "note: PYTHON=$PYTHON is Python $version; the project is meant for 3.11 to 3.14" >&2 ;;
     esac
     if ! "$PYTHON" -c 'import venv' 2>/dev/null; then
         echo "error: PYTHON=$PYTHON has no venv module: install it (python$version-venv), or give another Python" >&2
@@ -52,7 +52,7 @@ check_environment() { # refuse an environment of another version than that of PY
     local wanted have
     wanted=$(version_of "$PYTHON") have=$(version_of "$venv/bin/python")
     if [ -z "$wanted" ]; then
-        echo "error: PYTHON=$PYTHON cannot be run: give the name or path of Python 3.11 or 3.12" >&2
+        echo "error: PYTHON=$PYTHON cannot be run: give the name or path of Python 3.11 to 3.14" >&2
         exit 2
     fi
     case $wanted/$have in

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The suite (test.sh) on the oldest and the newest supported versions of all packages, with Python 3.11 and 3.12 where they
+# The suite (test.sh) on the oldest and the newest supported versions of all packages, with Python 3.11 to 3.14 where they
 # are installed, one case after the other; then a table. Exit code 1 if anything fails. Arguments go to pytest:
 #   bash scripts/test_matrix.sh
 #   bash scripts/test_matrix.sh tests/models/test_fixtures.py tests/util/checkpoint/test_frozen.py
-#   CASES   cases to run (default: oldest-3.11 oldest-3.12 newest-3.11 newest-3.12)
+#   CASES   cases to run (default: oldest-3.11 oldest-3.12 newest-3.11 newest-3.12 newest-3.13 newest-3.14)
 #   VENVS   folder of their environments, which are made if needed (default: .venv-matrix in the repository; about 7 GB
 #           each)
 set -uo pipefail
@@ -28,12 +28,12 @@ row() { printf '%-12s %-8s %-8s %-12s %-8s %7s %7s %8s %8s\n' "$@"; }
 
 table=$(row case python torch torchvision timm passed failed skipped minutes)
 status=0 ran=''
-for name in ${CASES:-oldest-3.11 oldest-3.12 newest-3.11 newest-3.12}; do
+for name in ${CASES:-oldest-3.11 oldest-3.12 newest-3.11 newest-3.12 newest-3.13 newest-3.14}; do
     python="python${name#*-}" venv="$venvs/$name"
     case $name in
         oldest-3.1[12]) requirements="requirements-oldest.txt" ;;
-        newest-3.1[12]) requirements="requirements.txt" ;;
-        *) echo "error: CASES has $name; use oldest-3.11, oldest-3.12, newest-3.11 or newest-3.12" >&2; exit 2 ;;
+        newest-3.1[1-4]) requirements="requirements.txt" ;;
+        *) echo "error: CASES has $name; use oldest-3.11, oldest-3.12, or newest-3.11 to newest-3.14" >&2; exit 2 ;;
     esac
     if [ ! -x "$venv/bin/python" ] && ! "$python" -c 'import venv' 2> /dev/null; then
         table+=$'\n'"$name: $python is not installed"
@@ -52,5 +52,5 @@ for name in ${CASES:-oldest-3.11 oldest-3.12 newest-3.11 newest-3.12}; do
     table+=$'\n'$(row "$name" "${set_of[@]}" "$(count passed)" "$bad" "$(count skipped)" "$minutes")
 done
 printf '\n%s\n' "$table"
-[ -n "$ran" ] || { echo "error: no case could run: install Python 3.11 or 3.12" >&2; exit 2; }
+[ -n "$ran" ] || { echo "error: no case could run: install Python 3.11 to 3.14" >&2; exit 2; }
 exit "$status"

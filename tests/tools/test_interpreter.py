@@ -27,7 +27,7 @@ def run(tmp_path):
         return path
 
     def start(python: str, have: str = ""):
-        for version in ("3.10", "3.11", "3.12", "3.13"):
+        for version in ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15"):
             interpreter(tmp_path / "bin" / f"python{version}", version)
         if have:
             interpreter(tmp_path / "venv" / "bin" / "python", have)
@@ -38,15 +38,15 @@ def run(tmp_path):
     return start
 
 
-@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14", "3.15"])
 def test_a_new_environment_has_the_wanted_version(run, version):
     done = run(f"python{version}")
     assert done.returncode == 0 and f"uses {version}" in done.stdout, done.stderr
-    assert ("tested with 3.11 and 3.12" in done.stderr) == (version == "3.13")
+    assert ("meant for 3.11 to 3.14" in done.stderr) == (version == "3.15")
 
 
 @pytest.mark.parametrize(
-    "python, words", [("python3.10", "3.10 | 3.11 or 3.12 is required"), ("python9", "cannot be run")]
+    "python, words", [("python3.10", "3.10 | 3.11 to 3.14 is required"), ("python9", "cannot be run")]
 )
 def test_an_interpreter_that_cannot_be_used(run, python, words):
     done = run(python)
