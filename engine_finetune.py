@@ -17,7 +17,7 @@ from util.compute.precision import autocast, choose_amp_dtype
 from util.data.samples import Sample
 from util.parallel.distributed import shut_down, sync_buffers
 from util.report.ledger import Record, hardware
-from util.training.announcements import NO_SUMMARY, Summary, closing, opening
+from util.training.announcements import NO_SUMMARY, Summary, announce, closing, opening
 from util.training.best_metric import LOWER
 from util.training.finished import end_again
 from util.training.losses import LOSS_NAMES
@@ -106,7 +106,7 @@ def evaluate_once(
     Leaves the process group. `names` are those of the classes; `summary` is what is printed about the evaluation."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
     record.hardware = hardware(device, dtype)
-    print(opening(args, record, summary, device, dtype))
+    announce(opening(args, record, summary, device, dtype), args)
     with torch.no_grad():
         scores = task.score(loader, model, device, dtype)
     stats = scores.read()

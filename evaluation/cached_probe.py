@@ -23,7 +23,7 @@ from util.lr_sched import adjust_learning_rate
 from util.parallel.distributed import barrier, from_main_process, is_main_process, shut_down
 from util.report.ledger import Record, hardware
 from util.report.log import log_line
-from util.training.announcements import Summary, closing, opening
+from util.training.announcements import Summary, announce, closing, opening
 from util.training.losses import build_criterion
 
 CLASSIFIER = "probe.pth"  # the encoder with the chosen head of --cache_features, for --eval and tools/
@@ -157,7 +157,7 @@ def run_cached(args, model, images, test_loader, device, record: Record, summary
     """Probe with `--cache_features`, write the results, and return them; `summary` is what is printed about it."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
     record.hardware = hardware(device, dtype)
-    print(opening(args, record, summary, device, dtype))
+    announce(opening(args, record, summary, device, dtype), args)
     transform = build_transform(False, args)
     train_loader = build_loader(images, transform, args, args.batch_size, train=False)
     result = probe_cached(model, train_loader, test_loader, args, device)

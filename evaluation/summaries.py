@@ -29,7 +29,7 @@ def pretraining_summary(args, model, chosen: Sequence[type[Method]], images, hel
     mask = f"mask ratio {' to '.join(f'{ratio:g}' for ratio in ratios)}"
     rows = (
         *data_rows(args, images, held_out, classes),
-        model_row(args, model, f"{visible} visible"),
+        model_row(args, model, f"{visible} visible", forward=lambda mae, imgs: mae(imgs, args.mask_ratio)),
         row("method", names, mask, target, *settings(args, chosen)),
     )
     return Summary(rows, partial(_after_pretraining, args, classes is not None))
@@ -81,6 +81,10 @@ def probe_summary(args, model, images, held_out) -> Summary:
     return Summary(rows, partial(_after_supervised, "main_linprobe.py", args))
 
 
+def _maps(model, imgs):
+    return model.forward_maps(imgs, model.feature_blocks)
+
+
 def segmentation_summary(args, model, images, held_out) -> Summary:
     """Return what main_segment.py tells about the images and the segmenter `model`."""
     blocks = " ".join(map(str, model.feature_blocks))
@@ -89,7 +93,7 @@ def segmentation_summary(args, model, images, held_out) -> Summary:
     window = f"windows of {size} px every {args.stride} px" if args.stride else f"whole images in {size} px"
     rows = (
         *data_rows(args, images, held_out, held_out.categories),
-        model_row(args, model),
+        model_row(args, model, forward=_maps, part="the encoder"),
         row("head", args.head, f"blocks {blocks}", norm, position),
         row("evaluation", window, "and mirrored" if args.eval_flip else None, "at the original size"),
     )
@@ -108,7 +112,7 @@ def detection_summary(args, model, images, held_out) -> Summary:
     scores = f"Pascal VOC's AP ({args.voc_metric})" if args.voc_metric else "COCO's AP"
     rows = (
         *data_rows(args, images, held_out, held_out.categories),
-        model_row(args, model, windows, position),
+        model_row(args, model, windows, position, forward=_maps, part="the encoder"),
         row("detector", detector, f"pyramid {args.pyramid}", f"{args.head_norm} norm"),
         row("evaluation", scores, f"detections with a score from {args.score_thresh:g}", "at the original size"),
     )

@@ -46,9 +46,8 @@ def add_model_arguments(parser, default_model: str | None, decoder: bool):
             help="with --decoder cross: share of the removed patches to predict; without it 1/3, which is the paper's "
             "25%% of all patches at --mask_ratio 0.75; 1 is slower and gave about the same accuracy in the paper",
         )
-        group.add_argument("--decoder_embed_dim", type=int, help="decoder width; without it the model's own")
-        group.add_argument("--decoder_depth", type=int, help="decoder blocks; without it the model's own")
-        group.add_argument("--decoder_num_heads", type=int, help="decoder heads; without it the model's own")
+        for name, what in (("embed_dim", "width"), ("depth", "blocks"), ("num_heads", "heads")):
+            rare(group.add_argument(f"--decoder_{name}", type=int, help=f"decoder {what}; without it the model's own"))
     return group
 
 
@@ -206,6 +205,9 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
         "software versions are then bit-identical",
     )
     add_verbose_argument(group)
+    group.add_argument(
+        "--print_config", action="store_true", help="print what a run with these flags uses, and all flags; do not run"
+    )
 
 
 def add_verbose_argument(group) -> None:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterable
 
+from util.config import OPTION, BadConfig, apply_config, split_config
 from util.memory import flags_in_use
 
 WIDEST = 100  # columns of --help on a wider terminal: longer lines are hard to read
@@ -175,13 +176,38 @@ class Parser(argparse.ArgumentParser):
         self.usual = usual
         self._positionals.title, self._optionals.title = "arguments", "flags"
         self.add_argument("--help_all", action=HelpAll, help="show this message with the rarely used flags")
+        self.add_argument(
+            OPTION, metavar="FILE", default=argparse.SUPPRESS,
+            help="flags from the args.json of a run or from YAML; those of the command line win",
+        )  # fmt: skip
 
     def parse_known_args(self, args=None, namespace=None):
-        self._words = list(sys.argv[1:] if args is None else args)
-        parsed, unknown = super().parse_known_args(args, Flags() if namespace is None else namespace)
+        namespace = Flags() if namespace is None else namespace
+        required = [action for action in self._actions if action.required and action.option_strings]
+        try:
+            self._words, files = split_config(sys.argv[1:] if args is None else args)
+            for file in files:
+                apply_config(self, file, namespace)
+        except BadConfig as error:
+            self.error(str(error))
+        for action in required:  # argparse looks for required flags on the command line alone
+            action.required = not hasattr(namespace, action.dest)
+        try:
+            parsed, unknown = super().parse_known_args(self._words, namespace)
+        finally:
+            for action in required:
+                action.required = True
+        for name in [action.dest for action in self._actions if hasattr(parsed, action.dest)]:
+            vars(parsed)[name] = vars(parsed).pop(name)  # the order of --help, also for those of a config
         flags_in_use.clear()
         flags_in_use.update(vars(parsed))
         return parsed, unknown
+
+    def did_you_mean_flag(self, word: str) -> str:
+        """Return a question that names the flag of this command that resembles `word`, "" if none does."""
+        names = [name.removeprefix("--") for action in self._actions for name in action.option_strings]
+        name = closest(word, names)
+        return did_you_mean(name and f"--{name}")
 
     def _suggestions(self) -> str:
         """Return a question that names the flags of this command that resemble the unknown ones that were given."""

@@ -22,6 +22,7 @@ ROOMS: list[tuple[str, ...]] = [
         "util.lr_decay",
         "util.lars",
         "util.crop",
+        "util.config",
         "util.parser",
         "util.console",
     ),

@@ -4,7 +4,9 @@ Source: Chowdhery et al. 2022 (PaLM, Appendix B); here the device's rate is meas
 """
 
 import contextlib
+import copy
 import time
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,6 +41,15 @@ FORMULAS = {
 def flop_counter() -> FlopCounterMode:
     """Return a context that counts the FLOPs of matrix products inside it (`get_total_flops`)."""
     return FlopCounterMode(display=False, custom_mapping=FORMULAS)
+
+
+@torch.no_grad()
+def forward_flops(model: torch.nn.Module, forward: Callable, size: tuple[int, int, int]) -> int:
+    """Return the FLOPs of matrix products of `forward(model, imgs)` with one image (C, H, W), without computing it."""
+    imgs, meta = torch.zeros(1, *size, device="meta"), copy.deepcopy(model).to("meta").eval()
+    with flop_counter() as counter:
+        forward(meta, imgs)
+    return counter.get_total_flops()
 
 
 @torch.no_grad()

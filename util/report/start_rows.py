@@ -1,7 +1,7 @@
 """Rows of the block at the start of a run: data, model, device, output folder."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -9,6 +9,7 @@ from util.data.image_format import image_shape, mean_std, mean_std_source
 from util.parallel.distributed import get_world_size
 from util.report.blocks import Row, counted, row
 from util.report.ledger import device_name
+from util.report.mfu import forward_flops
 
 
 def data_rows(args, train, held_out, classes: Sequence[str] | None = None) -> list[Row]:
@@ -36,8 +37,9 @@ def _channels(values: Sequence[float]) -> str:
     return " ".join(f"{value:.3g}" for value in (values[:1] if len(set(values)) == 1 else values))
 
 
-def model_row(args, model, *more: str | None) -> Row:
-    """Return the row of the network `model`, with the number of its patches and `more` values."""
+def model_row(args, model, *more: str | None, forward: Callable | None = None, part: str = "") -> Row:
+    """Return the row of the network `model`, with the number of its patches and `more` values. `forward(model, imgs)`
+    is the forward pass, or that of a `part`, whose FLOPs are shown; not those of a sharded model."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     height, width = image_shape(args.input_size)
@@ -49,7 +51,16 @@ def model_row(args, model, *more: str | None) -> Row:
         f"{height} x {width} px",
         f"{model.patch_embed.num_patches} patches of {rows} x {columns}",
         *more,
+        _flops(args, model, forward, part),
     )
+
+
+def _flops(args, model, forward: Callable | None, part: str) -> str | None:
+    if getattr(args, "fsdp", False):
+        return None
+    flops = forward_flops(model, forward or type(model).__call__, (args.in_chans, *image_shape(args.input_size)))
+    unit, size = next((unit, size) for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("", 1)) if flops >= size)
+    return f"{flops / size:.3g} {unit}FLOPs a forward pass{part and f' of {part}'}"
 
 
 def device_row(device: torch.device, dtype: torch.dtype) -> Row:

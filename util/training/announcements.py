@@ -2,12 +2,17 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from util.checkpoint.files import BEST, CONFUSION, ENCODERS, LEDGER, SCORES, list_checkpoints
-from util.parallel.distributed import get_world_size, is_main_process
+from util.checkpoint.same_run import plain
+from util.config import as_given
+from util.parallel.distributed import get_world_size, is_main_process, shut_down
 from util.report.blocks import Row, block, counted, row
 from util.report.ledger import Record
 from util.report.log import duration
@@ -55,6 +60,18 @@ def opening(args, record: Record, summary: Summary, device, dtype, schedule: Ite
     """Return the block at the start of a command, after an empty line. One that trains in steps has a `schedule`."""
     rows = [*summary.rows, _weights_row(args, record), *schedule, device_row(device, dtype), output_row(args)]
     return "\n" + block(rows)
+
+
+def announce(text: str, args) -> None:
+    """Print the block at the start. With `--print_config` also print all flags, in the form of a `--config` file, and
+    exit with code 0, on all processes."""
+    print(text, flush=True)
+    if not getattr(args, "print_config", False):  # forks' flags lack it
+        return
+    flags = {name: plain(value) for name, value in as_given(vars(args)).items() if name != "print_config"}
+    print("\nflags\n" + yaml.safe_dump(flags, sort_keys=False, default_flow_style=None, width=120).rstrip(), flush=True)
+    shut_down()
+    sys.exit(0)
 
 
 def _weights_row(args, record: Record) -> Row:

@@ -47,7 +47,7 @@ from util.report.ledger import Record, hardware
 from util.report.log import trim_log
 from util.report.tensorboard import Board
 from util.training import run_state
-from util.training.announcements import NO_SUMMARY, Summary, end_block, start_block
+from util.training.announcements import NO_SUMMARY, Summary, announce, end_block, start_block
 from util.training.batches import MicroBatch, accumulation_window
 from util.training.checkpointing import Checkpointer
 from util.training.meters import EpochMeter
@@ -145,6 +145,7 @@ class Run:
         """Prepare for training: compile, wrap for DDP, create the folders and the first files. No file changes before
         this."""
         args, resume = self.args, self.resumed_from
+        announce(start_block(self, self.summary), args)
         external = [network for method in self.methods.values() for network in method.external_networks()]
         self.stepper.prepare([self.train_module, *external] if args.compile else [], args.log_mfu, self.sharded)
         make_output_dir(args.output_dir, args.log_dir, args.overwrite)
@@ -162,9 +163,8 @@ class Run:
         watchdog.progress(self.step)
 
     def _describe(self) -> None:
-        """Print what is trained and how, and write the flags to args.json and TensorBoard."""
+        """Write the flags to args.json and TensorBoard."""
         args = self.args
-        print(start_block(self, self.summary), flush=True)
         flags = self.record.flags_json()
         self.board.flags(flags, self.fractional_epoch())
         if args.output_dir and is_main_process():
