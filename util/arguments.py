@@ -206,7 +206,7 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
     )
     add_verbose_argument(group)
     group.add_argument(
-        "--print_config", action="store_true", help="print what a run with these flags uses, and all flags; do not run"
+        "--print_config", action="store_true", help="print what the run would use, and all its flags, and end"
     )
 
 
@@ -280,10 +280,13 @@ def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False
             action="store_true",
             help="recompute blocks in the backward pass: a third more time, far less memory",
         )
-    group.add_argument(
-        "--log_mfu",
-        action="store_true",
-        help="log the FLOPs per second of training, as a percentage of those that matrix products reach on this device",
+    rare(
+        group.add_argument(
+            "--log_mfu",
+            action="store_true",
+            help="log the FLOPs per second of training, as a percentage of those that matrix products reach on this "
+            "device",
+        )
     )
 
 

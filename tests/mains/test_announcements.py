@@ -114,7 +114,7 @@ def test_pretraining_without_labels(image_folder, tmp_path, capsys):
 def test_fine_tuning_and_its_evaluation(pretrained, tmp_path, capsys):
     words = f"{DATA} --finetune {pretrained} --epochs 2 --warmup_epochs 0 --batch_size 240 --output_dir {tmp_path}"
     start, end, text = run(main_finetune, words, capsys)
-    assert start["model"].endswith("mean of the patches") and start["weights"] == str(pretrained)
+    assert "mean of the patches" in start["model"] and start["weights"] == str(pretrained)
     assert start["fine-tuning"] == "targets single, layer decay 0.75"
     assert start["augmentation"].startswith("preset tiny, aug crop, aa none, reprob 0.0")
     assert "acc1" in end["last epoch"] and re.search(r"acc1 [\d.]+ \(epoch [12]\)", end["best"])
