@@ -141,7 +141,13 @@ def check(command: Command, started) -> list[str]:
         return missing([file for flag, file in itertools.pairwise(arguments) if flag == "-r"])
     if not (ROOT / program).is_file() or not program.endswith((".py", ".sh")):
         return [f"{program} is no command of this project"]
-    return check_shell(command, started) if program.endswith(".sh") else [parse_error(program, arguments, whole)]
+    if program.endswith(".sh"):
+        return check_shell(command, started)
+    with_config = [
+        i for i, word in enumerate(arguments) if word == "--config" and not (ROOT / arguments[i + 1]).exists()
+    ]
+    own = [word for i, word in enumerate(arguments) if i not in with_config and i - 1 not in with_config]  # a reader's
+    return [parse_error(program, own, whole)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
