@@ -22,6 +22,7 @@ from evaluation.encoder import select_feature
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from util.architectures import ENCODERS
+from util.data.transforms import default_crop_pct
 from util.errors import UserError
 from util.weights.file import save_state
 from util.weights.names import to_hugging_face
@@ -126,8 +127,12 @@ def timm_arguments(model: VisionTransformer, pool: str) -> dict:
 
 
 def to_timm(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Exported:
-    """Write a file for `timm.create_model(..., checkpoint_path=out)`. Tensor names are those of timm already."""
+    """Write a file for `timm.create_model(..., checkpoint_path=out)`, or timm's own format if `out` has no ending.
+    Tensor names are those of timm already."""
     import timm
+
+    if not out.suffix:
+        return to_timm_folder(model, out, pool, flags)
 
     arguments = timm_arguments(model, pool)
     save_state(model.state_dict(), out, as_metadata(flags))
@@ -141,6 +146,37 @@ def to_timm(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Expo
 
     outputs = "logits" if model.num_classes else "the feature; model.forward_features(imgs) gives all tokens"
     return Exported(f"model = timm.create_model({arguments['model_name']!r}, {call})", outputs, run_exported)
+
+
+def to_timm_folder(model: VisionTransformer, out: Path, pool: str, flags: dict) -> Exported:
+    """Write timm's own format, a folder for `timm.create_model("local-dir:...")` or the Hub, with sizes, mean and
+    standard deviation, and names of the classes. Raises UserError for an epsilon of the norms that it cannot hold."""
+    import timm
+
+    arguments = timm_arguments(model, pool)
+    if "norm_layer" in arguments:
+        raise UserError(
+            f"--to timm: timm's folder cannot hold this model's epsilon of the norms, {model.blocks[0].norm1.eps:g}: "
+            "give --out a name that ends in .safetensors"
+        )
+    theirs = timm.create_model(**arguments)
+    theirs.load_state_dict(model.state_dict())
+    images = {name: tuple(flags[name]) for name in ("mean", "std") if flags.get(name)}
+    size = tuple(model.patch_embed.img_size)
+    images |= dict(input_size=(model.patch_embed.proj.in_channels, *size), interpolation="bicubic")
+    images["crop_pct"] = flags.get("crop_pct") or default_crop_pct(size)
+    theirs.pretrained_cfg.update(images | dict(tag="", license=""))  # not those of timm's weights of this name
+    names = {"label_names": flags["label_names"]} if flags.get("label_names") else {}
+    own = {name: value for name, value in arguments.items() if name not in ("model_name", "num_classes")}
+    timm.models.save_for_hf(theirs, str(out), model_config=names, model_args=own, safe_serialization=True)
+
+    def run_exported(imgs):
+        loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+        tokens = [] if model.num_classes or model.global_pool else [loaded.forward_features(imgs)]
+        return [loaded(imgs), *tokens]
+
+    outputs = "logits" if model.num_classes else "the feature; model.forward_features(imgs) gives all tokens"
+    return Exported(f"model = timm.create_model('local-dir:{out}', pretrained=True)", outputs, run_exported)
 
 
 def _hf_config(model) -> dict:

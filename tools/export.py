@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation import command_line, judging
 from evaluation.checkpoint import read_checkpoint
 from evaluation.export import EXAMPLES, EXPORTERS, largest_difference
+from evaluation.model_card import push, write_card
 from util.arguments import check_numbers
 from util.errors import RunFailed, UserError, user_errors
 from util.parser import Parser
@@ -29,7 +30,16 @@ def get_args_parser():
     parser = Parser("Export a checkpoint to the format of another library, and check that it computes the same.")
     command_line.add_checkpoint_flags(parser)
     parser.add_argument("--to", required=True, choices=list(EXPORTERS), metavar="FORMAT", help=", ".join(EXPORTERS))
-    parser.add_argument("--out", required=True, help="file to write; hf-vit and hf-vitmae write a folder")
+    parser.add_argument(
+        "--out", required=True, help="file to write; a folder for hf-vit, hf-vitmae, and timm without an ending"
+    )
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        default="",
+        help="upload timm's folder and its model card to the Hugging Face Hub",
+    )
+    parser.add_argument("--license", default="", metavar="NAME", help="licence of the weights, for the model card")
     parser.add_argument("--overwrite", action="store_true", help="replace the content of --out")
     parser.add_argument("--encoder_only", action="store_true", help="leave out a classifier, or a decoder")
     command_line.add_feature_flags(parser)
@@ -47,6 +57,11 @@ def get_args_parser():
 def check_out(args) -> Path:
     """Return `--out` as a path. Raises UserError if the export cannot be written there."""
     out, suffix = Path(args.out), SUFFIXES.get(args.to)
+    if is_timm_folder(args):
+        suffix = None
+    elif args.push or args.license:
+        flag = "--push" if args.push else "--license"
+        raise UserError(f"{flag} needs timm's own format: --to timm, and --out without an ending")
     if suffix and out.suffix != suffix:
         raise UserError(f"--out {out} must end in {suffix} for --to {args.to}")
     if out.is_dir() if suffix else out.is_file():
@@ -56,6 +71,11 @@ def check_out(args) -> Path:
     if not args.overwrite and (any(out.iterdir()) if out.is_dir() else out.exists()):
         raise UserError(f"--out {out} exists: give --overwrite, or another name")
     return command_line.check_out(args)
+
+
+def is_timm_folder(args) -> bool:
+    """Whether timm's own format is asked for, which is a folder."""
+    return args.to == "timm" and not Path(args.out).suffix
 
 
 def load(args) -> tuple[judging.Judged, str, dict]:
@@ -126,6 +146,11 @@ def main(args) -> float:
             f"{out} does not compute what {command_line.checkpoint_of(args)} does (difference {difference:.1e}); "
             "do not use it"
         )
+    if is_timm_folder(args):
+        write_card(judged, out, args.push, args.license)
+        print(f"  model card: {out / 'README.md'}")
+    if args.push:
+        print(f"  uploaded to {push(out, args.push)}")
     result = {"largest_difference": difference}
     beside = Path(f"{out}.json")  # after the whole name, so that cls.onnx and cls.pt2 have one each
     judged.publish(record, result, EXAMPLES, json=beside, outputs=exported.outputs, code=exported.code, told=flags)

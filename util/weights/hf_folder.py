@@ -1,9 +1,12 @@
-"""Folders of Hugging Face transformers (`save_pretrained`): their file of weights, and their configuration as flags."""
+"""Folders of Hugging Face transformers (`save_pretrained`) and of timm (`save_for_hf`), also on the Hub: their file of
+weights, and their configuration as flags."""
 
 import json
 from pathlib import Path
 
+from util.architectures import ENCODERS
 from util.errors import UserError
+from util.weights.hub import from_hub
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _FLAGS = {
@@ -23,10 +26,12 @@ _MAE_FLAGS = {
 
 
 def folder_weights(path: str) -> str:
-    """Return the file of weights in a folder that has a configuration; any other path is returned unchanged.
+    """Return the file of weights in a folder that has a configuration, or of a repository on the Hub; any other path is
+    returned unchanged.
 
-    Raises UserError for a folder whose weights are split into several files.
+    Raises UserError for a folder whose weights are split into several files, and for a repository that cannot be read.
     """
+    path = from_hub(path)
     folder = Path(path)
     if not (folder / "config.json").is_file():
         return path
@@ -40,9 +45,11 @@ def folder_weights(path: str) -> str:
 
 
 def folder_flags(path: str) -> dict:
-    """Return our flags from the configuration beside the weights at `path`, {} unless it is that of a ViT or ViTMAE.
-    Raises UserError for an invalid epsilon of the layer norms."""
+    """Return our flags from the configuration beside the weights at `path`, {} unless it is timm's or that of a ViT or
+    ViTMAE. Raises UserError for an invalid epsilon of the layer norms."""
     config = _json(Path(path).with_name("config.json")) if Path(path).name in _WEIGHTS else {}
+    if isinstance(config.get("pretrained_cfg"), dict):
+        return _timm_flags(config)
     if config.get("model_type") not in ("vit", "vit_mae"):
         return {}
     names = {**_FLAGS, **(_MAE_FLAGS if config["model_type"] == "vit_mae" else {})}
@@ -57,6 +64,23 @@ def folder_flags(path: str) -> dict:
     if images.get("image_mean") and images.get("image_std"):
         flags |= {"mean": images["image_mean"], "std": images["image_std"]}
     return flags
+
+
+def _timm_flags(config: dict) -> dict:
+    """Return our flags from timm's configuration."""
+    images, given = config["pretrained_cfg"], config.get("model_args") or {}
+    named = ENCODERS.get(str(config.get("architecture")).removesuffix("_224"), {})
+    size = images.get("input_size") or (None, None, None)
+    size = given.get("img_size") or list(size[1:])
+    flags = {
+        "input_size": size[0] if isinstance(size, list) and len({*size}) == 1 else size,
+        "in_chans": given.get("in_chans") or (images.get("input_size") or [None])[0],
+        "num_heads": given.get("num_heads") or named.get("num_heads"),
+        "label_names": config.get("label_names"),
+        "global_pool": config.get("global_pool") == "avg",
+        **{name: images.get(name) for name in ("mean", "std", "crop_pct")},
+    }
+    return {name: value for name, value in flags.items() if value and value != [None, None]}
 
 
 def _label_names(labels) -> dict[str, list[str]]:
