@@ -35,7 +35,7 @@ from util.weights.load import read_weights
 DATASETS = sorted({*SEGMENTATION, *DETECTION})
 # Flags of the images, which are those of the run if --dataset is not given; so is --data_path.
 IMAGES = "voc_year val_split class_names ignore_label zero_is_ignored color_table".split()
-IMAGES += [f"scene_{name}" for name in ("digits", "count", "size", "seed")]
+IMAGES += [f"scene_{name}" for name in ("digits", "count", "size", "sides", "most", "seed")]
 TASKS: dict[str, type[Trained]] = {
     models_segment.DENSE_MODEL: TrainedSegmenter,
     models_detect.DENSE_MODEL: TrainedDetector,

@@ -17,8 +17,8 @@ from util.parser import rare
 
 COUNTS = [2000, 200]  # scenes for training and validation
 SIZE = 64
-_MOST = 6  # digits in a scene
-_SIDES = (0.25, 0.5)  # of a digit, as a share of the scene's
+MOST = 6  # digits in a scene
+SIDES = (0.25, 0.5)  # of a digit, as a share of the scene's
 _VISIBLE = 0.4  # share of a digit's pixels that later digits must leave visible
 _SPLIT_AT = 0.7  # share of a photograph's width that is for training
 
@@ -38,6 +38,13 @@ def add_scene_arguments(group) -> None:
         )
     )  # fmt: skip
     rare(group.add_argument("--scene_size", type=int, default=SIZE, help="scenes: side of an image in pixels"))
+    rare(
+        group.add_argument(
+            "--scene_sides", type=float, nargs=2, metavar=("LOW", "HIGH"), default=list(SIDES),
+            help="scenes: range of a digit's side, as a share of the scene's; larger digits are learned in fewer steps",
+        )
+    )  # fmt: skip
+    rare(group.add_argument("--scene_most", type=int, metavar="N", default=MOST, help="scenes: most digits in one"))
     rare(
         group.add_argument(
             "--scene_seed", type=int, default=0, help="scenes: which scenes; --seed does not change them"
@@ -93,9 +100,9 @@ def _background(rng, train: bool, size: int) -> np.ndarray:
     return np.array(crop)
 
 
-def _ink(rng, digit: np.ndarray, size: int) -> np.ndarray:
+def _ink(rng, digit: np.ndarray, size: int, sides: tuple[float, float]) -> np.ndarray:
     """Return a digit (8, 8) as a mask (h, w) of bool, enlarged and without an empty border."""
-    height, width = (max(6, round(size * rng.uniform(*_SIDES))) for _ in range(2))
+    height, width = (max(6, round(size * rng.uniform(*sides))) for _ in range(2))
     width = round((2 * height + width) / 3)  # changes the aspect ratio a little
     large = np.asarray(Image.fromarray(digit).resize((width, height), Image.Resampling.BICUBIC)) > 127
     rows, columns = (np.flatnonzero(large.any(axis=axis)) for axis in (1, 0))
@@ -114,16 +121,24 @@ def _place(rng, ink: np.ndarray, masks: list[np.ndarray], whole: list[int], size
     return None
 
 
-def make_scene(seed: int, train: bool, index: int, size: int, digits: tuple[int, ...]) -> Scene:
-    """Return a scene of size x size pixels with one to six of `digits`."""
+def make_scene(
+    seed: int,
+    train: bool,
+    index: int,
+    size: int,
+    digits: tuple[int, ...],
+    sides: tuple[float, float] = SIDES,
+    most: int = MOST,
+) -> Scene:
+    """Return a scene of size x size pixels with one to `most` of `digits`, whose sides are a share `sides` of it."""
     # RandomState, not Generator: NumPy keeps the numbers that it draws for all versions.
     rng = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((seed, int(train), index))))
     images, values = _digits(train)
     image, masks, whole, labels = _background(rng, train, size), [], [], []
-    for _ in range(rng.randint(1, _MOST + 1)):
+    for _ in range(rng.randint(1, most + 1)):
         number = rng.randint(len(digits))
         candidates = np.flatnonzero(values == digits[number])
-        mask = _place(rng, _ink(rng, images[candidates[rng.randint(len(candidates))]], size), masks, whole, size)
+        mask = _place(rng, _ink(rng, images[candidates[rng.randint(len(candidates))]], size, sides), masks, whole, size)
         if mask is None:
             continue
         image[mask] = rng.randint(256, size=3)
@@ -140,8 +155,8 @@ def make_scene(seed: int, train: bool, index: int, size: int, digits: tuple[int,
 class _Scenes:
     """What both kinds of annotated scenes share: the list of images."""
 
-    def __init__(self, seed: int, train: bool, count: int, size: int, digits: list[int]):
-        self.settings = seed, train, size, tuple(digits)
+    def __init__(self, seed: int, train: bool, count: int, size: int, digits: list[int], sides=SIDES, most: int = MOST):
+        self.settings, self.objects = (seed, train, size, tuple(digits)), (tuple(sides), most)
         self.targets, self._last = [-1] * count, (-1, None)
 
     def scene(self, index: int) -> Scene:
@@ -149,7 +164,7 @@ class _Scenes:
         last = self._last  # another thread may replace it
         if last[0] != index:
             seed, train, size, digits = self.settings
-            self._last = last = index, make_scene(seed, train, index, size, digits)
+            self._last = last = index, make_scene(seed, train, index, size, digits, *self.objects)
         return last[1]
 
     def load(self, index):
@@ -157,7 +172,7 @@ class _Scenes:
 
     def described(self):
         """Yield what the scenes are a function of."""
-        yield repr(self.settings)
+        yield repr(self.settings if self.objects == (SIDES, MOST) else (*self.settings, *self.objects))
 
     def name(self, index):
         return f"{'training' if self.settings[1] else 'validation'} scene {index}"
@@ -216,4 +231,9 @@ def settings_of(args, train: bool) -> tuple:
         raise UserError(f"--scene_size {size} must be from 24 to 4096 pixels")
     if not 0 <= seed < 2**31:
         raise UserError(f"--scene_seed {seed} must not be negative, and below {2**31}")
-    return seed, train, counts[0 if train else 1], size, digits
+    sides, most = list(getattr(args, "scene_sides", SIDES)), getattr(args, "scene_most", MOST)
+    if not 0 < sides[0] <= sides[1] <= 1:
+        raise UserError(f"--scene_sides {sides[0]:g} {sides[1]:g} must be two shares from 0 to 1, the lower one first")
+    if not 1 <= most <= 255:
+        raise UserError(f"--scene_most {most} must be from 1 to 255")
+    return seed, train, counts[0 if train else 1], size, digits, sides, most

@@ -96,6 +96,24 @@ def test_flags():
         read_detection(args, False, True, objects.categories)
 
 
+def test_sides_and_number_of_digits():
+    """Without the flags the scenes are those of before, and so is what their hash is made of."""
+    flags = ("--dataset", "scenes", "--scene_count", 40, "--scene_size", 40)
+    plain, large = (
+        read_detection(dense_flags(*flags, *more), True, masks=True)
+        for more in ([], ["--scene_sides", 0.6, 0.9, "--scene_most", 2])
+    )
+    assert list(plain.described()) == ["(0, True, 40, (0, 1, 2, 3, 4, 5, 6, 7, 8, 9))"] != list(large.described())
+    numbers, sides = ([], []), ([], [])
+    for images, count, longest in zip((plain, large), numbers, sides):
+        for index in range(40):
+            scene = images.scene(index)
+            count.append(len(scene.labels))
+            longest.append((scene.boxes[-1, 2:] - scene.boxes[-1, :2]).max())  # nothing hides the last one
+    assert max(numbers[0]) > 2 >= max(numbers[1]) > min(numbers[1]) == 1
+    assert max(sides[0]) <= 21 and min(sides[1]) > 0.5 * 40 and max(sides[1]) <= 0.9 * 40 + 1
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -105,6 +123,9 @@ def test_flags():
         ("scene_count", [1, 2, 3]),
         ("scene_size", 8),
         ("scene_seed", -1),
+        ("scene_sides", [0.5, 0.2]),
+        ("scene_sides", [0, 1.1]),
+        ("scene_most", 0),
     ],
 )
 def test_flags_out_of_range(name, value):
