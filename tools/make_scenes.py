@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from util.data.dense.scenes import COUNTS, SIZE, DetectedScenes, Scene, settings_of
+from util.data.dense.scenes import COUNTS, MOST, SIDES, SIZE, DetectedScenes, Scene, settings_of
 from util.errors import UserError, user_errors
 from util.parser import Flags, Parser
 
@@ -42,6 +42,11 @@ def get_args_parser():
         help="scenes for training, and for validation (without it a tenth)",
     )
     parser.add_argument("--size", type=int, default=SIZE, help="side of an image in pixels")
+    parser.add_argument(
+        "--sides", type=float, nargs=2, metavar=("LOW", "HIGH"), default=list(SIDES),
+        help="range of a digit's side, as a share of the scene's",
+    )  # fmt: skip
+    parser.add_argument("--most", type=int, metavar="N", default=MOST, help="most digits in a scene")
     parser.add_argument("--seed", type=int, default=0, help="which scenes")
     return parser
 
@@ -104,7 +109,7 @@ def write_split(root: Path, scenes: DetectedScenes, train: bool) -> None:
 def main(args) -> None:
     """Write both splits. Raises UserError for bad flags, and for a folder that is not empty or cannot be written."""
     out = Path(args.out)
-    names = dict(scene_digits=args.digits, scene_count=args.count, scene_size=args.size, scene_seed=args.seed)
+    names = {f"scene_{name}": getattr(args, name) for name in ("digits", "count", "size", "sides", "most", "seed")}
     try:
         scenes = {train: DetectedScenes(*settings_of(Flags(**names), train)) for train in (True, False)}
     except UserError as error:
