@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
 from util.data.draws import SampleRng
-from util.data.images import BROKEN_IMAGE, open_image, printable, reason_of, warn_unreadable
+from util.data.images import BROKEN_IMAGE, open_image, printable, read_image, reason_of, warn_unreadable
 from util.data.jpeg_draft import split_crop
 from util.data.loader import Loader, collate, loader_options
 from util.data.samples import DRAWS, NamedSample, Sample, UnreadableData
@@ -244,13 +244,12 @@ class ShardDataset(IterableDataset):
         yield from section.after()
 
     def _decoded(self, record: Record) -> tuple[Image.Image, int]:
-        image, label = open_image(io.BytesIO(record.image)), -1 if self.named else int(record.label)
+        file, label = io.BytesIO(record.image), -1 if self.named else int(record.label)
         if label not in self.labels and not self.named:
             raise ValueError(f"its label {label} is not between 0 and {self.labels[-1]}")
         if self.crop is not None:
-            return self.crop(image, self.convert), label
-        image.load()
-        return self.convert(image), label
+            return self.crop(open_image(file), self.convert), label
+        return self.convert(read_image(file)), label
 
 
 class ShardLoader(Loader):
