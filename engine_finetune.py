@@ -38,7 +38,7 @@ class Classification:
 
     def losses(self, model, samples: Sample, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the losses of a micro-batch by name: scalars, whose sum is minimised. `model` is in training mode."""
-        imgs = samples.image.to(device, non_blocking=True)  # (N, C, H, W)
+        imgs = samples.image  # (N, C, H, W), on the device
         targets = samples.target.to(device, non_blocking=True)
         if self.mixup_fn is not None:
             imgs, targets = self.mixup_fn(imgs, targets)
@@ -75,10 +75,10 @@ def score(loader, model, device, amp_dtype=torch.float32, score_type=TopK):
     """
     model.eval()
     scores = score_type(device)
-    for samples in loader.begin(0):
+    for samples in loader.on(device).begin(0):
         targets, good = samples.target.to(device, non_blocking=True), (samples.bad == 0).to(device)
         with autocast(device, amp_dtype):
-            logits = model(samples.image.to(device, non_blocking=True)).float()
+            logits = model(samples.image).float()
         scores.add(logits, targets, good)
     return scores
 

@@ -41,7 +41,7 @@ def train_one_epoch(pretrainer: Pretrainer, run: Run, args) -> None:
             run.note_change(change)
     patches = pretrainer.model.patch_embed.num_patches
     for batch in run.batches():
-        imgs = batch.samples.image.to(run.device, non_blocking=True)  # (N, C, H, W)
+        imgs = batch.samples.image  # (N, C, H, W), on the device
         indices = batch.samples.index.to(run.device, non_blocking=True)
         noise = sample_noise(args.seed, run.epoch, indices, patches)  # (N, L): the highest are removed
         mask_ratio = mask_ratio_at(run.step, run.total_steps, args.mask_ratio, args.mask_ratio_end)

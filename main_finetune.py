@@ -18,6 +18,7 @@ from evaluation.summaries import finetuning_summary
 from util import arguments
 from util.checkpoint.resume import find_resume
 from util.data.build import build_loader
+from util.data.draws import settle_sample_rng
 from util.data.label_flags import add_imbalance_arguments, add_label_arguments, check_imbalance, check_labels
 from util.data.labels import class_weights, known_labels, note_imbalance, read_labelled, settle_units, with_noise
 from util.data.leak import check_leak
@@ -188,6 +189,7 @@ def read_starting_weights(args, resume: Path | None) -> tuple[Weights | None, We
     source = str(resume) if args.eval and resume else args.finetune
     weights = settle_model(args, source if args.eval or resume is None else "")
     settle_preset(args)
+    settle_sample_rng(args, resumed and resumed.args)
     settle_units(args, weights if args.eval else resumed)
     if args.eval:
         settle_loss(args, weights)

@@ -25,6 +25,7 @@ from models_vit import AttentivePool
 from util import arguments
 from util.checkpoint.resume import find_resume, stored_flags
 from util.data.build import build_loader
+from util.data.draws import settle_sample_rng
 from util.data.image_format import image_shape, mean_std
 from util.data.label_flags import add_imbalance_arguments, check_imbalance
 from util.data.labels import class_weights, known_labels, note_imbalance
@@ -206,6 +207,7 @@ def read_weights_and_images(args, resume: Path | None):
     args.aug = args.aug or ("none" if args.dataset in MIRRORED else default_crop(args.dataset))
     arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval and not args.cache_features)
     known = weights.classes if args.eval and weights else []
+    settle_sample_rng(args, None if args.eval else stored_flags(resume, None))
     images = None if args.eval else read_images(args, train=True)
     held_out = read_images(args, False, known or None)
     if args.check_leak:

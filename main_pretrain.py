@@ -24,6 +24,7 @@ from util.compute.precision import choose_amp_dtype
 from util.data.batch_aug import BatchTransform
 from util.data.build import build_loader, check_enough
 from util.data.cache import CACHES, CachedLoader, cache_images
+from util.data.draws import settle_sample_rng
 from util.data.image_format import image_shape, mean_std
 from util.data.leak import check_leak
 from util.data.pixel_range import settle_pixel_range
@@ -300,6 +301,7 @@ def main(args) -> None:
     model.set_grad_checkpointing(args.grad_checkpoint)
     images = read_training_images(args)
     resume, weights = read_starting_weights(args, model)
+    settle_sample_rng(args, stored_flags(resume, None))
     settle_pixel_range(args, images, lambda: stored_flags(resume, weights.args if weights else {}))
     with seeded(args.seed, 1):
         methods = [method(args, model) for method in chosen]

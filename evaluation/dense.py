@@ -14,6 +14,7 @@ from util import arguments
 from util.checkpoint.resume import stored_flags
 from util.checkpoint.same_run import plain
 from util.data.dense.annotated import Annotated
+from util.data.draws import settle_sample_rng
 from util.data.image_format import image_shape
 from util.data.leak import check_leak
 from util.data.pixel_range import settle_pixel_range
@@ -121,6 +122,7 @@ def read_starting_weights(args, resume: Path | None, models: ModuleType) -> Weig
     UserError for a file to evaluate that has no such head."""
     source, key = resume or args.finetune, "model" if resume else args.checkpoint_key
     weights = settle_model(args, read_weights(source, key, RELATIVE) if source else None)
+    settle_sample_rng(args, weights.args if resume and not args.eval else None)
     if not args.eval and resume is None:
         note_start(args.expects, weights)
     if args.eval and weights.dense_model != models.DENSE_MODEL:

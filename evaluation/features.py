@@ -15,9 +15,10 @@ def extract(encode, loader, device, amp_dtype, title: str = "") -> tuple[torch.T
     of all ranks; on the others they are None. A `title` adds a progress bar."""
     features, targets, indices = [], [], []
     hidden = None if title and is_main_process() else True  # None: shown on a terminal
-    for batch in tqdm(loader.begin(0), desc=title, unit=" batches", disable=hidden, leave=False, dynamic_ncols=True):
+    batches = loader.on(device).begin(0)
+    for batch in tqdm(batches, desc=title, unit=" batches", disable=hidden, leave=False, dynamic_ncols=True):
         with autocast(device, amp_dtype):
-            output = encode(batch.image.to(device, non_blocking=True))
+            output = encode(batch.image)
         good = batch.bad == 0
         features.append(output.float().cpu()[good])
         targets.append(batch.target[good])

@@ -44,9 +44,9 @@ def predict(encode: Callable, images, options, batch_size: int, device, amp_dtyp
     for part in _parts(images, options.num_workers):
         loader = build_loader(part, options.transform(), options, batch_size, train=False, named=True)
         arrived = []
-        for batch in loader.begin(0):
+        for batch in loader.on(device).begin(0):
             with autocast(device, amp_dtype):
-                outputs = encode(batch.image.to(device, non_blocking=True)).float().cpu()
+                outputs = encode(batch.image).float().cpu()
             arrived.append((batch.index, _rows(batch, outputs)))
             if not _out_of_order(part, options.num_workers):
                 yield arrived.pop()[1]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from util.compute.kernels import ATTENTION
 from util.data.dense.scenes import add_scene_arguments
+from util.data.draws import add_sample_rng
 from util.data.image_folders import add_folder_arguments, check_folder_flags
 from util.data.list_flags import add_list_arguments, check_columns
 from util.data.pixel_range import check_pixel_range, range_word
@@ -181,6 +182,7 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
     rare(group.add_argument("--log_dir", help="TensorBoard events; without it the output folder"))
     group.add_argument("--device", default="auto", help="auto (CUDA if there is one), cuda, cuda:N or cpu")
     group.add_argument("--seed", default=0, type=int, help="seed of weights, masks, augmentation and image order")
+    add_sample_rng(group)
     group.add_argument(
         "--amp_dtype",
         default="auto",
@@ -402,7 +404,7 @@ _TRAINING_FLAGS = "epochs max_steps accum_iter weight_decay lr blr min_lr warmup
 _TRAINING_FLAGS += "trainable_blocks layer_decay aug_preset aa smoothing reprob drop_path mixup cutmix hflip aug "
 _TRAINING_FLAGS += "color_jitter remode recount resplit cutmix_minmax mixup_prob mixup_switch_prob mixup_mode "
 _TRAINING_FLAGS += "label_noise balanced_sampler class_weights save_freq save_steps keep save_patience start_epoch "
-_TRAINING_FLAGS += "lr_schedule lr_steps warmup_steps expects scale flip distort head_dropout lsj "
+_TRAINING_FLAGS += "lr_schedule lr_steps warmup_steps expects scale flip distort head_dropout lsj sample_rng "
 _TRAINING_FLAGS += "print_freq spike_factor eval_freq best_metric overwrite cache_features probe_blrs probe_holdout"
 
 

@@ -3,6 +3,7 @@
 import copy
 
 from util.data import transforms
+from util.data.draws import sample_rng_of
 from util.data.image_format import image_shape, mean_std
 from util.data.presets import settle_preset
 from util.data.readers import read_images
@@ -25,4 +26,5 @@ def build_dataset(is_train: bool, args):
     (`util.data.loader`)."""
     images, transform = read_images(args, is_train), build_transform(is_train, args)
     draft, pixel_range = (getattr(args, name, None) for name in ("jpeg_draft", "pixel_range"))
-    return KeyedDataset(images, transform, args.seed, args.in_chans, bool(draft), pixel_range=pixel_range)
+    options = {"pixel_range": pixel_range, "sample_rng": sample_rng_of(args)}
+    return KeyedDataset(images, transform, args.seed, args.in_chans, bool(draft), **options)

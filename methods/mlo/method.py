@@ -204,14 +204,12 @@ class MLOMAE(Method):
 
     def _draw(self, stage: int):
         """Return the next labelled batch of stage II (0) or III (1), on the device."""
-        batch = self.batches[stage].batch(self.drawn[stage])
+        device = self.net.layers[0].weight.device
+        batch = self.batches[stage].on(device).batch(self.drawn[stage])
         self.drawn[stage] += 1
         # None without bad images: the mean is over batches that have some, and every rank logs the same names.
         self._logged["bad_labelled_images"] = float(batch.bad.sum()) or self._logged.get("bad_labelled_images")
-        device = self.net.layers[0].weight.device
-        return batch._replace(
-            image=batch.image.to(device, non_blocking=True), target=batch.target.to(device, non_blocking=True)
-        )
+        return batch._replace(target=batch.target.to(device, non_blocking=True))
 
     def after_update(self, model, imgs, step: int, applied: torch.Tensor) -> None:
         if self.window and self.window[-1].applied is None:

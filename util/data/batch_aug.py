@@ -15,11 +15,11 @@ import torch.nn.functional as F
 
 from util.compute.constants import constant
 from util.compute.precision import full_precision
+from util.data import draws as positions
+from util.data.pixels import Normaliser
+from util.data.random_steps import TRIES, central_box
 from util.data.sample_rng import sample_noise
 from util.data.transforms import LARGEST, default_crop_pct, resized_shape
-
-_STREAM = 16  # stream of sample_noise; masks use the first few streams
-_TRIES = 10  # attempts per crop, as in torchvision's RandomResizedCrop
 
 
 def crop_boxes(draws: torch.Tensor, size: tuple[int, int], scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)) -> torch.Tensor:
@@ -27,7 +27,7 @@ def crop_boxes(draws: torch.Tensor, size: tuple[int, int], scale=(0.2, 1.0), rat
     into `size` (H, W); after that the largest central crop with an allowed ratio. `draws` (N, 40) in [0, 1) -> (N, 4):
     top, left, height, width in whole pixels."""
     height, width = size
-    area, log_ratio, top, left = draws.double().view(len(draws), _TRIES, 4).unbind(-1)
+    area, log_ratio, top, left = draws.double().view(len(draws), TRIES, 4).unbind(-1)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
     aspect = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * log_ratio)
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
@@ -36,17 +36,8 @@ def crop_boxes(draws: torch.Tensor, size: tuple[int, int], scale=(0.2, 1.0), rat
     w, h, top, left, fits = (x.gather(1, first)[:, 0] for x in (w, h, top, left, fits))
     top, left = (top * (height - h + 1)).floor(), (left * (width - w + 1)).floor()
     boxes = torch.stack([top, left, h, w], dim=1)
-    fallback = constant(_central(height, width, ratio), boxes.device, boxes.dtype)
+    fallback = constant(central_box(height, width, ratio), boxes.device, boxes.dtype)
     return torch.where(fits[:, None], boxes, fallback)
-
-
-def _central(height: int, width: int, ratio) -> tuple[int, int, int, int]:
-    w, h = width, height
-    if width / height < min(ratio):
-        h = round(width / min(ratio))
-    elif width / height > max(ratio):
-        w = round(height * max(ratio))
-    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def _cubic(x: torch.Tensor) -> torch.Tensor:
@@ -172,31 +163,27 @@ class BatchTransform:
 
     def __init__(self, aug: str, size: tuple[int, int], mean, std, seed: int, crop_pct: float | None = None):
         self.aug, self.size, self.seed = aug, tuple(size), seed
-        self.mean, self.std = mean, std
+        self.normalised = Normaliser(mean, std)
         self.crop_pct = crop_pct or (default_crop_pct(self.size) if size[0] == size[1] else 1.0)
 
     def __call__(self, images: torch.Tensor, epoch: int, indices: torch.Tensor) -> torch.Tensor:
         """Augment and normalise: images (N, C, H, W) uint8, indices (N,) of the samples -> (N, C, *size)."""
         return self.normalised(self.augmented(images, epoch, indices))
 
-    def normalised(self, images: torch.Tensor) -> torch.Tensor:
-        mean, std = (constant(tuple(v), images.device)[:, None, None] for v in (self.mean, self.std))
-        return (images.float() / 255 - mean) / std
-
     def augmented(self, images: torch.Tensor, epoch: int, indices: torch.Tensor) -> torch.Tensor:
-        """Return the augmented images before normalisation, 0..255."""
-        draws = sample_noise(self.seed, epoch, indices, 48, stream=_STREAM)
+        """Return the augmented images before normalisation: whole numbers from 0 to 255, float32 or uint8."""
+        draws = sample_noise(self.seed, epoch, indices, positions.COUNT, stream=positions.STREAM)
         height, width = images.shape[2:]
         if self.aug == "none":
             return self._centre(images)
-        flip = draws[:, 40] < 0.5
+        flip = draws[:, positions.FLIP] < 0.5
         if self.aug == "crop":
             images = self._resized(images, self.size)
             border = self.size[0] // 8, self.size[1] // 8
-            top, left = ((draws[:, 41 + i] * (2 * side + 1)).long() for i, side in enumerate(border))
+            top, left = ((draws[:, positions.SHIFT + i] * (2 * side + 1)).long() for i, side in enumerate(border))
             return padded_crops(images, top, left, border, flip)
-        images = resized_crops(images, crop_boxes(draws[:, :40], (height, width)), self.size, flip)
-        return three_augment(images, draws[:, 42:48]) if self.aug == "three" else images
+        images = resized_crops(images, crop_boxes(draws[:, : positions.FLIP], (height, width)), self.size, flip)
+        return three_augment(images, draws[:, positions.COLOUR :]) if self.aug == "three" else images
 
     def _centre(self, images: torch.Tensor) -> torch.Tensor:
         """Resize and crop the centre as `eval_transform` does: a square input resizes the shorter side, a rectangle

@@ -239,7 +239,8 @@ class Decoder:
 
 
 class CachedBatches(Dataset):
-    """Whole batches, indexed by their keys [(epoch, index), ...] and augmented on the device of the pixels."""
+    """Whole batches, indexed by their keys [(epoch, index), ...] and augmented on the device of the pixels. Images are
+    pixels in 0..255, on a CPU uint8."""
 
     def __init__(self, images: CachedImages, transform: BatchTransform):
         self.images, self.transform = images, transform
@@ -254,7 +255,9 @@ class CachedBatches(Dataset):
         chosen, bad = self._readable(epoch, indices)
         device = self.images.pixels.device
         pixels = self.images.pixels[chosen.to(device, non_blocking=True)]
-        image = self.transform(pixels, epoch, indices.to(device, non_blocking=True))
+        image = self.transform.augmented(pixels, epoch, indices.to(device, non_blocking=True))
+        if device.type == "cpu":  # workers hand them over
+            image = image.byte()
         return Sample(image, self.targets[chosen], indices, bad)
 
     def _readable(self, epoch: int, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -278,7 +281,8 @@ class CachedLoader(Loader):
         self, images: CachedImages, transform: BatchTransform, batch_size: int, num_workers: int, pin_mem: bool = False
     ):
         self.dataset, self.batch_size = CachedBatches(images, transform), batch_size
-        self.stream, self.shuffle, self.start = False, True, 0
+        self.stream, self.shuffle, self.start, self.normalise = False, True, 0, transform.normalised
+        self.device = images.pixels.device
         self.batches = EpochBatches(len(images), batch_size, transform.seed, shuffle=True)
         on_host = images.pixels.device.type == "cpu"
         common = loader_options(transform.seed, num_workers if on_host else 0, pin_mem and on_host)

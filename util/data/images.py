@@ -10,6 +10,11 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
+try:
+    import simplejpeg
+except ImportError:  # no wheel for this platform: pillow decodes, to the same pixels
+    simplejpeg = None
+
 # Pillow would print its reason for refusing a TIFF to stderr, once for each attempt; ours names the file.
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
@@ -83,10 +88,32 @@ def _kind(start: bytes) -> str:
 
 
 def read_image(file: BinaryIO) -> Image.Image:
-    """Return a decoded image; of a file with several images the first."""
+    """Return a decoded image; of a file with several images the first. Raises BROKEN_IMAGE."""
     img = open_image(file)
+    decoded = _decoded_jpeg(img, file) if simplejpeg is not None and img.format == "JPEG" else None
+    if decoded is not None:
+        return decoded
     img.load()
     return img
+
+
+def _decoded_jpeg(img: Image.Image, file: BinaryIO) -> Image.Image | None:
+    """Return the image of a JPEG `file` that pillow has opened as `img`, decoded by simplejpeg: the same pixels as
+    pillow's, both by libjpeg-turbo, in two thirds of the time. None for modes other than grey and RGB, and for a file
+    that is not flawless: pillow decides whether it can be read."""
+    layout = {"L": "GRAY", "RGB": "RGBX"}.get(img.mode)  # pillow stores RGB in four bytes
+    if layout is None:
+        return None
+    file.seek(0)
+    try:
+        pixels = simplejpeg.decode_jpeg(file.read(), layout)
+    except ValueError:
+        return None
+    if pixels.shape[:2] != (img.height, img.width):
+        return None
+    decoded = Image.frombytes(img.mode, img.size, pixels, "raw", "L" if img.mode == "L" else layout)
+    decoded.format, decoded.info = img.format, img.info
+    return decoded
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:

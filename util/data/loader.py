@@ -10,6 +10,7 @@ import multiprocessing
 import signal
 import warnings
 import weakref
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
@@ -134,7 +135,10 @@ def _tensors(value):
 
 
 def collate(samples: list) -> Sample:
-    """Make a batch of samples, as torch does by default, `in_shared_memory`."""
+    """Make a batch of samples, as torch does by default, `in_shared_memory`. Images of bytes become floats where others
+    have more than 8 bits."""
+    if len({sample.image.dtype for sample in samples}) > 1:
+        samples = [sample._replace(image=sample.image.float()) for sample in samples]
     return in_shared_memory(default_collate(samples))
 
 
@@ -185,7 +189,12 @@ def _explained(batches):
 class Loader:
     """A DataLoader with `begin(epoch, batch)`; iterating starts there, `len` is the whole epoch. `split=False` gives
     every rank all samples (not of a stream). With `labels` every class is drawn equally often (`EpochBatches`). A
-    data set with a function `collate` makes its batches by it."""
+    data set with a function `collate` makes its batches by it.
+
+    `normalise` (`util.data.pixels.Normaliser`) makes the images of the batches that are iterated over from those of the
+    data set; None: they are normalised already. `on(device)` says where."""
+
+    device = torch.device("cpu")
 
     def __init__(
         self,
@@ -197,8 +206,9 @@ class Loader:
         pin_mem: bool = False,
         split: bool = True,
         labels: list[int] | None = None,
+        normalise: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
-        self.dataset, self.batch_size = dataset, batch_size
+        self.dataset, self.batch_size, self.normalise = dataset, batch_size, normalise
         self.stream, self.shuffle = isinstance(dataset, IterableDataset), shuffle
         self.start = 0
         common = loader_options(seed, num_workers, pin_mem, persistent=not self.stream)
@@ -221,6 +231,12 @@ class Loader:
             self.batches.set_epoch(epoch, start)
         return self
 
+    def on(self, device: torch.device) -> "Loader":
+        """Move the images of all batches to `device` before they are normalised; until this is called, they stay on the
+        CPU."""
+        self.device = device
+        return self
+
     def __len__(self) -> int:
         if not self.stream:
             return len(self.batches)
@@ -232,7 +248,12 @@ class Loader:
         return "" if self.stream or self.batches.labels is None else "each class equally often"
 
     def __iter__(self):
-        return watchdog.reading(self.skip_to_start(read_batches(self.loader)))
+        return self._normalised(watchdog.reading(self.skip_to_start(read_batches(self.loader))))
+
+    def _normalised(self, batches) -> Iterator[Sample]:
+        for batch in batches:
+            image = batch.image.to(self.device, non_blocking=True)
+            yield batch._replace(image=image if self.normalise is None else self.normalise(image))
 
     def skip_to_start(self, iterator):
         """Return the batches of a DataLoader's iterator from `self.start` on."""
@@ -262,6 +283,11 @@ class Endless:
 
     def __init__(self, loader: Loader):
         self.loader, self._next, self._batches = loader, -1, None
+
+    def on(self, device: torch.device) -> "Endless":
+        """Make the images of all batches on `device` (`Loader.on`)."""
+        self.loader.on(device)
+        return self
 
     def batch(self, number: int) -> Sample:
         """Return batch `number`, counted from 0 over all epochs. Consecutive numbers let the workers read ahead."""

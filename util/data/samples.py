@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
+from util.data.draws import REPLACEMENT, SampleRng, current_draws
 from util.data.images import BROKEN_IMAGE, printable, reason_of, warn_unreadable
 from util.data.jpeg_draft import split_crop
-from util.data.sample_rng import seeded
 from util.data.sources import Images
-from util.data.transforms import Converter, keeps_depth
+from util.data.transforms import Converter, keeps_depth, uses_generators
 from util.errors import UserError
 from util.parallel.distributed import get_rank, get_world_size
 
@@ -31,7 +31,7 @@ class BadAnnotation(UnreadableData):
 class Sample(NamedTuple):
     """One image, or after collation one batch."""
 
-    image: torch.Tensor  # (C, H, W)
+    image: torch.Tensor  # (C, H, W); from a worker pixels in 0..255, from a `Loader` normalised (`util.data.pixels`)
     # Label, or -1 if there is none; for label sets the row of `util.data.labels.LabelSets.target`; of dense data sets
     # what the transforms of `util.data.dense.transforms` return: a mask, or a dict of boxes (in a batch a list).
     target: int
@@ -69,8 +69,10 @@ class KeyedDataset(torch.utils.data.Dataset):
         replace: bool = True,
         pixel_range: list | None = None,
         named: bool = False,
+        sample_rng: str = "v2",
     ):
-        self.images, self.seed, self.replace, self.named = images, seed, replace, named
+        self.images, self.replace, self.named = images, replace, named
+        self.rng = SampleRng(seed, sample_rng, uses_generators(transform))
         self.convert = Converter(in_chans, pixel_range, keeps_depth(transform))
         self.crop, self.transform = split_crop(transform) if jpeg_draft else (None, transform)
 
@@ -79,7 +81,7 @@ class KeyedDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key) -> Sample | NamedSample:
         epoch, index, *place = key if isinstance(key, tuple) else (0, key)
-        with seeded(self.seed, epoch, index, *place):
+        with self.rng.sample(epoch, index, *place):
             decoded, chosen, bad, error = self._read(index)
             sample = Sample(*self._transformed(decoded, chosen), index, bad)
             return NamedSample(*sample, self.images.name(index), error) if self.named else sample
@@ -92,7 +94,7 @@ class KeyedDataset(torch.utils.data.Dataset):
         """Return (image, its index, number of unreadable images before it, why it is unreadable if it is not replaced)
         for `index` or its replacement."""
         for bad in range(DRAWS):
-            chosen = int(torch.randint(len(self.images), ())) if bad else index
+            chosen = self._replacement(bad) if bad else index
             try:
                 return self._decoded(chosen), chosen, bad, ""
             except BadAnnotation:
@@ -104,6 +106,11 @@ class KeyedDataset(torch.utils.data.Dataset):
                 return self._blank(chosen), chosen, 1, reason
         last = printable(self.images.name(chosen))
         raise UnreadableData(f"{DRAWS} images in a row could not be read, the last one {last}")
+
+    def _replacement(self, bad: int) -> int:
+        """Draw the index of another image, after `bad` unreadable ones."""
+        draws, count = current_draws(), len(self.images)
+        return int(torch.randint(count, ())) if draws is None else draws.below(REPLACEMENT + 2 * bad, count)
 
     def _blank(self, index: int) -> Image.Image:
         """Return what stands for an unreadable image in evaluation."""
@@ -119,8 +126,11 @@ class StreamDataset(IterableDataset):
     """An iterable data set of timm's factory. Every rank and worker numbers its samples without overlap. timm chooses
     their order and assigns shards to workers; if shards differ in size, it repeats or leaves out a few samples."""
 
-    def __init__(self, stream, transform, seed: int, in_chans: int, pixel_range: list | None = None):
+    def __init__(
+        self, stream, transform, seed: int, in_chans: int, pixel_range: list | None = None, sample_rng: str = "v2"
+    ):
         self.stream, self.transform, self.seed, self.epoch = stream, transform, seed, 0
+        self.rng = SampleRng(seed, sample_rng, uses_generators(transform))
         self.convert = Converter(in_chans, pixel_range, keeps_depth(transform))
         if hasattr(stream.reader, "dist_rank"):  # set by timm before the process group may exist
             stream.reader.dist_rank, stream.reader.dist_num_replicas = get_rank(), get_world_size()
@@ -139,6 +149,6 @@ class StreamDataset(IterableDataset):
         stream.reader.worker_seed = self.seed * 1_000_003 + self.epoch  # replaced by torch's in a worker process
         for count, (image, target) in enumerate(stream):
             index = first + count * stride
-            with seeded(self.seed, self.epoch, index):
+            with self.rng.sample(self.epoch, index):
                 image = self.transform(self.convert(image))
             yield Sample(image, -1 if target is None else int(target), index, 0)

@@ -20,14 +20,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
-from util.data.images import BROKEN_IMAGE, open_image, printable, reason_of, warn_unreadable
+from util.data.draws import SampleRng
+from util.data.images import BROKEN_IMAGE, open_image, printable, read_image, reason_of, warn_unreadable
 from util.data.jpeg_draft import split_crop
 from util.data.loader import Loader, collate, loader_options
-from util.data.sample_rng import seeded
 from util.data.samples import DRAWS, NamedSample, Sample, UnreadableData
 from util.data.shard_members import BAD_SHARD, LeftOut, members_of, samples_of, warn_bad_shard
 from util.data.shards import Shards, open_shard
-from util.data.transforms import Converter, keeps_depth
+from util.data.transforms import Converter, keeps_depth, uses_generators
 from util.parallel.distributed import get_rank, get_world_size
 
 
@@ -170,10 +170,12 @@ class ShardDataset(IterableDataset):
         split: bool = True,
         pixel_range: list | None = None,
         named: bool = False,
+        sample_rng: str = "v2",
     ):
         self.shards, self.batch_size, self.train, self.named = shards, batch_size, train, named
         _noted.update(shards.counted)
         self.seed, self.buffer = seed, shuffle_buffer if train else 1
+        self.rng = SampleRng(seed, sample_rng, uses_generators(transform))
         self.convert = Converter(in_chans, pixel_range, keeps_depth(transform))
         self.crop, self.transform = split_crop(transform) if jpeg_draft else (None, transform)
         self.labels = range(classes) if classes else range(-1, 2**31)
@@ -210,7 +212,7 @@ class ShardDataset(IterableDataset):
         passed = min(len(range(worker, start, workers)) * self.batch_size, section.length)
         (entries,) = itertools.tee(section.entries(passed), 1)  # a copy of a tee can read ahead
         for entry in entries:
-            with seeded(self.seed, epoch, entry.index):
+            with self.rng.sample(epoch, entry.index):
                 image, label, bad, error = self._read(entry, entries, section)
                 image = self.transform(image)
             sample = Sample(image, label, entry.index, bad)
@@ -242,20 +244,19 @@ class ShardDataset(IterableDataset):
         yield from section.after()
 
     def _decoded(self, record: Record) -> tuple[Image.Image, int]:
-        image, label = open_image(io.BytesIO(record.image)), -1 if self.named else int(record.label)
+        file, label = io.BytesIO(record.image), -1 if self.named else int(record.label)
         if label not in self.labels and not self.named:
             raise ValueError(f"its label {label} is not between 0 and {self.labels[-1]}")
         if self.crop is not None:
-            return self.crop(image, self.convert), label
-        image.load()
-        return self.convert(image), label
+            return self.crop(open_image(file), self.convert), label
+        return self.convert(read_image(file)), label
 
 
 class ShardLoader(Loader):
     """Batches of shards; iteration can start at any batch without reading those before it."""
 
-    def __init__(self, dataset: ShardDataset, num_workers: int, pin_mem: bool = False):
-        self.dataset, self.batch_size = dataset, dataset.batch_size
+    def __init__(self, dataset: ShardDataset, num_workers: int, pin_mem: bool = False, normalise=None):
+        self.dataset, self.batch_size, self.normalise = dataset, dataset.batch_size, normalise
         self.stream, self.shuffle, self.start = True, dataset.train, 0
         options = loader_options(dataset.seed, min(num_workers, max(1, dataset.batches)), pin_mem)
         self.loader = DataLoader(dataset, batch_size=dataset.batch_size, collate_fn=collate, **options)

@@ -10,14 +10,16 @@ FOLDER = "/dev/shm"
 _AHEAD = 2  # batches that each worker of a DataLoader prepares ahead, its `prefetch_factor`
 
 
-def check_shared_memory(workers: int, batch_size: int, channels: int, size: int | tuple[int, ...] | None) -> None:
+def check_shared_memory(
+    workers: int, batch_size: int, channels: int, size: int | tuple[int, ...] | None, bytes_per_value: int = 4
+) -> None:
     """Raise UserError if one batch of images (`channels`, *`size`) does not fit into the free shared memory; print a
     note, once, if those of all workers do not."""
     free = _free_bytes()
     if not workers or not size or free is None:
         return
     height, width = (size[0], size[-1]) if isinstance(size, (list, tuple)) else (size, size)
-    batch = 4 * prod((batch_size, channels, height, width))  # float32
+    batch = bytes_per_value * prod((batch_size, channels, height, width))
     if batch > free:
         raise UserError(
             f"--num_workers {workers}: a batch takes {_megabytes(batch)} (--batch_size {batch_size}), but {FOLDER}, by "

@@ -5,19 +5,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image
 from timm.data import create_transform
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
 from torchvision import transforms
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import to_tensor
 
-from util.crop import RandomResizedCrop
+from util.data import random_steps
 from util.data.pixel_range import check_depth, is_wide, scaled_grey
+from util.data.random_steps import BICUBIC, RandomHorizontalFlip, three_augment
 from util.errors import UserError
 
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-BICUBIC = InterpolationMode.BICUBIC
 
 
 def to_channels(
@@ -73,38 +72,9 @@ def check_channels(in_chans: int) -> None:
         raise UserError(f"--in_chans {in_chans}: images have 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels")
 
 
-class GaussianBlur:
-    """Blur with a radius drawn from [0.1, 2] (pillow's filter, as in DeiT III)."""
-
-    def __init__(self, radius=(0.1, 2.0)):
-        self.low, self.high = radius
-
-    def __call__(self, img):
-        radius = float(np.random.uniform(self.low, self.high))
-        return img.filter(ImageFilter.GaussianBlur(radius=radius))
-
-
-class Solarization:
-    """Invert pixel values of 128 and more."""
-
-    def __call__(self, img):
-        return ImageOps.solarize(img)
-
-
-def three_augment(channels: int) -> list:
-    """3-Augment (Touvron et al. 2022, DeiT III, Section 3.2): greyscale, solarisation or blur, then colour jitter 0.3.
-    Raises UserError for images with alpha."""
-    if channels not in (1, 3):
-        raise UserError(f"--aug three needs 1 or 3 channels, not --in_chans {channels}: alpha cannot be solarised")
-    return [
-        transforms.RandomChoice([transforms.Grayscale(channels), Solarization(), GaussianBlur()]),
-        transforms.ColorJitter(0.3, 0.3, 0.3),
-    ]
-
-
 def pad_and_crop(size: tuple[int, int]) -> list:
     """The usual augmentation of CIFAR: pad by an eighth of the side (4 pixels at 32), then crop to `size` (H, W)."""
-    return [Resize(size), transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8))]
+    return [Resize(size), random_steps.RandomCrop(size, padding=(size[1] // 8, size[0] // 8))]
 
 
 class Resize(transforms.Resize):
@@ -132,19 +102,51 @@ class ToTensor:
         return grey.repeat(self.channels, 1, 1)
 
 
+_MANY = 1 << 14  # pixels of an image from which it is faster to copy the channels one by one
+
+
+class ToPixels:
+    """Return the pixels (C, H, W), 0..255, of an 8-bit image as uint8; those of one channel of floats (mode F) as
+    float32, clipped and repeated `channels` times. `util.data.pixels.Normaliser` makes of them what `ToTensor` and
+    torchvision's `Normalize` make of the image."""
+
+    def __init__(self, channels: int):
+        self.channels = channels
+
+    def __call__(self, img: Image.Image) -> torch.Tensor:
+        if img.mode == "F":
+            return torch.from_numpy(np.array(img)).clamp_(0, 255).repeat(self.channels, 1, 1)
+        pixels = np.empty((len(img.getbands()), img.height, img.width), np.uint8)
+        if img.mode == "RGB" and img.width * img.height >= _MANY:
+            for channel, name in zip(pixels, img.mode):
+                channel.flat = np.frombuffer(img.tobytes("raw", name), np.uint8)
+        else:
+            pixels[:] = np.asarray(img).reshape(img.height, img.width, -1).transpose(2, 0, 1)
+        return torch.from_numpy(pixels)
+
+
 # Steps that pillow can do for floats. Photometric steps need 8 bits.
 _DEPTH_KEEPING = (transforms.RandomResizedCrop, RandomResizedCropAndInterpolation, transforms.RandomHorizontalFlip)
 _DEPTH_KEEPING += (transforms.Resize, transforms.CenterCrop, transforms.RandomCrop)
+# Steps that draw no random numbers, or draw them by position (`util.data.draws`).
+_WITHOUT_GENERATORS = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, transforms.Normalize, ToTensor)
+_WITHOUT_GENERATORS += (ToPixels, *random_steps.STEPS)
 
 
 def keeps_depth(transform) -> bool:
-    """Whether a transform takes images of floats (mode F): geometric steps up to `ToTensor`."""
+    """Whether a transform takes images of floats (mode F): geometric steps up to `ToTensor` or `ToPixels`."""
     for step in getattr(transform, "transforms", ()):
-        if isinstance(step, ToTensor):
+        if isinstance(step, (ToTensor, ToPixels)):
             return True
         if not isinstance(step, _DEPTH_KEEPING):
             return False
     return False
+
+
+def uses_generators(transform) -> bool:
+    """Whether a transform may draw from the generators of Python, NumPy and torch: steps of timm, and all that are not
+    known."""
+    return not all(isinstance(step, _WITHOUT_GENERATORS) for step in getattr(transform, "transforms", (None,)))
 
 
 def _to_tensor(mean, std) -> list:
@@ -154,13 +156,13 @@ def _to_tensor(mean, std) -> list:
 def pretrain_transform(aug: str, size: tuple[int, int], mean, std, crop_pct: float | None = None):
     """Return the transform of pretraining. `mae`: random resized crop and flip; `crop`: pad-and-crop and flip; `three`:
     random resized crop, flip and 3-Augment; `none`: the evaluation transform."""
-    flip = transforms.RandomHorizontalFlip()
+    flip = RandomHorizontalFlip()
     if aug == "none":
         return eval_transform(size, mean, std, crop_pct)
     if aug == "crop":
         steps = [*pad_and_crop(size), flip]
     else:
-        steps = [transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=BICUBIC), flip]
+        steps = [random_steps.RandomResizedCrop(size), flip]
     if aug == "three":
         steps += three_augment(len(mean))
     return transforms.Compose([*steps, *_to_tensor(mean, std)])
@@ -171,8 +173,8 @@ def probe_transform(aug: str, size: tuple[int, int], mean, std) -> transforms.Co
     pad-and-crop and flip; `none`: the evaluation transform."""
     if aug == "none":
         return eval_transform(size, mean, std)
-    crop = pad_and_crop(size) if aug == "crop" else [RandomResizedCrop(size, scale=(0.08, 1.0))]
-    return transforms.Compose([*crop, transforms.RandomHorizontalFlip(), *_to_tensor(mean, std)])
+    crop = pad_and_crop(size) if aug == "crop" else [random_steps.ProbeCrop(size)]
+    return transforms.Compose([*crop, RandomHorizontalFlip(), *_to_tensor(mean, std)])
 
 
 def default_crop_pct(size: tuple[int, int]) -> float:
@@ -260,7 +262,18 @@ def finetune_transform(args, size: tuple[int, int], mean, std):
         )
     except (AssertionError, ValueError, KeyError) as error:  # the other flags have been checked
         raise UserError(f"--aa {args.aa} is not a policy of timm: {error}") from error
-    steps = [ToTensor(len(mean)) if isinstance(step, MaybeToTensor) else step for step in transform.transforms]
+    steps = [_own(step, len(mean)) for step in transform.transforms]
     if args.aug == "crop":  # the first step is the random resized crop
         steps[:1] = pad_and_crop(size)
     return transforms.Compose(steps)
+
+
+def _own(step, channels: int):
+    """Return our step in the place of one of timm's transform; others are returned unchanged."""
+    if isinstance(step, MaybeToTensor):
+        return ToTensor(channels)
+    if isinstance(step, RandomResizedCropAndInterpolation):
+        return random_steps.FinetuneCrop(step)
+    if isinstance(step, transforms.RandomHorizontalFlip):
+        return RandomHorizontalFlip(step.p)
+    return step

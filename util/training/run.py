@@ -106,7 +106,7 @@ class Run:
         classes: list[str] | None = None,
         summary: Summary = NO_SUMMARY,
     ):
-        self.args, self.device, self.loader, self.classes = args, device, loader, classes
+        self.args, self.device, self.loader, self.classes = args, device, loader.on(device), classes
         self.summary = summary
         self.saved_model, self.train_module, self.optimizer = saved_model, train_module or saved_model, optimizer
         self.methods = getattr(self.train_module, "methods", nn.ModuleDict())

@@ -15,15 +15,17 @@ from util.weights.hf_folder import folder_weights
 from util.weights.metadata import SAFE_GLOBALS, without_stand_ins
 
 
-def read_file(path) -> dict:
+def read_file(path, tensors: bool = True) -> dict:
     """Return the raw content of a checkpoint, on the CPU. Only tensors, plain containers and flags are unpickled
-    (`util.weights.metadata`).
+    (`util.weights.metadata`). Without `tensors` those of a file of torch.save stay on the disk until they are used, and
+    their checksums are not compared.
 
     Raises UserError when the file cannot be read, is damaged, is not a checkpoint, or its pickle needs anything else.
     """
     path = folder_weights(os.fspath(path))
     head = first_bytes(path)
-    problem = damage(path) if head.startswith(b"PK") and not path.endswith((".onnx", ".pt2")) else ""
+    archive = head.startswith(b"PK")
+    problem = damage(path) if archive and tensors and not path.endswith((".onnx", ".pt2")) else ""
     if problem:
         raise UserError(f"{path} is truncated or damaged ({problem}): copy or download it again, or use an older one")
     try:
@@ -32,7 +34,8 @@ def read_file(path) -> dict:
             return load_file(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about odd pickles before it refuses them
-            content = without_stand_ins(torch.load(path, map_location="cpu", weights_only=True))
+            mapped = archive and not tensors
+            content = without_stand_ins(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
     except Exception as error:  # a damaged file can raise any error, even a KeyError inside the unpickler
         raise UserError(_unreadable(path, head, str(error))) from error
     if not isinstance(content, dict):

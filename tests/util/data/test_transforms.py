@@ -9,7 +9,8 @@ from helpers.plain_images import finetune_flags, global_states
 from PIL import Image
 from torchvision import transforms as tvt
 
-from util.data import transforms
+from util.data import random_steps, transforms
+from util.data.draws import VERSIONS, SampleRng
 from util.data.image_format import IMAGENET, image_shape
 from util.data.sample_rng import seeded
 from util.errors import UserError
@@ -22,28 +23,36 @@ def noise_image(width, height, mode="RGB"):
     return Image.fromarray(values).convert(mode)
 
 
-def crops(monkeypatch, transform, img, count):
+@pytest.fixture(params=VERSIONS)
+def sample(request):
+    """A function of a number: a block with the random numbers of that sample."""
+    return lambda index: SampleRng(0, request.param).sample(0, index)
+
+
+def crops(monkeypatch, transform, img, count, sample):
     """(top, left, height, width) of the resized crops that `transform` makes."""
-    made = []
-    original = tvt.functional.resized_crop
+    made, resized = [], []
+    crop, resize = Image.Image.crop, Image.Image.resize
 
-    def resized_crop(img, *box_and_rest, **more):
-        made.append(box_and_rest)
-        return original(img, *box_and_rest, **more)
+    def recorded(img, box):
+        left, top, right, bottom = box
+        made.append((top, left, bottom - top, right - left))
+        return crop(img, box)
 
-    monkeypatch.setattr(tvt.functional, "resized_crop", resized_crop)
+    monkeypatch.setattr(Image.Image, "crop", recorded)
+    monkeypatch.setattr(Image.Image, "resize", lambda img, *how: (resized.append(how), resize(img, *how))[1])
     for i in range(count):
-        with seeded(i):
+        with sample(i):
             transform(img)
     assert len(made) == count
-    assert all(tuple(size) == (32, 32) and mode is tvt.InterpolationMode.BICUBIC for *_, size, mode in made)
-    return np.array([box[:4] for box in made])
+    assert set(resized) == {((32, 32), Image.Resampling.BICUBIC)} and len(resized) == count
+    return np.array(made)
 
 
 @pytest.mark.parametrize(("smallest", "aug"), [(0.2, "mae"), (0.2, "three"), (0.08, "rrc")])
-def test_resized_crops_cover_the_area_of_the_paper(monkeypatch, smallest, aug):
+def test_resized_crops_cover_the_area_of_the_paper(monkeypatch, smallest, aug, sample):
     make = transforms.probe_transform if aug == "rrc" else transforms.pretrain_transform
-    boxes = crops(monkeypatch, make(aug, (32, 32), *NO_NORM), noise_image(200, 200), 300)
+    boxes = crops(monkeypatch, make(aug, (32, 32), *NO_NORM), noise_image(200, 200), 300, sample)
     areas = boxes[:, 2] * boxes[:, 3] / 200**2
     shapes = boxes[:, 3] / boxes[:, 2]
     assert smallest - 0.005 < areas.min() < smallest + 0.05 and 0.9 < areas.max() <= 1  # sides are whole pixels
@@ -51,7 +60,7 @@ def test_resized_crops_cover_the_area_of_the_paper(monkeypatch, smallest, aug):
     assert (boxes[:, :2].min(axis=0) == 0).all() and (boxes[:, :2] > 20).any(axis=0).all()
 
 
-def test_flips_half_of_the_time():
+def test_flips_half_of_the_time(sample):
     ramp = Image.fromarray(np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))).convert("RGB")
     for transform in (
         transforms.pretrain_transform("mae", (32, 32), *NO_NORM),
@@ -61,13 +70,13 @@ def test_flips_half_of_the_time():
     ):
         flipped = 0
         for i in range(200):
-            with seeded(i):
+            with sample(i):
                 middle = transform(ramp)[0, 16]
                 flipped += bool(middle[14] > middle[18])
         assert abs(flipped - 100) < 5 * math.sqrt(50)
 
 
-def test_crop_pads_by_an_eighth():
+def test_crop_pads_by_an_eighth(sample):
     """Pixels are numbered from one, which gives the position of every crop; padding is zero."""
     numbers = np.arange(1, 1025, dtype=np.int64).reshape(32, 32)
     img = Image.fromarray(np.stack([numbers // 256, numbers % 256, numbers * 0 + 1], -1).astype(np.uint8))
@@ -81,19 +90,19 @@ def test_crop_pads_by_an_eighth():
     for make in (transforms.pretrain_transform, transforms.probe_transform):
         transform = make("crop", (32, 32), *NO_NORM)
         for i in range(150):
-            with seeded(i):
+            with sample(i):
                 high, low, inside = (transform(img) * 255).round().long().numpy()
             places.add(windows[((high * 256 + low) * inside).tobytes()])
     assert {dy for dy, _ in places} == {dx for _, dx in places} == set(range(-4, 5))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_three_augment_takes_one_of_three(monkeypatch, channels):
+def test_three_augment_takes_one_of_three(monkeypatch, channels, sample):
     used = []
     operations = [
         (tvt.Grayscale, "forward"),
-        (transforms.Solarization, "__call__"),
-        (transforms.GaussianBlur, "__call__"),
+        (random_steps.Solarization, "__call__"),
+        (random_steps.GaussianBlur, "__call__"),
     ]
 
     def counted(operation, original):
@@ -110,22 +119,22 @@ def test_three_augment_takes_one_of_three(monkeypatch, channels):
     transform = transforms.pretrain_transform("three", (32, 32), (0.0,) * channels, (1.0,) * channels)
     img = noise_image(32, 32, "L" if channels == 1 else "RGB")
     for i in range(300):
-        with seeded(i):
+        with sample(i):
             assert transform(img).shape == (channels, 32, 32)
         assert len(used) == len(jitters) == i + 1
     assert all(abs(used.count(operation) - 100) < 5 * math.sqrt(300 * 2 / 9) for operation, _ in operations)
     assert jitters[0].brightness == jitters[0].contrast == jitters[0].saturation == (0.7, 1.3)
 
 
-def test_solarization_and_blur():
+def test_solarization_and_blur(sample):
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-    solarized = np.asarray(transforms.Solarization()(ramp))[0].astype(int)
+    solarized = np.asarray(random_steps.Solarization()(ramp))[0].astype(int)
     assert solarized.tolist() == [v if v < 128 else 255 - v for v in range(256)]
     edge = Image.fromarray(np.repeat([[0, 255]], 32, axis=1).astype(np.uint8).repeat(8, axis=0))
     widths = set()
     for i in range(50):
-        with seeded(i):
-            row = np.asarray(transforms.GaussianBlur()(edge))[4].astype(int)
+        with sample(i):
+            row = np.asarray(random_steps.GaussianBlur()(edge))[4].astype(int)
         assert (np.diff(row) >= 0).all()
         widths.add(int(((row > 2) & (row < 253)).sum()))
     assert min(widths) <= 2 and 6 <= max(widths) <= 16  # radii from 0.1 to 2 pixels

@@ -6,7 +6,9 @@ from torch.utils.data import default_collate
 
 from util.data.build import check_enough
 from util.data.dense.annotated import Annotated
+from util.data.draws import sample_rng_of
 from util.data.loader import Loader, in_shared_memory
+from util.data.pixels import bytes_per_value, split_normalisation
 from util.data.samples import KeyedDataset
 from util.data.shared_memory import check_shared_memory
 from util.errors import UserError
@@ -58,13 +60,15 @@ def build_paired_loader(
     Raises UserError when the training set is smaller than one batch, or a batch does not fit into shared memory.
     """
     workers = args.num_workers if num_workers is None else num_workers
-    # A target of 8 bytes per pixel, a mask, is as large as two channels of float32.
-    channels = args.in_chans + getattr(transform, "target_channels", 2)
     seed = args.seed if seed is None else seed
-    check_shared_memory(workers, min(batch_size, len(images)), channels, getattr(transform, "size", None))
-    pixel_range = getattr(args, "pixel_range", None)
-    data = PairedDataset(images, transform, seed, args.in_chans, replace=train, pixel_range=pixel_range)
-    loader = Loader(data, batch_size, train, seed, workers, args.pin_mem)
+    pixels = {"pixel_range": getattr(args, "pixel_range", None), "sample_rng": sample_rng_of(args)}
+    # A target of 8 bytes per pixel, a mask, is as large as two channels of float32.
+    targets = 4 * getattr(transform, "target_channels", 2)
+    size, (transform, normalise) = getattr(transform, "size", None), split_normalisation(transform)
+    per_pixel = args.in_chans * bytes_per_value(normalise, pixels["pixel_range"]) + targets
+    check_shared_memory(workers, min(batch_size, len(images)), 1, size, per_pixel)
+    data = PairedDataset(images, transform, seed, args.in_chans, replace=train, **pixels)
+    loader = Loader(data, batch_size, train, seed, workers, args.pin_mem, normalise=normalise)
     if train:
         check_enough(len(images), batch_size)
     return loader

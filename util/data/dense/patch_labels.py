@@ -4,6 +4,7 @@ The image becomes what the transform of images alone makes of it with the same r
 follows it.
 """
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,8 @@ from torchvision import transforms
 from torchvision.transforms import functional as F
 
 from util.data.dense.transforms import resize_masks
-from util.data.transforms import GaussianBlur, ResizeShortSide, Solarization, ToTensor, resized_shape
+from util.data.random_steps import GaussianBlur, RandomHorizontalFlip, Solarization
+from util.data.transforms import ResizeShortSide, ToPixels, ToTensor, resized_shape
 
 Pair = tuple[Image.Image, torch.Tensor]  # an image, and its mask (H, W), in which 0 is a pixel without a label
 
@@ -34,8 +36,8 @@ def _centre_crop(step: transforms.CenterCrop, img, mask) -> Pair:
     return F.center_crop(img, step.size), F.center_crop(mask, step.size)
 
 
-def _flip(step: transforms.RandomHorizontalFlip, img, mask) -> Pair:
-    return (F.hflip(img), F.hflip(mask)) if torch.rand(1) < step.p else (img, mask)
+def _flip(step: RandomHorizontalFlip, img, mask) -> Pair:
+    return (F.hflip(img), F.hflip(mask)) if step.drawn() else (img, mask)
 
 
 def _resize(step: transforms.Resize, img, mask) -> Pair:
@@ -52,12 +54,12 @@ _GEOMETRIC = {
     transforms.RandomResizedCrop: _resized_crop,
     transforms.RandomCrop: _random_crop,
     transforms.CenterCrop: _centre_crop,
-    transforms.RandomHorizontalFlip: _flip,
+    RandomHorizontalFlip: _flip,
     transforms.Resize: _resize,
 }
 # Steps that leave every pixel where it is.
 _PHOTOMETRIC = (transforms.RandomChoice, transforms.Grayscale, transforms.ColorJitter, Solarization, GaussianBlur)
-_PHOTOMETRIC += (ToTensor, transforms.Normalize)
+_PHOTOMETRIC += (ToTensor, ToPixels, transforms.Normalize)
 
 
 class PairedSteps:
@@ -70,6 +72,12 @@ class PairedSteps:
     def __init__(self, transform: transforms.Compose, size: tuple[int, int], ignore_label: int = 255):
         self.transforms, self.size, self.ignore_label = transform.transforms, tuple(size), ignore_label
         self.steps = [(step, self._follower(step)) for step in self.transforms]
+
+    def with_steps(self, steps: list) -> "PairedSteps":
+        """Return the same with other steps."""
+        other = copy.copy(self)
+        other.transforms, other.steps = steps, [(step, self._follower(step)) for step in steps]
+        return other
 
     @staticmethod
     def _follower(step):
