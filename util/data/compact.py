@@ -7,7 +7,7 @@ copy it page by page, because every access changes a reference count. The buffer
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class PathList(Sequence):
         for first in range(0, len(self), _AT_ONCE):
             offsets = self._offsets[first : first + _AT_ONCE + 1]
             data, ends = self._data[offsets[0] : offsets[-1]].tobytes(), (offsets - offsets[0]).tolist()
-            yield from (prefix + data[start:stop] for start, stop in zip(ends, ends[1:]))
+            yield from (prefix + data[start:stop] for start, stop in pairwise(ends))
 
     def below(self, folder: str) -> "PathList":
         """Return the paths relative to `folder`; those that are not below it by os.path.relpath."""
@@ -104,8 +104,8 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 class Repeated(Sequence):
-    """An immutable list of texts of which many are the same, such as the patients of images: each text once, and 4 bytes
-    for each place. Equal to a list of the same texts."""
+    """An immutable list of texts of which many are the same, such as the patients of images: each text once, and 4
+    bytes for each place. Equal to a list of the same texts."""
 
     def __init__(self, texts: Iterable[str]):
         known: dict[str, int] = {}

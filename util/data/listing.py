@@ -86,7 +86,7 @@ def list_images(
     began, path = time.time(), None if index is None else index.path_for(folder)
     known = _read(path, folder) if path and not index.relist else {}
     kept = _current(known, folder, names)
-    parts = [kept[name] if name in kept else None for name in names]
+    parts = [kept.get(name) for name in names]
     for i, name in enumerate(tqdm(names, "listing images", disable=None, delay=5, leave=False, unit=" classes")):
         if parts[i] is None:
             parts[i] = _listed(folder, name, began)

@@ -6,6 +6,7 @@ import math
 import os
 from array import array
 from collections.abc import Hashable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -138,7 +139,7 @@ def _balance(held: np.ndarray, group, label, counts, size: np.ndarray, wanted: n
         return
     edges = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]])).tolist() + [len(group)]
     rows, names = list(zip(label.tolist(), counts.tolist())), group[edges[:-1]].tolist()
-    own = [rows[start:stop] for start, stop in zip(edges, edges[1:])]
+    own = [rows[start:stop] for start, stop in pairwise(edges)]
     sizes, excess, inside = size.tolist(), (-wanted).tolist(), [False] * len(own)
     for _ in range(_ROUNDS):
         moves = 0
