@@ -94,7 +94,8 @@ class Monitor:
             print("note: no kNN accuracy, because none of the --knn_images of a split could be read")
             return {}
         k = self.NEIGHBOURS
-        return {f"eval/knn{k}_acc1": from_main_process(lambda: knn_accuracy(*splits[0], *splits[1], k=k))}
+        accuracy = from_main_process(lambda: knn_accuracy(*splits[0], *splits[1], k=k, device=device))
+        return {f"eval/knn{k}_acc1": accuracy}
 
 
 @torch.no_grad()

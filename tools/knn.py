@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation import command_line, judging
-from evaluation.features import knn_accuracy
+from evaluation.features import knn_accuracies
 from util.arguments import add_leak_argument
 from util.errors import UserError, user_errors
 
@@ -34,7 +34,8 @@ def main(args) -> dict:
         raise UserError(f"--k {max(args.k)}: there are only {len(images)} training images")
     record = judged.record("knn", train=images, test=held_out)
     train, test = judged.features(images, "training images"), judged.features(held_out, "test images")
-    result = {f"knn{k}_acc1": knn_accuracy(*train, *test, k=k) for k in args.k}
+    accuracies = knn_accuracies(*train, *test, args.k, judged.device)
+    result = {f"knn{k}_acc1": accuracy for k, accuracy in zip(args.k, accuracies)}
     print("  ".join(f"{k}-NN {result[f'knn{k}_acc1']:.2f} %" for k in args.k))
     judged.publish(record, result, len(images) + len(held_out), json=out)
     return result

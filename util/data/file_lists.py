@@ -13,15 +13,21 @@ from util.errors import UserError
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
-def images_below(folder: Path, skipped: Skipped | None = None) -> list[str]:
+def images_below(folder: Path, skipped: Skipped | None = None, times: dict[str, list[int]] | None = None) -> list[str]:
     """Return the paths of all images below a folder, sorted. Links to folders are followed, but not back to a folder
-    above them. What is left out is added to `skipped`. Raises UserError for a folder that cannot be read."""
+    above them. What is left out is added to `skipped`, and to `times` for each folder its `times_of` before it was
+    listed. Raises UserError for a folder that cannot be read."""
     skipped = Skipped() if skipped is None else skipped
 
     def refuse(error: OSError):
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): its images would be missing") from error
 
+    def enter(path: str) -> None:
+        if times is not None:
+            times[path] = times_of(path)
+
     paths, ancestors = [], {str(folder): [os.path.realpath(folder)]}
+    enter(str(folder))
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         chain = ancestors.pop(parent)  # real paths of the folders from the top to this one
         left = dict.fromkeys(filter(is_leftover, [*folders, *files]))  # in order, and quick to search
@@ -34,6 +40,7 @@ def images_below(folder: Path, skipped: Skipped | None = None) -> list[str]:
                 folders.remove(name)
             else:
                 ancestors[subfolder] = [*chain, real]
+                enter(subfolder)
         for name in files:
             lower = name.lower()
             if lower.endswith(IMG_EXTENSIONS):
@@ -41,6 +48,15 @@ def images_below(folder: Path, skipped: Skipped | None = None) -> list[str]:
             elif lower.endswith(OTHER_ENDINGS):
                 skipped.endings[next(ending for ending in OTHER_ENDINGS if lower.endswith(ending))] += 1
     return sorted(paths)
+
+
+def times_of(folder: str) -> list[int]:
+    """Return when a folder's content and its status changed (mtime, ctime), in nanoseconds; [-1, -1] if unknown."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return [-1, -1]
+    return [status.st_mtime_ns, status.st_ctime_ns]
 
 
 def class_names(folder: Path, skipped: Skipped | None = None) -> list[str]:

@@ -4,15 +4,19 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util.data.file_lists import class_names, images_below, note_odd_classes
+from util.data.compact import Repeated
+from util.data.file_lists import class_names, note_odd_classes
 from util.data.images import printable
 from util.data.leftovers import Skipped, is_leftover
+from util.data.listing import IndexFiles, list_images
 from util.data.sources import Files
 from util.data.splits import choose_side
 from util.errors import MissingSplit, UserError
 from util.notes import note_once
+from util.parser import rare
 
 # Names of the splits' folders, in any case. The first that exists is read; test images serve where nothing else does.
 _TRAIN = ("train", "training")
@@ -35,6 +39,26 @@ def add_folder_arguments(group) -> None:
         help="imagefolder without train/ and val/, filelist without --val_list: this share of each class is for "
         "evaluation, always the same images",
     )
+    rare(
+        group.add_argument(
+            "--index_dir",
+            metavar="DIR",
+            help="imagefolder, folder, tiny_imagenet: where the list of 100,000 images or more is kept for the next "
+            "start, which lists changed folders only; without it --output_dir, if the command has it; '' keeps none",
+        )
+    )
+    rare(
+        group.add_argument(
+            "--relist", action="store_true", help="list all folders anew and replace what is kept in --index_dir"
+        )
+    )
+
+
+def index_files(args) -> IndexFiles:
+    """Return where the lists of large folders are kept, by `--index_dir` and `--relist`."""
+    given = getattr(args, "index_dir", None)
+    folder = getattr(args, "output_dir", "") if given is None else given
+    return IndexFiles(folder or "", getattr(args, "relist", False))
 
 
 def check_folder_flags(args) -> None:
@@ -68,7 +92,12 @@ def folder_at(path: str | Path, flag: str = "--data_path") -> Path:
     return folder
 
 
-def class_folder(folder: Path, classes: list[str] | None = None, source: str = "in the training folder") -> Files:
+def class_folder(
+    folder: Path,
+    classes: list[str] | None = None,
+    source: str = "in the training folder",
+    index: IndexFiles | None = None,
+) -> Files:
     """Read `folder/<class>/...`. With `classes`, which come from `source`, the labels are indices in that list, and
     other folders are refused. A class without images keeps its index; in the training folder a note is printed."""
     skipped = Skipped()
@@ -82,29 +111,26 @@ def class_folder(folder: Path, classes: list[str] | None = None, source: str = "
     if unknown:
         raise UserError(f"{folder} has the class folder {unknown[0]!r}, which is not {source}")
     is_train, classes = classes is None, classes or names
-    index = {name: i for i, name in enumerate(classes)}
-    paths, targets = [], []
-    for name in names:
-        found = images_below(folder / name, skipped)
-        paths += found
-        targets += [index[name]] * len(found)
+    number = {name: i for i, name in enumerate(classes)}
+    paths, counts = list_images(folder, names, skipped, index)
+    targets = np.repeat([number[name] for name in names], counts)
     skipped.note(folder)
     if not paths:
         raise _no_images(str(folder), folder, skipped)
     if is_train:
-        note_odd_classes(folder, classes, set(targets))
+        note_odd_classes(folder, classes, set(np.flatnonzero(counts).tolist()))
     return Files(paths, targets, classes)
 
 
-def unlabelled_folder(folder: Path, flag: str = "--data_path") -> Files:
+def unlabelled_folder(folder: Path, flag: str = "--data_path", index: IndexFiles | None = None) -> Files:
     """Read all images below a folder, at any depth, in the order of their paths. Raises UserError, which names `flag`,
     when there are none."""
     skipped = Skipped()
-    paths = images_below(folder, skipped)
+    paths, _ = list_images(folder, [""], skipped, index)
     skipped.note(folder)
     if not paths:
         raise _no_images(f"{flag} {folder}", folder, skipped)
-    return Files(paths, [-1] * len(paths), None)
+    return Files(paths, np.full(len(paths), -1), None)
 
 
 # Splits ---------------------------------------------------------------------------------------------------------------
@@ -138,17 +164,23 @@ def split_folder(root: Path, train: bool, flag: str = "--data_path") -> Path:
     return found
 
 
-def image_folder(path: str | Path, train: bool, flag: str = "--data_path", classes: list[str] | None = None) -> Files:
+def image_folder(
+    path: str | Path,
+    train: bool,
+    flag: str = "--data_path",
+    classes: list[str] | None = None,
+    index: IndexFiles | None = None,
+) -> Files:
     """Return the images of `path`/train/<class>/ or `path`/val/<class>/; see `find_split` for other names. `classes`
     (of a checkpoint) give the labels of the evaluation images, else the class folders of the training images do. Raises
     UserError, which names `flag`, when there is no such folder."""
     root = folder_at(path, flag)
     if train:
-        return class_folder(split_folder(root, True, flag))
+        return class_folder(split_folder(root, True, flag), index=index)
     if classes is not None:
-        return class_folder(split_folder(root, False, flag), classes, "a class of the checkpoint")
+        return class_folder(split_folder(root, False, flag), classes, "a class of the checkpoint", index)
     names = class_names(split_folder(root, True, flag))
-    return class_folder(split_folder(root, False, flag), names)
+    return class_folder(split_folder(root, False, flag), names, index=index)
 
 
 def divided_folder(
@@ -158,6 +190,7 @@ def divided_folder(
     classes: list[str] | None = None,
     groups: Mapping[str, str] | None = None,
     column: str = "",
+    index: IndexFiles | None = None,
 ) -> Files:
     """Return one side of a folder of class folders, whose images `--val_fraction` divides (`hold_out`). It does not
     depend on `--seed`, so that every run and tool has the same evaluation images. `classes` are those of a checkpoint,
@@ -168,8 +201,8 @@ def divided_folder(
         raise UserError(
             f"--val_fraction is for a folder of class folders, but --data_path {root} has {split.name}/: leave it out"
         )
-    images = class_folder(root, classes, "a class of the checkpoint")
-    names = [os.path.relpath(path, root) for path in images.paths]
+    images = class_folder(root, classes, "a class of the checkpoint", index)
+    names = images.paths.below(str(root))
     if groups is not None:
         missing = [path for path in images.paths if path not in groups]
         if missing:
@@ -177,11 +210,11 @@ def divided_folder(
                 f"--group_column {column}: the table of --train_list has no group for {len(missing)} of {len(images)} "
                 f"images, among them {missing[0]}: add them to the table"
             )
-        names = [groups[path] for path in images.paths]
-    labels = [(images.classes[target],) for target in images.targets]
+        names = Repeated(groups[path] for path in images.paths)
+    labels = Repeated.of_codes(images.targets, images.classes)
     rows = choose_side(names, labels, fraction, train, column)
-    paths, targets = ([values[row] for row in rows] for values in (images.paths, images.targets))
-    return Files(paths, targets, images.classes, groups=None if groups is None else [names[row] for row in rows])
+    own = None if groups is None else names.take(rows)
+    return Files(images.paths.take(rows), images.targets.take(rows), images.classes, groups=own)
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------

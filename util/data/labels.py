@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from util.data.compact import IntList, compact
 from util.data.file_lists import class_indices, read_lines, sorted_labels
 from util.data.list_files import ImageList
 from util.data.list_flags import open_split
@@ -168,17 +169,19 @@ def note_imbalance(images, split: str) -> None:
     says little. Images whose labels are not known in advance, and other targets than classes, are passed over."""
     if not isinstance(images, Images) or not images.classes or isinstance(images, (LabelSets, Numbers)):
         return
-    counts = Counter(target for target in images.targets if target >= 0)
-    label, most = counts.most_common(1)[0] if counts else (0, 0)
-    if most and most == counts.total():
+    targets = np.asarray(images.targets, np.int64)
+    counts = np.bincount(targets[targets >= 0])
+    most, total = int(counts.max(initial=0)), int(counts.sum())
+    label = int(counts.argmax()) if most else 0
+    if most and most == total:
         print(
             f"note: all {most} {split} images are of one class, {images.classes[label]!r}: always answering it has a "
             f"top-1 of 100 %"
         )
-    elif most > MAJORITY * counts.total():
-        share = 100 * most / counts.total()
+    elif most > MAJORITY * total:
+        share = 100 * most / total
         print(
-            f"note: {share:.1f} % of the {counts.total()} {split} images are of the class {images.classes[label]!r}: "
+            f"note: {share:.1f} % of the {total} {split} images are of the class {images.classes[label]!r}: "
             f"always answering it has a top-1 of {share:.1f} %; compare balanced_acc, and consider --class_weights "
             f"balanced or --balanced_sampler in fine-tuning and probing"
         )
@@ -186,7 +189,7 @@ def note_imbalance(images, split: str) -> None:
 
 def known_labels(images, flag: str) -> list:
     """Return the labels of training images. Raises UserError, which names `flag`, if they are not known in advance."""
-    if not isinstance(images, Images) or min(map(_lowest, images.targets), default=-1) < 0:
+    if not isinstance(images, Images) or _lowest(images.targets) < 0:
         raise UserError(f"{flag} needs labels that are known in advance, which shards and streams do not have")
     return images.targets
 
@@ -229,15 +232,18 @@ def with_noise(images, args):
     return LabelSets(images, noisy, images.classes) if multilabel else Relabelled(images, noisy)
 
 
-def _lowest(target) -> int:
-    return target if isinstance(target, int) else min(target, default=0)
+def _lowest(targets: Sequence) -> int:
+    """Return the lowest label of all images, -1 without images; sets of labels may be empty."""
+    if isinstance(targets, IntList):
+        return int(np.asarray(targets).min()) if targets else -1
+    return min((target if isinstance(target, int) else min(target, default=0) for target in targets), default=-1)
 
 
-def uniform_noise(targets: list[int], classes: int, share: float, rng: np.random.Generator) -> list[int]:
+def uniform_noise(targets: Sequence[int], classes: int, share: float, rng: np.random.Generator) -> Sequence[int]:
     """Replace each label with probability `share` by one of the other classes, drawn uniformly."""
     replaced = rng.random(len(targets)) < share
     shifts = rng.integers(1, max(2, classes), len(targets))
-    return [int((target + shift * change) % classes) for target, shift, change in zip(targets, shifts, replaced)]
+    return compact((np.asarray(targets, np.int64) + shifts * replaced) % classes)
 
 
 def hashtag_noise(targets: list[tuple], classes: int, share: float, rng: np.random.Generator) -> list[tuple]:

@@ -33,6 +33,7 @@ _LEFTOVERS = {
     "network trash folder",  # netatalk
     "temporary items",
 }
+RULES = repr((IMG_EXTENSIONS, OTHER_ENDINGS, sorted(_LEFTOVERS)))  # on which the list of a folder's images depends
 
 
 def is_leftover(name: str) -> bool:

@@ -75,24 +75,26 @@ class EpochBatches(Sampler):
         order, places = self._order(), range(self.rank, self.length, self.world)
         for batch in range(self.start, len(self)):
             mine = places[batch * self.batch_size : (batch + 1) * self.batch_size]
+            chosen = order[mine.start : mine.stop : mine.step].tolist()
             if self.labels is None:
-                yield [(self.epoch, order[place]) for place in mine]
+                yield [(self.epoch, index) for index in chosen]
             else:
-                yield [(self.epoch, order[place], place) for place in mine]
+                yield [(self.epoch, index, place) for index, place in zip(chosen, mine)]
 
-    def _order(self):
-        """Return the indices of all ranks' samples in this epoch."""
+    def _order(self) -> torch.Tensor:
+        """Return the indices of all ranks' samples in this epoch: (N,), which as a list would take four times the
+        memory."""
         if not self.shuffle:
-            return range(self.length)
+            return torch.arange(self.length)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         if self.labels is None:
-            return torch.randperm(self.length, generator=generator).tolist()
+            return torch.randperm(self.length, generator=generator)
         _, counts = self.labels.unique(return_counts=True)
         by_class, ends = self.labels.argsort(stable=True), counts.cumsum(0)
         chosen = torch.randint(len(counts), (self.length,), generator=generator)
         draws = torch.rand(self.length, generator=generator, dtype=torch.float64)  # below 1
         members = (draws * counts[chosen]).long()
-        return by_class[ends[chosen] - counts[chosen] + members].tolist()
+        return by_class[ends[chosen] - counts[chosen] + members]
 
 
 def _outlive_signals(_worker_id: int) -> None:

@@ -22,6 +22,7 @@ from util.data.image_folders import (
     find_split,
     folder_at,
     image_folder,
+    index_files,
     split_folder,
     unlabelled_folder,
 )
@@ -47,21 +48,21 @@ def _eval_path(args) -> Path | None:
 
 
 def _imagefolder(args, train: bool, classes: list[str] | None) -> Files:
-    fraction = getattr(args, "val_fraction", None)
+    fraction, index = getattr(args, "val_fraction", None), index_files(args)
     if fraction:
         root = need_path(args)
         groups, column = groups_of_files(args, root), getattr(args, "group_column", "")
-        return divided_folder(root, train, fraction, None if train else classes, groups, column)
+        return divided_folder(root, train, fraction, None if train else classes, groups, column, index)
     if train:
-        return image_folder(need_path(args), True)
+        return image_folder(need_path(args), True, index=index)
     folder, listed = _eval_path(args), getattr(args, "val_list", "")
     if not folder and not listed:
-        return image_folder(need_path(args), False, classes=classes)
+        return image_folder(need_path(args), False, classes=classes, index=index)
     source = "of the checkpoint"
     if classes is None:
         classes, source = class_names(split_folder(need_path(args), True)), "of the training images"
     if not listed:
-        return class_folder(folder, classes, f"a class {source}")
+        return class_folder(folder, classes, f"a class {source}", index)
     return _listed_classes(args, folder or split_folder(need_path(args), False), classes, source)
 
 
@@ -78,11 +79,10 @@ def _listed_classes(args, folder: Path, classes: list[str], source: str) -> File
 def _folder(args, train: bool, _classes) -> Files:
     given = None if train else _eval_path(args)
     if given:
-        return unlabelled_folder(given, "--eval_path")
+        return unlabelled_folder(given, "--eval_path", index_files(args))
     root = need_path(args)
-    if not train:
-        return unlabelled_folder(split_folder(root, False))
-    return unlabelled_folder(find_split(root, True) or root)  # without splits: images at any depth
+    folder = split_folder(root, False) if not train else find_split(root, True) or root
+    return unlabelled_folder(folder, index=index_files(args))  # without splits: images at any depth
 
 
 def _filelist(args, train: bool, vocabulary: list[str] | None) -> Files:
@@ -137,12 +137,12 @@ def _tiny_imagenet(args, train: bool, _classes) -> Files:
             f"--data_path {root} has no train/ folder; tiny_imagenet needs the contents of tiny-imagenet-200.zip"
         )
     if train:
-        return class_folder(root / "train")
+        return class_folder(root / "train", index=index_files(args))
     classes = class_names(root / "train")
     annotations = root / "val" / "val_annotations.txt"
     if not annotations.is_file():
         if (root / "val").is_dir():  # a copy sorted into class folders
-            return class_folder(root / "val", classes)
+            return class_folder(root / "val", classes, index=index_files(args))
         raise UserError(f"{annotations} is missing; tiny_imagenet needs the contents of tiny-imagenet-200.zip")
     rows = [line.split("\t")[:2] for line in read_lines(annotations, "the annotations")]
     index = {wnid: i for i, wnid in enumerate(classes)}

@@ -9,7 +9,7 @@ from numbers import Integral
 import numpy as np
 from PIL import Image
 
-from util.data.compact import PathList, compact
+from util.data.compact import PathList, Repeated, compact, take
 from util.data.file_lists import is_below
 from util.data.images import BROKEN_IMAGE, open_image, open_regular, read_image
 from util.errors import UserError
@@ -24,7 +24,7 @@ class Images(ABC):
     """
 
     classes: list[str] | None = None
-    groups: list[str] | None = None
+    groups: Sequence[str] | None = None
     targets: Sequence[int]
 
     def __len__(self) -> int:
@@ -67,10 +67,11 @@ class Files(Images):
         targets: Sequence[int],
         classes: list[str] | None,
         within: str = "",
-        groups: list[str] | None = None,
+        groups: Sequence[str] | None = None,
     ):
         self.paths = paths if isinstance(paths, PathList) else PathList(paths)
-        self.targets, self.classes, self.within, self.groups = compact(targets), classes, within, groups
+        self.targets, self.classes, self.within = compact(targets), classes, within
+        self.groups = Repeated(groups) if isinstance(groups, list) else groups
 
     def load(self, index):
         with open_regular(self.file(index)) as file:
@@ -104,9 +105,10 @@ class Subset(Images):
     """A part of another list, given by indices."""
 
     def __init__(self, images: Images, indices):
-        self.images, self.indices, self.classes = images, compact(int(index) for index in indices), images.classes
-        self.targets = compact(images.targets[index] for index in self.indices)
-        self.groups = images.groups and [images.groups[index] for index in self.indices]
+        indices = indices if isinstance(indices, (np.ndarray, range)) else [int(index) for index in indices]
+        self.images, self.indices, self.classes = images, compact(indices), images.classes
+        self.targets = take(images.targets, self.indices)
+        self.groups = None if images.groups is None else take(images.groups, self.indices)
 
     def load(self, index):
         return self.images.load(self.indices[index])

@@ -18,13 +18,15 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from itertools import islice, repeat
 from pathlib import Path
 
 import torch
 
 from util.checkpoint.files import LEDGER
 from util.checkpoint.same_run import earlier_flags, plain
+from util.data.compact import PathList, take
 from util.errors import UserError
 from util.notes import note_once
 from util.parallel.distributed import find_difference, gather_objects, get_world_size, is_main_process
@@ -190,9 +192,9 @@ def describe_images(images, data_path: str = "") -> dict:
     if not hasattr(images, "load"):
         return {"images": None, "sha256": None}
     digest = hashlib.sha256()
-    name = _namer(images, str(Path(data_path).expanduser()) + os.sep if data_path else "")
-    for index, target in enumerate(images.targets):
-        digest.update(f"{name(index) if name else ''}\t{target}\n".encode(errors="surrogateescape"))
+    lines = (b"%b\t%b\n" % pair for pair in zip(_names(images, data_path), map(_encoded, images.targets)))
+    while some := list(islice(lines, 1 << 12)):
+        digest.update(b"".join(some))
     if hasattr(images, "arrays"):
         digest.update(images.arrays.tobytes())
     for part in images.described() if hasattr(images, "described") else ():
@@ -200,12 +202,22 @@ def describe_images(images, data_path: str = "") -> dict:
     return {"images": len(images), "sha256": digest.hexdigest()}
 
 
-def _namer(images, root: str) -> Callable[[int], str] | None:
-    """Return the function from an image's index to its name in the hash; None for images without names."""
-    if hasattr(images, "indices"):
-        name = _namer(images.images, root) or str
-        return lambda index: name(images.indices[index])
-    return (lambda index: images.paths[index].removeprefix(root)) if hasattr(images, "paths") else None
+def _names(images, data_path: str) -> Iterator[bytes]:
+    """Yield the names of images in the hash: paths below `data_path`, else indices; "" for images without names."""
+    indices = None
+    while hasattr(images, "indices"):
+        indices = images.indices if indices is None else take(images.indices, indices)
+        images = images.images
+    if hasattr(images, "paths"):
+        root = (str(Path(data_path).expanduser()) + os.sep).encode(errors="surrogateescape") if data_path else b""
+        paths = images.paths if isinstance(images.paths, PathList) else PathList(images.paths)
+        paths = paths if indices is None else paths.take(indices)
+        return (path.removeprefix(root) for path in paths.encoded())
+    return repeat(b"") if indices is None else map(_encoded, indices)
+
+
+def _encoded(value) -> bytes:
+    return str(value).encode(errors="surrogateescape")
 
 
 def metrics_of(log: str, epoch: float = math.inf) -> dict | None:
