@@ -17,6 +17,7 @@ from evaluation.scores import MultiLabel, MultiLabelSigmoid, TopK
 from evaluation.summaries import finetuning_summary
 from util import arguments
 from util.checkpoint.resume import find_resume
+from util.compute.recompute import recompute_cheap
 from util.data.build import build_loader
 from util.data.label_flags import add_imbalance_arguments, add_label_arguments, check_imbalance, check_labels
 from util.data.labels import class_weights, known_labels, note_imbalance, read_labelled, settle_units, with_noise
@@ -233,6 +234,8 @@ def build(args, weights: Weights | None) -> models_vit.VisionTransformer:
     if args.trainable_blocks is not None:
         freeze_encoder(model, args.trainable_blocks)
     model.set_grad_checkpointing(args.grad_checkpoint)
+    if args.recompute == "cheap":
+        recompute_cheap(model)
     return model
 
 
