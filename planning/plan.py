@@ -153,8 +153,8 @@ class Plan:
 def candidates(effective: int, gpus: int, allow_fsdp: bool = True, smallest: int = 1, **options) -> list[Setup]:
     """Return all setups that train `effective` images per step on `gpus` GPUs, in order of preference: first those
     without FSDP, then those that recompute nothing, norms and GELUs, whole blocks, then larger batches. A process
-    trains at least `smallest` images at once. `options` are further fields of `Setup`. Raises UserError if the images cannot be divided
-    evenly among the GPUs, or are too few for `smallest`."""
+    trains at least `smallest` images at once. `options` are further fields of `Setup`. Raises UserError if the images
+    cannot be divided evenly among the GPUs, or are too few for `smallest`."""
     if effective % gpus:
         raise UserError(f"--effective_batch {effective} must be a multiple of --gpus {gpus}")
     per_gpu = effective // gpus

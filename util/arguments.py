@@ -273,6 +273,13 @@ def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False
         action="store_true",
         help="compile the transformer blocks (torch.compile): takes a minute or more at the start, then saves time",
     )
+    if cached:
+        group.add_argument(
+            "--cuda_graph",
+            action="store_true",
+            help="on one GPU, launch all kernels of a step at once (a CUDA graph): for small networks and images, "
+            "whose steps wait for launches; the first such step is checked against an ordinary one",
+        )
     if trains_blocks:
         group.add_argument(
             "--grad_checkpoint",

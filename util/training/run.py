@@ -257,8 +257,11 @@ class Run:
         done."""
         total = sum(losses.values())
         self.stepper.backward(total, batch)
-        detached = {name: loss.detach() for name, loss in losses.items()}
-        self.reporter.add_losses(self.step, {"loss": total.detach(), **detached}, batch)
+        self.count_batch({"loss": total.detach(), **{name: loss.detach() for name, loss in losses.items()}}, batch)
+
+    def count_batch(self, losses: dict[str, torch.Tensor], batch: MicroBatch) -> None:
+        """Record the losses of a micro-batch, of which "loss" is the sum, and count it as done."""
+        self.reporter.add_losses(self.step, losses, batch)
         if batch.is_first_of_window:
             self.window_start = batch.position
         self.position = batch.position + 1
@@ -266,10 +269,13 @@ class Run:
     def optimizer_step(self) -> torch.Tensor:
         """Set the learning rate, clip, and step; `finish_step` must follow. Return a scalar on the device: 1 if the
         step was applied, 0 if it was skipped because of a non-finite gradient."""
-        epoch = self.epoch + self.window_start / len(self.loader)
-        self.lr = adjust_learning_rate(self.optimizer, epoch, self.args)
+        self.set_learning_rate(self.window_start)
         self.reporter.add_step(self.step, self.stepper.step())
         return self.stepper.scaler.applied
+
+    def set_learning_rate(self, position: int) -> None:
+        """Set the learning rate of the step whose window begins at micro-batch `position`."""
+        self.lr = adjust_learning_rate(self.optimizer, self.epoch + position / len(self.loader), self.args)
 
     def log(self, values: dict[str, torch.Tensor | float | None]) -> None:
         """Add values of this step, by name, to the means that are logged next; all ranks must give the same names
