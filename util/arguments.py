@@ -271,7 +271,7 @@ def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False
     group.add_argument(
         "--compile",
         action="store_true",
-        help="compile the transformer blocks (torch.compile): takes a minute or more at the start, then saves time",
+        help="compile encoder and decoder (torch.compile): takes a minute or more at the start, then saves time",
     )
     if cached:
         group.add_argument(

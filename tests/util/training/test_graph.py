@@ -10,6 +10,7 @@ from helpers.recorded import Recorded
 
 import engine_pretrain
 from methods.rcmae import RCMAE
+from util.compute.ema import ema_update
 from util.training.graph import TOLERANCE, compare
 
 RUN = f"{PRETRAIN} --amp_dtype fp32"  # 2 epochs of 5 steps
@@ -103,22 +104,24 @@ def test_a_wrong_graph_is_noticed(tmp_path, monkeypatch, capsys):
     assert same_tensors(*(checkpoint(tmp_path / each, "checkpoint-1.pth")["model"] for each in ("graph", "eager")))
 
 
+def forgetful(self, model, imgs, step, applied):
+    ema_update(self.teacher.network, model, 1 - self.momentum, applied)
+
+
 def test_a_number_of_the_recording_would_be_noticed(tmp_path, monkeypatch):
     """The stand-in is as forgetful as a graph: a method whose momentum is a number goes wrong."""
     schedule = RCMAE.schedule
     monkeypatch.setattr(RCMAE, "schedule", lambda self, step: schedule(self, step) and {})
-    after = "ema_update(self.teacher.network, model, 1 - self.momentum, applied)"
-    scope = vars(__import__("methods.rcmae", fromlist=["ema_update"]))
-    monkeypatch.setattr(RCMAE, "after_update", lambda self, model, imgs, step, applied: eval(after, scope, locals()))
+    monkeypatch.setattr(RCMAE, "after_update", forgetful)
     train(f"{RUN} --rc_mae --rc_momentum 0.5", tmp_path / "eager")
     train(f"{RUN} --rc_mae --rc_momentum 0.5", tmp_path / "graph", monkeypatch, Recorded())
     ours, theirs = (checkpoint(tmp_path / each, "checkpoint-1.pth") for each in ("graph", "eager"))
-    assert same_tensors(ours["model"], theirs["model"]) is False
+    assert not same_tensors(ours["model"], theirs["model"])
 
 
 def test_a_wait_inside_the_step_is_an_error(tmp_path, monkeypatch):
-    metrics = RCMAE.after_update
-    monkeypatch.setattr(RCMAE, "after_update", lambda self, *rest: float(rest[-1]) and metrics(self, *rest))
+    update = RCMAE.after_update
+    monkeypatch.setattr(RCMAE, "after_update", lambda self, *rest: float(rest[-1]) and update(self, *rest))
     with pytest.raises(RuntimeError, match="makes the host wait for the device inside a recorded step"):
         train(f"{RUN} --rc_mae", tmp_path, monkeypatch, Recorded())
 
