@@ -17,6 +17,7 @@ from evaluation.scores import MultiLabel, MultiLabelSigmoid, TopK
 from evaluation.summaries import finetuning_summary
 from util import arguments
 from util.checkpoint.resume import find_resume
+from util.compute.recompute import recompute_cheap
 from util.data.build import build_loader
 from util.data.draws import settle_sample_rng
 from util.data.label_flags import add_imbalance_arguments, add_label_arguments, check_imbalance, check_labels
@@ -235,6 +236,8 @@ def build(args, weights: Weights | None) -> models_vit.VisionTransformer:
     if args.trainable_blocks is not None:
         freeze_encoder(model, args.trainable_blocks)
     model.set_grad_checkpointing(args.grad_checkpoint)
+    if args.recompute == "cheap":
+        recompute_cheap(model)
     return model
 
 

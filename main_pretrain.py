@@ -21,6 +21,7 @@ from util.checkpoint.resume import find_resume, stored_flags
 from util.checkpoint.same_run import FREE_FLAGS
 from util.compute.kernels import choose_attention
 from util.compute.precision import choose_amp_dtype
+from util.compute.recompute import recompute_cheap
 from util.data.batch_aug import BatchTransform
 from util.data.build import build_loader, check_enough
 from util.data.cache import CACHES, CachedLoader, cache_images
@@ -299,6 +300,8 @@ def main(args) -> None:
     dtype = choose_amp_dtype(args.amp_dtype, device)
     choose_attention(args.attention, device, dtype, model)
     model.set_grad_checkpointing(args.grad_checkpoint)
+    if args.recompute == "cheap":
+        recompute_cheap(model)
     images = read_training_images(args)
     resume, weights = read_starting_weights(args, model)
     settle_sample_rng(args, stored_flags(resume, None))

@@ -63,6 +63,8 @@ class Block(vision_transformer.Block):
 class PatchEncoder(GradCheckpointMixin, nn.Module):
     """The encoder of a masked autoencoder: patch embedding, [cls] token, fixed positions, blocks, norm."""
 
+    compiled_parts: tuple[str, ...] = ("encode",)  # methods that `--compile` compiles whole
+
     def __init__(
         self,
         img_size=224,

@@ -160,6 +160,8 @@ class GridViT(VisionTransformer):
     later blocks are not run, nor trained. Without `final_norm` the encoder has no norm after its last block.
     """
 
+    compiled_parts = ()  # its images have several sizes, and its blocks differ: each is compiled
+
     def __init__(
         self,
         feature_blocks: Sequence[int],

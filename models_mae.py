@@ -84,6 +84,8 @@ class MaskedAutoencoderViT(PatchEncoder):
     `img_size` is the side of a square image or (H, W). The tensor names are those of the released MAE checkpoints.
     """
 
+    compiled_parts = ("encode", "_decode")
+
     def __init__(
         self,
         img_size=224,
@@ -308,6 +310,8 @@ class CrossMaskedAutoencoderViT(MaskedAutoencoderViT):
     removed patches. This reduces the cost of queries and MLPs to that fraction, but not the cost of the visible tokens'
     keys and values. The paper's prediction ratio is `decoder_fraction` * mask ratio.
     """
+
+    compiled_parts = ("encode", "decode_removed")
 
     def __init__(self, *, decoder_depth=8, decoder_fraction=1.0, mlp_ratio=4.0, norm_layer=nn.LayerNorm, **config):
         super().__init__(decoder_depth=0, mlp_ratio=mlp_ratio, norm_layer=norm_layer, **config)

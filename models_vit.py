@@ -39,6 +39,8 @@ class VisionTransformer(GradCheckpointMixin, nn.Module):
     2016). Position embeddings are trained. `num_classes=0` leaves out the head.
     """
 
+    compiled_parts: tuple[str, ...] = ("forward_tokens",)  # methods that `--compile` compiles whole
+
     def __init__(
         self,
         global_pool=False,

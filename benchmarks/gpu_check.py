@@ -102,6 +102,7 @@ def data(setting: Setting) -> Iterator[Job]:
     """Whole epochs by every way to the batch: images per second, and the share of time that training waits."""
     model = "mae_vit_micro_patch4" if setting.rehearse else "mae_deit_tiny_patch4 --batch_size 512"
     ways = {"files": "", "ram": "--data_cache ram", "device": "--data_cache device"}
+    ways["graph"] = "--data_cache device --cuda_graph"
     if not setting.rehearse and "imagefolder" in setting.images:
         ways["nvjpeg"] = "--data_cache device --nvjpeg"
     for way, flags in ways.items():

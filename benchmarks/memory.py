@@ -25,6 +25,7 @@ from models_mae import MODELS, MaskedAutoencoderViT
 from planning.footprint import GIB, Setup, moments, sizes_of
 from util.compute.kernels import attention_is_fused
 from util.compute.precision import DTYPES
+from util.compute.recompute import recompute_cheap
 from util.errors import UserError, user_errors
 from util.parallel.distributed import setup_for_distributed
 from util.parallel.fsdp import shard
@@ -42,6 +43,8 @@ class Step(_measure.Variant):
         options = argparse.Namespace(**vars(options) | {"batch_size": setup.batch, "mask_ratio": 0.75})
         super().__init__(METHODS[setup.teacher], options)
         self.pretrainer.model.set_grad_checkpointing(setup.grad_checkpoint)
+        if setup.recompute:
+            recompute_cheap(self.pretrainer.model)
         for module in self.pretrainer.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = setup.fused
@@ -116,14 +119,15 @@ def setups(options) -> list[tuple[str, Setup]]:
                 dist.get_world_size() if dist.is_initialized() else 1,
                 fsdp=options.mode == "fsdp",
                 element=DTYPES[name].itemsize,
-                grad_checkpoint=again,
+                grad_checkpoint=again == "blocks",
+                recompute=again == "cheap",
                 teacher=teacher,
                 fused=attention_is_fused("auto", torch.device(options.device), DTYPES[name]),
             ),
         )
         for name in options.amp_dtype
         for batch in options.batch_size
-        for again in (False, True)
+        for again in options.recompute
         for teacher in options.teacher
     ]
 
@@ -142,11 +146,15 @@ def join(options) -> None:
         options.device = "cpu" if options.device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
 
 
+def recomputed(setup: Setup) -> str:
+    return "blocks" if setup.grad_checkpoint else "cheap" if setup.recompute else "no"
+
+
 def main(options) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     join(options)
-    print("| model | batch | type | grad_checkpoint | teacher | predicted, MiB | measured, MiB | ratio | peak at |")
+    print("| model | batch | type | recomputed | teacher | predicted, MiB | measured, MiB | ratio | peak at |")
     print("|---|---|---|---|---|---|---|---|---|")
     worst = 0.0
     for model in options.model:
@@ -155,7 +163,7 @@ def main(options) -> None:
             moment, predicted, actual = _measure.quietly(lambda case=case, setup=setup: compared(case, setup))
             worst = max(worst, abs(predicted / actual - 1))
             print(
-                f"| {model} | {setup.batch} | {dtype} | {'yes' if setup.grad_checkpoint else 'no'} | {setup.teacher} | "
+                f"| {model} | {setup.batch} | {dtype} | {recomputed(setup)} | {setup.teacher} | "
                 f"{predicted / GIB * 1024:.0f} | {actual / GIB * 1024:.0f} | {predicted / actual:.3f} | {moment} |",
                 flush=True,
             )
@@ -172,6 +180,13 @@ def get_args_parser():
     parser.add_argument("--batch_size", nargs="+", type=int, default=[4, 16])
     parser.add_argument("--amp_dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--teacher", nargs="+", default=["none"], choices=METHODS)
+    parser.add_argument(
+        "--recompute",
+        nargs="+",
+        default=["no", "cheap", "blocks"],
+        choices=["no", "cheap", "blocks"],
+        help="what the backward pass recomputes: nothing, norms and GELUs (--recompute cheap), --grad_checkpoint",
+    )
     parser.add_argument("--mode", default="one", choices=["one", "ddp", "fsdp"], help="ddp and fsdp through torchrun")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")

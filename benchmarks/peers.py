@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 from models_mae import build_model
-from util.compute.kernels import attention_is_fused, compile_blocks
+from util.compute.kernels import attention_is_fused, compile_networks
 from util.compute.precision import DTYPES, autocast
+from util.compute.recompute import recompute_cheap
 from util.errors import user_errors
 from util.parallel.distributed import choose_device
 from util.report.mfu import flop_counter, matrix_rate
@@ -134,7 +135,9 @@ class Peer:
             if hasattr(module, "fused_attn"):
                 module.fused_attn = attention_is_fused("auto", self.device, self.dtype)
         if "compiled" in implementation:
-            compile_blocks(ours)
+            compile_networks(ours)
+        if "recomputing" in implementation:
+            recompute_cheap(ours)
         return ours.to(self.device).train()
 
     def step(self) -> float:
@@ -198,7 +201,8 @@ def main(options, argv: list[str]) -> None:
     if options.memory_of:
         print(_measure.peak_memory(lambda: Peer(options.memory_of, options), steps=2))
         return
-    implementations = ["ours", *(["ours compiled"] if options.compile else []), "Hugging Face", "lightly"]
+    ours = ["ours", *["ours compiled"] * options.compile, *["ours recomputing"] * options.recompute]
+    implementations = [*ours, "Hugging Face", "lightly"]
     implementations = [implementation for implementation in implementations if installed(implementation)]
     if "Hugging Face" in implementations:
         same_losses(options)
@@ -236,6 +240,7 @@ def get_args_parser():
     parser = _measure.parser(__doc__.split("\n")[0], rounds=8, steps=1)
     parser.add_argument("--types", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--compile", action="store_true", help="with a row for ours compiled")
+    parser.add_argument("--recompute", action="store_true", help="with a row for ours with --recompute cheap")
     return parser
 
 

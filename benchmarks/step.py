@@ -14,7 +14,7 @@ import _measure
 import torch
 from plain import plain
 
-from util.compute.kernels import attention_is_fused, compile_blocks
+from util.compute.kernels import attention_is_fused, compile_networks
 from util.errors import user_errors
 
 # Name: (attention, pieces of the step, compiled).
@@ -39,7 +39,7 @@ class Step(_measure.Variant):
             if hasattr(module, "fused_attn"):
                 module.fused_attn = attention_is_fused(attention, self.device, self.dtype)
         if compiled:
-            compile_blocks(model)
+            compile_networks(model)
         generator = torch.Generator().manual_seed(0)
         self.noise = torch.rand(len(self.imgs), model.patch_embed.num_patches, generator=generator).to(self.device)
         self.first_loss = None

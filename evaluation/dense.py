@@ -13,6 +13,7 @@ from models_grid import RELATIVE, GridViT
 from util import arguments
 from util.checkpoint.resume import stored_flags
 from util.checkpoint.same_run import plain
+from util.compute.recompute import recompute_cheap
 from util.data.dense.annotated import Annotated
 from util.data.draws import settle_sample_rng
 from util.data.image_format import image_shape
@@ -205,6 +206,8 @@ def load_start(model: GridViT, args, weights: Weights | None) -> None:
     if args.trainable_blocks is not None:
         model.train_last_blocks(args.trainable_blocks)
     model.set_grad_checkpointing(args.grad_checkpoint)
+    if args.recompute == "cheap":
+        recompute_cheap(model)
 
 
 def with_relative(weights: Weights, model: GridViT) -> Weights:

@@ -16,6 +16,7 @@ from util.report import ledger
 
 # Flags that change results by rounding at most. The number of processes is not among them: it changes the batch.
 IRRELEVANT = FREE_FLAGS - {"world_size"} | {"out", "compile", "attention", "grad_checkpoint", "log_mfu", "no_pin_mem"}
+IRRELEVANT |= {"recompute", "cuda_graph"}
 IRRELEVANT |= {"download", "train_list", "val_list", "max_bad_fraction", "dist_eval", "dist_on_itp", "resplit"}
 IRRELEVANT |= {"init_from", "data", "seed", "checkpoint", "tile_size"}
 IRRELEVANT |= {"image_column", "label_column", "group_column", "label_sep"}

@@ -1,6 +1,8 @@
 """The interface of a pretraining method: the hooks that `methods/pretrainer.py` calls."""
 
 import argparse
+from collections.abc import Hashable
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -155,6 +157,32 @@ class Method(nn.Module):
 
         Return a sentence if something changes now that explains a jump in a curve, such as another target. It is
         printed, and shown in TensorBoard's TEXT tab at this step."""
+
+    # What `schedule` returned for the present step.
+    scheduled: ClassVar[dict[str, float | torch.Tensor]] = {}
+
+    # CUDA graphs (`--cuda_graph`): the kernels of a step are recorded once, and its Python code does not run again.
+
+    def graph_obstacle(self) -> str:
+        """Return why the steps of this method cannot be recorded, "" if they can: a clause for a message.
+
+        They can be if its hooks of the training step wait for no value, and if what Python computes in them is the same
+        in every step, except for the numbers of `schedule` and for changes of `graph_branch`. By default that is
+        assumed of methods without an `after_update` and a `before_epoch` of their own."""
+        for name in ("after_update", "before_epoch"):
+            if getattr(type(self), name) is not getattr(Method, name):
+                return f"its {name} may do something else in every step"
+        return ""
+
+    def graph_branch(self) -> Hashable:
+        """Return the values that decide which operations a step consists of. When they change, the step is recorded
+        anew."""
+
+    def schedule(self, step: int) -> dict[str, float]:
+        """Called once for every optimizer step, before `after_update`, also if that is replayed: count here. Return the
+        numbers of `after_update` that change from step to step. It finds them in `self.scheduled`: as numbers, or with
+        `--cuda_graph` as float64 scalars on the device."""
+        return {}
 
     # Reporting
 

@@ -164,8 +164,15 @@ class Bootstrap(Method):
             f"reconstructions are no longer drawn"
         )
 
-    def after_update(self, model, imgs, step, applied) -> None:
+    def schedule(self, step: int) -> dict[str, float]:
         self.age += 1 / self.epoch_steps
+        return {}
+
+    def graph_obstacle(self) -> str:
+        return ""  # `before_epoch` changes weights in place, and the branch
+
+    def graph_branch(self) -> bool:
+        return self.ready
 
     # Setup, logs, checkpoints.
 
@@ -279,14 +286,16 @@ class EMAMAE(Bootstrap):
         if not self.ready and epoch >= self.warmup:
             return self.copy_student(model, epoch)
         if self.ready and not self.per_step:
-            self._update_target(model, 1.0)
+            ema_update(self.target.network, model, self.tau)
+            self.age *= 1 - self.tau
         return None
 
-    def after_update(self, model, imgs, step, applied) -> None:
-        super().after_update(model, imgs, step, applied)
+    def schedule(self, step: int) -> dict[str, float]:
+        super().schedule(step)
         if self.ready and self.per_step:
-            self._update_target(model, applied)
+            self.age *= 1 - self.tau
+        return {}
 
-    def _update_target(self, model, applied) -> None:
-        ema_update(self.target.network, model, self.tau, applied)
-        self.age *= 1 - self.tau
+    def after_update(self, model, imgs, step, applied) -> None:
+        if self.ready and self.per_step:
+            ema_update(self.target.network, model, self.tau, applied)

@@ -1,6 +1,6 @@
 """The autoencoder and the enabled methods as one module."""
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -75,6 +75,23 @@ class Pretrainer(nn.Module):
         return [sentence for sentence in sentences if sentence]
 
     def after_update(self, imgs, step: int, applied: torch.Tensor) -> None:
+        """Call `schedule` and `after_update` of all methods."""
+        self.use(self.schedule(step))
+        self.update(imgs, step, applied)
+
+    def schedule(self, step: int) -> dict[str, float]:
+        """Return the numbers of all methods' schedules, as "method.number"."""
+        scheduled = [(name, method.schedule(step)) for name, method in self.methods.items()]
+        return {f"{method}.{name}": value for method, numbers in scheduled for name, value in numbers.items()}
+
+    def use(self, numbers: dict[str, float | torch.Tensor]) -> None:
+        """Give the methods the numbers of `schedule`, or scalars on the device of the same names."""
+        for key, method in self.methods.items():
+            mine = {name: value for name, value in numbers.items() if name.startswith(f"{key}.")}
+            method.scheduled = {name.removeprefix(f"{key}."): value for name, value in mine.items()}
+
+    def update(self, imgs, step: int, applied: torch.Tensor) -> None:
+        """Call `after_update` of all methods."""
         for method in self.methods.values():
             method.after_update(self.model, imgs, step, applied)
 
@@ -87,6 +104,14 @@ class Pretrainer(nn.Module):
         scores = _first(method.preview_scores(self.model, imgs, noise) for method in self.methods.values())
         self.train(was_training)
         return noise if scores is None else scores
+
+    def graph_obstacle(self) -> str:
+        """Return why the steps cannot be recorded as a CUDA graph because of a method, "" if they can."""
+        found = ((method.flag, method.graph_obstacle()) for method in self.methods.values())
+        return next((f"{flag}: {obstacle}" for flag, obstacle in found if obstacle), "")
+
+    def graph_branch(self) -> tuple[Hashable, ...]:
+        return tuple(method.graph_branch() for method in self.methods.values())
 
     @property
     def shows_pixels(self) -> bool:

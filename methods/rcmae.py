@@ -117,7 +117,7 @@ class RCMAE(Method):
 
     def __init__(self, args, model: MaskedAutoencoderViT):
         super().__init__()
-        self.gamma, self.base, self.schedule = args.rc_gamma, args.rc_momentum, args.rc_schedule
+        self.gamma, self.base, self.momentum_schedule = args.rc_gamma, args.rc_momentum, args.rc_schedule
         self.own_mask, self.diagnostics_every, self.ratio = (
             args.rc_mask == "different",
             args.log_grad_cosine,
@@ -143,11 +143,18 @@ class RCMAE(Method):
             prediction = predict(teacher, head, imgs, scores, out)
         return consistency_loss(out, prediction)
 
+    def schedule(self, step: int) -> dict[str, float]:
+        self.momentum = momentum_at(step, self.steps, self.base, self.momentum_schedule)
+        return {"rate": 1 - self.momentum}
+
     def after_update(self, model, imgs, step: int, applied: torch.Tensor) -> None:
-        self.momentum = momentum_at(step, self.steps, self.base, self.schedule)
-        ema_update(self.teacher.network, model, 1 - self.momentum, applied)
+        rate = self.scheduled["rate"]
+        ema_update(self.teacher.network, model, rate, applied)
         for name, head in self.heads.items():
-            ema_update(head.network, self._students[name], 1 - self.momentum, applied)
+            ema_update(head.network, self._students[name], rate, applied)
+
+    def graph_obstacle(self) -> str:
+        return ""  # the momentum is in `schedule`
 
     def diagnostics(self, pretrainer, imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor | None]:
         model = pretrainer.model

@@ -15,6 +15,7 @@ from torchvision.ops import roi_align
 from planning.footprint import Setup
 from planning.simulate import Build, Losses, Simulation, simulate
 from util.compute.precision import widened
+from util.compute.recompute import recompute_cheap
 
 OBJECTS = 10  # in an image, whose masks are on the device; COCO has 7 on average
 
@@ -78,28 +79,30 @@ class DenseTraining:
         self.frozen = sum(p.numel() for p in model.parameters()) - self.trained
         self.fixed_bytes = sum(buffer.nbytes for buffer in model.buffers())
         self.blocks = len(model.blocks)
-        self._simulations: dict[tuple[int, bool], Simulation] = {}
+        self._simulations: dict[tuple[int, bool, bool], Simulation] = {}
 
     def teacher_weights(self, teacher: str) -> int:
         """Return 0: there is none."""
         return 0
 
-    def simulation(self, element: int, grad_checkpoint: bool) -> Simulation:
+    def simulation(self, element: int, grad_checkpoint: bool = False, recompute: bool = False) -> Simulation:
         """Return the simulated step with `element` bytes of a number in matrix products."""
 
         def build() -> nn.Module:
             model = self.build()
             model.set_grad_checkpointing(grad_checkpoint)
+            if recompute:
+                recompute_cheap(model)
             return model
 
-        key = element, grad_checkpoint
+        key = element, grad_checkpoint, recompute
         if key not in self._simulations:
             self._simulations[key] = simulate(build, self.losses, self.shape, element)
         return self._simulations[key]
 
     def flops(self, setup: Setup) -> dict[str, int]:
         """Return the FLOPs of matrix products per image and step, by pass."""
-        plain = self.simulation(setup.element, False).flops()
+        plain = self.simulation(setup.element).flops()
         if not setup.grad_checkpoint:
             return {"forward and backward": plain}
         return {"forward and backward": plain, "recomputed": self.simulation(setup.element, True).flops() - plain}
@@ -113,5 +116,6 @@ class DenseTraining:
             "images": 4 * setup.batch * channels * height * width,
         }
         persist = setup.accum > 1 or setup.gpus > 1
-        moment, contents = self.simulation(setup.element, setup.grad_checkpoint).peak(setup.batch, persist)
+        simulation = self.simulation(setup.element, setup.grad_checkpoint, setup.recompute)
+        moment, contents = simulation.peak(setup.batch, persist)
         return {moment: held | contents, "optimizer": held | {"gradients": 4 * self.trained}}

@@ -93,13 +93,14 @@ class Setup:
     element: int = 2  # bytes of a number in matrix products
     fused: bool = True  # attention in one kernel; else two products and a softmax in `element` bytes, as on a CPU
     grad_checkpoint: bool = False
+    recompute: bool = False  # of norms and GELUs (`--recompute cheap`)
     fsdp: bool = False
     teacher: str = "none"  # "encoder" (whole images: MAE-K, EMA-MAE), "autoencoder" (visible patches: RC-MAE)
 
     @property
     def name(self) -> str:
         mode = "one GPU" if self.gpus == 1 else "fsdp" if self.fsdp else "ddp"
-        return mode + (" + grad_checkpoint" if self.grad_checkpoint else "")
+        return mode + (" + grad_checkpoint" if self.grad_checkpoint else " + recompute" if self.recompute else "")
 
 
 class Workload(Protocol):
@@ -136,14 +137,17 @@ class Part:
 # Parts of the network ------------------------------------------------------------------------------------------------
 
 
-def block_saved(tokens: int, outputs: int, width: int, heads: int, element: int, fused: bool) -> int:
+def block_saved(tokens: int, outputs: int, width: int, heads: int, setup: Setup) -> int:
     """Return the bytes per image that a block with `tokens` input tokens and `outputs` output tokens keeps for the
     backward pass: the inputs of both norms with their mean and standard deviation; the inputs of qkv and fc1; q, k and
     v; the output of attention; the input and output of GELU; and the attention weights (if fused, one number per
-    row)."""
+    row). With `recompute` the outputs of norms and GELU, which are the inputs of qkv, fc1 and fc2, are not kept."""
+    element, fused = setup.element, setup.fused
     queries = tokens if fused else outputs  # the kernel keeps views of all queries, the product a copy of those used
     kept = tokens * (4 * width + 8) + outputs * (4 * width + 8)
     kept += element * width * (tokens + 2 * tokens + queries + 10 * outputs)
+    if setup.recompute:
+        kept -= element * width * (tokens + 5 * outputs)
     return kept + heads * outputs * (4 if fused else element * tokens)
 
 
@@ -157,7 +161,7 @@ def block(tokens: int, width: int, heads: int, setup: Setup, outputs: int | None
     """Return a transformer block with `tokens` input tokens, all of which are keys and values, and `outputs` output
     tokens (None: all)."""
     outputs = tokens if outputs is None else outputs
-    saved = block_saved(tokens, outputs, width, heads, setup.element, setup.fused)
+    saved = block_saved(tokens, outputs, width, heads, setup)
     temporary = block_temporary(outputs, width, setup.element)
     if setup.grad_checkpoint:  # only the input is kept; the rest exists during the block's backward pass
         saved, temporary = 4 * tokens * width, temporary + saved - 4 * tokens * width

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from planning.footprint import GIB, Setup, Workload, peak
 from util.errors import UserError
 
+RECOMPUTE_TIME = 1.04  # of a step with `--recompute cheap`, that of a step without it = 1 (benchmarks/README.md)
 OPTIMIZER_BYTES = 28  # moved by AdamW per weight: it reads and writes weight and two moments, and reads the gradient
 
 # Time ----------------------------------------------------------------------------------------------------------------
@@ -67,6 +68,7 @@ def seconds(work: Workload, setup: Setup, machine: Machine) -> Seconds:
     """Return the time of one optimizer step of `setup.accum` micro-batches."""
     counted = work.flops(setup)
     arithmetic = setup.batch * sum(counted.values()) / (machine.tflops * 1e12 * machine.mfu / 100)
+    arithmetic *= RECOMPUTE_TIME if setup.recompute else 1.0
     passes = 4 if setup.grad_checkpoint else 3
     micro = max(arithmetic, work.blocks * machine.launch_time * passes / 3)
     # The backward pass takes two thirds of the FLOPs of forward and backward, and includes the recomputation.
@@ -150,9 +152,9 @@ class Plan:
 
 def candidates(effective: int, gpus: int, allow_fsdp: bool = True, smallest: int = 1, **options) -> list[Setup]:
     """Return all setups that train `effective` images per step on `gpus` GPUs, in order of preference: first those
-    without FSDP, then those without `grad_checkpoint`, then larger batches. A process trains at least
-    `smallest` images at once. `options` are further fields of `Setup`. Raises UserError if the images cannot be divided
-    evenly among the GPUs, or are too few for `smallest`."""
+    without FSDP, then those that recompute nothing, norms and GELUs, whole blocks, then larger batches. A process
+    trains at least `smallest` images at once. `options` are further fields of `Setup`. Raises UserError if the images
+    cannot be divided evenly among the GPUs, or are too few for `smallest`."""
     if effective % gpus:
         raise UserError(f"--effective_batch {effective} must be a multiple of --gpus {gpus}")
     per_gpu = effective // gpus
@@ -160,9 +162,9 @@ def candidates(effective: int, gpus: int, allow_fsdp: bool = True, smallest: int
     if not batches:
         raise UserError(f"--effective_batch {effective} gives {per_gpu} images to each of --gpus {gpus}: too few")
     return [
-        Setup(batch, gpus, per_gpu // batch, fsdp=fsdp, grad_checkpoint=grad_checkpoint, **options)
+        Setup(batch, gpus, per_gpu // batch, fsdp=fsdp, recompute=cheap, grad_checkpoint=blocks, **options)
         for fsdp in ([False, True] if gpus > 1 and allow_fsdp else [False])
-        for grad_checkpoint in (False, True)
+        for cheap, blocks in ((False, False), (True, False), (False, True))
         for batch in batches
     ]
 
@@ -173,10 +175,10 @@ def plan(work: Workload, machine: Machine, effective: int, gpus: int, **options)
     with `fits` False."""
     plans = []
     for setup in candidates(effective, gpus, **options):
-        if setup.grad_checkpoint and any(
+        if (setup.recompute or setup.grad_checkpoint) and any(
             other.fits and other.setup.fsdp == setup.fsdp and other.setup.batch >= setup.batch for other in plans
         ):
-            continue  # one without recomputation fits, and is faster
+            continue  # one with less recomputation, or none, fits and is faster
         moment, memory = peak(work, setup)
         fits = sum(memory.values()) <= machine.usable
         plans.append(Plan(work, setup, machine, fits, moment, memory, seconds(work, setup, machine)))

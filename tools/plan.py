@@ -259,6 +259,7 @@ def command(args, model: str, result: Plan) -> str:
         if getattr(args, name):
             flags += f" --{name} {getattr(args, name):.10g}"
     flags += "".join(f" --{name}" for name in ("fsdp", "grad_checkpoint") if getattr(setup, name))
+    flags += " --recompute cheap" * setup.recompute
     if args.task == "pretrain":
         flags += f" --mask_ratio {args.mask_ratio:g} --norm_pix_loss --blr 1.5e-4"  # He et al., Table 8
     else:

@@ -257,7 +257,8 @@ def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False
     gpu = "--data_cache device for small images, " * cached
     pixels = ", except that --data_cache draws other crops (of the same distribution)" * cached
     pixels += " and that --cache_size and --nvjpeg change pixels" * cached
-    memory = ", ".join(["--accum_iter", *["--grad_checkpoint"] * trains_blocks, *["then --fsdp"] * cached])
+    again = ["--recompute cheap", "--grad_checkpoint"] * trains_blocks
+    memory = ", ".join(["--accum_iter", *again, *["then --fsdp"] * cached])
     group = parser.add_argument_group(
         "speed and memory",
         f"These flags change results only by rounding{pixels}. On a laptop: the defaults{laptop}. On one GPU: {gpu}"
@@ -274,13 +275,27 @@ def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False
     group.add_argument(
         "--compile",
         action="store_true",
-        help="compile the transformer blocks (torch.compile): takes a minute or more at the start, then saves time",
+        help="compile encoder and decoder (torch.compile): takes a minute or more at the start, then saves time",
     )
+    if cached:
+        group.add_argument(
+            "--cuda_graph",
+            action="store_true",
+            help="on one GPU, launch all kernels of a step at once (a CUDA graph): for small networks and images, "
+            "whose steps wait for launches; the first such step is checked against an ordinary one",
+        )
     if trains_blocks:
         group.add_argument(
             "--grad_checkpoint",
             action="store_true",
             help="recompute blocks in the backward pass: a third more time, far less memory",
+        )
+        group.add_argument(
+            "--recompute",
+            default="none",
+            choices=["none", "cheap"],
+            help="cheap: recompute norms and GELUs in the backward pass, which saves a third of the activations for a "
+            "few percent of time; every number stays the same",
         )
     rare(
         group.add_argument(
@@ -397,6 +412,17 @@ def check_values(args) -> None:
         raise UserError(f"--start_epoch {args.start_epoch} leaves none of the --epochs {args.epochs} to train")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite contradict each other: give one of them")
+    check_recompute(args)
+
+
+def check_recompute(args) -> None:
+    """Raise UserError for `--recompute cheap` beside a flag that recomputes as much or more."""
+    if getattr(args, "recompute", "none") == "none":
+        return
+    if args.grad_checkpoint:
+        raise UserError("--grad_checkpoint recomputes whole blocks, norms and GELUs included: leave --recompute out")
+    if args.compile:
+        raise UserError("--recompute has no effect on compiled blocks, which choose what they recompute: leave it out")
 
 
 # Flags without effect on an evaluation, by group: optimization, partial fine-tuning, augmentation, labels, run, probe.
@@ -423,10 +449,10 @@ def check_draft(jpeg_draft: bool, crops: bool) -> None:
 
 
 def check_speed_flags(args, trains: bool, condition: str) -> None:
-    """Raise UserError for `--compile`, `--grad_checkpoint` or `--log_mfu` if the network is not trained. `condition` is
-    the end of the message, such as "with --eval"."""
-    for name in ("compile", "grad_checkpoint", "log_mfu"):
-        if not trains and getattr(args, name, False):
+    """Raise UserError for `--compile`, `--grad_checkpoint`, `--recompute` or `--log_mfu` if the network is not trained.
+    `condition` is the end of the message, such as "with --eval"."""
+    for name in ("compile", "grad_checkpoint", "recompute", "log_mfu"):
+        if not trains and getattr(args, name, False) not in (False, "none"):
             raise UserError(f"--{name} has no effect {condition}")
 
 

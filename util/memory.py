@@ -39,7 +39,7 @@ def _advice(flags: dict, gpu: bool) -> str:
         keeps = " and raise --accum_iter by the same factor, which keeps the effective batch"
         ways.append(f"lower --batch_size (now {flags['batch_size']}){keeps * (trains and 'accum_iter' in flags)}")
     if trains and flags.get("grad_checkpoint") is False:
-        ways.append("give --grad_checkpoint")
+        ways.append("give " + "--recompute cheap or " * (flags.get("recompute") == "none") + "--grad_checkpoint")
     if trains and flags.get("fsdp") is False:
         ways.append("give --fsdp, on several GPUs")
     if flags.get("data_cache", "none") in (["device"] if gpu else ["ram", "device"]):

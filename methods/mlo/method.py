@@ -159,6 +159,9 @@ class MLOMAE(Method):
     def attach(self, optimizer) -> None:
         self.inner = optimizer
 
+    def graph_obstacle(self) -> str:
+        return "its hooks keep images, draw labelled ones and log what they compute"
+
     # Stage I ----------------------------------------------------------------------------------------------------------
 
     def tokens(self, model, imgs) -> torch.Tensor:

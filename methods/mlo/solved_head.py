@@ -23,6 +23,7 @@ from methods.mlo.inner_problems import gradient_of, mean_over_ranks, trainable
 from util.parallel.distributed import get_rank, get_world_size
 
 EPS = 1e-6
+CG_CHECK = 16  # a solution takes about 40 iterations
 
 
 def standardized(features: Tensor, reference: Tensor) -> Tensor:
@@ -31,20 +32,27 @@ def standardized(features: Tensor, reference: Tensor) -> Tensor:
     return (features - reference.mean(0)) / (reference.var(0, correction=0) + EPS).sqrt()
 
 
-def conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, tolerance: float) -> Tensor:
+def conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, tolerance: float | Tensor) -> Tensor:
     """Return the solution of apply(x) = right for a symmetric positive definite operator, to `tolerance` relative to
-    `right`."""
+    `right`.
+
+    An iteration that starts with a residual below the goal (or NaN) changes nothing. So the host may look at the
+    residual rarely: on a GPU every `CG_CHECK` iterations, because it has to wait for the device; on a CPU always.
+    """
+    every = 1 if right.device.type == "cpu" else CG_CHECK
     solution, residual = torch.zeros_like(right), right.clone()
     direction, square = residual.clone(), residual @ residual
     goal = tolerance**2 * square
-    for _ in range(10 * len(right)):  # with rounding, more iterations than unknowns
-        if not square > goal:  # also true for NaN
+    for iteration in range(10 * len(right)):  # with rounding, more iterations than unknowns
+        active = square > goal  # False for NaN
+        if iteration % every == every - 1 and not active:
             break
         product = apply(direction)
         step = square / (direction @ product)
-        solution, residual = solution + step * direction, residual - step * product
-        square, before = residual @ residual, square
-        direction = residual + square / before * direction
+        solution = torch.where(active, solution + step * direction, solution)
+        residual = torch.where(active, residual - step * product, residual)
+        square, before = torch.where(active, residual @ residual, square), square
+        direction = torch.where(active, residual + square / before * direction, direction)
     return solution
 
 
@@ -80,7 +88,9 @@ class HeadFit:
             length = gradient.detach().norm()
             if not length > tolerance:  # also true for NaN
                 break
-            step = conjugate_gradients(hessian_product(vector, gradient), gradient.detach(), min(0.1, length.sqrt()))
+            step = conjugate_gradients(
+                hessian_product(vector, gradient), gradient.detach(), length.sqrt().clamp(max=0.1)
+            )
             decrease, share = 1e-4 * (gradient.detach() @ step), 1.0
             while share > 1e-6:
                 candidate = (vector - share * step).detach()

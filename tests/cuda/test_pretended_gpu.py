@@ -25,8 +25,10 @@ from helpers.gpu_runs import (
     watch_steps,
 )
 from helpers.parsers import parser_of
+from helpers.recorded import Recorded
 
 import engine_finetune
+import engine_pretrain
 from methods.pretrainer import Pretrainer
 from util.training.run import Run
 
@@ -85,6 +87,18 @@ def test_supervised_training(pretrained, tmp_path, name):
     if name not in {"cached"} | OTHER_NUMBERS:  # cached features: probe.json
         run(main, flags, tmp_path / "cpu", "cpu")
         check_same(rows(tmp_path / "cuda"), rows(tmp_path / "cpu"))
+
+
+@pytest.mark.parametrize("name", ["mae", "ema_and_rc"])
+def test_replayed_steps(tmp_path, monkeypatch, name):
+    """`--cuda_graph` with a stand-in for graphs: nothing of the step is on the host or waits for the device, nor does
+    what is around a replay. The learning rate is rounded to float32."""
+    recorder, flags = Recorded(), f"{PRETRAIN} {METHODS[name]}"
+    monkeypatch.setattr(engine_pretrain, "recorder_for", lambda device: recorder)
+    assert run("main_pretrain", f"{flags} --cuda_graph", tmp_path / "cuda").waits == []
+    assert recorder.recordings == 1 and recorder.replays == 7
+    run("main_pretrain", flags, tmp_path / "cpu", "cpu")
+    check_same(rows(tmp_path / "cuda"), rows(tmp_path / "cpu"))
 
 
 TOOLS = {

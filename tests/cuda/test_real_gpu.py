@@ -40,6 +40,28 @@ def test_pretraining(pretrained, tmp_path, name):
     check_close(rows(tmp_path / "cuda"), rows(tmp_path / "cpu"), 0.02)
 
 
+GRAPHED = ["mae", "bf16", "mae_k", "ema_and_rc", "dmae", "u_mae"]
+
+
+@pytest.mark.parametrize("name", GRAPHED)
+def test_cuda_graph(pretrained, tmp_path, capsys, name):
+    """Replayed steps follow eager ones. Products have the same types; only the learning rate is rounded."""
+    flags = f"{PRETRAIN} {METHODS[name].format(pretrained=pretrained)} --epochs 3"
+    run("main_pretrain", f"{flags} --cuda_graph", tmp_path / "graph")
+    said = capsys.readouterr().out
+    assert "--cuda_graph: a replayed step equals an eager one" in said and "differs" not in said
+    run("main_pretrain", flags, tmp_path / "eager")
+    check_close(rows(tmp_path / "graph"), rows(tmp_path / "eager"), 1e-3)
+
+
+@pytest.mark.parametrize("flags", ["--compile", "--recompute cheap", "--amp_dtype fp16", "--log_mfu"])
+def test_cuda_graph_beside_other_flags(tmp_path, capsys, flags):
+    run("main_pretrain", f"{PRETRAIN} --rc_mae {flags} --cuda_graph", tmp_path / "graph", waits=True)
+    assert "--cuda_graph: a replayed step equals an eager one" in capsys.readouterr().out
+    run("main_pretrain", f"{PRETRAIN} --rc_mae {flags}", tmp_path / "eager", waits=True)
+    check_close(rows(tmp_path / "graph"), rows(tmp_path / "eager"), 1e-2)
+
+
 @pytest.mark.parametrize("name", [name for name in SUPERVISED if name != "cached"])
 def test_supervised_training(pretrained, tmp_path, name):
     main, flags = SUPERVISED[name]
@@ -49,9 +71,10 @@ def test_supervised_training(pretrained, tmp_path, name):
     check_close(rows(tmp_path / "cuda"), rows(tmp_path / "cpu"), 0.05)
 
 
+@pytest.mark.parametrize("graph", ["", "--cuda_graph"])
 @pytest.mark.parametrize("name", ["mae", "ema_and_rc", "bf16"])
-def test_deterministic_runs_are_resumed_bit_by_bit(tmp_path, name):
-    flags = f"{PRETRAIN} {METHODS[name]} --epochs 2 --save_freq 1 --keep 0 --deterministic"
+def test_deterministic_runs_are_resumed_bit_by_bit(tmp_path, name, graph):
+    flags = f"{PRETRAIN} {METHODS[name]} {graph} --epochs 2 --save_freq 1 --keep 0 --deterministic"
     run("main_pretrain", flags, tmp_path / "whole", waits=True)
     run("main_pretrain", flags, tmp_path / "cut", waits=True)
     (tmp_path / "cut/checkpoint-1.pth").unlink()

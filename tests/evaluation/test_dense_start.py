@@ -41,7 +41,7 @@ def saved(path, model, **args):
 
 
 def started(path, model):
-    args = SimpleNamespace(eval=False, verbose=False, trainable_blocks=None, grad_checkpoint=False)
+    args = SimpleNamespace(eval=False, verbose=False, trainable_blocks=None, grad_checkpoint=False, recompute="none")
     load_start(model, args, read_weights(path, allowed=RELATIVE))
     return model.eval()
 

@@ -68,8 +68,8 @@ def rows(folder: Path) -> list[dict]:
 @contextmanager
 def watch_steps(watch: Callable[[bool], None]):
     """Call `watch(True)` where a host must not wait, and `watch(False)` after it: in training from the second step on,
-    without logging, saving, evaluation and diagnostics."""
-    batches, finish_step, measuring = Run.batches, Run.finish_step, Run.measuring
+    without logging, saving, evaluation, diagnostics and the check of a graph."""
+    batches, finish_step, untimed = Run.batches, Run.finish_step, Run.untimed
     inside = False
 
     def switch(on):
@@ -95,10 +95,10 @@ def watch_steps(watch: Callable[[bool], None]):
     def exempt(run):
         before = inside
         switch(False)
-        with measuring(run):
+        with untimed(run):
             yield
         switch(before)
 
-    with patch.multiple(Run, batches=watched, finish_step=finished, measuring=exempt):
+    with patch.multiple(Run, batches=watched, finish_step=finished, untimed=exempt):
         yield
     switch(False)

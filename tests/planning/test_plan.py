@@ -20,6 +20,7 @@ from planning.gpus import GPUS
 from planning.plan import Machine, candidates, plan, seconds, traffic
 from tools import plan as tool
 from util.compute.precision import DTYPES, autocast
+from util.compute.recompute import recompute_cheap
 from util.errors import UserError
 from util.report.mfu import flop_counter
 
@@ -37,6 +38,8 @@ def options(dtype: str) -> argparse.Namespace:
 def model_of(config: dict, setup: Setup):
     model = build_model("mae_vit_micro_patch4", **config, norm_pix_loss=True)
     model.set_grad_checkpointing(setup.grad_checkpoint)
+    if setup.recompute:
+        recompute_cheap(model)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = setup.fused
@@ -59,13 +62,13 @@ def kept(model, setup: Setup) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.mark.parametrize("grad_checkpoint", [False, True], ids=["", "grad_checkpoint"])
+@pytest.mark.parametrize("again", [{}, {"recompute": True}, {"grad_checkpoint": True}], ids=" ".join)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "matmul"])
 @pytest.mark.parametrize("element", [4, 2], ids=["fp32", "bf16"])
-def test_bytes_kept_for_the_backward_pass(element, fused, grad_checkpoint):
+def test_bytes_kept_for_the_backward_pass(element, fused, again):
     """Bytes per image to 0.1 %: the difference between two batch sizes, in which weights and their bf16 copies cancel.
     Only the few numbers that the loss keeps for a whole batch are left out."""
-    few, more = (Setup(batch, element=element, fused=fused, grad_checkpoint=grad_checkpoint) for batch in (2, 5))
+    few, more = (Setup(batch, element=element, fused=fused, **again) for batch in (2, 5))
     model = model_of(MICRO, few)
     per_image = (kept(model, more) - kept(model, few)) / 3
     assert sum(part.saved for part in parts(sizes_of(MICRO), few)) == pytest.approx(per_image, rel=1e-3)
@@ -109,12 +112,12 @@ def agree(setup: Setup, config: dict, tolerance: float = 0.05) -> str:
     return moment
 
 
-@pytest.mark.parametrize("grad_checkpoint", [False, True], ids=["", "grad_checkpoint"])
+@pytest.mark.parametrize("again", [{}, {"recompute": True}, {"grad_checkpoint": True}], ids=" ".join)
 @pytest.mark.parametrize("element", [4, 2], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("config", [TINY, DEEP], ids=["tiny", "deep"])
-def test_peak_of_a_step(config, element, grad_checkpoint):
+def test_peak_of_a_step(config, element, again):
     for batch in (2, 8):
-        agree(Setup(batch, element=element, fused=element == 4, grad_checkpoint=grad_checkpoint), config)
+        agree(Setup(batch, element=element, fused=element == 4, **again), config)
 
 
 @pytest.mark.parametrize(("element", "grad_checkpoint"), [(4, False), (2, True)], ids=["fp32", "bf16, grad_checkpoint"])

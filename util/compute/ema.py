@@ -17,10 +17,13 @@ class Frozen(nn.Module):
 
 
 @torch.no_grad()
-def ema_update(teacher: nn.Module, student: nn.Module, rate: float, applied: torch.Tensor | float = 1.0) -> None:
+def ema_update(
+    teacher: nn.Module, student: nn.Module, rate: float | torch.Tensor, applied: torch.Tensor | float = 1.0
+) -> None:
     """Update teacher <- (1 - rate) * teacher + rate * student, over the parameters of `teacher`, matched by name.
 
-    `applied` is a scalar on the device: 0 leaves the teacher unchanged, bit for bit, without waiting for the device.
+    `rate` is a number, or a float64 scalar on the device. `applied` is a scalar on the device: 0 leaves the teacher
+    unchanged, bit for bit, without waiting for the device.
     """
     source = dict(student.named_parameters())
     pairs = [(parameter, source[name]) for name, parameter in teacher.named_parameters()]
@@ -29,7 +32,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, rate: float, applied: tor
     ours, theirs = (list(tensors) for tensors in zip(*pairs))
     difference = torch._foreach_sub(theirs, ours)
     # A device scalar of the same type; with another type the multiplication leaves its fast path.
-    weight = torch.as_tensor(applied, device=ours[0].device).to(ours[0].dtype) * rate
+    weight = (torch.as_tensor(applied, device=ours[0].device).to(ours[0].dtype) * rate).to(ours[0].dtype)
     torch._foreach_mul_(difference, weight)
     torch._foreach_add_(ours, difference)
 

@@ -1,8 +1,9 @@
-"""Implementations of the network's operations: fused or unfused attention, compiled blocks, gradient checkpointing,
+"""Implementations of the network's operations: fused or unfused attention, compiled networks, gradient checkpointing,
 deterministic algorithms. Measurements: benchmarks/README.md."""
 
 import os
 import shutil
+from types import MethodType
 
 import torch
 import torch._functorch.config
@@ -65,22 +66,32 @@ class GradCheckpointMixin:
         return block(*inputs)
 
 
-def compile_blocks(*models: nn.Module) -> None:
-    """Compile every transformer block of `models` in place. Parameter names do not change.
+def compile_networks(*models: nn.Module, parts: bool = True, dynamic: bool | None = False) -> None:
+    """Compile `models` in place. Parameter names do not change.
 
-    The code around the blocks (masks, losses, logs) is not compiled. Raises UserError if torch.compile does not support
-    this platform, or if there is no C++ compiler.
+    With `parts`, the methods that a network lists in `compiled_parts` are compiled whole: of an autoencoder, all blocks
+    of the encoder as one function, and all of the decoder. Other blocks are compiled one by one: with `parts=False`,
+    which lets DDP and FSDP communicate between blocks, and where `--grad_checkpoint` is on. The code around them
+    (masks, losses, logs) is not compiled. `dynamic=False` compiles anew for each number of tokens, None soon for all.
+
+    Raises UserError if torch.compile does not support this platform, or if there is no C++ compiler.
     """
     if not torch._dynamo.is_dynamo_supported():
         raise UserError("--compile: torch.compile does not support this Python or platform; leave it out")
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError("--compile needs a C++ compiler: install g++, set the variable CXX, or leave it out")
-    # A block is compiled for each width and number of tokens, with and without gradients: often more times than torch's
-    # default limit of 8.
+    # The code is compiled for each network, width and number of tokens, with and without gradients: often more times
+    # than torch's default limit of 8.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     torch._functorch.config.donated_buffer = False  # gradient diagnostics run backward twice through one graph
     torch._inductor.config.fallback_random = True  # drop path draws the same random numbers as without --compile
-    for model in models:
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.compile()
+    covered: set[nn.Module] = set()
+    for network in (module for model in models for module in model.modules()):
+        names = getattr(network, "compiled_parts", ()) if parts else ()
+        if names and not getattr(network, "grad_checkpointing", False):
+            for name in names:  # bound to the network as its own method is, also in a copy of it
+                compiled = torch.compile(getattr(type(network), name), dynamic=dynamic)
+                setattr(network, name, MethodType(compiled, network))
+            covered.update(network.modules())
+        if isinstance(network, Block) and network not in covered:
+            network.compile(dynamic=None if parts else dynamic)

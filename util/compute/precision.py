@@ -87,7 +87,7 @@ class NativeScalerWithGradNormCount:
         enabled = self.device.type == "cuda" if enabled is None else enabled
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
         self.broken = torch.zeros((), device=self.device)  # 1 after the first non-finite gradient
-        self.applied = torch.ones((), device=self.device)  # 0 if the last step was skipped, else 1
+        self.applied = torch.ones((), device=self.device)  # 0 if the last step was skipped, else 1; changed in place
         self._streak = torch.zeros(2, device=self.device)  # consecutive overflows: longest since read, and current
 
     def __call__(self, loss, optimizer, clip_grad=None, parameters=None, create_graph=False, update_grad=True):
@@ -112,14 +112,20 @@ class NativeScalerWithGradNormCount:
         if self.enabled:
             self._scaler.step(optimizer)
             self._scaler.update()
-            self.applied = 1 - bad
+            self.applied.copy_(1 - bad)
             now = (self._streak[1] + 1) * bad
-            self._streak = torch.stack([torch.maximum(self._streak[0], now), now])
+            self._streak.copy_(torch.stack([torch.maximum(self._streak[0], now), now]))
         else:
-            self.broken = torch.maximum(self.broken, bad)
-            self.applied = 1 - self.broken
+            self.broken.copy_(torch.maximum(self.broken, bad))
+            self.applied.copy_(1 - self.broken)
             guarded_step(optimizer, self.broken)
         return norm
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors on the device that a step changes, in place, by name."""
+        own = {"broken": self.broken, "applied": self.applied, "streak": self._streak}
+        scale = {"scale": self._scaler._scale, "growth": self._scaler._growth_tracker} if self.enabled else {}
+        return own | {name: tensor for name, tensor in scale.items() if tensor is not None}
 
     @property
     def enabled(self) -> bool:

@@ -1,11 +1,12 @@
 """Random numbers keyed by sample and not by process: functions of (seed, epoch, sample index).
 
 An image gets the same crop and the same mask for any number of workers, ranks or micro-batches, and after a resume.
-Masks are drawn on the device by hashing counters (integer arithmetic, so CPU and GPU agree bit for bit).
+Masks are drawn by hashing counters (integer arithmetic, so CPU and GPU agree bit for bit).
 """
 
 import random
 from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,11 +17,37 @@ GOLDEN = 0x9E3779B9
 
 
 def mix(x):
-    """A bijection of 32-bit integers with good avalanche (constants of C. Wellons' `lowbias32`): an int, or a tensor of
-    int64, in and out."""
+    """A bijection of 32-bit integers with good avalanche (constants of C. Wellons' `lowbias32`). `x` is an int, or an
+    int64 array of NumPy or torch; so is the result."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK32
     x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK32
     return x ^ (x >> 16)
+
+
+def sample_keys(seed: int, epoch: int, indices: torch.Tensor, stream: int = 0) -> torch.Tensor:
+    """Return a key for each sample, from which `noise_of_keys` draws: (N,) int64 in [0, 2**32), on the device of
+    `indices` (N,). Keys of indices on the CPU are computed there, which saves a GPU launching 50 tiny kernels."""
+    host = indices.device.type == "cpu"
+    words = indices.to(torch.int64)
+    words = words.numpy() if host else words
+    key = seed & MASK32
+    for word in (epoch, stream, words >> 32, words):  # the first two are plain numbers
+        key = mix((key + GOLDEN) & MASK32 ^ mix(word & MASK32))
+    return torch.from_numpy(key) if host else key
+
+
+@lru_cache(maxsize=64)
+def _counters(length: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # shared by all callers, as in `util.compute.constants`
+        return mix(torch.arange(1, length + 1, device=device))
+
+
+def noise_of_keys(keys: torch.Tensor, length: int) -> torch.Tensor:
+    """Return uniform numbers in [0, 1), one row per key of `sample_keys`: (N, length) float32 on the device of `keys`
+    (N,)."""
+    keys = keys[:, None]
+    bits = mix(mix(keys ^ _counters(length, keys.device)) + keys & MASK32)  # (N, length)
+    return (bits >> 8).to(torch.float32) * 2.0**-24
 
 
 def sample_noise(seed: int, epoch: int, indices: torch.Tensor, length: int, stream: int = 0) -> torch.Tensor:
@@ -28,13 +55,7 @@ def sample_noise(seed: int, epoch: int, indices: torch.Tensor, length: int, stre
 
     `stream` separates independent draws for the same sample (for example a second mask).
     """
-    indices = indices.to(torch.int64)
-    key = torch.full_like(indices, seed & MASK32)
-    for word in (torch.full_like(indices, epoch), torch.full_like(indices, stream), indices >> 32, indices):
-        key = mix((key + GOLDEN) & MASK32 ^ mix(word & MASK32))  # (N,)
-    counter = torch.arange(length, device=indices.device)
-    bits = mix(mix(key[:, None] ^ mix(counter + 1)[None]) + key[:, None] & MASK32)  # (N, length)
-    return (bits >> 8).to(torch.float32) * 2.0**-24
+    return noise_of_keys(sample_keys(seed, epoch, indices, stream), length)
 
 
 def redrawn(noise: torch.Tensor) -> torch.Tensor:

@@ -147,7 +147,9 @@ class Run:
         args, resume = self.args, self.resumed_from
         announce(start_block(self, self.summary), args)
         external = [network for method in self.methods.values() for network in method.external_networks()]
-        self.stepper.prepare([self.train_module, *external] if args.compile else [], args.log_mfu, self.sharded)
+        compiled = [self.train_module, *external] if args.compile else []
+        lengths_vary = getattr(args, "mask_ratio_end", None) is not None
+        self.stepper.prepare(compiled, args.log_mfu, self.sharded, lengths_vary)
         make_output_dir(args.output_dir, args.log_dir, args.overwrite)
         if resume is not None and args.output_dir:
             trim_log(self.reporter.log.path, "epoch", self.epoch)
@@ -257,8 +259,11 @@ class Run:
         done."""
         total = sum(losses.values())
         self.stepper.backward(total, batch)
-        detached = {name: loss.detach() for name, loss in losses.items()}
-        self.reporter.add_losses(self.step, {"loss": total.detach(), **detached}, batch)
+        self.count_batch({"loss": total.detach(), **{name: loss.detach() for name, loss in losses.items()}}, batch)
+
+    def count_batch(self, losses: dict[str, torch.Tensor], batch: MicroBatch) -> None:
+        """Record the losses of a micro-batch, of which "loss" is the sum, and count it as done."""
+        self.reporter.add_losses(self.step, losses, batch)
         if batch.is_first_of_window:
             self.window_start = batch.position
         self.position = batch.position + 1
@@ -266,10 +271,13 @@ class Run:
     def optimizer_step(self) -> torch.Tensor:
         """Set the learning rate, clip, and step; `finish_step` must follow. Return a scalar on the device: 1 if the
         step was applied, 0 if it was skipped because of a non-finite gradient."""
-        epoch = self.epoch + self.window_start / len(self.loader)
-        self.lr = adjust_learning_rate(self.optimizer, epoch, self.args)
+        self.set_learning_rate(self.window_start)
         self.reporter.add_step(self.step, self.stepper.step())
         return self.stepper.scaler.applied
+
+    def set_learning_rate(self, position: int) -> None:
+        """Set the learning rate of the step whose window begins at micro-batch `position`."""
+        self.lr = adjust_learning_rate(self.optimizer, self.epoch + position / len(self.loader), self.args)
 
     def log(self, values: dict[str, torch.Tensor | float | None]) -> None:
         """Add values of this step, by name, to the means that are logged next; all ranks must give the same names
@@ -306,11 +314,16 @@ class Run:
     def measuring(self):
         """Return the context of costly measurements: whole weights (FSDP), autocast, and their time excluded from the
         speed."""
+        with self.untimed(), whole(self.train_module), autocast(self.device, self.amp_dtype):
+            yield
+
+    @contextlib.contextmanager
+    def untimed(self):
+        """Return a context whose time is excluded from the speed. Waits for the device at its start and end."""
         synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         synchronize()
         began = time.perf_counter()
-        with whole(self.train_module), autocast(self.device, self.amp_dtype):
-            yield
+        yield
         synchronize()
         self.reporter.clock.pause(time.perf_counter() - began)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util.compute.kernels import compile_blocks
+from util.compute.kernels import compile_networks
 from util.compute.precision import NativeScalerWithGradNormCount, autocast, choose_amp_dtype
 from util.parallel.distributed import get_world_size
 from util.report.mfu import FlopMeter
@@ -35,11 +35,12 @@ class Stepper:
         self.ddp_model = train_module  # wrapped by `prepare`
         self.flops: FlopMeter | None = None
 
-    def prepare(self, compiled: list[nn.Module], log_mfu: bool, sharded: bool) -> None:
-        """Prepare the first step: compile the blocks of the networks `compiled`, measure the device for `--log_mfu`,
-        and wrap the module for DDP unless it is `sharded` by FSDP."""
+    def prepare(self, compiled: list[nn.Module], log_mfu: bool, sharded: bool, lengths_vary: bool = False) -> None:
+        """Prepare the first step: compile the networks `compiled`, whose number of tokens may change during the run
+        (`lengths_vary`), measure the device for `--log_mfu`, and wrap the module for DDP unless it is `sharded` by
+        FSDP."""
         if compiled:
-            compile_blocks(*compiled)
+            compile_networks(*compiled, parts=get_world_size() == 1, dynamic=None if lengths_vary else False)
         self.flops = FlopMeter(self.device, self.amp_dtype) if log_mfu else None
         if get_world_size() > 1 and not sharded:
             self.ddp_model = self._wrap(self.train_module)

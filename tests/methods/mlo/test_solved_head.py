@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.card import CUDA, Card
 from helpers.mlo_problems import by_pixel, small_vit
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.func import functional_call
 
 from methods.mlo.inner_problems import trainable
-from methods.mlo.solved_head import HeadFit, conjugate_gradients, standardized
+from methods.mlo.solved_head import CG_CHECK, HeadFit, conjugate_gradients, standardized
 
 
 def problem(ridge=0.1, count=40, width=6, classes=3):
@@ -43,6 +44,35 @@ def test_non_finite_features_end_the_solver_at_once(value):
     fit, (features, targets), _ = problem()
     features[3, 2] = value
     assert fit.solve(torch.zeros(21).double(), features, targets).isfinite().all()
+
+
+def test_a_gpu_is_waited_for_in_few_iterations():
+    """On a pretended GPU, the solution has the same bits as on the CPU, where every iteration looks at the residual."""
+    root = torch.randn(60, 60).double()
+    matrix, right = root @ root.T + 0.1 * torch.eye(60), torch.randn(60).double()
+    asked = []
+    ours = conjugate_gradients(lambda x: asked.append(1) or matrix @ x, right, 1e-12)
+    assert len(asked) > 3 * CG_CHECK
+    with Card() as card:
+        matrix, right = matrix.to(CUDA), right.to(CUDA)
+        card.watching = True
+        theirs = conjugate_gradients(lambda x: matrix @ x, right, 1e-12)
+    assert torch.equal(ours, theirs.host)
+    assert len(card.waits) == len(asked) // CG_CHECK + 1
+
+
+def test_a_solved_head_waits_rarely():
+    """Newton's method waits for its step lengths, three times for each of six steps."""
+    fit, (features, targets), _ = problem(count=12, width=3, classes=2)
+    start = torch.zeros(8).double()
+    ours = fit.solve(start, features, targets)
+    with Card() as card:
+        fit.head.to(CUDA)
+        features, targets, start = features.to(CUDA), targets.to(CUDA), start.to(CUDA)
+        card.watching = True
+        theirs = fit.solve(start, features, targets)
+    assert torch.equal(ours, theirs.host)
+    assert len(card.waits) <= 25, card.waits
 
 
 def test_the_solution_is_scikit_learns():

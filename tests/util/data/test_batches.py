@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.launches import counted_launches
 from helpers.plain_images import PLAIN, finetune_flags, flags, global_states
 from PIL import Image
 from timm.data.readers.shared_count import SharedCount
@@ -19,7 +20,7 @@ from util.data import transforms
 from util.data.build import build_loader
 from util.data.image_format import IMAGENET
 from util.data.loader import EpochBatches
-from util.data.sample_rng import get_rng_state, sample_noise, seeded, set_rng_state
+from util.data.sample_rng import get_rng_state, noise_of_keys, sample_keys, sample_noise, seeded, set_rng_state
 from util.data.sources import Arrays
 from util.errors import UserError
 
@@ -273,6 +274,28 @@ def test_noise_belongs_to_the_sample():
     assert torch.equal(sample_noise(1, 2, indices, 20), noise[:, :20])
     far = indices + 2**32  # indices of streams may be large
     assert not torch.equal(sample_noise(1, 2, far, 50), noise)
+
+
+def test_noise_stays_what_it_was():
+    """Masks of all runs come from these numbers; they are those of the first revision."""
+    noise = sample_noise(7, 3, torch.tensor([0, 2**40]), 4, stream=16)
+    expected = [[179541, 6052772, 11465401, 9498233], [6120645, 15464040, 703512, 16242457]]
+    assert (noise.double() * 2**24).tolist() == expected
+
+
+def test_noise_takes_few_kernels():
+    """On a GPU each operation is a kernel. A step draws from keys that the host has computed."""
+    indices = torch.arange(6, device="meta")
+    noise_of_keys(indices, 16)  # the hashed counters are made once
+    with counted_launches() as count:
+        noise_of_keys(indices, 16)
+    assert count.launches <= 26
+    with counted_launches() as count:
+        sample_noise(0, 1, indices, 16)
+    assert count.launches <= 73  # 138 before the words that are numbers were hashed as numbers
+    with counted_launches() as count:
+        sample_keys(0, 1, torch.arange(6))
+    assert count.launches <= 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
