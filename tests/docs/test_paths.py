@@ -10,7 +10,7 @@ import pytest
 from helpers.pages import PAGES, ROOT, inline_code, name
 from helpers.parsers import tracked
 
-FOLDERS = "util|models|methods|evaluation|planning|tools|tests|benchmarks|scripts|docs"
+FOLDERS = "util|models|methods|evaluation|planning|tools|tests|benchmarks|scripts|docs|notebooks"
 PATH = re.compile(rf"(?<![\w/.<>-])(?:{FOLDERS})(?:/[\w<>{{}}*.-]+)+")
 MODULE = re.compile(r"(?:util|methods|evaluation|planning|tools)(?:\.\w+)+")  # alone in a span of code
 PLACEHOLDER = re.compile(r"[<>{}*]|(?:^|/)[A-Z]+(?:[/.]|$)")  # docs/*.md, scripts/PAPER/sweep.sh
