@@ -119,7 +119,7 @@ class ToPixels:
         pixels = np.empty((len(img.getbands()), img.height, img.width), np.uint8)
         if img.mode == "RGB" and img.width * img.height >= _MANY:
             for channel, name in zip(pixels, img.mode):
-                channel.flat = np.frombuffer(img.tobytes("raw", name), np.uint8)
+                channel[:] = np.frombuffer(img.tobytes("raw", name), np.uint8).reshape(channel.shape)
         else:
             pixels[:] = np.asarray(img).reshape(img.height, img.width, -1).transpose(2, 0, 1)
         return torch.from_numpy(pixels)
