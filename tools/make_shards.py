@@ -15,7 +15,10 @@ import json
 import os
 import sys
 import tarfile
+import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -117,14 +120,29 @@ class Content(Dataset):
 
 def read_in_order(images: Images, order: torch.Tensor, args) -> Iterator[Stored]:
     """Yield the images at the indices `order` (N,), which `--num_workers` processes read."""
+    options = loader_options(args.seed, args.num_workers, pin_mem=False, persistent=False)
+    options["worker_init_fn"] = partial(_begin_worker, options["worker_init_fn"], os.getpid())
     batches = DataLoader(
         Content(images, args.resize, args.quality or QUALITY),
         batch_sampler=(part.tolist() for part in order.split(AT_ONCE)),
         collate_fn=list,
-        **loader_options(args.seed, args.num_workers, pin_mem=False, persistent=False),
+        **options,
     )
     for batch in read_batches(batches):
         yield from batch
+
+
+def _begin_worker(begin, parent: int, worker: int) -> None:
+    """Call `begin(worker)`, and end this worker if its parent is killed: it may be waiting to pass on bytes that nobody
+    reads any more."""
+    begin(worker)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

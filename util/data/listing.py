@@ -109,13 +109,13 @@ def _prefix(folder: Path) -> str:
 
 
 def _joined(arrays: list[np.ndarray], dtype) -> np.ndarray:
-    """Concatenate arrays. Slices of one array that follow each other are not copied."""
+    """Concatenate arrays. Slices that make up a whole array in its order are not copied."""
     arrays = [array for array in arrays if len(array)]
-    if not arrays:
-        return np.zeros(0, dtype)
-    whole = arrays[0].base
-    if whole is not None and all(array.base is whole for array in arrays) and sum(map(len, arrays)) == len(whole):
-        return whole
+    whole = arrays[0].base if arrays else np.zeros(0, dtype)
+    if isinstance(whole, np.ndarray) and all(array.base is whole for array in arrays):
+        starts = [array.ctypes.data for array in arrays]
+        if sum(map(len, arrays)) == len(whole) and starts == sorted(starts):
+            return whole
     return np.concatenate(arrays)
 
 

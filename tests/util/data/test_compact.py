@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.plain_images import save
 
-from util.data.compact import IntList, PathList, compact
+from util.data.compact import IntList, PathList, Repeated, compact
 from util.data.file_lists import RealPaths, check_below, is_below
 from util.data.sources import Arrays, Files, Subset
 from util.errors import UserError
@@ -27,6 +27,35 @@ def test_paths_are_those_of_the_list():
     assert "a.png" in paths and len(PathList([])) == 0
     with pytest.raises(IndexError):
         paths[len(NAMES)]
+
+
+def test_parts_of_a_list():
+    """`take`, `below` and `encoded` give what the same on strings gives, also where a name has no bytes."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, len(NAMES), 20)
+    assert list(PathList(NAMES).take(rows)) == [NAMES[row] for row in rows] and len(PathList(NAMES).take([])) == 0
+    names = NAMES[:-1]  # those with bytes
+    data = [os.fsencode(name) for name in names]
+    paths = PathList.of_bytes(np.frombuffer(b"".join(data), np.uint8), np.array([len(d) for d in data]), "/data/é/")
+    expected = [f"/data/é/{name}" for name in names]
+    assert list(paths) == expected and list(paths.encoded()) == [os.fsencode(path) for path in expected]
+    assert list(paths.take([4, 0, 4])) == [expected[4], expected[0], expected[4]]
+    assert list(paths.below("/data/é")) == names and list(paths.below("/data")) == [f"é/{name}" for name in names]
+    assert list(PathList(["/a/b.png", "c"]).below("/a")) == ["b.png", os.path.relpath("c", "/a")]
+    assert list(pickle.loads(pickle.dumps(paths))) == expected
+    with pytest.raises(UnicodeEncodeError):
+        list(PathList(NAMES).encoded())
+
+
+def test_groups_are_those_of_the_list():
+    texts = ["b", "a", "b", "\ud800", "a"]
+    groups = Repeated(texts)
+    assert list(groups) == texts and groups == texts and groups != texts[:4] and groups[1:3] == ["a", "b"]
+    assert groups[-1] == "a" and list(groups.take([4, 2])) == ["a", "b"] and list(Repeated([])) == []
+    assert Repeated.of_codes([1, 0], ["x", "y"]) == ["y", "x"]
+    images = Files(["1", "2", "3"], [0, 1, 0], None, groups=["p", "q", "p"])
+    assert isinstance(images.groups, Repeated) and Subset(images, [2, 1]).groups == ["p", "q"]
+    assert Subset(images, np.array([2])).targets == [0] and Subset(images, range(2)).targets == [0, 1]
 
 
 def test_names_that_are_no_utf8(tmp_path):

@@ -1,6 +1,8 @@
 """`--val_fraction` and `--group_column`: divisions of one list or folder, the same for every command."""
 
 import hashlib
+import math
+import os
 from collections import Counter
 
 import numpy as np
@@ -12,6 +14,7 @@ from evaluation import judging
 from methods.mlo.labelled_task import stratified_split
 from tools import knn, make_lesions, predict
 from util.arguments import check_numbers
+from util.data.compact import PathList, Repeated
 from util.data.labels import read_labelled
 from util.data.list_flags import note_other_split
 from util.data.readers import read_images
@@ -66,6 +69,53 @@ def test_the_division_is_the_same_in_every_version():
 
 
 PINNED = ["PAT_0", "PAT_15", "PAT_16", "PAT_4"]
+
+
+def plain_division(groups, labels, fraction: float, salt: str) -> np.ndarray:
+    """The rule of `hold_out`, group by group: what earlier revisions computed."""
+    content: dict[str, Counter] = {}
+    for group, own in zip(groups, labels):
+        content.setdefault(group, Counter()).update(set(own) or {None})
+    size, spread = Counter(), Counter()
+    for counts in content.values():
+        size.update(counts)
+        spread.update(counts.keys())
+    excess = {
+        label: -min(max(1, round(fraction * count)), count - 1) * (spread[label] > 1) for label, count in size.items()
+    }
+    held, moved = set(), True
+    order = sorted(content, key=lambda group: hashlib.sha256(os.fsencode(salt + group)).digest())
+    for _ in range(20):
+        moved = False
+        for group in order:
+            sign = -1 if group in held else 1
+            terms = [c * (2 * sign * excess[label] + c) / size[label] ** 2 for label, c in content[group].items()]
+            if math.fsum(terms) < 0:
+                moved = True
+                held ^= {group}
+                for label, count in content[group].items():
+                    excess[label] += sign * count
+        if not moved:
+            break
+    return np.array([group in held for group in groups], bool)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_division_is_that_of_the_plain_rule(seed):
+    """For images and for patients, with one label, several or none, however groups and labels are stored."""
+    rng = np.random.default_rng(seed)
+    count, salt = int(rng.integers(1, 150)), "ab"[seed % 2]
+    numbers = np.arange(count) if seed % 3 == 0 else rng.integers(0, int(rng.integers(1, count + 3)), count)
+    groups = [f"é{number}" for number in numbers]
+    names = [f"c{int(value)}" for value in rng.integers(0, 6, count) ** 2 // 6]
+    fraction = float(rng.uniform(0.02, 0.95))
+    expected = plain_division(groups, [(name,) for name in names], fraction, salt)
+    for stored in (groups, PathList(groups), Repeated(groups)):
+        assert (hold_out(stored, [(name,) for name in names], fraction, salt) == expected).all()
+        assert (hold_out(stored, Repeated(names), fraction, salt) == expected).all()
+    several = [[name for name in "abcd" if rng.random() < 0.3] for _ in groups]
+    expected = plain_division(groups, several, fraction, salt)
+    assert (hold_out(groups, several, fraction, salt) == expected).all()
 
 
 def test_one_image_in_each_group():
