@@ -110,8 +110,8 @@ def forgetful(self, model, imgs, step, applied):
 
 def test_a_number_of_the_recording_would_be_noticed(tmp_path, monkeypatch):
     """The stand-in is as forgetful as a graph: a method whose momentum is a number goes wrong."""
-    schedule = RCMAE.schedule
-    monkeypatch.setattr(RCMAE, "schedule", lambda self, step: schedule(self, step) and {})
+    numbers = RCMAE.scheduled_numbers
+    monkeypatch.setattr(RCMAE, "scheduled_numbers", lambda self, step: numbers(self, step) and {})
     monkeypatch.setattr(RCMAE, "after_update", forgetful)
     train(f"{RUN} --rc_mae --rc_momentum 0.5", tmp_path / "eager")
     train(f"{RUN} --rc_mae --rc_momentum 0.5", tmp_path / "graph", monkeypatch, Recorded())
