@@ -158,7 +158,7 @@ class Method(nn.Module):
         Return a sentence if something changes now that explains a jump in a curve, such as another target. It is
         printed, and shown in TensorBoard's TEXT tab at this step."""
 
-    # What `schedule` returned for the present step.
+    # What `scheduled_numbers` returned for the present step.
     scheduled: ClassVar[dict[str, float | torch.Tensor]] = {}
 
     # CUDA graphs (`--cuda_graph`): the kernels of a step are recorded once, and its Python code does not run again.
@@ -167,7 +167,7 @@ class Method(nn.Module):
         """Return why the steps of this method cannot be recorded, "" if they can: a clause for a message.
 
         They can be if its hooks of the training step wait for no value, and if what Python computes in them is the same
-        in every step, except for the numbers of `schedule` and for changes of `graph_branch`. By default that is
+        in every step, except for `scheduled_numbers` and for changes of `graph_branch`. By default that is
         assumed of methods without an `after_update` and a `before_epoch` of their own."""
         for name in ("after_update", "before_epoch"):
             if getattr(type(self), name) is not getattr(Method, name):
@@ -178,7 +178,7 @@ class Method(nn.Module):
         """Return the values that decide which operations a step consists of. When they change, the step is recorded
         anew."""
 
-    def schedule(self, step: int) -> dict[str, float]:
+    def scheduled_numbers(self, step: int) -> dict[str, float]:
         """Called once for every optimizer step, before `after_update`, also if that is replayed: count here. Return the
         numbers of `after_update` that change from step to step. It finds them in `self.scheduled`: as numbers, or with
         `--cuda_graph` as float64 scalars on the device."""

@@ -164,7 +164,7 @@ class Bootstrap(Method):
             f"reconstructions are no longer drawn"
         )
 
-    def schedule(self, step: int) -> dict[str, float]:
+    def scheduled_numbers(self, step: int) -> dict[str, float]:
         self.age += 1 / self.epoch_steps
         return {}
 
@@ -290,8 +290,8 @@ class EMAMAE(Bootstrap):
             self.age *= 1 - self.tau
         return None
 
-    def schedule(self, step: int) -> dict[str, float]:
-        super().schedule(step)
+    def scheduled_numbers(self, step: int) -> dict[str, float]:
+        super().scheduled_numbers(step)
         if self.ready and self.per_step:
             self.age *= 1 - self.tau
         return {}

@@ -75,13 +75,13 @@ class Pretrainer(nn.Module):
         return [sentence for sentence in sentences if sentence]
 
     def after_update(self, imgs, step: int, applied: torch.Tensor) -> None:
-        """Call `schedule` and `after_update` of all methods."""
+        """Call `scheduled_numbers` and `after_update` of all methods."""
         self.use(self.schedule(step))
         self.update(imgs, step, applied)
 
     def schedule(self, step: int) -> dict[str, float]:
-        """Return the numbers of all methods' schedules, as "method.number"."""
-        scheduled = [(name, method.schedule(step)) for name, method in self.methods.items()]
+        """Return the scheduled numbers of all methods, as "method.number"."""
+        scheduled = [(name, method.scheduled_numbers(step)) for name, method in self.methods.items()]
         return {f"{method}.{name}": value for method, numbers in scheduled for name, value in numbers.items()}
 
     def use(self, numbers: dict[str, float | torch.Tensor]) -> None:

@@ -117,7 +117,7 @@ class RCMAE(Method):
 
     def __init__(self, args, model: MaskedAutoencoderViT):
         super().__init__()
-        self.gamma, self.base, self.momentum_schedule = args.rc_gamma, args.rc_momentum, args.rc_schedule
+        self.gamma, self.base, self.schedule = args.rc_gamma, args.rc_momentum, args.rc_schedule
         self.own_mask, self.diagnostics_every, self.ratio = (
             args.rc_mask == "different",
             args.log_grad_cosine,
@@ -143,8 +143,8 @@ class RCMAE(Method):
             prediction = predict(teacher, head, imgs, scores, out)
         return consistency_loss(out, prediction)
 
-    def schedule(self, step: int) -> dict[str, float]:
-        self.momentum = momentum_at(step, self.steps, self.base, self.momentum_schedule)
+    def scheduled_numbers(self, step: int) -> dict[str, float]:
+        self.momentum = momentum_at(step, self.steps, self.base, self.schedule)
         return {"rate": 1 - self.momentum}
 
     def after_update(self, model, imgs, step: int, applied: torch.Tensor) -> None:
@@ -154,7 +154,7 @@ class RCMAE(Method):
             ema_update(head.network, self._students[name], rate, applied)
 
     def graph_obstacle(self) -> str:
-        return ""  # the momentum is in `schedule`
+        return ""  # the momentum is a scheduled number
 
     def diagnostics(self, pretrainer, imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor | None]:
         model = pretrainer.model
