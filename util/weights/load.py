@@ -1,25 +1,24 @@
-"""The loader for weights of any origin: MAE, fine-tuned and timm ViT checkpoints, Hugging Face ViT and ViTMAE.
+"""The loader for weights of any origin: MAE, fine-tuned and timm ViT checkpoints, Hugging Face ViT and ViTMAE, plain
+ViTs of torchvision and mmpretrain.
 
 `read_weights` recognises a file and renames its tensors to our names, which are those of the released MAE checkpoints.
 `load_into` fills a model and reports the fate of every tensor: the report lists each one that is not loaded.
 """
 
-import argparse
-import json
 import os
 import re
 from dataclasses import dataclass, field
-from math import prod
+from math import isqrt, prod
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from util.architectures import ENCODERS
 from util.errors import UserError
 from util.pos_embed import interpolate_grid
-from util.weights.file import first_bytes, read_file, save_state
+from util.weights.dialects import our_names
+from util.weights.file import read_file, save_state
 from util.weights.geometry import depth, geometry, is_sincos, patch_grids, source_grid
-from util.weights.hf_folder import folder_flags, folder_weights
+from util.weights.hf_folder import folder_weights
 from util.weights.names import (
     DENSE_USES,
     ENCODER,
@@ -33,6 +32,7 @@ from util.weights.names import (
 )
 from util.weights.prefixes import choose_prefix, encoder_prefixes, matching
 from util.weights.report import LoadReport, some, summary, why_no_head, why_unused
+from util.weights.stored import class_names, history, stored_args
 
 
 @dataclass
@@ -80,28 +80,30 @@ def recognise(raw: dict, path: str, key: str = "model", allowed: str = "") -> We
     `path` is used in messages."""
     entry, part = _select(raw, key, path)
     named, others = _split(raw if entry is None else raw[entry])
-    original = {}  # names in the file by those without wrappers
+    library_names, library = our_names(map(without_wrappers, named), path)
+    original = {}  # names in the file by ours below the encoder's prefix
     for name in named:
-        plain = without_wrappers(name)
+        plain = library_names[without_wrappers(name)]
         if plain in original:
             raise UserError(f"{path} has {plain} twice, with and without a prefix: keep one of the two models in it")
         original[plain] = name
-    weights = Weights(path, "", {}, _stored_args(raw, path), others)
+    weights = Weights(path, "", {}, stored_args(raw, path), others)
     inside = _inside(weights, original, part)
     state, converted = from_hugging_face({name: named[original[full]] for name, full in inside.items()})
     if not {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= state.keys():
         raise UserError(
             f"{path} contains no ViT weights (its tensors: {summary(list(named), 6) or 'none'}): "
-            "an MAE, timm ViT or Hugging Face ViT checkpoint is needed"
+            "a ViT with the names of MAE, timm, Hugging Face, torchvision or mmpretrain is needed"
         )
     _refuse_other_encoders(state, path, allowed)
     weights.state = {name: tensor for name, tensor in state.items() if KNOWN.match(name) or _extra(name, allowed)}
     weights.dropped += [name for name in state if name not in weights.state] + list(weights.outside)
     weights.tensors = {name: named[original[name]] for name in original} if allowed else {}
-    weights.history = _history(raw, weights.args)
+    weights.history = history(raw, weights.args)
     names = weights.args.pop("label_names", None)  # of an export
-    weights.classes = _class_names(raw.get("classes")) or _class_names(names)
-    weights.origin = _origin(weights) + ", Hugging Face names" * converted
+    weights.classes = class_names(raw.get("classes")) or class_names(names)
+    library = library or "Hugging Face" * converted
+    weights.origin = _origin(weights) + (f", {library} names" if library else "")
     if entry not in (None, key):
         weights.notes.append(f"the weights are its entry {entry!r}")
     return weights
@@ -157,7 +159,9 @@ def _select(raw: dict, key: str, path: str) -> tuple[str | None, str]:
 
 def _prefixes(entry) -> list[str]:
     """Return the prefixes of the encoders in an entry of a file, [] if it is no state dict."""
-    return encoder_prefixes(map(without_wrappers, _split(entry)[0])) if isinstance(entry, dict) else []
+    if not isinstance(entry, dict):
+        return []
+    return encoder_prefixes(our_names(map(without_wrappers, _split(entry)[0]), "the file")[0].values())
 
 
 def _keys(raw: dict) -> str:
@@ -206,6 +210,18 @@ def _refuse_other_encoders(state: dict, path: str, allowed: str) -> None:
         )
 
 
+def _refuse_no_cls(weights: Weights) -> None:
+    """Raise UserError for an encoder without [cls], such as I-JEPA's. Every patch would attend to a [cls] of zeros,
+    which would change all features."""
+    table = weights.state.get("pos_embed")
+    if "cls_token" in weights.state or table is None or table.ndim != 3 or isqrt(table.shape[1]) ** 2 != table.shape[1]:
+        return
+    raise UserError(
+        f"{weights.path} is a ViT without [cls], as I-JEPA's are, and ours has one: judge it as timm's architecture "
+        f"without [cls], for example timm:vit_huge_patch14_gap_224={weights.path}"
+    )
+
+
 def _origin(weights: Weights) -> str:
     if weights.has_decoder:
         return "MAE (encoder and decoder)"
@@ -217,42 +233,6 @@ def _origin(weights: Weights) -> str:
     return "MAE encoder" if fixed and "fc_norm.weight" not in weights.state else "ViT encoder"
 
 
-def _class_names(value) -> list[str]:
-    """Return names of classes: of a list, or of a dict {name: index}. Anything else, such as a count, has none."""
-    if isinstance(value, dict) and all(isinstance(index, int) for index in value.values()):
-        return [str(name) for name in sorted(value, key=value.get)]
-    return [str(name) for name in value] if isinstance(value, (list, tuple)) else []
-
-
-def _stored_args(raw: dict, path: str) -> dict:
-    """Return the flags stored in a file. In a safetensors file they are the metadata, with numbers and lists as JSON;
-    for weights in a Hugging Face folder they also come from its configuration."""
-    args = raw.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    if isinstance(args, dict):
-        return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in args.items()}
-    stored = folder_flags(path)
-    if os.path.isfile(path) and first_bytes(path)[8:] == b"{":
-        with safe_open(path, framework="pt") as file:
-            stored |= {key: _parsed(value) for key, value in (file.metadata() or {}).items() if key != "format"}
-    return stored
-
-
-def _history(raw: dict, args: dict) -> dict:
-    """Return the provenance that our runs write beside the weights; in a safetensors file it is in the metadata."""
-    origin = args.pop("origin", None) or raw.get("origin")
-    known = ("epoch", "revision", "images_seen", "seconds", "data", "source", "hardware", "earlier")
-    stored = {name: origin[name] for name in known if name in origin} if isinstance(origin, dict) else {}
-    return {"epoch": raw.get("epoch"), **stored}
-
-
-def _parsed(value: str):
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
 def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False, model_flag: str = "--model") -> LoadReport:
     """Fill `model` (MaskedAutoencoderViT or VisionTransformer) and report the fate of every tensor.
 
@@ -261,6 +241,7 @@ def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False, mod
     UserError, with the model unchanged, when the encoder or the decoder does not fit; it names the flag `model_flag`.
     """
     own = model.state_dict()
+    _refuse_no_cls(weights)
     _check_geometry(own, weights, model_flag)
     _check_heads(model, weights, model_flag)
     notes = [*weights.notes, *filter(None, [_other_eps(model, weights)])]
