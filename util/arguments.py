@@ -40,12 +40,15 @@ def add_model_arguments(parser, default_model: str | None, decoder: bool):
             help="self: MAE's decoder; cross: CrossMAE's, which has other weights, and in which mask tokens "
             "cross-attend to visible tokens and not to each other",
         )
-        group.add_argument(
-            "--decoder_fraction",
-            type=float,
-            metavar="SHARE",
-            help="with --decoder cross: share of the removed patches to predict; without it 1/3, which is the paper's "
-            "25%% of all patches at --mask_ratio 0.75; 1 is slower and gave about the same accuracy in the paper",
+        rare(
+            group.add_argument(
+                "--decoder_fraction",
+                type=float,
+                metavar="SHARE",
+                help="with --decoder cross: share of the removed patches to predict; without it 1/3, which is the "
+                "paper's 25%% of all patches at --mask_ratio 0.75; 1 is slower and gave about the same accuracy in the "
+                "paper",
+            )
         )
         for name, what in (("embed_dim", "width"), ("depth", "blocks"), ("num_heads", "heads")):
             rare(group.add_argument(f"--decoder_{name}", type=int, help=f"decoder {what}; without it the model's own"))
