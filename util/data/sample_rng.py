@@ -35,11 +35,11 @@ def sample_noise(seed: int, epoch: int, indices: torch.Tensor, length: int, stre
     return (bits >> 8).to(torch.float32) * 2.0**-24
 
 
-def redrawn(noise: torch.Tensor) -> torch.Tensor:
+def redrawn(noise: torch.Tensor, stream: int = 0) -> torch.Tensor:
     """Return new uniform numbers in the shape of `noise` (float32) by hashing its bits: a second, independent mask for
-    the same samples."""
+    the same samples. Each `stream` gives other numbers."""
     bits = noise.to(torch.float32).view(torch.int32).to(torch.int64) & _MASK32
-    return (_mix(_mix(bits) ^ 0x9E3779B9) >> 8).to(torch.float32) * 2.0**-24
+    return (_mix(_mix(bits) ^ (0x9E3779B9 + stream)) >> 8).to(torch.float32) * 2.0**-24
 
 
 @contextmanager
