@@ -5,6 +5,7 @@ Shapes: N images, C channels, (H, W) pixels, L = (H / p) * (W / p) patches of p 
 mask ratio)) are visible and P predicted; D encoder width, d decoder width. In a mask, 1 means removed and 0 visible.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import ceil
@@ -51,6 +52,7 @@ class MaskedOutput:
     all_patches: bool = False
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)  # encoder block -> (N, 1 + V, D), before any norm
     head: str = ""  # name of the method whose head computed `pred`, "" for the pixel layer
+    redraw: Callable[[], torch.Tensor] | None = None  # returns scores (N, L) of another mask of the same kind
 
     @property
     def ids_restore(self) -> torch.Tensor:

@@ -22,6 +22,8 @@ PARTS = {
     "rc_mae": "--rc_mae",
     "dmae": "--dmae_teacher {teacher}",
     "u_mae": "--u_mae",
+    "block": "--mask block",
+    "grid": "--mask grid",
 }
 VARIANTS = [
     "mae",
@@ -30,6 +32,8 @@ VARIANTS = [
     "rc_mae",
     "dmae",
     "u_mae",
+    "block",
+    "grid",
     "mae_k+rc_mae",
     "mae_k+dmae",
     "ema_mae+rc_mae",

@@ -3,6 +3,7 @@
 from methods.base import Method
 from methods.bootstrap import EMAMAE, MAEK
 from methods.dmae import DMAE
+from methods.mask_rules import MaskRule
 from methods.mlo.method import MLOMAE
 from methods.options import Option
 from methods.pretrainer import Pretrainer
@@ -10,6 +11,6 @@ from methods.rcmae import RCMAE
 from methods.selection import add_method_arguments, enabled_methods
 from methods.umae import UMAE
 
-METHODS: list[type[Method]] = [MAEK, EMAMAE, RCMAE, DMAE, UMAE, MLOMAE]
+METHODS: list[type[Method]] = [MAEK, EMAMAE, RCMAE, DMAE, UMAE, MaskRule, MLOMAE]
 
 __all__ = ["METHODS", "Method", "Option", "Pretrainer", "add_method_arguments", "enabled_methods"]

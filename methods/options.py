@@ -24,6 +24,7 @@ class Option:
     metavar: str | None = None
     rare: bool = False
     negated: str = ""
+    nargs: int | None = None  # number of values; the default is then a tuple
 
     def add_to(self, group: argparse._ArgumentGroup, always: bool = False) -> None:
         """Add the flag to `group`. Unless `always`, a flag that was not given is absent from the parsed flags;
@@ -34,6 +35,7 @@ class Option:
         else:
             own = type(self.default) if isinstance(self.default, (int, float)) else None
             kwargs |= {"type": self.type or own, "choices": self.choices or None, "metavar": self.metavar}
+            kwargs |= {"nargs": self.nargs} if self.nargs else {}
         added = [group.add_argument(f"--{self.name}", **kwargs)]
         if self.negated:
             kwargs |= {"action": "store_false", "help": self.negated, "dest": self.name}

@@ -8,6 +8,7 @@ from torch import nn
 
 from methods.base import RESERVED_NAMES, Method
 from models_mae import MaskedAutoencoderViT, MaskedOutput
+from util.data.sample_rng import redrawn
 
 
 class Pretrainer(nn.Module):
@@ -35,19 +36,25 @@ class Pretrainer(nn.Module):
         self.first_batch(imgs)
         if noise is None:
             noise = torch.rand(len(imgs), self.model.patch_embed.num_patches, device=imgs.device)
-        scores = _first(method.scores(self.model, imgs, noise) for method in methods)
+        scores = self._scores(imgs, noise)
         blocks = tuple({block for method in methods for block in method.blocks()})
         owner = next((method for method in methods if method.head_in_use), None)  # of the prediction layer in use
         out = self.model.forward_pretrain(
             imgs,
             mask_ratio,
-            noise if scores is None else scores,
+            scores,
             blocks,
             owner and owner.prediction_head(),
             any(method.needs_all_patches for method in methods),
         )
         out.head = owner.name if owner else ""
+        out.redraw = lambda: self._scores(imgs, redrawn(noise))
         return self._losses(imgs, out), out
+
+    def _scores(self, imgs, noise) -> torch.Tensor:
+        """Return the scores (N, L) of the method that decides the mask, or else `noise` (N, L)."""
+        scores = _first(method.scores(self.model, imgs, noise) for method in self.methods.values())
+        return noise if scores is None else scores
 
     def _losses(self, imgs, out: MaskedOutput) -> dict[str, torch.Tensor]:
         """Return the loss of the predictions, then the terms of all methods."""

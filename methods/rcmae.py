@@ -18,7 +18,7 @@ from methods.options import Option
 from models_mae import MaskedAutoencoderViT, MaskedOutput
 from util.compute.ema import Frozen, ema_update
 from util.compute.precision import widened
-from util.data.sample_rng import redrawn, sample_noise
+from util.data.sample_rng import sample_noise
 from util.errors import UserError
 from util.parallel.distributed import all_reduce_sum, get_rank, get_world_size
 
@@ -137,7 +137,7 @@ class RCMAE(Method):
 
     def consistency(self, imgs: torch.Tensor, out: MaskedOutput) -> torch.Tensor:
         teacher, self.ratio = self.teacher.network, out.mask_ratio
-        scores = redrawn(out.scores) if self.own_mask else out.scores
+        scores = out.redraw() if self.own_mask else out.scores
         head = self.heads[out.head].network if out.head else teacher.decoder_pred
         with torch.no_grad():
             prediction = predict(teacher, head, imgs, scores, out)

@@ -27,7 +27,8 @@ def settings(args: argparse.Namespace, chosen: Iterable[type[Method]]) -> list[s
         for option in (method.switch, *method.options):
             value = getattr(args, option.name)
             if value not in (None, False) and not (option.rare and value == option.default):
-                shown[option.name] = f"--{option.name}" if value is True else f"--{option.name} {value}"
+                words = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+                shown[option.name] = f"--{option.name}" if value is True else f"--{option.name} {words}"
     return list(shown.values())
 
 

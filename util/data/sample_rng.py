@@ -58,11 +58,11 @@ def sample_noise(seed: int, epoch: int, indices: torch.Tensor, length: int, stre
     return noise_of_keys(sample_keys(seed, epoch, indices, stream), length)
 
 
-def redrawn(noise: torch.Tensor) -> torch.Tensor:
+def redrawn(noise: torch.Tensor, stream: int = 0) -> torch.Tensor:
     """Return new uniform numbers in the shape of `noise` (float32) by hashing its bits: a second, independent mask for
-    the same samples."""
+    the same samples. Each `stream` gives other numbers."""
     bits = noise.to(torch.float32).view(torch.int32).to(torch.int64) & MASK32
-    return (mix(mix(bits) ^ GOLDEN) >> 8).to(torch.float32) * 2.0**-24
+    return (mix(mix(bits) ^ (GOLDEN + stream)) >> 8).to(torch.float32) * 2.0**-24
 
 
 @contextmanager
