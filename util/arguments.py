@@ -258,8 +258,8 @@ def add_speed_arguments(parser, trains_blocks: bool = True, cached: bool = False
     whether it has `--data_cache` and `--fsdp`, which the group's description then recommends."""
     laptop = ", and --data_cache ram where the images fit into memory" * cached
     gpu = "--data_cache device for small images, " * cached
-    pixels = ", except that --data_cache draws other crops (of the same distribution)" * cached
-    pixels += " and that --cache_size and --nvjpeg change pixels" * cached
+    pixels = ", except that --cache_size and --nvjpeg change pixels and that --data_cache" * cached
+    pixels += " draws other crops than --sample_rng v1" * cached
     again = ["--recompute cheap", "--grad_checkpoint"] * trains_blocks
     memory = ", ".join(["--accum_iter", *again, *["then --fsdp"] * cached])
     group = parser.add_argument_group(

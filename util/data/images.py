@@ -5,6 +5,7 @@ import os
 import stat
 import struct
 import sys
+import threading
 import zlib
 from typing import BinaryIO
 
@@ -38,6 +39,8 @@ BROKEN_IMAGE = (
     zlib.error,
     Image.DecompressionBombError,
 )
+
+_SCRATCH = 1 << 26  # bytes that a thread keeps for the next image; 4 for each pixel
 
 
 def open_image(file: BinaryIO) -> Image.Image:
@@ -97,6 +100,19 @@ def read_image(file: BinaryIO) -> Image.Image:
     return img
 
 
+_thread = threading.local()
+
+
+def _scratch(size: int) -> bytearray | None:
+    """Return memory of this thread for at least `size` bytes, which the next call returns again: new memory would be
+    zeroed by the system for each image. None for a large image, which gets memory of its own."""
+    if size > _SCRATCH:
+        return None
+    if len(getattr(_thread, "scratch", b"")) < size:
+        _thread.scratch = bytearray(size)
+    return _thread.scratch
+
+
 def _decoded_jpeg(img: Image.Image, file: BinaryIO) -> Image.Image | None:
     """Return the image of a JPEG `file` that pillow has opened as `img`, decoded by simplejpeg: the same pixels as
     pillow's, both by libjpeg-turbo, in two thirds of the time. None for modes other than grey and RGB, and for a file
@@ -106,7 +122,7 @@ def _decoded_jpeg(img: Image.Image, file: BinaryIO) -> Image.Image | None:
         return None
     file.seek(0)
     try:
-        pixels = simplejpeg.decode_jpeg(file.read(), layout)
+        pixels = simplejpeg.decode_jpeg(file.read(), layout, buffer=_scratch(4 * img.width * img.height))
     except ValueError:
         return None
     if pixels.shape[:2] != (img.height, img.width):
