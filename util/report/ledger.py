@@ -26,7 +26,7 @@ import torch
 
 from util.checkpoint.files import LEDGER
 from util.checkpoint.same_run import earlier_flags, plain
-from util.data.compact import PathList, take
+from util.data.compact import IntList, PathList, take
 from util.errors import UserError
 from util.notes import note_once
 from util.parallel.distributed import find_difference, gather_objects, get_world_size, is_main_process
@@ -192,7 +192,8 @@ def describe_images(images, data_path: str = "") -> dict:
     if not hasattr(images, "load"):
         return {"images": None, "sha256": None}
     digest = hashlib.sha256()
-    lines = (b"%b\t%b\n" % pair for pair in zip(_names(images, data_path), map(_encoded, images.targets)))
+    encode = _EncodedOnce().__getitem__ if isinstance(images.targets, IntList) else _encoded
+    lines = map(b"%b\t%b\n".__mod__, zip(_names(images, data_path), map(encode, images.targets)))
     while some := list(islice(lines, 1 << 12)):
         digest.update(b"".join(some))
     if hasattr(images, "arrays"):
@@ -214,6 +215,14 @@ def _names(images, data_path: str) -> Iterator[bytes]:
         paths = paths if indices is None else paths.take(indices)
         return (path.removeprefix(root) for path in paths.encoded())
     return repeat(b"") if indices is None else map(_encoded, indices)
+
+
+class _EncodedOnce(dict):
+    """The texts of integers, of which many are the same, as bytes."""
+
+    def __missing__(self, value: int) -> bytes:
+        self[value] = _encoded(value)
+        return self[value]
 
 
 def _encoded(value) -> bytes:
