@@ -20,7 +20,9 @@ from engine_finetune import Classification, evaluate_once, train
 from evaluation.cached_probe import probe_head, run_cached
 from evaluation.encoder import build_encoder, count_classes, settle_model
 from evaluation.scores import TopK
-from evaluation.summaries import probe_summary
+from evaluation.summaries import probe_summary, timm_probe_summary
+from evaluation.timm_encoder import load_timm_encoder
+from models_timm import ProbedTimmEncoder
 from models_vit import AttentivePool
 from util import arguments
 from util.checkpoint.resume import find_resume, stored_flags
@@ -45,6 +47,7 @@ from util.training.losses import build_criterion
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
 from util.weights.file import read_file
+from util.weights.timm_models import TimmModel, timm_model
 
 LINEAR_BLR = 0.1  # the default of --blr with --head linear
 
@@ -201,6 +204,12 @@ def read_weights_and_images(args, resume: Path | None):
     weights (None: random ones), the training images and the test images. Raises UserError for mistakes in flags and
     files."""
     weights = settle_model(args, str(resume) if args.eval and resume else args.finetune)
+    return weights, *read_splits(args, weights, resume)
+
+
+def read_splits(args, weights, resume: Path | None):
+    """Read the training and the test images; settle `--aug` and `--nb_classes`. Raises UserError for mistakes in flags
+    and files."""
     check_channels(args.in_chans)
     if args.cache_features:
         args.aug, args.blr = "none", None  # neither is used
@@ -217,7 +226,24 @@ def read_weights_and_images(args, resume: Path | None):
     settle_best_metric(args, TopK.metrics, TopK.headline, args.nb_classes)
     for split, listed in (("training", images), ("test", held_out)):
         note_imbalance(listed, split)
-    return weights, images, held_out
+    return images, held_out
+
+
+def probe_timm(args, source: TimmModel, device) -> dict:
+    """Probe any of timm's encoders on cached features: its own, or by --global_pool the mean of its patches. Raises
+    UserError for mistakes in flags and files."""
+    if not args.cache_features:
+        raise UserError(f"--finetune {source.name}: timm's encoders are probed with --cache_features only: add it")
+    encoder, options, weights = load_timm_encoder(args, source)
+    args.model, args.in_chans, args.input_size = source.architecture, options.in_chans, list(options.input_size)
+    args.mean, args.std, args.crop_pct = options.mean, options.std, options.crop_pct
+    images, held_out = read_splits(args, weights, None)
+    loader = build_loader(held_out, options.transform(), args, args.batch_size, train=False)
+    record = Record("main_linprobe", args, weights, train=images, test=held_out)
+    pool = "avg" if args.global_pool else encoder.default_pool
+    summary = timm_probe_summary(args, encoder, pool, images, held_out)
+    probed = ProbedTimmEncoder(encoder, pool)
+    return run_cached(args, probed, images, loader, device, record, summary, classifier=False)
 
 
 def training_loader(args, images):
@@ -233,6 +259,9 @@ def main(args) -> dict:
     args = Flags.of(args)
     check(args)
     device = start(args)
+    source = timm_model(args.finetune, args.checkpoint_key) if args.finetune and not args.eval else None
+    if source is not None:
+        return probe_timm(args, source, device)
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
     weights, images, held_out = read_weights_and_images(args, resume)
     with seeded(args.seed):

@@ -40,6 +40,8 @@ class VisionTransformer(GradCheckpointMixin, nn.Module):
     """
 
     compiled_parts: tuple[str, ...] = ("forward_tokens",)  # methods that `--compile` compiles whole
+    num_prefix_tokens = 1  # [cls], under timm's name
+    has_cls = True
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class VisionTransformer(GradCheckpointMixin, nn.Module):
     ):
         super().__init__()
         self.global_pool = global_pool
+        self.default_pool = "avg" if global_pool else "cls"  # the feature that the head reads
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
@@ -132,6 +135,14 @@ class VisionTransformer(GradCheckpointMixin, nn.Module):
         """Images (N, C, H, W) -> features (N, D), the input of the head."""
         x = self.forward_tokens(x)
         return self.fc_norm(x[:, 1:].mean(dim=1)) if self.global_pool else self.norm(x)[:, 0]
+
+    def feature(self, x, pool: str):
+        """Images (N, C, H, W) -> features (N, D): [cls] (`pool` cls) or the mean of the patches (avg), after `norm`.
+        With `global_pool`, the input of the head."""
+        if self.global_pool:
+            return self.forward_features(x)
+        tokens = self.norm(self.forward_tokens(x))
+        return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
 
     def forward(self, x):
         """Images (N, C, H, W) -> logits (N, num_classes)."""

@@ -16,7 +16,6 @@ from util.checkpoint.same_run import plain
 from util.compute.precision import choose_amp_dtype
 from util.data.build import build_loader
 from util.data.labels import balanced_weights
-from util.datasets import build_transform
 from util.errors import UserError
 from util.lars import LARS
 from util.lr_sched import adjust_learning_rate
@@ -153,12 +152,15 @@ def probe_cached(model, train_loader, test_loader, args, device) -> dict:
     return {**scores, "data/train_images": len(rest), "data/test_images": len(test[1])}
 
 
-def run_cached(args, model, images, test_loader, device, record: Record, summary: Summary) -> dict:
-    """Probe with `--cache_features`, write the results, and return them; `summary` is what is printed about it."""
+def run_cached(
+    args, model, images, test_loader, device, record: Record, summary: Summary, classifier: bool = True
+) -> dict:
+    """Probe with `--cache_features`, write the results, and return them; `summary` is what is printed about it. The
+    images have the transform of `test_loader`. Without `classifier` no file of the encoder with its head is written."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
     record.hardware = hardware(device, dtype)
     announce(opening(args, record, summary, device, dtype), args)
-    transform = build_transform(False, args)
+    transform = test_loader.dataset.transform
     train_loader = build_loader(images, transform, args, args.batch_size, train=False)
     result = probe_cached(model, train_loader, test_loader, args, device)
     make_output_dir(args.output_dir, args.log_dir, args.overwrite)
@@ -167,7 +169,11 @@ def run_cached(args, model, images, test_loader, device, record: Record, summary
     saver = Saver(args.output_dir or ".", args.save_patience)
     images_seen = len(train_loader.dataset) + len(test_loader.dataset)
     if args.output_dir and is_main_process():
-        write_cached(args, model, result, record.state(images_seen), saver, getattr(images, "classes", None))
+        log = GrowingFile(Path(args.output_dir) / "log.txt")
+        log.add(log_line(result))
+        saver.insist(log.path.name, log.write)
+        if classifier:
+            write_classifier(args, model, record.state(images_seen), saver, getattr(images, "classes", None))
     to = Destination(Path(args.output_dir) / "probe.json" if args.output_dir else None, args.log_dir, args.output_dir)
     publish(record, result, images_seen, to, attempt=saver.insist)
     print(closing(args.output_dir, summary, str(Path(args.output_dir) / CLASSIFIER)))
@@ -175,16 +181,12 @@ def run_cached(args, model, images, test_loader, device, record: Record, summary
     return result
 
 
-def write_cached(args, model, result: dict, origin: dict, saver: Saver, names: list[str] | None) -> None:
-    """Write log.txt, and the encoder with the chosen head."""
+def write_classifier(args, model, origin: dict, saver: Saver, names: list[str] | None) -> None:
+    """Write the encoder with the chosen head."""
     content = {
         "model": model.state_dict(),
         "args": {name: plain(value) for name, value in vars(args).items()},
         "origin": origin,
         **({"classes": list(names)} if names else {}),
     }
-    folder = Path(args.output_dir)
-    log = GrowingFile(folder / "log.txt")
-    log.add(log_line(result))
-    saver.insist(log.path.name, log.write)
-    saver.insist(CLASSIFIER, lambda: write_tensors(folder / CLASSIFIER, content))
+    saver.insist(CLASSIFIER, lambda: write_tensors(Path(args.output_dir) / CLASSIFIER, content))

@@ -23,8 +23,9 @@ def data_parser(description: str, usual: str = "--data_path PATH", datasets: Seq
 
 
 ANY_CHECKPOINT = (
-    "a file of this project, the official MAE, timm or Hugging Face; a Hugging Face folder; the name of a timm model; "
-    "or random (an untrained encoder)"
+    "a file of this project, the official MAE, timm, Hugging Face, torchvision or mmpretrain; a Hugging Face folder; "
+    "the name of a timm model; random (an untrained encoder); or any of timm's encoders: timm:NAME, "
+    "timm:ARCHITECTURE=FILE, timm:ARCHITECTURE=random, or timm's own folder"
 )
 
 
@@ -92,10 +93,14 @@ def add_model_flags(parser: Parser) -> None:
 
 
 def add_feature_flags(parser: Parser, default: str | None = None) -> None:
-    """Add the flags that choose an encoder's feature. `default` None stands for the choice of `settle_pool`."""
-    fallback = "" if default else "; without it the feature that the checkpoint was trained with, else [cls]"
+    """Add the flags that choose an encoder's feature. Without them it is `default`, or if that is None the choice of
+    `settle_pool`; of a timm: encoder its own."""
+    trained = "the feature that the checkpoint was trained with, else [cls]"
     parser.add_argument(
-        "--pool", choices=["avg", "cls"], default=default, help="feature: mean of the patch tokens, or [cls]" + fallback
+        "--pool",
+        choices=["avg", "cls"],
+        help=f"feature: mean of the patch tokens, or [cls]; without it {default or trained}; of a timm: encoder what "
+        "its own classifier reads",
     )
     parser.add_argument("--global_pool", action="store_const", const="avg", dest="pool", help="--pool avg")
     parser.add_argument("--cls_token", action="store_const", const="cls", dest="pool", help="--pool cls")
@@ -108,7 +113,9 @@ def add_device_flag(parser: Parser) -> None:
 def settle_pool(args: argparse.Namespace, model, path: str) -> str:
     """Return the feature (cls or avg) of a model from `load_encoder`: the one it was trained with, else `--pool`, else
     cls. Raises UserError if `--pool` contradicts the feature that the checkpoint `path` was trained with."""
-    own = "avg" if model.global_pool else "cls"
+    own = model.default_pool
+    if own == "own":  # of a timm: encoder
+        return args.pool or own
     if args.pool not in (None, own) and (model.num_classes or model.global_pool):
         trained = "mean of the patches" if model.global_pool else "[cls] token"
         raise UserError(f"--pool {args.pool}: {path} was trained on the {trained}; leave the flag out")

@@ -161,9 +161,8 @@ def _classes_of(args, images) -> int:
 
 @torch.no_grad()
 def token_feature(model, imgs: torch.Tensor, pool: str) -> torch.Tensor:
-    """Encode images (N, C, H, W) into features (N, D): [cls] (`pool` cls) or the mean of the patches (avg), after the
-    final norm. For a model built with global_pool=False."""
-    return select_feature(model.norm(model.forward_tokens(imgs)), pool)
+    """Encode images (N, C, H, W) into features (N, D) by `feature` of a `VisionTransformer` or a `TimmEncoder`."""
+    return model.feature(imgs, pool)
 
 
 def select_feature(tokens: torch.Tensor, pool: str) -> torch.Tensor:

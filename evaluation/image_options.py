@@ -14,7 +14,7 @@ from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
 from util.data.samples import KeyedDataset
 from util.data.sources import Files, Subset
-from util.data.transforms import Converter, check_channels, eval_transform
+from util.data.transforms import Converter, Resize, check_channels, eval_transform
 from util.errors import MissingSplit, UserError
 
 
@@ -29,6 +29,8 @@ class ImageOptions:
     std: list[float] | None
     dataset: str
     crop_pct: float | None = None
+    interpolation: transforms.InterpolationMode = transforms.InterpolationMode.BICUBIC
+    squash: bool = False  # whether both sides are resized alike, without keeping the proportions
     seed: int = 0
     num_workers: int = 0
     pin_mem: bool = False
@@ -49,7 +51,12 @@ class ImageOptions:
 
     def transform(self, crop_pct: float | None = None) -> transforms.Compose:
         """Return the transform of evaluation; `crop_pct` replaces that of the flags."""
-        return eval_transform(self.input_size, *self.mean_std, crop_pct or self.crop_pct)
+        crop_pct = crop_pct or self.crop_pct
+        made = eval_transform(self.input_size, *self.mean_std, crop_pct)
+        if self.squash:
+            made.transforms[0] = Resize(tuple(int(side / (crop_pct or 1.0)) for side in self.input_size))
+        made.transforms[0].interpolation = self.interpolation
+        return made
 
 
 def image_options(args, in_chans: int, size: tuple[int, int], stored: Mapping[str, Any] = {}) -> ImageOptions:

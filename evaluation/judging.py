@@ -14,7 +14,9 @@ from evaluation.encoder import build_vit, count_classes, load_encoder, token_fea
 from evaluation.features import extract
 from evaluation.image_options import ImageOptions, image_options
 from evaluation.publish import Destination, publish
+from evaluation.timm_encoder import load_timm_encoder
 from models_mae import MaskedAutoencoderViT
+from models_timm import TimmEncoder
 from models_vit import VisionTransformer
 from util.arguments import check_numbers
 from util.compute.precision import choose_amp_dtype
@@ -32,6 +34,7 @@ from util.report.ledger import Record, hardware
 from util.weights.load import Weights, read_weights
 from util.weights.model_config import DEFAULT_ENCODER, ModelConfig, resolve_config
 from util.weights.names import DENSE_USES
+from util.weights.timm_models import TimmModel, timm_model
 
 
 def evaluation_parser(
@@ -64,9 +67,9 @@ class Judged:
     resolved: Mapping[str, Any]  # flags that records have instead of the given ones
     path: str
     weights: Weights | None  # None: random
-    config: ModelConfig
+    config: ModelConfig | TimmModel
     images: ImageOptions
-    model: VisionTransformer | MaskedAutoencoderViT
+    model: VisionTransformer | MaskedAutoencoderViT | TimmEncoder
     device: torch.device
     dtype: torch.dtype
 
@@ -80,7 +83,7 @@ class Judged:
         beside the progress bar. Raises UserError as `check_readable` does."""
         settle_pixel_range(self.images, images)
         loader = build_loader(images, self.images.transform(), self.images, self.args.batch_size, train=False)
-        pool = self.args.pool
+        pool = self.resolved["pool"]
         features, labels = extract(
             lambda imgs: token_feature(self.model, imgs, pool), loader, self.device, self.dtype, f"encoding {split}"
         )
@@ -140,23 +143,34 @@ def check_random_access(dataset: str, images) -> None:
 
 def open_encoder(args, checkpoint: str, like: Judged | None = None) -> Judged:
     """Open the encoder of a file or of a timm name, or a random one of the same model as `like`, with its own final
-    norm for either feature. Raises UserError if it cannot be read or does not fit the flags."""
+    norm for either feature; or any of timm's encoders. Raises UserError if it cannot be read or does not fit the
+    flags."""
     check_numbers(args)
+    source = _timm_source(args, checkpoint, like)
+    if source is not None:
+        judged = _open_timm(args, checkpoint, source)
+        return replace(judged, dtype=choose_amp_dtype(args.amp_dtype, judged.device))
     weights = _read(args, checkpoint)
     config, images = _resolve(args, weights, like)
     with seeded(args.seed):  # as in main_linprobe: the same random encoder
         model = build_vit(config, False, weights, verbose=getattr(args, "verbose", False))
     device = choose_device(args.device)
     dtype = choose_amp_dtype(args.amp_dtype, device)
-    resolved = _recorded(config, images)
+    resolved = _recorded(config, images) | {"pool": getattr(args, "pool", None) or "avg"}
     return Judged(args, resolved, checkpoint, weights, config, images, model.to(device).eval(), device, dtype)
 
 
-def open_trained(args, checkpoint: str, like: Judged | None = None, head: bool = True) -> Judged:
+def open_trained(args, checkpoint: str, like: Judged | None = None, head: bool = True, only_plain: str = "") -> Judged:
     """Open the model of a file or of a timm name as it was trained, with the final norm of its feature and, with
-    `head`, its classifier if there is one; or a random encoder of the same model as `like`. In float32. Raises
-    UserError if it cannot be read or does not fit the flags."""
+    `head`, its classifier if there is one; or a random encoder of the same model as `like`; or any of timm's models.
+    In float32. Raises UserError if it cannot be read or does not fit the flags, and for a model of timm's if only plain
+    ViTs can be used, for what `only_plain` names."""
     check_numbers(args)
+    source = _timm_source(args, checkpoint, like)
+    if source is not None and only_plain:
+        raise UserError(f"{checkpoint}: {only_plain} plain ViTs only, not timm's {source.architecture}")
+    if source is not None:
+        return _open_timm(args, checkpoint, source)
     weights = _read(args, checkpoint)
     device = choose_device(args.device)
     if weights is None:
@@ -185,7 +199,7 @@ def open_autoencoders(args, required: str) -> tuple[list[Judged], float]:
     weights = [read_weights(path, args.checkpoint_key) for path in command_line.checkpoints_of(args, required)]
     ratio = command_line.check_picture_flags(args, {own.path: own.args.get("mask_ratio", 0.75) for own in weights})
     opened = [open_autoencoder(args, own) for own in weights]
-    check_same_images(opened, lambda judged: (*judged.config.input_size, judged.config.in_chans))
+    check_same_images(opened, lambda judged: (*judged.images.input_size, judged.images.in_chans))
     return opened, ratio
 
 
@@ -194,8 +208,8 @@ def check_same_images(opened: list[Judged], shape: Callable[[Judged], tuple]) ->
     for judged in opened[1:]:
         if shape(judged) != shape(opened[0]):
             one, other = (
-                f"{own.path} takes images of {own.config.input_size[0]}x{own.config.input_size[1]} pixels and "
-                f"{own.config.in_chans} channels"
+                f"{own.path} takes images of {own.images.input_size[0]}x{own.images.input_size[1]} pixels and "
+                f"{own.images.in_chans} channels"
                 for own in (opened[0], judged)
             )
             raise UserError(f"{one}, {other}: they do not fit into one picture; draw each by itself")
@@ -234,6 +248,30 @@ def open_each(args, open_one: Callable[[argparse.Namespace, str, Judged | None],
         opened[i] = replace(judged, resolved={**judged.resolved, **own_name})
         first = first or opened[i]
     return [opened[i] for i in range(len(names))]
+
+
+def _timm_source(args, checkpoint: str, like: Judged | None) -> TimmModel | None:
+    """Return the model of timm's that `checkpoint` names, or for a random encoder the one of `like`, untrained; None
+    for an encoder of ours."""
+    if checkpoint == "random":
+        return like.config.like_untrained() if like is not None and isinstance(like.config, TimmModel) else None
+    return timm_model(checkpoint, args.checkpoint_key)
+
+
+def _open_timm(args, checkpoint: str, source: TimmModel) -> Judged:
+    """Open any of timm's models, in float32."""
+    model, images, weights = load_timm_encoder(args, source)
+    resolved = {
+        "model": source.architecture,
+        "in_chans": images.in_chans,
+        "input_size": images.input_size[0] if len({*images.input_size}) == 1 else list(images.input_size),
+        "mean": images.mean,
+        "std": images.std,
+        "crop_pct": images.crop_pct,
+        "pool": getattr(args, "pool", None) or model.default_pool,
+    }
+    device = choose_device(args.device)
+    return Judged(args, resolved, checkpoint, weights, source, images, model.to(device), device, torch.float32)
 
 
 def _read(args, checkpoint: str) -> Weights | None:

@@ -13,17 +13,25 @@ from util.errors import UserError
 
 def block_at(model, index: int) -> torch.nn.Module:
     """Return the block at `index`, counted from the end if negative. Raises UserError if there is none."""
-    depth = len(model.blocks)
+    blocks = model.blocks
+    depth = len(blocks)
     if not -depth <= index < depth:
         raise UserError(f"--block {index}: the encoder has {depth} blocks, from 0 to {depth - 1} (or -{depth} to -1)")
-    return model.blocks[index]
+    return blocks[index]
 
 
 @torch.no_grad()
 def cls_attention(model, imgs: Tensor, block: int = -1) -> Tensor:
     """Return the attention weights of [cls] to [cls] and the patches in block `block`, for images (N, C, H, W):
-    (N, h, 1 + L), rows sum to one. Raises UserError as `block_at`."""
+    (N, h, 1 + L). Rows sum to one, or less with other tokens beside [cls], such as registers. Raises UserError as
+    `block_at`, and for an encoder without [cls] or whose attention computes no such weights."""
     attention, weights = block_at(model, block).attn, []
+    if not model.has_cls:
+        raise UserError(
+            f"{model.name} has no [cls] token, whose attention is drawn: leave attention out (--show gradcam)"
+        )
+    if not hasattr(attention, "attn_drop") or not hasattr(attention, "fused_attn"):
+        raise UserError(f"the attention of {model.name} does not give its weights: leave it out (--show gradcam)")
     fused, attention.fused_attn = attention.fused_attn, False  # the fused kernel does not return the weights
     hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: weights.append(inputs[0]))
     try:
@@ -31,7 +39,8 @@ def cls_attention(model, imgs: Tensor, block: int = -1) -> Tensor:
     finally:
         hook.remove()
         attention.fused_attn = fused
-    return weights[0][:, :, 0]
+    of_cls = weights[0][:, :, 0]
+    return torch.cat([of_cls[..., :1], of_cls[..., model.num_prefix_tokens :]], dim=-1)
 
 
 def grad_cam(model, imgs: Tensor, score: Callable[[], Tensor], block: int = -1) -> Tensor:
@@ -54,8 +63,9 @@ def grad_cam(model, imgs: Tensor, score: Callable[[], Tensor], block: int = -1) 
             (gradient,) = torch.autograd.grad(scores.sum(), tokens[0])  # images do not interact
     finally:
         hook.remove()
-    weights = gradient[:, 1:].mean(dim=1, keepdim=True)  # (N, 1, D)
-    return (tokens[0].detach()[:, 1:] * weights).sum(dim=-1).relu()
+    first = model.num_prefix_tokens
+    weights = gradient[:, first:].mean(dim=1, keepdim=True)  # (N, 1, D)
+    return (tokens[0].detach()[:, first:] * weights).sum(dim=-1).relu()
 
 
 def attended_share(attention: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from methods import Method
 from methods.selection import settings
 from models_detect import SCORE_THRESH
 from models_mae import visible_patches
+from models_timm import TimmEncoder
 from util.data.dense.flags import add_dense_data_arguments
 from util.data.image_format import image_shape
 from util.data.presets import OFFICIAL, preset_of
@@ -79,6 +80,20 @@ def probe_summary(args, model, images, held_out) -> Summary:
         row("head", args.head, feature if args.head == "linear" else None, cached),
     )
     return Summary(rows, partial(_after_supervised, "main_linprobe.py", args))
+
+
+def timm_probe_summary(args, encoder: TimmEncoder, pool: str, images, held_out) -> Summary:
+    """Return what main_linprobe.py tells about the images and the frozen encoder of timm's, of which `pool` is read."""
+    parameters = f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters"
+    feature = {"own": "the model's own feature", "avg": "mean of the patches", "cls": "[cls] token"}[pool]
+    rows = (
+        *data_rows(args, images, held_out, getattr(held_out, "classes", None)),
+        row("model", encoder.name, parameters, f"{' x '.join(map(str, encoder.img_size))} px", "frozen"),
+        row("head", args.head, feature, "on cached features"),
+    )
+    folder = os.path.normpath(args.output_dir)
+    after = [command("tools/collect.py", folder), tensorboard(folder, args.log_dir)]
+    return Summary(rows, lambda weights: after)
 
 
 def _maps(model, imgs):

@@ -2,7 +2,8 @@
 
 Source: Bai et al., "Masked Autoencoders Enable Efficient Knowledge Distillers" (CVPR 2023); teachers of another patch
 and image size after García, Senel and Frantzolas, "Exploring: Masked Autoencoders Are Scalable Vision Learners",
-Section 3. The teacher encodes only the visible tokens, up to the last aligned block; its decoder is not run.
+Section 3. The teacher encodes only the visible tokens, up to the last aligned block; its decoder is not run. Teachers
+from timm (`methods/dmae_timm.py`) are an addition.
 
 Shapes: N images, V visible patches, D student width, T teacher width, R x C grid of patches.
 """
@@ -16,6 +17,7 @@ from torch import nn
 
 import models_mae
 from methods.base import Method
+from methods.dmae_timm import TimmTeacher, resized
 from methods.options import Option
 from models_mae import MaskedAutoencoderViT, MaskedOutput, masked_mean
 from util.compute.ema import Frozen
@@ -29,6 +31,7 @@ from util.weights.geometry import geometry
 from util.weights.load import Weights, load_into, read_weights
 from util.weights.model_config import ENCODER, ModelConfig, resolve_config
 from util.weights.names import is_decoder
+from util.weights.timm_models import PREFIX, timm_model
 
 # The mathematics ----------------------------------------------------------------------------------------------------
 
@@ -93,14 +96,6 @@ def inner_positions(table: torch.Tensor, grid: tuple[int, int], inner: tuple[int
     rows = table[:, 1:].reshape(1, *grid, -1)
     rows = rows[:, offset[0] : offset[0] + inner[0], offset[1] : offset[1] + inner[1]]
     return torch.cat([table[:, :1], rows.flatten(1, 2)], dim=1)
-
-
-def resized(imgs: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize images (N, C, H, W) bilinearly, with antialiasing if they shrink."""
-    if tuple(imgs.shape[-2:]) == size:
-        return imgs
-    shrinks = imgs.shape[-2] > size[0] or imgs.shape[-1] > size[1]
-    return F.interpolate(imgs, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
 
 
 # The teacher --------------------------------------------------------------------------------------------------------
@@ -192,7 +187,12 @@ class DMAE(Method):
     of the teacher's file, not the teacher."""
 
     name = "dmae"
-    switch = Option("dmae_teacher", None, "checkpoint of the teacher; turns this method on", metavar="PATH")
+    switch = Option(
+        "dmae_teacher",
+        None,
+        "checkpoint of the teacher, or any encoder of timm's (timm:NAME, timm:ARCHITECTURE=FILE); turns this method on",
+        metavar="PATH",
+    )
     title = "DMAE (Bai et al., CVPR 2023)"
     summary = (
         "Also match intermediate features of a larger, pretrained MAE on the same visible patches. Choose it where "
@@ -251,27 +251,42 @@ class DMAE(Method):
             raise UserError("--dmae_teacher must name a checkpoint of the teacher")
         if args.dmae_alpha <= 0:
             raise UserError(f"--dmae_alpha {args.dmae_alpha} must be positive")
+        if args.dmae_teacher.startswith(PREFIX) and (args.dmae_teacher_model or args.dmae_teacher_pos != "inner"):
+            flag = "--dmae_teacher_model" if args.dmae_teacher_model else f"--dmae_teacher_pos {args.dmae_teacher_pos}"
+            raise UserError(f"{flag} has no effect with --dmae_teacher {args.dmae_teacher}: leave it out")
 
     def __init__(self, args, model: MaskedAutoencoderViT):
         super().__init__()
         self.alpha, self.loss, self.normalize = args.dmae_alpha, args.dmae_loss, args.dmae_normalize
         self.ratio, self.path = args.mask_ratio, args.dmae_teacher
+        grid, depth = tuple(model.patch_embed.grid_size), len(model.blocks)
+        source = timm_model(str(self.path))
+        # In tuples, so that neither is registered as a submodule: they are not trained and not in checkpoints.
+        self._whole = None
+        if source is not None:
+            teacher = TimmTeacher(args, source, grid, lambda count: aligned_blocks(args.dmae_blocks, depth, count))
+            self.pairs, self.hash, widths = teacher.pairs, teacher.sha256, teacher.widths
+            self._teacher = (teacher,)
+            print(f"teacher {source.name}: {teacher}")
+        else:
+            widths = self._load(args, grid, depth)
+        self.projections = nn.ModuleList(
+            [_projection(args.dmae_proj, model.norm.normalized_shape[0], widths[block]) for _, block in self.pairs]
+        )
+
+    def _load(self, args, grid: tuple[int, int], depth: int) -> dict[int, int]:
+        """Read a teacher of our own architecture for a student of this grid and depth; return {aligned block:
+        width}."""
         whole, weights = load_teacher(args)
         warn_about_pixels(args, weights)
         with open(self.path, "rb") as file:
             self.hash = hashlib.file_digest(file, "sha256").hexdigest()
-        self.pairs = aligned_blocks(args.dmae_blocks, len(model.blocks), len(whole.blocks))
-        # In tuples, so that neither is registered as a submodule: they are not trained and not in checkpoints.
+        self.pairs = aligned_blocks(args.dmae_blocks, depth, len(whole.blocks))
         self._whole = (whole,) if weights.has_decoder else None
-        self._teacher = (self._cut(whole, tuple(model.patch_embed.grid_size), args.dmae_teacher_pos),)
+        self._teacher = (self._cut(whole, grid, args.dmae_teacher_pos),)
         if self._whole is None:
             print("teacher: the file has no decoder, so its reconstruction cannot be checked")
-        widths = model.norm.normalized_shape[0], whole.norm.normalized_shape[0]
-        if args.dmae_proj == "none" and widths[0] != widths[1]:
-            raise UserError(
-                f"--dmae_proj none needs a student as wide as the teacher, not {widths[0]} and {widths[1]}: use linear"
-            )
-        self.projections = nn.ModuleList([_projection(args.dmae_proj, *widths) for _ in self.pairs])
+        return dict.fromkeys((block for _, block in self.pairs), whole.norm.normalized_shape[0])
 
     def _cut(self, whole: MaskedAutoencoderViT, grid: tuple[int, int], positions: str) -> Frozen:
         """Return the teacher's encoder for the student's grid, cut after its last aligned block."""
@@ -289,7 +304,10 @@ class DMAE(Method):
         return tuple(student for student, _ in self.pairs)
 
     def teacher_features(self, imgs: torch.Tensor, ids_keep: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Return {teacher block: its output (N, 1 + V, T)} for the patches that the student sees, in the same order."""
+        """Return {teacher block: its output (N, 1 + V, T)} for the patches that the student sees, in the same order;
+        (N, V, T) of a teacher without [cls]."""
+        if isinstance(self._teacher[0], TimmTeacher):
+            return self._teacher[0].features(imgs, ids_keep)
         teacher = self._teacher[0].network
         with torch.no_grad():
             tokens = teacher.embed_patches(teacher.patchify(resized(imgs, self.size)), ids_keep)
@@ -311,7 +329,8 @@ class DMAE(Method):
         losses = {}
         for (student, teacher), project in zip(self.pairs, self.projections):
             name = "distillation" if len(self.pairs) == 1 else f"distillation_{student + 1}"
-            loss = alignment_loss(project(out.blocks[student]), features[teacher], self.loss, self.normalize)
+            own = out.blocks[student][:, -features[teacher].shape[1] :]  # without [cls] if the teacher has none
+            loss = alignment_loss(project(own), features[teacher], self.loss, self.normalize)
             losses[name] = self.alpha * loss
         return losses
 
@@ -334,6 +353,10 @@ class DMAE(Method):
 
 
 def _projection(layer: str, width: int, teacher_width: int) -> nn.Module:
+    if layer == "none" and width != teacher_width:
+        raise UserError(
+            f"--dmae_proj none needs a student as wide as the teacher, not {width} and {teacher_width}: use linear"
+        )
     if layer == "none":
         return nn.Identity()
     if layer == "linear":

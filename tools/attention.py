@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from evaluation import command_line, judging
-from evaluation.encoder import select_feature
 from evaluation.image_options import sample_images
 from evaluation.publish import write_comparison
 from evaluation.saliency import attended_share, block_at, cls_attention, grad_cam
@@ -74,9 +73,7 @@ class Subject:
 
     def feature(self, imgs):
         """Encode images (N, C, H, W) into features (N, D), differentiably."""
-        if self.model.global_pool:
-            return self.model.forward_features(imgs)
-        return select_feature(self.model.norm(self.model.forward_tokens(imgs)), self.pool)
+        return self.model.feature(imgs, self.pool)
 
     def score(self, objective: str, class_index: int | None) -> torch.Tensor:
         """Return the scores (N,) that Grad-CAM differentiates."""
@@ -199,7 +196,7 @@ def main(args) -> list[dict[str, torch.Tensor]]:
     out = command_line.check_picture(args)
     command_line.check_tile(args)
     opened = judging.open_each(args, judging.open_trained)
-    judging.check_same_images(opened, lambda judged: (Fraction(*judged.config.input_size),))
+    judging.check_same_images(opened, lambda judged: (Fraction(*judged.images.input_size),))
     subjects = [Subject(judged) for judged in opened]
     objective = settle_objective(args, subjects) if "gradcam" in args.show else ""
     records = [subject.judged.record("attention", shown=subject.subset) for subject in subjects]

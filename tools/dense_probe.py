@@ -183,7 +183,7 @@ def main(args) -> list[dict]:
     several, rows = len(opened) > 1, []
     for number, judged in enumerate(opened):
         title = command_line.titles_of([each.path for each in opened])[number]
-        print(f"{title}: {' x '.join(map(str, judged.config.input_size))} px, {len(images.categories)} classes")
+        print(f"{title}: {' x '.join(map(str, judged.images.input_size))} px, {len(images.categories)} classes")
         row = judge(judged, images, held_out, number if several else None, None if several else out)
         rows.append({"checkpoint": judged.path, "title": title, **row})
     if several and out:

@@ -96,7 +96,7 @@ def load(args) -> tuple[judging.Judged, str, dict]:
         judged, pool = judging.open_autoencoder(args, weights), args.pool or "cls"
         print(f"{path}: {weights.origin}")
     else:
-        judged = judging.open_trained(args, path, head=not args.encoder_only)
+        judged = judging.open_trained(args, path, head=not args.encoder_only, only_plain="export.py exports")
         pool = command_line.settle_pool(args, judged.model, path)
     return judged, pool, flags_of(judged, None if whole else pool)
 

@@ -12,6 +12,7 @@ numbers also into a JSON file, TensorBoard and the ledger.
 import sys
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -154,8 +155,8 @@ def open_alike(args) -> tuple[list[judging.Judged], list[int], list[int]]:
     """Open the checkpoints of the flags -> models, blocks and channels to draw. Raises UserError if one lacks them or
     has images of another shape, and if without --blocks and --channels they would differ."""
     command_line.checkpoints_of(args, "(a file, a timm model, or random)")
-    opened = judging.open_each(args, lambda args, path, like: judging.open_trained(args, path, like, head=False))
-    judging.check_same_images(opened, lambda judged: (Fraction(*judged.config.input_size),))
+    opened = judging.open_each(args, partial(judging.open_trained, head=False, only_plain="feature_viz.py reads"))
+    judging.check_same_images(opened, lambda judged: (Fraction(*judged.images.input_size),))
     each = [chosen(args, judged.model) for judged in opened]
     for judged, own in zip(opened, each):
         if own != each[0]:

@@ -153,11 +153,11 @@ def open_data(path: Path, image_column: str = "") -> tuple[Files, Path]:
 def open_classifier(args) -> tuple[judging.Judged, Columns]:
     """Open the classifier of the flags, and describe its predictions. Raises UserError if there is none."""
     judged = judging.open_classifier(args, numbers=True)
-    stored, count = judged.weights.args, judged.model.num_classes
+    stored, count = judged.weights.args if judged.weights else {}, judged.model.num_classes
     if is_regression(stored) and (args.topk or args.probabilities == "all"):
         flag = f"--topk {args.topk}" if args.topk else "--probabilities all"
         raise UserError(f"{flag} has no effect: {judged.path} predicts values, not classes")
-    names = known_classes(judged.path, count, judged.weights.classes or None, args.classes).names
+    names = known_classes(judged.path, count, (judged.weights and judged.weights.classes) or None, args.classes).names
     topk = None if args.probabilities == "all" else args.topk or TOPK
     return judged, columns_of(stored, names, count, topk)
 
@@ -172,7 +172,7 @@ def open_encoder(args) -> judging.Judged:
 def feature_of(judged: judging.Judged, args):
     """Return the function from images (N, C, H, W) to the features (N, D) of `--pool`."""
     model, pool = judged.model, command_line.settle_pool(args, judged.model, judged.path)
-    return model.forward_features if model.global_pool else lambda imgs: token_feature(model, imgs, pool)
+    return lambda imgs: token_feature(model, imgs, pool)
 
 
 # The command ----------------------------------------------------------------------------------------------------------

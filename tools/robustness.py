@@ -319,10 +319,12 @@ def draw(bench: Bench, evaluation: Evaluation, path: Path, count: int = 2) -> No
 def open_bench(args) -> Bench:
     """Open the classifier of the flags. Raises UserError if it does not fit them."""
     judged = judging.open_classifier(args)
-    if args.corrupt and judged.config.in_chans not in (1, 3):
-        raise UserError(f"--corrupt is for images of 1 or 3 channels: the classifier reads {judged.config.in_chans}")
+    if args.corrupt and judged.images.in_chans not in (1, 3):
+        raise UserError(f"--corrupt is for images of 1 or 3 channels: the classifier reads {judged.images.in_chans}")
     count = judged.model.num_classes
-    classes = known_classes(judged.path, count, judged.weights.classes or None, args.classes, args.train_classes)
+    classes = known_classes(
+        judged.path, count, (judged.weights and judged.weights.classes) or None, args.classes, args.train_classes
+    )
     return Bench(args, judged, classes, read_frost(args.frost) if args.frost else [])
 
 

@@ -35,7 +35,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("util.training",),
     ("util.arguments", "util.datasets", "util.misc", "util.next_commands"),
     ("planning",),
-    ("models_encoder", "models_mae", "models_vit", "models_grid", "models_segment", "models_detect"),
+    ("models_encoder", "models_mae", "models_vit", "models_timm", "models_grid", "models_segment", "models_detect"),
     ("methods",),
     ("evaluation",),
     ("engine_pretrain", "engine_finetune", "engine_dense"),
