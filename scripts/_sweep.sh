@@ -19,7 +19,9 @@
 # gives in epochs are scaled with the number of epochs.
 #
 # The sweep sets arrays of flags: `data_flags`, `pretrain`, `finetune`, `linprobe` (empty: no probes) and `encoder` (the
-# model of the last two), and calls `run NAME FLAGS…` and `scratch NAME`, then `table`.
+# model of the last two), and calls `run NAME FLAGS…` and `scratch NAME`, then `table`. The recipes are files of
+# configs/, which the flags name: what depends on paths or the number of processes, and what --gpu_hour changes, is given
+# as flags, which win.
 
 GPUS=${GPUS:-1}
 . "$(dirname "${BASH_SOURCE[0]}")/_torchrun.sh"
@@ -66,18 +68,14 @@ if [ -z "$list" ] && [ -s "$flags_file" ] && [ "$(cat "$flags_file")" != "$flags
 fi
 extra_finetunes=()  # names of further arrays of fine-tuning flags, for papers with several
 
-per_process() { # EFFECTIVE BATCH: print the --batch_size of each process
+per_process() { # IMAGES: print the --batch_size with which the processes train so many images per step
     echo $(($1 / (GPUS * NODES)))
 }
 
-small_recipe() { # the settings of --cpu_small, the same for every run; without pretraining, too
+small_recipe() { # the settings of --cpu_small, the same for every run; a method is turned on by its flags
     data_flags=(--dataset digits --input_size 16 --num_workers 1)
-    # A crop of a digit, or its mirror image, is another character. In batches of 64 the first target of MAE-K with K = 10
-    # came after 220 steps, from an encoder that had learned too little: it ended behind one without pretraining.
-    pretrain=(--model mae_vit_micro_patch4 --aug none --norm_pix_loss --batch_size 32 --epochs 24 --warmup_epochs 2 --lr 1e-3
-        --amp_dtype fp32)
-    # 528 steps, after which fine-tuning is ahead of the probe; after 110 (5 epochs of batches of 64) it was far behind.
-    finetune=(--batch_size 32 --epochs 12 --warmup_epochs 1 --lr 3e-3 --layer_decay 0.9 --amp_dtype fp32 --eval_freq 4)
+    pretrain=(--config "$configs/small/pretrain.yaml")
+    finetune=(--config "$configs/small/finetune.yaml")
     linprobe=(--cache_features --amp_dtype fp32)
     encoder=(--model vit_micro_patch4 --global_pool)
 }
@@ -97,14 +95,10 @@ once() { # FILE COMMAND…: run the command, which writes the file last, unless 
 
 main() (torchrun_main "$@")  # in a subshell, because torchrun_main replaces the shell
 
-epochs_of() { # FLAGS…: print the value of the last --epochs
-    local value='' previous=''
-    for word in "$@"; do
-        case $word in --epochs=*) value=${word#*=} ;; esac
-        [ "$previous" = --epochs ] && value=$word
-        previous=$word
-    done
-    echo "$value"
+last_checkpoint() { # FOLDER FLAGS…: print the checkpoint that a run with these flags writes last
+    local folder=$1
+    shift
+    echo "$folder/checkpoint-$(($(value_of epochs "$@") - 1)).pth"
 }
 
 wanted() {
@@ -112,10 +106,11 @@ wanted() {
 }
 
 chosen() { # NAME FLAGS…: succeed if this run is wanted; with --list print its name and fail
-    local name=$1
+    local name=$1 words
     shift
     wanted "$name" || return 1
-    [ -z "$list" ] || { echo "$name${*:+: $*}"; return 1; }
+    words=$*
+    [ -z "$list" ] || { echo "$name${words:+: ${words//"$root/"/}}"; return 1; }
 }
 
 scratch() { # NAME [CHECKPOINT]: evaluate an encoder without pretraining, of random weights or those of the checkpoint
@@ -131,11 +126,11 @@ run() { # NAME FLAGS…: pretrain and evaluate; {seed} in a flag is replaced by 
     chosen "$name" "$@" || return 0
     for seed in $SEEDS; do
         folder="$out/$name-seed$seed"
-        checkpoint="$folder/checkpoint-$(($(epochs_of "${pretrain[@]}" "${extra[@]}" "$@") - 1)).pth"
+        checkpoint=$(last_checkpoint "$folder" "${pretrain[@]}" "${extra[@]}" "$@")
         once "$folder/encoder.safetensors" main main_pretrain.py "${data_flags[@]}" "${pretrain[@]}" --seed "$seed" \
             --keep 1 --output_dir "$folder" --resume auto "${extra[@]}" "${@//\{seed\}/$seed}"
         evaluate "$name-seed$seed" "$checkpoint" "$seed" model
-        case " $* " in *" --rc_mae "*) evaluate "$name-ema-seed$seed" "$checkpoint" "$seed" model_ema ;; esac
+        [ -z "$(value_of rc_mae "$@")" ] || evaluate "$name-ema-seed$seed" "$checkpoint" "$seed" model_ema
     done
 }
 
@@ -147,8 +142,8 @@ evaluate() { # NAME CHECKPOINT SEED KEY
     for kind in finetune "${extra_finetunes[@]}"; do
         local -n flags=$kind
         folder="$out/$kind-$1"
-        once "$folder/checkpoint-$(($(epochs_of "${flags[@]}") - 1)).pth" main main_finetune.py "${common[@]}" "${flags[@]}" --keep 1 --output_dir "$folder" \
-            --resume auto
+        once "$(last_checkpoint "$folder" "${flags[@]}")" main main_finetune.py "${common[@]}" "${flags[@]}" --keep 1 \
+            --output_dir "$folder" --resume auto
     done
 }
 
@@ -156,7 +151,7 @@ probe() { # NAME CHECKPOINT: by a linear classifier and by neighbours, with the 
     local probe="$out/probe-$1" last again
     case " ${linprobe[*]} " in
         *" --cache_features "*) last=probe.json again=(--overwrite) ;;  # takes seconds, so it starts anew
-        *) last=checkpoint-$(($(epochs_of "${linprobe[@]}") - 1)).pth again=(--resume auto) ;;
+        *) last=$(basename "$(last_checkpoint "$probe" "${linprobe[@]}")") again=(--resume auto) ;;
     esac
     once "$probe/$last" main main_linprobe.py "${common[@]}" "${linprobe[@]}" --output_dir "$probe" "${again[@]}"
     once "$probe/knn.json" "$python" "$root/tools/knn.py" "${common[@]}" --finetune "${2:-random}" --out "$probe/knn.json"

@@ -10,8 +10,44 @@ if ! command -v "$python" > /dev/null; then
     python=python
 fi
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # see _venv.sh
+configs="$root/configs"  # the recipes
 NODES=${NODES:-1}
 GPUS=${GPUS:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+
+# value_of NAME FLAGS…: print the value of a flag as the mains see it: the last one of the words, else of the last --config
+# file that has it. A switch is `true`. Prints nothing where it is not given.
+value_of() {
+    local name=$1 given='' filed='' here previous='' word
+    shift
+    for word in "$@"; do
+        case $word in
+            "--$name") given=true ;;
+            "--$name="*) given=${word#*=} ;;
+        esac
+        case $previous in
+            "--$name") case $word in --*) ;; *) given=$word ;; esac ;;
+            --config)
+                here=$(sed -n "s/^[ \"]*$name\"\{0,1\}: *\([^ ,#]*\).*/\1/p" "$word")
+                filed=${here:-$filed} ;;
+        esac
+        previous=$word
+    done
+    echo "${given:-$filed}"
+}
+
+# images_of FILE…: print the images of an optimizer step of a recipe, of which later files win
+images_of() {
+    local flags=() file accumulated
+    for file in "$@"; do flags+=(--config "$file"); done
+    accumulated=$(value_of accum_iter "${flags[@]}")
+    echo $(($(value_of batch_size "${flags[@]}") * ${accumulated:-1}))
+}
+
+# accumulation_of FILE: print the --accum_iter with which the processes train the images of a recipe per step, each with
+# its --batch_size
+accumulation_of() {
+    accumulate "$(images_of "$1")" "$(value_of batch_size --config "$1")"
+}
 
 # accumulate EFFECTIVE BATCH: print the --accum_iter for which the processes reach the effective batch size
 accumulate() {

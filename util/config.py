@@ -93,7 +93,10 @@ def _apply(parser, name: str, value, namespace) -> None:
     elif value is None:
         if action.default not in (None, argparse.SUPPRESS):
             raise BadConfig(f"--{name} needs a value; leave it out for {action.default}")
-    elif not _is_default(action, value):
+        vars(namespace).pop(action.dest, None)  # of an earlier file
+    elif _is_default(action, value):
+        vars(namespace).pop(action.dest, None)
+    else:
         setattr(namespace, action.dest, parser._get_values(action, _words(action, name, value)))
 
 

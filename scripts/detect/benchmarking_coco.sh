@@ -25,9 +25,4 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
 . "$root/scripts/_dense.sh"
-data_flags=(--dataset coco)
-recipe=(--model vit_base_patch16 --detector mask --input_size 1024 --lsj 0.1 2.0
-    --pyramid fpn --window 16 --rel_pos --head_norm batch --score_thresh 0.05
-    --max_steps "${STEPS:-184375}" --warmup_steps 461 --lr 8e-5 --lr_schedule cosine --weight_decay 0.1
-    --layer_decay 1 --drop_path 0.1 --eval_freq 5)
-train_recipe main_detect.py 64 8 --expects pretrained "$@"
+train_recipe main_detect.py detect/benchmarking_coco 8 "$@"

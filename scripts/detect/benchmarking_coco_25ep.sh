@@ -10,4 +10,6 @@
 # All flags: python main_detect.py --help
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
-STEPS=46093 exec bash "$(dirname "${BASH_SOURCE[0]}")/benchmarking_coco.sh" "$@"
+. "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
+. "$root/scripts/_dense.sh"
+train_recipe main_detect.py detect/benchmarking_coco_25ep 8 "$@"

@@ -21,9 +21,4 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
 . "$root/scripts/_dense.sh"
-data_flags=(--dataset coco)
-recipe=(--model vit_base_patch16 --detector mask --input_size 1024 --lsj 0.1 2.0
-    --pyramid simple --window 14 --rel_pos --head_norm layer --score_thresh 0.05
-    --max_steps 184375 --warmup_steps 250 --lr 1e-4 --lr_schedule step --lr_steps 0.88889 0.96296 --weight_decay 0.1
-    --layer_decay 0.7 --drop_path 0.1 --eval_freq 5)
-train_recipe main_detect.py 64 8 --expects pretrained "$@"
+train_recipe main_detect.py detect/vitdet_coco 8 "$@"

@@ -21,9 +21,4 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
 . "$root/scripts/_dense.sh"
-data_flags=(--dataset voc --voc_year 2007)
-recipe=(--model vit_base_patch16 --detector faster --input_size 512 --lsj 0.1 2.0
-    --pyramid simple --window 14 --rel_pos --head_norm layer --score_thresh 0.05
-    --epochs 50 --warmup_steps 0 --lr 1e-4 --lr_schedule constant --weight_decay 1e-4
-    --layer_decay 1 --drop_path 0 --eval_freq 1000)
-train_recipe main_detect.py 16 16 --expects pretrained "$@"
+train_recipe main_detect.py detect/voc07 16 "$@"

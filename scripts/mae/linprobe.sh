@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Linear probing of ViT-B as in He et al. 2022 (Table 10): effective batch 16384, LARS, 90 epochs, [cls] token.
+# Linear probing of ViT-B as in He et al. 2022 (Table 10): LARS, [cls] token, effective batch 16384
+# (configs/mae/linprobe_vit_base.yaml).
 #
 #   bash scripts/mae/linprobe.sh --finetune CHECKPOINT --data_path IMAGENET --output_dir OUT
 #
@@ -9,5 +10,5 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
-. "$root/scripts/mae/_recipes.sh"
-torchrun_main main_linprobe.py "${linprobe[@]}" --accum_iter "$(accumulate "$linprobe_effective" "$linprobe_batch")" "$@"
+recipe="$configs/mae/linprobe_vit_base.yaml"
+torchrun_main main_linprobe.py --config "$recipe" --accum_iter "$(accumulation_of "$recipe")" "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretraining as in He et al. 2022 (Table 8): ViT-L, effective batch 4096, base rate 1.5e-4, 800 epochs.
+# Pretraining as in He et al. 2022 (Table 8): ViT-L, effective batch 4096, 800 epochs (configs/mae/pretrain_vit_large.yaml).
 #
 #   bash scripts/mae/pretrain.sh --data_path IMAGENET --output_dir OUT             all GPUs of this machine
 #   GPUS=1 bash scripts/mae/pretrain.sh …                                          one GPU
@@ -10,6 +10,5 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
-. "$root/scripts/mae/_recipes.sh"
-torchrun_main main_pretrain.py "${pretrain[@]}" --accum_iter "$(accumulate "$pretrain_effective" "$pretrain_batch")" \
-    --resume auto "$@"
+recipe="$configs/mae/pretrain_vit_large.yaml"
+torchrun_main main_pretrain.py --config "$recipe" --accum_iter "$(accumulation_of "$recipe")" --resume auto "$@"

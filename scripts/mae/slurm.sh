@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The same three runs as SLURM jobs through submitit: saved, requeued and resumed at their time limit.
+# The three runs of configs/mae as SLURM jobs through submitit: saved, requeued and resumed at their time limit.
 #
 #   bash scripts/mae/slurm.sh pretrain --nodes 8 --ngpus 8 --timeout 4320 --partition gpu --job_dir OUT/%j \
 #       --data_path IMAGENET
@@ -11,11 +11,11 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
-. "$root/scripts/mae/_recipes.sh"
 job=${1:-}
 case $job in
-    pretrain | finetune | linprobe) shift ;;
+    pretrain) recipe=pretrain_vit_large ;;
+    finetune | linprobe) recipe=${job}_vit_base ;;
     *) echo "error: the job '$job' must be pretrain, finetune or linprobe" >&2; exit 2 ;;
 esac
-declare -n recipe=$job
-exec "$python" "$root/submitit_$job.py" "${recipe[@]}" "$@"
+shift
+exec "$python" "$root/submitit_$job.py" --config "$configs/mae/$recipe.yaml" --accum_iter 1 "$@"

@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2154
+# shellcheck shell=bash disable=SC2154,SC2034
 # Sourced by the scripts of this folder: the stages of a chain. All features are [cls] tokens.
 
 share() { # A B: print their product without trailing zeros
@@ -7,6 +7,12 @@ share() { # A B: print their product without trailing zeros
 
 newest() { # FOLDER: print the last checkpoint of a run
     find "$1" -name 'checkpoint-*.pth' ! -name '*best*' | sort -V | tail -1
+}
+
+evaluation_recipes() { # set the arrays of the third stage to the recipes of He et al. 2022
+    local tuning="$configs/mae/finetune_vit_base.yaml" probing="$configs/mae/linprobe_vit_base.yaml"
+    finetune=(--config "$tuning" --accum_iter "$(accumulation_of "$tuning")")
+    linprobe=(--config "$probing" --accum_iter "$(accumulation_of "$probing")")
 }
 
 judge() { # NAME CHECKPOINT SEED: run stage three, the evaluations on the labelled images

@@ -22,11 +22,10 @@ if [ -n "$cpu_small" ]; then
     images="$weak/train"
 else
     sizes=${SIZES:-vit_base_patch16 vit_large_patch16 vit_huge_patch14} shares=${SHARES:-0.01 0.1 1} steps=${STEPS:-250000}
-    . "$root/scripts/mae/_recipes.sh"
+    recipe="$configs/mae/pretrain_vit_large.yaml"
     images=${WEAK:-$data/train} labelled=$data statistics=()
-    pretrain+=(--accum_iter "$(accumulate "$pretrain_effective" "$pretrain_batch")")
-    finetune+=(--accum_iter "$(accumulate "$finetune_effective" "$finetune_batch")")
-    linprobe+=(--accum_iter "$(accumulate "$linprobe_effective" "$linprobe_batch")")
+    pretrain=(--config "$recipe" --accum_iter "$(accumulation_of "$recipe")")
+    evaluation_recipes
 fi
 
 part() { # SHARE: print the list file of this share of the images, the first ones of one random order

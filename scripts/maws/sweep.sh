@@ -2,7 +2,7 @@
 # "The effectiveness of MAE pre-pretraining for billion-scale pretraining" (Singh et al. 2023): MAE, then weakly supervised
 # pretraining (WSP) on hashtags, then fine-tuning, linear probe and few-shot. WSP starts from random weights and from MAE
 # after 0.1, 0.5 and 1 of its budget; every length of WSP is a separate run with its own schedule. At the end a
-# table and three figures: accuracy against epochs of WSP for every initialisation.
+# table and three figures: accuracy against epochs of WSP for every initialisation. The recipes: configs/maws, configs/mae.
 #
 #   WEAK=DIR WEAK_LIST=train.txt WEAK_VAL=val.txt bash scripts/maws/sweep.sh OUT --data IMAGENET
 #   bash scripts/maws/sweep.sh OUT --gpu_hour --data CIFAR10
@@ -26,14 +26,11 @@ elif [ -n "$gpu_hour" ]; then  # MAE 60; 16 runs: hashtags 10 to 110, fine-tunin
     . "$here/_small.sh"
 else
     [ -n "$list" ] || : "${WEAK:?the folder of the images with hashtags}" "${WEAK_LIST:?their list file}" "${WEAK_VAL:?its held-out part}"
-    . "$root/scripts/mae/_recipes.sh"
-    mae_epochs=${MAE_EPOCHS:-1} wsp_epochs=${WSP_EPOCHS:-0.1 0.25 0.5 1}
+    mae_epochs=${MAE_EPOCHS:-$(value_of epochs --config "$configs/maws/mae.yaml")} wsp_epochs=${WSP_EPOCHS:-0.1 0.25 0.5 1}
     weak=${WEAK:-} weak_train=${WEAK_LIST:-} weak_val=${WEAK_VAL:-} labelled=$data statistics=()
-    pretrain+=(--model mae_vit_base_patch16 --accum_iter "$(accumulate "$pretrain_effective" "$pretrain_batch")")
-    wsp=(--batch_size 64 --accum_iter "$(accumulate 8192 64)" --blr 2e-5 --weight_decay 0.1 --layer_decay 1
-        --aa none --reprob 0 --drop_path 0)
-    finetune+=(--accum_iter "$(accumulate "$finetune_effective" "$finetune_batch")")
-    linprobe+=(--accum_iter "$(accumulate "$linprobe_effective" "$linprobe_batch")")
+    pretrain=(--config "$configs/maws/mae.yaml" --accum_iter "$(accumulation_of "$configs/maws/mae.yaml")")
+    wsp=(--config "$configs/maws/wsp.yaml" --accum_iter "$(accumulation_of "$configs/maws/wsp.yaml")")
+    evaluation_recipes
     encoder=(--model vit_base_patch16)
 fi
 

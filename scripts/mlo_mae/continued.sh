@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Continued pretraining on a small expert set (Guo, Ban, Xie, Section 4.4, Table 6). A MAE of ImageNet is fine-tuned on the
 # set as it is (none), after MAE on the set (mae), and after MLO-MAE on the set (mlo); mlo-only is MLO-MAE on the set from
-# random weights. At the end a table: top-1 and balanced accuracy.
+# random weights. At the end a table: top-1 and balanced accuracy. The recipes: configs/mlo_mae.
 #
 #   START=mae_pretrain_vit_base.pth bash scripts/mlo_mae/continued.sh OUT --data PAD-UFES-20
 #   START=RUN/checkpoint-799.pth MODEL=vit_large_patch16 bash scripts/mlo_mae/continued.sh OUT --data DIR --only "none mlo"
@@ -26,7 +26,8 @@ by_patient() { # FOLDER: set the flags that read its metadata.csv
     data_flags=(--dataset filelist --data_path "$1" --train_list "$1/metadata.csv" --group_column patient_id --val_fraction 0.2)
 }
 
-start=${START:-} model=${MODEL:-vit_base_patch16} batch=$(per_process 64)
+start=${START:-} model=${MODEL:-vit_base_patch16} recipes="$configs/mlo_mae"
+batch=$(per_process "$(images_of "$recipes/continued_mae.yaml")")
 if [ -f "$data/metadata.csv" ]; then
     by_patient "$data"
 else
@@ -34,12 +35,11 @@ else
     [ -d "$data/train" ] || data_flags+=(--val_fraction 0.2)
 fi
 data_flags+=(--num_workers 12)
-pretrain=(--model "mae_$model" --norm_pix_loss --mask_ratio 0.75 --batch_size "$batch" --epochs 200 --warmup_epochs 10
-    --blr 1.5e-4)
-finetune=(--batch_size "$batch" --epochs 100 --warmup_epochs 5 --blr 5e-4 --layer_decay 0.65 --drop_path 0.1)
+pretrain=(--model "mae_$model" --batch_size "$batch")
+finetune=(--config "$recipes/continued_finetune.yaml" --batch_size "$batch")
 linprobe=()  # the table has fine-tuning alone
 encoder=(--model "$model" --global_pool)
-mlo=(--mlo_mae --mlo_labels same --mlo_unroll 1)
+mae=(--config "$recipes/continued_mae.yaml") mlo=(--config "$recipes/continued_mlo.yaml")
 if [ -n "$cpu_small" ]; then
     small_recipe
     linprobe=() start="$out/start/checkpoint-9.pth"
@@ -47,7 +47,7 @@ if [ -n "$cpu_small" ]; then
     data_flags+=(--input_size 16 --num_workers 1)
     pretrain+=(--aug mae --epochs 10)
     finetune+=(--epochs 10 --eval_freq 10)
-    mlo+=(--mlo_hidden 64 --mlo_mask_lr 0.1)
+    mae=() mlo=(--mlo_mae --mlo_labels same --mlo_unroll 1 --mlo_hidden 64 --mlo_mask_lr 0.1)
     if [ -z "$list" ]; then
         [ -e "$out/set/metadata.csv" ] || rm -rf "$out/set"
         once "$out/set/metadata.csv" "$python" "$root/tools/make_lesions.py" "$out/set" --patients 300 --size 16
@@ -59,7 +59,7 @@ if [ -n "$cpu_small" ]; then
 fi
 
 scratch none "$start"
-run mae --init_from "$start"
+run mae "${mae[@]}" --init_from "$start"
 run mlo-only "${mlo[@]}"
 run mlo "${mlo[@]}" --init_from "$start"
 [ -n "$list" ] || "$python" "$root/tools/collect.py" "$out"/finetune-*-seed* --by run --strip finetune- \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Masks learned from segmentation (Guo et al., Section 4.5, Table 9): MAE, and MLO-MAE guided by ADE20K's masks, both
-# pretrained on ADE20K's images, then fine-tuned on it with UPerNet.
+# pretrained on ADE20K's images, then fine-tuned on it with UPerNet (configs/mlo_mae/ade20k_*.yaml).
 #
 #   bash scripts/mlo_mae/segmentation_guided.sh OUT --data ADE20K      (ADEChallengeData2016, or the folder that has it)
 #   bash scripts/mlo_mae/segmentation_guided.sh OUT --cpu_small        rehearsal on made-up scenes, about two minutes
@@ -17,14 +17,13 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_sweep.sh"
-. "$root/scripts/segment/_upernet.sh"
 
 [ -z "$gpu_hour" ] || { echo "error: $0 has no --gpu_hour: set its length by EPOCHS" >&2; exit 2; }
 data_flags=(--dataset ade20k --data_path "$data" --num_workers 12)
-pretrain=(--model mae_vit_base_patch16 --norm_pix_loss --mask_ratio 0.75 --batch_size "$(per_process 256)"
-    --epochs "${EPOCHS:-800}" --warmup_epochs 40 --blr 1.5e-4)
-mlo=(--mlo_mae --mlo_task segmentation --mlo_labels same --mlo_unroll 1)
-segment=("${recipe[@]}" --batch_size "$(per_process 8)")
+recipes="$configs/mlo_mae" segmenting="$configs/mlo_mae/ade20k_segment.yaml"
+mae=(--config "$recipes/ade20k_mae.yaml") mlo=(--config "$recipes/ade20k_mlo.yaml")
+pretrain=(--batch_size "$(per_process "$(images_of "$recipes/ade20k_mae.yaml")")" ${EPOCHS:+--epochs "$EPOCHS"})
+segment=(--config "$segmenting" --batch_size "$(per_process "$(images_of "$segmenting")")")
 if [ -n "$cpu_small" ]; then
     data_flags=(--dataset scenes --scene_digits 0 1 7 --scene_count 320 32 --num_workers 0)
     pretrain+=(--model mae_vit_micro_patch4 --input_size 32 --batch_size 32 --epochs "${EPOCHS:-6}" --warmup_epochs 1
@@ -44,6 +43,6 @@ table() {
         --metric eval/mIoU eval/pixel_acc
 }
 
-run mae
+run mae "${mae[@]}"
 run mlo "${mlo[@]}"
 table

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# MLO-MAE (Guo, Ban, Xie): ViT-B, and its ablations. SET chooses the setting; the task's labels are those of the data set:
+# MLO-MAE (Guo, Ban, Xie): ViT-B, and its ablations (configs/mlo_mae). SET chooses the setting; the task's labels are those of the data set:
 #   cifar10, cifar100   patches of 2 pixels at 32 px, batch 128, 200 epochs, unrolling 2 (Table 13); pad, crop and flip
 #   imagenet            patches of 16 at 224 px, batch 256, 50 epochs, unrolling 1 (Table 12)
 # Runs: MAE; MLO-MAE; unrolling 1, 2, 5; patches of 2, 4, 8; mask ratios 60 to 90; moving the masking network every fifth
@@ -20,27 +20,26 @@ set -euo pipefail
 SET=${SET:-cifar10}
 case $SET in
     cifar10 | cifar100)
-        batch=$(per_process 128) unroll=2 other_unrolls="1 5" patches="4 8"
+        tuning="$configs/mlo_mae/finetune_cifar.yaml" other_unrolls="1 5" patches="4 8"
         data_flags=(--dataset "$(imagefolder_or "$SET")" --data_path "$data" --num_workers 12)
-        pretrain=(--model mae_vit_base_patch2 --aug crop --batch_size "$batch" --epochs 200 --warmup_epochs 10 --blr 1e-3)
-        finetune=(--batch_size "$batch" --epochs 100 --warmup_epochs 5 --blr 5e-4 --layer_decay 0.65 --drop_path 0.1)
         encoder=(--model vit_base_patch2 --global_pool)
         mean_std=(--mean 0.49140 0.48216 0.44653 --std 0.24703 0.24349 0.26159)
         [ "$SET" = cifar10 ] || mean_std=(--mean 0.50707 0.48655 0.44092 --std 0.26733 0.25644 0.27615)
         data_flags+=("${mean_std[@]}") ;;
     imagenet)
-        batch=$(per_process 256) unroll=1 other_unrolls=2 patches=''
+        tuning="$configs/mlo_mae/finetune_imagenet.yaml" other_unrolls=2 patches=''
         data_flags=(--data_path "$data" --num_workers 12)
-        pretrain=(--model mae_vit_base_patch16 --batch_size "$batch" --epochs 50 --warmup_epochs 5 --blr 1.5e-4)
-        finetune=(--batch_size "$batch" --epochs 100 --warmup_epochs 5 --blr 5e-4 --layer_decay 0.65 --drop_path 0.1)
         encoder=(--model vit_base_patch16 --global_pool) ;;
     *) echo "error: SET=$SET is unknown; use cifar10, cifar100 or imagenet" >&2; exit 2 ;;
 esac
-pretrain+=(--norm_pix_loss --mask_ratio 0.75)
+recipe="$configs/mlo_mae/${SET}_mlo.yaml"
+mae=(--config "$configs/mlo_mae/${SET}_mae.yaml") mlo=(--config "$recipe")
+pretrain=(--batch_size "$(per_process "$(images_of "$recipe")")")
+finetune=(--config "$tuning" --batch_size "$(per_process "$(images_of "$tuning")")")
 linprobe=(--cache_features)
-mlo=(--mlo_mae --mlo_labels same --mlo_unroll "$unroll")
 if [ -n "$cpu_small" ]; then
     small_recipe
+    mae=() mlo=(--mlo_mae --mlo_labels same --mlo_unroll "$(value_of mlo_unroll --config "$recipe")")
     mlo+=(--mlo_hidden 64 --mlo_mask_lr 0.1)
     patches="2 8"
 fi
@@ -51,13 +50,13 @@ if [ -n "$gpu_hour" ]; then  # 15 runs: pretraining 45 (MAE), 165; fine-tuning 3
     encoder=(--model vit_micro_patch4 --global_pool)
 fi
 
-run mae
+run mae "${mae[@]}"
 run mlo "${mlo[@]}"
 for k in $other_unrolls; do
     run "unroll$k" "${mlo[@]}" --mlo_unroll "$k"
 done
 for p in $patches; do
-    run "mae-patch$p" --patch_size "$p"
+    run "mae-patch$p" "${mae[@]}" --patch_size "$p"
     run "patch$p" "${mlo[@]}" --patch_size "$p"
 done
 for ratio in 60 80 90; do

@@ -17,9 +17,4 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
 . "$root/scripts/_dense.sh"
-data_flags=(--dataset ade20k)
-recipe=(--model vit_base_patch16 --input_size 512 --short_side 512 --scale 0.5 2.0
-    --head linear --trainable_blocks 0 --head_norm batch
-    --max_steps 40000 --warmup_steps 1500 --lr 1e-3 --lr_schedule linear --weight_decay 1e-3
-    --layer_decay 1 --drop_path 0 --eval_mode slide --stride 341 --eval_freq 10)
-train_recipe main_segment.py 16 16 --expects pretrained "$@"
+train_recipe main_segment.py segment/linear_ade20k 16 "$@"

@@ -21,5 +21,4 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
 . "$root/scripts/_dense.sh"
-. "$root/scripts/segment/_upernet.sh"
-train_recipe main_segment.py 16 16 --expects pretrained "$@"
+train_recipe main_segment.py segment/mae_ade20k 16 "$@"

@@ -18,5 +18,4 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_help.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../_torchrun.sh"
 . "$root/scripts/_dense.sh"
-. "$root/scripts/segment/_upernet.sh"
-train_recipe main_segment.py 8 8 --expects finetuned "$@"
+train_recipe main_segment.py segment/mlo_ade20k 8 "$@"
