@@ -4,11 +4,12 @@ Source: Chowdhery et al. 2022 (PaLM, Appendix B); here the device's rate is meas
 """
 
 import contextlib
-import copy
+import itertools
 import time
 from collections.abc import Callable
 
 import torch
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 # Duration of the measurement of the rate, and the side of the square matrices.
@@ -43,12 +44,28 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=FORMULAS)
 
 
+class _Call(torch.nn.Module):
+    """`function(model, imgs)` as a module."""
+
+    def __init__(self, model: torch.nn.Module, function: Callable):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, imgs):
+        return self.function(self.model, imgs)
+
+
 @torch.no_grad()
 def forward_flops(model: torch.nn.Module, forward: Callable, size: tuple[int, int, int]) -> int:
     """Return the FLOPs of matrix products of `forward(model, imgs)` with one image (C, H, W), without computing it."""
-    imgs, meta = torch.zeros(1, *size, device="meta"), copy.deepcopy(model).to("meta").eval()
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    shapes = {f"model.{name}": torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in tensors}
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     with flop_counter() as counter:
-        forward(meta, imgs)
+        functional_call(_Call(model, forward), shapes, torch.zeros(1, *size, device="meta"))
+    for module, mode in modes.items():
+        module.training = mode
     return counter.get_total_flops()
 
 
