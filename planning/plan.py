@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from planning.footprint import GIB, Setup, Workload, peak
 from util.errors import UserError
 
-RECOMPUTE_TIME = 1.04  # of a step with `--recompute cheap`, that of a step without it = 1 (benchmarks/README.md)
+RECOMPUTE_TIME = 1.04  # assumed: a step with `--recompute cheap`, relative to one without it
 OPTIMIZER_BYTES = 28  # moved by AdamW per weight: it reads and writes weight and two moments, and reads the gradient
 
 # Time ----------------------------------------------------------------------------------------------------------------
