@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 from helpers.timm_folders import SMALL, saved_folder, small_model
-from torch.nn.functional import interpolate
 
 import main_linprobe
 from evaluation import judging
