@@ -72,14 +72,16 @@ def test_the_grid_is_in_rows(architecture):
     encoder = TimmEncoder(model, architecture, (size, size))
     if hasattr(model, "patch_embed") and not hasattr(model, "stages") and not hasattr(model, "layers"):
         assert encoder.forward_patches(torch.zeros(1, 3, size, size)).shape[1] == encoder.patch_embed.num_patches
-    theirs = model.forward_intermediates(torch.randn(2, 3, size, size), 1, output_fmt="NCHW", intermediates_only=True)
+    theirs = model.forward_intermediates(
+        torch.randn(2, 3, size, size), indices=1, output_fmt="NCHW", intermediates_only=True
+    )
     rows, columns = theirs[0].shape[2:]
     assert encoder.patch_embed.grid_size == (rows, columns)
     assert encoder.patch_embed.patch_size == (size // rows, size // columns)
     imgs = torch.randn(2, 3, size, size)
     with torch.no_grad():
         ours = encoder.forward_patches(imgs).unflatten(1, (rows, columns))
-        maps = model.forward_intermediates(imgs, 1, norm=False, output_fmt="NCHW", intermediates_only=True)[0]
+        maps = model.forward_intermediates(imgs, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True)[0]
     maps = maps.permute(0, 2, 3, 1)
     # Cosine similarity of each place with the same place of timm's map, above that with the transposed map.
     if rows > 1:
@@ -180,7 +182,11 @@ def test_robustness_of_a_classifier(tmp_path):
         (knn, "timm:resnet10t={tmp}/none.pth", "none.pth does not exist"),
         (knn, "timm:vit_tiny_patch16_224={tmp}/headless/model.safetensors", "do not fit timm's vit_tiny_patch16_224"),
         (knn, "timm:resnet10t=random --model vit_micro_patch4", "--model has no effect"),
-        (knn, "timm:swin_tiny_patch4_window7_224=random --input_size 5", "timm cannot build swin"),
+        (
+            knn,
+            "timm:hiera_tiny_224=random --input_size 40",
+            "does not take images of 40x40 pixels .*: give another --input_size",
+        ),
     ],
 )
 def test_refusals(tool, flags, message, tmp_path):

@@ -67,7 +67,7 @@ def test_whole_image_at_the_visible_places(architecture, level, size, tmp_path):
     imgs = torch.randn(2, 3, 16, 16)
     features = method.teacher_features(imgs, IDS)[level]
     maps = teacher.network.forward_intermediates(
-        teacher.images(imgs), [level], norm=False, output_fmt="NCHW", intermediates_only=True
+        teacher.images(imgs), indices=[level], norm=False, output_fmt="NCHW", intermediates_only=True
     )[0]
     expected = gather_tokens(maps.flatten(2).transpose(1, 2), IDS)
     assert features.shape[1] == 3 + teacher.has_cls and teacher.has_cls == (architecture != "convnext_atto")
@@ -123,7 +123,7 @@ def test_resume(image_folder, tmp_path):
         ("timm:resnet10t=random --dmae_teacher_model mae_vit_base_patch16", "--dmae_teacher_model has no effect"),
         ("timm:resnet10t=random --dmae_teacher_pos fresh", "--dmae_teacher_pos fresh has no effect"),
         ("timm:resnet10t=random --dmae_blocks 1:9", "the teacher 1 to 5"),
-        ("timm:resnet10t=random --dmae_proj none", "--dmae_proj none needs a student as wide"),
+        ("timm:resnet10t=random --dmae_blocks 3:4 --dmae_proj none", "--dmae_proj none needs a student as wide"),
         ("timm:resnet10t=random --dmae_blocks 3:5 --dmae_teacher_size 32", "cannot meet the student's 4x4 patches"),
     ],
 )
