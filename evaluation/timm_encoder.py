@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import timm
+import torch
 from torchvision.transforms import InterpolationMode
 
 from evaluation.image_options import ImageOptions, image_options
@@ -32,6 +33,7 @@ def load_timm_encoder(args, source: TimmModel) -> tuple[TimmEncoder, ImageOption
         network = source.create(given, in_chans)
     config = timm.data.resolve_model_data_config(network)
     encoder = TimmEncoder(network, source.name, given or tuple(config["input_size"][1:]), in_chans)
+    _check_size(encoder)
     stored = {name: _for_channels(config[name], in_chans) for name in ("mean", "std")}
     images = image_options(args, in_chans, encoder.img_size, stored)
     images = replace(
@@ -47,6 +49,19 @@ def load_timm_encoder(args, source: TimmModel) -> tuple[TimmEncoder, ImageOption
     if source.untrained:
         return encoder, images, None
     return encoder, images, Weights(source.weights or source.name, "timm's model", {}, classes=_classes(network))
+
+
+@torch.no_grad()
+def _check_size(encoder: TimmEncoder) -> None:
+    """Raise UserError if the encoder does not take images of its size, tried with an empty one."""
+    try:
+        encoder.forward_features(torch.zeros(1, encoder.in_chans, *encoder.img_size))
+    except Exception as error:  # whatever an architecture raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        size = "x".join(map(str, encoder.img_size))
+        raise UserError(
+            f"{encoder.name} does not take images of {size} pixels ({reason}): give another --input_size"
+        ) from error
 
 
 def _for_channels(values, in_chans: int) -> list[float]:

@@ -124,7 +124,7 @@ class TimmTeacher(Frozen):
         more = {"return_prefix_tokens": True} if self.has_cls else {}
         try:
             outputs = self.network.forward_intermediates(
-                imgs, self.levels, norm=False, stop_early=True, output_fmt=fmt, intermediates_only=True, **more
+                imgs, indices=self.levels, norm=False, stop_early=True, output_fmt=fmt, intermediates_only=True, **more
             )
         except (AssertionError, RuntimeError) as error:
             if self.visible_only:

@@ -70,7 +70,8 @@ class TimmModel:
         state = self._state()
         classes = self._classes(state)
         overlay = {"state_dict": state, "num_classes": classes, "source": "", "custom_load": False}
-        model = self._built(pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay, **arguments)
+        arguments |= {"pretrained": True, "num_classes": classes, "pretrained_cfg_overlay": overlay}
+        model = self._built(**arguments)
         model.pretrained_cfg = {name: value for name, value in model.pretrained_cfg.items() if name != "state_dict"}
         return model
 
