@@ -1,5 +1,6 @@
 """The recipes in configs/: each says what was published and what we have, and is what its script starts."""
 
+import itertools
 import os
 import re
 import shlex
@@ -57,7 +58,7 @@ def start(tmp_path):
 
 
 def configs(words: list[str]) -> list[str]:
-    return [word for flag, word in zip(words, words[1:]) if flag == "--config"]
+    return [word for flag, word in itertools.pairwise(words) if flag == "--config"]
 
 
 def test_recipes_are_in_the_folder_of_a_paper():
@@ -136,6 +137,6 @@ def test_scripts_read_a_flag_as_the_mains_do(tmp_path, words):
     for name, text in (("A", "epochs: 3  # short\n"), ("B", "seed: 1\nepochs: 4\n"), ("C", "warmup_epochs: 1\n")):
         Path(tmp_path / name).write_text(text)
     Path(tmp_path / "ARGS").write_text('{\n "epochs": 5,\n "seed": 0\n}\n')
-    line = f'PYTHON=true GPUS=1; . "{ROOT}/scripts/_torchrun.sh"; value_of epochs {words}; value_of rc_mae --rc_mae --seed 1'
+    line = f'PYTHON=true GPUS=1; . "{ROOT}/scripts/_torchrun.sh"; value_of epochs {words}; value_of rc_mae --rc_mae --tau 1'
     done = subprocess.run(["bash", "-euc", line], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == f"{VALUES[words]}\ntrue\n"
