@@ -137,6 +137,7 @@ def test_scripts_read_a_flag_as_the_mains_do(tmp_path, words):
     for name, text in (("A", "epochs: 3  # short\n"), ("B", "seed: 1\nepochs: 4\n"), ("C", "warmup_epochs: 1\n")):
         Path(tmp_path / name).write_text(text)
     Path(tmp_path / "ARGS").write_text('{\n "epochs": 5,\n "seed": 0\n}\n')
-    line = f'PYTHON=true GPUS=1; . "{ROOT}/scripts/_torchrun.sh"; value_of epochs {words}; value_of rc_mae --rc_mae --k 1'
-    done = subprocess.run(["bash", "-euc", line], cwd=tmp_path, capture_output=True, text=True, check=True)
+    line = f'. "{ROOT}/scripts/_torchrun.sh"; value_of epochs {words}; value_of rc_mae --rc_mae --seed 1'
+    env = {**os.environ, "PYTHON": "true", "GPUS": "1"}
+    done = subprocess.run(["bash", "-euc", line], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert done.stdout == f"{VALUES[words]}\ntrue\n"
