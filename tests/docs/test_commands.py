@@ -16,8 +16,6 @@ import pytest
 from helpers.pages import PAGES, ROOT, blocks, inline_code, name
 from helpers.parsers import options, parse_error, tracked
 
-import main_finetune
-
 FLAG = re.compile(r"--[a-z][a-z0-9_]*")
 ASSIGNMENT = re.compile(r"[A-Z_]+=.*", re.DOTALL)
 OTHER_PROGRAMS = {"pip", "tensorboard"}
@@ -184,13 +182,3 @@ def test_commands_are_recognised():
         Command("a.sh", ["X"], {"A": "1"}, True),
         Command("tools/b.py", ["--c"], {}, False),
     ]
-
-
-def test_fine_tuning_of_larger_models():
-    """The hint for ViT-L and ViT-H has the learning rate of Table 9 of He et al. 2022, which is not ViT-B's."""
-    comment = (ROOT / "scripts/mae/finetune.sh").read_text()
-    hints = dict(re.findall(r"--model (vit_(?:large|huge)\w+) ([^;)\n]*)", comment))
-    assert hints.keys() == {"vit_large_patch16", "vit_huge_patch14"}
-    for model, drop_path in (("vit_large_patch16", 0.2), ("vit_huge_patch14", 0.3)):
-        args = main_finetune.get_args_parser().parse_args(hints[model].split())
-        assert (args.blr, args.epochs, args.layer_decay, args.drop_path) == (1e-3, 50, 0.75, drop_path)

@@ -10,7 +10,7 @@ import pytest
 from helpers.pages import PAGES, ROOT, inline_code, name
 from helpers.parsers import tracked
 
-FOLDERS = "util|models|methods|evaluation|planning|tools|tests|benchmarks|scripts|docs|notebooks"
+FOLDERS = "util|models|methods|evaluation|planning|tools|tests|benchmarks|scripts|docs|notebooks|configs"
 PATH = re.compile(rf"(?<![\w/.<>-])(?:{FOLDERS})(?:/[\w<>{{}}*.-]+)+")
 MODULE = re.compile(r"(?:util|methods|evaluation|planning|tools)(?:\.\w+)+")  # alone in a span of code
 PLACEHOLDER = re.compile(r"[<>{}*]|(?:^|/)[A-Z]+(?:[/.]|$)")  # docs/*.md, scripts/PAPER/sweep.sh
@@ -68,7 +68,7 @@ def test_docstrings_and_comments():
 def test_comments_of_scripts():
     comments = {
         path: "\n".join(re.findall(r"#.*", (ROOT / path).read_text(encoding="utf-8")))
-        for path in [*SCRIPTS, ".ci/run", "pyproject.toml", *tracked("requirements*.txt")]
+        for path in [*SCRIPTS, *tracked("configs/*/*.yaml"), ".ci/run", "pyproject.toml", *tracked("requirements*.txt")]
     }
     assert {path: names for path, text in comments.items() if (names := missing_paths(text))} == {}
 

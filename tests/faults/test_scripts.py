@@ -18,9 +18,13 @@ if [ "$1" = -c ]; then echo 7; exit; fi
 printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
 previous=
 for word in "$@"; do
-    case $previous in --output_dir) folder=$word ;; --out) file=$word ;; --epochs) epochs=$word ;; esac
+    case $previous in
+        --output_dir) folder=$word ;; --out) file=$word ;; --epochs) epochs=$word ;;
+        --config) recipe=$(sed -n 's/^epochs: *//p' "$word") ;;
+    esac
     previous=$word
 done
+epochs=${epochs:-$recipe}
 if [ -n "$folder" ]; then
     mkdir -p "$folder"
     touch "$folder/results.jsonl" "$folder/encoder.safetensors" "$folder/probe.json" "$folder/probe.pth"

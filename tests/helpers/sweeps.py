@@ -18,9 +18,13 @@ main=$(basename "$1"); shift
 printf '%q ' "$main" "$@" >> "$CALLS"; echo >> "$CALLS"
 previous=
 for word in "$@"; do
-    case $previous in --output_dir) folder=$word ;; --out) file=$word ;; --epochs) epochs=$word ;; esac
+    case $previous in
+        --output_dir) folder=$word ;; --out) file=$word ;; --epochs) epochs=$word ;;
+        --config) recipe=$(sed -n 's/^epochs: *//p' "$word") ;;
+    esac
     previous=$word
 done
+epochs=${epochs:-$recipe}
 [ -z "$folder" ] || { mkdir -p "$folder"; touch "$folder/results.jsonl"; }
 case $main in
     main_pretrain.py) touch "$folder/encoder.safetensors" ;;
@@ -64,11 +68,11 @@ def sweep(tmp_path):
     return start
 
 
-def parsed(calls):
-    """Return (main, parsed flags) of the mains among the commands."""
+def parsed(calls, check: bool = True):
+    """Return (main, parsed flags) of the mains among the commands; `check`: their values are checked, too."""
     modules = (main_pretrain, main_finetune, main_linprobe, main_segment, main_detect)
     mains = {f"{module.__name__}.py": module for module in modules}
     parsed_calls = [(name, mains[name].get_args_parser().parse_args(flags)) for name, *flags in calls if name in mains]
-    for name, args in parsed_calls:
+    for name, args in parsed_calls if check else ():
         mains[name].check(args)
     return parsed_calls

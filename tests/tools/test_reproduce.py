@@ -205,7 +205,7 @@ def listed(paper: str, *flags) -> set[str]:
     command = ["bash", str(ROOT / "scripts" / name / "sweep.sh"), "--list", *flags]
     lines = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
     runs = {line.partition(":")[0] for line in lines}
-    return runs | {f"{line.partition(':')[0]}-ema" for line in lines if "--rc_mae" in line}
+    return runs | {f"{line.partition(':')[0]}-ema" for line in lines if "rc_mae.yaml" in line}
 
 
 @pytest.mark.parametrize("paper", PAPERS)

@@ -332,7 +332,7 @@ def test_a_table_that_was_interrupted(sweep, tmp_path):
 def test_a_table_names_its_runs(sweep):
     arguments = ("bootstrap_mae", "--budget", "gpu_hour", "--list")
     code, output, calls = sweep(".", *arguments, script="reproduce")
-    assert code == 0 and "k10: --mae_k 5\n" in output and not calls
+    assert code == 0 and "k10: --config configs/bootstrap_mae/mae_k.yaml --mae_k 5\n" in output and not calls
 
 
 @pytest.mark.parametrize(

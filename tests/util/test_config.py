@@ -46,6 +46,9 @@ def test_the_last_file_wins_and_required_flags_may_be_in_a_file(tmp_path):
     first, second = written(tmp_path, "epochs: 3\nseed: 3\n", "a.yaml"), written(tmp_path, "epochs: 4\n", "b.yaml")
     args = parse(f"--config {first} --config={second}")
     assert (args.epochs, args.seed) == (4, 3)
+    defaults = written(tmp_path, "epochs: 400\nclip_grad: null\nnorm_pix_loss: false\nmae_k: null\n", "defaults.yaml")
+    other = written(tmp_path, "epochs: 3\nclip_grad: 1\nnorm_pix_loss: true\nmae_k: 4\n", "c.yaml")
+    assert vars(parse(f"--config {other} --config {defaults}")) == vars(parse(f"--config {defaults}"))
     parser = parser_of("tools/make_shards.py")
     required = [action for action in parser._actions if action.required]
     assert required
