@@ -134,6 +134,18 @@ def test_an_hour_keeps_the_shares_of_the_paper(sweep, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "script", "flags"), [("rc_mae", "sweep", ["--gpu_hour", "--only", "mae"]), ("maws", "scaling", [])]
+)
+def test_the_pretrained_model_is_evaluated(sweep, tmp_path, cifar10, name, script, flags):
+    """Not that of the recipe of fine-tuning, which is ViT-B."""
+    data, given = str(cifar10), {"SIZES": "vit_large_patch16", "SHARES": "1", "GPUS": "1"}
+    code, output, calls = sweep(name, str(tmp_path / "out"), "--data", data, *flags, script=script, **given)
+    assert code == 0, output
+    models = [args.model.removeprefix("mae_") for _, args in parsed(calls)]
+    assert len(models) == 3 and len(set(models)) == 1 and models[0] != "vit_base_patch16"
+
+
 def test_an_hour_is_too_short(sweep, tmp_path):
     """Some tables do not fit into an hour with any model."""
     where = (str(tmp_path / "out"), "--gpu_hour", "--data", str(tmp_path))
