@@ -238,12 +238,13 @@ def probe_timm(args, source: TimmModel, device) -> dict:
     args.model, args.in_chans, args.input_size = source.architecture, options.in_chans, list(options.input_size)
     args.mean, args.std, args.crop_pct = options.mean, options.std, options.crop_pct
     images, held_out = read_splits(args, weights, None)
-    loader = build_loader(held_out, options.transform(), args, args.batch_size, train=False)
+    transform = options.transform()
+    loader = build_loader(held_out, transform, args, args.batch_size, train=False)
     record = Record("main_linprobe", args, weights, train=images, test=held_out)
     pool = "avg" if args.global_pool else encoder.default_pool
     summary = timm_probe_summary(args, encoder, pool, images, held_out)
     probed = ProbedTimmEncoder(encoder, pool)
-    return run_cached(args, probed, images, loader, device, record, summary, classifier=False)
+    return run_cached(args, probed, images, loader, transform, device, record, summary, classifier=False)
 
 
 def training_loader(args, images):
@@ -266,12 +267,13 @@ def main(args) -> dict:
     weights, images, held_out = read_weights_and_images(args, resume)
     with seeded(args.seed):
         model = build_encoder(args, None if args.eval else weights, args.nb_classes)
-    test_loader = build_loader(held_out, build_transform(False, args), args, args.batch_size, train=False)
+    transform = build_transform(False, args)
+    test_loader = build_loader(held_out, transform, args, args.batch_size, train=False)
     command = "main_linprobe" + " --eval" * args.eval
     summary = probe_summary(args, model, images, held_out)
     if args.cache_features:  # --lr is settled later, when the number of readable images is known
         record = Record(command, args, weights, train=images, test=held_out)
-        return run_cached(args, model, images, test_loader, device, record, summary)
+        return run_cached(args, model, images, test_loader, transform, device, record, summary)
     if not args.eval:
         loader = training_loader(args, images)
         settle_schedule(args, len(loader))

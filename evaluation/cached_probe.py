@@ -153,14 +153,13 @@ def probe_cached(model, train_loader, test_loader, args, device) -> dict:
 
 
 def run_cached(
-    args, model, images, test_loader, device, record: Record, summary: Summary, classifier: bool = True
+    args, model, images, test_loader, transform, device, record: Record, summary: Summary, classifier: bool = True
 ) -> dict:
     """Probe with `--cache_features`, write the results, and return them; `summary` is what is printed about it. The
-    images have the transform of `test_loader`. Without `classifier` no file of the encoder with its head is written."""
+    images have the `transform` of those of `test_loader`. Without `classifier` no file of the encoder with its head is written."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
     record.hardware = hardware(device, dtype)
     announce(opening(args, record, summary, device, dtype), args)
-    transform = test_loader.dataset.transform
     train_loader = build_loader(images, transform, args, args.batch_size, train=False)
     result = probe_cached(model, train_loader, test_loader, args, device)
     make_output_dir(args.output_dir, args.log_dir, args.overwrite)

@@ -15,6 +15,7 @@ needs a real GPU cannot be seen: kernels, their order in streams, memory, graphs
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -122,6 +123,7 @@ class Card(TorchFunctionMode):
             max_memory_allocated=lambda device=None: 0,
             reset_peak_memory_stats=lambda device=None: None,
             synchronize=lambda device=None: self.wait("torch.cuda.synchronize"),
+            Event=lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: self.wait("Event.synchronize")),
             get_rng_state=lambda device=None: torch.get_rng_state(),
             set_rng_state=lambda state, device=None: torch.set_rng_state(state),
         )
@@ -187,6 +189,7 @@ class Card(TorchFunctionMode):
         held = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Held)]
         if name == "pin_memory":
             return args[0]
+        kwargs.pop("pin_memory", None)
         if name in ("to", "cuda", "cpu") and isinstance(args[0], torch.Tensor):
             return self._move(name, args, kwargs)
         if name in READS and held:

@@ -41,7 +41,7 @@ class Recorded(TorchDispatchMode):
         for function, args, kwargs, results in self.operations:
             for old, new in zip(results, _tensors(function(*args, **kwargs))):
                 if old is not new:
-                    old.copy_(new)
+                    old.copy_(new, non_blocking=True)  # a graph writes there itself
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
