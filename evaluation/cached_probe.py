@@ -156,7 +156,8 @@ def run_cached(
     args, model, images, test_loader, transform, device, record: Record, summary: Summary, classifier: bool = True
 ) -> dict:
     """Probe with `--cache_features`, write the results, and return them; `summary` is what is printed about it. The
-    images have the `transform` of those of `test_loader`. Without `classifier` no file of the encoder with its head is written."""
+    images have the `transform` of those of `test_loader`. Without `classifier` no file of the encoder with its head is
+    written."""
     dtype = choose_amp_dtype(args.amp_dtype, device)
     record.hardware = hardware(device, dtype)
     announce(opening(args, record, summary, device, dtype), args)
