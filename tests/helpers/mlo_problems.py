@@ -24,6 +24,13 @@ from util.data.dense.patch_labels import patch_counts
 EXACT = 1e-10  # float64: a chain of a few hundred operations, relative to the norm
 
 
+class Batches(SimpleNamespace):
+    """What `util.data.loader.Endless` does: `batch(number)`, on a device."""
+
+    def on(self, device):
+        return self
+
+
 class Task:
     """A labelled task with given batches."""
 
@@ -32,7 +39,7 @@ class Task:
 
     def __init__(self, features, head, train, val):
         self.features, self.made = features, head
-        self.given = [SimpleNamespace(batch=lambda i, b=b: b[i % len(b)]) for b in (train, val)]
+        self.given = [Batches(batch=lambda i, b=b: b[i % len(b)]) for b in (train, val)]
 
     def head(self, width):
         return self.made
@@ -167,7 +174,7 @@ def by_pixel(method):
         yield
         return
     task.loss = pixel_loss
-    method.batches = [SimpleNamespace(batch=lambda i, g=g: g.batch(i)._replace(target=g.batch(i).mask)) for g in given]
+    method.batches = [Batches(batch=lambda i, g=g: g.batch(i)._replace(target=g.batch(i).mask)) for g in given]
     yield
     task.loss, method.batches = Segmentation.loss, given
 
@@ -185,7 +192,7 @@ def in_float(given):
         result = given.batch(number)
         return result._replace(image=result.image.float())
 
-    return SimpleNamespace(batch=batch)
+    return Batches(batch=batch)
 
 
 def vars_of(batch):
