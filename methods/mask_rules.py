@@ -119,8 +119,9 @@ class MaskRule(Method):
     switch = Option("mask", "random", "rule by which patches are removed", choices=RULES)
     title = "Masks by rule (He et al. 2022, Section 4.1)"
     summary = (
-        "random: single patches, MAE's best in its comparison. block: rectangles, a harder task that needs a lower "
-        "mask ratio (0.5). grid: evenly spaced patches stay, an easier task. list: masks from --mask_file."
+        "random: single patches. block: rectangles, a harder task that needs a lower mask ratio (0.5). grid: evenly "
+        "spaced patches stay, an easier task. list: masks from --mask_file. Choose it as a baseline of learned masks, "
+        "or for a known prior; random was MAE's best."
     )
     options = (
         Option("mask_block", 1, "side in patches of the squares that are removed together, with --mask random"),

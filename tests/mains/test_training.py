@@ -66,12 +66,12 @@ def test_two_processes_equal_one(plain_run, tmp_path):
 
 
 def test_accumulation_equals_a_large_batch(plain_run, tmp_path):
-    """4 x 8 = 32 images, equal up to the rounding of gradient sums."""
+    """4 x 8 = 32 images, equal up to the rounding of gradient sums, which Adam enlarges as above."""
     folder, flags = plain_run
     pretrain(f"{flags} --batch_size 8 --accum_iter 4 --output_dir {tmp_path}")
     for (_, a), (_, b) in zip(scalars(folder, "train/loss"), scalars(tmp_path, "train/loss"), strict=True):
         assert b == pytest.approx(a, rel=1e-5)
-    assert largest_difference(final_weights(folder), final_weights(tmp_path)) < 2e-4
+    assert largest_difference(final_weights(folder), final_weights(tmp_path)) < 5e-4
 
 
 def test_workers_change_nothing(plain_run, tmp_path):

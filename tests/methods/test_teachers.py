@@ -57,7 +57,9 @@ def test_flags_without_effect(declared):
     """Every option is refused without its method, even with its default value."""
     option, default, flag = declared.name, declared.default, OWNERS[declared].flag
     action = next(a for a in main_pretrain.get_args_parser()._actions if f"--{option}" in a.option_strings)
-    values = [""] if action.nargs == 0 else [f" {value}" for value in (*(action.choices or ["1"]), default) if value]
+    one = " ".join(["1"] * (action.nargs or 1))
+    default = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    values = [""] if action.nargs == 0 else [f" {value}" for value in (*(action.choices or [one]), default) if value]
     switch = "--mae_k or --ema_mae" if option.startswith("bootstrap") else flag
     other = "--mae_k 1" if flag == "--rc_mae" else "--rc_mae"
     for value, beside in itertools.product(values, ("", other)):

@@ -26,7 +26,10 @@ def test_every_encoder_is_evaluated_alike(sweep, tmp_path):
     probes = [dense_probe.get_args_parser().parse_args(flags) for main, *flags in calls if main == "dense_probe.py"]
     assert [args.checkpoint[0] for args in probes] == ["random", *own.values()]
     everything = [*pretrained.values(), *runs["main_segment.py"].values(), *runs["main_detect.py"].values(), *probes]
-    shared = ("dataset", "scene_digits", "scene_size", "scene_count", "scene_seed", "input_size", "patch_size", "seed")
+    shared = ["dataset", "scene_size", "scene_sides", "scene_most", "scene_seed", "input_size", "patch_size", "seed"]
     assert len({str([getattr(args, name) for name in shared]) for args in everything}) == 1
+    labelled = everything[len(pretrained) :]  # fewer scenes, of three digits
+    for group in (pretrained.values(), labelled):
+        assert len({str([args.scene_digits, args.scene_count]) for args in group}) == 1
     again = sweep(".", str(tmp_path / "out"), script="scenes_study", SEEDS="3", GPUS="1")[2]
     assert [main for main, *_ in again] == ["collect.py"]

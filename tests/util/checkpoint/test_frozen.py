@@ -152,7 +152,8 @@ def flags_of(method: type[Method]) -> str:
     parse = main_pretrain.get_args_parser().parse_args
     pretrainings = [flags for main, flags, _ in freeze.KINDS.values() if main == "main_pretrain"]
     known = next((flags for flags in pretrainings if method.enabled(parse(flags.split()))), None)
-    return known or f"{freeze.ALL} {method.flag}" + ("" if isinstance(method.switch.default, bool) else " 1")
+    value = method.switch.choices[1] if method.switch.choices else "1"  # the first choice is the default
+    return known or f"{freeze.ALL} {method.flag}" + ("" if isinstance(method.switch.default, bool) else f" {value}")
 
 
 def has_state(method: type[Method]) -> bool:

@@ -192,14 +192,16 @@ ABANDONED = """
 import sys
 from types import SimpleNamespace
 for name in ("util.data.readers", "util.data.transforms"):  # take seconds to import and are not needed
-    sys.modules[name] = SimpleNamespace(Images=object, Converter=None, keeps_depth=None)
+    sys.modules[name] = SimpleNamespace(Images=object, Converter=None, keeps_depth=None, uses_generators=None)
 from torch.utils.data import Dataset
+import torch
 from util.data.loader import Loader
+from util.data.samples import Sample
 class Numbers(Dataset):
     def __len__(self):
         return 64
     def __getitem__(self, key):
-        return key
+        return Sample(torch.zeros(1, 2, 2), 0, key[1], 0)
 batches = iter(Loader(Numbers(), 2, shuffle=True, seed=0, num_workers=1))
 next(batches)
 print("reading", flush=True)

@@ -50,7 +50,9 @@ def by_pillow(content: bytes) -> Image.Image:
 def decoded(monkeypatch):
     """The number of images that simplejpeg has decoded."""
     count, original = [], simplejpeg.decode_jpeg
-    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", lambda *args: (original(*args), count.append(1))[0])
+    monkeypatch.setattr(
+        images.simplejpeg, "decode_jpeg", lambda *args, **more: (original(*args, **more), count.append(1))[0]
+    )
     return count
 
 
