@@ -38,6 +38,9 @@ class Batches:
             for i in mine.tolist()
         ]
 
+    def on(self, device):
+        return self
+
     def begin(self, epoch):
         return self.batches
 

@@ -166,18 +166,18 @@ def test_other_errors_are_not_explained():
 
 
 def test_a_real_container_size(tmp_path):
-    """A small /dev/shm of its own, with room for one batch (6.3 MB): the run ends with the sentence."""
+    """A small /dev/shm of its own, with room for one batch (1.6 MB): the run ends with the sentence."""
     alone = ["unshare", "--mount", "bash", "-c"]
     mount = "mount -t tmpfs -o size={} tmpfs /dev/shm"
     if not shutil.which("unshare") or subprocess.run([*alone, mount.format("1m")], capture_output=True).returncode:
         pytest.skip("this machine does not allow a mount of its own")
     run = f"{sys.executable} main_finetune.py --dataset digits --model vit_micro_patch4 --input_size 64 --in_chans 3"
     run += f" --epochs 1 --warmup_epochs 0 --batch_size 128 --device cpu --num_workers 4 --output_dir {tmp_path}/run"
-    command = f"{mount.format('10m')} && {run}"
+    command = f"{mount.format('2500k')} && {run}"
     done = subprocess.run([*alone, command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("error:") == 1 and all(word in done.stderr for word in HELP)
-    assert "note: the batches that --num_workers 4 prepare take up to 50 MB of /dev/shm" in done.stdout
+    assert "note: the batches that --num_workers 4 prepare take up to 13 MB of /dev/shm" in done.stdout
 
 
 def test_a_file_system_without_a_limit(monkeypatch):
