@@ -32,6 +32,7 @@ from util.errors import UserError, user_errors
 from util.lr_decay import param_groups_lrd
 from util.parser import Flags, Parser, rare
 from util.report.ledger import Record
+from util.speed_flags import add_speed_arguments, check_speed_flags
 from util.training.best_metric import settle_best_metric
 from util.training.losses import build_criterion
 from util.training.mixup import Mixup
@@ -64,7 +65,7 @@ def get_args_parser() -> Parser:
     )
     add_augmentation_arguments(parser.add_argument_group("augmentation"))
     arguments.add_run_arguments(parser, save_freq=1, keep=1)
-    arguments.add_speed_arguments(parser)
+    add_speed_arguments(parser)
     arguments.add_distributed_arguments(parser)
     return parser
 
@@ -139,7 +140,7 @@ def check(args) -> None:
         raise UserError(f"--batch_size {args.batch_size} must be even with --mixup or --cutmix, which pair images")
     check_labels(args, mixes(args))
     check_imbalance(args, trains=not args.eval)
-    arguments.check_speed_flags(args, not args.eval, "with --eval")
+    check_speed_flags(args, not args.eval, "with --eval")
     if args.trainable_blocks is not None and args.eval:
         raise UserError("--trainable_blocks has no effect with --eval")
     if args.check_leak and args.eval:

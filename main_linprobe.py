@@ -42,6 +42,7 @@ from util.errors import UserError, user_errors
 from util.lars import LARS
 from util.parser import Flags, Parser
 from util.report.ledger import Record
+from util.speed_flags import add_speed_arguments, check_speed_flags
 from util.training.best_metric import settle_best_metric
 from util.training.losses import build_criterion
 from util.training.run import Run, start
@@ -86,7 +87,7 @@ def get_args_parser() -> Parser:
     add_imbalance_arguments(group)
     add_cache_arguments(parser.add_argument_group("cached features"))
     arguments.add_run_arguments(parser, save_freq=10, keep=1)
-    arguments.add_speed_arguments(parser, trains_blocks=False)
+    add_speed_arguments(parser, trains_blocks=False)
     arguments.add_distributed_arguments(parser)
     return parser
 
@@ -127,7 +128,7 @@ def check(args) -> None:
         check_cached(args)
     if args.cache_features and (args.max_steps or not isinstance(args.epochs, int)):
         raise UserError("--cache_features trains its heads for whole --epochs: leave out --max_steps and fractions")
-    arguments.check_speed_flags(args, not args.eval and not args.cache_features, "with --eval or --cache_features")
+    check_speed_flags(args, not args.eval and not args.cache_features, "with --eval or --cache_features")
     if args.best_metric and (args.eval or args.cache_features):
         flag = "--eval" if args.eval else "--cache_features"
         raise UserError(f"--best_metric has no effect with {flag}, which writes no checkpoint-best.pth")

@@ -36,6 +36,7 @@ from util.errors import UserError, user_errors
 from util.parallel.fsdp import check_sharded, gathered, shard
 from util.parser import Flags, Parser, rare
 from util.report.ledger import Record, strict
+from util.speed_flags import add_speed_arguments
 from util.training.finished import end_again
 from util.training.run import Run, start
 from util.training.run_length import settle_schedule
@@ -74,7 +75,7 @@ def get_args_parser() -> Parser:
     group.add_argument(
         "--knn_images", default=20000, type=int, help="images of each split for kNN, evenly spaced over the split"
     )
-    arguments.add_speed_arguments(parser, cached=True)
+    add_speed_arguments(parser, cached=True)
     arguments.add_distributed_arguments(parser, shards=True)
     add_method_arguments(parser, METHODS)
     return parser

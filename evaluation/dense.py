@@ -24,6 +24,7 @@ from util.data.transforms import check_channels
 from util.errors import UserError
 from util.lr_sched import SCHEDULES
 from util.parser import rare
+from util.speed_flags import add_speed_arguments, check_speed_flags
 from util.weights.geometry import source_grid
 from util.weights.load import Weights, load_into, read_weights
 
@@ -39,7 +40,7 @@ def add_training_arguments(
     _add_decay_arguments(group, layer_decay)
     parser.set_defaults(lr=1e-4, dataset=dataset, best_metric=None)
     arguments.add_run_arguments(parser, save_freq=1, keep=1)
-    arguments.add_speed_arguments(parser)
+    add_speed_arguments(parser)
     arguments.add_distributed_arguments(parser)
 
 
@@ -99,7 +100,7 @@ def check_flags(args) -> None:
         raise UserError("--jpeg_draft has no effect here: images are not cropped while they are decoded")
     if args.trainable_blocks is not None and args.eval:
         raise UserError("--trainable_blocks has no effect with --eval")
-    arguments.check_speed_flags(args, not args.eval, "with --eval")
+    check_speed_flags(args, not args.eval, "with --eval")
     if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs a finished run: give its checkpoint as --resume or --finetune")
 

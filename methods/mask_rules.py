@@ -19,6 +19,7 @@ from PIL import Image
 from methods.base import Method
 from methods.options import Option
 from models_mae import MaskedAutoencoderViT
+from util.checkpoint.same_run import plain
 from util.data.sample_rng import redrawn
 from util.errors import UserError
 
@@ -183,10 +184,6 @@ class MaskRule(Method):
         if self.rule == "list":
             return list_ranks(noise, self.masks)
         return square_ranks(noise, grid, self.side)
-
-
-def plain(value):
-    return list(value) if isinstance(value, tuple) else value
 
 
 def shown(values) -> str:

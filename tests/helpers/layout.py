@@ -33,7 +33,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("util.data",),
     ("util.report",),
     ("util.training",),
-    ("util.arguments", "util.datasets", "util.misc", "util.next_commands"),
+    ("util.speed_flags", "util.arguments", "util.datasets", "util.misc", "util.next_commands"),
     ("planning",),
     ("models_encoder", "models_mae", "models_vit", "models_timm", "models_grid", "models_segment", "models_detect"),
     ("methods",),

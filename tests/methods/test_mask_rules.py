@@ -216,7 +216,7 @@ def test_a_teacher_with_another_mask_gets_one_of_the_same_rule():
     noise = torch.rand(8, 16)
     _, out = pretrainer.forward_with_output(torch.randn(8, 3, 16, 16), 0.5, noise)
     method = pretrainer.methods["mask"]
-    assert torch.equal(out.redraw(), method.scores(None or pretrainer.model, None, redrawn(noise)))
+    assert torch.equal(out.redraw(), method.scores(pretrainer.model, None, redrawn(noise)))
     assert not torch.equal(out.redraw(), out.scores)
     plain, _ = made("--rc_mae --rc_mask different")
     _, out = plain.forward_with_output(torch.randn(8, 3, 16, 16), 0.5, noise)
