@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 import models_mae
 import models_vit
 from tools import export
+from util.errors import UserError
 
 FLAGS = {"model": "vit_micro_patch4", "input_size": 16, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
 
@@ -40,3 +42,11 @@ def exported(checkpoint, to, out, *flags):
     options = [str(checkpoint), "--to", to, "--out", str(out), *map(str, flags)]
     assert export.main(export.get_args_parser().parse_args(options)) < 1e-5  # runs the tool's own check
     return out
+
+
+def refused(*flags) -> str:
+    """Return the sentence by which tools/export.py refuses these flags."""
+    with pytest.raises(UserError) as caught:
+        export.main(export.get_args_parser().parse_args([str(flag) for flag in flags]))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
