@@ -7,13 +7,14 @@ from pathlib import Path
 from unittest.mock import patch
 
 from helpers.launch import SMALL, command_module
+from util.data import readers
 from util.training.run import Run
 
 FAST = "--num_workers 0 --seed 0 --print_freq 1"
 DATA = "--dataset digits --input_size 16"
 SCENES = "--dataset scenes --scene_digits 0 1 7 --scene_size 32 --scene_count 24 5 --input_size 32"
-PRETRAIN = f"{DATA} {SMALL} --batch_size 256 --warmup_epochs 0 --vis_freq 0 --epochs 2 {FAST}"
-FINETUNE = f"{DATA} --model vit_micro_patch4 --batch_size 256 --epochs 1 --warmup_epochs 0 --amp_dtype fp32 {FAST}"
+PRETRAIN = f"{DATA} {SMALL} --batch_size 32 --warmup_epochs 0 --vis_freq 0 --epochs 2 {FAST}"
+FINETUNE = f"{DATA} --model vit_micro_patch4 --batch_size 32 --epochs 1 --warmup_epochs 0 --amp_dtype fp32 {FAST}"
 DENSE = f"{SCENES} --model vit_micro_patch4 --batch_size 8 --epochs 1 --head_width 16 --amp_dtype fp32 {FAST}"
 
 
@@ -56,6 +57,20 @@ def parsed(main: str, flags: str, folder: Path, device: str):
     if "--out " not in flags:
         words += ["--output_dir", str(folder)]
     return module, module.get_args_parser().parse_args(words)
+
+
+@contextmanager
+def few_digits(train: int = 96, evaluation: int = 40):
+    """`--dataset digits` with the first images of each split."""
+    whole = readers.READERS["digits"]
+
+    def few(args, split: bool, classes):
+        images = whole(args, split, classes)
+        count = train if split else evaluation
+        return readers.Arrays(images.arrays[:count], images.targets[:count], images.classes)
+
+    with patch.dict(readers.READERS, digits=few):
+        yield
 
 
 def rows(folder: Path) -> list[dict]:
