@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from util.arguments import add_data_arguments, add_verbose_argument, check_numbers
+from util.arguments import CHANNELS, add_data_arguments, add_show_channels, add_verbose_argument, check_numbers
 from util.errors import UserError
 from util.parser import Parser
 from util.report.sheet import PICTURES, SIDE
@@ -89,7 +89,7 @@ def add_model_flags(parser: Parser) -> None:
     group.add_argument("--model", help="e.g. mae_vit_base_patch16")
     group.add_argument("--input_size", type=int, nargs="+", metavar=("H", "W"), help="image size in pixels")
     group.add_argument("--patch_size", type=int, help="side of a patch in pixels")
-    group.add_argument("--in_chans", type=int, help="channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA")
+    group.add_argument("--in_chans", type=int, help=CHANNELS)
 
 
 def add_feature_flags(parser: Parser, default: str | None = None) -> None:
@@ -130,6 +130,7 @@ def add_picture_flags(parser: Parser, masked: bool = True) -> None:
     )
     add_out_flag(parser)
     add_tile_flag(parser)
+    add_show_channels(parser)
     if masked:
         parser.add_argument(
             "--mask_ratio",

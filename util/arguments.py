@@ -5,6 +5,7 @@ import argparse
 import math
 from collections.abc import Sequence
 
+from util.data.bands import ORDERS
 from util.data.dense.scenes import add_scene_arguments
 from util.data.draws import add_sample_rng
 from util.data.image_folders import add_folder_arguments, check_folder_flags
@@ -16,6 +17,8 @@ from util.parallel.cores import MOST_WORKERS
 from util.parser import rare
 from util.speed_flags import check_recompute
 from util.training.best_metric import add_best_metric
+
+CHANNELS = "channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; or the number of bands of TIFF, .npy and .npz files"
 
 
 def add_model_arguments(parser, default_model: str | None, decoder: bool):
@@ -30,7 +33,7 @@ def add_model_arguments(parser, default_model: str | None, decoder: bool):
         "--in_chans",
         type=int,
         default=3 if decoder else None,
-        help="channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA" + from_checkpoint,
+        help=CHANNELS + from_checkpoint,
     )
     if decoder:
         group.add_argument(
@@ -117,6 +120,15 @@ def _add_reading_arguments(group) -> None:
     )
     rare(
         group.add_argument(
+            "--band_axis",
+            default="auto",
+            choices=ORDERS,
+            help="axis of an array (.npy, .npz) that has the bands: first (C, H, W), last (H, W, C), or auto: the one "
+            "whose length is --in_chans",
+        )
+    )
+    rare(
+        group.add_argument(
             "--crop_pct",
             type=float,
             help="evaluation: share of the resized side that is kept; without it 0.875 at 160-224 px, else 1",
@@ -138,6 +150,19 @@ def _add_reading_arguments(group) -> None:
             default=0.01,
             help="fail when a larger share of the images is unreadable",
         )
+    )
+
+
+def add_show_channels(group) -> argparse.Action:
+    """Add `--show_channels`, for commands that draw images, and return it; `util.report.pictures.shown_channels` checks
+    it."""
+    return group.add_argument(
+        "--show_channels",
+        type=int,
+        nargs=3,
+        metavar=("R", "G", "B"),
+        help="channels, numbered from 0, that are red, green and blue in pictures; black is two standard deviations "
+        "below the mean, white two above; without it the first three of more than four channels",
     )
 
 
