@@ -211,7 +211,7 @@ def read_starting_weights(args, model) -> tuple[Path | None, Weights | None]:
     resume = find_resume(args.resume, args.output_dir) if args.resume else None
     weights = read_weights(args.init_from) if args.init_from and resume is None else None
     if weights is not None:
-        print(load_into(model, weights).shown(args.verbose))
+        print(load_into(model, weights, adapt_channels=True).shown(args.verbose))
     return resume, weights
 
 

@@ -6,7 +6,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from util.arguments import CHANNELS, add_data_arguments, add_show_channels, add_verbose_argument, check_numbers
+from util.arguments import add_data_arguments, add_show_channels, add_verbose_argument, check_numbers
+from util.data.reading_flags import CHANNELS
 from util.errors import UserError
 from util.parser import Parser
 from util.report.sheet import PICTURES, SIDE

@@ -13,10 +13,10 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from evaluation import command_line
-from util.arguments import CHANNELS
 from util.data.loader import collate, loader_options, read_batches
 from util.data.pixel_range import settle_pixel_range
 from util.data.readers import read_images
+from util.data.reading_flags import CHANNELS
 from util.data.samples import KeyedDataset
 from util.data.sources import Images
 from util.data.transforms import ToPixels, check_channels

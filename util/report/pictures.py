@@ -72,8 +72,8 @@ def overlay(colours: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 
 
 def rgb(imgs: torch.Tensor, channels: Sequence[int] | None = None) -> torch.Tensor:
-    """Return images (N, C, H, W) as RGB (N, 3, H, W): three `channels`, else without alpha, or with the grey channel three
-    times."""
+    """Return images (N, C, H, W) as RGB (N, 3, H, W): three `channels`, else without alpha, or with the grey channel
+    three times."""
     if channels is not None:
         return imgs[:, list(channels)]
     return imgs[:, :3] if imgs.shape[1] >= 3 else imgs[:, :1].expand(-1, 3, -1, -1)
