@@ -108,7 +108,7 @@ def add_feature_flags(parser: Parser, default: str | None = None) -> None:
 
 
 def add_device_flag(parser: Parser) -> None:
-    parser.add_argument("--device", default="auto", help="auto (CUDA if available), cuda, cuda:N or cpu")
+    parser.add_argument("--device", default="auto", help="auto (CUDA if available), cuda, cuda:N, mps or cpu")
 
 
 def settle_pool(args: argparse.Namespace, model, path: str) -> str:

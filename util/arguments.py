@@ -130,7 +130,7 @@ def add_run_arguments(parser, save_freq: int, keep: int) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="./output_dir", help="checkpoints and log.txt; empty writes nothing")
     rare(group.add_argument("--log_dir", help="TensorBoard events; without it the output folder"))
-    group.add_argument("--device", default="auto", help="auto (CUDA if there is one), cuda, cuda:N or cpu")
+    group.add_argument("--device", default="auto", help="auto (CUDA if there is one), cuda, cuda:N, mps or cpu")
     group.add_argument("--seed", default=0, type=int, help="seed of weights, masks, augmentation and image order")
     add_sample_rng(group)
     group.add_argument(

@@ -3,7 +3,7 @@ them."""
 
 from PIL import Image
 
-from util.data.bands import ARRAY_ENDINGS, Bands, many_bands
+from util.data.bands import ARRAY_ENDINGS, Bands, OtherBands, many_bands
 from util.data.images import BROKEN_IMAGE, printable, reason_of
 from util.errors import UserError
 
@@ -42,12 +42,15 @@ class BandSample:
             print(f"bands are the {order} axis of the arrays: {name} has {len(img.values)}, {img.width}x{img.height}")
 
     def _explain_unreadable(self, images) -> None:
-        """Raise UserError with the reason for the first file, if files of bands are expected."""
-        if not len(images) or not (many_bands(self.count) or images.name(0).lower().endswith(ARRAY_ENDINGS)):
+        """Raise UserError with the reason for the first file, if files of bands are expected or given."""
+        if not len(images):
             return
         try:
             images.open(0)
         except BROKEN_IMAGE as error:
+            is_array = images.name(0).lower().endswith(ARRAY_ENDINGS)
+            if not many_bands(self.count) and not is_array and not isinstance(error, OtherBands):
+                return  # reported and counted when it is used
             raise UserError(
                 f"none of the sampled images can be read with --in_chans {self.count}; the first, "
                 f"{printable(images.name(0))}: {reason_of(error)}"

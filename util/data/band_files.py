@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from util.data.bands import BandLayout, Bands, many_bands
+from util.data.bands import BandLayout, Bands, OtherBands, many_bands
 from util.data.images import open_image, read_image
 
 try:
@@ -153,7 +153,7 @@ def _image(values: np.ndarray, layout: BandLayout, known: str = "") -> Image.Ima
     order = known or (layout.axis if layout.axis != "auto" else _order(values.shape, layout.count))
     values = np.moveaxis(values, -1, 0) if order == "last" else values
     if len(values) != layout.count:
-        raise ValueError(f"it has {len(values)} bands, but --in_chans is {layout.count}")
+        raise OtherBands(f"it has {len(values)} bands, but --in_chans is {layout.count}")
     return Bands(values, "" if known else order)
 
 
@@ -166,7 +166,7 @@ def _order(shape: tuple[int, ...], count: int) -> str:
             f"--band_axis first or last"
         )
     if not first and not last:
-        raise ValueError(
+        raise OtherBands(
             f"its shape is {_lengths(shape)}: neither its first nor its last axis has the {count} bands of --in_chans"
         )
     return "first" if first else "last"

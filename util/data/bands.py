@@ -30,6 +30,10 @@ class BandLayout:
     axis: str = "auto"
 
 
+class OtherBands(ValueError):
+    """A file whose number of bands is not that of the model."""
+
+
 class Bands(Image.Image):
     """An image of bands: `values` (C, H, W) as stored, or after `util.data.transforms.to_channels` in 0..255, uint8 or
     float32. `order` says where the bands are in its file: first or last, "" where the file says so itself.

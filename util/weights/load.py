@@ -292,7 +292,10 @@ def _adapted(own: dict, weights: Weights) -> Weights:
     theirs, ours = geometry(weights.state), geometry(own)
     if theirs.channels != RGB or theirs == ours or theirs._replace(channels=ours.channels) != ours:
         return weights
-    state, note = for_channels(weights.state, ours.channels)
+    decoder = {name for name in weights.state if is_decoder(name) and name not in own}
+    kept = {name: tensor for name, tensor in weights.state.items() if name not in decoder}
+    changed, note = for_channels(kept, ours.channels)
+    state = {name: changed.get(name, tensor) for name, tensor in weights.state.items()}
     return replace(weights, state=state, notes=[*weights.notes, note])
 
 
