@@ -76,7 +76,7 @@ def mixes(args) -> bool:
 def settle_preset(args, stored: Mapping[str, Any] = {}) -> None:
     """Settle the flags of `add_preset_arguments` that are not given: by the flags `stored` in the checkpoint of a run
     that is resumed, else by `--aug_preset`. `--input_size` must be settled."""
-    many = many_bands(args.in_chans)
+    many = many_bands(getattr(args, "in_chans", None) or 3)  # forks' flags may lack it
     not_given = [name for name in OFFICIAL if getattr(args, name) == ("auto" if name == "aa" else None)]
     preset = preset_of(args)
     values = PRESETS[preset] | ({"hflip": MIRRORED[args.dataset]} if args.dataset in MIRRORED else {})

@@ -78,11 +78,15 @@ class Files(Images):
         self.paths = paths if isinstance(paths, PathList) else PathList(paths)
         self.targets, self.classes, self.within = compact(targets), classes, within
         self.groups = Repeated(groups) if isinstance(groups, list) else groups
-        self.layout: BandLayout | None = None
+        self._bands, self._band_axis = None, "auto"
 
     def expect_bands(self, count, axis=None):
-        known = self.layout or BandLayout(3)
-        self.layout = BandLayout(count or known.count, axis or known.axis)
+        self._bands, self._band_axis = count or self._bands, axis or self._band_axis
+
+    @property
+    def layout(self) -> BandLayout | None:
+        """How files of bands are read, None before `expect_bands`."""
+        return BandLayout(self._bands, self._band_axis) if self._bands else None
 
     def load(self, index):
         with open_regular(self.file(index)) as file:
