@@ -57,7 +57,7 @@ def test_fine_tuning_probing_and_evaluation(bands, tmp_path, capsys):
     assert again["loss"] == pytest.approx(tuned["loss"], rel=1e-5)  # sums over other batches
     for more in ("--max_steps 2", "--cache_features --epochs 1"):
         scores = run(main_linprobe, f"{data} {CLASSIFIER} {more} --output_dir {tmp_path}/{len(more)}")
-        assert 0 <= scores["acc1"] <= 100
+        assert any(0 <= value <= 100 for name, value in scores.items() if "acc1" in name), scores
     tool("predict", f"{tmp_path}/tuned/checkpoint-0.pth --data {root}/val --out {tmp_path}/p.csv --device cpu")
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 5
 

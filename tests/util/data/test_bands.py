@@ -156,7 +156,7 @@ def test_unsuitable_archives_and_sizes(tmp_path):
     for name, words in {
         "two.npz": r"which of its arrays is the image is not clear \(a, b\)",
         "cut.npz": "zip archive that cannot be read",
-        "cut.tif": "tifffile cannot read it",
+        "cut.tif": "a TIFF that tifffile cannot read",
         "huge.npy": "5 x 1000000 x 1000000 values, more than",
     }.items():
         with pytest.raises(BROKEN_IMAGE, match=words):
