@@ -96,6 +96,7 @@ def test_released_weights_start_a_run(tmp_path, capsys):
         ("--in_chans 3", "it has 13 bands, but --in_chans is 3"),
         (f"{stats()} --dataset digits", "--in_chans 13: image 0 has 1 channel"),
         (f"{stats()} --device mps", "--device mps needs an Apple GPU"),
+        (f"{stats()} --mlo_mae --device mps", "--mlo_mae computes in float64, which --device mps lacks"),
     ],
 )
 def test_refusals_of_pretraining(tmp_path, flags, words):

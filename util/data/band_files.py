@@ -56,14 +56,14 @@ def _read_bands(file: BinaryIO, layout: BandLayout | None) -> Image.Image | None
 
 
 def _read_array(file: BinaryIO) -> np.ndarray:
-    """Return the array of a .npy file. Raises ValueError for one of Python objects, and for one that is damaged or too
-    large."""
+    """Return the array of a .npy file. Raises OSError for a damaged one, ValueError for one of Python objects or one
+    that is too large."""
     try:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(file)
     except ValueError as error:
-        raise ValueError(f"it is a NumPy array that cannot be read: {error}") from error
+        raise OSError(f"it is a NumPy array that cannot be read: {error}") from error
     if dtype.hasobject:
         raise ValueError("it is an array of Python objects, which are not read")
     _check_size(shape)
@@ -117,7 +117,9 @@ def _read_tiff(file: BinaryIO) -> tuple[np.ndarray, str]:
             values, axes = series.asarray(maxworkers=1), series.axes
     except Exception as error:  # a damaged file leads to errors of any type inside tifffile
         reason = str(error).strip().splitlines()
-        raise OSError(f"it is a TIFF that tifffile cannot read: {reason[0] if reason else type(error).__name__}") from error
+        raise OSError(
+            f"it is a TIFF that tifffile cannot read: {reason[0] if reason else type(error).__name__}"
+        ) from error
     kept = [i for i, length in enumerate(values.shape) if length > 1 or axes[i] in "YX"]
     axes = "".join(axes[i] for i in kept)
     values = values.reshape([values.shape[i] for i in kept])
