@@ -22,6 +22,7 @@ from util.checkpoint.same_run import FREE_FLAGS
 from util.compute.kernels import choose_attention
 from util.compute.precision import choose_amp_dtype
 from util.compute.recompute import recompute_cheap
+from util.data.bands import many_bands
 from util.data.batch_aug import BatchTransform
 from util.data.build import build_loader, check_enough
 from util.data.cache import CACHES, CachedLoader, cache_images
@@ -36,6 +37,7 @@ from util.errors import UserError, user_errors
 from util.parallel.fsdp import check_sharded, gathered, shard
 from util.parser import Flags, Parser, rare
 from util.report.ledger import Record, strict
+from util.report.pictures import shown_channels
 from util.speed_flags import add_speed_arguments
 from util.training.finished import end_again
 from util.training.run import Run, start
@@ -71,6 +73,7 @@ def get_args_parser() -> Parser:
     arguments.add_run_arguments(parser, save_freq=20, keep=0)
     group = parser.add_argument_group("monitoring")
     group.add_argument("--vis_freq", default=20, type=int, help="epochs between reconstruction pictures; 0: none")
+    rare(arguments.add_show_channels(group))
     group.add_argument("--knn_freq", default=0, type=int, help="epochs between kNN accuracies on validation; 0: none")
     group.add_argument(
         "--knn_images", default=20000, type=int, help="images of each split for kNN, evenly spaced over the split"
@@ -120,6 +123,7 @@ def check(args) -> list[type[Method]]:
     arguments.check_values(args)
     check_channels(args.in_chans)
     mean_std(args.dataset, args.in_chans, args.mean, args.std)
+    shown_channels(args.in_chans, args.show_channels)
     for name in ("vis_freq", "knn_freq"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)} must not be negative")
@@ -127,6 +131,8 @@ def check(args) -> list[type[Method]]:
         raise UserError(f"--knn_images {args.knn_images} must be positive")
     if args.cache_size is not None and (args.data_cache == "none" or args.cache_size < 1):
         raise UserError(f"--cache_size {args.cache_size} must be positive, and needs --data_cache ram or device")
+    if args.data_cache != "none" and many_bands(args.in_chans):
+        raise UserError(f"--data_cache {args.data_cache} keeps 8 bits, and is for images of 1 to 4 channels: remove it")
     if args.nvjpeg and args.data_cache == "none":
         raise UserError("--nvjpeg has no effect without --data_cache ram or device")
     arguments.check_draft(args.jpeg_draft, args.aug in ("mae", "three") and args.data_cache == "none")
@@ -205,7 +211,7 @@ def read_starting_weights(args, model) -> tuple[Path | None, Weights | None]:
     resume = find_resume(args.resume, args.output_dir) if args.resume else None
     weights = read_weights(args.init_from) if args.init_from and resume is None else None
     if weights is not None:
-        print(load_into(model, weights).shown(args.verbose))
+        print(load_into(model, weights, adapt_channels=True).shown(args.verbose))
     return resume, weights
 
 

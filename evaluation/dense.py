@@ -130,7 +130,7 @@ def read_starting_weights(args, resume: Path | None, models: ModuleType) -> Weig
     if args.eval and weights.dense_model != models.DENSE_MODEL:
         raise UserError(f"{weights.path} has no {models.TASK} head: give the checkpoint of a finished run")
     _settle_head(args, models.SETTINGS, weights)
-    check_channels(args.in_chans)
+    check_channels(args.in_chans, bands=False)
     return weights if args.eval or resume is None else None
 
 

@@ -14,7 +14,15 @@ from util.data.sources import Subset
 from util.data.transforms import eval_transform
 from util.parallel.distributed import barrier, from_main_process, is_main_process
 from util.parallel.fsdp import whole
-from util.report.pictures import CAPTION, NORM_PIX, denormalized, fixed_noise, reconstruct, reconstruction_sheet
+from util.report.pictures import (
+    CAPTION,
+    NORM_PIX,
+    denormalized,
+    fixed_noise,
+    reconstruct,
+    reconstruction_sheet,
+    shown_channels,
+)
 from util.training.run import Run
 
 
@@ -29,6 +37,7 @@ class Monitor:
     def __init__(self, args, run: Run, pretrainer: Pretrainer, images, held_out):
         self.args, self.run, self.pretrainer = args, run, pretrainer
         self.mean, self.std = mean_std(args.dataset, args.in_chans, args.mean, args.std)
+        self.channels = shown_channels(args.in_chans, args.show_channels)
         self.transform = eval_transform(image_shape(args.input_size), self.mean, self.std, args.crop_pct)
         self.images, self.held_out = images, held_out
         self._loaders = None
@@ -71,10 +80,10 @@ class Monitor:
         """Write pictures and histograms of the fixed images; return their reconstruction loss."""
         (imgs, noise), ratio = self.fixed, self.args.mask_ratio
         scores = self.pretrainer.preview_scores(imgs, noise)
-        pictures = reconstruct(self.pretrainer.model, imgs, ratio, scores, self.mean, self.std)
+        pictures = reconstruct(self.pretrainer.model, imgs, ratio, scores, self.mean, self.std, self.channels)
         caption = f"{ratio:.0%} removed; {CAPTION}{NORM_PIX * self.pretrainer.model.norm_pix_loss}"
         self.run.board.image("reconstruction", reconstruction_sheet([pictures], caption=caption).tensor(), epoch)
-        pixels = denormalized(imgs, self.mean, self.std)
+        pixels = denormalized(imgs, self.mean, self.std, self.channels)
         for name, picture in self.pretrainer.pictures(imgs, pixels).items():
             self.run.board.image(name, picture.cpu(), epoch)
         for name, values in self.pretrainer.distributions(imgs).items():

@@ -36,6 +36,7 @@ from evaluation.robustness import known_classes
 from util.arguments import check_draft
 from util.checkpoint.atomic import write_atomically
 from util.compute.precision import choose_amp_dtype
+from util.data.bands import ARRAY_ENDINGS
 from util.data.image_folders import unlabelled_folder
 from util.data.list_files import read_list
 from util.data.pixel_range import settle_pixel_range
@@ -142,7 +143,7 @@ def open_data(path: Path, image_column: str = "") -> tuple[Files, Path]:
     if not path.is_file():
         raise UserError(f"--data {path} does not exist: a folder of images, a list or an image is needed")
     paths = [str(path)]
-    if path.suffix.lower() not in IMG_EXTENSIONS:
+    if path.suffix.lower() not in (*IMG_EXTENSIONS, *ARRAY_ENDINGS):
         paths = read_list(str(path), path.parent, True, image_column, needs_labels=False).paths
     return Files(paths, [-1] * len(paths), None), path.parent
 
@@ -233,6 +234,8 @@ def main(args: argparse.Namespace) -> Tally:
     stored = judged.weights.args if judged.weights else {}
     options = replace(judged.images, dataset=stored.get("dataset") or args.dataset)  # pixels as in its training
     images, folder = open_images(args, (judged.weights.classes or None) if judged.weights else None)
+    if isinstance(images, Images):
+        images.expect_bands(options.in_chans, args.band_axis)
     settle_pixel_range(options, images)
     tally = Tally(len(images), f"--data {args.data}" if args.data else f"--dataset {args.dataset}")
     rows = predict(encode, images, options, args.batch_size, judged.device, judged.dtype)

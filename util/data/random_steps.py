@@ -16,6 +16,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from util import crop
+from util.data.bands import Bands
 from util.data.draws import COLOUR, CROP, FLIP, SHIFT, Draws, current_draws
 from util.errors import UserError
 
@@ -136,12 +137,15 @@ class RandomCrop(transforms.RandomCrop):
         return *_shifted(draws, SHIFT, img.height - height, img.width - width), height, width
 
     def forward(self, img):
-        draws = current_draws()
-        if draws is None:
+        draws, (columns, rows), (height, width) = current_draws(), self.padding, self.size
+        if draws is None and isinstance(img, Bands):
+            img = img.crop((-columns, -rows, img.width + columns, img.height + rows))
+            top, left, *_ = self.get_params(img, self.size)
+        elif draws is None:
             return super().forward(img)
-        (columns, rows), (height, width) = self.padding, self.size
-        top, left = _shifted(draws, SHIFT, img.height + 2 * rows - height, img.width + 2 * columns - width)
-        top, left = top - rows, left - columns
+        else:
+            top, left = _shifted(draws, SHIFT, img.height + 2 * rows - height, img.width + 2 * columns - width)
+            top, left = top - rows, left - columns
         return img.crop((left, top, left + width, top + height))  # black outside the image
 
 
@@ -211,7 +215,9 @@ def three_augment(channels: int) -> list:
     """3-Augment (Touvron et al. 2022, DeiT III, Section 3.2): greyscale, solarisation or blur, then colour jitter 0.3.
     Raises UserError for images with alpha."""
     if channels not in (1, 3):
-        raise UserError(f"--aug three needs 1 or 3 channels, not --in_chans {channels}: alpha cannot be solarised")
+        raise UserError(
+            f"--aug three needs 1 or 3 channels, not --in_chans {channels}: it changes colours; --aug mae does not"
+        )
     return [OneOf([transforms.Grayscale(channels), Solarization(), GaussianBlur()]), Jitter(0.3, 0.3, 0.3)]
 
 

@@ -320,7 +320,8 @@ class Run:
     @contextlib.contextmanager
     def untimed(self):
         """Return a context whose time is excluded from the speed. Waits for the device at its start and end."""
-        synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
+        synchronize = waits.get(self.device.type, lambda: None)
         synchronize()
         began = time.perf_counter()
         yield
