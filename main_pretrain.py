@@ -135,7 +135,7 @@ def check(args) -> list[type[Method]]:
         raise UserError(f"--data_cache {args.data_cache} keeps 8 bits, and is for images of 1 to 4 channels: remove it")
     if args.nvjpeg and args.data_cache == "none":
         raise UserError("--nvjpeg has no effect without --data_cache ram or device")
-    arguments.check_draft(args.jpeg_draft, args.aug in ("mae", "three") and args.data_cache == "none")
+    arguments.check_crop_flags(args, args.aug in ("mae", "three"), cached=args.data_cache)
     if args.aug == "three":
         three_augment(args.in_chans)
     for name in ("mask_ratio", "mask_ratio_end"):

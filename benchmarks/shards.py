@@ -60,8 +60,9 @@ def ways_to_read(folder: Path, batch_size: int) -> dict:
     ways = {"torchvision, the JPEGs": lambda _: plain}
     args = SimpleNamespace(seed=0, in_chans=3, num_workers=0, pin_mem=False, shuffle_buffer=1000, shard_samples=None)
     args.dataset, args.jpeg_draft = "wds", False
-    for title, name in (("shards, unchanged", "unchanged"), ("shards, --resize 256", "two")):
-        args.data_path = str(folder / name)
+    sets = {"shards, unchanged": ("unchanged", False), "shards, --resize 256": ("two", False)}
+    for title, (name, fast) in (sets | {"shards, --resize 256, --fast_resize": ("two", True)}).items():
+        args.data_path, args.fast_resize = str(folder / name), fast
         transform = pretrain_transform("mae", (SIDE, SIDE), *IMAGENET)
         ways[title] = build_loader(read_images(args, train=True), transform, args, batch_size, True).begin
     return ways

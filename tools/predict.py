@@ -33,7 +33,7 @@ from evaluation.predictions import (
     write_parquet,
 )
 from evaluation.robustness import known_classes
-from util.arguments import check_draft
+from util.arguments import check_crop_flags
 from util.checkpoint.atomic import write_atomically
 from util.compute.precision import choose_amp_dtype
 from util.data.bands import ARRAY_ENDINGS
@@ -108,7 +108,7 @@ def check(args) -> Path:
             raise UserError(f"--{given[0]} has no effect with --features, which writes no predictions")
     elif args.pool:
         raise UserError(f"--pool {args.pool} is for --features: a classifier has a feature of its own")
-    check_draft(args.jpeg_draft, crops=False)
+    check_crop_flags(args, crops=False)
     out = command_line.check_out(args, *((".npz", ".parquet") if args.features else (".csv",)))
     if out.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
         raise UserError(f"--out {out} needs the package pyarrow, which is not installed: install it, or write an .npz")

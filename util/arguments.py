@@ -324,11 +324,15 @@ def flags_of_evaluation(args) -> argparse.Namespace:
     return argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in left_out})
 
 
-def check_draft(jpeg_draft: bool, crops: bool) -> None:
-    """Raise UserError for `--jpeg_draft` where it has no effect. `crops`: whether random resized crops of files are
-    read."""
-    if jpeg_draft and not crops:
+def check_crop_flags(args, crops: bool, cached: str = "none") -> None:
+    """Raise UserError for `--jpeg_draft` and `--fast_resize` where they have no effect. `crops`: whether random resized
+    crops are drawn, of images that are `cached`: none, ram or device."""
+    if args.jpeg_draft and not (crops and cached == "none"):
         raise UserError("--jpeg_draft has no effect here: it needs random resized crops of image files")
+    if args.fast_resize and not (crops and cached != "device"):
+        raise UserError("--fast_resize has no effect here: it needs random resized crops on the CPU")
+    if args.fast_resize and args.jpeg_draft:
+        raise UserError("--fast_resize and --jpeg_draft exclude each other: choose one")
 
 
 def _check_finite(args) -> None:

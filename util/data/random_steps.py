@@ -70,6 +70,8 @@ def central_box(height: int, width: int, ratio) -> Box:
 class RandomResizedCrop(transforms.RandomResizedCrop):
     """torchvision's random resized crop, bicubic."""
 
+    resized = staticmethod(resized_crop)
+
     def __init__(self, size: tuple[int, int], scale=(0.2, 1.0)):
         super().__init__(size, scale=scale, interpolation=BICUBIC)
 
@@ -81,11 +83,13 @@ class RandomResizedCrop(transforms.RandomResizedCrop):
         return random_box(draws, img.height, img.width, scale, ratio)
 
     def forward(self, img):
-        return resized_crop(img, self.get_params(img, self.scale, self.ratio), self.size)
+        return self.resized(img, self.get_params(img, self.scale, self.ratio), self.size)
 
 
 class FinetuneCrop(RandomResizedCropAndInterpolation):
     """timm's random resized crop, bicubic, with the distribution of `RandomResizedCrop`; `like` is the original."""
+
+    resized = staticmethod(resized_crop)
 
     def __init__(self, like: RandomResizedCropAndInterpolation):
         super().__init__(like.size, like.scale, like.ratio, interpolation="bicubic")
@@ -98,11 +102,13 @@ class FinetuneCrop(RandomResizedCropAndInterpolation):
         return random_box(draws, img.height, img.width, scale, ratio)
 
     def __call__(self, img):
-        return resized_crop(img, self.get_params(img, self.scale, self.ratio), self.size)
+        return self.resized(img, self.get_params(img, self.scale, self.ratio), self.size)
 
 
 class ProbeCrop(crop.RandomResizedCrop):
     """The random resized crop of the official linear probe: one draw, clamped to the image (`util.crop`)."""
+
+    resized = staticmethod(resized_crop)
 
     def __init__(self, size: tuple[int, int]):
         super().__init__(size, scale=(0.08, 1.0))
@@ -118,7 +124,7 @@ class ProbeCrop(crop.RandomResizedCrop):
         return *_shifted(draws, CROP + 2, height - h, width - w), h, w
 
     def forward(self, img):
-        return resized_crop(img, self.get_params(img, self.scale, self.ratio), self.size)
+        return self.resized(img, self.get_params(img, self.scale, self.ratio), self.size)
 
 
 # Crop of a padded image, and flip -------------------------------------------------------------------------------------
