@@ -174,7 +174,9 @@ def run_cached(
         saver.insist(log.path.name, log.write)
         if classifier:
             write_classifier(args, model, record.state(images_seen), saver, getattr(images, "classes", None))
-    to = Destination(Path(args.output_dir) / "probe.json" if args.output_dir else None, args.log_dir, args.output_dir)
+    to = Destination(
+        Path(args.output_dir) / "probe.json" if args.output_dir else None, args.log_dir, args.output_dir, ""
+    )
     publish(record, result, images_seen, to, attempt=saver.insist)
     print(closing(args.output_dir, summary, str(Path(args.output_dir) / CLASSIFIER)))
     shut_down()
