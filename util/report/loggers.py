@@ -32,9 +32,10 @@ def add_logger_arguments(group) -> None:
     group.add_argument(
         "--logger",
         nargs="+",
+        metavar="NAME",
         choices=["tensorboard", *ONLINE, "none"],
         default=["tensorboard"],
-        help="where curves and pictures go; several may be given",
+        help="any of tensorboard, wandb, trackio; or none",
     )
     rare(group.add_argument("--log_dir", help="TensorBoard events; without it the output folder"))
     rare(
