@@ -74,10 +74,9 @@ def get_args_parser() -> Parser:
     group = parser.add_argument_group("monitoring")
     group.add_argument("--vis_freq", default=20, type=int, help="epochs between reconstruction pictures; 0: none")
     rare(arguments.add_show_channels(group))
-    group.add_argument("--knn_freq", default=0, type=int, help="epochs between kNN accuracies on validation; 0: none")
-    group.add_argument(
-        "--knn_images", default=20000, type=int, help="images of each split for kNN, evenly spaced over the split"
-    )
+    group.add_argument("--knn_freq", default=0, type=int, help="epochs between kNN scores; 0: none")
+    group.add_argument("--probe_freq", default=0, type=int, help="epochs between probe scores; 0: none")
+    group.add_argument("--knn_images", default=20000, type=int, help="images of each split for both, evenly spaced")
     add_speed_arguments(parser, cached=True)
     arguments.add_distributed_arguments(parser, shards=True)
     add_method_arguments(parser, METHODS)
@@ -124,7 +123,7 @@ def check(args) -> list[type[Method]]:
     check_channels(args.in_chans)
     mean_std(args.dataset, args.in_chans, args.mean, args.std)
     shown_channels(args.in_chans, args.show_channels)
-    for name in ("vis_freq", "knn_freq"):
+    for name in ("vis_freq", "knn_freq", "probe_freq"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)} must not be negative")
     if args.knn_images < 1:
@@ -224,22 +223,28 @@ def read_training_images(args):
     return images
 
 
+def labels_for(args) -> str:
+    """Return the flag that needs labels, "" if none does."""
+    return "--knn_freq" if args.knn_freq else "--probe_freq" if args.probe_freq else ""
+
+
 def validation_images(args, images):
     """Return the validation images for monitoring, None if there are none or none are needed. Raises UserError if
-    `--knn_freq` needs images or labels that are missing."""
-    if args.knn_freq and getattr(images, "classes", None) is None:
-        raise UserError(f"--knn_freq needs labels, and --dataset {args.dataset} has none")
-    if not args.vis_freq and not args.knn_freq:
+    `--knn_freq` or `--probe_freq` needs images or labels that are missing."""
+    flag = labels_for(args)
+    if flag and getattr(images, "classes", None) is None:
+        raise UserError(f"{flag} needs labels, and --dataset {args.dataset} has none")
+    if not args.vis_freq and not flag:
         return None
     try:
         held_out = read_images(args, train=False)
     except UserError as error:  # pretraining itself needs no validation images
-        if args.knn_freq:
+        if flag:
             raise
         print(f"note: {error}; reconstructions are shown on training images")
         return None
-    if args.knn_freq and getattr(held_out, "classes", None) is None:
-        raise UserError("--knn_freq needs labels, and the validation images have none")
+    if flag and getattr(held_out, "classes", None) is None:
+        raise UserError(f"{flag} needs labels, and the validation images have none")
     return held_out
 
 
@@ -248,10 +253,11 @@ def split_images(methods, args, images):
     training set, or else the validation split."""
     splits = (method.split_images(images) for method in methods)
     split = next((split for split in splits if split is not None), None)
-    if split and args.knn_freq and split[1].classes is None:
-        raise UserError("--knn_freq needs labels, and the images that are held out have masks")
-    if split and args.knn_freq and getattr(split[0], "classes", None) != split[1].classes:
-        raise UserError("--knn_freq needs one set of labels, and the held-out images and the others differ in theirs")
+    flag = labels_for(args)
+    if split and flag and split[1].classes is None:
+        raise UserError(f"{flag} needs labels, and the images that are held out have masks")
+    if split and flag and getattr(split[0], "classes", None) != split[1].classes:
+        raise UserError(f"{flag} needs one set of labels, and the held-out images and the others differ in theirs")
     return split or (images, validation_images(args, images))
 
 
@@ -324,7 +330,7 @@ def main(args) -> None:
     groups = param_groups_weight_decay(pretrainer, args.weight_decay, no_weight_decay_list=pretrainer.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     pretrainer.attach(optimizer)
-    record = Record("main_pretrain", args, weights, train=images, test=held_out if args.knn_freq else None)
+    record = Record("main_pretrain", args, weights, train=images, test=held_out if labels_for(args) else None)
     summary = pretraining_summary(args, model, chosen, images, held_out)
     run = Run(args, device, loader, model, optimizer, pretrainer, resume, record, summary=summary)
     if run.resumed_at_end:

@@ -14,6 +14,7 @@ from util.data.readers import READERS
 from util.data.reading_flags import CHANNELS, add_reading_arguments
 from util.errors import UserError
 from util.parser import rare
+from util.report.loggers import add_logger_arguments, check_loggers
 from util.speed_flags import check_recompute
 from util.training.best_metric import add_best_metric
 
@@ -129,7 +130,7 @@ def add_optimizer_arguments(parser, batch_size: int, epochs: int, warmup: int, b
 def add_run_arguments(parser, save_freq: int, keep: int) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="./output_dir", help="checkpoints and log.txt; empty writes nothing")
-    rare(group.add_argument("--log_dir", help="TensorBoard events; without it the output folder"))
+    add_logger_arguments(group)
     group.add_argument("--device", default="auto", help="auto (CUDA if there is one), cuda, cuda:N, mps or cpu")
     group.add_argument("--seed", default=0, type=int, help="seed of weights, masks, augmentation and image order")
     add_sample_rng(group)
@@ -306,6 +307,7 @@ def check_values(args) -> None:
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite contradict each other: give one of them")
     check_recompute(args)
+    check_loggers(args)
 
 
 # Flags without effect on an evaluation, by group: optimization, partial fine-tuning, augmentation, labels, run, probe.
