@@ -76,7 +76,9 @@ def get_args_parser() -> Parser:
     rare(arguments.add_show_channels(group))
     group.add_argument("--knn_freq", default=0, type=int, help="epochs between kNN scores; 0: none")
     group.add_argument("--probe_freq", default=0, type=int, help="epochs between probe scores; 0: none")
-    group.add_argument("--knn_images", default=20000, type=int, help="images of each split for both, evenly spaced")
+    rare(
+        group.add_argument("--knn_images", default=20000, type=int, help="images of each split for both, evenly spaced")
+    )
     add_speed_arguments(parser, cached=True)
     arguments.add_distributed_arguments(parser, shards=True)
     add_method_arguments(parser, METHODS)
