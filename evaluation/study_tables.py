@@ -1,0 +1,4 @@
+"""Tables and figure of a study."""
+
+
+def write_results(study, page): ...
