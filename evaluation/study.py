@@ -5,6 +5,7 @@ length (tuning), then whole with the best one, for one seed after the other, and
 ways. A piece is one command. What it measured is kept as a JSON file beside its log, apart from the checkpoints.
 """
 
+import itertools
 import json
 import math
 import shlex
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from util.errors import UserError
 from util.checkpoint.atomic import write_atomically
+from util.errors import UserError
 
 TUNING, PRETRAINING = "tune", "pretrain"
 
@@ -165,7 +166,7 @@ class Study:
 def value_of(flag: str, words: str) -> str | None:
     """Return the last value of a flag, or None without it."""
     found, split = None, shlex.split(words)
-    for word, value in zip(split, split[1:]):
+    for word, value in itertools.pairwise(split):
         found = value if word == flag else found
     return found
 

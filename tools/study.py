@@ -4,8 +4,8 @@
     bash scripts/study.sh OUT --list                what is finished, what is left, and how long it takes
     bash scripts/study.sh OUT --table               the tables and the figure of what is finished
 
-It can be stopped at any time and started again: a run that was stopped goes on at its last checkpoint. Several queues on
-one folder share the pieces. What a piece measured is kept in --keep, and stays finished when OUT is lost.
+It can be stopped at any time and started again: a run that was stopped goes on at its last checkpoint. Several queues
+on one folder share the pieces. What a piece measured is kept in --keep, and stays finished when OUT is lost.
 """
 
 import fcntl
@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -67,10 +68,8 @@ class Sets:
                         (folder / file.name).symlink_to(file)
             if part == "few":
                 (unfinished / "val").symlink_to((self.data / "val").resolve())
-            try:
+            with suppress(OSError):  # another queue was first
                 unfinished.rename(target)
-            except OSError:  # another queue was first
-                pass
 
 
 class Queue:
@@ -126,7 +125,7 @@ class Queue:
         """Start a piece unless another queue runs it."""
         locks = self.out / "locks"
         locks.mkdir(exist_ok=True)
-        lock = open(locks / piece.name, "w")
+        lock = (locks / piece.name).open("w")  # closed when the piece has ended
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
