@@ -9,13 +9,15 @@ import itertools
 import json
 import math
 import shlex
+import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import yaml
 
+from methods import METHODS
 from util.checkpoint.atomic import write_atomically
 from util.errors import UserError
 
@@ -25,13 +27,20 @@ TUNING, PRETRAINING = "tune", "pretrain"
 @dataclass(frozen=True)
 class Piece:
     """One command of a study. `words` are its flags without paths, by which two studies are compared; `needs` are the
-    names of the pieces before it; `checkpoint` is the file, relative to the study, that later pieces read."""
+    names of the pieces before it; `checkpoint` is the file, relative to the study, that later pieces read; `method` is
+    the row that it belongs to."""
 
     name: str
     kind: str
     words: str
     needs: tuple[str, ...] = ()
     checkpoint: str = ""
+    method: str = ""
+
+    @property
+    def epochs(self) -> float:
+        """The epochs of a training; 1 for another command."""
+        return float(value_of("--epochs", self.words) or 1)
 
 
 @dataclass
@@ -56,10 +65,13 @@ class Kept:
     def metric(self, name: str, metric: str) -> float | None:
         return self.results.get(name, {}).get("metrics", {}).get(metric)
 
-    def add(self, piece: Piece, row: dict, seconds: float, log: str) -> None:
+    def add(self, piece: Piece, row: dict, seconds: float, log: str, core_seconds: float | None = None) -> None:
         """Keep the ledger line `row` of a piece that took `seconds`, and the rows of its log without times."""
         chosen = {name: row.get(name) for name in ("metrics", "images_seen", "revision", "finished", "hardware")}
-        self.results[piece.name] = {"words": piece.words, "kind": piece.kind, "seconds": round(seconds, 1), **chosen}
+        times = {"seconds": round(seconds, 1)}
+        if core_seconds is not None:
+            times["core_seconds"] = round(core_seconds, 1)
+        self.results[piece.name] = {"words": piece.words, "kind": piece.kind, **times, **chosen}
         self.folder.mkdir(parents=True, exist_ok=True)
         if log:
             write_atomically(self.folder / f"{piece.name}.txt", lambda file: file.write(log.encode()))
@@ -75,8 +87,15 @@ class Study:
             self.config = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
             raise UserError(f"--study {path} cannot be read: {error}") from error
-        self.kept = kept
-        self.methods: dict[str, dict] = {name: entry or {} for name, entry in self.config["methods"].items()}
+        self.path, self.kept = path, kept
+        self.methods: dict[str, dict] = {}
+        self.skipped: list[str] = []  # rows of methods that this version of the trainer does not have
+        for name, entry in self.config["methods"].items():
+            needed = (entry or {}).get("uses")
+            if needed and needed not in {method.name for method in METHODS}:
+                self.skipped.append(name)
+            else:
+                self.methods[name] = entry or {}
 
     @cached_property
     def baseline(self) -> str:
@@ -113,7 +132,7 @@ class Study:
         for rate in config["rates"]:
             flags = f"{config['pretrain']} {config['short']} {entry.get('tune', entry.get('flags', ''))}"
             words = f"main_pretrain.py {{held_out}} --model {config['model']} {flags} --lr {rate} --seed 0"
-            yield Piece(f"{TUNING}-{method}-{rate}", TUNING, words, needs)
+            yield Piece(f"{TUNING}-{method}-{rate}", TUNING, words, needs, method=method)
 
     def best_rate(self, method: str) -> str | None:
         """The learning rate with the highest accuracy on held-out training images; None before all are tried."""
@@ -140,9 +159,10 @@ class Study:
             tuned = tuple(piece.name for piece in self.tuning(entry.get("of_rate", method)))
             before = tuned + ((entry["needs"],) if "needs" in entry else ())
             words = f"main_pretrain.py {{images}} --model {config['model']} {flags} --lr {rate} --seed {seed}"
-            yield Piece(name, PRETRAINING, f"{words} --resume auto", before, encoder)
+            yield Piece(name, PRETRAINING, f"{words} --resume auto", before, encoder, method)
             needs = (name,)
-        yield from self.evaluations(name, seed, encoder, key, needs)
+        for piece in self.evaluations(name, seed, encoder, key, needs):
+            yield replace(piece, method=method)
 
     def pretraining_flags(self, method: str) -> str:
         return f"{self.config['pretrain']} {self.config['full']} {self.methods[method].get('flags', '')}"
@@ -156,7 +176,7 @@ class Study:
             if kind == "robustness":
                 epochs = int(value_of("--epochs", self.config["evaluate"]["finetune"]))
                 classifier = f"{{out}}/{name}-finetune/checkpoint-{epochs - 1}.pth"
-                needs = (*needs, f"{name}-finetune")
+                needs = (f"{name}-finetune",)
             words = words.replace("{recipe}", recipe).replace("{start}", start).replace("{encoder}", read)
             words = f"{words.replace('{classifier}', classifier)} --seed {seed}"
             checkpoint = classifier.removeprefix("{out}/") if kind == "finetune" else ""
@@ -207,12 +227,23 @@ def ready(piece: Piece, waiting: set[str]) -> bool:
     return not any(name in waiting for name in piece.needs)
 
 
-def hours_left(pieces: list[Piece], kept: Kept) -> float | None:
-    """Return the hours of one core that `pieces` take by the mean time of finished ones of their kind; None where no
-    piece of a kind is finished."""
-    times: dict[str, list[float]] = {}
-    for result in kept.results.values():
-        times.setdefault(result["kind"], []).append(result["seconds"])
-    if any(piece.kind not in times for piece in pieces):
-        return None
-    return sum(sum(times[piece.kind]) / len(times[piece.kind]) for piece in pieces) / 3600
+def time_of(result: dict) -> float:
+    """Return the seconds of one core that a finished piece took; where they were not measured, those of the clock."""
+    return result.get("core_seconds") or result["seconds"]
+
+
+def expected_seconds(piece: Piece, pieces: list[Piece], study: "Study") -> float:
+    """Return how long a piece of the study takes: by finished pieces of its kind, those of its method first, in
+    proportion to epochs (tuning and pretraining are one kind), else by the `minutes` of the study."""
+    family = (TUNING, PRETRAINING) if piece.kind in (TUNING, PRETRAINING) else (piece.kind,)
+    alike = [other for other in pieces if other.kind in family and other.name in study.kept.results]
+    alike = [other for other in alike if other.method == piece.method] or alike
+    if not alike:
+        return 60 * study.config.get("minutes", {}).get(piece.kind, 5) * (piece.epochs if len(family) > 1 else 1)
+    speeds = [time_of(study.kept.results[other.name]) / other.epochs for other in alike]
+    return statistics.fmean(speeds) * piece.epochs
+
+
+def hours_left(left: list[Piece], pieces: list[Piece], study: "Study") -> float:
+    """Return the estimated hours of one core that the pieces `left` of all `pieces` take."""
+    return sum(expected_seconds(piece, pieces, study) for piece in left) / 3600

@@ -4,72 +4,45 @@
     bash scripts/study.sh OUT --list                what is finished, what is left, and how long it takes
     bash scripts/study.sh OUT --table               the tables and the figure of what is finished
 
+    bash scripts/study.sh OUT --rehearse            all of this in minutes: a tiny study of digits
+
 It can be stopped at any time and started again: a run that was stopped goes on at its last checkpoint. Several queues
 on one folder share the pieces. What a piece measured is kept in --keep, and stays finished when OUT is lost.
 """
 
 import fcntl
-import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluation.study import Kept, Piece, Study, check_unchanged, hours_left, missing, ready
-from evaluation.study_tables import write_results
+from evaluation.study import Kept, Piece, Study, check_unchanged, expected_seconds, hours_left, missing, ready
+from evaluation.study_folders import Sets, add_time, epochs_in, rows_of, whole_time, write_digits
+from evaluation.study_tables import BEGIN, END, write_results
 from util.checkpoint.files import LEDGER
 from util.errors import UserError, user_errors
 from util.parser import Parser
 from util.report import ledger
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = ("seconds", "speed/", "gpu_memory", "data_wait")
-Job = tuple[Piece, subprocess.Popen, IO, float]
+CONFIGS = ROOT / "configs/study"
 
 
-class Sets:
-    """The parts of the data set: whole (`data`), with a tenth of the training images held out in place of those for
-    evaluation, and with few labels. The parts are folders of links in `out`."""
+@dataclass
+class Job:
+    """A piece that runs, since `started`; its log had `epochs` lines before."""
 
-    def __init__(self, data: str, out: Path, config: dict):
-        self.data, self.out, self.config = Path(data), out, config
-
-    def flags(self) -> dict[str, str]:
-        stats = self.config.get("stats", "")
-        folders = {"images": self.data, "held_out": self.out / "data/held_out", "tenth": self.out / "data/few"}
-        return {name: f"--data_path {shlex.quote(str(path))} {stats}" for name, path in folders.items()}
-
-    def make(self) -> None:
-        """Make the folders of links. Raises UserError where the data set has no train/<class>/ and val/<class>/."""
-        classes = sorted(path.name for path in (self.data / "train").glob("*/"))
-        if not classes or not (self.data / "val").is_dir():
-            raise UserError(f"--data {self.data} has no train/<class>/ and val/<class>/")
-        for part in ("held_out", "few"):
-            target = self.out / "data" / part
-            if target.exists():
-                continue
-            unfinished = self.out / "data" / f"{part}.{os.getpid()}"
-            for name in classes:
-                files = sorted((self.data / "train" / name).resolve().iterdir())
-                chosen = {"train": files[: self.config["few"]]}
-                if part == "held_out":
-                    cut = max(1, len(files) // 10)
-                    chosen = {"train": files[cut:], "val": files[:cut]}
-                for split, links in chosen.items():
-                    folder = unfinished / split / name
-                    folder.mkdir(parents=True)
-                    for file in links:
-                        (folder / file.name).symlink_to(file)
-            if part == "few":
-                (unfinished / "val").symlink_to((self.data / "val").resolve())
-            with suppress(OSError):  # another queue was first
-                unfinished.rename(target)
+    piece: Piece
+    process: subprocess.Popen
+    lock: IO
+    started: float
+    epochs: int
 
 
 class Queue:
@@ -90,50 +63,58 @@ class Queue:
             signal.signal(number, self.stop)
         while True:
             self.collect()
-            if not self.stopping:
-                self.start_more()
-            if not self.running:
+            elsewhere = False if self.stopping else self.start_more()
+            if not self.running and not elsewhere:
                 break
-            time.sleep(0.2)
+            time.sleep(1 if self.running else 5)
         if self.stopping:
             print("stopped; the same command goes on", flush=True)
             return 130
+        left = len(missing(list(self.study.pieces()), self.study.kept, self.out))
+        print(f"{left} pieces are left, which need those that failed" if left else "nothing is left", flush=True)
         return 1 if self.failed else 0
 
     def stop(self, *_) -> None:
         """Let runs finish their step and save."""
         self.stopping = True
-        for _, process, *_ in self.running:
-            process.terminate()
+        for job in self.running:
+            job.process.terminate()
 
     # Starting ---------------------------------------------------------------------------------------------------------
 
-    def start_more(self) -> None:
+    def start_more(self) -> bool:
+        """Start what there is room for -> whether other queues run what could be started here."""
+        if len(self.running) >= self.args.jobs:
+            return False
+        _, left = self.state()
+        waiting, busy = {piece.name for piece in left}, {job.piece.name for job in self.running}
+        elsewhere = False
+        for piece in left:
+            if len(self.running) >= self.args.jobs:
+                break
+            if piece.name not in busy | self.failed and ready(piece, waiting):
+                elsewhere |= not self.start(piece)
+        return elsewhere
+
+    def state(self) -> tuple[list[Piece], list[Piece]]:
+        """Return all pieces and those that are left, by the results of all queues. Raises UserError for other flags
+        than those of a result."""
         self.study.kept.read()
         pieces = list(self.study.pieces())
         check_unchanged(pieces, self.study.kept)
-        left = missing(pieces, self.study.kept, self.out)
-        waiting = {piece.name for piece in left}
-        busy = {piece.name for piece, *_ in self.running}
-        for piece in left:
-            if len(self.running) >= self.args.jobs:
-                return
-            if piece.name not in busy | self.failed and ready(piece, waiting):
-                self.start(piece, left)
+        return pieces, missing(pieces, self.study.kept, self.out)
 
-    def start(self, piece: Piece, left: list[Piece]) -> None:
-        """Start a piece unless another queue runs it."""
-        locks = self.out / "locks"
-        locks.mkdir(exist_ok=True)
-        lock = (locks / piece.name).open("w")  # closed when the piece has ended
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    def start(self, piece: Piece) -> bool:
+        """Start a piece, unless another queue runs it or has just finished it -> whether it was not running there."""
+        lock = try_lock(self.out, piece.name)
+        if lock is None:
+            return False
+        pieces, left = self.state()
+        if piece not in left:
             lock.close()
-            return
-        hours = hours_left(left, self.study.kept)
-        rest = f", about {hours:.1f} hours of a core" if hours is not None else ""
-        print(f"{time.strftime('%H:%M')} {piece.name}   ({len(left)} left{rest})", flush=True)
+            return True
+        hours = hours_left(left, pieces, self.study)
+        print(f"{time.strftime('%H:%M')} {piece.name}   ({len(left)} left, about {hours:.1f} core hours)", flush=True)
         folder = self.out / piece.name
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "ab") as output:
@@ -148,7 +129,8 @@ class Queue:
                 start_new_session=True,
                 pass_fds=[lock.fileno()],
             )
-        self.running.append((piece, process, lock, time.monotonic()))
+        self.running.append(Job(piece, process, lock, time.monotonic(), epochs_in(folder)))
+        return True
 
     def command(self, piece: Piece) -> list[str]:
         folder = self.out / piece.name
@@ -157,55 +139,91 @@ class Queue:
             words = words.replace(f"{{{name}}}", value)
         program, *flags = shlex.split(words)
         if program == "main_pretrain.py":
-            flags += ["--output_dir", str(folder)]
+            flags += ["--output_dir", str(folder)] + ["--resume", "auto"] * ("--resume" not in flags)
         return ["nice", "-n", "10", sys.executable, str(ROOT / program), *flags]
 
     # Finishing --------------------------------------------------------------------------------------------------------
 
     def collect(self) -> None:
         """Keep the results of pieces that have ended."""
-        for job in [job for job in self.running if job[1].poll() is not None]:
-            piece, process, lock, _ = job
-            row = self.result(piece) if process.returncode == 0 else None
+        for job in list(self.running):
+            core_seconds = ended(job.process)
+            if core_seconds is None:
+                continue
+            folder = self.out / job.piece.name
+            add_time(folder, core_seconds, epochs_in(folder) - job.epochs)
+            row = self.result(job.piece) if job.process.returncode == 0 else None
             if row is not None:
-                seconds = row.get("seconds") or time.monotonic() - job[3]
-                self.study.kept.add(piece, row, seconds, rows_of(self.out / piece.name / "log.txt"))
+                seconds = row.get("seconds") or time.monotonic() - job.started
+                self.study.kept.add(job.piece, row, seconds, rows_of(folder / "log.txt"), whole_time(folder))
             elif not self.stopping:
-                self.failed.add(piece.name)
-                output = self.out / piece.name / "output.txt"
-                print(f"{piece.name} failed with exit code {process.returncode}: see {output}", file=sys.stderr)
+                self.failed.add(job.piece.name)
+                where = folder / "output.txt"
+                print(f"{job.piece.name} failed with exit code {job.process.returncode}: see {where}", file=sys.stderr)
             self.running.remove(job)
-            lock.close()
+            job.lock.close()
 
     def result(self, piece: Piece) -> dict | None:
         """Return the last line of a piece's ledger if it has finished."""
         path = self.out / piece.name / LEDGER
         rows = ledger.read(path) if path.exists() else []
-        return rows[-1] if rows else None
+        written = not piece.checkpoint or (self.out / piece.checkpoint).exists()
+        return rows[-1] if rows and written else None
 
 
-def rows_of(log: Path) -> str:
-    """Return the lines of a log without times; "" without a log."""
-    if not log.exists():
-        return ""
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    kept = [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
-    return "".join(json.dumps(row) + "\n" for row in kept)
+def try_lock(out: Path, name: str) -> IO | None:
+    """Lock a piece -> the lock, which is held until it is closed; None if another process has it."""
+    folder = out / "locks"
+    folder.mkdir(exist_ok=True)
+    lock = (folder / name).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+def ended(process: subprocess.Popen) -> float | None:
+    """Return the seconds of a core that a process took, with its data workers; None while it runs."""
+    pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    if not pid:
+        return None
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_utime + usage.ru_stime
+
+
+def state_of(piece: Piece, study: Study, left: set[str], out: Path) -> str:
+    """Return what `--list` says of a piece."""
+    folder = out / piece.name
+    if piece.name not in left:
+        return "finished"
+    lock = try_lock(out, piece.name) if (out / "locks" / piece.name).exists() else None
+    if lock is None and (out / "locks" / piece.name).exists():
+        return f"running, {epochs_in(folder)} of {piece.epochs:g} epochs" if epochs_in(folder) else "running"
+    if lock is not None:
+        lock.close()
+    if piece.name in study.kept.results:
+        return "again: its checkpoint is lost"
+    return f"stopped after {epochs_in(folder)} of {piece.epochs:g} epochs" if epochs_in(folder) else "left"
 
 
 def show(study: Study, out: Path) -> None:
     pieces = list(study.pieces())
-    left = {piece.name for piece in missing(pieces, study.kept, out)}
+    check_unchanged(pieces, study.kept)
+    left = missing(pieces, study.kept, out)
+    names = {piece.name for piece in left}
     for piece in pieces:
-        result = study.kept.results.get(piece.name)
-        state = "finished" if result else "left"
-        if result and piece.name in left:
-            state = "again: its checkpoint is lost"
-        print(f"{piece.name:<32} {state}")
-    hours = hours_left([piece for piece in pieces if piece.name in left], study.kept)
-    time_left = f"about {hours:.1f} hours of a core" if hours is not None else "for a time that is not known yet"
+        minutes = expected_seconds(piece, pieces, study) / 60
+        about = f"   about {minutes:.0f} minutes" if piece.name in names else ""
+        print(f"{piece.name:<32} {state_of(piece, study, names, out)}{about}")
+    for name in study.skipped:
+        uses = study.config["methods"][name]["uses"]
+        print(f"{name:<32} skipped: this version has no method {uses}")
+    hours = hours_left(left, pieces, study)
     print(
-        f"{len(pieces) - len(left)} of {len(pieces)} finished; {len(left)} left, {time_left}; further seeds may follow"
+        f"{len(pieces) - len(left)} of {len(pieces)} finished; {len(left)} left, about {hours:.1f} core hours; further "
+        "seeds may follow"
     )
 
 
@@ -213,29 +231,51 @@ def get_args_parser() -> Parser:
     parser = Parser(__doc__.split("\n")[0], usual="OUT --data DIR")
     parser.add_argument("out", metavar="OUT", help="folder for checkpoints and logs")
     parser.add_argument("--data", default="", help="the data set as train/<class>/ and val/<class>/")
-    parser.add_argument("--study", default=str(ROOT / "configs/study/cifar10.yaml"), help="YAML file with the pieces")
+    parser.add_argument("--study", default=str(CONFIGS / "cifar10.yaml"), help="YAML file with the pieces")
     parser.add_argument("--keep", default=str(ROOT / "docs/logs/study"), help="folder for results of finished pieces")
     parser.add_argument("--results", default=str(ROOT / "docs/results.md"), help="page for the tables of --table")
     parser.add_argument("--jobs", type=int, default=1, help="pieces at a time, with one thread each")
     parser.add_argument("--list", action="store_true", help="print the pieces and their state, and end")
-    parser.add_argument("--table", action="store_true", help="write the tables and the figure, and end")
+    parser.add_argument("--table", action="store_true", help="write the tables and the figures, and end")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="a tiny study of scikit-learn's digits, all of whose files are in OUT, then its tables",
+    )
     return parser
+
+
+def settle_rehearsal(args) -> None:
+    """Set the flags of a rehearsal. Raises UserError for flags that it does not have."""
+    if args.data:
+        raise UserError("--rehearse makes its own data set: leave out --data")
+    out = Path(args.out)
+    args.data, args.keep, args.results = str(out / "digits"), str(out / "kept"), str(out / "results.md")
+    args.study = str(CONFIGS / "rehearsal.yaml")
+    if not args.list:
+        write_digits(Path(args.data))
+        if not Path(args.results).exists():
+            Path(args.results).write_text(f"# A rehearsal\n\n{BEGIN}\n{END}\n", encoding="utf-8")
 
 
 def main(args) -> int:
     args.out = str(Path(args.out).absolute())
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs} must be positive")
+    if args.rehearse:
+        settle_rehearsal(args)
     study = Study(Path(args.study), Kept(Path(args.keep)))
     if args.list:
         show(study, Path(args.out))
-    elif args.table:
-        write_results(study, Path(args.results))
-    else:
+        return 0
+    code = 0
+    if not args.table:
         if not args.data:
             raise UserError("--data is needed: the data set as train/<class>/ and val/<class>/")
-        return Queue(args, study).run()
-    return 0
+        code = Queue(args, study).run()
+    if args.table or (args.rehearse and code == 0):
+        write_results(study, Path(args.results))
+    return code
 
 
 if __name__ == "__main__":
