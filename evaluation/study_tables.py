@@ -1,20 +1,18 @@
-"""The table and the figure of a study, from the kept results of its finished pieces (`evaluation.study`)."""
+"""The part of a page that shows a study: tables, claims and figures, from the kept results (`evaluation.study`)."""
 
-import json
 import statistics
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from evaluation.study import PRETRAINING, TUNING, Study
+from evaluation.study import PRETRAINING, TUNING, Study, time_of
+from evaluation.study_claims import claims_table
+from evaluation.study_figures import draw_all
+from evaluation.study_scores import at_equal_time, by_seed, clock_only, hours, pretrainings, scores_of, title_of
 from evaluation.tables import DEVIATION
 from util.checkpoint.atomic import write_atomically
 from util.errors import UserError
-from util.report.curves import style
-from util.report.sheet import save_figure
 
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
-WATCHED = ("target_std", "target_rank", "grad_cosine")  # drawn below the accuracy, where a log has them
+RECONSTRUCTIONS = "study_reconstructions.png"
 
 
 def cell(values: list[float]) -> str:
@@ -25,37 +23,52 @@ def cell(values: list[float]) -> str:
     return f"{mean} (n = 1)" if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f} (n = {len(values)})"
 
 
-def scores_table(study: Study) -> list[str]:
-    """Return the lines of the table with a row for each method that has a score."""
-    kept, scores = study.kept, study.config["scores"]
-    lines = ["| method | images | core hours | " + " | ".join(title for *_, title in scores) + " |"]
-    lines.append("|---" * (len(scores) + 3) + "|")
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def cells_of(study: Study, method: str, titles: list[str]) -> list[str]:
+    scores = scores_of(study)
+    return [cell(list(by_seed(study, method, scores[title]).values())) for title in titles]
+
+
+def first_table(study: Study) -> list[str]:
+    """Return the lines of the short table: `headline` of the study, time beside MAE's, and MAE at equal time."""
+    titles = study.config.get("headline") or list(scores_of(study))[:1]
+    judged_by = scores_of(study)[titles[0]]
+    rows = []
     for method in study.methods:
-        seeds = [f"{method}-seed{seed}" for seed in study.config["seeds"]]
-        rows = [[kept.metric(f"{name}-{kind}", metric) for name in seeds] for kind, metric, _ in scores]
-        cells = [cell([value for value in row if value is not None]) for row in rows]
+        cells = cells_of(study, method, titles)
+        if any(cells):
+            costs, equal = hours(study, method, study.baseline), at_equal_time(study, method, judged_by)
+            ratio = f"{costs[0] / costs[1]:.2f}" if costs else ""
+            rows.append([title_of(study, method), *cells, ratio, "" if equal is None else f"{equal:.2f}"])
+    base_title = title_of(study, study.baseline)
+    return table(["method", *titles, f"time, {base_title} = 1", f"{titles[0]} of {base_title} at equal time"], rows)
+
+
+def scores_table(study: Study) -> list[str]:
+    """Return the lines of the table with all scores of each method that has one."""
+    titles, rows = list(scores_of(study)), []
+    for method in study.methods:
+        cells = cells_of(study, method, titles)
         if not any(cells):
             continue
-        source = study.methods[method].get("of", method)
-        runs = [kept.results.get(f"{source}-seed{seed}", {}) for seed in study.config["seeds"]]
-        runs = [run for run in runs if run]
-        images = f"{runs[0]['images_seen']:,}" if runs else "0"
-        hours = f"{statistics.fmean(run['seconds'] for run in runs) / 3600:.2f}" if runs else "0"
-        lines.append(f"| {method} | {images} | {hours} | {' | '.join(cells)} |")
-    return lines
+        runs = pretrainings(study, method)
+        images, shown = (f"{runs[0]['images_seen']:,}", f"{hours(study, method)[0]:.2f}") if runs else ("0", "0")
+        rows.append([title_of(study, method), images, shown, *cells])
+    return table(["method", "images", "core hours", *titles], rows)
 
 
 def rates_table(study: Study) -> list[str]:
     """Return the lines of the table of tuning: accuracy on held-out training images by learning rate."""
-    rates = study.config["rates"]
-    lines = ["| 20-NN on held-out training images | " + " | ".join(map(str, rates)) + " | chosen |"]
-    lines.append("|---" * (len(rates) + 2) + "|")
+    rates, rows = study.config["rates"], []
     for method in study.methods:
         scores = [study.kept.metric(f"{TUNING}-{method}-{rate}", "eval/knn20_acc1") for rate in rates]
         if any(score is not None for score in scores):
             cells = ["" if score is None else f"{score:.2f}" for score in scores]
-            lines.append(f"| {method} | {' | '.join(cells)} | {study.best_rate(method) or ''} |")
-    return lines
+            rows.append([title_of(study, method), *cells, str(study.best_rate(method) or "")])
+    return table(["20-NN on held-out training images", *map(str, rates), "chosen"], rows)
 
 
 def progress(study: Study) -> str:
@@ -63,59 +76,61 @@ def progress(study: Study) -> str:
     pieces = list(study.pieces())
     finished = sum(piece.name in study.kept.results for piece in pieces)
     runs = sum(result["kind"] == PRETRAINING for result in study.kept.results.values())
-    hours = sum(result["seconds"] for result in study.kept.results.values()) / 3600
+    spent = sum(time_of(result) for result in study.kept.results.values()) / 3600
+    pretrained = "1 whole pretraining" if runs == 1 else f"{runs} whole pretrainings"
     return (
-        f"{finished} of {len(pieces)} pieces are finished, {runs} of them whole pretrainings: {hours:.1f} hours of a "
-        "core. An empty cell has not been run."
+        f"{finished} of {len(pieces)} pieces are finished, {pretrained} among them: {spent:.1f} core hours. What has "
+        "not been run is empty or not listed."
     )
 
 
-def curves(study: Study) -> dict[str, list[dict]]:
-    """Return the rows of the log of the first seed of each method that has been pretrained."""
-    found = {}
-    for method in study.methods:
-        log = study.kept.folder / f"{method}-seed{study.config['seeds'][0]}.txt"
-        if log.exists():
-            found[method] = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return found
+def notes(study: Study) -> str:
+    """Return the sentences below the first table."""
+    text = f"Accuracies in percent, mean ± {DEVIATION}; n: number of seeds."
+    if study.config.get("equal_time"):
+        first = title_of(study, study.baseline)
+        text += (
+            f" The last column is {first} trained for as long as the method of the row, between the lengths of {first} "
+            "that were run, by the logarithm of the time."
+        )
+    if clock_only(study):
+        text += " Some times are of the clock, on a machine with other work, and are too long."
+    return text
 
 
-def draw(study: Study, path: Path) -> bool:
-    """Draw accuracy against images seen, and below it what is watched of targets and gradients -> whether there was
-    anything to draw."""
-    logs = curves(study)
-    panels = {"eval/knn20_acc1": "20-NN, %"}
-    for name in WATCHED:
-        keys = {key for rows in logs.values() for row in rows for key in row if key.split("/")[-1] == name}
-        panels |= {key: name.replace("_", " ") for key in sorted(keys)}
-    if not logs:
-        return False
-    figure = Figure(figsize=(6, 3.2 * len(panels)), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items()):
-        for number, (method, rows) in enumerate(logs.items()):
-            points = [((row["epoch"] + 1), row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                axes.plot(*zip(*points), label=method, markersize=3, **style(number))
-        axes.set_xlabel("epochs of the training images")
-        axes.set_ylabel(title)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small", ncols=2)
-    save_figure(figure, path)
-    return True
+def section(study: Study, folder: Path) -> list[str]:
+    """Draw the figures into a folder, and return the lines of the whole part of the page."""
+    figures = draw_all(study, folder)
+    first = figures.pop("study.png", None)
+    parts = ([first, ""] if first else []) + [*first_table(study), "", notes(study), "", progress(study), ""]
+    claims = claims_table(study)
+    if claims:
+        parts += [
+            "### What the papers claim, and what was found",
+            "",
+            "Differences are taken per seed. *Seen*: they are in the direction of the claim, and larger than twice the "
+            "standard error; with one seed, than twice the standard deviation over seeds, where that is known.",
+            "",
+            *claims,
+            "",
+        ]
+    parts += ["### All scores", "", *scores_table(study), ""]
+    parts += ["### Learning rates", "", *rates_table(study), ""]
+    if (folder / RECONSTRUCTIONS).exists():
+        figures[RECONSTRUCTIONS] = f"![reconstructions side by side]({RECONSTRUCTIONS})"
+    if figures:
+        parts += ["### Targets, gradients, pictures", ""]
+        parts += [line for figure in figures.values() for line in (figure, "")]
+    return parts
 
 
 def write_results(study: Study, page: Path) -> None:
-    """Replace what stands between the markers of a page by the tables, and write the figure beside the page. Raises
+    """Replace what stands between the markers of a page by the tables, and write the figures beside the page. Raises
     UserError for a page without the markers."""
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     if BEGIN not in text or END not in text:
         raise UserError(f"--results {page} has no lines {BEGIN} and {END}: add them where the tables belong")
-    picture = page.with_name("study.png")
-    parts = [progress(study), "", *scores_table(study), "", f"{DEVIATION[0].upper()}{DEVIATION[1:]}; n: seeds.", ""]
-    if draw(study, picture):
-        parts += [f"![accuracy against epochs]({picture.name})", ""]
-    parts += [*rates_table(study), ""]
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    made = f"{before}{BEGIN}\n" + "\n".join(parts) + f"{END}{after}"
+    made = f"{before}{BEGIN}\n" + "\n".join(section(study, page.parent)) + f"{END}{after}"
     write_atomically(page, lambda file: file.write(made.encode()))
     print(f"{page}: {progress(study)}")

@@ -22,9 +22,19 @@ from pathlib import Path
 from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluation.study import Kept, Piece, Study, check_unchanged, expected_seconds, hours_left, missing, ready
+from evaluation.study import (
+    PRETRAINING,
+    Kept,
+    Piece,
+    Study,
+    check_unchanged,
+    expected_seconds,
+    hours_left,
+    missing,
+    ready,
+)
 from evaluation.study_folders import Sets, add_time, epochs_in, rows_of, whole_time, write_digits
-from evaluation.study_tables import BEGIN, END, write_results
+from evaluation.study_tables import BEGIN, END, RECONSTRUCTIONS, write_results
 from util.checkpoint.files import LEDGER
 from util.errors import UserError, user_errors
 from util.parser import Parser
@@ -48,6 +58,8 @@ class Job:
 class Queue:
     """Runs the pieces of a study, `jobs` at a time."""
 
+    poll_seconds = 1.0  # five times as long while other queues run what is left
+
     def __init__(self, args, study: Study):
         self.args, self.study, self.out = args, study, Path(args.out)
         self.sets = Sets(args.data, self.out, study.config)
@@ -66,7 +78,7 @@ class Queue:
             elsewhere = False if self.stopping else self.start_more()
             if not self.running and not elsewhere:
                 break
-            time.sleep(1 if self.running else 5)
+            time.sleep(self.poll_seconds if self.running else 5 * self.poll_seconds)
         if self.stopping:
             print("stopped; the same command goes on", flush=True)
             return 130
@@ -227,6 +239,24 @@ def show(study: Study, out: Path) -> None:
     )
 
 
+def draw_reconstructions(study: Study, out: Path, picture: Path) -> None:
+    """Draw reconstructions of the first seed of the rows `reconstructed`, of the checkpoints that are there. Without
+    any, an earlier picture stays."""
+    first, rows = study.config["seeds"][0], study.config.get("reconstructed", [])
+    pieces = {piece.name: piece for piece in study.pieces() if piece.kind == PRETRAINING}
+    wanted = [pieces[f"{row}-seed{first}"] for row in rows if f"{row}-seed{first}" in pieces]
+    files = [out / piece.checkpoint for piece in wanted if piece.name in study.kept.results]
+    files = [str(file) for file in files if file.exists()]
+    if not files:
+        return
+    flags = ["--data_path", str(out / "data/few"), "--count", "4", "--num_workers", "0", "--out", str(picture)]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools/visualize.py"), *files, *flags], capture_output=True, text=True
+    )
+    if done.returncode:
+        print(f"note: {picture} was not drawn: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+
+
 def get_args_parser() -> Parser:
     parser = Parser(__doc__.split("\n")[0], usual="OUT --data DIR")
     parser.add_argument("out", metavar="OUT", help="folder for checkpoints and logs")
@@ -274,6 +304,7 @@ def main(args) -> int:
             raise UserError("--data is needed: the data set as train/<class>/ and val/<class>/")
         code = Queue(args, study).run()
     if args.table or (args.rehearse and code == 0):
+        draw_reconstructions(study, Path(args.out), Path(args.results).with_name(RECONSTRUCTIONS))
         write_results(study, Path(args.results))
     return code
 

@@ -1,21 +1,27 @@
 """The queue of a study: order, stopping and continuing, locks, lost checkpoints, the choice of a learning rate."""
 
+import argparse
 import fcntl
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from helpers.parsers import parse_error
 from PIL import Image
 
-from evaluation.study import Kept, Piece, Study, check_unchanged, hours_left, missing, ready
-from evaluation.study_tables import BEGIN, END, cell, rates_table, scores_table, write_results
+from evaluation.study import Kept, Piece, Study, check_unchanged, expected_seconds, hours_left, missing, ready
+from evaluation.study_folders import Sets, add_time, whole_time
+from tools.study import Queue, show, try_lock
 from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -44,9 +50,9 @@ def study_of(folder: Path, config=CONFIG) -> Study:
     return Study(file, Kept(folder / "kept"))
 
 
-def finish(study: Study, name: str, **metrics) -> None:
+def finish(study: Study, name: str, seconds: float = 36.0, **metrics) -> None:
     piece = next(piece for piece in study.pieces() if piece.name == name)
-    study.kept.add(piece, {"metrics": metrics, "images_seen": 100}, 36.0, "")
+    study.kept.add(piece, {"metrics": metrics, "images_seen": 100}, seconds, "")
 
 
 def names(pieces) -> list[str]:
@@ -91,17 +97,49 @@ def test_what_is_missing(tmp_path):
     assert "mae-seed0" not in names(missing(list(study.pieces()), study.kept, out))
 
 
-def test_ready_and_time_left():
+def test_ready():
     pieces = [Piece("a", "tune", ""), Piece("b", "pretrain", "", ("a",))]
     assert ready(pieces[0], {"a", "b"}) and not ready(pieces[1], {"a", "b"}) and ready(pieces[1], {"b"})
 
 
 def test_time_left(tmp_path):
-    study = study_of(tmp_path)
-    assert hours_left(list(study.pieces()), study.kept) is None
-    finish(study, "tune-mae-1e-3", loss=1.0)
-    left = [piece for piece in study.pieces() if piece.kind == "tune"]
-    assert hours_left(left, study.kept) == pytest.approx(len(left) * 0.01)
+    """A pretraining of three epochs takes three times as long as the tuning of its method, else as that of another."""
+    study = study_of(tmp_path, CONFIG | {"minutes": {"tune": 2, "pretrain": 2, "probe": 3, "finetune": 4}})
+    pieces = {piece.name: piece for piece in study.pieces()}
+
+    def seconds(name):
+        return expected_seconds(pieces[name], list(pieces.values()), study)
+
+    assert [seconds(name) for name in ("tune-mae-1e-3", "mae-seed0", "mae-seed0-probe")] == [120, 360, 180]
+    finish(study, "tune-mae-1e-3", 36.0)
+    assert seconds("mae-seed0") == seconds("other-seed0") == 108
+    finish(study, "tune-other-1e-3", 72.0)
+    assert seconds("mae-seed0") == 108 and seconds("other-seed0") == 216
+    finish(study, "mae-seed0-finetune", 50.0)
+    assert seconds("random-seed0-finetune") == 50 and seconds("mae-seed0-probe") == 180
+    left = [pieces[name] for name in ("mae-seed0", "other-seed0")]
+    assert hours_left(left, list(pieces.values()), study) == pytest.approx((108 + 216) / 3600)
+
+
+def test_core_time_of_parts(tmp_path):
+    """A part whose queue was killed is not measured: its epochs count like the others. Commands start anew."""
+    assert whole_time(tmp_path) is None
+    add_time(tmp_path, 7.0, 0)
+    add_time(tmp_path, 5.0, 0)
+    assert whole_time(tmp_path) == 5.0
+    (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3}\n{"epo')
+    assert whole_time(tmp_path) is None
+    add_time(tmp_path, 18.0, 2)
+    assert whole_time(tmp_path) == (7 + 5 + 18) / 2 * 4
+
+
+def test_rows_of_other_versions_are_skipped(tmp_path, capsys):
+    config = CONFIG | {"methods": {"mae": {}, "new": {"uses": "not_there", "flags": "--x"}, "u": {"uses": "u_mae"}}}
+    study = study_of(tmp_path, config)
+    assert list(study.methods) == ["mae", "u"] and study.skipped == ["new"]
+    show(study, tmp_path / "out")
+    text = capsys.readouterr().out
+    assert "skipped: this version has no method not_there" in text and "core hours" in text
 
 
 def test_other_flags_are_refused(tmp_path):
@@ -113,29 +151,140 @@ def test_other_flags_are_refused(tmp_path):
     check_unchanged(list(study.pieces()), study.kept)
 
 
-def test_cells():
-    assert cell([]) == "" and cell([1.0]) == "1.00 (n = 1)" and cell([1.0, 3.0]) == "2.00 ± 1.41 (n = 2)"
+@pytest.mark.parametrize("name", ["cifar10", "rehearsal"])
+def test_the_flags_of_a_study_exist(name, tmp_path):
+    """Every command of the real studies is accepted by its parser."""
+    study = Study(ROOT / f"configs/study/{name}.yaml", Kept(tmp_path / "kept"))
+    for method in study.methods:
+        for rate in study.config["rates"]:
+            study.kept.results[f"tune-{method}-{rate}"] = {"metrics": {"eval/knn20_acc1": 1.0}}
+    sets = Sets("data", tmp_path, study.config).flags()
+    for piece in study.pieces():
+        words = piece.words
+        for key, value in {**sets, "out": "out", "folder": "folder"}.items():
+            words = words.replace(f"{{{key}}}", value)
+        program, *flags = shlex.split(words)
+        assert "{" not in words and "None" not in flags and parse_error(program, flags) == "", piece.name
 
 
-def test_tables(tmp_path):
-    study = study_of(tmp_path)
-    for rate, accuracy in zip(CONFIG["rates"], (40.0, 45.0)):
-        finish(study, f"tune-mae-{rate}", **{"eval/knn20_acc1": accuracy})
-    finish(study, "mae-seed0", loss=1.0)
-    finish(study, "mae-seed0-probe", **{"eval/acc1": 50.0})
-    finish(study, "mae-seed1-probe", **{"eval/acc1": 52.0})
-    assert scores_table(study)[2:] == ["| mae | 100 | 0.01 | 51.00 ± 1.41 (n = 2) |"]
-    assert rates_table(study)[2:] == ["| mae | 40.00 | 45.00 | 2e-3 |"]
-    page = tmp_path / "results.md"
-    page.write_text("# Results\n")
-    with pytest.raises(UserError, match="has no lines"):
-        write_results(study, page)
-    page.write_text(f"# Results\n\n{BEGIN}\nold\n{END}\n\nend\n")
-    (study.kept.folder / "mae-seed0.txt").write_text('{"epoch": 0, "eval/knn20_acc1": 30, "train/target_rank": 9}\n')
-    write_results(study, page)
-    text = page.read_text()
-    assert "old" not in text and text.endswith(f"{END}\n\nend\n") and "51.00 ± 1.41" in text and "study.png" in text
-    assert (tmp_path / "study.png").stat().st_size > 5000
+# The queue, on pieces that only write their results ---------------------------------------------------------------------
+
+FAKE = """
+import json, os, sys
+name, folder, checkpoint, order = sys.argv[1:]
+open(order, "a").write(name + chr(10))
+if name in os.environ.get("FAIL", "").split():
+    sys.exit(3)
+if checkpoint:
+    open(checkpoint, "w").close()
+metrics = {"eval/acc1": 50.0, "eval/knn20_acc1": 20.0 if name.endswith("2e-3") else 10.0}
+row = {"command": "main_pretrain", "flags": {}, "metrics": metrics, "images_seen": 10, "seconds": 1.5}
+open(folder + "/results.jsonl", "a").write(json.dumps(row) + chr(10))
+"""
+SHORT = CONFIG | {"seeds": [0], "methods": {"mae": {}, "random": {"pretrained": False}}}
+EVERYTHING = ["tune-mae-1e-3", "tune-mae-2e-3", "mae-seed0", "mae-seed0-probe", "mae-seed0-finetune"]
+EVERYTHING += ["random-seed0-probe", "random-seed0-finetune"]
+
+
+class FakeQueue(Queue):
+    poll_seconds = 0.02
+
+    def command(self, piece):
+        checkpoint = str(self.out / piece.checkpoint) if piece.checkpoint else ""
+        folder = self.out / piece.name
+        return [sys.executable, "-ISc", FAKE, piece.name, str(folder), checkpoint, str(self.out.parent / "order")]
+
+
+@pytest.fixture
+def fake(tmp_path, small_set):
+    """A function that runs a queue of fake pieces -> exit code and the names of the pieces that ran, in order."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(config=SHORT, jobs: int = 1) -> tuple[int, list[str]]:
+        (tmp_path / "order").unlink(missing_ok=True)
+        code = queue_of(tmp_path, small_set, config, jobs).run()
+        order = tmp_path / "order"
+        return code, order.read_text().split() if order.exists() else []
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def queue_of(folder: Path, data: Path, config=SHORT, jobs: int = 1) -> FakeQueue:
+    args = argparse.Namespace(out=str(folder / "out"), data=str(data), jobs=jobs)
+    return FakeQueue(args, study_of(folder, config))
+
+
+def test_the_queue_runs_everything_once(fake, tmp_path, capsys):
+    assert fake() == (0, EVERYTHING)
+    assert "(7 left, about" in capsys.readouterr().out
+    assert fake() == (0, []) and "nothing is left" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "kept/mae-seed0.json").read_text())
+    assert "--lr 2e-3" in kept["words"] and kept["seconds"] == 1.5 and 0 < kept["core_seconds"] < 60
+
+
+def test_a_lost_folder(fake, tmp_path):
+    """Finished evaluations stay finished; a missing one needs its pretraining again, but neither tuning nor the
+    others."""
+    fake()
+    shutil.rmtree(tmp_path / "out")
+    assert fake() == (0, [])
+    (tmp_path / "kept/mae-seed0-finetune.json").unlink()
+    assert fake() == (0, ["mae-seed0", "mae-seed0-finetune"])
+
+
+def test_a_failure_stops_only_what_needs_it(fake, monkeypatch, capsys):
+    monkeypatch.setenv("FAIL", "mae-seed0")
+    assert fake(jobs=2)[0] == 1
+    text = capsys.readouterr()
+    assert "mae-seed0 failed with exit code 3" in text.err and "3 pieces are left" in text.out
+    monkeypatch.delenv("FAIL")
+    assert fake() == (0, EVERYTHING[2:5])
+
+
+def test_a_piece_of_another_queue_is_waited_for(fake, tmp_path, small_set):
+    """Whoever holds the lock runs the piece; this queue does the rest, and waits."""
+    (tmp_path / "out").mkdir()
+    lock = try_lock(tmp_path / "out", "tune-mae-2e-3")
+    assert lock is not None and try_lock(tmp_path / "out", "tune-mae-2e-3") is None
+    released = threading.Timer(2, lock.close)
+    released.start()
+    code, order = fake()
+    assert code == 0 and sorted(order) == sorted(EVERYTHING)
+    assert order.index("random-seed0-finetune") < order.index("tune-mae-2e-3") < order.index("mae-seed0")
+
+
+def test_a_piece_that_another_queue_has_just_finished_is_not_started(tmp_path, small_set):
+    queue = queue_of(tmp_path, small_set)
+    queue.out.mkdir()
+    piece = queue.state()[1][0]
+    finish(study_of(tmp_path, SHORT), piece.name, **{"eval/knn20_acc1": 1.0})  # meanwhile, by another process
+    assert queue.start(piece) and queue.running == []
+
+
+def test_other_flags_and_another_data_set_are_refused(fake, tmp_path, small_set):
+    fake()
+    with pytest.raises(UserError, match="made with other flags"):
+        fake(SHORT | {"short": "--epochs 2"})
+    shutil.copytree(small_set, tmp_path / "other")
+    with pytest.raises(UserError, match=r"other is not .*set, of which .*out is a study"):
+        queue_of(tmp_path, tmp_path / "other").run()
+    shutil.rmtree(small_set)  # the set has moved: the links are made again
+    queue_of(tmp_path, tmp_path / "other").sets.make()
+    assert (tmp_path / "out/data/few/val").resolve() == tmp_path / "other/val"
+
+
+def test_parts_of_the_data_set(tmp_path, small_set):
+    """Tuning sees no image that it is judged by, and no test image."""
+    Sets(str(small_set), tmp_path / "out", CONFIG).make()
+    parts = tmp_path / "out/data"
+    held_out = {
+        split: {path.resolve() for path in (parts / "held_out" / split).rglob("*.png")} for split in ("train", "val")
+    }
+    assert [len(files) for files in held_out.values()] == [72, 8] and not held_out["train"] & held_out["val"]
+    assert all("train" in path.parts for files in held_out.values() for path in files)
+    assert len(list((parts / "few/train").rglob("*.png"))) == 2 * CONFIG["few"]
 
 
 # The queue itself, on pieces that train for real ----------------------------------------------------------------------
@@ -145,6 +294,7 @@ TINY = {
     "pretrain": "--batch_size 32 --input_size 8 --patch_size 4 --num_workers 0 --keep 1 --amp_dtype fp32 --vis_freq 0 "
     "--knn_freq 1 --save_freq 1 --warmup_epochs 0 --decoder_depth 1 --decoder_embed_dim 32 --decoder_num_heads 2",
     "full": "--epochs 12",
+    "short": "--epochs 8",
     "rates": ["1e-3"],
     "seeds": [0],
     "evaluate": {"knn": "tools/knn.py {encoder} {images} --model vit_micro_patch4 --k 5 --out {folder}/knn.json"},
@@ -180,32 +330,34 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+def kill_runs(run: Path) -> None:
+    """Kill the pieces that write into a folder, which a killed queue leaves behind."""
+    found = subprocess.run(["pgrep", "-f", f"main_pretrain.py.*{run}"], capture_output=True, text=True)
+    for pid in found.stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+
+
 def test_a_study_is_stopped_killed_and_continued(tmp_path, small_set):
-    """SIGTERM lets the run save; a killed queue leaves its run behind, which no other queue starts a second time."""
+    """SIGTERM lets a tuning save, and it resumes; a killed queue leaves its run behind, which no other queue starts a
+    second time."""
+    tuning, run = tmp_path / "out/tune-mae-1e-3", tmp_path / "out/mae-seed0"
     queue = start(tmp_path, small_set, TINY)
-    run = tmp_path / "out/mae-seed0"
-    wait_for(run / "checkpoint-0.pth", queue)
+    wait_for(tuning / "checkpoint-0.pth", queue)
     queue.send_signal(signal.SIGTERM)
-    said, _ = queue.communicate(timeout=240)
+    said, _ = queue.communicate(timeout=300)
     assert queue.returncode == 130 and "goes on" in said
-    assert (tmp_path / "kept/tune-mae-1e-3.json").exists() and not (tmp_path / "kept/mae-seed0.json").exists()
-    epochs = len((run / "log.txt").read_text().splitlines())
+    assert not (tmp_path / "kept").exists()
 
     queue = start(tmp_path, small_set, TINY)
-    deadline = time.monotonic() + 240
-    while len((run / "log.txt").read_text().splitlines()) <= epochs:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(run / "checkpoint-0.pth", queue)
+    rows = [json.loads(line) for line in (tmp_path / "kept/tune-mae-1e-3.txt").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(8))
     queue.kill()
     queue.wait()
     with (tmp_path / "out/locks/mae-seed0").open("w") as lock, pytest.raises(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    kill_runs(run)
     with (tmp_path / "out/locks/mae-seed0").open("w") as lock:
-        pids = subprocess.run(
-            ["pgrep", "-f", f"main_pretrain.py.*{run}"], capture_output=True, text=True
-        ).stdout.split()
-        for pid in pids:
-            os.kill(int(pid), signal.SIGKILL)
         fcntl.flock(lock, fcntl.LOCK_EX)
 
     queue = start(tmp_path, small_set, TINY)
