@@ -22,7 +22,7 @@ CONFIG = {
     "pretrain": "",
     "full": "--epochs 4",
     "short": "--epochs 1",
-    "evaluate": {"probe": "main_linprobe.py {start}", "robustness": "tools/robustness.py {classifier}", "finetune": ""},
+    "evaluate": {"probe": "main_linprobe.py {start}", "robustness": "tools/robustness.py {classifier}", "finetune": "main_finetune.py --epochs 1"},
     "recipe": "",
     "scores": [["probe", "eval/acc1", "probe"], ["robustness", "eval/corrupted_error", "error", "lower"]],
     "equal_time": ["mae", "mae_8"],

@@ -167,7 +167,7 @@ def test_the_flags_of_a_study_exist(name, tmp_path):
         assert "{" not in words and "None" not in flags and parse_error(program, flags) == "", piece.name
 
 
-# The queue, on pieces that only write their results ---------------------------------------------------------------------
+# The queue, on pieces that only write their results -------------------------------------------------------------------
 
 FAKE = """
 import json, os, sys
