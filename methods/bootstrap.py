@@ -263,7 +263,11 @@ class EMAMAE(Bootstrap):
             "share of the student in each update; in the report 0.005 is far better linear, 0.1 to 0.3 fine-tuned",
         ),
         Option(
-            "ema_update", "epoch", "update the target once per epoch or after every step", choices=("epoch", "step")
+            "ema_update",
+            "epoch",
+            "update the target once per epoch or after every step",
+            choices=("epoch", "step"),
+            rare=True,
         ),
     )
 
