@@ -254,7 +254,7 @@ class EMAMAE(Bootstrap):
         Option(
             "wse",
             20,
-            "warm-up epochs on pixels; 0 bootstraps from a random encoder; in the report 5 and 20 are best",
+            "warm-up epochs on pixels; in the report 5 and 20 are best",
             metavar="N",
         ),
         Option(

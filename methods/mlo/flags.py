@@ -144,8 +144,8 @@ OPTIONS = (
     Option(
         "mlo_stage2",
         "linear",
-        "linear: one step of the head; finetune: one step of the head and of a copy of the encoder; solve: the optimal "
-        "head for every step of the masking network, through which stage III differentiates: needs large batches",
+        "linear: one step of the head; finetune: also one of a copy of the encoder; solve: the optimal head, for large "
+        "batches",
         choices=("linear", "finetune", "solve"),
     ),
     Option(
