@@ -24,6 +24,8 @@ PARTS = {
     "u_mae": "--u_mae",
     "block": "--mask block",
     "grid": "--mask grid",
+    "hpm": "--hpm --hpm_start 0.5",
+    "automae": "--automae",
 }
 VARIANTS = [
     "mae",
@@ -34,6 +36,8 @@ VARIANTS = [
     "u_mae",
     "block",
     "grid",
+    "hpm",
+    "automae",
     "mae_k+rc_mae",
     "mae_k+dmae",
     "ema_mae+rc_mae",

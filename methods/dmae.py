@@ -210,7 +210,7 @@ class DMAE(Method):
         Option(
             "dmae_blocks",
             None,
-            "student and teacher blocks to align, from 1; without it at three quarters of each depth, e.g. 9:18",
+            "student and teacher blocks to align, e.g. 9:18; without it at three quarters of each depth",
             metavar="S:T[,S:T...]",
         ),
         Option(
