@@ -197,7 +197,7 @@ def read_starting_weights(args, resume: Path | None) -> tuple[Weights | None, We
         settle_loss(args, weights)
     check_channels(args.in_chans)
     args.aug = args.aug or default_crop(args.dataset)
-    arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval)
+    arguments.check_crop_flags(args, args.aug == "rrc" and not args.eval)
     return weights, resumed
 
 

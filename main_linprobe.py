@@ -215,7 +215,7 @@ def read_splits(args, weights, resume: Path | None):
     if args.cache_features:
         args.aug, args.blr = "none", None  # neither is used
     args.aug = args.aug or ("none" if args.dataset in MIRRORED else default_crop(args.dataset))
-    arguments.check_draft(args.jpeg_draft, args.aug == "rrc" and not args.eval and not args.cache_features)
+    arguments.check_crop_flags(args, args.aug == "rrc" and not args.eval and not args.cache_features)
     known = weights.classes if args.eval and weights else []
     settle_sample_rng(args, None if args.eval else stored_flags(resume, None))
     images = None if args.eval else read_images(args, train=True)

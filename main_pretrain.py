@@ -22,6 +22,7 @@ from util.checkpoint.same_run import FREE_FLAGS
 from util.compute.kernels import choose_attention
 from util.compute.precision import choose_amp_dtype
 from util.compute.recompute import recompute_cheap
+from util.data.bands import many_bands
 from util.data.batch_aug import BatchTransform
 from util.data.build import build_loader, check_enough
 from util.data.cache import CACHES, CachedLoader, cache_images
@@ -36,6 +37,7 @@ from util.errors import UserError, user_errors
 from util.parallel.fsdp import check_sharded, gathered, shard
 from util.parser import Flags, Parser, rare
 from util.report.ledger import Record, strict
+from util.report.pictures import shown_channels
 from util.speed_flags import add_speed_arguments
 from util.training.finished import end_again
 from util.training.run import Run, start
@@ -71,9 +73,11 @@ def get_args_parser() -> Parser:
     arguments.add_run_arguments(parser, save_freq=20, keep=0)
     group = parser.add_argument_group("monitoring")
     group.add_argument("--vis_freq", default=20, type=int, help="epochs between reconstruction pictures; 0: none")
-    group.add_argument("--knn_freq", default=0, type=int, help="epochs between kNN accuracies on validation; 0: none")
-    group.add_argument(
-        "--knn_images", default=20000, type=int, help="images of each split for kNN, evenly spaced over the split"
+    rare(arguments.add_show_channels(group))
+    group.add_argument("--knn_freq", default=0, type=int, help="epochs between kNN scores; 0: none")
+    group.add_argument("--probe_freq", default=0, type=int, help="epochs between probe scores; 0: none")
+    rare(
+        group.add_argument("--knn_images", default=20000, type=int, help="images of each split for both, evenly spaced")
     )
     add_speed_arguments(parser, cached=True)
     arguments.add_distributed_arguments(parser, shards=True)
@@ -120,16 +124,19 @@ def check(args) -> list[type[Method]]:
     arguments.check_values(args)
     check_channels(args.in_chans)
     mean_std(args.dataset, args.in_chans, args.mean, args.std)
-    for name in ("vis_freq", "knn_freq"):
+    shown_channels(args.in_chans, args.show_channels)
+    for name in ("vis_freq", "knn_freq", "probe_freq"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)} must not be negative")
     if args.knn_images < 1:
         raise UserError(f"--knn_images {args.knn_images} must be positive")
     if args.cache_size is not None and (args.data_cache == "none" or args.cache_size < 1):
         raise UserError(f"--cache_size {args.cache_size} must be positive, and needs --data_cache ram or device")
+    if args.data_cache != "none" and many_bands(args.in_chans):
+        raise UserError(f"--data_cache {args.data_cache} keeps 8 bits, and is for images of 1 to 4 channels: remove it")
     if args.nvjpeg and args.data_cache == "none":
         raise UserError("--nvjpeg has no effect without --data_cache ram or device")
-    arguments.check_draft(args.jpeg_draft, args.aug in ("mae", "three") and args.data_cache == "none")
+    arguments.check_crop_flags(args, args.aug in ("mae", "three"), cached=args.data_cache)
     if args.aug == "three":
         three_augment(args.in_chans)
     for name in ("mask_ratio", "mask_ratio_end"):
@@ -205,7 +212,7 @@ def read_starting_weights(args, model) -> tuple[Path | None, Weights | None]:
     resume = find_resume(args.resume, args.output_dir) if args.resume else None
     weights = read_weights(args.init_from) if args.init_from and resume is None else None
     if weights is not None:
-        print(load_into(model, weights).shown(args.verbose))
+        print(load_into(model, weights, adapt_channels=True).shown(args.verbose))
     return resume, weights
 
 
@@ -218,22 +225,28 @@ def read_training_images(args):
     return images
 
 
+def labels_for(args) -> str:
+    """Return the flag that needs labels, "" if none does."""
+    return "--knn_freq" if args.knn_freq else "--probe_freq" if args.probe_freq else ""
+
+
 def validation_images(args, images):
     """Return the validation images for monitoring, None if there are none or none are needed. Raises UserError if
-    `--knn_freq` needs images or labels that are missing."""
-    if args.knn_freq and getattr(images, "classes", None) is None:
-        raise UserError(f"--knn_freq needs labels, and --dataset {args.dataset} has none")
-    if not args.vis_freq and not args.knn_freq:
+    `--knn_freq` or `--probe_freq` needs images or labels that are missing."""
+    flag = labels_for(args)
+    if flag and getattr(images, "classes", None) is None:
+        raise UserError(f"{flag} needs labels, and --dataset {args.dataset} has none")
+    if not args.vis_freq and not flag:
         return None
     try:
         held_out = read_images(args, train=False)
     except UserError as error:  # pretraining itself needs no validation images
-        if args.knn_freq:
+        if flag:
             raise
         print(f"note: {error}; reconstructions are shown on training images")
         return None
-    if args.knn_freq and getattr(held_out, "classes", None) is None:
-        raise UserError("--knn_freq needs labels, and the validation images have none")
+    if flag and getattr(held_out, "classes", None) is None:
+        raise UserError(f"{flag} needs labels, and the validation images have none")
     return held_out
 
 
@@ -242,10 +255,11 @@ def split_images(methods, args, images):
     training set, or else the validation split."""
     splits = (method.split_images(images) for method in methods)
     split = next((split for split in splits if split is not None), None)
-    if split and args.knn_freq and split[1].classes is None:
-        raise UserError("--knn_freq needs labels, and the images that are held out have masks")
-    if split and args.knn_freq and getattr(split[0], "classes", None) != split[1].classes:
-        raise UserError("--knn_freq needs one set of labels, and the held-out images and the others differ in theirs")
+    flag = labels_for(args)
+    if split and flag and split[1].classes is None:
+        raise UserError(f"{flag} needs labels, and the images that are held out have masks")
+    if split and flag and getattr(split[0], "classes", None) != split[1].classes:
+        raise UserError(f"{flag} needs one set of labels, and the held-out images and the others differ in theirs")
     return split or (images, validation_images(args, images))
 
 
@@ -318,7 +332,7 @@ def main(args) -> None:
     groups = param_groups_weight_decay(pretrainer, args.weight_decay, no_weight_decay_list=pretrainer.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     pretrainer.attach(optimizer)
-    record = Record("main_pretrain", args, weights, train=images, test=held_out if args.knn_freq else None)
+    record = Record("main_pretrain", args, weights, train=images, test=held_out if labels_for(args) else None)
     summary = pretraining_summary(args, model, chosen, images, held_out)
     run = Run(args, device, loader, model, optimizer, pretrainer, resume, record, summary=summary)
     if run.resumed_at_end:

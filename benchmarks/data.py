@@ -4,8 +4,9 @@ python benchmarks/data.py --data DIR         DIR: any folder of images; CIFAR-10
 
 Makes JPEGs of 32, 64 and about 500 pixels from DIR's images in a temporary folder and reads each set in every way, as
 pretraining does (random resized crop to 32, 64, 96 and 224 pixels, flip, normalised), in rounds that visit every way;
-the first passes warm up. `torchvision`, `from files`, `jpeg_draft` (the same with that flag) and `shards` (the same
-images in tar files) decode with `--num_workers` processes; `data_cache ram` decodes before the measurement.
+the first passes warm up. `torchvision`, `from files`, `fast_resize` and `jpeg_draft` (the same with these flags) and
+`shards` (the same images in tar files) decode with `--num_workers` processes; `data_cache ram` decodes before the
+measurement.
 """
 
 import argparse
@@ -83,6 +84,10 @@ def paths(folder: Path, side: int, options) -> dict:
     drafts = build_loader(images, transform, changed(args, jpeg_draft=True), options.batch_size, True)
     cache = cached_loader(images, args, side, options.batch_size)
     passes = {"torchvision": lambda _: plain, "from files": files.begin}
+    if min(SETS[side]) > side:
+        passes["fast_resize"] = build_loader(
+            images, transform, changed(args, fast_resize=True), options.batch_size, True
+        ).begin
     if min(SETS[side]) >= 2 * side:
         passes["jpeg_draft"] = drafts.begin
     return passes | {"shards": shards.begin, "data_cache ram": cache.begin}

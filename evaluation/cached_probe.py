@@ -106,10 +106,11 @@ def split_and_settle(args, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return rest, held
 
 
-def train_and_choose(train, test, rest, held, args, device) -> tuple[nn.Sequential, dict]:
+def chosen_head(train, test, rest, held, args, device) -> tuple[nn.Sequential, list[float], int, dict]:
     """Train the heads on the images `rest` of `train` and choose one on the images `held`; `train` and `test` are
-    (features, labels). Returns the chosen head and the scores. All ranks call it; the main process, which holds the
-    features, trains, and the others receive the head and the scores."""
+    (features, labels). Returns the chosen head on the CPU, the held-out accuracies of all heads in percent, the index
+    of the chosen one, and its scores on `test`. All ranks call it; the main process, which holds the features, trains,
+    and the others receive the results."""
 
     def choose():
         (features, labels), (test_features, test_labels) = train, test
@@ -128,7 +129,12 @@ def train_and_choose(train, test, rest, held, args, device) -> tuple[nn.Sequenti
     if not is_main_process():  # the ranks stay in step, so that none times out
         for _ in range(args.epochs):
             barrier()
-    head, held_acc1, best, scores = from_main_process(choose)
+    return from_main_process(choose)
+
+
+def train_and_choose(train, test, rest, held, args, device) -> tuple[nn.Sequential, dict]:
+    """Return the head of `chosen_head`, on `device`, and the scores; print how the heads compare."""
+    head, held_acc1, best, scores = chosen_head(train, test, rest, held, args, device)
     for blr, value in zip(args.probe_blrs, held_acc1):
         print(f"blr {blr:g}: {value:.2f} % on {len(held)} held-out training images")
     if len(held_acc1) > 1 and best in (0, len(held_acc1) - 1):
@@ -174,7 +180,9 @@ def run_cached(
         saver.insist(log.path.name, log.write)
         if classifier:
             write_classifier(args, model, record.state(images_seen), saver, getattr(images, "classes", None))
-    to = Destination(Path(args.output_dir) / "probe.json" if args.output_dir else None, args.log_dir, args.output_dir)
+    to = Destination(
+        Path(args.output_dir) / "probe.json" if args.output_dir else None, args.log_dir, args.output_dir, ""
+    )
     publish(record, result, images_seen, to, attempt=saver.insist)
     print(closing(args.output_dir, summary, str(Path(args.output_dir) / CLASSIFIER)))
     shut_down()

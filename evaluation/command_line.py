@@ -6,7 +6,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from util.arguments import add_data_arguments, add_verbose_argument, check_numbers
+from util.arguments import add_data_arguments, add_show_channels, add_verbose_argument, check_numbers
+from util.data.reading_flags import CHANNELS
 from util.errors import UserError
 from util.parser import Parser
 from util.report.sheet import PICTURES, SIDE
@@ -89,7 +90,7 @@ def add_model_flags(parser: Parser) -> None:
     group.add_argument("--model", help="e.g. mae_vit_base_patch16")
     group.add_argument("--input_size", type=int, nargs="+", metavar=("H", "W"), help="image size in pixels")
     group.add_argument("--patch_size", type=int, help="side of a patch in pixels")
-    group.add_argument("--in_chans", type=int, help="channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA")
+    group.add_argument("--in_chans", type=int, help=CHANNELS)
 
 
 def add_feature_flags(parser: Parser, default: str | None = None) -> None:
@@ -107,7 +108,7 @@ def add_feature_flags(parser: Parser, default: str | None = None) -> None:
 
 
 def add_device_flag(parser: Parser) -> None:
-    parser.add_argument("--device", default="auto", help="auto (CUDA if available), cuda, cuda:N or cpu")
+    parser.add_argument("--device", default="auto", help="auto (CUDA if available), cuda, cuda:N, mps or cpu")
 
 
 def settle_pool(args: argparse.Namespace, model, path: str) -> str:
@@ -130,6 +131,7 @@ def add_picture_flags(parser: Parser, masked: bool = True) -> None:
     )
     add_out_flag(parser)
     add_tile_flag(parser)
+    add_show_channels(parser)
     if masked:
         parser.add_argument(
             "--mask_ratio",

@@ -96,8 +96,9 @@ def check_flags(args) -> None:
     for name in ("voc_year", "train_split", "val_split"):
         if args.dataset != "voc" and getattr(args, name):
             raise UserError(f"--{name} has no effect with --dataset {args.dataset}: it is for voc")
-    if args.jpeg_draft:
-        raise UserError("--jpeg_draft has no effect here: images are not cropped while they are decoded")
+    for name in ("jpeg_draft", "fast_resize"):
+        if getattr(args, name):
+            raise UserError(f"--{name} has no effect here: it is for random resized crops of whole images")
     if args.trainable_blocks is not None and args.eval:
         raise UserError("--trainable_blocks has no effect with --eval")
     check_speed_flags(args, not args.eval, "with --eval")
@@ -130,7 +131,7 @@ def read_starting_weights(args, resume: Path | None, models: ModuleType) -> Weig
     if args.eval and weights.dense_model != models.DENSE_MODEL:
         raise UserError(f"{weights.path} has no {models.TASK} head: give the checkpoint of a finished run")
     _settle_head(args, models.SETTINGS, weights)
-    check_channels(args.in_chans)
+    check_channels(args.in_chans, bands=False)
     return weights if args.eval or resume is None else None
 
 

@@ -114,7 +114,7 @@ def build_vit(
     )
     set_norm_eps(model, config.layer_norm_eps)
     if weights is not None:
-        report = load_into(model, weights, ignore_head=ignore_head)
+        report = load_into(model, weights, ignore_head=ignore_head, adapt_channels=ignore_head)
         print(report.shown(verbose))
         if not ignore_head and "head.weight" in report.missing:
             raise UserError(f"{weights.path} has no classifier for this model: {report.head or 'no head in the file'}")

@@ -16,6 +16,7 @@ from util.data.samples import KeyedDataset
 from util.data.sources import Files, Subset
 from util.data.transforms import Converter, Resize, check_channels, eval_transform
 from util.errors import MissingSplit, UserError
+from util.report.pictures import denormalized, shown_channels
 
 
 @dataclass
@@ -90,6 +91,12 @@ class SampledImages:
     std: tuple[float, ...]
     subset: Subset
     source: dict[str, str]
+    channels: tuple[int, ...] | None = None  # that are shown as red, green and blue, see `shown_channels`
+
+    @property
+    def colours(self) -> torch.Tensor:
+        """The images in [0, 1], as they are shown."""
+        return denormalized(self.imgs, self.mean, self.std, self.channels)
 
 
 def sample_images(args, options: ImageOptions, model, mask_ratio: float = 0.0) -> SampledImages:
@@ -101,7 +108,9 @@ def sample_images(args, options: ImageOptions, model, mask_ratio: float = 0.0) -
     if int(patches * (1 - mask_ratio)) < 1:
         raise UserError(f"--mask_ratio {mask_ratio} leaves no visible patch of {patches}: lower it")
     transform, (mean, std) = options.transform(), options.mean_std
+    channels = shown_channels(options.in_chans, args.show_channels)
     images, source = _open_images(args)
+    images.expect_bands(options.in_chans, getattr(args, "band_axis", None))
     settle_pixel_range(options, images)
     pixels = {"in_chans": options.in_chans, "pixel_range": options.pixel_range}
     dataset = KeyedDataset(images, transform, options.seed, replace=False, **pixels)
@@ -110,7 +119,7 @@ def sample_images(args, options: ImageOptions, model, mask_ratio: float = 0.0) -
     if not samples:
         raise UserError("none of the chosen images could be read; their names are above")
     imgs = torch.stack([sample.image for sample in samples])
-    return SampledImages(imgs, mean, std, Subset(images, indices), source)
+    return SampledImages(imgs, mean, std, Subset(images, indices), source, channels)
 
 
 def _open_images(args):

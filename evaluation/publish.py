@@ -11,7 +11,7 @@ from evaluation.runs import columns, hparams_of
 from util.checkpoint.files import CONFUSION, LEDGER, SCORES
 from util.parallel.distributed import is_main_process
 from util.report.ledger import Record, write_json
-from util.report.tensorboard import Board
+from util.report.loggers import open_loggers
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Destination:
     json: str | Path | None = None
     board: str | Path | None = None
     ledger: str | Path | None = None
+    job: str = "eval"  # ending of the run's name in wandb and trackio
 
 
 def _write_once(name: str, write: Callable[[], object]) -> None:
@@ -55,7 +56,8 @@ def publish(
         content |= {"source": _identified(record.source), "revision": record.revisions[-1]}
         attempt(Path(to.json).name, lambda: write_json(to.json, record.args, result=metrics, **content))
     epoch = (record.source or {}).get("epoch") or 0
-    board = Board(str(to.board) if to.board else None)
+    flags = record.flags_json() if hasattr(record.args, "logger") else {}
+    board = open_loggers(record.args, str(to.board) if to.board else None, flags, job=to.job)
     board.scalars({name: value for name, value in metrics.items() if name.startswith("eval/")}, epoch + 1)
     for tag, picture in pictures.items():
         board.image(tag, picture, epoch + 1)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from util.compute.precision import widest
 from util.parallel.distributed import all_reduce_sum
 
 
@@ -19,13 +20,14 @@ class RegressionScores:
     def __init__(self, device: torch.device, mean: list[float], std: list[float]):
         self.mean, self.std = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
         # Of each output: sums of targets, squared targets, absolute and squared errors; last column: images, skipped.
-        self.sums = torch.zeros(4, len(mean) + 1, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(4, len(mean) + 1, dtype=widest(device), device=device)
         self.by_output: dict[str, list[float]] = {}  # after `read`
 
     def add(self, outputs: torch.Tensor, targets: torch.Tensor, good: torch.Tensor) -> None:
         """Add a batch of outputs and standardised targets (N, outputs). Images that are not `good` (N,), that is
         readable, are only counted, as `skipped`."""
-        targets, errors = targets.double(), outputs.double() - targets.double()
+        targets = targets.to(self.sums.dtype)
+        errors = outputs.to(self.sums.dtype) - targets
         columns = torch.stack([targets, targets**2, errors.abs(), errors**2])  # (4, N, outputs)
         self.sums[:, :-1] += torch.where(good[None, :, None], columns, 0.0).sum(dim=1)
         self.sums[0, -1] += good.sum()
@@ -33,7 +35,7 @@ class RegressionScores:
 
     def read(self) -> dict[str, float]:
         """Return the metrics over all ranks; `r2` is absent if no output has one."""
-        sums = all_reduce_sum(self.sums).cpu()
+        sums = all_reduce_sum(self.sums).cpu().double()
         count, skipped = sums[:2, -1].tolist()
         total, squares, absolute, errors = sums[:, :-1]
         count = max(count, 1.0)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from evaluation.confusion import Confusion, draw
+from util.compute.precision import widest
 from util.parallel.distributed import all_reduce_sum, gather_objects, get_rank, get_world_size
 
 
@@ -20,7 +21,7 @@ class TopK:
     metrics = ("acc1", "acc5", "balanced_acc", "auc", "loss")  # those by which they may be
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, top-1, top-5, images, skipped
+        self.sums = torch.zeros(5, dtype=widest(device), device=device)  # loss, top-1, top-5, images, skipped
         self.confusion = Confusion(device)
         self.margins: list[torch.Tensor] = []  # for two classes: logit of the second minus that of the first
 

@@ -8,6 +8,7 @@ from torchvision.transforms import InterpolationMode
 
 from evaluation.image_options import ImageOptions, image_options
 from models_timm import TimmEncoder
+from util.data.bands import many_bands
 from util.data.image_format import image_shape
 from util.data.sample_rng import seeded
 from util.errors import UserError
@@ -34,7 +35,8 @@ def load_timm_encoder(args, source: TimmModel) -> tuple[TimmEncoder, ImageOption
     config = timm.data.resolve_model_data_config(network)
     encoder = TimmEncoder(network, source.name, given or tuple(config["input_size"][1:]), in_chans)
     _check_size(encoder)
-    stored = {name: _for_channels(config[name], in_chans) for name in ("mean", "std")}
+    names = () if many_bands(in_chans) else ("mean", "std")  # bands have none in common with RGB images
+    stored = {name: _for_channels(config[name], in_chans) for name in names}
     images = image_options(args, in_chans, encoder.img_size, stored)
     images = replace(
         images,

@@ -15,7 +15,7 @@ from methods.options import Option
 from models_encoder import PatchEncoder
 from models_mae import MaskedAutoencoderViT, MaskedOutput
 from util.compute.ema import Frozen, copy_weights, ema_update
-from util.compute.precision import widened
+from util.compute.precision import widened, widest
 from util.errors import UserError
 from util.parallel.distributed import all_reduce_sum, average, get_world_size
 
@@ -57,7 +57,8 @@ def collapse(features: torch.Tensor) -> dict[str, torch.Tensor]:
     The measures are of all ranks' features together, since the rank of few images is lower than that of many. All ranks
     must call this, with equally many features each.
     """
-    x = features.reshape(-1, features.shape[-1]).double()
+    x = features.reshape(-1, features.shape[-1])
+    x = x.to(widest(x.device))
     x = x - average([x.mean(dim=0)])[0]
     with torch.autocast(x.device.type, enabled=False):  # rounding to bf16 alone adds a rank of about ten
         scatter = all_reduce_sum(x.T @ x)

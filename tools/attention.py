@@ -21,7 +21,7 @@ from evaluation.image_options import sample_images
 from evaluation.publish import write_comparison
 from evaluation.saliency import attended_share, block_at, cls_attention, grad_cam
 from util.errors import UserError, user_errors
-from util.report.pictures import denormalized, overlay, rgb, rows_of_images, shown_range
+from util.report.pictures import overlay, rgb, rows_of_images, shown_range
 from util.report.sheet import Bar, Sheet, draw_sheet
 
 MAPS = ["attention", "gradcam"]
@@ -67,7 +67,7 @@ class Subject:
         sample = sample_images(args, judged.images, self.model)
         self.judged = replace(judged, resolved={**judged.resolved, **sample.source})
         self.subset = sample.subset
-        self.colours = rgb(denormalized(sample.imgs, sample.mean, sample.std))
+        self.colours = rgb(sample.colours)
         self.imgs = sample.imgs.to(judged.device)
         self.grid = tuple(self.model.patch_embed.grid_size)
 

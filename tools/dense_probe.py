@@ -69,7 +69,7 @@ def check(args) -> Path | None:
         raise UserError(f"--batch_size {args.batch_size} must be positive")
     if not 0 < args.holdout < 1:
         raise UserError(f"--holdout {args.holdout:g} must lie between 0 and 1, both excluded")
-    for name in ("crop_pct", "jpeg_draft"):
+    for name in ("crop_pct", "jpeg_draft", "fast_resize"):
         if getattr(args, name):
             raise UserError(f"--{name} has no effect here: images are made to fit into the input as a whole")
     return command_line.check_out(args, ".json")

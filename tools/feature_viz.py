@@ -21,10 +21,12 @@ import torch
 
 from evaluation import command_line, judging
 from evaluation.feature_viz import LAYERS, FourierImages, channel_activation, excite
+from util.arguments import add_show_channels
+from util.data.bands import many_bands
 from util.errors import UserError, user_errors
 from util.parser import Parser
 from util.report.ledger import Record
-from util.report.pictures import rgb
+from util.report.pictures import rgb, shown_channels
 from util.report.sheet import Row, Sheet, draw_sheet
 
 
@@ -33,6 +35,7 @@ def get_args_parser():
     command_line.add_checkpoint_flags(parser, several=True)
     command_line.add_out_flag(parser)
     command_line.add_tile_flag(parser)
+    add_show_channels(parser)
     parser.add_argument("--blocks", type=int, nargs="+", help="blocks, from 0; without it four, evenly spaced")
     parser.add_argument("--layer", choices=LAYERS, default="mlp", help="mlp: inside the MLP; block: its output")
     parser.add_argument("--channels", type=int, nargs="+", help="channels; without it --count of them, evenly spaced")
@@ -86,7 +89,10 @@ def chosen(args, model) -> tuple[list[int], list[int]]:
 def ascend(judged: judging.Judged, blocks: list[int], channels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return images in [0, 1] (blocks, channels, C, H, W) and activations before and after (blocks, 2, channels)."""
     args, config, model, device = judged.args, judged.config, judged.model.requires_grad_(False), judged.device
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in judged.images.mean_std)
+    stats = judged.images.mean_std
+    if many_bands(config.in_chans):  # as they are shown: pixels from two deviations below to two above the mean
+        stats = [[value] * config.in_chans for value in (0.5, 0.25)]
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in stats)
     jitter = config.patch_size // 2 if args.jitter is None else args.jitter
     shape, indices = (len(channels), config.in_chans, *config.input_size), torch.tensor(channels, device=device)
     images, activations = [], []
@@ -131,6 +137,10 @@ class Excited:
     images: torch.Tensor  # (blocks, channels, C, H, W), in [0, 1]
     activations: torch.Tensor  # (blocks, 2, channels): for grey, and for the images
 
+    @property
+    def shown(self) -> tuple[int, ...] | None:
+        return shown_channels(self.judged.images.in_chans, self.judged.args.show_channels)
+
 
 def drawing(results: list[Excited], labels, blocks: list[int], channels: list[int], side=None) -> Sheet:
     """Draw the images of each checkpoint, whose rows begin with its label."""
@@ -139,7 +149,7 @@ def drawing(results: list[Excited], labels, blocks: list[int], channels: list[in
         for i, block in enumerate(blocks):
             notes = [f"{before:.2g} to {after:.2g}" for before, after in own.activations[i].T.tolist()]
             opens = i == 0 and len(rows) > 0
-            rows.append(Row(rgb(own.images[i]), f"{label} block {block}".strip(), notes, opens))
+            rows.append(Row(rgb(own.images[i], own.shown), f"{label} block {block}".strip(), notes, opens))
     return draw_sheet(rows, [f"channel {i}" for i in channels], caption(own.judged.args.layer), None, side)
 
 

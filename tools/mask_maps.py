@@ -14,7 +14,7 @@ from evaluation import command_line, judging
 from evaluation.image_options import sample_images
 from methods.mlo.masking_network import load_mask_net
 from util.errors import user_errors
-from util.report.pictures import denormalized, mask_sheet, mask_tiles, shown_range
+from util.report.pictures import mask_sheet, mask_tiles, shown_range
 
 
 def get_args_parser():
@@ -34,8 +34,7 @@ def main(args) -> None:
         net, embedding = load_mask_net(judged.path, judged.model)
         sample = sample_images(args, judged.images, judged.model, ratio)
         logits = net(embedding.network(sample.imgs))
-        colours = denormalized(sample.imgs, sample.mean, sample.std)
-        tiles.append(mask_tiles(colours, logits, ratio, judged.model))
+        tiles.append(mask_tiles(sample.colours, logits, ratio, judged.model))
         ranges.append(shown_range(logits.sigmoid()))
     names = [judged.path for judged in opened]
     titles = command_line.titles_of(names) if len(names) > 1 else [Path(names[0]).name]

@@ -33,9 +33,10 @@ from evaluation.predictions import (
     write_parquet,
 )
 from evaluation.robustness import known_classes
-from util.arguments import check_draft
+from util.arguments import check_crop_flags
 from util.checkpoint.atomic import write_atomically
 from util.compute.precision import choose_amp_dtype
+from util.data.bands import ARRAY_ENDINGS
 from util.data.image_folders import unlabelled_folder
 from util.data.list_files import read_list
 from util.data.pixel_range import settle_pixel_range
@@ -107,7 +108,7 @@ def check(args) -> Path:
             raise UserError(f"--{given[0]} has no effect with --features, which writes no predictions")
     elif args.pool:
         raise UserError(f"--pool {args.pool} is for --features: a classifier has a feature of its own")
-    check_draft(args.jpeg_draft, crops=False)
+    check_crop_flags(args, crops=False)
     out = command_line.check_out(args, *((".npz", ".parquet") if args.features else (".csv",)))
     if out.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
         raise UserError(f"--out {out} needs the package pyarrow, which is not installed: install it, or write an .npz")
@@ -142,7 +143,7 @@ def open_data(path: Path, image_column: str = "") -> tuple[Files, Path]:
     if not path.is_file():
         raise UserError(f"--data {path} does not exist: a folder of images, a list or an image is needed")
     paths = [str(path)]
-    if path.suffix.lower() not in IMG_EXTENSIONS:
+    if path.suffix.lower() not in (*IMG_EXTENSIONS, *ARRAY_ENDINGS):
         paths = read_list(str(path), path.parent, True, image_column, needs_labels=False).paths
     return Files(paths, [-1] * len(paths), None), path.parent
 
@@ -233,6 +234,8 @@ def main(args: argparse.Namespace) -> Tally:
     stored = judged.weights.args if judged.weights else {}
     options = replace(judged.images, dataset=stored.get("dataset") or args.dataset)  # pixels as in its training
     images, folder = open_images(args, (judged.weights.classes or None) if judged.weights else None)
+    if isinstance(images, Images):
+        images.expect_bands(options.in_chans, args.band_axis)
     settle_pixel_range(options, images)
     tally = Tally(len(images), f"--data {args.data}" if args.data else f"--dataset {args.dataset}")
     rows = predict(encode, images, options, args.batch_size, judged.device, judged.dtype)

@@ -77,7 +77,8 @@ def main(args) -> None:
         sample = sample_images(args, judged.images, judged.model, ratio)
         noise = fixed_noise(judged.model, len(sample.imgs), args.seed, sample.imgs.device)
         scores, decided = masks_of(args, judged, sample.imgs, noise)
-        pictures.append(reconstruct(judged.model, sample.imgs, ratio, scores, sample.mean, sample.std))
+        stats = sample.mean, sample.std, sample.channels
+        pictures.append(reconstruct(judged.model, sample.imgs, ratio, scores, *stats))
         masks.append(decided)
     names = [judged.path for judged in opened]
     caption = caption_of(names, ratio, masks, [pixels_of(judged) for judged in opened])

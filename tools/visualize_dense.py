@@ -70,7 +70,7 @@ def check(args) -> Path:
         raise UserError(f"--count {args.count} must be positive")
     if args.score_thresh is not None and not 0 <= args.score_thresh <= 1:
         raise UserError(f"--score_thresh {args.score_thresh:g} must lie in [0, 1]")
-    for name in ("crop_pct", "jpeg_draft"):
+    for name in ("crop_pct", "jpeg_draft", "fast_resize"):
         if getattr(args, name):
             raise UserError(f"--{name} has no effect here: images are not cropped")
     defaults = get_args_parser()

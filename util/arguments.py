@@ -9,11 +9,12 @@ from util.data.dense.scenes import add_scene_arguments
 from util.data.draws import add_sample_rng
 from util.data.image_folders import add_folder_arguments, check_folder_flags
 from util.data.list_flags import add_list_arguments, check_columns
-from util.data.pixel_range import check_pixel_range, range_word
+from util.data.pixel_range import check_pixel_range
 from util.data.readers import READERS
+from util.data.reading_flags import CHANNELS, add_reading_arguments
 from util.errors import UserError
-from util.parallel.cores import MOST_WORKERS
 from util.parser import rare
+from util.report.loggers import add_logger_arguments, check_loggers
 from util.speed_flags import check_recompute
 from util.training.best_metric import add_best_metric
 
@@ -30,7 +31,7 @@ def add_model_arguments(parser, default_model: str | None, decoder: bool):
         "--in_chans",
         type=int,
         default=3 if decoder else None,
-        help="channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA" + from_checkpoint,
+        help=CHANNELS + from_checkpoint,
     )
     if decoder:
         group.add_argument(
@@ -71,73 +72,20 @@ def add_data_arguments(parser, datasets: Sequence[str] = ()):
     add_folder_arguments(group)
     add_list_arguments(group)
     add_scene_arguments(group)
-    _add_shard_arguments(group)
-    _add_reading_arguments(group)
+    add_reading_arguments(group)
     return group
 
 
-def _add_shard_arguments(group) -> None:
-    group.add_argument(
-        "--shuffle_buffer",
+def add_show_channels(group) -> argparse.Action:
+    """Add `--show_channels`, for commands that draw images, and return it; `util.report.pictures.shown_channels` checks
+    it."""
+    return group.add_argument(
+        "--show_channels",
         type=int,
-        default=1000,
-        help="wds: encoded images in the shuffle buffer of each worker; the shards of tools/make_shards.py are already "
-        "shuffled; for shards sorted by class, use as many as memory allows; 1 keeps their order",
-    )
-    rare(
-        group.add_argument(
-            "--shard_samples",
-            type=int,
-            help="wds: images in each shard; needed for remote shards without an _info.json (local ones are counted)",
-        )
-    )
-
-
-def _add_reading_arguments(group) -> None:
-    """Add the flags for reading and normalising images."""
-    group.add_argument(
-        "--jpeg_draft",
-        action="store_true",
-        help="decode a JPEG at 1/2, 1/4 or 1/8 of its size where the random crop is larger than the input by that "
-        "factor: faster for small inputs from large photographs; pixels differ slightly (benchmarks/README.md)",
-    )
-    group.add_argument("--download", action="store_true", help="download the data set, if its reader supports it")
-    group.add_argument(
-        "--mean", type=float, nargs="+", help="per-channel means in [0, 1]; without it those of the data set"
-    )
-    group.add_argument("--std", type=float, nargs="+", help="per-channel standard deviations; see tools/mean_std.py")
-    group.add_argument(
-        "--pixel_range",
-        type=range_word,
-        nargs="+",
-        metavar="VALUE",
-        help="LOW HIGH: the stored values that become black and white, for grey images of more than 8 bits; auto: the "
-        "lowest and highest value of a sample of the training set. Without it 16-bit images have the range 0..65535, "
-        "and those of floats or 32-bit integers one of unit (0..1), 8bit (0..255), 16bit, found over a sample",
-    )
-    rare(
-        group.add_argument(
-            "--crop_pct",
-            type=float,
-            help="evaluation: share of the resized side that is kept; without it 0.875 at 160-224 px, else 1",
-        )
-    )
-    group.add_argument(
-        "--num_workers",
-        type=int,
-        help="processes that read images; 0 reads in the main process; without it one per core that this process may "
-        f"use, at most {MOST_WORKERS}, and {MOST_WORKERS} for wds and timm's streams, whose order depends on it",
-    )
-    rare(group.add_argument("--pin_mem", action="store_true", help="pin memory for faster copies to the GPU"))
-    rare(group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not pin memory"))
-    group.set_defaults(pin_mem=True)
-    rare(
-        group.add_argument(
-            "--max_bad_fraction",
-            type=float,
-            default=0.01,
-            help="fail when a larger share of the images is unreadable",
-        )
+        nargs=3,
+        metavar=("R", "G", "B"),
+        help="channels, numbered from 0, that are red, green and blue in pictures; black is two standard deviations "
+        "below the mean, white two above; without it the first three of more than four channels",
     )
 
 
@@ -182,8 +130,8 @@ def add_optimizer_arguments(parser, batch_size: int, epochs: int, warmup: int, b
 def add_run_arguments(parser, save_freq: int, keep: int) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="./output_dir", help="checkpoints and log.txt; empty writes nothing")
-    rare(group.add_argument("--log_dir", help="TensorBoard events; without it the output folder"))
-    group.add_argument("--device", default="auto", help="auto (CUDA if there is one), cuda, cuda:N or cpu")
+    add_logger_arguments(group)
+    group.add_argument("--device", default="auto", help="auto (CUDA if there is one), cuda, cuda:N, mps or cpu")
     group.add_argument("--seed", default=0, type=int, help="seed of weights, masks, augmentation and image order")
     add_sample_rng(group)
     group.add_argument(
@@ -359,6 +307,7 @@ def check_values(args) -> None:
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite contradict each other: give one of them")
     check_recompute(args)
+    check_loggers(args)
 
 
 # Flags without effect on an evaluation, by group: optimization, partial fine-tuning, augmentation, labels, run, probe.
@@ -377,11 +326,15 @@ def flags_of_evaluation(args) -> argparse.Namespace:
     return argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in left_out})
 
 
-def check_draft(jpeg_draft: bool, crops: bool) -> None:
-    """Raise UserError for `--jpeg_draft` where it has no effect. `crops`: whether random resized crops of files are
-    read."""
-    if jpeg_draft and not crops:
+def check_crop_flags(args, crops: bool, cached: str = "none") -> None:
+    """Raise UserError for `--jpeg_draft` and `--fast_resize` where they have no effect. `crops`: whether random resized
+    crops are drawn, of images that are `cached`: none, ram or device."""
+    if args.jpeg_draft and not (crops and cached == "none"):
         raise UserError("--jpeg_draft has no effect here: it needs random resized crops of image files")
+    if args.fast_resize and not (crops and cached != "device"):
+        raise UserError("--fast_resize has no effect here: it needs random resized crops on the CPU")
+    if args.fast_resize and args.jpeg_draft:
+        raise UserError("--fast_resize and --jpeg_draft exclude each other: choose one")
 
 
 def _check_finite(args) -> None:

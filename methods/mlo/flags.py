@@ -193,6 +193,8 @@ _ON_PATCHES = "with --mlo_task segmentation, whose head reads patch tokens"
 def check(args) -> None:
     if getattr(args, "fsdp", False):
         raise UserError("--mlo_mae needs whole weights, which --fsdp never holds: leave one of them out")
+    if getattr(args, "device", "").startswith("mps"):
+        raise UserError("--mlo_mae computes in float64, which --device mps lacks: give --device cpu")
     if args.mlo_frozen:
         return _check_frozen(args)
     if not args.mlo_labels:

@@ -40,7 +40,7 @@ def test_requirements_agree():
         each: numbers(version) for each, version in bounds.items()
     }
     extras = PROJECT["project"]["optional-dependencies"]
-    dev = lower_bounds(extras["dev"] + extras["export"])
+    dev = lower_bounds(extras["dev"] + extras["export"] + extras["bands"] + extras["log"])
     assert dev.keys() == pins("requirements-dev.txt").keys()
     for package, version in pins("requirements-dev-oldest.txt").items():
         assert numbers(dev[package]) <= numbers(version)

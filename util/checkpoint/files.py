@@ -14,6 +14,7 @@ BEST = "checkpoint-best.pth"
 ENCODERS = "encoder*.safetensors"  # of a finished pretraining
 ABANDONED = ".abandoned"  # ending of files that are later than the checkpoint from which their run was resumed
 EVENTS = "events.out.tfevents.*"  # of TensorBoard
+LOGGERS = "loggers.json"  # the runs of wandb and trackio that a resumed run continues
 CONFUSION = "confusion.png"  # the confusion matrix of that evaluation
 NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.(?:pth|dcp)")
 

@@ -12,6 +12,7 @@ from util.checkpoint.files import (
     EVALUATION,
     EVENTS,
     LEDGER,
+    LOGGERS,
     SCORES,
     list_checkpoints,
 )
@@ -25,7 +26,7 @@ def _files_of_a_run(folder: Path) -> list[Path]:
     if not os.path.isdir(folder):  # Path.is_dir raises OSError for a name that is too long
         return []
     names = ("log.txt", "args.json", BEST, "probe.json", "probe.pth", "spikes.jsonl")
-    names += (SCORES, CONFUSION)
+    names += (SCORES, CONFUSION, LOGGERS)
     paths = [folder / name for name in names]
     paths += [*list_checkpoints(folder), *folder.glob(EVENTS), *folder.glob(".checkpoint-*.tmp")]
     paths += [*folder.glob(ENCODERS), *folder.glob(f"*{ABANDONED}")]

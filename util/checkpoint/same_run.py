@@ -23,13 +23,14 @@ FREE_FLAGS = {"resume", "overwrite", "output_dir", "log_dir", "num_workers", "pi
 FREE_FLAGS |= {"gpu", "local_rank", "world_size", "distributed", "dist_url", "dist_backend", "timeout_s"}
 FREE_FLAGS |= {"print_freq", "save_freq", "save_steps", "keep", "vis_freq", "knn_freq", "eval_freq", "start_epoch"}
 FREE_FLAGS |= {"finetune", "allow_outside", "save_patience", "spike_factor", "check_leak", "verbose"}
-FREE_FLAGS |= {"print_config", "index_dir", "relist"}
+FREE_FLAGS |= {"print_config", "index_dir", "relist", "show_channels", "probe_freq"}
+FREE_FLAGS |= {"logger", "log_project", "log_name"}
 
 # Flags that have an effect only where a run starts: a resumed run keeps those of its start.
 START_FLAGS = ("init_from", "finetune", "checkpoint_key", "start_epoch")
 # Flags that describe a process and its folders, not what it computes.
 _OF_THE_PROCESS = {"resume", "overwrite", "output_dir", "log_dir", "rank", "gpu", "local_rank", "dist_url", "verbose"}
-_OF_THE_PROCESS |= {"index_dir", "relist"}
+_OF_THE_PROCESS |= {"index_dir", "relist", "logger", "log_project", "log_name"}
 
 
 def plain(value):

@@ -25,6 +25,8 @@ def choose_amp_dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "mps":
+        return torch.float32
     return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
 
 
@@ -44,6 +46,11 @@ def full_precision():
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = cudnn
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Return the type for sums and coordinates: float64; on Apple's GPUs (mps), which lack it, float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:

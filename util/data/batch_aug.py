@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from util.compute.constants import constant
-from util.compute.precision import full_precision
+from util.compute.precision import full_precision, widest
 from util.data import draws as positions
 from util.data.pixels import Normaliser
 from util.data.random_steps import TRIES, central_box
@@ -27,7 +27,7 @@ def crop_boxes(draws: torch.Tensor, size: tuple[int, int], scale=(0.2, 1.0), rat
     into `size` (H, W); after that the largest central crop with an allowed ratio. `draws` (N, 40) in [0, 1) -> (N, 4):
     top, left, height, width in whole pixels."""
     height, width = size
-    area, log_ratio, top, left = draws.double().view(len(draws), TRIES, 4).unbind(-1)
+    area, log_ratio, top, left = draws.to(widest(draws.device)).view(len(draws), TRIES, 4).unbind(-1)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
     aspect = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * log_ratio)
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
@@ -87,7 +87,7 @@ def _one_by_one(images, boxes, size, flip):
 
 def by_matrices(images, boxes, size, flip=None):
     """`resized_crops` as two batched matrix products, for a GPU: all crops at once, without waiting for the host."""
-    boxes = boxes.double()
+    boxes = boxes.to(widest(boxes.device))
     rows = resampling(boxes[:, 0], boxes[:, 2], images.shape[2], size[0])
     columns = resampling(boxes[:, 1], boxes[:, 3], images.shape[3], size[1])
     if flip is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from util.data.draws import sample_rng_of
+from util.data.fast_resize import with_fast_resize
 from util.data.loader import Loader
 from util.data.pixels import bytes_per_value, split_normalisation
 from util.data.samples import KeyedDataset, StreamDataset
@@ -39,6 +40,8 @@ def build_loader(
     pixels["pixel_range"] = getattr(args, "pixel_range", None)
     pixels["sample_rng"] = sample_rng_of(args)
     transform, normalise = split_normalisation(transform)
+    if getattr(args, "fast_resize", False) and train:
+        transform = with_fast_resize(transform)
     draft = getattr(args, "jpeg_draft", False)
     workers = args.num_workers if num_workers is None else num_workers
     check_shared_memory(

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from util.data.bands import Bands
 from util.data.batch_aug import BatchTransform
 from util.data.images import BROKEN_IMAGE, open_image, open_regular, printable, warn_unreadable
 from util.data.jpeg_decoder import JpegDecoder
@@ -164,6 +165,7 @@ class Decoder:
     ):
         self.jpegs = None  # the first image is decoded by pillow, and not counted
         self.images, self.resize = images, ResizeShortSide(size) if size else None
+        images.expect_bands(in_chans)
         self.convert = Converter(in_chans, pixel_range)
         self.side = size
         first = next((p for p in map(self._decoded, range(min(len(images), 20))) if p is not None), None)
@@ -187,6 +189,8 @@ class Decoder:
             left, top = (image.width - self.side) // 2, (image.height - self.side) // 2
             image = image.crop((left, top, left + self.side, top + self.side))
         pixels = np.asarray(image)
+        if isinstance(image, Bands):
+            return np.rint(pixels).astype(np.uint8)
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     def _decoded_on_device(self, index: int) -> np.ndarray | None:

@@ -78,6 +78,17 @@ class PathList(Sequence):
             return PathList.of_bytes(self._data, np.diff(self._offsets), self._prefix[len(start) :])
         return PathList(os.path.relpath(path, folder) for path in self)
 
+    def ending_in(self, endings: Sequence[str]) -> np.ndarray:
+        """Return which paths end in one of `endings`, which are in lower case and ASCII, in any case: (N,) bool."""
+        found, lengths = np.zeros(len(self), bool), np.diff(self._offsets)
+        for ending in endings:
+            rows = np.flatnonzero(lengths >= len(ending))
+            for back, letter in enumerate(reversed(ending), 1):
+                values = self._data[self._offsets[rows + 1] - back]
+                rows = rows[(values == ord(letter)) | (values == ord(letter.upper()))]
+            found[rows] = True
+        return found
+
     def take(self, rows: Sequence[int]) -> "PathList":
         """Return the paths at the indices `rows`, without making strings."""
         rows = np.asarray(rows, np.int64)

@@ -13,7 +13,12 @@ from util.errors import UserError
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
-def images_below(folder: Path, skipped: Skipped | None = None, times: dict[str, list[int]] | None = None) -> list[str]:
+def images_below(
+    folder: Path,
+    skipped: Skipped | None = None,
+    times: dict[str, list[int]] | None = None,
+    endings: tuple[str, ...] = IMG_EXTENSIONS,
+) -> list[str]:
     """Return the paths of all images below a folder, sorted. Links to folders are followed, but not back to a folder
     above them. What is left out is added to `skipped`, and to `times` for each folder its `times_of` before it was
     listed. Raises UserError for a folder that cannot be read."""
@@ -43,7 +48,7 @@ def images_below(folder: Path, skipped: Skipped | None = None, times: dict[str, 
                 enter(subfolder)
         for name in files:
             lower = name.lower()
-            if lower.endswith(IMG_EXTENSIONS):
+            if lower.endswith(endings):
                 paths.append(os.path.join(parent, name))
             elif lower.endswith(OTHER_ENDINGS):
                 skipped.endings[next(ending for ending in OTHER_ENDINGS if lower.endswith(ending))] += 1

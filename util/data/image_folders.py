@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from util.data.bands import ARRAY_ENDINGS
 from util.data.compact import Repeated
 from util.data.file_lists import class_names, note_odd_classes
 from util.data.images import printable
@@ -229,9 +230,7 @@ _HINTS = {
     ".tfrecord": "TensorFlow's records are read by --dataset tfds/... (package tensorflow-datasets)",
     ".h5": "HDF5 is not read: write its images to files, or to shards for --dataset wds",
     ".hdf5": "HDF5 is not read: write its images to files, or to shards for --dataset wds",
-    ".npy": "arrays are not read: write them to image files (16-bit PNG, or TIFF with --pixel_range)",
-    ".npz": "arrays are not read: write them to image files (16-bit PNG, or TIFF with --pixel_range)",
-    ".mat": "arrays are not read: write them to image files (16-bit PNG, or TIFF with --pixel_range)",
+    ".mat": "MATLAB's files are not read: write their arrays to .npy files, or to image files (16-bit PNG)",
     ".mdb": "LMDB is not read: write its images to files, or to shards for --dataset wds",
     ".dcm": "DICOM is not read: convert it to 16-bit PNG or TIFF, and give --pixel_range",
     ".nii": "NIfTI is not read: write its slices to 16-bit PNG or TIFF, and give --pixel_range",
@@ -241,7 +240,7 @@ _ZARR = {"zarr.json", ".zarray", ".zgroup"}
 
 def _no_images(where: str, folder: Path, skipped: Skipped) -> UserError:
     """Return the error of a folder without images, with what to do about what it has."""
-    text = f"{where} contains no images; supported endings are {' '.join(IMG_EXTENSIONS)}"
+    text = f"{where} contains no images; supported endings are {' '.join((*IMG_EXTENSIONS, *ARRAY_ENDINGS))}"
     hints = [hint for hint in map(_hint, skipped.endings) if hint]
     if any(_ZARR & set(files) for _, _, files in os.walk(folder)):
         hints.append("Zarr is not read: write its images to files, or to shards for --dataset wds")
@@ -273,6 +272,6 @@ def _other_layout(root: Path) -> str:
 def _has_image(folder: Path) -> bool:
     try:
         with os.scandir(folder) as entries:
-            return any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries)
+            return any(entry.name.lower().endswith((*IMG_EXTENSIONS, *ARRAY_ENDINGS)) for entry in entries)
     except OSError:
         return False

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from util.data.bands import many_bands
 from util.errors import UserError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -22,10 +23,15 @@ def mean_std(
     `dataset`, for `in_chans` channels.
 
     Raises UserError when only one of them is given, when their number is not the number of channels, and when a
-    standard deviation is not positive.
+    standard deviation is not positive; and when none is given for more channels than an image has.
     """
     if (mean is None) != (std is None):
         raise UserError("--mean and --std go together: give both (tools/mean_std.py computes them) or neither")
+    if mean is None and many_bands(in_chans):
+        raise UserError(
+            f"--in_chans {in_chans} needs --mean and --std, {in_chans} numbers each: tools/mean_std.py --in_chans "
+            f"{in_chans} --data_path DIR computes them from the training set"
+        )
     if mean is None:
         mean, std = MEAN_STD.get(dataset, IMAGENET)
         if in_chans != 3:  # grey, or grey and alpha: the average channel; alpha counts like a colour

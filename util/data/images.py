@@ -85,7 +85,10 @@ def _kind(start: bytes) -> str:
     if start[128:132] == b"DICM":
         return "it is a DICOM file (convert it to 16-bit PNG or TIFF)"
     if start[:4] in (b"II*\0", b"MM\0*"):
-        return "it is a TIFF of bands or types that pillow cannot read (convert it to 8-bit RGB or 16-bit grey)"
+        return (
+            "it is a TIFF of bands or types that pillow cannot read (as a file, not in a shard, the package tifffile "
+            "reads it with the number of its bands in --in_chans; or convert it to 8-bit RGB or 16-bit grey)"
+        )
     kind = next((name for magic, name in _OTHER_CONTENT.items() if start.lstrip().startswith(magic)), None)
     return f"it is {kind}, not an image" if kind else "cannot identify image file"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from util.data.bands import ARRAY_ENDINGS
 from util.data.images import printable
 
 # Endings of images and of containers of images that are skipped: we read the same endings as torchvision's ImageFolder.
@@ -33,7 +34,8 @@ _LEFTOVERS = {
     "network trash folder",  # netatalk
     "temporary items",
 }
-RULES = repr((IMG_EXTENSIONS, OTHER_ENDINGS, sorted(_LEFTOVERS)))  # on which the list of a folder's images depends
+# On which the list of a folder's images depends.
+RULES = repr((IMG_EXTENSIONS, ARRAY_ENDINGS, OTHER_ENDINGS, sorted(_LEFTOVERS)))
 
 
 def is_leftover(name: str) -> bool:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from util.data.bands import ARRAY_ENDINGS
 from util.data.leftovers import OTHER_ENDINGS, is_leftover
 from util.errors import UserError
 
+_IMAGES = (*IMG_EXTENSIONS, *ARRAY_ENDINGS)
 _DEPTH = 3  # levels of subfolders that are searched: images/imgs_part_1/imgs_part_1/
 
 
@@ -19,7 +21,7 @@ class Names:
     name, as in the parts of HAM10000, ChestX-ray14 and PAD-UFES-20."""
 
     REPAIRS = ("exact", "slashes", "ending", "subfolder")
-    ENDINGS = (*IMG_EXTENSIONS, *(ending.upper() for ending in IMG_EXTENSIONS))
+    ENDINGS = (*IMG_EXTENSIONS, *(ending.upper() for ending in IMG_EXTENSIONS), *ARRAY_ENDINGS)
 
     def __init__(self, root: Path, repair: str):
         self.root, self.repair = root, repair
@@ -84,6 +86,6 @@ def _images_in_subfolders(folder: str | Path, depth: int) -> Iterator[str]:
         for subfolder in subfolders:
             with suppress(OSError):
                 names = (name for name in sorted(os.listdir(subfolder)) if not is_leftover(name))
-                yield from (os.path.join(subfolder, name) for name in names if name.lower().endswith(IMG_EXTENSIONS))
+                yield from (os.path.join(subfolder, name) for name in names if name.lower().endswith(_IMAGES))
             if depth > 1:
                 yield from _images_in_subfolders(subfolder, depth - 1)

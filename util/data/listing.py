@@ -25,8 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
+from util.data.bands import ARRAY_ENDINGS
 from util.data.compact import PathList
 from util.data.file_lists import images_below, times_of
 from util.data.images import printable
@@ -101,7 +103,18 @@ def list_images(
         _write(path, folder, names, parts)
     lengths = _joined([part.lengths for part in parts], np.uint16)
     paths = PathList.of_bytes(_joined([part.data for part in parts], np.uint8), lengths, _prefix(folder))
-    return paths, np.array([len(part.lengths) for part in parts], np.int64)
+    return _without_arrays(paths, np.array([len(part.lengths) for part in parts], np.int64), skipped)
+
+
+def _without_arrays(paths: PathList, counts: np.ndarray, skipped: Skipped) -> tuple[PathList, np.ndarray]:
+    """Leave out the arrays of a data set that also has images: they may be anything, such as features of the images.
+    `counts` are those of the classes, whose paths follow each other."""
+    is_array = paths.ending_in(ARRAY_ENDINGS)
+    if is_array.all() or not is_array.any():
+        return paths, counts
+    skipped.endings.update(os.path.splitext(path)[1].lower() for path in paths.take(np.flatnonzero(is_array)))
+    classes = np.repeat(np.arange(len(counts)), counts)[~is_array]
+    return paths.take(np.flatnonzero(~is_array)), np.bincount(classes, minlength=len(counts))
 
 
 def _prefix(folder: Path) -> str:
@@ -122,7 +135,7 @@ def _joined(arrays: list[np.ndarray], dtype) -> np.ndarray:
 def _listed(folder: Path, name: str, began: float) -> Part:
     """List the images in a class folder. `began` is the time when listing began."""
     skipped, times, prefix = Skipped(), {}, _prefix(folder)
-    paths = images_below(folder / name, skipped, times)
+    paths = images_below(folder / name, skipped, times, (*IMG_EXTENSIONS, *ARRAY_ENDINGS))
     names = [path.removeprefix(prefix).encode("utf-8", "surrogateescape") for path in paths]
     settled = 1e9 * (began - SETTLED)
     if len(skipped.leftovers) > MOST_LEFTOVERS:

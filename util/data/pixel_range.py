@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from util.data.band_checks import BandSample
+from util.data.bands import Bands, many_bands
 from util.data.images import BROKEN_IMAGE, printable
 from util.errors import UserError
 from util.parallel.distributed import from_main_process
@@ -49,18 +51,23 @@ def limits(pixel_range: list) -> tuple[float, float]:
 
 
 def is_wide(img: Image.Image) -> bool:
-    """Whether a grey image has more than 8 bits."""
+    """Whether a grey image, or one of bands, has more than 8 bits."""
+    if isinstance(img, Bands):
+        return img.values.dtype != np.uint8
     return img.mode.startswith("I") or img.mode == "F"
 
 
 def has_fixed_range(img: Image.Image) -> bool:
     """Whether the type of a wide image determines its range, 0..65535."""
+    if isinstance(img, Bands):
+        return img.values.dtype == np.uint16
     return img.mode.startswith("I;16") or (img.mode == "I" and img.format in _SIXTEEN_BITS)
 
 
-def scaled_grey(img: Image.Image, pixel_range: list | None) -> np.ndarray:
-    """Return the values (H, W) of a wide image in 0..255, float32. Raises ValueError for NaN, for values outside the
-    range of a type, and for an image whose type has no fixed range if `pixel_range` is None or empty."""
+def scaled_values(img: Image.Image, pixel_range: list | None) -> np.ndarray:
+    """Return the values (H, W) of a wide image, (C, H, W) of bands, in 0..255, float32. Raises ValueError for NaN, for
+    values outside the range of a type, and for an image whose type has no fixed range if `pixel_range` is None or
+    empty."""
     values = np.asarray(img)
     lowest, highest = values.min(), values.max()  # NaN if any value is NaN
     if not (np.isfinite(lowest) and np.isfinite(highest)):
@@ -101,6 +108,7 @@ class Sample:
     free: dict[str, tuple[float, float, str]] = field(default_factory=dict)  # name -> lowest, highest, type
     fixed: list[tuple[float, float]] = field(default_factory=list)
     colour: list[tuple[int, int]] = field(default_factory=list)  # the upper 8 of 16 bits per channel
+    in_chans: int = 3
 
     def add(self, name: str, img: Image.Image) -> None:
         if not is_wide(img):
@@ -134,7 +142,7 @@ def settle_pixel_range(args, images, stored: Callable[[], Mapping[str, Any]] = d
 
     def find():
         try:
-            return _find(args.pixel_range, images, stored), ""
+            return _find(args.pixel_range, images, stored, getattr(args, "in_chans", None) or 3), ""
         except UserError as error:
             return None, str(error)
 
@@ -143,14 +151,16 @@ def settle_pixel_range(args, images, stored: Callable[[], Mapping[str, Any]] = d
         raise UserError(problem)
 
 
-def _find(given: list | None, images, stored) -> list | None:
+def _find(given: list | None, images, stored, in_chans: int) -> list | None:
+    if many_bands(in_chans) and not hasattr(images, "expect_bands"):
+        raise UserError(f"--in_chans {in_chans}: files of bands are read from folders and lists, not from shards")
     is_given, automatic = given is not None and given != ["auto"], given == ["auto"]
     if not hasattr(images, "sampled"):
         known = given if is_given else stored().get("pixel_range")
         if automatic and not known:
             raise UserError("--pixel_range auto needs images that can be sampled, not a stream: give LOW HIGH")
         return known
-    sample = read_sample(images)
+    sample = read_sample(images, in_chans)
     _check_colour(sample, given if is_given else None)
     if not sample.is_wide:
         if given is not None:
@@ -177,8 +187,9 @@ def _check_fit(sample: Sample, found: list | None) -> None:
     """Print notes about grey images that use few levels of their range, or have most of their values outside. Raises
     UserError if most images without a fixed range contradict a named range."""
     window = found if found and not isinstance(found[0], str) else None
+    rounded = not many_bands(sample.in_chans)  # bands keep the precision of the file
     if sample.fixed:
-        _note_few_levels(sample.fixed, limits(window or ["16bit"]))
+        _note_few_levels(sample.fixed, limits(window or ["16bit"]), rounded)
     spans = [(low, high) for low, high, _ in sample.free.values()]
     if not spans:
         return
@@ -190,20 +201,25 @@ def _check_fit(sample: Sample, found: list | None) -> None:
             f"--pixel_range {found[0]} is {low:g}..{high:g}, but {printable(name)} has values of "
             f"{lowest:g}..{highest:g}: give --pixel_range LOW HIGH"
         )
-    _note_few_levels(spans, (low, high))
+    _note_few_levels(spans, (low, high), rounded)
 
 
-def read_sample(images) -> Sample:
+def read_sample(images, in_chans: int = 3) -> Sample:
     """Return the values of up to 64 images, evenly spaced over the set; of shards the first ones. Images of 8 bits are
-    not decoded."""
-    sample = Sample()
+    not decoded. Raises UserError as `BandSample.check`, for a model of `in_chans` channels."""
+    sample, bands = Sample(in_chans=in_chans), BandSample(in_chans)
+    if hasattr(images, "expect_bands"):
+        images.expect_bands(in_chans)
     for name, img in images.sampled(SAMPLE):
+        bands.add(name, img)
         try:
             if is_wide(img) or img.info.get("bits_per_channel") == 16:
                 img.load()
                 sample.add(name, img)
         except BROKEN_IMAGE:
             continue  # reported and counted when it is used
+    if hasattr(images, "expect_bands"):
+        bands.check(images)
     return sample
 
 
@@ -228,7 +244,7 @@ def _agreed(sample: Sample) -> list | None:
         fitting = (key for key in names if NAMED[key][0] <= lowest and highest <= NAMED[key][1])
         guesses.setdefault(next(fitting, ""), []).append((name, lowest, highest, dtype))
     if not guesses:
-        return None
+        return ["16bit"] if many_bands(sample.in_chans) else None  # the memory of a batch depends on it
     if len(guesses) > 1 or "" in guesses:
         examples = [found[0] for found in guesses.values()]
         values = " and ".join(f"{low:g}..{high:g} ({dtype}, {printable(name)})" for name, low, high, dtype in examples)
@@ -246,9 +262,9 @@ def _agreed(sample: Sample) -> list | None:
     return [key]
 
 
-def _note_few_levels(spans: list[tuple[float, float]], pixel_range: tuple[float, float]) -> None:
-    """Print a note if grey images with values in `spans` use few of the 256 levels of the range, or if less than half
-    of their values' range lies in it."""
+def _note_few_levels(spans: list[tuple[float, float]], pixel_range: tuple[float, float], rounded: bool) -> None:
+    """Print a note if grey images with values in `spans` use few of the 256 levels of the range, and may be `rounded`
+    to them, or if less than half of their values' range lies in it."""
     (low, high), darkest, brightest = pixel_range, min(span[0] for span in spans), max(span[1] for span in spans)
     inside = max(0.0, min(high, brightest) - max(low, darkest))
     if 2 * inside < brightest - darkest:
@@ -258,7 +274,7 @@ def _note_few_levels(spans: list[tuple[float, float]], pixel_range: tuple[float,
         )
         return
     levels = 255 * (brightest - darkest) / (high - low)
-    if levels < FEW:
+    if rounded and levels < FEW:
         print(
             f"note: the values of the images range from {darkest:g} to {brightest:g}, about {levels + 1:.0f} of 256 "
             f"grey levels of {low:g}..{high:g}: --pixel_range {darkest:g} {brightest:g} would use all"

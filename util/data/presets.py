@@ -9,6 +9,7 @@ leave too little. A flag that is given overrides its preset.
 from collections.abc import Mapping
 from typing import Any
 
+from util.data.bands import many_bands
 from util.parser import rare
 
 OFFICIAL = dict(aa="rand-m9-mstd0.5-inc1", reprob=0.25, smoothing=0.1, drop_path=0.1, hflip=0.5, mixup=0.0, cutmix=0.0)
@@ -75,9 +76,14 @@ def mixes(args) -> bool:
 def settle_preset(args, stored: Mapping[str, Any] = {}) -> None:
     """Settle the flags of `add_preset_arguments` that are not given: by the flags `stored` in the checkpoint of a run
     that is resumed, else by `--aug_preset`. `--input_size` must be settled."""
+    many = many_bands(getattr(args, "in_chans", None) or 3)  # forks' flags may lack it
     not_given = [name for name in OFFICIAL if getattr(args, name) == ("auto" if name == "aa" else None)]
     preset = preset_of(args)
     values = PRESETS[preset] | ({"hflip": MIRRORED[args.dataset]} if args.dataset in MIRRORED else {})
+    if many and values["aa"]:
+        values["aa"] = None
+        if "aa" in not_given and not stored:
+            print(f"note: --aa none: the policies of --aa change colours, which --in_chans {args.in_chans} has not")
     if stored:  # before `auto` and `--hflip`, the official values were the defaults
         values = OFFICIAL | {name: stored[name] for name in OFFICIAL if name in stored}
     for name in not_given:

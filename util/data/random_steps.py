@@ -16,6 +16,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from util import crop
+from util.data.bands import Bands
 from util.data.draws import COLOUR, CROP, FLIP, SHIFT, Draws, current_draws
 from util.errors import UserError
 
@@ -69,6 +70,8 @@ def central_box(height: int, width: int, ratio) -> Box:
 class RandomResizedCrop(transforms.RandomResizedCrop):
     """torchvision's random resized crop, bicubic."""
 
+    resized = staticmethod(resized_crop)
+
     def __init__(self, size: tuple[int, int], scale=(0.2, 1.0)):
         super().__init__(size, scale=scale, interpolation=BICUBIC)
 
@@ -80,11 +83,13 @@ class RandomResizedCrop(transforms.RandomResizedCrop):
         return random_box(draws, img.height, img.width, scale, ratio)
 
     def forward(self, img):
-        return resized_crop(img, self.get_params(img, self.scale, self.ratio), self.size)
+        return self.resized(img, self.get_params(img, self.scale, self.ratio), self.size)
 
 
 class FinetuneCrop(RandomResizedCropAndInterpolation):
     """timm's random resized crop, bicubic, with the distribution of `RandomResizedCrop`; `like` is the original."""
+
+    resized = staticmethod(resized_crop)
 
     def __init__(self, like: RandomResizedCropAndInterpolation):
         super().__init__(like.size, like.scale, like.ratio, interpolation="bicubic")
@@ -97,11 +102,13 @@ class FinetuneCrop(RandomResizedCropAndInterpolation):
         return random_box(draws, img.height, img.width, scale, ratio)
 
     def __call__(self, img):
-        return resized_crop(img, self.get_params(img, self.scale, self.ratio), self.size)
+        return self.resized(img, self.get_params(img, self.scale, self.ratio), self.size)
 
 
 class ProbeCrop(crop.RandomResizedCrop):
     """The random resized crop of the official linear probe: one draw, clamped to the image (`util.crop`)."""
+
+    resized = staticmethod(resized_crop)
 
     def __init__(self, size: tuple[int, int]):
         super().__init__(size, scale=(0.08, 1.0))
@@ -117,7 +124,7 @@ class ProbeCrop(crop.RandomResizedCrop):
         return *_shifted(draws, CROP + 2, height - h, width - w), h, w
 
     def forward(self, img):
-        return resized_crop(img, self.get_params(img, self.scale, self.ratio), self.size)
+        return self.resized(img, self.get_params(img, self.scale, self.ratio), self.size)
 
 
 # Crop of a padded image, and flip -------------------------------------------------------------------------------------
@@ -136,12 +143,15 @@ class RandomCrop(transforms.RandomCrop):
         return *_shifted(draws, SHIFT, img.height - height, img.width - width), height, width
 
     def forward(self, img):
-        draws = current_draws()
-        if draws is None:
+        draws, (columns, rows), (height, width) = current_draws(), self.padding, self.size
+        if draws is None and isinstance(img, Bands):
+            img = img.crop((-columns, -rows, img.width + columns, img.height + rows))
+            top, left, *_ = self.get_params(img, self.size)
+        elif draws is None:
             return super().forward(img)
-        (columns, rows), (height, width) = self.padding, self.size
-        top, left = _shifted(draws, SHIFT, img.height + 2 * rows - height, img.width + 2 * columns - width)
-        top, left = top - rows, left - columns
+        else:
+            top, left = _shifted(draws, SHIFT, img.height + 2 * rows - height, img.width + 2 * columns - width)
+            top, left = top - rows, left - columns
         return img.crop((left, top, left + width, top + height))  # black outside the image
 
 
@@ -211,7 +221,9 @@ def three_augment(channels: int) -> list:
     """3-Augment (Touvron et al. 2022, DeiT III, Section 3.2): greyscale, solarisation or blur, then colour jitter 0.3.
     Raises UserError for images with alpha."""
     if channels not in (1, 3):
-        raise UserError(f"--aug three needs 1 or 3 channels, not --in_chans {channels}: alpha cannot be solarised")
+        raise UserError(
+            f"--aug three needs 1 or 3 channels, not --in_chans {channels}: it changes colours; --aug mae does not"
+        )
     return [OneOf([transforms.Grayscale(channels), Solarization(), GaussianBlur()]), Jitter(0.3, 0.3, 0.3)]
 
 

@@ -29,7 +29,7 @@ from util.data.image_folders import (
 from util.data.list_flags import groups_of_files, open_list, open_split, uses_labels
 from util.data.list_labels import class_labels
 from util.data.shards import Shards, find_shards
-from util.data.sources import Arrays, Files
+from util.data.sources import Arrays, Files, Images
 from util.errors import UserError
 from util.parallel.distributed import main_process_first
 from util.parser import closest, did_you_mean
@@ -208,7 +208,10 @@ def read_images(args, train: bool, classes: list[str] | None = None):
     Raises UserError for an unknown name and for missing or unusable files.
     """
     if args.dataset in READERS:
-        return READERS[args.dataset](args, train, classes)
+        images = READERS[args.dataset](args, train, classes)
+        if isinstance(images, Images):
+            images.expect_bands(getattr(args, "in_chans", None), getattr(args, "band_axis", None))
+        return images
     prefix, slash, _ = args.dataset.partition("/")
     prefix = prefix.lower()
     if slash and prefix == "wds":  # as timm's factory spells it

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
+from util.data.bands import black, many_bands
 from util.data.draws import REPLACEMENT, SampleRng, current_draws
 from util.data.images import BROKEN_IMAGE, printable, reason_of, warn_unreadable
 from util.data.jpeg_draft import split_crop
@@ -72,6 +73,7 @@ class KeyedDataset(torch.utils.data.Dataset):
         sample_rng: str = "v2",
     ):
         self.images, self.replace, self.named = images, replace, named
+        images.expect_bands(in_chans)
         self.rng = SampleRng(seed, sample_rng, uses_generators(transform))
         self.convert = Converter(in_chans, pixel_range, keeps_depth(transform))
         self.crop, self.transform = split_crop(transform) if jpeg_draft else (None, transform)
@@ -114,7 +116,8 @@ class KeyedDataset(torch.utils.data.Dataset):
 
     def _blank(self, index: int) -> Image.Image:
         """Return what stands for an unreadable image in evaluation."""
-        return self.convert(Image.new("RGB", (32, 32)))
+        channels = self.convert.in_chans
+        return black(channels) if many_bands(channels) else self.convert(Image.new("RGB", (32, 32)))
 
     def _decoded(self, index: int) -> Image.Image:
         if self.crop is not None:

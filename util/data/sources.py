@@ -9,9 +9,11 @@ from numbers import Integral
 import numpy as np
 from PIL import Image
 
+from util.data.band_files import open_file, read_file
+from util.data.bands import BandLayout
 from util.data.compact import PathList, Repeated, compact, take
 from util.data.file_lists import is_below
-from util.data.images import BROKEN_IMAGE, open_image, open_regular, read_image
+from util.data.images import BROKEN_IMAGE, open_regular, read_image
 from util.errors import UserError
 
 
@@ -41,6 +43,10 @@ class Images(ABC):
     def file(self, index: int) -> str:
         """Return the path of an image's file, "" when it has none. Raises OSError for a file that must not be read."""
         return ""
+
+    def expect_bands(self, count: int | None, axis: str | None = None) -> None:  # noqa: B027
+        """Say how files of bands are read: `count` bands, where `axis` says (`BandLayout`); None leaves what was said
+        before. Without it arrays are not read. It has no effect on images that are not in files."""
 
     def sampled(self, count: int) -> Iterator[tuple[str, Image.Image]]:
         """Yield names and images, not yet decoded, of up to `count` readable images, evenly spaced over the list."""
@@ -72,14 +78,23 @@ class Files(Images):
         self.paths = paths if isinstance(paths, PathList) else PathList(paths)
         self.targets, self.classes, self.within = compact(targets), classes, within
         self.groups = Repeated(groups) if isinstance(groups, list) else groups
+        self._bands, self._band_axis = None, "auto"
+
+    def expect_bands(self, count, axis=None):
+        self._bands, self._band_axis = count or self._bands, axis or self._band_axis
+
+    @property
+    def layout(self) -> BandLayout | None:
+        """How files of bands are read, None before `expect_bands`."""
+        return BandLayout(self._bands, self._band_axis) if self._bands else None
 
     def load(self, index):
         with open_regular(self.file(index)) as file:
-            return read_image(file)
+            return read_file(file, self.layout)
 
     def open(self, index):
         with open_regular(self.file(index)) as file:
-            return open_image(io.BytesIO(file.read()))
+            return open_file(io.BytesIO(file.read()), self.layout)
 
     def file(self, index):
         path = self.paths[index]
@@ -109,6 +124,9 @@ class Subset(Images):
         self.images, self.indices, self.classes = images, compact(indices), images.classes
         self.targets = take(images.targets, self.indices)
         self.groups = None if images.groups is None else take(images.groups, self.indices)
+
+    def expect_bands(self, count, axis=None):
+        self.images.expect_bands(count, axis)
 
     def load(self, index):
         return self.images.load(self.indices[index])

@@ -12,7 +12,8 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_tensor
 
 from util.data import random_steps
-from util.data.pixel_range import check_depth, is_wide, scaled_grey
+from util.data.bands import Bands, many_bands
+from util.data.pixel_range import check_depth, is_wide, scaled_values
 from util.data.random_steps import BICUBIC, RandomHorizontalFlip, three_augment
 from util.errors import UserError
 
@@ -26,12 +27,15 @@ def to_channels(
 
     Grey images of more than 8 bits are scaled by `pixel_range` (`util.data.pixel_range`). With `keep_depth` and 1 or 3
     channels they stay one channel of floats in 0..255 (mode F), which `ToTensor` repeats for the three channels. Alpha
-    is dropped unless `in_chans` includes it; the colours under it stay. Raises ValueError for values outside the range,
-    and when the range is not known.
+    is dropped unless `in_chans` includes it; the colours under it stay. Bands stay `Bands` of uint8, or of floats in
+    0..255; those of one or three channels become an 8-bit image without `keep_depth`. Raises ValueError for values
+    outside the range, when the range is not known, and for another number of bands.
     """
+    if isinstance(img, Bands) or many_bands(in_chans):
+        return _to_bands(img, in_chans, pixel_range, keep_depth)
     mode = _MODES[in_chans]
     if is_wide(img):
-        values = scaled_grey(img, pixel_range)
+        values = scaled_values(img, pixel_range)
         if keep_depth and mode in ("L", "RGB"):
             return Image.fromarray(values)
         img = _to_8_bits(img, values)
@@ -43,6 +47,16 @@ def to_channels(
     if img.mode in ("LAB", "HSV", "PA"):  # pillow cannot convert these to every mode
         img = img.convert("RGBA" if img.mode == "PA" else "RGB")
     return img if img.mode == mode else img.convert(mode)
+
+
+def _to_bands(img: Image.Image, in_chans: int, pixel_range: list | None, keep_depth: bool) -> Image.Image:
+    if not isinstance(img, Bands) or len(img.values) != in_chans:
+        raise ValueError(f"it has {len(img.getbands())} channels, but --in_chans is {in_chans}")
+    values = scaled_values(img, pixel_range) if is_wide(img) else img.values
+    if keep_depth or in_chans not in (1, 3):  # photometric steps take one or three channels
+        return Bands(values)
+    pixels = np.rint(values).astype(np.uint8).transpose(1, 2, 0)
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if in_chans == 1 else pixels))
 
 
 @dataclass(frozen=True)
@@ -67,9 +81,14 @@ def _to_8_bits(img: Image.Image, values: np.ndarray) -> Image.Image:
     return grey
 
 
-def check_channels(in_chans: int) -> None:
-    if in_chans not in _MODES:
-        raise UserError(f"--in_chans {in_chans}: images have 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels")
+def check_channels(in_chans: int, bands: bool = True) -> None:
+    """Raise UserError for a number of channels that no image has. `bands`: whether files of any number of bands can be
+    read."""
+    if in_chans < 1 or (many_bands(in_chans) and not bands):
+        more = "; files of more bands are for pretraining and classification" * (in_chans > 4)
+        raise UserError(
+            f"--in_chans {in_chans}: images have 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels{more}"
+        )
 
 
 def pad_and_crop(size: tuple[int, int]) -> list:
@@ -88,14 +107,16 @@ class Resize(transforms.Resize):
 
 
 class ToTensor:
-    """Return pixels (C, H, W) in [0, 1] of an 8-bit image, or of one channel of floats in 0..255 (mode F), which is
-    repeated `channels` times. Bicubic resizing of floats can leave 0..255 a little; such values are clipped, as those
-    of 8-bit images are."""
+    """Return pixels (C, H, W) in [0, 1] of an 8-bit image, of bands, or of one channel of floats in 0..255 (mode F),
+    which is repeated `channels` times. Bicubic resizing of floats can leave 0..255 a little; such values are clipped,
+    as those of 8-bit images are."""
 
     def __init__(self, channels: int):
         self.channels = channels
 
     def __call__(self, img: Image.Image) -> torch.Tensor:
+        if isinstance(img, Bands):
+            return torch.from_numpy(np.array(img.values, np.float32, order="C")).div_(255).clamp_(0, 1)
         if img.mode != "F":
             return to_tensor(img)
         grey = torch.from_numpy(np.array(img)).div_(255).clamp_(0, 1)
@@ -106,14 +127,17 @@ _MANY = 1 << 14  # pixels of an image from which it is faster to copy the channe
 
 
 class ToPixels:
-    """Return the pixels (C, H, W), 0..255, of an 8-bit image as uint8; those of one channel of floats (mode F) as
-    float32, clipped and repeated `channels` times. `util.data.pixels.Normaliser` makes of them what `ToTensor` and
-    torchvision's `Normalize` make of the image."""
+    """Return the pixels (C, H, W), 0..255, of an 8-bit image as uint8; those of bands in their type; those of one
+    channel of floats (mode F) as float32, clipped and repeated `channels` times. `util.data.pixels.Normaliser` makes of
+    them what `ToTensor` and torchvision's `Normalize` make of the image."""
 
     def __init__(self, channels: int):
         self.channels = channels
 
     def __call__(self, img: Image.Image) -> torch.Tensor:
+        if isinstance(img, Bands):
+            pixels = torch.from_numpy(np.array(img.values, order="C"))
+            return pixels if pixels.dtype == torch.uint8 else pixels.clamp_(0, 255)
         if img.mode == "F":
             return torch.from_numpy(np.array(img)).clamp_(0, 255).repeat(self.channels, 1, 1)
         pixels = np.empty((len(img.getbands()), img.height, img.width), np.uint8)
@@ -246,6 +270,8 @@ def finetune_transform(args, size: tuple[int, int], mean, std):
     random erasing. Raises UserError for an unknown `--aa` policy, and for `--aa` with alpha."""
     if args.aa and len(mean) not in (1, 3):
         raise UserError(f"--aa {args.aa} needs 1 or 3 channels: with --in_chans {len(mean)} disable it with --aa ''")
+    if args.color_jitter and many_bands(len(mean)):
+        raise UserError(f"--color_jitter is for images of 1 to 4 channels, not for --in_chans {len(mean)}: remove it")
     try:
         transform = create_transform(
             input_size=(len(mean), *size),

@@ -13,7 +13,8 @@ _CGROUP = Path("/sys/fs/cgroup")  # inside a container, its own group
 def available_cores() -> int:
     """Return the number of cores that this process may use: those of its affinity (taskset, srun), or fewer where its
     container has a limit."""
-    cores = len(os.sched_getaffinity(0))
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(cores, math.ceil(_cgroup_limit() or cores)))
 
 

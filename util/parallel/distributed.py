@@ -53,16 +53,21 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """Return the device for `--device`. `auto` is CUDA if available, else the CPU; `cuda` without a number is the GPU
     of this process.
 
-    Raises UserError if CUDA or the GPU is not available, and for an unknown device.
+    Raises UserError if CUDA, the GPU or Metal (mps, Apple's GPUs) is not available, and for an unknown device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name} is not known; use auto, cuda, cuda:N or cpu") from error
-    if device.type not in ("cuda", "cpu"):
-        raise UserError(f"--device {name} is not supported; use auto, cuda, cuda:N or cpu")
+        raise UserError(f"--device {name} is not known; use auto, cuda, cuda:N, mps or cpu") from error
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device {name} is not supported; use auto, cuda, cuda:N, mps or cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(
+            f"--device {name} needs an Apple GPU and a torch built for it, but torch {torch.__version__} detects none; "
+            f"use --device cpu"
+        )
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(
@@ -89,6 +94,8 @@ def init_distributed_mode(args) -> torch.device:
     device = choose_device(args.device, local_rank)
     if not args.distributed:
         return device
+    if device.type == "mps":
+        raise UserError(f"--device {args.device} is for one process, but there are {args.world_size}")
     backend = args.dist_backend
     if backend == "auto":
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -72,10 +72,10 @@ def forward_flops(model: torch.nn.Module, forward: Callable, size: tuple[int, in
 @torch.no_grad()
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS, clock=time.perf_counter) -> float:
     """Return the FLOPs per second of large square matrix products on this device, with the threads of this process."""
-    side = SIDES[device.type]
+    side = SIDES.get(device.type, SIDES["cpu"])
     generator = torch.Generator(device).manual_seed(0)  # leaves the run's random numbers unchanged
     a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     a @ b
     wait()
     began, count = clock(), 0

@@ -1,9 +1,13 @@
 """Pictures of masks, reconstructions and saliency maps."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
+from util.data.bands import many_bands
 from util.data.sample_rng import sample_noise
+from util.errors import UserError
 from util.report.sheet import Bar, Row, Sheet, draw_sheet, heat_map
 
 COLUMNS = ["original", "masked", "reconstruction"]
@@ -12,15 +16,29 @@ CAPTION = "removed patches are grey; visible patches are pasted into the reconst
 NORM_PIX = "; patches de-normalised with the original's mean and standard deviation"
 
 
-def denormalized(imgs, mean, std) -> torch.Tensor:
-    """Undo the normalisation of imgs (..., C, H, W) by `mean` and `std`; return colours in [0, 1]."""
+def shown_channels(in_chans: int, given: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the channels that are red, green and blue in pictures: those `given` by --show_channels, the first three
+    of more than four channels, else None: images of one to four channels are shown in their own colours. Raises
+    UserError for a channel that the images do not have."""
+    wrong = next((channel for channel in given or () if not 0 <= channel < in_chans), None)
+    if wrong is not None:
+        raise UserError(f"--show_channels {wrong}: the images have {in_chans} channels, from 0 to {in_chans - 1}")
+    return tuple(given) if given else (0, 1, 2) if many_bands(in_chans) else None
+
+
+def denormalized(imgs, mean, std, channels: Sequence[int] | None = None) -> torch.Tensor:
+    """Undo the normalisation of imgs (..., C, H, W) by `mean` and `std`; return colours in [0, 1]. Of chosen `channels`
+    (`shown_channels`) two standard deviations below the mean are black, and two above it white: (..., 3, H, W)."""
+    if channels is not None:
+        return (imgs[..., list(channels), :, :] * 0.25 + 0.5).clamp(0, 1)
     mean, std = (torch.tensor(values, device=imgs.device)[:, None, None] for values in (mean, std))
     return (imgs * std + mean).clamp(0, 1)
 
 
 @torch.no_grad()
-def reconstruct(model, imgs, mask_ratio: float, noise, mean, std) -> torch.Tensor:
-    """Draw originals, masked images and reconstructions: normalised imgs (N, C, H, W) -> (N, 3, C, H, W) in [0, 1].
+def reconstruct(model, imgs, mask_ratio: float, noise, mean, std, channels=None) -> torch.Tensor:
+    """Draw originals, masked images and reconstructions: normalised imgs (N, C, H, W) -> (N, 3, C, H, W) in [0, 1], or
+    with `channels` (N, 3, 3, H, W), see `denormalized`.
 
     Removed patches are grey in the second column; visible patches are pasted into the reconstruction. A model with
     `norm_pix_loss` predicts normalised patches; the mean and standard deviation of the original patches are put back,
@@ -35,10 +53,11 @@ def reconstruct(model, imgs, mask_ratio: float, noise, mean, std) -> torch.Tenso
         pred = pred * (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5 + patches.mean(dim=-1, keepdim=True)
     mask = mask[..., None]
     means, stds = (torch.tensor(values, device=imgs.device)[:, None, None] for values in (mean, std))
-    grey = model.patchify((torch.full_like(imgs, 0.5) - means) / stds)
+    grey = (torch.full_like(imgs, 0.5) - means) / stds if channels is None else torch.zeros_like(imgs)
+    grey = model.patchify(grey)
     columns = [patches, patches * (1 - mask) + grey * mask, patches * (1 - mask) + pred.to(patches.dtype) * mask]
     pictures = torch.stack([model.unpatchify(column) for column in columns], dim=1)
-    return denormalized(pictures, mean, std)
+    return denormalized(pictures, mean, std, channels)
 
 
 def overlay(colours: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
@@ -52,8 +71,11 @@ def overlay(colours: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     return torch.where((high > low)[..., None], blended, pale)
 
 
-def rgb(imgs: torch.Tensor) -> torch.Tensor:
-    """Return images (N, C, H, W) as RGB (N, 3, H, W): without alpha, or with the grey channel three times."""
+def rgb(imgs: torch.Tensor, channels: Sequence[int] | None = None) -> torch.Tensor:
+    """Return images (N, C, H, W) as RGB (N, 3, H, W): three `channels`, else without alpha, or with the grey channel
+    three times."""
+    if channels is not None:
+        return imgs[:, list(channels)]
     return imgs[:, :3] if imgs.shape[1] >= 3 else imgs[:, :1].expand(-1, 3, -1, -1)
 
 

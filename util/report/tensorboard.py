@@ -43,7 +43,7 @@ The x axis (step) of all tabs is epoch \u00d7 1000, so that runs with different 
 LAYOUT = {
     "overview": {
         "loss": ["Multiline", [r"^(train|eval)/loss$"]],
-        "accuracy on held-out images": ["Multiline", [r"^eval/(acc1|mAP|r2|knn\d+_acc1)$"]],
+        "accuracy on held-out images": ["Multiline", [r"^eval/(acc1|mAP|r2|knn\d+_acc1|probe_acc1)$"]],
         "learning rate": ["Multiline", [r"^train/lr$"]],
         "images a second": ["Multiline", [r"^speed/images_per_s$"]],
     }
@@ -61,7 +61,7 @@ METRICS = [
     "eval/balanced_acc",
 ]
 METRICS += ["eval/auc", "eval/mAP", "eval/precision1", "eval/r2", "eval/mae", "eval/rmse", "eval/holdout_acc1"]
-METRICS += ["eval/fixed_images_loss", *(f"eval/knn{k}_acc1" for k in (1, 5, 10))]
+METRICS += ["eval/fixed_images_loss", "eval/probe_acc1", *(f"eval/knn{k}_acc1" for k in (1, 5, 10))]
 METRICS += [*(f"eval/fewshot{k}_acc1" for k in (1, 2, 5, 10)), "eval/ratio", "eval/clean_error", "eval/corrupted_error"]
 METRICS += ["train/pixels", "train/features", "train/grad_norm", "speed/images_per_s"]
 

@@ -11,7 +11,7 @@ from util.checkpoint.files import LEDGER
 from util.checkpoint.output_dir import make_output_dir
 from util.parallel.distributed import from_main_process
 from util.report.ledger import metrics_of
-from util.report.tensorboard import Board
+from util.report.loggers import open_loggers
 
 
 def end_again(run, files: list[Path], write: Callable[[], None]) -> None:
@@ -26,7 +26,7 @@ def end_again(run, files: list[Path], write: Callable[[], None]) -> None:
     if names:
         run.record.restore()
         make_output_dir(run.args.output_dir, run.args.log_dir, run.args.overwrite)
-        run.reporter.board = Board(run.args.log_dir)
+        run.reporter.board = open_loggers(run.args, run.args.log_dir, run.record.flags_json(), resumed=True)
         write()
     if LEDGER in names:
         line = run.args.output_dir, metrics, run.images_seen()

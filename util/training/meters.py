@@ -5,6 +5,7 @@ from collections import defaultdict, deque
 
 import torch
 
+from util.compute.precision import widest
 from util.parallel.distributed import all_reduce_sum, get_world_size, host_device
 from util.report.log import check_same_names
 
@@ -118,7 +119,7 @@ class EpochMeter:
                 self.counts[name] += 0
                 continue
             if isinstance(value, torch.Tensor):  # numbers stay on the host: copying them would wait for the device
-                value = value.detach().to(torch.float64)
+                value = value.detach().to(widest(value.device))
             value = value * count
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] += count
@@ -130,8 +131,9 @@ class EpochMeter:
         check_same_names(names)
         if not names:
             return {}
-        counts = torch.tensor([self.counts[name] for name in names], dtype=torch.float64, device=self.device)
-        sums = [torch.as_tensor(self.sums[name], dtype=torch.float64, device=self.device) for name in names]
+        wide = dict(dtype=widest(self.device), device=self.device)
+        counts = torch.tensor([self.counts[name] for name in names], **wide)
+        sums = [torch.as_tensor(self.sums[name], **wide) for name in names]
         pairs = all_reduce_sum(torch.stack([torch.stack(sums), counts])).tolist()
         self.sums.clear()
         self.counts.clear()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from util.compute.precision import widest
 from util.data.images import printable
 from util.errors import RunFailed
 from util.parallel.distributed import all_reduce_sum, gather_objects, get_world_size, is_main_process
@@ -32,7 +33,7 @@ class NonFiniteDetector:
         for name, value in values.items():
             first = self._first.get(name)
             if first is None:
-                first = torch.full((), torch.inf, device=self.device, dtype=torch.float64)
+                first = torch.full((), torch.inf, device=self.device, dtype=widest(self.device))
             bad = ~torch.isfinite(value)
             self._first[name] = torch.where(bad, first.clamp(max=step), first)
 
@@ -76,7 +77,7 @@ def _broken_here(states: dict[str, dict]) -> str:
         return ""
     device = named[0][1].device
     ends = torch.stack(
-        [torch.stack(torch.aminmax(t)).to(device, torch.float64) for _, t in named]
+        [torch.stack(torch.aminmax(t)).to(device, widest(device)) for _, t in named]
     )  # NaN if it contains one
     finite = torch.isfinite(ends).all(1).tolist()
     return named[finite.index(False)][0] if not all(finite) else ""
@@ -116,7 +117,8 @@ class SpikeDetector:
         if not self._steps:
             return []
         steps, self._steps = self._steps, []
-        means = all_reduce_sum(torch.stack([torch.stack(losses).mean() for _, losses, _ in steps]).double())
+        means = torch.stack([torch.stack(losses).mean() for _, losses, _ in steps])
+        means = all_reduce_sum(means.to(widest(means.device)))
         spikes = []
         for (step, _, indices), loss in zip(steps, (means / get_world_size()).tolist()):
             usual = median(self._usual) if len(self._usual) >= MIN_STEPS else torch.inf

@@ -1,4 +1,4 @@
-"""Reports of a training run: progress on the terminal, TensorBoard, `log.txt`, `spikes.jsonl`; and the checks that end
+"""Reports of a training run: progress on the terminal, the loggers, `log.txt`, `spikes.jsonl`; and the checks that end
 a run: non-finite losses, too many unreadable images, fp16 overflows."""
 
 from datetime import datetime, timedelta
@@ -14,6 +14,7 @@ from util.parallel.distributed import gather_objects, get_world_size, is_main_pr
 from util.parallel.watchdog import slow_reader
 from util.report.blocks import block, row
 from util.report.log import Clock, Progress, duration, in_lines, log_line
+from util.report.loggers import Loggers
 from util.report.tensorboard import Board
 from util.training.batches import MicroBatch
 from util.training.meters import EpochMeter
@@ -32,7 +33,7 @@ class Reporter:
         folder = Path(output_dir)
         self.log, self.spike_log = GrowingFile(folder / "log.txt"), GrowingFile(folder / "spikes.jsonl")
         self.logs, self.writes = [self.log, self.spike_log], bool(output_dir)
-        self.board = Board(None)  # replaced by a board with a folder when training begins
+        self.board = Loggers(Board(None), [])  # replaced when training begins
         self.clock, self.waited, self.progress = Clock(), 0.0, None
         self.announced = False  # the expected duration
         self.unreadable = 0  # unreadable images since the last reading

@@ -45,7 +45,7 @@ from util.parallel.signals import StopRequest
 from util.report.blocks import counted
 from util.report.ledger import Record, hardware
 from util.report.log import trim_log
-from util.report.tensorboard import Board
+from util.report.loggers import Loggers, open_loggers
 from util.training import run_state
 from util.training.announcements import NO_SUMMARY, Summary, announce, end_block, start_block
 from util.training.batches import MicroBatch, accumulation_window
@@ -159,13 +159,14 @@ class Run:
         purge_step = 0 if args.overwrite else None  # of an overwritten run, in a --log_dir of its own
         if resume is not None:
             purge_step = int(self.fractional_epoch() * 1000) + 1
-        self.reporter.board = Board(args.log_dir, purge_step=purge_step)
+        flags, resumed = self.record.flags_json(), resume is not None
+        self.reporter.board = open_loggers(args, args.log_dir, flags, purge_step, resumed=resumed)
         self.board.explain()
         self._describe()
         watchdog.progress(self.step)
 
     def _describe(self) -> None:
-        """Write the flags to args.json and TensorBoard."""
+        """Write the flags to args.json and the loggers."""
         args = self.args
         flags = self.record.flags_json()
         self.board.flags(flags, self.fractional_epoch())
@@ -320,7 +321,8 @@ class Run:
     @contextlib.contextmanager
     def untimed(self):
         """Return a context whose time is excluded from the speed. Waits for the device at its start and end."""
-        synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
+        synchronize = waits.get(self.device.type, lambda: None)
         synchronize()
         began = time.perf_counter()
         yield
@@ -379,7 +381,7 @@ class Run:
         return self.stepper.amp_dtype
 
     @property
-    def board(self) -> Board:
+    def board(self) -> Loggers:
         return self.reporter.board
 
     def exported(self) -> dict[str, nn.Module]:

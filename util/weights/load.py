@@ -7,7 +7,7 @@ ViTs of torchvision and mmpretrain.
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isqrt, prod
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from util.architectures import ENCODERS
 from util.errors import UserError
 from util.pos_embed import interpolate_grid
+from util.weights.channels import RGB, for_channels
 from util.weights.dialects import our_names
 from util.weights.file import read_file, save_state
 from util.weights.geometry import depth, geometry, is_sincos, patch_grids, source_grid
@@ -233,15 +234,24 @@ def _origin(weights: Weights) -> str:
     return "MAE encoder" if fixed and "fc_norm.weight" not in weights.state else "ViT encoder"
 
 
-def load_into(model: nn.Module, weights: Weights, ignore_head: bool = False, model_flag: str = "--model") -> LoadReport:
+def load_into(
+    model: nn.Module,
+    weights: Weights,
+    ignore_head: bool = False,
+    model_flag: str = "--model",
+    adapt_channels: bool = False,
+) -> LoadReport:
     """Fill `model` (MaskedAutoencoderViT or VisionTransformer) and report the fate of every tensor.
 
     The encoder must be complete and of the model's shape; positions are interpolated to the model's patch grid. A
-    decoder must be complete if the file has one. A head is loaded when it fits and `ignore_head` is not set. Raises
+    decoder must be complete if the file has one. A head is loaded when it fits and `ignore_head` is not set. With
+    `adapt_channels` weights for RGB images are adapted to the model's channels (`util.weights.channels`). Raises
     UserError, with the model unchanged, when the encoder or the decoder does not fit; it names the flag `model_flag`.
     """
     own = model.state_dict()
     _refuse_no_cls(weights)
+    if adapt_channels:
+        weights = _adapted(own, weights)
     _check_geometry(own, weights, model_flag)
     _check_heads(model, weights, model_flag)
     notes = [*weights.notes, *filter(None, [_other_eps(model, weights)])]
@@ -275,6 +285,18 @@ def models_that_fit(weights: Weights) -> list[str]:
         for name, config in ENCODERS.items()
         if (config["embed_dim"], config["depth"], (config["patch_size"],) * 2) == shape
     ]
+
+
+def _adapted(own: dict, weights: Weights) -> Weights:
+    """Return weights for RGB images for the channels of the model, if they differ from it in nothing else."""
+    theirs, ours = geometry(weights.state), geometry(own)
+    if theirs.channels != RGB or theirs == ours or theirs._replace(channels=ours.channels) != ours:
+        return weights
+    decoder = {name for name in weights.state if is_decoder(name) and name not in own}
+    kept = {name: tensor for name, tensor in weights.state.items() if name not in decoder}
+    changed, note = for_channels(kept, ours.channels)
+    state = {name: changed.get(name, tensor) for name, tensor in weights.state.items()}
+    return replace(weights, state=state, notes=[*weights.notes, note])
 
 
 def _check_geometry(own: dict, weights: Weights, flag: str) -> None:

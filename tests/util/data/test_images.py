@@ -89,11 +89,11 @@ def test_every_mode_keeps_its_values(tmp_path, name):
 
 
 def test_channels_are_checked():
-    for channels in (1, 2, 3, 4):
+    for channels in (1, 2, 3, 4, 5, 224):
         transforms.check_channels(channels)
-    for channels in (0, 5):
+    for channels, bands in ((0, True), (0, False), (5, False)):
         with pytest.raises(UserError, match=f"--in_chans {channels}"):
-            transforms.check_channels(channels)
+            transforms.check_channels(channels, bands)
 
 
 # Corrupt images ------------------------------------------------------------------------------------------------------

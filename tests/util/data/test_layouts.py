@@ -279,7 +279,7 @@ def test_what_a_file_is(tmp_path, capfd):
         "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\n",
         "HTML": b"<!DOCTYPE html>",
         "gzip data": b"\x1f\x8b\x08",
-        "a TIFF of bands or types": tiff,
+        "a TIFF that tifffile cannot read": tiff,
         "the file is empty": b"",
     }
     for i, content in enumerate(kinds.values()):
