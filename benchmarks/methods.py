@@ -24,6 +24,7 @@ PARTS = {
     "u_mae": "--u_mae",
     "block": "--mask block",
     "grid": "--mask grid",
+    "attmask": "--attmask high",
 }
 VARIANTS = [
     "mae",
@@ -34,6 +35,7 @@ VARIANTS = [
     "u_mae",
     "block",
     "grid",
+    "attmask",
     "mae_k+rc_mae",
     "mae_k+dmae",
     "ema_mae+rc_mae",

@@ -1,5 +1,6 @@
 """Pretraining methods beyond plain MAE. To add one: write a file here, add its class to `METHODS`, and write a test."""
 
+from methods.attmask import AttMask
 from methods.base import Method
 from methods.bootstrap import EMAMAE, MAEK
 from methods.dmae import DMAE
@@ -11,6 +12,6 @@ from methods.rcmae import RCMAE
 from methods.selection import add_method_arguments, enabled_methods
 from methods.umae import UMAE
 
-METHODS: list[type[Method]] = [MAEK, EMAMAE, RCMAE, DMAE, UMAE, MaskRule, MLOMAE]
+METHODS: list[type[Method]] = [MAEK, EMAMAE, RCMAE, DMAE, UMAE, MaskRule, AttMask, MLOMAE]
 
 __all__ = ["METHODS", "Method", "Option", "Pretrainer", "add_method_arguments", "enabled_methods"]

@@ -26,6 +26,8 @@ METHODS = {
     "dmae": "--dmae_teacher {pretrained} --dmae_teacher_model mae_vit_micro_patch4 --amp_dtype fp32",
     "mlo": "--mlo_mae --mlo_labels same --mlo_batch_size 8 --amp_dtype fp32 --epochs 1",
     "u_mae": "--u_mae --amp_dtype fp32 --epochs 1",
+    "attmask": "--attmask hint --amp_dtype fp32 --epochs 1",
+    "attmask_file": "--attmask high --attmask_encoder {pretrained} --amp_dtype fp32 --epochs 1",
     "cross": "--decoder cross --mask_ratio_end 0.5 --grad_checkpoint --amp_dtype fp32",
     "on_device_mae": "--data_cache device --aug mae --amp_dtype fp32 --vis_freq 1 --knn_freq 1 --epochs 1",
     "on_device_three": "--data_cache device --aug three --in_chans 3 --amp_dtype fp32 --epochs 1",
