@@ -52,7 +52,7 @@ from util.weights.timm_models import timm_model
 def get_args_parser() -> Parser:
     parser = Parser(
         "Tune a text tower to a frozen encoder (LiT), and classify images by the names of their classes.",
-        usual="--finetune CHECKPOINT --text_model DIR --data_path DIR --train_list FILE --zero_shot DIR",
+        usual="--finetune FILE --text_model DIR --zero_shot DIR",
     )
     arguments.add_model_arguments(parser, default_model=None, decoder=False)
     group = arguments.add_transfer_arguments(parser)
@@ -60,7 +60,7 @@ def get_args_parser() -> Parser:
                        "and for encoders of timm's their own")  # fmt: skip
     add_best_metric(group, all_targets=False)
     add_text_arguments(parser.add_argument_group("text"))
-    group = arguments.add_data_arguments(parser)
+    group = arguments.add_data_arguments(parser, ["filelist"])
     group.set_defaults(dataset="filelist")
     group.add_argument("--aug", choices=["rrc", "crop", "none"], default="rrc", help="random resized crop, or pad and "
                        "crop; both mirror images")  # fmt: skip
@@ -88,9 +88,9 @@ def add_text_arguments(group) -> None:
 def check(args) -> None:
     """Raise UserError for flags that are out of range or contradict each other."""
     arguments.check_values(args)
-    for name in ("text_model", "zero_shot", "finetune"):
+    for name in ("text_model", "zero_shot"):
         if not getattr(args, name):
-            raise UserError(f"--{name} is needed: {'a checkpoint' if name == 'finetune' else 'a folder'}")
+            raise UserError(f"--{name} is needed: a folder")
     if args.eval and not args.resume:
         raise UserError("--eval needs a finished run: give its checkpoint as --resume (auto: that in --output_dir)")
     if args.dataset != "filelist" or not (args.train_list or args.eval):
@@ -183,7 +183,7 @@ def make_task(args, tower: TextTower, tokenizer, captions: list[str] | None, nam
 def read_encoder(args):
     """Return the encoder, its feature, its width, the transform of evaluation, and the weights (None: random ones).
     Settles the model's flags and the normalisation of pixels."""
-    source = timm_model(args.finetune, args.checkpoint_key)
+    source = timm_model(args.finetune, args.checkpoint_key) if args.finetune else None
     if source is None:
         weights = settle_model(args, args.finetune)
         encoder = build_encoder(argparse.Namespace(**vars(args), global_pool=False), weights)
