@@ -67,7 +67,7 @@ fi
 tune() { # NAME FLAGS…
     local name=$1
     shift
-    "$python" "$root/main_lit.py" "${common[@]}" --text_model "$text" --freeze_text --aug none --batch_size 128 --epochs 3 --lr 1e-3 \
+    "$python" "$root/main_lit.py" "${common[@]}" --text_model "$text" --freeze_text --aug none --batch_size 128 --epochs 2 --lr 1e-3 \
         --zero_shot "$out/held_out" --class_names "$out/names.tsv" --output_dir "$out/$name" "$@" "${extra[@]}"
 }
 tune lit --finetune "$checkpoint" "${model[@]}"

@@ -5,6 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers.card import Card
+from helpers.gpu_runs import watch_steps
 from helpers.inject import stop_at
 from helpers.launch import checkpoint, log_rows, ranks, same_tensors, scalars
 from helpers.text_towers import packaged_text_tower, tiny_text_tower
@@ -290,3 +292,13 @@ def test_encoders_of_timm(colours, tmp_path):
     flags = flags_for(colours, f"--finetune timm:vit_tiny_patch16_224=random --input_size 32 --output_dir {tmp_path}")
     scores = tune(f"{flags} --max_steps 2")
     assert tune(f"--config {tmp_path}/args.json --eval --resume auto") == pytest.approx(scores)
+
+
+@pytest.mark.parametrize("more", ["", "--freeze_text"])
+def test_the_host_does_not_wait(more, colours, tmp_path):
+    """On a pretended GPU, which raises where a step waits for it."""
+    flags = flags_for(colours, f"{more} --output_dir {tmp_path}").replace("--device cpu", "--device cuda")
+    card = Card()
+    with card, watch_steps(card.watch):
+        scores = tune(flags)
+    assert scores["skipped"] == 0
