@@ -26,6 +26,7 @@ PARTS = {
     "grid": "--mask grid",
     "hpm": "--hpm --hpm_start 0.5",
     "automae": "--automae",
+    "attmask": "--attmask high",
 }
 VARIANTS = [
     "mae",
@@ -38,6 +39,7 @@ VARIANTS = [
     "grid",
     "hpm",
     "automae",
+    "attmask",
     "mae_k+rc_mae",
     "mae_k+dmae",
     "ema_mae+rc_mae",

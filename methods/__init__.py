@@ -1,5 +1,6 @@
 """Pretraining methods beyond plain MAE. To add one: write a file here, add its class to `METHODS`, and write a test."""
 
+from methods.attmask import AttMask
 from methods.automae import AutoMAE
 from methods.base import Method
 from methods.bootstrap import EMAMAE, MAEK
@@ -13,6 +14,6 @@ from methods.rcmae import RCMAE
 from methods.selection import add_method_arguments, enabled_methods
 from methods.umae import UMAE
 
-METHODS: list[type[Method]] = [MAEK, EMAMAE, RCMAE, DMAE, UMAE, MaskRule, HPM, AutoMAE, MLOMAE]
+METHODS: list[type[Method]] = [MAEK, EMAMAE, RCMAE, DMAE, UMAE, MaskRule, HPM, AutoMAE, AttMask, MLOMAE]
 
 __all__ = ["METHODS", "Method", "Option", "Pretrainer", "add_method_arguments", "enabled_methods"]

@@ -80,7 +80,7 @@ class AutoMAE(Method):
     title = "AutoMAE (Chen et al. 2023), without its pretrained prior"
     summary = "A generator learns to remove what is hard to predict. Choose it as a label-free rival of MLO-MAE."
     options = (
-        Option("automae_limit", 2.0, "largest logit; near 0: random masks"),
+        Option("automae_limit", 2.0, "largest logit; near 0: random masks", rare=True),
         Option("automae_temperature", 5.0, "temperature of the Gumbel-softmax; lower is noisier", rare=True),
         Option("automae_width", 64, f"width of the generator, a multiple of {CHANNELS}", rare=True),
     )

@@ -205,6 +205,7 @@ class DMAE(Method):
             None,
             "the teacher's model if its file does not name it, e.g. mae_vit_large_patch16",
             metavar="NAME",
+            rare=True,
         ),
         Option("dmae_alpha", 1.0, "weight of the alignment loss"),
         Option(

@@ -30,6 +30,20 @@ def resized(imgs: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(imgs, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
 
 
+def pixel_conversion(args, network: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return scale and shift (1, C, 1, 1) from the student's normalised pixels to those of a model of timm's: with
+    x = (p - m) / s of the student, (p - m') / s' = x * s / s' + (m - m') / s'."""
+    config = timm.data.resolve_model_data_config(network)
+    theirs = [config[name] for name in ("mean", "std")]
+    if len(theirs[0]) != args.in_chans:
+        theirs = [[sum(values) / len(values)] * args.in_chans for values in theirs]
+    ours = mean_std(args.dataset, args.in_chans, args.mean, args.std)
+    mean, std, mean_t, std_t = (
+        torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (*ours, *theirs)
+    )
+    return (std / std_t).float(), ((mean - mean_t) / std_t).float()
+
+
 class VisiblePatches(nn.Module):
     """In the place of timm's `patch_drop`: keeps the prefix tokens and the patches at `ids` (N, V), in their order."""
 
@@ -69,7 +83,8 @@ class TimmTeacher(Frozen):
         self.visible_only = isinstance(network, VisionTransformer) and self._meets_exactly(info)
         if self.visible_only:
             network.patch_drop = VisiblePatches(prefix)
-        self._add_normalisation(args)
+        for name, values in zip(("scale", "shift"), pixel_conversion(args, network)):
+            self.register_buffer(name, values)
         if not self.visible_only:
             self._check_maps(args.in_chans)
 
@@ -82,21 +97,6 @@ class TimmTeacher(Frozen):
         """Whether all aligned levels have the student's grid."""
         steps = {info[level]["reduction"] for level in self.levels}
         return all(tuple(side // step for side in self.size) == self.grid for step in steps)
-
-    def _add_normalisation(self, args) -> None:
-        """Keep scale and shift (1, C, 1, 1) from the student's normalised pixels to the teacher's: with x = (p - m) / s
-        of the student, (p - m') / s' = x * s / s' + (m - m') / s'."""
-        config = timm.data.resolve_model_data_config(self.network)
-        theirs = [config[name] for name in ("mean", "std")]
-        if len(theirs[0]) != args.in_chans:
-            theirs = [[sum(values) / len(values)] * args.in_chans for values in theirs]
-        mean, std = (
-            torch.tensor(v, dtype=torch.float64) for v in mean_std(args.dataset, args.in_chans, args.mean, args.std)
-        )
-        mean_t, std_t = (torch.tensor(v, dtype=torch.float64) for v in theirs)
-        shape = (1, -1, 1, 1)
-        self.register_buffer("scale", (std / std_t).float().view(shape))
-        self.register_buffer("shift", ((mean - mean_t) / std_t).float().view(shape))
 
     def __str__(self) -> str:
         what = "the visible patches" if self.visible_only else "the whole image"

@@ -60,6 +60,7 @@ SCRIPTS = {
         + ("detect/benchmarking_coco", "detect/benchmarking_coco_25ep", "detect/vitdet_coco", "detect/voc07")
     },
     "reproduce": (["bootstrap_mae", "{out}", "--budget", "paper", "--data", "{data}", "--only", "mae"], 6),
+    "lit_tiny_imagenet": ([*STUDY, "--text_model", "{data}"], 5),
     "quickstart": (FLAGS, 1),
     "soak": (["--out", "{out}/soak.json"], 1),
     "test": (["{out}/x.py"], 1),

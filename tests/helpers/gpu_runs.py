@@ -29,6 +29,8 @@ METHODS = {
     "u_mae": "--u_mae --amp_dtype fp32 --epochs 1",
     "hpm": "--hpm --hpm_start 0.5 --amp_dtype fp32",
     "automae": "--automae --amp_dtype fp32",
+    "attmask": "--attmask hint --amp_dtype fp32 --epochs 1",
+    "attmask_file": "--attmask high --attmask_encoder {pretrained} --amp_dtype fp32 --epochs 1",
     "cross": "--decoder cross --mask_ratio_end 0.5 --grad_checkpoint --amp_dtype fp32",
     "on_device_mae": "--data_cache device --aug mae --amp_dtype fp32 --vis_freq 1 --knn_freq 1 --epochs 1",
     "on_device_three": "--data_cache device --aug three --in_chans 3 --amp_dtype fp32 --epochs 1",

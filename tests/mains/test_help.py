@@ -9,7 +9,7 @@ from helpers.launch import ROOT, command_module
 from util.parallel.slurm import add_job_arguments
 from util.parser import HelpAll, Parser, default_of, rare
 
-MAINS = ["main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_detect"]
+MAINS = ["main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_detect", "main_lit"]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("[!_]*.py"))
 JOBS = [main.replace("main", "submitit") for main in MAINS]
 WIDTH = 80  # of a terminal of unknown size

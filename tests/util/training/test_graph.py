@@ -39,6 +39,7 @@ GRAPHED = {
     "u_mae": "--u_mae --decoder cross --recompute cheap",
     "hpm": METHODS["hpm"],
     "automae": METHODS["automae"],
+    "attmask": "--attmask hint",
     "fp16": "--amp_dtype fp16 --rc_mae --rc_mask different",
 }
 
