@@ -96,7 +96,8 @@ def shown_default(action: argparse.Action) -> str:
 
 
 def _shown(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return repr(text) if " " in text else text
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -1,6 +1,7 @@
 """`--help` of every main and tool: short, one line of usage, and every default once and equal to the parser's."""
 
 import re
+import shlex
 import sys
 
 import pytest
@@ -40,7 +41,7 @@ def read_default(action, text: str):
     """Return the value of a "(default: TEXT)"."""
     if text == "all":
         return list(action.choices)
-    values = [(action.type or str)(word) for word in text.split()]
+    values = [(action.type or str)(word) for word in shlex.split(text)]
     return values if action.nargs in ("+", "*") or isinstance(action.nargs, int) else values[0]
 
 
