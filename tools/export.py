@@ -70,7 +70,7 @@ def check_out(args) -> Path:
         raise UserError(f"--out {out} is the checkpoint itself: name another file")
     if not args.overwrite and (any(out.iterdir()) if out.is_dir() else out.exists()):
         raise UserError(f"--out {out} exists: give --overwrite, or another name")
-    return command_line.check_out(args)
+    return command_line.needed_out(args)
 
 
 def is_timm_folder(args) -> bool:

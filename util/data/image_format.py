@@ -26,7 +26,7 @@ def mean_std(
     """
     if (mean is None) != (std is None):
         raise UserError("--mean and --std go together: give both (tools/mean_std.py computes them) or neither")
-    if mean is None:
+    if mean is None or std is None:
         mean, std = MEAN_STD.get(dataset, IMAGENET)
         if in_chans != 3:  # grey, or grey and alpha: the average channel; alpha counts like a colour
             mean, std = ([sum(values) / 3] * in_chans for values in (mean, std))

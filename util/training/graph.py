@@ -5,7 +5,7 @@ agree, all further steps are replayed; if not, the run says so and stays eager. 
 (learning rates, momenta) is written into scalars on the device before it.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -31,14 +31,16 @@ class Work(Protocol):
 
     def losses(self, *inputs: Tensor) -> Losses:
         """Return the weighted losses by name."""
+        ...
 
     def update(self, applied: Tensor, *inputs: Tensor) -> None:
         """Update what follows the weights after the optimizer's step, with the numbers given to `use`."""
 
     def schedule(self, step: int) -> dict[str, float]:
         """Return the numbers of `update` that change from step to step. Called once for every step."""
+        ...
 
-    def use(self, numbers: dict[str, float | Tensor]) -> None:
+    def use(self, numbers: Mapping[str, float | Tensor]) -> None:
         """Set the numbers that `update` reads: those of `schedule`, or scalars on the device."""
 
     def branch(self) -> Hashable:
@@ -134,6 +136,7 @@ class GraphedStep:
 
     def _replay(self) -> tuple[Losses, Tensor]:
         """Replay the recorded step; return copies, because the next replay overwrites its results."""
+        assert self.recorded is not None
         self.recorder.replay()
         losses, norm = self.recorded
         return {name: loss.clone() for name, loss in losses.items()}, norm.clone()
