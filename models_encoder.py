@@ -3,6 +3,7 @@
 Shapes: N images, C channels, L patches of p x p pixels, V visible patches, M tokens, D encoder width.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -87,7 +88,7 @@ class PatchEncoder(GradCheckpointMixin, nn.Module):
         depth=24,
         num_heads=16,
         mlp_ratio=4.0,
-        norm_layer=nn.LayerNorm,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
     ):
         super().__init__()
         self._config: dict[str, Any] = dict(

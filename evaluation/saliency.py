@@ -4,6 +4,7 @@ N images, L patches, D width, h heads.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from util.errors import UserError
 
 
-def block_at(model, index: int) -> torch.nn.Module:
+def block_at(model, index: int) -> Any:
     """Return the block at `index`, counted from the end if negative. Raises UserError if there is none."""
     blocks = model.blocks
     depth = len(blocks)

@@ -7,7 +7,7 @@ agree, all further steps are replayed; if not, the run says so and stays eager. 
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,11 +29,11 @@ States = dict[str, dict[str, Tensor]]
 class Work(Protocol):
     """What a training step computes beside backward pass and optimizer, as functions of the step's input tensors."""
 
-    def losses(self, *inputs: Tensor) -> Losses:
+    def losses(self, *inputs: Any) -> Losses:
         """Return the weighted losses by name."""
         ...
 
-    def update(self, applied: Tensor, *inputs: Tensor) -> None:
+    def update(self, applied: Tensor, *inputs: Any) -> None:
         """Update what follows the weights after the optimizer's step, with the numbers given to `use`."""
 
     def schedule(self, step: int) -> dict[str, float]:
@@ -99,7 +99,7 @@ class GraphedStep:
         stepper = self.run.stepper
         with stepper.autocast(batch):
             losses = self.work.losses(*self.inputs)
-        total = sum(losses.values())
+        total: Any = sum(losses.values())
         stepper.backward(total, batch)
         norm = stepper.step()
         self.work.update(stepper.scaler.applied, *self.inputs)

@@ -6,6 +6,7 @@ other digits and another part of the photographs than training. Neither a downlo
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -84,7 +85,7 @@ def _digits(train: bool) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    data = load_digits()
+    data: Any = load_digits()
     images = (data.images * (255 / 16)).round().astype(np.uint8)
     split = train_test_split(images, data.target, test_size=0.2, random_state=0, stratify=data.target)
     return split[0 if train else 1], split[2 if train else 3]
