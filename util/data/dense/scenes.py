@@ -158,7 +158,8 @@ class _Scenes:
 
     def __init__(self, seed: int, train: bool, count: int, size: int, digits: list[int], sides=SIDES, most: int = MOST):
         self.settings, self.objects = (seed, train, size, tuple(digits)), (tuple(sides), most)
-        self.targets, self._last = [-1] * count, (-1, None)
+        self.targets: Any = [-1] * count
+        self._last: tuple[int, Any] = (-1, None)  # index and Scene
 
     def scene(self, index: int) -> Scene:
         """Return scene `index`. The last one is kept, since its image and its annotation are read one by one."""
