@@ -7,10 +7,11 @@ Shapes: N images, V visible patches, T teacher width, R x C grid of the student'
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
+from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ def resized(imgs: Tensor, size: tuple[int, int]) -> Tensor:
 def pixel_conversion(args, network: nn.Module) -> tuple[Tensor, Tensor]:
     """Return scale and shift (1, C, 1, 1) from the student's normalised pixels to those of a model of timm's: with
     x = (p - m) / s of the student, (p - m') / s' = x * s / s' + (m - m') / s'."""
-    config = timm.data.resolve_model_data_config(network)
+    config = resolve_model_data_config(network)
     theirs = [config[name] for name in ("mean", "std")]
     if len(theirs[0]) != args.in_chans:
         theirs = [[sum(values) / len(values)] * args.in_chans for values in theirs]
@@ -58,12 +59,15 @@ class VisiblePatches(nn.Module):
 class TimmTeacher(Frozen):
     """A frozen model of timm's. `levels` are its blocks, or the stages of an architecture that has stages."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, args, source: TimmModel, grid: tuple[int, int], pick):
         """`pick(number of levels)` returns the aligned (student, teacher) pairs, from 0. Raises UserError if the model
         has no maps of features, or if they cannot meet the student's `grid`."""
-        self.name, self.grid = source.name, tuple(grid)
+        self.name, self.grid = source.name, (grid[0], grid[1])
         with seeded(args.seed):
-            network = source.create(None, args.in_chans)
+            network: Any = source.create(None, args.in_chans)
         if not hasattr(network, "forward_intermediates") or not getattr(network, "feature_info", None):
             raise UserError(
                 f"--dmae_teacher {source.name}: {source.architecture} gives no maps of its blocks or stages"
@@ -91,7 +95,7 @@ class TimmTeacher(Frozen):
     def _image_size(self, given: int | None, reductions: Sequence[int]) -> tuple[int, int]:
         """Return the size of the teacher's images: --dmae_teacher_size, else that at which the coarsest aligned level
         has the student's grid."""
-        return (given, given) if given else tuple(side * max(reductions) for side in self.grid)
+        return (given, given) if given else (self.grid[0] * max(reductions), self.grid[1] * max(reductions))
 
     def _meets_exactly(self, info: Sequence[dict]) -> bool:
         """Whether all aligned levels have the student's grid."""

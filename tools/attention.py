@@ -195,7 +195,7 @@ def drawing(subjects: list[Subject], columns: list[dict[str, torch.Tensor]], tex
 @torch.no_grad()
 def main(args) -> list[dict[str, torch.Tensor]]:
     """Draw and return the maps of each checkpoint, as `Subject.maps` does."""
-    out = command_line.check_picture(args)
+    out = command_line.needed_picture(args)
     command_line.check_tile(args)
     opened = judging.open_each(args, judging.open_trained)
     judging.check_same_images(opened, lambda judged: (Fraction(*judged.images.input_size),))

@@ -78,7 +78,7 @@ def folders(tmp_path):
         for number in range(2):
             (data / split / "cat" / f"{number} {HOSTILE}.png").touch()
     (venv / "bin").mkdir(parents=True)
-    for name in ("python", "ruff"):
+    for name in ("python", "ruff", "basedpyright"):
         (venv / "bin" / name).write_text(STAND_IN)
         (venv / "bin" / name).chmod(0o755)
     for name in ("requirements.txt", "requirements-dev.txt"):  # the requirements count as installed

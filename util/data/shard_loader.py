@@ -11,7 +11,7 @@ import io
 import itertools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import NamedTuple
 
@@ -110,7 +110,7 @@ class Section:
                             yield position, entry
             start = end
 
-    def _part(self, order_index: int, first: int, last: int) -> Iterator[Entry]:
+    def _part(self, order_index: int, first: int, last: int) -> Generator[Entry, None, None]:
         """Yield images `first` to `last` of shard `order[order_index]`. Unreadable images are replaced by images of the
         shards after it; without replacement their record is None."""
         shard = self.order[order_index]
