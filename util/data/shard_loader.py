@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 _noted = set()  # shards of which this process, or the one that forked it, has reported what is left out
 
 
-def read_shard(url: str) -> Iterator[Record]:
+def read_shard(url: str) -> Generator[Record, None, None]:
     """Yield all images of a shard, in order. Images and labels that are left out are reported, once per shard and
     process. Raises BAD_SHARD."""
     left_out = LeftOut()
