@@ -210,7 +210,7 @@ def test_two_processes(more, image_folder, tmp_path):
     ranks("main_pretrain", run(image_folder, f"--batch_size 8 {more} --output_dir {tmp_path}/two"), 2)
     for name in ("pixels", "order", "order_accuracy", "grad_norm"):
         ours, theirs = (scalars(tmp_path / folder, f"train/{name}") for folder in ("two", "one"))
-        # Sums in another order. Rounding may order two nearly equal predictions differently: 3 of 16 * 66 pairs at most.
+        # Sums in another order. Rounding may change the order of nearly equal predictions: 3 of 16 * 66 pairs at most.
         flipped = 3 / (16 * 66) if name == "order_accuracy" else None
         assert [y for _, y in ours] == pytest.approx([y for _, y in theirs], rel=1e-3, abs=flipped), name
         assert len(ours) == 18
