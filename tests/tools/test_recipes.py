@@ -13,7 +13,7 @@ from helpers.launch import ROOT
 from helpers.parsers import tracked
 from helpers.sweeps import STAND_IN, parsed
 
-RECIPES = tracked("configs/*/*.yaml")
+RECIPES = [recipe for recipe in tracked("configs/*/*.yaml") if "/study/" not in recipe]  # a study is a list of runs
 # What a script adds to a recipe: where images, weights and results are, and how they are read.
 PLACES = set("data_path dataset output_dir resume keep seed num_workers finetune checkpoint_key init_from".split())
 PLACES |= set("dmae_teacher train_list val_list val_fraction batch_size accum_iter".split())
