@@ -210,11 +210,7 @@ def test_two_processes(more, image_folder, tmp_path):
     ranks("main_pretrain", run(image_folder, f"--batch_size 8 {more} --output_dir {tmp_path}/two"), 2)
     for name in ("pixels", "order", "order_accuracy", "grad_norm"):
         ours, theirs = (scalars(tmp_path / folder, f"train/{name}") for folder in ("two", "one"))
-<<<<<<< HEAD
-        # Sums in another order. Rounding may swap nearly equal predictions: at most 3 of 16 * 66 pairs.
-=======
         # Sums in another order. Rounding may change the order of nearly equal predictions: 3 of 16 * 66 pairs at most.
->>>>>>> hpm
         flipped = 3 / (16 * 66) if name == "order_accuracy" else None
         assert [y for _, y in ours] == pytest.approx([y for _, y in theirs], rel=1e-3, abs=flipped), name
         assert len(ours) == 18
