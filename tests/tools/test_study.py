@@ -173,7 +173,7 @@ def start(folder: Path, data: Path, config) -> subprocess.Popen:
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 500
     while not path.exists():
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline, f"{path} was not written"
@@ -186,13 +186,13 @@ def test_a_study_is_stopped_killed_and_continued(tmp_path, small_set):
     run = tmp_path / "out/mae-seed0"
     wait_for(run / "checkpoint-0.pth", queue)
     queue.send_signal(signal.SIGTERM)
-    said, _ = queue.communicate(timeout=240)
+    said, _ = queue.communicate(timeout=500)
     assert queue.returncode == 130 and "goes on" in said
     assert (tmp_path / "kept/tune-mae-1e-3.json").exists() and not (tmp_path / "kept/mae-seed0.json").exists()
     epochs = len((run / "log.txt").read_text().splitlines())
 
     queue = start(tmp_path, small_set, TINY)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 500
     while len((run / "log.txt").read_text().splitlines()) <= epochs:
         assert time.monotonic() < deadline
         time.sleep(0.05)
