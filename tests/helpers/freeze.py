@@ -45,7 +45,7 @@ KINDS = {
     "dmae": ("main_pretrain", f"{ALL} --dmae_teacher teacher.pth", 15),
     "u_mae": ("main_pretrain", f"{ALL} --u_mae", 15),
     "hpm": ("main_pretrain", f"{ALL} --hpm --hpm_start 0.5", 15),
-    "automae": ("main_pretrain", f"{ALL} --automae --automae_width 8", 15),
+    "automae": ("main_pretrain", f"{ALL} --automae --automae_width 16", 15),
     "attmask": ("main_pretrain", f"{ALL} --attmask hint", 15),
     "three": ("main_pretrain", f"{ALL} {EMA_RC} --dmae_teacher teacher.pth", 15),
     "mlo": ("main_pretrain", MLO, 80),
