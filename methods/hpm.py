@@ -121,7 +121,7 @@ class HPM(Method):
         "Predict which patches are hard, and remove more and more of them. Choose it as a label-free rival of MLO-MAE."
     )
     options = (
-        Option("hpm_end", 0.5, "final share of the hardest patches"),
+        Option("hpm_end", 0.5, "final share of the hardest patches", rare=True),
         Option("hpm_start", 0.0, "share of the hardest among the removed patches in the first epoch", rare=True),
         Option("hpm_weight", 1.0, "weight of the loss predictor's loss, which also trains the encoder", rare=True),
         Option("hpm_momentum", 0.999, "momentum of the teacher; less in the first steps", rare=True),
