@@ -7,6 +7,7 @@ step.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ class Classification:
     `mixup_fn` turns (imgs, labels) into mixed images and soft targets; `score_type(device)` makes the scores.
     """
 
-    def __init__(self, criterion=None, mixup_fn=None, score_type=TopK, targets: str = "single"):
+    def __init__(self, criterion: Any = None, mixup_fn=None, score_type: Any = TopK, targets: str = "single"):
         self.criterion, self.mixup_fn, self.score_type = criterion, mixup_fn, score_type
         self.loss_name = LOSS_NAMES[targets]
 
@@ -97,7 +98,7 @@ def evaluate_once(
     loader,
     device,
     record: Record,
-    task=DEFAULT_TASK,
+    task: Any = DEFAULT_TASK,  # `Classification` or one of `engine_dense`
     names: list[str] | None = None,
     summary: Summary = NO_SUMMARY,
 ) -> dict[str, float]:

@@ -114,7 +114,7 @@ def graphed_step(pretrainer: Pretrainer, run: Run, args) -> GraphedStep | None:
         pretrainer.graph_obstacle(): bool(pretrainer.graph_obstacle()),
     }
     obstacle = next((text for text, holds in obstacles.items() if holds), None)
-    if obstacle is None:
+    if obstacle is None and recorder is not None:
         return GraphedStep(run, PretrainingWork(pretrainer, run, args.mask_ratio), recorder)
     print(f"note: --cuda_graph has no effect: {obstacle}")
     return None

@@ -194,6 +194,7 @@ def read_starting_weights(args, resume: Path | None) -> tuple[Weights | None, We
     settle_sample_rng(args, resumed and resumed.args)
     settle_units(args, weights if args.eval else resumed)
     if args.eval:
+        assert weights is not None  # `check` demands a file
         settle_loss(args, weights)
     check_channels(args.in_chans)
     args.aug = args.aug or default_crop(args.dataset)
@@ -208,7 +209,7 @@ def read_splits(args, evaluated: Weights | None, stored: Weights | None):
     vocabulary = evaluated.classes if evaluated else []
     images = None if args.eval else read_labelled(args, True)
     held_out = read_labelled(args, False, vocabulary or None)
-    if vocabulary and args.targets == "multilabel" and held_out.classes != vocabulary:
+    if evaluated and vocabulary and args.targets == "multilabel" and held_out.classes != vocabulary:
         raise UserError(f"--label_vocab {args.label_vocab} is not the vocabulary of {evaluated.path}: leave it out")
     if args.check_leak:
         check_leak(images, held_out)

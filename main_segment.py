@@ -129,9 +129,10 @@ def main(args) -> dict[str, float]:
     resume = find_resume(args.resume, args.output_dir, needed=args.eval) if args.resume else None
     weights = read_starting_weights(args, resume, models_segment)
     if args.eval and args.zero_is_ignored is None:  # the meaning of the masks is that of the training
+        assert weights is not None  # `read_starting_weights` has read those to evaluate
         args.zero_is_ignored = weights.args.get("zero_is_ignored")
     images, held_out = read_splits(args, weights, resume, partial(read_segmentation, args))
-    settle_evaluation(args, weights.args if args.eval else {})
+    settle_evaluation(args, weights.args if args.eval and weights else {})
     size, stats = image_shape(args.input_size), mean_std(args.dataset, args.in_chans, args.mean, args.std)
     if not args.eval:
         transform = SegmentationTraining(

@@ -3,11 +3,13 @@
 Shapes: N images, C channels, L patches of p x p pixels, V visible patches, M tokens, D encoder width.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm import layers
 from timm.models import vision_transformer
 from torch import nn
 
@@ -41,8 +43,19 @@ def scatter_tokens(values, ids, length):
     return values.new_zeros(len(values), length).scatter(1, ids, values)
 
 
+class PatchEmbed(layers.PatchEmbed):
+    """timm's patch embedding, with the types that its sizes have."""
+
+    img_size: tuple[int, int]
+    grid_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    proj: nn.Conv2d
+
+
 class Block(vision_transformer.Block):
     """timm's block, which can also compute only its last tokens."""
+
+    attn: Any  # timm's Attention, or one of `models_grid`
 
     def forward(self, x, first: int = 0):
         """Tokens (N, M, D) -> outputs (N, M - first, D) of the tokens from `first` on; the tokens before `first` serve
@@ -64,6 +77,7 @@ class PatchEncoder(GradCheckpointMixin, nn.Module):
     """The encoder of a masked autoencoder: patch embedding, [cls] token, fixed positions, blocks, norm."""
 
     compiled_parts: tuple[str, ...] = ("encode",)  # methods that `--compile` compiles whole
+    patch_embed: PatchEmbed
 
     def __init__(
         self,
@@ -74,10 +88,10 @@ class PatchEncoder(GradCheckpointMixin, nn.Module):
         depth=24,
         num_heads=16,
         mlp_ratio=4.0,
-        norm_layer=nn.LayerNorm,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
     ):
         super().__init__()
-        self._config = dict(
+        self._config: dict[str, Any] = dict(
             img_size=img_size,
             patch_size=patch_size,
             in_chans=in_chans,

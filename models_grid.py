@@ -10,6 +10,7 @@ compiled blocks work as there. Parameters of relative positions are zero at the 
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import ceil
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +24,20 @@ from util.errors import UserError
 from util.parallel.distributed import get_world_size
 
 RELATIVE = "rel_pos"  # part of the names of relative positions, which plain encoders lack
+Grid = TypeVar("Grid", bound="GridViT")
 HEAD_NORMS = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}  # values of --head_norm
 
 
 class PlainAttention(nn.Module):
     """Self-attention with the weights of `attention`, timm's; a base class of attentions with relative positions."""
 
-    def __init__(self, attention: nn.Module):
+    num_heads: int
+    scale: float
+    fused_attn: bool
+    qkv: nn.Linear
+    proj: nn.Linear
+
+    def __init__(self, attention: Any):
         super().__init__()
         self.num_heads, self.scale = attention.num_heads, attention.scale
         self.fused_attn = attention.fused_attn
@@ -53,7 +61,7 @@ class BiasAttention(PlainAttention):
     """Attention with BEiT's relative position bias: a learned number for each head and each distance in rows and
     columns between two patches, and three for pairs with [cls]; zero at the start."""
 
-    def __init__(self, attention: nn.Module, grid: tuple[int, int]):
+    def __init__(self, attention: Any, grid: tuple[int, int]):
         super().__init__(attention)
         self.rel_pos_bias = RelPosBias(grid, self.num_heads, prefix_tokens=1)
         nn.init.zeros_(self.rel_pos_bias.relative_position_bias_table)
@@ -73,7 +81,9 @@ class GridAttention(PlainAttention):
     never stored, so fused kernels need no mask.
     """
 
-    def __init__(self, attention: nn.Module, grid: tuple[int, int], window: int = 0, rel_pos: bool = True):
+    one_hot: torch.Tensor
+
+    def __init__(self, attention: Any, grid: tuple[int, int], window: int = 0, rel_pos: bool = True):
         super().__init__(attention)
         self.grid, self.window = grid, window
         self.size = (window, window) if window else grid  # of the grid inside which patches attend to each other
@@ -103,6 +113,7 @@ class GridAttention(PlainAttention):
 
     def _extended(self, queries, keys):
         """Return queries and keys (B, heads, M, d) with the products and one-hot vectors of the relative positions."""
+        assert self.rel_pos_h is not None and self.rel_pos_w is not None
         rows, columns = self.size
         on_grid = queries.unflatten(2, self.size)
         by_row = torch.einsum("bhrcd,rkd->bhrck", on_grid, _differences(self.rel_pos_h, rows)).flatten(2, 3)
@@ -186,7 +197,7 @@ class GridViT(VisionTransformer):
             block.attn = self._attention(block.attn, rel_pos, 0 if index in global_blocks else window)
         self._freeze_unused()
 
-    def _attention(self, attention: nn.Module, rel_pos: str | None, window: int) -> nn.Module:
+    def _attention(self, attention: Any, rel_pos: str | None, window: int) -> nn.Module:
         grid = tuple(self.patch_embed.grid_size)
         if rel_pos == "bias":
             return BiasAttention(attention, grid)
@@ -249,7 +260,7 @@ def check_blocks(flag: str, blocks: Sequence[int], depth: int) -> None:
         raise UserError(f"{flag} {wrong[0]}: the encoder has the blocks 0 to {depth - 1}")
 
 
-def build_grid(cls, name: str, **options) -> GridViT:
+def build_grid(cls: type[Grid], name: str, **options) -> Grid:
     """Build `cls`, a `GridViT`, with the encoder called `name`. `options` replace arguments of its constructor; None
     keeps the model's value.
 

@@ -100,7 +100,7 @@ class MaskedAutoencoderViT(PatchEncoder):
         decoder_depth=8,
         decoder_num_heads=16,
         mlp_ratio=4.0,
-        norm_layer=nn.LayerNorm,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         norm_pix_loss=False,
     ):
         super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, norm_layer)
@@ -315,7 +315,15 @@ class CrossMaskedAutoencoderViT(MaskedAutoencoderViT):
 
     compiled_parts = ("encode", "decode_removed")
 
-    def __init__(self, *, decoder_depth=8, decoder_fraction=1.0, mlp_ratio=4.0, norm_layer=nn.LayerNorm, **config):
+    def __init__(
+        self,
+        *,
+        decoder_depth=8,
+        decoder_fraction=1.0,
+        mlp_ratio=4.0,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        **config,
+    ):
         super().__init__(decoder_depth=0, mlp_ratio=mlp_ratio, norm_layer=norm_layer, **config)
         self.decoder_fraction = decoder_fraction
         width, heads = self.mask_token.shape[-1], config.get("decoder_num_heads", 16)

@@ -37,6 +37,7 @@ def conv(inputs: int, outputs: int, kernel: int, norm: type[nn.Module]) -> nn.Se
 def classifier(width: int, classes: int) -> nn.Conv2d:
     """Return the 1x1 convolution that gives logits; its weights are small at the start."""
     layer = nn.Conv2d(width, classes, 1)
+    assert layer.bias is not None  # the default of Conv2d
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
     return layer

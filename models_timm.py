@@ -5,7 +5,7 @@ Shapes: N images, C channels, L patches in a grid of rows and columns, P prefix 
 
 from functools import cached_property
 from math import isqrt, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class PatchGrid(NamedTuple):
 
     @property
     def patch_size(self) -> tuple[int, int]:
-        return tuple(side // count for side, count in zip(self.img_size, self.grid_size))
+        return self.img_size[0] // self.grid_size[0], self.img_size[1] // self.grid_size[1]
 
 
 class TimmEncoder(nn.Module):
@@ -35,9 +35,17 @@ class TimmEncoder(nn.Module):
     global_pool = False
     default_pool = "own"
 
+    network: Any  # an nn.Module with timm's methods
+    num_classes: int
+
     def __init__(self, network: nn.Module, name: str, img_size: tuple[int, int], in_chans: int = 3):
         super().__init__()
-        self.network, self.name, self.img_size, self.in_chans = network.eval(), name, tuple(img_size), in_chans
+        self.network, self.name, self.img_size, self.in_chans = (
+            network.eval(),
+            name,
+            (img_size[0], img_size[1]),
+            in_chans,
+        )
         self.num_classes = network.num_classes
         self.num_prefix_tokens = getattr(network, "num_prefix_tokens", 0)
 
@@ -119,7 +127,7 @@ class TimmEncoder(nn.Module):
         proportions of the image."""
         if tokens.ndim == 4:
             last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")
-            return tuple(tokens.shape[1:3] if last else tokens.shape[2:])
+            return (tokens.shape[1], tokens.shape[2]) if last else (tokens.shape[2], tokens.shape[3])
         own = tuple(getattr(getattr(self.network, "patch_embed", None), "grid_size", None) or ())
         if len(own) == 2 and prod(own) == count:
             return own

@@ -1,12 +1,14 @@
 """Vision transformer for fine-tuning and probing: the encoder of `models_mae`, applied to all patches, and a head."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from timm.layers import PatchEmbed, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from models_encoder import PatchEmbed
 from util.architectures import ENCODERS, check_geometry, look_up
 from util.compute.kernels import GradCheckpointMixin
 from util.errors import UserError
@@ -55,7 +57,7 @@ class VisionTransformer(GradCheckpointMixin, nn.Module):
         num_heads=12,
         mlp_ratio=4.0,
         qkv_bias=True,
-        norm_layer=nn.LayerNorm,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         drop_path_rate=0.0,
     ):
         super().__init__()

@@ -24,6 +24,9 @@ PARTS = {
     "u_mae": "--u_mae",
     "block": "--mask block",
     "grid": "--mask grid",
+    "hpm": "--hpm --hpm_start 0.5",
+    "automae": "--automae",
+    "attmask": "--attmask high",
 }
 VARIANTS = [
     "mae",
@@ -34,6 +37,9 @@ VARIANTS = [
     "u_mae",
     "block",
     "grid",
+    "hpm",
+    "automae",
+    "attmask",
     "mae_k+rc_mae",
     "mae_k+dmae",
     "ema_mae+rc_mae",

@@ -2,6 +2,7 @@
 held-out part of the training images chooses one."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,7 +71,7 @@ def train_heads(features, labels, args, after_epoch=lambda: None) -> tuple[nn.Ba
             adjust_learning_rate(optimizer, epoch + i / batches, args)
             batch = order[i * batch_size : (i + 1) * batch_size]
             x = norm(features[batch])
-            loss = sum(criterion(head(x), labels[batch]) for head in heads)
+            loss: Any = sum(criterion(head(x), labels[batch]) for head in heads)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -24,7 +24,7 @@ def read_checkpoint(checkpoint: str, key: str) -> Weights | None:
     if os.path.exists(checkpoint) or not timm.is_model(name):
         return read_weights(checkpoint, key)
     try:
-        model = timm.create_model(name, pretrained=True)
+        model: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # of the network, or of timm: it has no weights of that name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

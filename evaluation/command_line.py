@@ -158,6 +158,11 @@ def add_tile_flag(parser, side: int = SIDE, largest: str = "its own size") -> No
     )
 
 
+def needed_picture(args: argparse.Namespace) -> Path:
+    """Return the path of the picture that `--out` names, as `needed_out`."""
+    return needed_out(args, *PICTURES)
+
+
 def check_picture(args: argparse.Namespace, flag: str = "out") -> Path | None:
     """Return the path of the picture that `--out`, or another `flag`, names, as `check_out`; None without it."""
     return check_out(args, *PICTURES, flag=flag)
@@ -183,6 +188,14 @@ def check_picture_flags(args: argparse.Namespace, stored_ratios: Mapping[str, fl
     check_tile(args)
     check_picture(args)
     return ratio
+
+
+def needed_out(args: argparse.Namespace, *endings: str) -> Path:
+    """Return the value of a required `--out`, as `check_out`. Raises UserError also for an empty one."""
+    path = check_out(args, *endings)
+    if path is None:
+        raise UserError(f"--out is empty: give the {' or '.join(endings) or 'file'} to write")
+    return path
 
 
 def check_out(args: argparse.Namespace, *endings: str, flag: str = "out") -> Path | None:

@@ -187,7 +187,8 @@ def _glass_blur(x, rng, value):
 
 
 def _motion_blur(x, rng, value):
-    return _moved(x, *value, rng.uniform(-45, 45))
+    radius, deviation = value
+    return _moved(x, radius, deviation, rng.uniform(-45, 45))
 
 
 def _moved(x, radius: int, deviation: float, degrees: float):
@@ -203,12 +204,12 @@ def _moved(x, radius: int, deviation: float, degrees: float):
     return out
 
 
-def _zoomed(x, factor: float):
+def _zoomed(x, factor: float) -> np.ndarray:
     """Enlarge the centre of the image to its size."""
     height, width = x.shape[:2]
     rows, columns = math.ceil(height / factor), math.ceil(width / factor)
     top, left = (height - rows) // 2, (width - columns) // 2
-    x = ndimage.zoom(x[top : top + rows, left : left + columns], (factor, factor, 1), order=1)
+    x = np.asarray(ndimage.zoom(x[top : top + rows, left : left + columns], (factor, factor, 1), order=1))
     top, left = (x.shape[0] - height) // 2, (x.shape[1] - width) // 2
     return x[top : top + height, left : left + width]
 

@@ -125,10 +125,10 @@ def read_starting_weights(args, resume: Path | None, models: ModuleType) -> Weig
     UserError for a file to evaluate that has no such head."""
     source, key = resume or args.finetune, "model" if resume else args.checkpoint_key
     weights = settle_model(args, read_weights(source, key, RELATIVE) if source else None)
-    settle_sample_rng(args, weights.args if resume and not args.eval else None)
+    settle_sample_rng(args, weights.args if weights and resume and not args.eval else None)
     if not args.eval and resume is None:
         note_start(args.expects, weights)
-    if args.eval and weights.dense_model != models.DENSE_MODEL:
+    if args.eval and weights and weights.dense_model != models.DENSE_MODEL:
         raise UserError(f"{weights.path} has no {models.TASK} head: give the checkpoint of a finished run")
     _settle_head(args, models.SETTINGS, weights)
     check_channels(args.in_chans, bands=False)
@@ -138,12 +138,12 @@ def read_starting_weights(args, resume: Path | None, models: ModuleType) -> Weig
 def _settle_head(args, settings: Mapping[str, Any], weights: Weights | None) -> None:
     """Settle the flags `settings`: those that are not given are, with `--eval`, the ones stored with the `weights`,
     else the defaults. Raises UserError for a given flag that contradicts the file."""
-    stored = weights.args if args.eval else {}
+    stored = weights.args if weights and args.eval else {}
     for name, default in settings.items():
         given = getattr(args, name)
         if given is None:
             setattr(args, name, stored.get(name, default))
-        elif name in stored and plain(given) != plain(stored[name]):
+        elif weights and name in stored and plain(given) != plain(stored[name]):
             raise UserError(
                 f"--{name} {as_given(given)} contradicts {weights.path}, which was trained with "
                 f"{as_given(stored[name])}: leave it out"
@@ -177,7 +177,7 @@ def read_splits(
     `args.pixel_range`. `read(train, categories)` reads one of them; the evaluation images must have the categories of
     the training images, with `--eval` those of `weights`. Raises UserError if `--check_leak` finds an image in both."""
     images = None if args.eval else read(True, None)
-    known = (weights.classes or None) if args.eval else images.categories
+    known = images.categories if images is not None else (weights and weights.classes) or None
     held_out = read(False, known)
     if args.check_leak:
         check_leak(images, held_out)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from types import ModuleType
+from typing import Any
 
 from evaluation.dense import load_whole
 from evaluation.dense_pictures import Shown
@@ -37,7 +38,7 @@ class Trained(ABC):
         self.options = image_options(args, config.in_chans, self.size, self.stored)
 
     @abstractmethod
-    def read(self, args) -> Annotated:
+    def read(self, args) -> Any:
         """Return the evaluation images of the flags, which must have the classes of the model."""
 
     @abstractmethod

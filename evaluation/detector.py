@@ -42,7 +42,7 @@ def truth_of(images: Detected, index: int, size: Sequence[int], masks: bool) -> 
     }
     if masks:
         try:
-            truth["rles"] = [encode_segmentation(each["segmentation"] or [], size[::-1]) for each in objects]
+            truth["rles"] = [encode_segmentation(each["segmentation"] or [], (size[1], size[0])) for each in objects]
         except ValueError as error:
             raise UserError(f"an object of {printable(images.name(index))}: {error}") from error
     return truth

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -22,9 +22,17 @@ from util.weights.names import DENSE_USES
 from util.weights.report import some
 
 
-def settle_model(args, source: str | Weights) -> Weights | None:
-    """Read the weights at `source` (a path or weights already read; "" for an untrained encoder) and set the model
-    flags of `args`: model, patch_size, in_chans, input_size and, if the file states it (as Hugging Face's do),
+@overload
+def settle_model(args, source: Weights) -> Weights: ...
+
+
+@overload
+def settle_model(args, source: str | Weights | None) -> Weights | None: ...
+
+
+def settle_model(args, source: str | Weights | None) -> Weights | None:
+    """Read the weights at `source` (a path or weights already read; "" or None for an untrained encoder) and set the
+    model flags of `args`: model, patch_size, in_chans, input_size and, if the file states it (as Hugging Face's do),
     layer_norm_eps. Return the weights, None without any."""
     weights = read_weights(source, args.checkpoint_key) if source and isinstance(source, str) else source or None
     vars(args).update(resolve_config(weights, vars(args), default=DEFAULT_ENCODER).encoder_flags())

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -110,12 +111,13 @@ def timm_arguments(model: VisionTransformer, pool: str) -> dict:
     known = {f"{name}_224": ENCODERS[name] for name in ENCODERS if timm.is_model(f"{name}_224")}
     sizes, image = _sizes(model), tuple(model.patch_embed.img_size)
     name = next((name for name in known if sizes.items() <= known[name].items()), "vit_base_patch16_224")
-    arguments = {"model_name": name}
+    arguments: dict[str, Any] = {"model_name": name}
     if image != (224, 224):
         arguments["img_size"] = image[0] if image[0] == image[1] else image
     arguments |= {key: value for key, value in sizes.items() if value != known[name][key]}
-    if model.blocks[0].norm1.eps != 1e-6:
-        arguments["norm_layer"] = _Norm(model.blocks[0].norm1.eps)
+    block: Any = model.blocks[0]
+    if block.norm1.eps != 1e-6:
+        arguments["norm_layer"] = _Norm(block.norm1.eps)
     if model.patch_embed.proj.in_channels != 3:
         arguments["in_chans"] = model.patch_embed.proj.in_channels
     arguments["num_classes"] = model.num_classes

@@ -1,6 +1,7 @@
 """Frozen features of a data set, and their nearest-neighbour accuracy."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ AT_ONCE = 1 << 24  # votes (images x classes) that are counted at once
 
 
 @torch.no_grad()
-def extract(encode, loader, device, amp_dtype, title: str = "") -> tuple[torch.Tensor | None, torch.Tensor]:
+def extract(encode, loader, device, amp_dtype, title: str = "") -> tuple[Any, torch.Tensor]:
     """Apply `encode(imgs)` to a loader made with `train=False` -> features (M, D) float32 and labels (M,), on the CPU,
     of all ranks, in the order of the data set. Unreadable images are left out. Only the main process holds the features
     of all ranks; on the others they are None. A `title` adds a progress bar.

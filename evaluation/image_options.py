@@ -69,7 +69,7 @@ def image_options(args, in_chans: int, size: tuple[int, int], stored: Mapping[st
     flags = {name: getattr(args, name) for name in names if hasattr(args, name)}
     given, known = getattr(args, "pixel_range", None), stored.get("pixel_range")
     flags["pixel_range"] = known if given in (None, ["auto"]) and known else given
-    return ImageOptions(in_chans, tuple(size), mean, std, **flags)
+    return ImageOptions(in_chans, (size[0], size[1]), mean, std, **flags)
 
 
 def _normalisation(args, stored: Mapping[str, Any]) -> tuple:

@@ -15,9 +15,6 @@ from evaluation.features import extract
 from evaluation.image_options import ImageOptions, image_options
 from evaluation.publish import Destination, publish
 from evaluation.timm_encoder import load_timm_encoder
-from models_mae import MaskedAutoencoderViT
-from models_timm import TimmEncoder
-from models_vit import VisionTransformer
 from util.arguments import check_numbers
 from util.compute.precision import choose_amp_dtype
 from util.data.build import build_loader
@@ -67,9 +64,9 @@ class Judged:
     resolved: Mapping[str, Any]  # flags that records have instead of the given ones
     path: str
     weights: Weights | None  # None: random
-    config: ModelConfig | TimmModel
+    config: Any  # ModelConfig, or TimmModel
     images: ImageOptions
-    model: VisionTransformer | MaskedAutoencoderViT | TimmEncoder
+    model: Any  # VisionTransformer, MaskedAutoencoderViT or TimmEncoder, by the function that opened it
     device: torch.device
     dtype: torch.dtype
 
@@ -282,7 +279,7 @@ def _read(args, checkpoint: str) -> Weights | None:
     return weights
 
 
-def _resolve(args, weights: Weights | None, like: Judged | None) -> tuple[ModelConfig, ImageOptions]:
+def _resolve(args, weights: Weights | None, like: Judged | None) -> tuple[Any, ImageOptions]:
     """Resolve the model and the images of an encoder; without weights those of `like`, else those of the flags."""
     if weights is None:
         print("random: the encoder is random, not trained")
@@ -300,7 +297,7 @@ def labelled_splits(args) -> list:
     """Read the training and the test images. Raises UserError if they have no labels or different classes."""
     splits = [read_images(args, train=train) for train in (True, False)]
     if args.check_leak:
-        check_leak(*splits)
+        check_leak(splits[0], splits[1])
     count_classes(args, *splits)
     for split, images in zip(("training", "test"), splits):
         note_imbalance(images, split)

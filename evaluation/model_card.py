@@ -37,12 +37,13 @@ def write_card(judged: Judged, out: Path, repository: str = "", licence: str = "
         _table("Measured", ("command", "metric", "value", "images"), metric_rows(folder)),
         _table("Images", ("split", "number", "hash of names and labels"), _image_rows(judged)),
         f"## Training loss\n\n![loss against epochs]({CURVE})" if curve else "",
-        _flags(judged.weights.args),
+        _flags(judged.weights.args if judged.weights else {}),
     ]
     (out / "README.md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
 
 
 def _summary(judged: Judged, licence: str) -> str:
+    assert judged.weights is not None  # random encoders are not exported
     history, size = judged.weights.history, " x ".join(map(str, judged.model.patch_embed.img_size))
     trained = [f"epoch {history['epoch'] + 1}"] if history.get("epoch") is not None else []
     trained += [f"{history['images_seen']:,} images seen"] if history.get("images_seen") else []
@@ -69,7 +70,7 @@ def metric_rows(folder: Path) -> list[tuple]:
 
 
 def _image_rows(judged: Judged) -> list[tuple]:
-    data = judged.weights.history.get("data") or {}
+    data = (judged.weights.history if judged.weights else {}).get("data") or {}
     return [(split, each.get("images"), each.get("sha256")) for split, each in data.items()]
 
 

@@ -28,7 +28,7 @@ def _write_once(name: str, write: Callable[[], object]) -> None:
     write()
 
 
-def _identified(source: Mapping | None) -> dict | None:
+def _identified(source: Mapping | None) -> Mapping | None:
     """Return what identifies a checkpoint: its path may belong to another run later."""
     return source and {name: source.get(name) for name in ("path", "sha256", "epoch")}
 

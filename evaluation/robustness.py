@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,12 +55,14 @@ class Classes:
     names: list[str] | None
     source: str
 
-    def output_indices(self, names: list[str], where: str) -> torch.Tensor:
+    def output_indices(self, names: list[str] | None, where: str) -> torch.Tensor:
         """Return the indices (k,) of the outputs for the classes `names` of the data set `where`. Names may also be
         these indices themselves, as those of ImageNet-V2's folders.
 
         Raises UserError for an unknown class, and if the names of the classifier's classes are needed and unknown.
         """
+        if names is None:
+            raise UserError(f"{where} has no labels, so the classifier cannot be evaluated on it")
         numbered = all(name.isdecimal() and int(name) < self.count for name in names)
         if numbered and len({int(name) for name in names}) == len(names) and not set(names) <= set(self.names or ()):
             return torch.tensor([int(name) for name in names])
@@ -194,7 +197,7 @@ def only(evaluation: Evaluation, classes: torch.Tensor) -> Evaluation:
     """Return the images of `evaluation` whose class is among `classes`, indices of the classifier's outputs. Raises
     UserError if there are none."""
     wanted = torch.isin(evaluation.output_indices, classes)
-    images = evaluation.images
+    images: Any = evaluation.images
     chosen = [i for i, target in enumerate(images.targets) if wanted[target]]
     if not chosen:
         raise UserError(f"{evaluation.name} has no image of the {len(classes)} classes of the --ood images")

@@ -22,7 +22,7 @@ IRRELEVANT |= {"init_from", "data", "seed", "checkpoint", "tile_size"}
 IRRELEVANT |= {"image_column", "label_column", "group_column", "label_sep"}
 NOT_COMPARED = {"run", "images_seen", "seconds", "images.train", "images.test"}  # to group by, not to compare
 # One such run in a folder.
-TRAINING = {"main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_detect"}
+TRAINING = {"main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_detect", "main_lit"}
 # Flags that users change, as columns of TensorBoard's HPARAMS tab; those of methods are added.
 USUAL_FLAGS = {"method": str, "lr": float, "mask_ratio": float, "model": str, "seed": str, "dataset": str}
 USUAL_FLAGS |= {"data_path": str, "command": str, "epochs": float, "batch_size": float, "accum_iter": float}

@@ -40,7 +40,7 @@ def labels_at_size(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     for first in range(0, len(logits), CHANNELS):
         part = F.interpolate(logits[None, first : first + CHANNELS], size=tuple(size), mode="bilinear")[0]
         values, indices = part.max(dim=0)
-        if best is None:
+        if best is None or labels is None:
             best, labels = values, indices
         else:
             higher = values > best

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class Table:
         return max(cell.n for cell in cells.values())
 
 
-def make_table(runs: list[Run], by: list[str], metrics: list[str] = (), free=(), allow_revisions=False) -> Table:
+def make_table(runs: list[Run], by: list[str], metrics: Sequence[str] = (), free=(), allow_revisions=False) -> Table:
     """Group `runs` by flags and average each metric over seeds. Raises UserError for an unknown flag or metric, and for
     a group whose runs differ in more than the seed."""
     check_names(runs, by)

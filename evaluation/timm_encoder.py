@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-import timm
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torchvision.transforms import InterpolationMode
 
 from evaluation.image_options import ImageOptions, image_options
@@ -32,7 +32,7 @@ def load_timm_encoder(args, source: TimmModel) -> tuple[TimmEncoder, ImageOption
     in_chans = args.in_chans or 3
     with seeded(args.seed):
         network = source.create(given, in_chans)
-    config = timm.data.resolve_model_data_config(network)
+    config = resolve_model_data_config(network)
     encoder = TimmEncoder(network, source.name, given or tuple(config["input_size"][1:]), in_chans)
     _check_size(encoder)
     names = () if many_bands(in_chans) else ("mean", "std")  # bands have none in common with RGB images
@@ -76,6 +76,6 @@ def _classes(network) -> list[str]:
     names = network.pretrained_cfg.get("label_names")
     if names and len(names) == network.num_classes:
         return [str(name) for name in names]
-    if network.num_classes == IMAGENET_CLASSES and timm.data.infer_imagenet_subset(network):
-        return timm.data.ImageNetInfo(timm.data.infer_imagenet_subset(network)).label_names()
+    if network.num_classes == IMAGENET_CLASSES and infer_imagenet_subset(network):
+        return ImageNetInfo(infer_imagenet_subset(network)).label_names()
     return []

@@ -255,7 +255,7 @@ class EMAMAE(Bootstrap):
         Option(
             "wse",
             20,
-            "warm-up epochs on pixels; 0 bootstraps from a random encoder; in the report 5 and 20 are best",
+            "warm-up epochs on pixels; in the report 5 and 20 are best",
             metavar="N",
         ),
         Option(
@@ -264,7 +264,11 @@ class EMAMAE(Bootstrap):
             "share of the student in each update; in the report 0.005 is far better linear, 0.1 to 0.3 fine-tuned",
         ),
         Option(
-            "ema_update", "epoch", "update the target once per epoch or after every step", choices=("epoch", "step")
+            "ema_update",
+            "epoch",
+            "update the target once per epoch or after every step",
+            choices=("epoch", "step"),
+            rare=True,
         ),
     )
 

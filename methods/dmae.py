@@ -205,12 +205,13 @@ class DMAE(Method):
             None,
             "the teacher's model if its file does not name it, e.g. mae_vit_large_patch16",
             metavar="NAME",
+            rare=True,
         ),
         Option("dmae_alpha", 1.0, "weight of the alignment loss"),
         Option(
             "dmae_blocks",
             None,
-            "student and teacher blocks to align, from 1; without it at three quarters of each depth, e.g. 9:18",
+            "student and teacher blocks to align, e.g. 9:18; without it at three quarters of each depth",
             metavar="S:T[,S:T...]",
         ),
         Option(

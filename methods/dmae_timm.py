@@ -7,10 +7,11 @@ Shapes: N images, V visible patches, T teacher width, R x C grid of the student'
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
+from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -30,6 +31,20 @@ def resized(imgs: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(imgs, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
 
 
+def pixel_conversion(args, network: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return scale and shift (1, C, 1, 1) from the student's normalised pixels to those of a model of timm's: with
+    x = (p - m) / s of the student, (p - m') / s' = x * s / s' + (m - m') / s'."""
+    config = resolve_model_data_config(network)
+    theirs = [config[name] for name in ("mean", "std")]
+    if len(theirs[0]) != args.in_chans:
+        theirs = [[sum(values) / len(values)] * args.in_chans for values in theirs]
+    ours = mean_std(args.dataset, args.in_chans, args.mean, args.std)
+    mean, std, mean_t, std_t = (
+        torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (*ours, *theirs)
+    )
+    return (std / std_t).float(), ((mean - mean_t) / std_t).float()
+
+
 class VisiblePatches(nn.Module):
     """In the place of timm's `patch_drop`: keeps the prefix tokens and the patches at `ids` (N, V), in their order."""
 
@@ -44,12 +59,15 @@ class VisiblePatches(nn.Module):
 class TimmTeacher(Frozen):
     """A frozen model of timm's. `levels` are its blocks, or the stages of an architecture that has stages."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, args, source: TimmModel, grid: tuple[int, int], pick):
         """`pick(number of levels)` returns the aligned (student, teacher) pairs, from 0. Raises UserError if the model
         has no maps of features, or if they cannot meet the student's `grid`."""
-        self.name, self.grid = source.name, tuple(grid)
+        self.name, self.grid = source.name, (grid[0], grid[1])
         with seeded(args.seed):
-            network = source.create(None, args.in_chans)
+            network: Any = source.create(None, args.in_chans)
         if not hasattr(network, "forward_intermediates") or not getattr(network, "feature_info", None):
             raise UserError(
                 f"--dmae_teacher {source.name}: {source.architecture} gives no maps of its blocks or stages"
@@ -69,34 +87,20 @@ class TimmTeacher(Frozen):
         self.visible_only = isinstance(network, VisionTransformer) and self._meets_exactly(info)
         if self.visible_only:
             network.patch_drop = VisiblePatches(prefix)
-        self._add_normalisation(args)
+        for name, values in zip(("scale", "shift"), pixel_conversion(args, network)):
+            self.register_buffer(name, values)
         if not self.visible_only:
             self._check_maps(args.in_chans)
 
     def _image_size(self, given: int | None, reductions: Sequence[int]) -> tuple[int, int]:
         """Return the size of the teacher's images: --dmae_teacher_size, else that at which the coarsest aligned level
         has the student's grid."""
-        return (given, given) if given else tuple(side * max(reductions) for side in self.grid)
+        return (given, given) if given else (self.grid[0] * max(reductions), self.grid[1] * max(reductions))
 
     def _meets_exactly(self, info: Sequence[dict]) -> bool:
         """Whether all aligned levels have the student's grid."""
         steps = {info[level]["reduction"] for level in self.levels}
         return all(tuple(side // step for side in self.size) == self.grid for step in steps)
-
-    def _add_normalisation(self, args) -> None:
-        """Keep scale and shift (1, C, 1, 1) from the student's normalised pixels to the teacher's: with x = (p - m) / s
-        of the student, (p - m') / s' = x * s / s' + (m - m') / s'."""
-        config = timm.data.resolve_model_data_config(self.network)
-        theirs = [config[name] for name in ("mean", "std")]
-        if len(theirs[0]) != args.in_chans:
-            theirs = [[sum(values) / len(values)] * args.in_chans for values in theirs]
-        mean, std = (
-            torch.tensor(v, dtype=torch.float64) for v in mean_std(args.dataset, args.in_chans, args.mean, args.std)
-        )
-        mean_t, std_t = (torch.tensor(v, dtype=torch.float64) for v in theirs)
-        shape = (1, -1, 1, 1)
-        self.register_buffer("scale", (std / std_t).float().view(shape))
-        self.register_buffer("shift", ((mean - mean_t) / std_t).float().view(shape))
 
     def __str__(self) -> str:
         what = "the visible patches" if self.visible_only else "the whole image"

@@ -117,21 +117,19 @@ class MaskRule(Method):
     """Removes patches by a rule. It has no parameters; masks from files are kept in checkpoints."""
 
     name, slot = "mask", "mask"
-    switch = Option("mask", "random", "rule by which patches are removed", choices=RULES)
+    switch = Option("mask", "random", "which patches are removed", choices=RULES)
     title = "Masks by rule (He et al. 2022, Section 4.1)"
     summary = (
-        "random: single patches. block: rectangles, a harder task that needs a lower mask ratio (0.5). grid: evenly "
-        "spaced patches stay, an easier task. list: masks from --mask_file. Choose it as a baseline of learned masks, "
-        "or for a known prior; random was MAE's best."
+        "block: rectangles, for a lower mask ratio (0.5). grid: evenly spaced patches stay. list: masks from "
+        "--mask_file. Choose it as a baseline of learned masks, or for a known prior; random was MAE's best."
     )
     options = (
-        Option("mask_block", 1, "side in patches of the squares that are removed together, with --mask random"),
+        Option("mask_block", 1, "random: side of squares in patches"),
         Option("mask_scale", (0.1, 0.3), "--mask block: range of a block's share of the patches",
                nargs=2, type=float, rare=True),
         Option("mask_aspect", (0.3, 3.33), "--mask block: range of a block's height / width",
                nargs=2, type=float, rare=True),
-        Option("mask_file", "", "--mask list: an array (masks, height, width) in .npy, a picture, or a folder of "
-               "pictures; one is drawn for each image, and its highest patches are removed"),
+        Option("mask_file", "", "--mask list: .npy (masks, height, width), a picture, or a folder of them"),
     )  # fmt: skip
 
     @classmethod

@@ -41,6 +41,6 @@ class Option:
             kwargs |= {"action": "store_false", "help": self.negated, "dest": self.name}
             added.append(group.add_argument(f"--no_{self.name}", **kwargs))
         for action in added:
-            action.settled = self.default
+            vars(action)["settled"] = self.default  # read by `util.parser.default_of`
             if self.rare:
                 rare(action)

@@ -1,7 +1,7 @@
 """The autoencoder and the enabled methods as one module."""
 
-from collections.abc import Hashable, Iterable
-from typing import Any
+from collections.abc import Hashable, ItemsView, Iterable, ValuesView
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -9,6 +9,16 @@ from torch import nn
 from methods.base import RESERVED_NAMES, Method
 from models_mae import MaskedAutoencoderViT, MaskedOutput
 from util.data.sample_rng import redrawn
+
+
+class _Methods(nn.ModuleDict):
+    """The enabled methods by name."""
+
+    if TYPE_CHECKING:
+
+        def values(self) -> ValuesView[Method]: ...
+
+        def items(self) -> ItemsView[str, Method]: ...
 
 
 class Pretrainer(nn.Module):
@@ -20,7 +30,7 @@ class Pretrainer(nn.Module):
     def __init__(self, model: MaskedAutoencoderViT, methods: list[Method] | tuple = (), steps: int = 1):
         super().__init__()
         self.model = model
-        self.methods = nn.ModuleDict({method.name: method for method in methods})
+        self.methods = _Methods({method.name: method for method in methods})
         self._seen_a_batch = False
         for method in methods:
             method.begin(model, list(methods), steps)

@@ -9,6 +9,7 @@ Shapes: N images, L patches, P predicted patches, F values per prediction.
 
 import math
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
@@ -156,8 +157,8 @@ class RCMAE(Method):
     def graph_obstacle(self) -> str:
         return ""  # the momentum is a scheduled number
 
-    def diagnostics(self, pretrainer, imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor | None]:
-        model = pretrainer.model
+    def diagnostics(self, pretrainer: Any, imgs: torch.Tensor, step: int) -> dict[str, torch.Tensor | None]:
+        model: MaskedAutoencoderViT = pretrainer.model
         # Numbered over all ranks, so that the masks do not depend on the number of processes.
         indices = torch.arange(len(imgs), device=imgs.device) * get_world_size() + get_rank()
         noise = sample_noise(step, 0, indices, model.patch_embed.num_patches, stream=2)

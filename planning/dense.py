@@ -5,6 +5,8 @@ suppression. The heads get as many regions as the samplers take at most.
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +22,13 @@ from util.compute.recompute import recompute_cheap
 OBJECTS = 10  # in an image, whose masks are on the device; COCO has 7 on average
 
 
-def segmentation_loss(model: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
+def segmentation_loss(model: Any, imgs: torch.Tensor) -> torch.Tensor:
     """Return the loss of a `models_segment.Segmenter`."""
     labels = torch.zeros(len(imgs), *imgs.shape[-2:], dtype=torch.long)
     return sum(model(imgs, labels).values())
 
 
-def detection_loss(model: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
+def detection_loss(model: Any, imgs: torch.Tensor) -> torch.Tensor:
     """Return a loss that keeps what the losses of a `models_detect.Detector` keep."""
     maps = model.pyramid(model.forward_maps(imgs, model.feature_blocks))
     maps = OrderedDict((name, widened(x)) for name, x in maps.items())
@@ -53,7 +55,7 @@ def _smooth(boxes: torch.Tensor) -> torch.Tensor:
     return F.smooth_l1_loss(boxes, torch.zeros_like(boxes))
 
 
-def _regions(maps: OrderedDict, count: int, pool: nn.Module) -> torch.Tensor:
+def _regions(maps: OrderedDict, count: int, pool: Any) -> torch.Tensor:
     """Return `count` regions (R, C, h, w) of the maps that `pool` reads, the same number of each."""
     levels = [maps[name] for name in pool.featmap_names]
     boxes = torch.zeros(count, 5).tensor_split(len(levels))
@@ -74,7 +76,7 @@ class DenseTraining:
     def __init__(self, build: Build, losses: Losses, shape: tuple[int, int, int]):
         self.build, self.losses, self.shape = build, losses, shape
         with torch.device("meta"):
-            model = build()
+            model: Any = build()
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.frozen = sum(p.numel() for p in model.parameters()) - self.trained
         self.fixed_bytes = sum(buffer.nbytes for buffer in model.buffers())
@@ -89,7 +91,7 @@ class DenseTraining:
         """Return the simulated step with `element` bytes of a number in matrix products."""
 
         def build() -> nn.Module:
-            model = self.build()
+            model: Any = self.build()
             model.set_grad_checkpointing(grad_checkpoint)
             if recompute:
                 recompute_cheap(model)
@@ -107,7 +109,7 @@ class DenseTraining:
             return {"forward and backward": plain}
         return {"forward and backward": plain, "recomputed": self.simulation(setup.element, True).flops() - plain}
 
-    def moments(self, setup: Setup) -> dict[str, dict[str, float]]:
+    def moments(self, setup: Setup) -> Mapping[str, Mapping[str, float]]:
         """Return the bytes of a process by content, at the peak of the passes and in the optimizer's step."""
         channels, height, width = self.shape
         held = {

@@ -112,13 +112,16 @@ class Workload(Protocol):
 
     def teacher_weights(self, teacher: str) -> int:
         """Return the number of weights of a teacher, 0 for "none"."""
+        ...
 
     def flops(self, setup: Setup) -> dict[str, int]:
         """Return the FLOPs of matrix products per image and training step, by pass: "forward and backward", and with
         `grad_checkpoint` "recomputed"."""
+        ...
 
     def moments(self, setup: Setup) -> dict[str, dict[str, float]]:
         """Return the bytes of a process by content, at every moment that may be the peak."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Seconds:
         if self.decoding > self.compute + self.exposed:
             return "data"
         overhead = {"communication": self.exposed, "too few images per GPU": self.launching}
-        name = max(overhead, key=overhead.get)
+        name = max(overhead, key=overhead.__getitem__)
         return name if overhead[name] > 0.1 * self.step else "compute"
 
 

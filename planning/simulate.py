@@ -129,8 +129,8 @@ def trace(
         events = list(seen.events)
         flops = counter.get_total_flops()
     order, sizes = (np.array(column) for column in zip(*events))
-    masks = (np.isin(order, list(chosen)) for chosen in (numbers, seen.copies))
-    return Trace(images, flops, sizes.astype(float), *masks, forward)
+    gradients, copies = (np.isin(order, list(chosen)) for chosen in (numbers, seen.copies))
+    return Trace(images, flops, sizes.astype(float), gradients, copies, forward)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the packages of the tests, checks the style, and runs the suite, two files at a time (WORKERS=4: four).
+# Installs the packages of the tests, checks style and types, and runs the suite, two files at a time (WORKERS=4: four).
 # Arguments go to pytest:
 #   bash scripts/test.sh
 #   bash scripts/test.sh tests/models/test_fixtures.py -k lars
@@ -10,6 +10,9 @@ install_requirements "$dev"
 cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
+# The types of the newest versions of torch and others; older ones declare other types. What is in .basedpyright/ was there
+# before the check.
+if [ "$dev" = "$root/requirements-dev.txt" ]; then "$venv/bin/basedpyright" --pythonpath "$python"; fi
 for script in scripts/*.sh scripts/*/*.sh .ci/run; do bash -n "$script"; done
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$python" -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -19,13 +19,15 @@ import torch
 from evaluation import command_line, judging
 from evaluation.image_options import sample_images
 from evaluation.publish import write_comparison
-from evaluation.saliency import attended_share, block_at, cls_attention, grad_cam
+from evaluation.saliency import attended_share, grad_cam
+from util.compute.attention_maps import block_at, cls_attention
 from util.errors import UserError, user_errors
 from util.report.pictures import overlay, rgb, rows_of_images, shown_range
 from util.report.sheet import Bar, Sheet, draw_sheet
 
 MAPS = ["attention", "gradcam"]
 NO_GRADIENT = "no positive gradient"
+ADVICE = ": leave attention out (--show gradcam)"
 OBJECTIVES = {
     "class": "the score of a class",
     "feature": "the distance of the image's feature from the mean of the images shown",
@@ -92,7 +94,7 @@ class Subject:
         of a classifier the predicted classes (N,)."""
         maps = {}
         if "attention" in args.show:
-            attention = cls_attention(self.model, self.imgs, args.block)
+            attention = cls_attention(self.model, self.imgs, args.block, ADVICE)
             maps["attention"] = attention[..., 1:].unflatten(-1, self.grid)
             maps["to_cls"], maps["attended"] = attention[..., 0], attended_share(attention)
         if "gradcam" in args.show:
@@ -193,7 +195,7 @@ def drawing(subjects: list[Subject], columns: list[dict[str, torch.Tensor]], tex
 @torch.no_grad()
 def main(args) -> list[dict[str, torch.Tensor]]:
     """Draw and return the maps of each checkpoint, as `Subject.maps` does."""
-    out = command_line.check_picture(args)
+    out = command_line.needed_picture(args)
     command_line.check_tile(args)
     opened = judging.open_each(args, judging.open_trained)
     judging.check_same_images(opened, lambda judged: (Fraction(*judged.images.input_size),))

@@ -70,7 +70,7 @@ def check_out(args) -> Path:
         raise UserError(f"--out {out} is the checkpoint itself: name another file")
     if not args.overwrite and (any(out.iterdir()) if out.is_dir() else out.exists()):
         raise UserError(f"--out {out} exists: give --overwrite, or another name")
-    return command_line.check_out(args)
+    return command_line.needed_out(args)
 
 
 def is_timm_folder(args) -> bool:
@@ -103,6 +103,7 @@ def load(args) -> tuple[judging.Judged, str, dict]:
 
 def flags_of(judged: judging.Judged, pool: str | None) -> dict:
     """Return the flags to store in the exported file; `pool` is None for an autoencoder."""
+    assert judged.weights is not None  # `load` refuses a random encoder
     stored, resolved = judged.weights.args, judged.flags
     flags = {name: stored[name] for name in KEPT.split() if stored.get(name) is not None}
     flags |= {name: resolved[name] for name in ("patch_size", "in_chans")}
@@ -117,6 +118,7 @@ def flags_of(judged: judging.Judged, pool: str | None) -> dict:
 
 def class_names(judged: judging.Judged) -> dict[str, list[str]]:
     """Return the names of the classifier's outputs under timm's name for them; {}, with a note, if they are unknown."""
+    assert judged.weights is not None
     names, count = judged.weights.classes, judged.model.num_classes
     if len(names) == count:
         return {"label_names": names}

@@ -180,7 +180,7 @@ def open_alike(args) -> tuple[list[judging.Judged], list[int], list[int]]:
 def main(args) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Draw and return the images and activations of `ascend` for each checkpoint."""
     check_values(args)
-    out = command_line.check_picture(args)
+    out = command_line.needed_picture(args)
     opened, blocks, channels = open_alike(args)
     records = [judged.record("feature_viz") for judged in opened]
     results = [Excited(judged, *ascend(judged, blocks, channels)) for judged in opened]

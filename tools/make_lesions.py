@@ -140,7 +140,7 @@ def write(folder: Path, patients: int, size: int, seed: int) -> int:
 
 
 def get_args_parser() -> Parser:
-    parser = Parser(__doc__.splitlines()[0], "")
+    parser = Parser((__doc__ or "").partition("\n")[0], "")
     parser.add_argument("folder", type=Path, metavar="OUT", help="folder to write, which is created")
     parser.add_argument("--patients", default=300, type=int, help="patients, with 1.7 images each on average")
     parser.add_argument("--size", default=32, type=int, help="side of an image in pixels")

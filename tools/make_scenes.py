@@ -28,7 +28,7 @@ PALETTE += [240, 50, 230, 210, 245, 60, 250, 190, 212]  # black and ten colours 
 
 
 def get_args_parser():
-    parser = Parser(__doc__.split("\n")[0], "")
+    parser = Parser((__doc__ or "").partition("\n")[0], "")
     parser.add_argument("out", metavar="OUT", help="folder to write, which is created")
     parser.add_argument(
         "--digits", type=int, nargs="+", default=list(range(10)), help="digits that occur, each a class"

@@ -43,7 +43,7 @@ AT_ONCE = 16  # images that a worker passes on together
 
 
 def get_args_parser():
-    parser = command_line.data_parser(__doc__.split("\n")[0])
+    parser = command_line.data_parser((__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", required=True, help="folder for the shards, which is created")
     parser.add_argument("--name", default="images", help="prefix of the files: <name>-<split>-000000.tar")
     parser.add_argument(

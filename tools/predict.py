@@ -109,7 +109,7 @@ def check(args) -> Path:
     elif args.pool:
         raise UserError(f"--pool {args.pool} is for --features: a classifier has a feature of its own")
     check_crop_flags(args, crops=False)
-    out = command_line.check_out(args, *((".npz", ".parquet") if args.features else (".csv",)))
+    out = command_line.needed_out(args, *((".npz", ".parquet") if args.features else (".csv",)))
     if out.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
         raise UserError(f"--out {out} needs the package pyarrow, which is not installed: install it, or write an .npz")
     return out

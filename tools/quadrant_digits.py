@@ -58,7 +58,7 @@ def write(folder: Path, quadrant: str, copies: int, size: int, seed: int) -> int
 
 
 def get_args_parser() -> Parser:
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser((__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="folder for train/ and val/")
     parser.add_argument(
         "--quadrant",

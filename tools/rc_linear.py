@@ -139,7 +139,7 @@ def main(args) -> dict[str, Trace]:
         raise UserError(f"--steps {args.steps} must not exceed --width {args.width}, the number of orthogonal inputs")
     if not 0 <= args.momentum < 1 or not args.lr > 0 or not args.gamma >= 0:
         raise UserError("--momentum must lie in [0, 1), --lr be positive and --gamma not negative")
-    out = command_line.check_picture(args)
+    out = command_line.needed_picture(args)
     traces = {
         name: simulate(name, args.steps, args.width, args.lr, args.momentum, args.gamma, args.seed) for name in REGIMES
     }

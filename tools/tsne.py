@@ -59,7 +59,7 @@ def check(args) -> Path:
         raise UserError(f"--images {args.images} must not be negative; 0 takes all")
     if not 1 < args.perplexity < float("inf"):
         raise UserError(f"--perplexity {args.perplexity} must be a number above 1")
-    return command_line.check_picture(args)
+    return command_line.needed_picture(args)
 
 
 def class_similarity(features: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:

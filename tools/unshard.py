@@ -15,7 +15,7 @@ from util.parser import Parser
 
 
 def get_args_parser() -> Parser:
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser((__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="checkpoint-*.dcp")
     parser.add_argument(
         "out", type=Path, nargs="?", metavar="FILE", help="file to write; without it the folder's name with .pth"

@@ -42,6 +42,7 @@ def get_args_parser():
 
 def masks_of(args, judged: judging.Judged, imgs, noise) -> tuple[torch.Tensor, str]:
     """Return the scores (N, L) whose highest are removed, and what decides them."""
+    assert judged.weights is not None  # of `open_autoencoders`
     method = mask_method(judged.weights, METHODS)
     if method is None:
         return noise, "at random"

@@ -9,6 +9,7 @@ The images are those that the run evaluated, unless --dataset names others; seve
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
@@ -78,14 +79,14 @@ def check(args) -> Path:
     if given and not args.dataset:
         raise UserError(f"--{given[0]} has no effect without --dataset: the images are those of the run")
     command_line.check_tile(args)
-    return command_line.check_picture(args)
+    return command_line.needed_picture(args)
 
 
 def open_dense(args, path: str) -> Trained:
     """Open the segmenter or the detector of a checkpoint. Without --dataset, `args` gets the flags of the images from
     its run. Raises UserError for a file of neither."""
     weights = read_weights(path, args.checkpoint_key, RELATIVE)
-    trained = TASKS.get(weights.dense_model)
+    trained: Any = TASKS.get(weights.dense_model)  # a subclass of Trained
     if trained is None:
         raise UserError(f"{path} has no head for a dense task: give a checkpoint {NEEDED}")
     if not args.dataset:

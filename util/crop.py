@@ -5,6 +5,7 @@ import math
 import torch
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import get_dimensions
 
 
 class RandomResizedCrop(transforms.RandomResizedCrop):
@@ -17,7 +18,7 @@ class RandomResizedCrop(transforms.RandomResizedCrop):
     @staticmethod
     def get_params(img, scale, ratio):
         """Return (top, left, height, width) of a random crop of `img`."""
-        _, height, width = transforms.functional.get_dimensions(img)
+        _, height, width = get_dimensions(img)
         area = height * width * torch.empty(()).uniform_(*scale).item()
         aspect = math.exp(torch.empty(()).uniform_(math.log(ratio[0]), math.log(ratio[1])).item())
         w = min(max(round(math.sqrt(area * aspect)), 1), width)

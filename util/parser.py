@@ -65,14 +65,14 @@ class Flags(argparse.Namespace):
 
 def rare(action: argparse.Action) -> argparse.Action:
     """Mark the flag of `add_argument` as one that `--help` leaves to `--help_all`."""
-    action.rare = True
+    vars(action)["rare"] = True  # argparse does not know it
     return action
 
 
 def settled_later(action: argparse.Action, default) -> argparse.Action:
     """Mark the flag of `add_argument` as one that is None where it is not given, until the main settles it, by
     `default` unless a checkpoint has another value."""
-    action.settled, action.default = default, None
+    vars(action)["settled"], action.default = default, None
     return action
 
 
@@ -96,7 +96,8 @@ def shown_default(action: argparse.Action) -> str:
 
 
 def _shown(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return repr(text) if " " in text else text
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -159,6 +160,7 @@ class HelpAll(argparse.Action):
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None):
+        assert isinstance(parser, Parser)
         parser._print_message(parser.format_help(everything=True), sys.stdout)
         parser.exit()
 
@@ -171,7 +173,7 @@ class Parser(argparse.ArgumentParser):
     flags.
     """
 
-    def __init__(self, description: str, usual: str = ""):
+    def __init__(self, description: str | None, usual: str = ""):
         super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
         self.usual = usual
         self._positionals.title, self._optionals.title = "arguments", "flags"
@@ -220,7 +222,7 @@ class Parser(argparse.ArgumentParser):
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
-            error.message += did_you_mean(closest(str(value), map(str, action.choices)))
+            error.message += did_you_mean(closest(str(value), map(str, action.choices or ())))
             raise
 
     def error(self, message):

@@ -70,7 +70,7 @@ OPTIONS = (
         None,
         "`same` (the pretraining images), or a folder with train/<class>/ or train/{images,masks}/",
     ),
-    Option("mlo_val_fraction", 0.2, "share of the labelled images, of every class, held out for stage III"),
+    Option("mlo_val_fraction", 0.2, "share of the labelled images, of every class, held out for stage III", rare=True),
     *MASK_OPTIONS,
     Option("mlo_unroll", 2, "steps of the autoencoder for each step of the head"),
     Option("mlo_update_every", 1, "steps of the head for each step of the masking network; 5 is nearly twice as fast"),
@@ -144,8 +144,8 @@ OPTIONS = (
     Option(
         "mlo_stage2",
         "linear",
-        "linear: one step of the head; finetune: one step of the head and of a copy of the encoder; solve: the optimal "
-        "head for every step of the masking network, through which stage III differentiates: needs large batches",
+        "linear: one step of the head; finetune: also one of a copy of the encoder; solve: the optimal head, for large "
+        "batches",
         choices=("linear", "finetune", "solve"),
     ),
     Option(
@@ -160,6 +160,7 @@ OPTIONS = (
         3,
         "2: the encoder is trained on both losses at once (BLO-MAE)",
         choices=(3, 2),
+        rare=True,
     ),
     Option(
         "blo_lambda",
@@ -172,7 +173,7 @@ OPTIONS = (
         "mlo_mask_net", None, "use the masking network of this checkpoint, with the patch embedding it was trained on"
     ),
     Option("mlo_frozen", False, "do not train --mlo_mask_net; needs no labels"),
-    Option("mlo_warmup_epochs", 0, "epochs in which only the head is trained, before the masking network"),
+    Option("mlo_warmup_epochs", 0, "epochs in which only the head is trained, before the masking network", rare=True),
     Option(
         "mlo_head_norm", False, "standardise the input of the head, which then adapts faster to the encoder", rare=True
     ),

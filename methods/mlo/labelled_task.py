@@ -113,6 +113,9 @@ class StandardizedLinear(nn.Linear):
     through them."""
 
     MOMENTUM, EPS = 0.1, 1e-6
+    mean: torch.Tensor
+    square: torch.Tensor
+    observed: torch.Tensor
 
     def __init__(self, width: int, classes: int):
         super().__init__(width, classes)
@@ -200,7 +203,7 @@ class LabelledTask(ABC):
 
     def observe(self, head: nn.Module, features: torch.Tensor) -> None:
         """Update the statistics of a standardised head, before it takes a step on `features`."""
-        if self.standardized:
+        if isinstance(head, StandardizedLinear):
             head.observe(features)
 
 

@@ -28,12 +28,15 @@ class MaskingNetwork(nn.Module):
     def __init__(self, patches: int, width: int, hidden: int):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(patches * width, hidden), nn.ReLU(), nn.Linear(hidden, patches))
-        for layer in (self.layers[0], self.layers[2]):
+        for layer in self.linear_layers():
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, tokens):
         return self.layers(tokens.flatten(1))
+
+    def linear_layers(self) -> list[nn.Linear]:
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     def groups(self) -> list[dict]:
         """Return parameter groups for AdamW.
@@ -42,7 +45,7 @@ class MaskingNetwork(nn.Module):
         logit from one extreme to the other. The learning rate of a layer is therefore divided by its number of inputs
         (as in Yang et al. 2021, Tensor Programs V, Table 3), so that one rate suits every grid and width.
         """
-        linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        linear = self.linear_layers()
         return [{"params": [layer.weight], "lr_scale": 1 / layer.in_features} for layer in linear] + [
             {"params": [layer.bias for layer in linear]}
         ]
@@ -75,7 +78,7 @@ def load_mask_net(path: str, model, method: str = "mlo_mae") -> tuple[MaskingNet
     net = MaskingNetwork(patches, inputs // patches, hidden)
     net.load_state_dict(state)
     tokens = PatchTokens(model)
-    tokens.patch_embed.proj = nn.Conv2d(*kernel.shape[1::-1], kernel.shape[-2:], kernel.shape[-2:])
+    tokens.patch_embed.proj = nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[-2:], kernel.shape[-2:])
     tokens.pos_embed = nn.Parameter(torch.empty_like(embedding["pos_embed"]))
     tokens.load_state_dict(embedding)
     return net, Frozen(tokens)

@@ -207,7 +207,7 @@ class MLOMAE(Method):
 
     def _draw(self, stage: int):
         """Return the next labelled batch of stage II (0) or III (1), on the device."""
-        device = self.net.layers[0].weight.device
+        device = next(self.net.parameters()).device
         batch = self.batches[stage].on(device).batch(self.drawn[stage])
         self.drawn[stage] += 1
         # None without bad images: the mean is over batches that have some, and every rank logs the same names.
@@ -270,6 +270,7 @@ class MLOMAE(Method):
         # Sum of learning rates with which this and later steps apply the step's gradient.
         reach = torch.zeros_like(next(iter(total.values()))[:1, 0])
         for step in reversed(self.window):
+            assert step.applied is not None  # set by the `after_update` of its step
             applied = step.applied.to(reach.dtype)
             reach = torch.where(applied > 0, step.lr + beta * reach, reach)
             for batch in step.batches:  # empty after a resume with another number of processes
@@ -346,7 +347,7 @@ class MLOMAE(Method):
         return [[{name: value.cpu() for name, value in vars(b).items()} for b in step.batches] for step in self.window]
 
     def load_rank_state(self, state):
-        device = self.net.layers[0].weight.device
+        device = next(self.net.parameters()).device
         for step, batches in zip(self.window, state):
             step.batches = [Batch(**{name: value.to(device) for name, value in _removed(b).items()}) for b in batches]
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# MLO-MAE on a small CIFAR-10 (_cifar10_small.sh): MAE, learned masks (moved every time, every fifth time, two levels), a
-# frozen mask from an earlier run, an untrained encoder. 400 steps of 100 images for each; a fifth of the
-# labelled training images is held out from stage I, so an epoch of MLO-MAE is shorter.
+# MLO-MAE on a small CIFAR-10 (_cifar10_small.sh): MAE, masks learned without labels (HPM, AutoMAE) or by attention, masks
+# learned from labels (moved every time, every fifth time, two levels), a frozen mask from an earlier run, an untrained
+# encoder. 400 steps of 100 images for each; a fifth of the labelled training images is held out from stage I, so an epoch
+# of MLO-MAE is shorter.
 #
 #   bash scripts/mlo_mae/cifar10_study.sh OUT --data CIFAR10        (train/<class>/ and val/<class>/)
 #
@@ -14,6 +15,9 @@ set -euo pipefail
 mlo=(--mlo_mae --mlo_labels same --mlo_batch_size 32 --mlo_mask_lr 0.1 --epochs 10)
 scratch random
 run mae --epochs 8
+run hpm --hpm --epochs 8
+run automae --automae --epochs 8
+run attmask --attmask hint --epochs 8
 run mlo "${mlo[@]}"
 run mlo-every5 "${mlo[@]}" --mlo_update_every 5
 run blo "${mlo[@]}" --mlo_levels 2

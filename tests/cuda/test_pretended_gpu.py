@@ -149,7 +149,7 @@ def test_no_command_is_left_out():
         if "--device" in parser._option_string_actions:
             with_device.add(path.stem)
     mains = {"main_pretrain", *(main for main, _ in SUPERVISED.values())}
-    assert with_device == mains | TOOLS.keys() | {"quickstart"}  # which starts mains
+    assert with_device == mains | TOOLS.keys() | {"quickstart", "main_lit"}  # starts mains; tests/mains/test_lit.py
 
 
 CONTINUED = {

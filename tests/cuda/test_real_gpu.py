@@ -40,7 +40,7 @@ def test_pretraining(pretrained, tmp_path, name):
     check_close(rows(tmp_path / "cuda"), rows(tmp_path / "cpu"), 0.02)
 
 
-GRAPHED = ["mae", "bf16", "mae_k", "ema_and_rc", "dmae", "u_mae"]
+GRAPHED = ["mae", "bf16", "mae_k", "ema_and_rc", "dmae", "u_mae", "hpm", "automae", "attmask"]
 
 
 @pytest.mark.parametrize("name", GRAPHED)

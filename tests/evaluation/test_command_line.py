@@ -42,6 +42,15 @@ def test_a_wrong_ending_names_the_right_ones(tmp_path, ending):
         command_line.check_picture(args)
 
 
+@pytest.mark.parametrize(
+    ("find", "named"), [(command_line.needed_picture, r"\.png or \.pdf or \.svg"), (command_line.needed_out, "file")]
+)
+def test_an_empty_out_is_no_file(find, named):
+    """`--out "$unset"` of a script: a required flag that is given, but empty."""
+    with pytest.raises(UserError, match=rf"^--out is empty: give the {named} to write$"):
+        find(argparse.Namespace(out=""))
+
+
 def draw(flags):
     visualize.main(visualize.get_args_parser().parse_args([str(flag) for flag in flags]))
 

@@ -12,8 +12,9 @@ from torch import nn
 import models_mae
 import models_vit
 from evaluation.feature_viz import FourierImages, channel_activation, excite, total_variation
-from evaluation.saliency import attended_share, cls_attention, grad_cam
+from evaluation.saliency import attended_share, grad_cam
 from tools import attention, feature_viz
+from util.compute.attention_maps import cls_attention
 from util.errors import UserError
 from util.report import ledger
 from util.report.pictures import overlay, shown_range

@@ -10,9 +10,10 @@ from helpers.timm_folders import SMALL, saved_folder, small_model
 import main_linprobe
 from evaluation import judging
 from evaluation.features import knn_accuracy
-from evaluation.saliency import cls_attention, grad_cam
+from evaluation.saliency import grad_cam
 from models_timm import TimmEncoder
 from tools import attention, dense_probe, fewshot, knn, robustness, tsne
+from util.compute.attention_maps import cls_attention
 from util.data.readers import read_images
 from util.data.sources import Subset
 from util.errors import UserError

@@ -60,6 +60,7 @@ SCRIPTS = {
         + ("detect/benchmarking_coco", "detect/benchmarking_coco_25ep", "detect/vitdet_coco", "detect/voc07")
     },
     "reproduce": (["bootstrap_mae", "{out}", "--budget", "paper", "--data", "{data}", "--only", "mae"], 6),
+    "lit_tiny_imagenet": ([*STUDY, "--text_model", "{data}"], 5),
     "quickstart": (FLAGS, 1),
     "soak": (["--out", "{out}/soak.json"], 1),
     "test": (["{out}/x.py"], 1),
@@ -77,7 +78,7 @@ def folders(tmp_path):
         for number in range(2):
             (data / split / "cat" / f"{number} {HOSTILE}.png").touch()
     (venv / "bin").mkdir(parents=True)
-    for name in ("python", "ruff"):
+    for name in ("python", "ruff", "basedpyright"):
         (venv / "bin" / name).write_text(STAND_IN)
         (venv / "bin" / name).chmod(0o755)
     for name in ("requirements.txt", "requirements-dev.txt"):  # the requirements count as installed

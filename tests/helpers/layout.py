@@ -35,12 +35,28 @@ ROOMS: list[tuple[str, ...]] = [
     ("util.training",),
     ("util.speed_flags", "util.arguments", "util.datasets", "util.misc", "util.next_commands"),
     ("planning",),
-    ("models_encoder", "models_mae", "models_vit", "models_timm", "models_grid", "models_segment", "models_detect"),
+    (
+        "models_encoder",
+        "models_mae",
+        "models_vit",
+        "models_timm",
+        "models_grid",
+        "models_segment",
+        "models_detect",
+        "models_lit",
+    ),
     ("methods",),
     ("evaluation",),
     ("engine_pretrain", "engine_finetune", "engine_dense"),
-    ("main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_detect"),
-    ("submitit_pretrain", "submitit_finetune", "submitit_linprobe", "submitit_segment", "submitit_detect"),
+    ("main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_detect", "main_lit"),
+    (
+        "submitit_pretrain",
+        "submitit_finetune",
+        "submitit_linprobe",
+        "submitit_segment",
+        "submitit_detect",
+        "submitit_lit",
+    ),
 ]
 TOOLS = "tools"  # may import everything but mains, engines and each other
 

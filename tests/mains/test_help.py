@@ -1,6 +1,7 @@
 """`--help` of every main and tool: short, one line of usage, and every default once and equal to the parser's."""
 
 import re
+import shlex
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from helpers.launch import ROOT, command_module
 from util.parallel.slurm import add_job_arguments
 from util.parser import HelpAll, Parser, default_of, rare
 
-MAINS = ["main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_detect"]
+MAINS = ["main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_detect", "main_lit"]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("[!_]*.py"))
 JOBS = [main.replace("main", "submitit") for main in MAINS]
 WIDTH = 80  # of a terminal of unknown size
@@ -40,7 +41,7 @@ def read_default(action, text: str):
     """Return the value of a "(default: TEXT)"."""
     if text == "all":
         return list(action.choices)
-    values = [(action.type or str)(word) for word in text.split()]
+    values = [(action.type or str)(word) for word in shlex.split(text)]
     return values if action.nargs in ("+", "*") or isinstance(action.nargs, int) else values[0]
 
 

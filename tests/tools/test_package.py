@@ -95,7 +95,7 @@ def test_installed_commands(installed, tmp_path):
     """Each has the help of its file, and its name is that of its file."""
     files = {path.name for path in (installed / "bin").iterdir()}
     assert files == COMMANDS.keys()
-    mains = {"pretrain", "finetune", "linprobe", "segment", "detect"}
+    mains = {"pretrain", "finetune", "linprobe", "segment", "detect", "lit"}
     for command, target in COMMANDS.items():
         function = command.removeprefix("mae-").replace("-", "_")
         file = f"main_{function}.py" if function in mains else f"tools/{function}.py"

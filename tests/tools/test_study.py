@@ -323,7 +323,7 @@ def start(folder: Path, data: Path, config) -> subprocess.Popen:
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 500
     while not path.exists():
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline, f"{path} was not written"
@@ -344,7 +344,7 @@ def test_a_study_is_stopped_killed_and_continued(tmp_path, small_set):
     queue = start(tmp_path, small_set, TINY)
     wait_for(tuning / "checkpoint-0.pth", queue)
     queue.send_signal(signal.SIGTERM)
-    said, _ = queue.communicate(timeout=300)
+    said, _ = queue.communicate(timeout=500)
     assert queue.returncode == 130 and "goes on" in said
     assert not (tmp_path / "kept").exists()
 
@@ -361,7 +361,7 @@ def test_a_study_is_stopped_killed_and_continued(tmp_path, small_set):
         fcntl.flock(lock, fcntl.LOCK_EX)
 
     queue = start(tmp_path, small_set, TINY)
-    said, _ = queue.communicate(timeout=300)
+    said, _ = queue.communicate(timeout=500)
     assert queue.returncode == 0, said
     kept = json.loads((tmp_path / "kept/mae-seed0-knn.json").read_text())
     assert 0 <= kept["metrics"]["eval/knn5_acc1"] <= 100

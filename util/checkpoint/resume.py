@@ -34,7 +34,7 @@ def find_resume(resume: str, output_dir: str, needed: bool = False) -> Path | No
     return from_main_process(lambda: _newest_whole(output_dir, needed))
 
 
-def stored_flags(resume: Path | None, others: dict | None) -> dict | None:
+def stored_flags(resume: Path | None, others: dict) -> dict:
     """Return the flags that are stored in the checkpoint to resume; without one the `others`, of starting weights. Its
     tensors are not read."""
     if resume is None:

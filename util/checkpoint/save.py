@@ -74,7 +74,8 @@ def _tidy(path: Path, retention: Retention) -> None:
     """Delete the checkpoints beside `path` that are no longer needed."""
     epoch_files, keep = 0, retention.keep
     for old in list_checkpoints(path.parent):
-        inside_epoch = NAME.fullmatch(old.name)[2] is not None
+        match = NAME.fullmatch(old.name)
+        inside_epoch = match is not None and match[2] is not None
         temporary = inside_epoch or old == retention.outdated or (old == path and retention.temporary)
         epoch_files += not temporary
         superfluous = temporary or (keep and epoch_files > keep)

@@ -8,6 +8,7 @@ import math
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -86,7 +87,7 @@ def load(folder: Path, module: nn.Module, optimizer) -> None:
             f"--resume {folder} is incomplete or damaged ({problem}): --resume auto takes the newest undamaged one"
         )
     rest, reader = read_file(folder / REST), Reader(folder)
-    stored = reader.read_metadata().state_dict_metadata
+    stored: Any = reader.read_metadata().state_dict_metadata  # of tensors only (`tensor_list`)
     for name, parameter in module.named_parameters():
         keys = [key for key in stored if key.startswith(f"optimizer.{name}/")]
         for key in keys:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -71,7 +72,7 @@ def read_tensors(tensors: dict[str, torch.Tensor], reader: Reader, no_dist: bool
         raise UserError(f"{reader.path} cannot be read: {_reason(causes[0])}") from error
 
 
-def _reason(cause: Exception) -> str:
+def _reason(cause: BaseException) -> str:
     if isinstance(cause, (OSError, RuntimeError, MemoryError, _RefusedError)):
         return shorten(str(cause), 200) or type(cause).__name__
     return f"its files do not contain the listed tensors ({type(cause).__name__})"
@@ -87,7 +88,8 @@ class _RefusedError(pickle.UnpicklingError):
 class _Record:
     """The arguments and state of an object or a call in the pickle; nothing is called or set."""
 
-    state = None
+    args: tuple
+    state: Any = None
 
     def __new__(cls, *args):
         record = super().__new__(cls)
@@ -180,7 +182,7 @@ def _dtype(record) -> torch.dtype:
 
 
 def _size(record) -> torch.Size:
-    numbers = record.args[0] if _is_record(record, "Size") and len(record.args) == 1 else None
+    numbers: Any = record.args[0] if _is_record(record, "Size") and len(record.args) == 1 else None
     _check(type(numbers) is tuple and len(numbers) <= _MAX_DIMENSIONS, "a tensor in it has no size")
     _check(all(_is_count(number) for number in numbers), "a size in it is not made of whole numbers from 0")
     return torch.Size(numbers)

@@ -20,6 +20,7 @@ class Recorder(Protocol):
 
     def warm_up(self, function: Callable[[], Result]) -> Result:
         """Call `function` as it is recorded later. Libraries prepare themselves in the first calls."""
+        ...
 
     def record(self, function: Callable[[], Result]) -> Result:
         """Record `function` without computing anything; return its results, which `replay` fills."""
@@ -32,7 +33,8 @@ class CudaRecorder:
     """A `Recorder` on a GPU."""
 
     def __init__(self, device: torch.device):
-        self.stream, self.graph = torch.cuda.Stream(device), None
+        self.stream = torch.cuda.Stream(device)
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def warm_up(self, function: Callable[[], Result]) -> Result:
         current = torch.cuda.current_stream()
@@ -49,6 +51,7 @@ class CudaRecorder:
             return function()
 
     def replay(self) -> None:
+        assert self.graph is not None, "replay before record"
         self.graph.replay()
 
 

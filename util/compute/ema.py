@@ -1,11 +1,15 @@
 """Teachers: frozen networks, and the moving average that some of them follow."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 
 class Frozen(nn.Module):
     """Holds a network that is not trained: without gradients, and in eval mode also after `train()`."""
+
+    network: Any  # an nn.Module; its users know of which class
 
     def __init__(self, network: nn.Module):
         super().__init__()

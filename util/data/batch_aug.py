@@ -162,7 +162,7 @@ class BatchTransform:
     """`pretrain_transform` for batches of uint8 images of one size; `aug` is mae, crop, three or none."""
 
     def __init__(self, aug: str, size: tuple[int, int], mean, std, seed: int, crop_pct: float | None = None):
-        self.aug, self.size, self.seed = aug, tuple(size), seed
+        self.aug, self.size, self.seed = aug, (size[0], size[1]), seed
         self.normalised = Normaliser(mean, std)
         self.crop_pct = crop_pct or (default_crop_pct(self.size) if size[0] == size[1] else 1.0)
 
@@ -201,7 +201,7 @@ class BatchTransform:
         """Return `images` and their (H, W). Strips that would become too large when their shorter side is resized to
         `side` are cut to their central part, at least four times as long as high."""
         sides = list(images.shape[2:])
-        if math.prod(resized_shape(*sides, side)) > LARGEST:
+        if math.prod(resized_shape(sides[0], sides[1], side)) > LARGEST:
             axis = 2 + sides.index(max(sides))
             length = 4 * min(sides) + (max(sides) % 2)
             images = images.narrow(axis, (max(sides) - length) // 2, length)

@@ -1,6 +1,7 @@
 """Choice of the loader for a data set: images by index, WebDataset shards or a stream of timm."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from util.data.draws import sample_rng_of
 from util.data.fast_resize import with_fast_resize
@@ -53,7 +54,9 @@ def build_loader(
     )
     if isinstance(images, Shards):
         classes = getattr(args, "nb_classes", None)
-        options = dict(shuffle_buffer=args.shuffle_buffer, jpeg_draft=draft, classes=classes, split=split, named=named)
+        options: dict[str, Any] = dict(
+            shuffle_buffer=args.shuffle_buffer, jpeg_draft=draft, classes=classes, split=split, named=named
+        )
         data = ShardDataset(images, transform, batch_size, train, **pixels, **options)
         loader = ShardLoader(data, workers, args.pin_mem, normalise)
     else:

@@ -205,6 +205,7 @@ class Decoder:
             open_image(io.BytesIO(content))  # raises for an image that is too large
         except BROKEN_IMAGE:
             return None
+        assert self.jpegs is not None
         pixels = self.jpegs.decode(content, path)
         if pixels is None:
             return None

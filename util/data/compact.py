@@ -8,6 +8,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
+from typing import Any, ClassVar, SupportsIndex, overload
 
 import numpy as np
 
@@ -51,6 +52,12 @@ class PathList(Sequence):
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -89,12 +96,12 @@ class PathList(Sequence):
             found[rows] = True
         return found
 
-    def take(self, rows: Sequence[int]) -> "PathList":
+    def take(self, rows: Sequence[int] | np.ndarray) -> "PathList":
         """Return the paths at the indices `rows`, without making strings."""
-        rows = np.asarray(rows, np.int64)
-        starts, lengths = self._offsets[rows], np.diff(self._offsets)[rows]
+        indices = np.asarray(rows, np.int64)
+        starts, lengths = self._offsets[indices], np.diff(self._offsets)[indices]
         data, at = np.empty(int(lengths.sum()), np.uint8), 0
-        for first in range(0, len(rows), _AT_ONCE):
+        for first in range(0, len(indices), _AT_ONCE):
             some = lengths[first : first + _AT_ONCE]
             total, begins = int(some.sum()), np.cumsum(some) - some
             source = np.arange(total) + np.repeat(starts[first : first + _AT_ONCE] - begins, some)
@@ -102,7 +109,7 @@ class PathList(Sequence):
             at += total
         taken = PathList.of_bytes(data, lengths, self._prefix)
         if self._unencodable:
-            taken._unencodable = {i: self._unencodable[row] for i, row in enumerate(rows.tolist()) if
+            taken._unencodable = {i: self._unencodable[row] for i, row in enumerate(indices.tolist()) if
                                   row in self._unencodable}  # fmt: skip
         return taken
 
@@ -125,7 +132,7 @@ class Repeated(Sequence):
         self.distinct = PathList(known)
 
     @classmethod
-    def of_codes(cls, codes: np.ndarray, distinct: Sequence[str]) -> "Repeated":
+    def of_codes(cls, codes: Sequence[int] | np.ndarray, distinct: Sequence[str]) -> "Repeated":
         """Return the list of the texts `distinct[code]`."""
         made = cls(())
         made.codes, made.distinct = np.asarray(codes, np.int32), PathList(distinct)
@@ -143,7 +150,7 @@ class Repeated(Sequence):
         texts = list(self.distinct)
         return (texts[code] for code in self.codes.tolist())
 
-    def take(self, rows: Sequence[int]) -> "Repeated":
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Repeated":
         """Return the texts at the indices `rows`."""
         taken = Repeated(())
         taken.codes, taken.distinct = self.codes[np.asarray(rows, np.int64)], self.distinct
@@ -152,7 +159,7 @@ class Repeated(Sequence):
     def __eq__(self, other):
         return list(self) == list(other) if isinstance(other, (list, Repeated)) else NotImplemented
 
-    __hash__ = None
+    __hash__: ClassVar[None] = None
 
 
 class IntList(array):
@@ -163,14 +170,14 @@ class IntList(array):
             return self.tolist() == other
         return super().__eq__(other)
 
-    __hash__ = None
+    __hash__: ClassVar[None] = None
 
-    def take(self, rows: Sequence[int]) -> "IntList":
+    def take(self, rows: Sequence[int] | np.ndarray) -> Sequence[int]:
         """Return the integers at the indices `rows`."""
         return compact(np.asarray(self)[np.asarray(rows, np.int64)])
 
 
-def compact(values: Iterable) -> Sequence:
+def compact(values: Iterable) -> Any:
     """Return integers as an `IntList`, and anything else as a list."""
     if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
         made = IntList("q")
@@ -183,6 +190,6 @@ def compact(values: Iterable) -> Sequence:
         return list(values)
 
 
-def take(values: Sequence, rows: Sequence[int]) -> Sequence:
+def take(values: Any, rows: Sequence[int] | np.ndarray) -> Any:
     """Return the elements of a list at the indices `rows`: of a compact list a compact one, of another one a list."""
     return values.take(rows) if hasattr(values, "take") else [values[row] for row in rows]

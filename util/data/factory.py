@@ -2,6 +2,7 @@
 (`torch/`)."""
 
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import IterableDataset
 from torchvision.datasets import ImageFolder
@@ -14,7 +15,7 @@ FACTORY = ("hfds", "hfids", "tfds", "torch")  # prefixes of its names
 EVALUATION = ("validation", "val", "valid", "dev", "test")  # names of the split; the first that exists is read
 
 
-def open_from_factory(args, prefix: str, train: bool):
+def open_from_factory(args, prefix: str, train: bool) -> Any:
     """Return the images of one split, or timm's iterable set for streams. Raises UserError if timm cannot open it."""
     if prefix == "torch" and not args.data_path:
         raise UserError(f"--dataset {args.dataset} needs --data_path, the folder of the data set")
@@ -33,11 +34,11 @@ def open_from_factory(args, prefix: str, train: bool):
     return _torchvision(dataset, args, prefix, train)
 
 
-def _created(args, prefix: str, train: bool):
+def _created(args, prefix: str, train: bool) -> Any:
     """Call timm's factory. An evaluation split of another name is read with a note."""
     from timm.data import create_dataset
 
-    columns = {}
+    columns: dict[str, Any] = {}
     if prefix in ("hfds", "hfids"):
         columns = {"input_key": getattr(args, "image_column", ""), "target_key": "".join(_label_column(args))}
     names = ("train",) if train else EVALUATION if prefix == "hfds" else ("validation",)

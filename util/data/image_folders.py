@@ -8,7 +8,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data.bands import ARRAY_ENDINGS
-from util.data.compact import Repeated
+from util.data.compact import Repeated, take
 from util.data.file_lists import class_names, note_odd_classes
 from util.data.images import printable
 from util.data.leftovers import Skipped, is_leftover
@@ -212,10 +212,10 @@ def divided_folder(
                 f"images, among them {missing[0]}: add them to the table"
             )
         names = Repeated(groups[path] for path in images.paths)
-    labels = Repeated.of_codes(images.targets, images.classes)
+    labels = Repeated.of_codes(images.targets, images.classes or ())
     rows = choose_side(names, labels, fraction, train, column)
     own = None if groups is None else names.take(rows)
-    return Files(images.paths.take(rows), images.targets.take(rows), images.classes, groups=own)
+    return Files(images.paths.take(rows), take(images.targets, rows), images.classes, groups=own)
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------

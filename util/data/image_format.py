@@ -32,10 +32,10 @@ def mean_std(
             f"--in_chans {in_chans} needs --mean and --std, {in_chans} numbers each: tools/mean_std.py --in_chans "
             f"{in_chans} --data_path DIR computes them from the training set"
         )
-    if mean is None:
+    if mean is None or std is None:
         mean, std = MEAN_STD.get(dataset, IMAGENET)
         if in_chans != 3:  # grey, or grey and alpha: the average channel; alpha counts like a colour
-            mean, std = ([sum(values) / 3] * in_chans for values in (mean, std))
+            mean, std = [sum(mean) / 3] * in_chans, [sum(std) / 3] * in_chans
     if len(mean) != in_chans or len(std) != in_chans:
         raise UserError(f"--mean and --std need one number per channel: --in_chans is {in_chans}")
     if min(std) <= 0:

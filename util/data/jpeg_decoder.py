@@ -64,7 +64,7 @@ class JpegDecoder:
     def decode(self, content: bytes, name: str) -> torch.Tensor | None:
         """Return the pixels (C, H, W) uint8 on the device; None for a file that the library cannot decode, such as CMYK
         and damaged ones, or for channels other than grey and RGB."""
-        if self.mode is None:
+        if self.mode is None or self._decode is None:
             return None
         try:
             pixels = self._decode(torch.frombuffer(bytearray(content), dtype=torch.uint8), self.mode, self.device)

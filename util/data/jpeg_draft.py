@@ -2,6 +2,7 @@
 the final crop can show (libjpeg's scaling by 1/2, 1/4, 1/8)."""
 
 from collections.abc import Callable
+from typing import Any
 
 from PIL import Image
 from torchvision import transforms
@@ -28,7 +29,8 @@ class DraftedCrop:
         img.load()
         decoded = convert(img)
         if drafted is None:
-            return functional.resized_crop(decoded, top, left, h, w, self.crop.size, self.crop.interpolation)
+            whole: Any = decoded
+            return functional.resized_crop(whole, top, left, h, w, self.crop.size, self.crop.interpolation)
         scale = full_width / drafted[1][2]
         box = left / scale, top / scale, (left + w) / scale, (top + h) / scale
         return decoded.resize((width, height), Image.Resampling.BICUBIC, box=box)

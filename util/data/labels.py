@@ -4,6 +4,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,7 +188,7 @@ def note_imbalance(images, split: str) -> None:
         )
 
 
-def known_labels(images, flag: str) -> list:
+def known_labels(images, flag: str) -> Any:
     """Return the labels of training images. Raises UserError, which names `flag`, if they are not known in advance."""
     if not isinstance(images, Images) or _lowest(images.targets) < 0:
         raise UserError(f"{flag} needs labels that are known in advance, which shards and streams do not have")

@@ -295,7 +295,7 @@ def _label_columns(path: str, table: Table, lines: list[str], wanted, needed: bo
             raise UserError(f"--label_column {missing[0]} is no column of {path}, whose first line is {rows[0]}")
         if table.image in indices or len(set(indices)) < len(indices):
             raise UserError(f"--label_column {' '.join(wanted)} names the image column or a column twice")
-        return indices
+        return [index for index in indices if index is not None]
     others = [index for index in range(table.width) if index not in (table.image, *group)]
     if len(others) <= 1:
         return others

@@ -92,7 +92,7 @@ def _check_sets(source: str, counts: Counter) -> None:
     for separator in SEPARATORS:
         parts = {label: [part.strip() for part in label.split(separator)] for label in counts}
         seen_in = Counter(part for names in parts.values() for part in set(names))
-        sets = [label for label, names in parts.items() if len(names) > 1 and min(map(seen_in.get, names)) > 1]
+        sets = [label for label, names in parts.items() if len(names) > 1 and min(seen_in[name] for name in names) > 1]
         if not sets:
             continue
         images = sum(counts[label] for label in sets)

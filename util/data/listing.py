@@ -86,12 +86,12 @@ def list_images(
     With an `index`, a folder that has not changed since it was listed is not listed again, and the main process keeps
     the list of a large folder. Raises UserError for a folder that cannot be read."""
     began, path = time.time(), None if index is None else index.path_for(folder)
-    known = _read(path, folder) if path and not index.relist else {}
+    known = _read(path, folder) if index and path and not index.relist else {}
     kept = _current(known, folder, names)
-    parts = [kept.get(name) for name in names]
-    for i, name in enumerate(tqdm(names, "listing images", disable=None, delay=5, leave=False, unit=" classes")):
-        if parts[i] is None:
-            parts[i] = _listed(folder, name, began)
+    parts = []
+    for name in tqdm(names, "listing images", disable=None, delay=5, leave=False, unit=" classes"):
+        part = kept.get(name)
+        parts.append(_listed(folder, name, began) if part is None else part)
     total = sum(len(part.lengths) for part in parts)
     for part in parts:
         skipped.endings.update(part.endings)

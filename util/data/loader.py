@@ -25,7 +25,7 @@ from util.parallel.distributed import get_rank, get_world_size
 
 def _regroup(batches, size: int, drop_last: bool):
     """Yield batches of `size` from those of a stream's workers, each of which ends with a smaller batch."""
-    rest = None
+    rest: Sample | None = None
     for batch in batches:
         rest = batch if rest is None else Sample(*(torch.cat(pair) for pair in zip(rest, batch)))
         while len(rest.index) >= size:

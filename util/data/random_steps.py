@@ -7,6 +7,8 @@ Python, NumPy and torch. The pixels are those of these classes.
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +27,10 @@ TRIES = 10  # random resized crops that are drawn for one that fits into the ima
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
-def resized_crop(img: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+def resized_crop(img: Image.Image, box: Box, size: Sequence[int]) -> Image.Image:
     """Cut `box` out of an image, and resize the part bicubically to `size` (H, W)."""
     top, left, height, width = box
-    return img.crop((left, top, left + width, top + height)).resize(size[::-1], Image.Resampling.BICUBIC)
+    return img.crop((left, top, left + width, top + height)).resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
 # Random resized crops -------------------------------------------------------------------------------------------------
@@ -70,13 +72,14 @@ def central_box(height: int, width: int, ratio) -> Box:
 class RandomResizedCrop(transforms.RandomResizedCrop):
     """torchvision's random resized crop, bicubic."""
 
+    size: tuple[int, int]
     resized = staticmethod(resized_crop)
 
     def __init__(self, size: tuple[int, int], scale=(0.2, 1.0)):
         super().__init__(size, scale=scale, interpolation=BICUBIC)
 
     @staticmethod
-    def get_params(img, scale, ratio) -> Box:
+    def get_params(img: Any, scale: Any, ratio: Any) -> Box:
         draws = current_draws()
         if draws is None:
             return transforms.RandomResizedCrop.get_params(img, scale, ratio)
@@ -95,7 +98,7 @@ class FinetuneCrop(RandomResizedCropAndInterpolation):
         super().__init__(like.size, like.scale, like.ratio, interpolation="bicubic")
 
     @staticmethod
-    def get_params(img, scale, ratio) -> Box:
+    def get_params(img: Any, scale: Any, ratio: Any) -> Box:
         draws = current_draws()
         if draws is None:
             return RandomResizedCropAndInterpolation.get_params(img, scale, ratio)
@@ -114,7 +117,7 @@ class ProbeCrop(crop.RandomResizedCrop):
         super().__init__(size, scale=(0.08, 1.0))
 
     @staticmethod
-    def get_params(img, scale, ratio) -> Box:
+    def get_params(img: Any, scale: Any, ratio: Any) -> Box:
         draws = current_draws()
         if draws is None:
             return crop.RandomResizedCrop.get_params(img, scale, ratio)
@@ -134,7 +137,7 @@ class RandomCrop(transforms.RandomCrop):
     """torchvision's random crop of an image with a black border of `padding` (columns, rows)."""
 
     @staticmethod
-    def get_params(img, output_size) -> Box:
+    def get_params(img: Any, output_size) -> Box:
         """Return a crop of `output_size` of an image that has its border already."""
         draws = current_draws()
         if draws is None:
@@ -208,7 +211,7 @@ class Jitter(transforms.ColorJitter):
     ORDERS = tuple(itertools.permutations(range(3)))
 
     @staticmethod
-    def get_params(brightness, contrast, saturation, hue):
+    def get_params(brightness: Any, contrast: Any, saturation: Any, hue: Any):
         draws = current_draws()
         if draws is None:
             return transforms.ColorJitter.get_params(brightness, contrast, saturation, hue)

@@ -3,6 +3,7 @@
 import os
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -159,7 +160,7 @@ def _digits(args, train: bool, _classes) -> Arrays:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    data = load_digits()
+    data: Any = load_digits()
     images = (data.images * (255 / 16)).round().astype(np.uint8)
     split = train_test_split(images, data.target, test_size=0.2, random_state=0, stratify=data.target)
     return Arrays(split[0 if train else 1], split[2 if train else 3], [str(digit) for digit in range(10)])

@@ -7,6 +7,7 @@ Masks are drawn by hashing counters (integer arithmetic, so CPU and GPU agree bi
 import random
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +29,9 @@ def sample_keys(seed: int, epoch: int, indices: torch.Tensor, stream: int = 0) -
     """Return a key for each sample, from which `noise_of_keys` draws: (N,) int64 in [0, 2**32), on the device of
     `indices` (N,). Keys of indices on the CPU are computed there, which saves a GPU launching 50 tiny kernels."""
     host = indices.device.type == "cpu"
-    words = indices.to(torch.int64)
+    words: Any = indices.to(torch.int64)
     words = words.numpy() if host else words
-    key = seed & MASK32
+    key: Any = seed & MASK32
     for word in (epoch, stream, words >> 32, words):  # the first two are plain numbers
         key = mix((key + GOLDEN) & MASK32 ^ mix(word & MASK32))
     return torch.from_numpy(key) if host else key
@@ -94,7 +95,8 @@ def generators_seeded(python: int, numpy: int, pytorch: int):
 
 def get_rng_state(device: torch.device) -> dict:
     """Return the state of every generator of this process, in types that `torch.load(weights_only=True)` reads."""
-    name, keys, *rest = np.random.get_state()
+    legacy: Any = np.random.get_state()
+    name, keys, *rest = legacy
     version, words, gauss = random.getstate()
     state = {
         "python": [version, list(words), gauss],

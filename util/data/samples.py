@@ -35,20 +35,22 @@ class Sample(NamedTuple):
     image: torch.Tensor  # (C, H, W); from a worker pixels in 0..255, from a `Loader` normalised (`util.data.pixels`)
     # Label, or -1 if there is none; for label sets the row of `util.data.labels.LabelSets.target`; of dense data sets
     # what the transforms of `util.data.dense.transforms` return: a mask, or a dict of boxes (in a batch a list).
-    target: int
-    index: int  # index in the data set, from which the sample's random numbers are seeded
-    bad: int  # number of unreadable images that this one replaces; in evaluation 1 if it is unreadable itself
+    target: Any
+    index: Any  # int, in a batch (N,) int64: index in the data set, from which the sample's random numbers are seeded
+    # int, in a batch (N,) int64: number of unreadable images that this one replaces; in evaluation 1 for one that is
+    # unreadable itself.
+    bad: Any
 
 
 class NamedSample(NamedTuple):
     """A `Sample` with the name of the image and, if it is unreadable and was not replaced, the reason."""
 
     image: torch.Tensor
-    target: int
-    index: int
-    bad: int
-    name: str
-    error: str
+    target: Any
+    index: Any
+    bad: Any
+    name: Any  # str, in a batch a list
+    error: Any
 
 
 class KeyedDataset(torch.utils.data.Dataset):
@@ -88,7 +90,7 @@ class KeyedDataset(torch.utils.data.Dataset):
             sample = Sample(*self._transformed(decoded, chosen), index, bad)
             return NamedSample(*sample, self.images.name(index), error) if self.named else sample
 
-    def _transformed(self, image: Image.Image, index: int) -> tuple:
+    def _transformed(self, image: Image.Image, index: int) -> tuple[torch.Tensor, Any]:
         """Return the tensor of an image that was decoded, and its target."""
         return self.transform(image), self.images.target(index)
 

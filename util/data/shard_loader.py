@@ -11,7 +11,7 @@ import io
 import itertools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 _noted = set()  # shards of which this process, or the one that forked it, has reported what is left out
 
 
-def read_shard(url: str) -> Iterator[Record]:
+def read_shard(url: str) -> Generator[Record, None, None]:
     """Yield all images of a shard, in order. Images and labels that are left out are reported, once per shard and
     process. Raises BAD_SHARD."""
     left_out = LeftOut()
@@ -110,7 +110,7 @@ class Section:
                             yield position, entry
             start = end
 
-    def _part(self, order_index: int, first: int, last: int) -> Iterator[Entry]:
+    def _part(self, order_index: int, first: int, last: int) -> Generator[Entry, None, None]:
         """Yield images `first` to `last` of shard `order[order_index]`. Unreadable images are replaced by images of the
         shards after it; without replacement their record is None."""
         shard = self.order[order_index]

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -246,19 +246,19 @@ def _split(base: str, index: Index, train: bool) -> dict[str, int]:
 
 def _counts(urls: list[str], index: dict[str, int], args, left_out: LeftOut) -> tuple[list[int], tuple[str, ...]]:
     """Return the number of images in each shard, and the shards that were read to count them."""
-    counts = [index.get(url, args.shard_samples) for url in urls]
-    unknown = [index for index, count in enumerate(counts) if count is None]
-    remote = next((urls[index] for index in unknown if _scheme(urls[index])), None)
+    counts: list[Any] = [index.get(url, args.shard_samples) for url in urls]
+    unknown = [number for number, count in enumerate(counts) if count is None]
+    remote = next((urls[number] for number in unknown if _scheme(urls[number])), None)
     if remote is not None:
         raise UserError(
             f"no _info.json has the number of images in {remote}: give --shard_samples N, the number in every shard "
             f"(a larger shard is read up to image N, the missing images of a smaller one count as unreadable)"
         )
     if unknown:
-        for index in tqdm(unknown, desc="counting images", unit=" shards", disable=None):
-            counts[index] = count_images(urls[index], left_out)
-        print(f"{sum(counts[index] for index in unknown)} images counted in {len(unknown)} shards without an index")
-    return counts, tuple(urls[index] for index in unknown)
+        for number in tqdm(unknown, desc="counting images", unit=" shards", disable=None):
+            counts[number] = count_images(urls[number], left_out)
+        print(f"{sum(counts[number] for number in unknown)} images counted in {len(unknown)} shards without an index")
+    return counts, tuple(urls[number] for number in unknown)
 
 
 def count_images(path: str, left_out: LeftOut | None = None) -> int:
@@ -297,7 +297,7 @@ def open_shard(url: str):
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the child process inherits this mask
     try:
-        stream = gopen(url) if _scheme(url) else open_regular(url)
+        stream: Any = gopen(url) if _scheme(url) else open_regular(url)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     process = getattr(stream, "proc", None)

@@ -70,7 +70,7 @@ class Files(Images):
     def __init__(
         self,
         paths: Sequence[str],
-        targets: Sequence[int],
+        targets: Sequence[int] | np.ndarray,
         classes: list[str] | None,
         within: str = "",
         groups: Sequence[str] | None = None,
@@ -186,6 +186,8 @@ class HuggingFaceImages(Images):
 
 class TorchvisionImages(Images):
     """A torchvision data set."""
+
+    targets: list[int]
 
     def __init__(self, dataset):
         self.dataset = dataset

@@ -28,7 +28,7 @@ def choose_side(groups: Sequence[str], labels: Sequence, fraction: float, train:
         raise UserError(f"--val_fraction {fraction:g} leaves no image for {part}: a class needs {what}")
     of = ""
     if column:
-        of = f", those of {len({groups[row] for row in rows})} of {len(set(groups))} groups ({column})"
+        of = f", those of {len({groups[row] for row in rows.tolist()})} of {len(set(groups))} groups ({column})"
         _note_missing(held, labels, column)
     print(f"--val_fraction {fraction:g}: {len(rows)} of {len(groups)} images are for {part}{of}")
     return rows

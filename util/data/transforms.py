@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +99,8 @@ def pad_and_crop(size: tuple[int, int]) -> list:
 
 class Resize(transforms.Resize):
     """Bicubic resize to exactly (H, W). An image of that size is returned unchanged."""
+
+    size: tuple[int, int]
 
     def __init__(self, size):
         super().__init__(size, interpolation=BICUBIC)
@@ -236,6 +239,8 @@ class ResizeShortSide(transforms.Resize):
     of up to that length follows.
     """
 
+    size: int
+
     def __init__(self, side: int):
         super().__init__(side, interpolation=BICUBIC)
 
@@ -258,7 +263,7 @@ class ResizeShortSide(transforms.Resize):
         start, scale = (whole[long] - length) // 2, (img.height, img.width)[long] / whole[long]
         box[1 - long], box[3 - long] = start * scale, (start + length) * scale
         size = (length, self.size) if long else (self.size, length)
-        return img.resize(size, Image.Resampling.BICUBIC, box=box)
+        return img.resize(size, Image.Resampling.BICUBIC, box=(box[0], box[1], box[2], box[3]))
 
     def tensor(self, img: torch.Tensor) -> torch.Tensor:
         """Resize pixels (C, H, W) in the same way; they must be of a size that `fits`."""
@@ -273,7 +278,7 @@ def finetune_transform(args, size: tuple[int, int], mean, std):
     if args.color_jitter and many_bands(len(mean)):
         raise UserError(f"--color_jitter is for images of 1 to 4 channels, not for --in_chans {len(mean)}: remove it")
     try:
-        transform = create_transform(
+        transform: Any = create_transform(
             input_size=(len(mean), *size),
             is_training=True,
             color_jitter=args.color_jitter,

@@ -4,7 +4,9 @@ import datetime
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,8 @@ import torch.distributed as dist
 from util.errors import UserError
 from util.parallel import watchdog
 from util.parallel.launcher import read_launcher
+
+Result = TypeVar("Result")
 
 
 def is_dist_avail_and_initialized() -> bool:
@@ -154,18 +158,18 @@ def main_process_first():
             barrier()
 
 
-def from_main_process(function):
+def from_main_process(function: Callable[[], Result]) -> Result:
     """Call `function` on the main process and return the result on every rank."""
-    result = [function() if is_main_process() else None]
+    result: list[Any] = [function() if is_main_process() else None]
     if get_world_size() > 1:
         dist.broadcast_object_list(result, 0)
     return result[0]
 
 
-def from_main_process_or_error(function):
+def from_main_process_or_error(function: Callable[[], Result]) -> Result:
     """Call `function` on the main process and return its result, or raise its UserError, on every rank."""
 
-    def call():
+    def call() -> tuple[Any, str]:
         try:
             return function(), ""
         except UserError as error:

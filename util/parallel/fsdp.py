@@ -6,6 +6,7 @@ outermost unit. Sources: Zhao et al. 2023, "PyTorch FSDP"; Rajbhandari et al. 20
 
 import warnings
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -47,7 +48,7 @@ def shard(module: nn.Module, student: nn.Module, external: list[nn.Module], devi
     fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     # The backward pass gathers a block while the next one computes. The order is set explicitly: FSDP would derive it
     # from forward passes, and only the main process runs those of previews.
-    units = [module, *(unit for unit in student.modules() if is_sharded(unit))]
+    units: list[Any] = [module, *(unit for unit in student.modules() if is_sharded(unit))]
     for before, unit in zip([units[-1], *units], units):
         unit.set_modules_to_backward_prefetch([before])
     # The warning is about in-place changes of outputs; predictions are not changed in place.
@@ -65,7 +66,7 @@ def whole(module: nn.Module):
 
     Blocks that are gathered in bfloat16 need autocast, which is on inside. With float32 weights nothing changes.
     """
-    units = [unit for unit in module.modules() if is_sharded(unit)] if is_sharded(module) else []
+    units: list[Any] = [unit for unit in module.modules() if is_sharded(unit)] if is_sharded(module) else []
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()

@@ -85,7 +85,7 @@ class Watchdog:
         if before:
             self._pause(3)
             after = self._posts()
-        if not after:
+        if not before or not after:
             ranks, message = [0], "rank 0, which hosts the store of the process group, does not answer"
         else:
             ranks, message = describe(before, after, self.timeout, 3 * self.interval)
@@ -139,6 +139,7 @@ def prepare(store, rank: int, world: int, timeout: float) -> None:
 
 
 def start() -> None:
+    assert _watchdog is not None, "start before prepare"
     _watchdog.start()
 
 

@@ -130,7 +130,7 @@ def mask_sheet(tiles: list, labels=("",), caption: str = "", side=None) -> Sheet
     """Draw what `mask_tiles` returns, for each of several models, with their labels."""
     pictures, notes = zip(*tiles)
     per_row = 2 if len(pictures[0]) > 1 else 1
-    rows = rows_of_images(pictures, labels, notes, per_row)
+    rows = rows_of_images(list(pictures), labels, list(notes), per_row)
     bar = Bar("lowest", "highest of the image", "probability of removal; its range in the image is below each map")
     return draw_sheet(rows, MASK_COLUMNS, caption, bar, side, per_row)
 

@@ -168,7 +168,8 @@ def draw_sheet(
     and those of all rows to the largest. `legend` has names and their colours."""
     side = side or max(_usual_side(row.tiles) for row in rows)
     tiles = [_resized(row.tiles, side) for row in rows]
-    layout = _Layout(*tiles[0].shape[-2:], _letters(side), len(titles))
+    height, width = tiles[0].shape[-2:]
+    layout = _Layout(height, width, _letters(side), len(titles))
     layout.label_column([row.label for row in rows])
     layout.title_row([*titles] * per_row)
     for row, images in zip(rows, tiles):

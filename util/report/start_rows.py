@@ -22,7 +22,7 @@ def data_rows(args, train, held_out, classes: Sequence[str] | None = None) -> li
     ]
     # A label can also be a quantity or one of several.
     noun = {"multilabel": "label", "regression": "target"}.get(getattr(args, "targets", "single"), "class")
-    kinds = classes and (f"{len(classes)} classes" if noun == "class" else counted(len(classes), noun))
+    kinds = None if not classes else (f"{len(classes)} classes" if noun == "class" else counted(len(classes), noun))
     path = f"in {args.data_path}" if args.data_path else None
     mean, std = mean_std(args.dataset, args.in_chans, args.mean, args.std)
     source = mean_std_source(args.dataset, args.mean)

@@ -5,9 +5,9 @@ agree, all further steps are replayed; if not, the run says so and stays eager. 
 (learning rates, momenta) is written into scalars on the device before it.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,16 +29,18 @@ States = dict[str, dict[str, Tensor]]
 class Work(Protocol):
     """What a training step computes beside backward pass and optimizer, as functions of the step's input tensors."""
 
-    def losses(self, *inputs: Tensor) -> Losses:
+    def losses(self, *inputs: Any) -> Losses:
         """Return the weighted losses by name."""
+        ...
 
-    def update(self, applied: Tensor, *inputs: Tensor) -> None:
+    def update(self, applied: Tensor, *inputs: Any) -> None:
         """Update what follows the weights after the optimizer's step, with the numbers given to `use`."""
 
     def schedule(self, step: int) -> dict[str, float]:
         """Return the numbers of `update` that change from step to step. Called once for every step."""
+        ...
 
-    def use(self, numbers: dict[str, float | Tensor]) -> None:
+    def use(self, numbers: Mapping[str, float | Tensor]) -> None:
         """Set the numbers that `update` reads: those of `schedule`, or scalars on the device."""
 
     def branch(self) -> Hashable:
@@ -97,7 +99,7 @@ class GraphedStep:
         stepper = self.run.stepper
         with stepper.autocast(batch):
             losses = self.work.losses(*self.inputs)
-        total = sum(losses.values())
+        total: Any = sum(losses.values())
         stepper.backward(total, batch)
         norm = stepper.step()
         self.work.update(stepper.scaler.applied, *self.inputs)
@@ -134,6 +136,7 @@ class GraphedStep:
 
     def _replay(self) -> tuple[Losses, Tensor]:
         """Replay the recorded step; return copies, because the next replay overwrites its results."""
+        assert self.recorded is not None
         self.recorder.replay()
         losses, norm = self.recorded
         return {name: loss.clone() for name, loss in losses.items()}, norm.clone()

@@ -51,6 +51,8 @@ class WeightedCrossEntropy(nn.Module):
     The sum is divided by N and not, as in torch, by the sum of the weights in a batch, so that the gradient does not
     depend on how a batch is divided into micro-batches and among processes."""
 
+    weights: torch.Tensor
+
     def __init__(self, weights: torch.Tensor, smoothing: float = 0.0):
         super().__init__()
         self.smoothing = smoothing

@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict, deque
+from collections.abc import Mapping
 
 import torch
 
@@ -110,7 +111,7 @@ class EpochMeter:
         self.sums: dict[str, torch.Tensor | float] = {}
         self.counts: dict[str, float] = defaultdict(float)
 
-    def add(self, values: dict[str, torch.Tensor | float | None], count: float = 1) -> None:
+    def add(self, values: Mapping[str, torch.Tensor | float | None], count: float = 1) -> None:
         """Add values by name, each with the weight `count`. All ranks must add the same names between two readings;
         None stands for a value that this rank does not have."""
         for name, value in values.items():

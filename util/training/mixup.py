@@ -33,10 +33,10 @@ class Mixup(timm.data.Mixup):
 def _mix_all(x: torch.Tensor, labels: np.ndarray, pixels: np.ndarray, boxes: np.ndarray) -> torch.Tensor:
     """Mix images (N, C, H, W) in place with those of the reversed batch, their partners; return `labels` (N, 1)."""
     numbers = torch.from_numpy(np.stack([labels, pixels, 1 - pixels, *boxes.T]))
-    labels, own, other, top, bottom, left, right = numbers.to(x.device, non_blocking=True)[..., None]  # (N, 1) each
+    mixed, own, other, top, bottom, left, right = numbers.to(x.device, non_blocking=True)[..., None]  # (N, 1) each
     row, column = (torch.arange(side, device=x.device) for side in x.shape[2:])
     rows, columns = (row >= top) & (row < bottom), (column >= left) & (column < right)  # (N, H), (N, W)
     box = (rows[:, :, None] & columns[:, None, :])[:, None]  # (N, 1, H, W)
     partner, wide = x.flip(0), (..., None, None)
     x.copy_(torch.where(box, partner, x * own[wide] + partner * other[wide]))
-    return labels.to(x.dtype)
+    return mixed.to(x.dtype)

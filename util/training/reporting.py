@@ -4,6 +4,7 @@ a run: non-finite losses, too many unreadable images, fp16 overflows."""
 from datetime import datetime, timedelta
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,8 @@ class Reporter:
         self.log, self.spike_log = GrowingFile(folder / "log.txt"), GrowingFile(folder / "spikes.jsonl")
         self.logs, self.writes = [self.log, self.spike_log], bool(output_dir)
         self.board = Loggers(Board(None), [])  # replaced when training begins
-        self.clock, self.waited, self.progress = Clock(), 0.0, None
+        self.clock, self.waited = Clock(), 0.0
+        self.progress: Any = None  # `Progress`, from the first epoch on
         self.announced = False  # the expected duration
         self.unreadable = 0  # unreadable images since the last reading
         self.terms: list[str] = []  # names of the terms of the loss

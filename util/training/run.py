@@ -9,8 +9,10 @@ import contextlib
 import json
 import random
 import time
+from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,7 +111,7 @@ class Run:
         self.args, self.device, self.loader, self.classes = args, device, loader.on(device), classes
         self.summary = summary
         self.saved_model, self.train_module, self.optimizer = saved_model, train_module or saved_model, optimizer
-        self.methods = getattr(self.train_module, "methods", nn.ModuleDict())
+        self.methods: Any = getattr(self.train_module, "methods", nn.ModuleDict())  # of `Method`s by name
         self.sharded = getattr(args, "fsdp", False)
         self.record, self.resumed_from = record or Record("", args), resume
         self.stepper = Stepper(device, args.amp_dtype, self.train_module, optimizer, args.accum_iter, args.clip_grad)
@@ -258,7 +260,7 @@ class Run:
     def backward(self, losses: dict[str, torch.Tensor], batch: MicroBatch) -> None:
         """Back-propagate the sum of `losses` (weighted scalars by name), record them, and count the micro-batch as
         done."""
-        total = sum(losses.values())
+        total: Any = sum(losses.values())
         self.stepper.backward(total, batch)
         self.count_batch({"loss": total.detach(), **{name: loss.detach() for name, loss in losses.items()}}, batch)
 
@@ -280,7 +282,7 @@ class Run:
         """Set the learning rate of the step whose window begins at micro-batch `position`."""
         self.lr = adjust_learning_rate(self.optimizer, self.epoch + position / len(self.loader), self.args)
 
-    def log(self, values: dict[str, torch.Tensor | float | None]) -> None:
+    def log(self, values: Mapping[str, torch.Tensor | float | None]) -> None:
         """Add values of this step, by name, to the means that are logged next; all ranks must give the same names
         (None: no value on this rank)."""
         self.reporter.meter.add(values)
@@ -389,5 +391,5 @@ class Run:
         return {key: model for method in self.methods.values() for key, model in method.exported().items()}
 
     def image_name(self, index: int) -> str:
-        images = getattr(self.loader.dataset, "images", None)
+        images: Any = getattr(self.loader.dataset, "images", None)
         return images.name(index) if hasattr(images, "name") else f"image {index}"

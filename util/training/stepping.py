@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,8 +54,8 @@ class Stepper:
         broadcast = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
         # Methods guarantee that every step has the same graph. With accumulation, micro-batches with and without a
         # gradient reduction differ.
-        options = dict(gradient_as_bucket_view=True, static_graph=self.accum_iter == 1)
-        return DistributedDataParallel(module, device_ids=device_ids, **options, **{broadcast: False})
+        options: dict[str, Any] = dict(gradient_as_bucket_view=True, static_graph=self.accum_iter == 1)
+        return DistributedDataParallel(module, device_ids=device_ids, **options | {broadcast: False})
 
     @contextlib.contextmanager
     def autocast(self, batch: MicroBatch):

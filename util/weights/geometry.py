@@ -24,7 +24,7 @@ class Geometry(NamedTuple):
 
 def geometry(state: dict[str, Tensor]) -> Geometry:
     kernel = state["patch_embed.proj.weight"]
-    return Geometry(kernel.shape[0], depth(state, "blocks"), tuple(kernel.shape[-2:]), kernel.shape[1])
+    return Geometry(kernel.shape[0], depth(state, "blocks"), (kernel.shape[-2], kernel.shape[-1]), kernel.shape[1])
 
 
 def depth(state: dict[str, Tensor], blocks: str) -> int:

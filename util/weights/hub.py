@@ -6,6 +6,7 @@ import functools
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -21,7 +22,7 @@ from huggingface_hub.errors import (
 from util.errors import UserError
 
 # Also those of its HTTP client, which depends on its version.
-NETWORK_ERRORS = (OSError, *HfHubHTTPError.__bases__)
+NETWORK_ERRORS: tuple[Any, ...] = (OSError, *HfHubHTTPError.__bases__)
 _PREFIXES = ("hf-hub:", "hf_hub:", "hf:")
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
 _NO_NAME = "no name on the Hugging Face Hub: give hf:OWNER/NAME or hf:OWNER/NAME/FILE"

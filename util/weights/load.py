@@ -9,6 +9,7 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from math import isqrt, prod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -318,7 +319,8 @@ def _check_heads(model: nn.Module, weights: Weights, flag: str) -> None:
     name = str(weights.args.get("model")).removeprefix("mae_").removesuffix("_dec512d8b")
     stored = {"num_heads": ENCODERS.get(name, {}).get("num_heads"), **weights.args}
     for prefix in ("", "decoder_"):
-        heads, blocks = stored.get(f"{prefix}num_heads"), getattr(model, f"{prefix}blocks", ())
+        heads = stored.get(f"{prefix}num_heads")
+        blocks: Any = getattr(model, f"{prefix}blocks", ())
         if not isinstance(heads, int) or not len(blocks) or (prefix and not weights.has_decoder):
             continue
         if blocks[0].attn.num_heads != heads:
@@ -341,7 +343,7 @@ def _other_eps(model: nn.Module, weights: Weights) -> str:
     )
 
 
-def _interpolate(model: nn.Module, chosen: dict, weights: Weights, report: LoadReport) -> None:
+def _interpolate(model: Any, chosen: dict, weights: Weights, report: LoadReport) -> None:
     """Interpolate the positions in `chosen` to the model's patch grid, and note it in the report."""
     target = tuple(model.patch_embed.grid_size)
     source = source_grid(weights.state, weights.args, target, weights.path)

@@ -14,7 +14,7 @@ from util.weights.hf_folder import folder_flags
 def class_names(value) -> list[str]:
     """Return names of classes: of a list, or of a dict {name: index}. Anything else, such as a count, has none."""
     if isinstance(value, dict) and all(isinstance(index, int) for index in value.values()):
-        return [str(name) for name in sorted(value, key=value.get)]
+        return [str(name) for name in sorted(value, key=value.__getitem__)]
     return [str(name) for name in value] if isinstance(value, (list, tuple)) else []
 
 

@@ -71,7 +71,7 @@ class TimmModel:
         classes = self._classes(state)
         overlay = {"state_dict": state, "num_classes": classes, "source": "", "custom_load": False}
         arguments |= {"pretrained": True, "num_classes": classes, "pretrained_cfg_overlay": overlay}
-        model = self._built(**arguments)
+        model: Any = self._built(**arguments)
         model.pretrained_cfg = {name: value for name, value in model.pretrained_cfg.items() if name != "state_dict"}
         return model
 

@@ -37,6 +37,9 @@ GRAPHED = {
     "ema_and_rc": "--ema_mae --wse 0 --ema_update step --rc_mae --log_grad_cosine 4",
     "dmae": METHODS["dmae"],
     "u_mae": "--u_mae --decoder cross --recompute cheap",
+    "hpm": METHODS["hpm"],
+    "automae": METHODS["automae"],
+    "attmask": "--attmask hint",
     "fp16": "--amp_dtype fp16 --rc_mae --rc_mask different",
 }
 

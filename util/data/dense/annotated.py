@@ -105,6 +105,8 @@ class Detected(Annotated):
 class _Part(Subset):
     """A part of annotated images, given by indices."""
 
+    images: Any  # the Annotated whole
+
     def __init__(self, images: Annotated, indices):
         super().__init__(images, indices)
         self.categories = images.categories
@@ -170,7 +172,7 @@ def boxes_of_masks(masks: np.ndarray) -> np.ndarray:
     boxes = np.zeros((len(masks), 4), np.float32)
     if masks.size:
         for first, axis in ((0, 1), (1, 2)):  # columns, then rows, that the object touches
-            touched = masks.any(axis=axis)
+            touched: np.ndarray = masks.any(axis=axis)
             boxes[:, first] = touched.argmax(axis=1)
             boxes[:, first + 2] = touched.shape[1] - touched[:, ::-1].argmax(axis=1)
         boxes[~touched.any(axis=1)] = 0

@@ -1,10 +1,10 @@
 """Masks in files: from stored values or colours to indices of classes."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -66,7 +66,7 @@ def read_color_table(path: str, ignore_label: int) -> tuple[ColorTable, list[str
     return ColorTable(path, np.array(codes)[order], np.array(labels, np.int32)[order]), names
 
 
-def read_class_names(path: str | os.PathLike, what: str = "--class_names") -> list[str]:
+def read_class_names(path: str | Path, what: str = "--class_names") -> list[str]:
     """Return the lines of a file of class names. Raises UserError when it has none, and when one is there twice."""
     names = [line.strip() for line in read_lines(path, what)]
     repeated = next((name for name in names if names.count(name) > 1), None)

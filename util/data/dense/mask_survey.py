@@ -60,7 +60,7 @@ def settle_labelling(
     if found.names is not None and len(masks) > SAMPLE:
         indices = np.linspace(0, len(masks) - 1, SAMPLE).astype(int).tolist()
     if colors is not None or found.stored is not None:
-        labelling = Labelling(found.names, ignore, False, found.stored, colors)
+        labelling = Labelling(found.names or [], ignore, False, found.stored, colors)
         labels = _values(paths, masks, indices, labelling.decode)
         _check_some(labels, ignore, masks)
         return labelling

@@ -1,5 +1,7 @@
 """Samples of images with dense annotations, and loaders of them."""
 
+from typing import Any
+
 import torch
 from PIL import Image
 from torch.utils.data import default_collate
@@ -33,7 +35,7 @@ class PairedDataset(KeyedDataset):
         return self.transform(*decoded)
 
     @staticmethod
-    def collate(samples: list):
+    def collate(samples: list[Any]):
         """Make a batch: targets that are dicts become a list, everything else tensors. Raises UserError for images of
         several sizes."""
         images, targets, *rest = zip(*samples)

@@ -6,6 +6,7 @@ follows it.
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,19 +21,19 @@ from util.data.transforms import ResizeShortSide, ToPixels, ToTensor, resized_sh
 Pair = tuple[Image.Image, torch.Tensor]  # an image, and its mask (H, W), in which 0 is a pixel without a label
 
 
-def _resized_crop(step: transforms.RandomResizedCrop, img, mask) -> Pair:
+def _resized_crop(step: Any, img, mask) -> Pair:
     top, left, height, width = area = step.get_params(img, step.scale, step.ratio)
     mask = resize_masks(mask[top : top + height, left : left + width], step.size)
     return F.resized_crop(img, *area, step.size, step.interpolation, antialias=step.antialias), mask
 
 
-def _random_crop(step: transforms.RandomCrop, img, mask) -> Pair:
+def _random_crop(step: Any, img, mask) -> Pair:
     img, mask = F.pad(img, step.padding), F.pad(mask, step.padding)
     area = step.get_params(img, step.size)
     return F.crop(img, *area), F.crop(mask, *area)
 
 
-def _centre_crop(step: transforms.CenterCrop, img, mask) -> Pair:
+def _centre_crop(step: Any, img, mask) -> Pair:
     return F.center_crop(img, step.size), F.center_crop(mask, step.size)
 
 
@@ -40,7 +41,7 @@ def _flip(step: RandomHorizontalFlip, img, mask) -> Pair:
     return (F.hflip(img), F.hflip(mask)) if step.drawn() else (img, mask)
 
 
-def _resize(step: transforms.Resize, img, mask) -> Pair:
+def _resize(step: Any, img, mask) -> Pair:
     resized, whole = step(img), step.size
     if isinstance(step, ResizeShortSide):
         whole = resized_shape(img.height, img.width, step.size) if min(img.size) != step.size else mask.shape

@@ -2,13 +2,14 @@
 does not check that the lengths of a code fit the size of its image."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from util.errors import UserError
 
 
-def _coco_mask():
+def _coco_mask() -> Any:
     """Return pycocotools's module of masks. Imported here: an environment from before the dense tasks lacks it, and the
     other mains, which have the flags of scenes, run without it."""
     try:

@@ -6,6 +6,7 @@ other digits and another part of the photographs than training. Neither a downlo
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -84,7 +85,7 @@ def _digits(train: bool) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    data = load_digits()
+    data: Any = load_digits()
     images = (data.images * (255 / 16)).round().astype(np.uint8)
     split = train_test_split(images, data.target, test_size=0.2, random_state=0, stratify=data.target)
     return split[0 if train else 1], split[2 if train else 3]
@@ -157,7 +158,8 @@ class _Scenes:
 
     def __init__(self, seed: int, train: bool, count: int, size: int, digits: list[int], sides=SIDES, most: int = MOST):
         self.settings, self.objects = (seed, train, size, tuple(digits)), (tuple(sides), most)
-        self.targets, self._last = [-1] * count, (-1, None)
+        self.targets: Any = [-1] * count
+        self._last: tuple[int, Any] = (-1, None)  # index and Scene
 
     def scene(self, index: int) -> Scene:
         """Return scene `index`. The last one is kept, since its image and its annotation are read one by one."""

@@ -185,9 +185,10 @@ def _names_of_flags(args, found: Found, ignore: int) -> ColorTable | None:
         found.certain, found.source, found.zero_is_ignored = True, f" of --color_table {table}", False
     if names:
         listed = read_class_names(names)
-        if colors is not None and len(listed) != len(found.names):
-            raise UserError(f"--class_names {names} has {len(listed)} classes, but --color_table {len(found.names)}")
-        if found.stored is not None and len(listed) != len(found.names):
-            raise UserError(f"--class_names {names} has {len(listed)} classes, but {args.dataset} {len(found.names)}")
+        expected = len(found.names or ())
+        if colors is not None and len(listed) != expected:
+            raise UserError(f"--class_names {names} has {len(listed)} classes, but --color_table {expected}")
+        if found.stored is not None and len(listed) != expected:
+            raise UserError(f"--class_names {names} has {len(listed)} classes, but {args.dataset} {expected}")
         found.names, found.certain, found.source = listed, True, f" of --class_names {names}"
     return colors

@@ -19,16 +19,18 @@ Shape = tuple[int, int]  # (H, W)
 _TRIES = 10  # crops that are tried for one in which no class has too large a share
 
 
-def scaled_shape(shape: Shape, box: Shape) -> Shape:
+def _times(shape: Shape, factor: float) -> Shape:
+    return max(1, int(shape[0] * factor + 0.5)), max(1, int(shape[1] * factor + 0.5))
+
+
+def scaled_shape(shape: Shape, box: tuple[float, float]) -> Shape:
     """Return the largest (H, W) of the aspect ratio of `shape` that fits into `box`."""
-    factor = min(box[0] / shape[0], box[1] / shape[1])
-    return tuple(max(1, int(side * factor + 0.5)) for side in shape)
+    return _times(shape, min(box[0] / shape[0], box[1] / shape[1]))
 
 
 def short_side_shape(shape: Shape, short: float, longest: float) -> Shape:
     """Return (H, W) after the shorter side became `short`, or the longer one `longest` if it would be more."""
-    factor = min(longest / max(shape), short / min(shape))
-    return tuple(max(1, int(side * factor + 0.5)) for side in shape)
+    return _times(shape, min(longest / max(shape), short / min(shape)))
 
 
 Area = tuple[slice, slice]  # rows and columns
@@ -75,7 +77,7 @@ class _Paired:
     network's input."""
 
     def __init__(self, size: Shape, mean, std):
-        self.size = tuple(size)
+        self.size = (size[0], size[1])
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
 
     def normalised(self, image: torch.Tensor, shape: Shape) -> torch.Tensor:
@@ -132,7 +134,7 @@ class SegmentationTraining(_Paired):
     def __call__(self, img: Image.Image, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         image, mask = F.pil_to_tensor(img), torch.from_numpy(labels)
         short = self.short_side * _uniform(*self.scale)
-        shape = short_side_shape(image.shape[-2:], short, 4 * short)
+        shape = short_side_shape((img.height, img.width), short, 4 * short)
         image, mask = resize_image(image, shape), resize_masks(mask, shape)
         top, left = self._crop(mask)
         area = slice(top, top + self.size[0]), slice(left, left + self.size[1])
@@ -228,7 +230,7 @@ class DetectionTraining(_Paired):
         top, left = (_below(max(0, side - part)) for side, part in zip(shape, self.size))
         area = slice(top, top + self.size[0]), slice(left, left + self.size[1])
         image = tv_tensors.Image(resize_image(image, shape)[:, *area])
-        canvas = tuple(image.shape[-2:])
+        canvas = (image.shape[-2], image.shape[-1])
         boxes = torch.from_numpy(objects.boxes) * _factors(before, shape) - torch.tensor([left, top] * 2)
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=canvas)
         masks = objects.masks
