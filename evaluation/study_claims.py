@@ -4,7 +4,10 @@ A claim has a `claim`, its `source`, our `setting`, and one of
 - `better`: triples (row, other row, score): the first is better;
 - `not_worse`: triples as well: the first is not worse;
 - `smaller`: two rows and a number of their logs: its mean size over the run is smaller in the first;
+- `stays_above`: a row, a number of its log, and a bound that it stays above;
+- `measured`: what was measured elsewhere, and the verdict;
 - `untestable`: the reason why this study cannot tell.
+`earlier` is what a smaller study measured, and its verdict: it is shown until this one can tell.
 """
 
 import math
@@ -18,7 +21,7 @@ from evaluation.study_folders import read_lines
 from evaluation.study_scores import difference, scores_of, title_of
 from util.errors import UserError
 
-KINDS = ("better", "not_worse", "smaller", "untestable")
+KINDS = ("better", "not_worse", "smaller", "stays_above", "measured", "untestable")
 
 
 def read_claims(study: Study) -> list[dict]:
@@ -44,10 +47,23 @@ def triples(entry: dict) -> list:
 
 def judged(study: Study, entry: dict) -> tuple[str, str]:
     """Return what was measured about a claim, and the verdict."""
+    ours, decided = judged_here(study, entry)
+    if "earlier" in entry and decided.startswith(("open", "not testable")):
+        measured, before = entry["earlier"]
+        return "; ".join(filter(None, [ours, measured])), f"{decided}; in a smaller study: {before}"
+    return ours, decided
+
+
+def judged_here(study: Study, entry: dict) -> tuple[str, str]:
+    """Return the same, without earlier studies."""
     if "untestable" in entry:
         return "", f"not testable here: {entry['untestable']}"
+    if "measured" in entry:
+        return tuple(entry["measured"])
     if "smaller" in entry:
-        return judged_by_logs(study, *entry["smaller"])
+        return judged_by_size(study, *entry["smaller"])
+    if "stays_above" in entry:
+        return judged_by_bound(study, *entry["stays_above"])
     texts, directions, seeds, missing = [], [], [], []
     for one, other, title in triples(entry):
         found = difference(study, one, other, scores_of(study)[title])
@@ -78,17 +94,33 @@ def verdict(directions: list[int], seeds: int, strict: bool) -> str:
     return f"not seen{few}" + (": the opposite" if all(direction < 0 for direction in directions) else "")
 
 
-def judged_by_logs(study: Study, one: str, other: str, key: str) -> tuple[str, str]:
-    sizes = {}
-    for name in (one, other):
-        logs = [read_lines(study.kept.folder / f"{name}-seed{seed}.txt") for seed in study.config["seeds"]]
-        values = [abs(row[key]) for log in logs for row in log if row.get(key) is not None and math.isfinite(row[key])]
-        if not values:
-            return "", f"open: not run yet: {title_of(study, name)}"
-        sizes[name] = statistics.fmean(values)
-    name = key.split("/")[-1].replace("_", " ")
-    text = f"mean size of {name}: " + ", ".join(f"{title_of(study, each)} {size:.3f}" for each, size in sizes.items())
-    return text, "seen" if sizes[one] < sizes[other] else "not seen"
+def logged(study: Study, name: str, key: str) -> list[float]:
+    """Return the finite values of a number in the logs of a row's finished runs."""
+    seeds = [f"{name}-seed{seed}" for seed in study.config["seeds"]]
+    rows = [row for seed in seeds for row in read_lines(study.kept.folder / f"{seed}.txt")]
+    return [row[key] for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+
+
+def judged_by_size(study: Study, one: str, other: str, key: str) -> tuple[str, str]:
+    values = {name: logged(study, name, key) for name in (one, other)}
+    missing = [title_of(study, name) for name in values if not values[name]]
+    if missing:
+        return "", f"open: not run yet: {'; '.join(missing)}"
+    sizes = {name: statistics.fmean(map(abs, each)) for name, each in values.items()}
+    texts = [f"{title_of(study, name)} {size:.3f}" for name, size in sizes.items()]
+    return f"mean size of {short(key)}: {', '.join(texts)}", "seen" if sizes[one] < sizes[other] else "not seen"
+
+
+def judged_by_bound(study: Study, name: str, key: str, bound: float) -> tuple[str, str]:
+    values = logged(study, name, key)
+    if not values:
+        return "", f"open: not run yet: {title_of(study, name)}"
+    text = f"{title_of(study, name)}, {short(key)} at least {min(values):.1f}"
+    return text, "seen" if min(values) > bound else "not seen"
+
+
+def short(key: str) -> str:
+    return key.split("/")[-1].replace("_", " ")
 
 
 def claims_table(study: Study) -> list[str]:

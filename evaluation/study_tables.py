@@ -77,9 +77,9 @@ def progress(study: Study) -> str:
     finished = sum(piece.name in study.kept.results for piece in pieces)
     runs = sum(result["kind"] == PRETRAINING for result in study.kept.results.values())
     spent = sum(time_of(result) for result in study.kept.results.values()) / 3600
-    pretrained = "1 whole pretraining" if runs == 1 else f"{runs} whole pretrainings"
+    pretrained = "1 of them a whole pretraining" if runs == 1 else f"{runs} of them whole pretrainings"
     return (
-        f"{finished} of {len(pieces)} pieces are finished, {pretrained} among them: {spent:.1f} core hours. What has "
+        f"{finished} of {len(pieces)} pieces are finished, {pretrained}; about {spent:.1f} core hours so far. What has "
         "not been run is empty or not listed."
     )
 

@@ -22,7 +22,11 @@ CONFIG = {
     "pretrain": "",
     "full": "--epochs 4",
     "short": "--epochs 1",
-    "evaluate": {"probe": "main_linprobe.py {start}", "robustness": "tools/robustness.py {classifier}", "finetune": "main_finetune.py --epochs 1"},
+    "evaluate": {
+        "probe": "main_linprobe.py {start}",
+        "robustness": "tools/robustness.py {classifier}",
+        "finetune": "main_finetune.py --epochs 1",
+    },
     "recipe": "",
     "scores": [["probe", "eval/acc1", "probe"], ["robustness", "eval/corrupted_error", "error", "lower"]],
     "equal_time": ["mae", "mae_8"],
@@ -185,3 +189,20 @@ def test_page(study, tmp_path):
     for name in ("study.png", "study_targets.png"):
         assert name in text and (tmp_path / name).stat().st_size > 5000
     assert "study_cosine.png" not in text and not (tmp_path / "study_cosine.png").exists()
+
+
+def test_earlier_and_fixed_evidence(study):
+    """What a smaller study found is shown until this one can tell; bounds are checked over the whole run."""
+    earlier = CLAIMS[0] | {"earlier": ["-3.15", "not seen"]}
+    assert judged(study, earlier) == ("-3.15", "open: not run yet: other; MAE; in a smaller study: not seen")
+    probes(study, "mae", 50.0)
+    probes(study, "other", 53.0)
+    assert judged(study, earlier)[1] == "seen with one seed"
+    assert judged(study, {"claim": "x", "measured": ["equal", "seen"]}) == ("equal", "seen")
+    bound = {"claim": "x", "stays_above": ["other", "train/target_rank", 10]}
+    assert judged(study, bound)[1] == "open: not run yet: other"
+    study.kept.folder.mkdir(exist_ok=True)
+    for last, decided in ((12.0, "seen"), (3.0, "not seen")):
+        lines = [json.dumps({"epoch": epoch, "train/target_rank": value}) for epoch, value in enumerate((40.0, last))]
+        (study.kept.folder / "other-seed0.txt").write_text("\n".join(lines) + "\n")
+        assert judged(study, bound) == (f"other, target rank at least {last:.1f}", decided)
