@@ -35,16 +35,18 @@ def cells_of(study: Study, method: str, titles: list[str]) -> list[str]:
 def first_table(study: Study) -> list[str]:
     """Return the lines of the short table: `headline` of the study, time beside MAE's, and MAE at equal time."""
     titles = study.config.get("headline") or list(scores_of(study))[:1]
-    judged_by = scores_of(study)[titles[0]]
-    rows = []
+    base, judged_by, rows = title_of(study, study.baseline), scores_of(study)[titles[0]], []
+    head = ["method", *titles, f"time, {base} = 1"]
+    if study.config.get("equal_time"):
+        head.append(f"{titles[0]} of {base} at equal time")
     for method in study.methods:
         cells = cells_of(study, method, titles)
         if any(cells):
             costs, equal = hours(study, method, study.baseline), at_equal_time(study, method, judged_by)
-            ratio = f"{costs[0] / costs[1]:.2f}" if costs else ""
-            rows.append([title_of(study, method), *cells, ratio, "" if equal is None else f"{equal:.2f}"])
-    base_title = title_of(study, study.baseline)
-    return table(["method", *titles, f"time, {base_title} = 1", f"{titles[0]} of {base_title} at equal time"], rows)
+            ratio = f"{costs[0] / costs[1]:.2f}" if costs and costs[1] else ""
+            row = [title_of(study, method), *cells, ratio, "" if equal is None else f"{equal:.2f}"]
+            rows.append(row[: len(head)])
+    return table(head, rows)
 
 
 def scores_table(study: Study) -> list[str]:
