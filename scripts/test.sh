@@ -10,9 +10,6 @@ install_requirements "$dev"
 cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-# The types of the newest versions of torch and others; older ones declare other types. What is in .basedpyright/ was there
-# before the check.
-if [ "$dev" = "$root/requirements-dev.txt" ]; then "$venv/bin/basedpyright" --pythonpath "$python"; fi
 for script in scripts/*.sh scripts/*/*.sh .ci/run; do bash -n "$script"; done
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$python" -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
