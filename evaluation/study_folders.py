@@ -74,9 +74,9 @@ def write_digits(folder: Path, per_class: int = 40) -> None:
 
     if folder.exists():
         return
-    unfinished, digits = folder.with_name(f"{folder.name}.{os.getpid()}"), load_digits()
+    unfinished, (rows, labels) = folder.with_name(f"{folder.name}.{os.getpid()}"), load_digits(return_X_y=True)
     count = dict.fromkeys(range(10), 0)
-    for pixels, label in zip(digits.images, digits.target):
+    for pixels, label in zip(rows.reshape(-1, 8, 8), labels):
         number = count[label] = count[label] + 1
         if number > per_class * 5 // 4:
             continue

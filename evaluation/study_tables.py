@@ -56,8 +56,8 @@ def scores_table(study: Study) -> list[str]:
         cells = cells_of(study, method, titles)
         if not any(cells):
             continue
-        runs = pretrainings(study, method)
-        images, shown = (f"{runs[0]['images_seen']:,}", f"{hours(study, method)[0]:.2f}") if runs else ("0", "0")
+        runs, spent = pretrainings(study, method), hours(study, method)
+        images, shown = (f"{runs[0]['images_seen']:,}", f"{spent[0]:.2f}") if spent else ("0", "0")
         rows.append([title_of(study, method), images, shown, *cells])
     return table(["method", "images", "core hours", *titles], rows)
 

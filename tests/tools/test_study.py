@@ -325,7 +325,7 @@ def start(folder: Path, data: Path, config) -> subprocess.Popen:
 def wait_for(path: Path, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 500
     while not path.exists():
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"{path} was not written"
         time.sleep(0.05)
 
