@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from helpers.halves import chosen_share, halves, trained
-from helpers.inject import stop_at
-from helpers.launch import checkpoint, log_rows, ranks, same_tensors, scalars
+from helpers.launch import ranks, scalars
+from helpers.resumed import check_resumed
 from helpers.teachers import BASE, made, pretrain, stepped
 
 from methods.hpm import hard_first, momentum_at, order_accuracy, order_loss, share_at
@@ -187,20 +187,9 @@ def run(folder, more=""):
 def test_resume(more, image_folder, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch and continued: weights, teacher, optimizer, log and curve bit for bit."""
     common = run(image_folder, f"--batch_size 16 {more}")
-    step = 4 if more else 8
-    pretrain(f"{common} --output_dir {tmp_path}/whole")
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        pretrain(f"{common} --output_dir {tmp_path}/parts")
-    assert not (tmp_path / "parts" / "checkpoint-2.pth").exists()
-    pretrain(f"{common} --output_dir {tmp_path}/parts --resume auto")
-    ours, theirs = (checkpoint(tmp_path / name, "checkpoint-2.pth") for name in ("parts", "whole"))
-    for key in ("model", "optimizer", "methods", "step", "rng"):
-        assert same_tensors(ours[key], theirs[key]), key
-    assert log_rows(tmp_path / "parts") == log_rows(tmp_path / "whole")
-    for name in ("order", "order_accuracy", "hard_share"):
-        curve = scalars(tmp_path / "whole", f"train/{name}")
-        assert scalars(tmp_path / "parts", f"train/{name}") == curve and len(curve) >= 9
+    tags = [f"train/{name}" for name in ("order", "order_accuracy", "hard_share")]
+    check_resumed(monkeypatch, common, tmp_path, 4 if more else 8, 3, tags)
+    assert all(len(scalars(tmp_path / "whole", tag)) >= 9 for tag in tags)
 
 
 @pytest.mark.parametrize("more", ["", "--fsdp"])

@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
-from helpers.inject import stop_at
 from helpers.launch import checkpoint, log_rows, ranks, same_tensors, scalars
+from helpers.resumed import check_resumed
 from helpers.teachers import BASE, LEGAL, made, pretrain, stepped, switches
 
 import main_pretrain
@@ -236,20 +236,10 @@ RESUMED = [
 def test_resume(flags, step, image_folder, tmp_path, teacher, monkeypatch):
     """Stopped after a step (three an epoch) and resumed: all state and all curves are equal bit for bit."""
     flags = flags.format(t=teacher)
-    run = f"{BASE} --data_path {image_folder} --epochs 6 --batch_size 32 {flags} --output_dir {tmp_path}"
-    pretrain(f"{run}/whole")
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        pretrain(f"{run}/parts")
-    assert not (tmp_path / "parts" / "checkpoint-5.pth").exists()
-    pretrain(f"{run}/parts --resume auto")
-    ours, theirs = (checkpoint(tmp_path / name, "checkpoint-5.pth") for name in ("parts", "whole"))
-    for key in ("model", "model_ema", "optimizer", "methods", "step", "rng"):
-        assert same_tensors(ours.get(key), theirs.get(key)), key
-    assert log_rows(tmp_path / "parts") == log_rows(tmp_path / "whole")
+    run = f"{BASE} --data_path {image_folder} --epochs 6 --batch_size 32 {flags}"
+    check_resumed(monkeypatch, run, tmp_path, step, 6)
     for name in log_rows(tmp_path / "whole")[-1].keys() & {"train/features", "train/consistency", "train/grad_cosine"}:
-        series = name.replace("train_", "train/")
-        assert scalars(tmp_path / "parts", series) == scalars(tmp_path / "whole", series)
+        assert scalars(tmp_path / "parts", name) == scalars(tmp_path / "whole", name)
 
 
 def test_plain_run_continued_with_a_method(image_folder, tmp_path):

@@ -11,8 +11,10 @@ import json
 import os
 import secrets
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,13 +73,18 @@ def check_loggers(args) -> None:
         )
 
 
-class Online:
-    """A run of a logging service. Subclasses send; this class counts what fails. `epoch` is a fraction of an epoch."""
+class Online(ABC):
+    """A run of a logging service. Subclasses begin, send and finish; this class counts what fails. `epoch` is a
+    fraction of an epoch, `names` are the project, name and id of the run, `config` its flags."""
 
-    def __init__(self, name: str):
-        self.name, self.failures, self.noted = name, 0, False
+    def __init__(self, service: str, names: dict[str, str], folder: str, config: dict):
+        self.name, self.failures, self.noted = service, 0, False
         self.last: dict[str, int] = {}
-        self.run = None  # of the service, after it has begun
+        self.api = importlib.import_module(service)
+        self.run: Any = None  # of the service, after it has begun
+        self.attempt(lambda: self.begin(names, folder, config))
+        if self.run is None:
+            self.failures = MOST_FAILURES
 
     def attempt(self, send: Callable[[], object]) -> None:
         """Call `send()`; print a note when it fails for the first time."""
@@ -86,6 +93,8 @@ class Online:
         try:
             send()
             self.failures = 0
+        except UserError:
+            raise
         except Exception as error:  # whatever a service and its network raise: the run is worth more than its curves
             self.failures += 1
             if not self.noted:
@@ -105,11 +114,11 @@ class Online:
     def image(self, name: str, image: torch.Tensor, epoch: float) -> None:
         """Send an RGB picture `image` (3, H, W) in [0, 1]."""
         pixels = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        self.attempt(lambda: self.send({name: self.as_image(pixels)}, epoch))
+        self.attempt(lambda: self.send({name: self.api.Image(pixels)}, epoch))
 
     def histogram(self, name: str, values: torch.Tensor, epoch: float) -> None:
         numbers = values.detach().float().flatten().cpu().numpy()
-        self.attempt(lambda: self.send({name: self.as_histogram(numbers)}, epoch))
+        self.attempt(lambda: self.send({name: self.api.Histogram(numbers)}, epoch))
 
     def text(self, name: str, text: str, epoch: float) -> None:
         self.attempt(lambda: self.send({name: text}, epoch))
@@ -118,54 +127,36 @@ class Online:
         self.attempt(self.finish)
         self.failures = MOST_FAILURES
 
-    def send(self, values: dict, epoch: float) -> None:
-        raise NotImplementedError
-
-    def as_image(self, pixels):
-        raise NotImplementedError
-
-    def as_histogram(self, numbers):
-        raise NotImplementedError
-
-    def settle(self, values: dict) -> None:
+    def settle(self, values: dict) -> None:  # noqa: B027  trackio takes flags at the start only
         """Add values to the flags of the run."""
 
-    def finish(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def begin(self, names: dict[str, str], folder: str, config: dict) -> None:
+        """Start `run`. Raises UserError for a mistake of the user's."""
+
+    @abstractmethod
+    def send(self, values: dict, epoch: float) -> None: ...
+
+    @abstractmethod
+    def finish(self) -> None: ...
 
 
 class Wandb(Online):
     """A run of Weights & Biases, whose x axis is the epoch. Environment variables such as WANDB_MODE hold."""
 
-    def __init__(self, names: dict[str, str], folder: str, config: dict):
-        super().__init__("wandb")
-        self.api = importlib.import_module("wandb")
-        try:
-            self.attempt(lambda: self._begin(names, folder, config))
-        except SystemExit as error:
-            raise UserError("--logger wandb: give a key with `wandb login`, or set WANDB_MODE=offline") from error
-        if self.run is None:
-            self.failures = MOST_FAILURES
-
-    def _begin(self, names: dict[str, str], folder: str, config: dict) -> None:
+    def begin(self, names: dict[str, str], folder: str, config: dict) -> None:
         settings = self.api.Settings(console="off", quiet=True, finish_timeout=FINISH_S, finish_timeout_raises=False)
         options = {"dir": folder or None, "resume": "allow", "settings": settings, "reinit": "finish_previous"}
         try:
             self.run = self.api.init(**names, **options)
         except self.api.errors.UsageError as error:
-            raise SystemExit(2) from error  # passes `attempt`: a missing key is the user's mistake
+            raise UserError("--logger wandb: give a key with `wandb login`, or set WANDB_MODE=offline") from error
         self.run.config.update(config, allow_val_change=True)
         self.run.define_metric("epoch")
         self.run.define_metric("*", step_metric="epoch")
 
     def send(self, values: dict, epoch: float) -> None:
         self.run.log({**values, "epoch": epoch})
-
-    def as_image(self, pixels):
-        return self.api.Image(pixels)
-
-    def as_histogram(self, numbers):
-        return self.api.Histogram(numbers)
 
     def settle(self, values: dict) -> None:
         self.attempt(lambda: self.run.config.update(values, allow_val_change=True))
@@ -177,14 +168,7 @@ class Wandb(Online):
 class Trackio(Online):
     """A run of trackio, whose x axis is epoch * 1000. Environment variables such as TRACKIO_DIR hold."""
 
-    def __init__(self, names: dict[str, str], folder: str, config: dict):
-        super().__init__("trackio")
-        self.api = importlib.import_module("trackio")
-        self.attempt(lambda: self._begin(names, config))
-        if self.run is None:
-            self.failures = MOST_FAILURES
-
-    def _begin(self, names: dict[str, str], config: dict) -> None:
+    def begin(self, names: dict[str, str], folder: str, config: dict) -> None:
         plain = json.loads(json.dumps(config, default=str))
         name = f"{names['name']}-{names['id']}"  # trackio finds a run by its name
         with contextlib.redirect_stdout(io.StringIO()):
@@ -192,12 +176,6 @@ class Trackio(Online):
 
     def send(self, values: dict, epoch: float) -> None:
         self.run.log(values, step=int(epoch * 1000))
-
-    def as_image(self, pixels):
-        return self.api.Image(pixels)
-
-    def as_histogram(self, numbers):
-        return self.api.Histogram(numbers)
 
     def finish(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -261,7 +239,7 @@ def open_loggers(
     folder = args.output_dir if {*names} & {*ONLINE} else ""
     known = _noted(folder) if resumed and not job else {}
     runs = {name: known.get(name) or _names(args, name, job) for name in ONLINE if name in names}
-    online = [SERVICES[name](run, folder, config) for name, run in runs.items()]
+    online = [SERVICES[name](name, run, folder, config) for name, run in runs.items()]
     for name in [each.name for each in online if each.run is not None]:
         print(f"{name}: run {runs[name]['name']}, id {runs[name]['id']}, project {runs[name]['project']}")
     if folder and not job and online:

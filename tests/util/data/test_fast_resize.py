@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.crops import transform_of
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -14,7 +15,6 @@ from util.data.build import build_loader
 from util.data.draws import SampleRng
 from util.data.fast_resize import crop_resized_by_torch, with_fast_resize
 from util.data.image_format import IMAGENET
-from util.data.presets import settle_preset
 from util.data.random_steps import resized_crop
 from util.data.readers import read_images
 from util.errors import UserError
@@ -45,22 +45,11 @@ def test_other_modes_are_left_to_pillow(photograph, mode):
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))
 
 
-def transform_of(name):
-    if name == "pretraining":
-        return transforms.pretrain_transform("mae", SIZE, *IMAGENET)
-    if name == "probe":
-        return transforms.probe_transform("rrc", SIZE, *IMAGENET)
-    args = main_finetune.get_args_parser().parse_args([])
-    args.input_size = 224
-    settle_preset(args)
-    return transforms.finetune_transform(args, SIZE, *IMAGENET)
-
-
 @pytest.mark.parametrize("name", ["pretraining", "probe", "finetuning"])
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_the_crops_are_the_same(photograph, name, version):
     """All steps draw what they draw with pillow, so only rounding differs, which RandAugment may enlarge."""
-    transform = transform_of(name)
+    transform = transform_of(name, SIZE)
     fast = with_fast_resize(transform)
     for index in range(5):
         made = []

@@ -6,17 +6,16 @@ import io
 import numpy as np
 import pytest
 import torch
+from helpers.crops import transform_of
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-import main_finetune
 import main_linprobe
 import main_pretrain
 from util.data import transforms
 from util.data.build import build_loader
 from util.data.image_format import IMAGENET
 from util.data.jpeg_draft import DraftedCrop, split_crop
-from util.data.presets import settle_preset
 from util.data.sample_rng import seeded
 from util.data.samples import KeyedDataset
 from util.data.sources import Files, Subset
@@ -24,17 +23,6 @@ from util.data.transforms import Converter
 from util.errors import UserError
 
 SIZE = (32, 32)
-
-
-def transform_of(name):
-    if name == "pretraining":
-        return transforms.pretrain_transform("mae", SIZE, *IMAGENET)
-    if name == "probe":
-        return transforms.probe_transform("rrc", SIZE, *IMAGENET)
-    args = main_finetune.get_args_parser().parse_args([])
-    args.input_size = 224
-    settle_preset(args)
-    return transforms.finetune_transform(args, SIZE, *IMAGENET)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +52,7 @@ def drafted(crop, img, key):
 def test_pixels_are_close(photograph, name, mode):
     """The mean difference from the full path is below 3 of 255 levels (measured 1.3 to 1.9, as between bilinear and
     bicubic); a crop shifted by one pixel differs ten times as much."""
-    img, crop = photograph.convert(mode), transform_of(name).transforms[0]
+    img, crop = photograph.convert(mode), transform_of(name, SIZE).transforms[0]
     differences, shifted, sizes = [], [], set()
     for index in range(30):
         small = stored(img, quality=95)
@@ -93,7 +81,7 @@ class Recorded:
 @pytest.mark.parametrize("name", ["pretraining", "probe", "fine-tuning"])
 def test_boxes_are_those_of_the_full_path(photograph, name):
     """Boxes are drawn for the full size; the scale is the smallest at which the box has at least the final size."""
-    recorded = Recorded(transform_of(name).transforms[0])
+    recorded = Recorded(transform_of(name, SIZE).transforms[0])
     for index in range(50):
         img = stored(photograph)
         drafted(recorded, img, (3, 1, index))
@@ -110,7 +98,7 @@ def test_boxes_are_those_of_the_full_path(photograph, name):
 def test_no_effect_where_nothing_can_be_saved(photograph, form, side):
     """Other formats, and JPEGs whose crops are less than twice the final size, have exactly the pixels of the full
     path."""
-    img, crop = photograph.resize((side, side)), transform_of("pretraining").transforms[0]
+    img, crop = photograph.resize((side, side)), transform_of("pretraining", SIZE).transforms[0]
     for index in range(10):
         small = drafted(crop, stored(img, form), (0, 0, index))
         assert small.tobytes() == whole(crop, stored(img, form), (0, 0, index)).tobytes()
