@@ -97,6 +97,7 @@ def xywh(boxes):
 
 @pytest.mark.parametrize("kind, iou_type", [("box", "bbox"), ("mask", "segm")])
 def test_coco_scores_are_those_of_pycocotools_on_files(tmp_path, kind, iou_type):
+    """And those of faster-coco-eval, another implementation, on the same files."""
     found, targets = detections()
     annotations, results = [], []
     for detection, target in zip(found, targets):
@@ -128,6 +129,11 @@ def test_coco_scores_are_those_of_pycocotools_on_files(tmp_path, kind, iou_type)
     ours = {name: stats[f"{kind}_{name}"] for name in COCO_METRICS if f"{kind}_{name}" in stats}
     assert ours == {name: 100 * value for name, value in expected.items() if value >= 0}
     assert 20 < ours["AP"] < 80 and "(no large objects)" in summary
+    others = pytest.importorskip("faster_coco_eval")
+    truth = others.COCO(str(tmp_path / "truth.json"))
+    other = others.COCOeval_faster(truth, truth.loadRes(str(tmp_path / "found.json")), iou_type)
+    other.run()
+    assert ours == pytest.approx({name: 100 * value for name, value in zip(COCO_METRICS, other.stats) if value >= 0})
     assert np.mean(list(details[f"{kind}_AP"].values())) == pytest.approx(ours["AP"])
 
 

@@ -67,6 +67,7 @@ NO_CHECKPOINT = {
     "make_scenes",
     "make_shards",
     "mean_std",
+    "study",
     "plan",
     "quadrant_digits",
     "quickstart",

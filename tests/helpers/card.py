@@ -291,4 +291,5 @@ def _by_own_device(group):
 
 def _ours(path: str) -> bool:
     here = Path(path)
-    return here.is_relative_to(ROOT) and not here.is_relative_to(ROOT / "tests")
+    inside = here.is_relative_to(ROOT) and "site-packages" not in here.parts  # an environment may lie in the repository
+    return inside and not here.is_relative_to(ROOT / "tests")
