@@ -33,7 +33,7 @@ def check_close(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_pretraining(pretrained, tmp_path, name):
-    """Ten steps from the same weights: TF32 rounds products to 1e-3, and dropped paths and resized crops are others."""
+    """Six steps from the same weights: TF32 rounds products to 1e-3, and dropped paths and resized crops are others."""
     flags = f"{PRETRAIN} {METHODS[name].format(pretrained=pretrained)}"
     run("main_pretrain", flags, tmp_path / "cuda")
     run("main_pretrain", flags, tmp_path / "cpu", "cpu")

@@ -13,7 +13,7 @@ from methods.rcmae import RCMAE
 from util.compute.ema import ema_update
 from util.training.graph import TOLERANCE, compare
 
-RUN = f"{PRETRAIN} --amp_dtype fp32"  # 2 epochs of 5 steps
+RUN = f"{PRETRAIN} --batch_size 256 --amp_dtype fp32"  # 2 epochs of 5 steps
 
 
 def train(flags, folder, monkeypatch=None, recorder=None):
