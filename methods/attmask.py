@@ -157,7 +157,7 @@ class AttMask(Method):
         choices=RULES,
     )
     title = "AttMask (Kakogeorgiou et al., ECCV 2022)"
-    summary = "Hide the patches that an encoder attends to. Choose it for a harder task. Costs a pass of it."
+    summary = "Hide the patches that an encoder attends to. Choose it for a harder task. Costs a pass of that encoder."
     options = (
         Option(
             "attmask_encoder",
